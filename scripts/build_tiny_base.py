@@ -1,0 +1,329 @@
+#!/usr/bin/env python
+"""Build tiny_base/, the small pre-trained IDEFICS that `idefics-sft quickstart` fine-tunes.
+
+    python scripts/build_tiny_base.py --output tiny_base          (about 20 minutes on 2 CPU cores)
+
+What it learns from: captions of easy-vqa's *train* images ("a red circle") and sentences of the templates below, text
+only. It has never seen a turn, a question or an option to choose: that is what fine-tuning is to teach. The sentences
+hold the words that questions are made of, as a real pre-training corpus would, and speak of things kept on lettered
+shelves, so that a letter can stand for a thing.
+
+The tokenizer is trained here too: byte-fallback BPE by the rules of LLaMA-1, base vocabulary plus the two image tokens.
+The model has every part of idefics-9b (resampler, qk layer norms, gated cross-attention, decoupled embedding and head).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import easy_vqa
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import IdeficsConfig, PreTrainedTokenizerFast
+
+from sft.chat_template import ChatTemplate, load_chat_template
+from sft.collate import PlacedSample, collate
+from sft.images import open_image, to_pixels
+from sft.models import idefics
+from sft.sample import ImageRef, Message, Sample
+
+DATA = Path(easy_vqa.__file__).parent / "data"
+TEMPLATE = Path(__file__).parent.parent / "chat_templates" / idefics.CHAT_TEMPLATE
+IMAGE_SIZE = 64
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
+LETTERS = "ABCDEFGH"
+THINGS = (
+    "lamp", "cup", "book", "key", "ball", "hat", "shoe", "spoon", "map", "coin", "bell", "rope", "chair", "bird", "cat",
+    "dog", "fish", "tree", "stone", "flower", "clock", "letter", "box", "bag", *SHAPES, *COLOURS,
+)  # fmt: skip
+PLACES = ("shelf", "room", "box", "house", "table", "street", "garden", "drawer")
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Greta", "Henry", "Iris", "Jon", "Kate", "Leo")
+SKIES = {"sky": "blue", "sea": "teal", "grass": "green", "sun": "yellow", "night": "black", "rose": "red",
+         "earth": "brown", "stone": "gray", "leaf": "green", "coal": "black", "lemon": "yellow"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- the corpus
+
+
+def caption(colour: str, shape: str, rng: random.Random) -> str:
+    """What an image shows, in one of several wordings."""
+    return rng.choice(
+        (
+            f"a {colour} {shape}",
+            f"A {colour} {shape}.",
+            f"A picture of a {colour} {shape}.",
+            f"The image contains a {colour} {shape}.",
+            f"There is a {shape} in the image. It is {colour}.",
+            f"The shape is a {shape} and its color is {colour}.",
+            f"A {shape} is present, and the color of the {shape} is {colour}.",
+            f"The color is {colour}. The shape is a {shape}.",
+            f"{colour} {shape}",
+            f"{colour}",
+            f"{shape}",
+        )
+    )
+
+
+def sentence(rng: random.Random) -> str:
+    """One sentence or two without an image."""
+    kind = rng.random()
+    if kind < 0.7:
+        return letters_for_things(rng)
+    thing, other = rng.sample(THINGS, 2)
+    name, friend = rng.sample(NAMES, 2)
+    what, colour = rng.choice(list(SKIES.items()))
+    number, more = sorted(rng.sample(range(2, 10), 2))
+    return rng.choice(
+        (
+            f"{name} knows what color the {what} is. The {what} is {colour}.",
+            f"The {what} is {colour}, and so it does not look {rng.choice([c for c in COLOURS if c != colour])}.",
+            f"{name} has a {thing}. {friend} has a {other}. The {other} belongs to {friend}.",
+            f"{name} was asked for the {thing} and said yes, it is present. {friend} said no.",
+            f"The question was which {rng.choice(PLACES)} has the {thing}, and the answer was correct.",
+            f"The user wrote a question and the assistant gave the correct answer, a {thing}.",
+            f"It is possible that there is a {thing} in the {rng.choice(PLACES)}, but not a {other}.",
+            f"{name} counted {number} of them and {friend} counted {more}. {more} is more than {number}.",
+            f"Please describe the image, said {name}. It shows a {colour} {thing}, said {friend}.",
+            f"Hello, said {name}. Thank you, said {friend}. Good morning and goodbye.",
+            f"Choose one of the following and say what it is, {name} wrote. Several answers are possible.",
+        )
+    )
+
+
+def letters_for_things(rng: random.Random) -> str:
+    """Things kept in lettered places, then where some of them are."""
+    count = rng.randint(2, 4)
+    things = rng.sample(rng.choice((THINGS, COLOURS, (*SHAPES, *COLOURS), THINGS)), count)
+    if rng.random() < 0.3:
+        things = rng.sample(SHAPES, min(count, 3))
+    first = rng.choice((0, 0, 0, rng.randrange(4)))
+    letters = LETTERS[first : first + len(things)]
+    place = rng.choice(PLACES)
+    pairs = list(zip(letters, things, strict=True))
+    style = rng.randrange(5)
+    if style == 0:
+        text = "\n".join(f"{letter}: {thing}" for letter, thing in pairs) + "\n"
+    elif style == 1:
+        text = " ".join(f"{place.capitalize()} {letter} has the {thing}." for letter, thing in pairs) + " "
+    elif style == 2:
+        text = ", ".join(f"{letter} is the {thing}" for letter, thing in pairs) + ". "
+    elif style == 3:
+        text = f"In each {place} there is a thing.\n" + "\n".join(f"{letter}: {thing}" for letter, thing in pairs) + "\n"
+    else:
+        text = "; ".join(f"({letter}) {thing}" for letter, thing in pairs) + ". "
+    rng.shuffle(pairs)
+    ends = []
+    for letter, thing in pairs[: rng.randint(1, len(pairs))]:
+        ends.append(
+            rng.choice(
+                (
+                    f"The {thing} is in {place} {letter}.",
+                    f"The {thing} is {letter}.",
+                    f"{thing}: {letter}",
+                    f"{letter} has the {thing}.",
+                    f"For the {thing} look at {letter}.",
+                )
+            )
+        )
+    return text + " ".join(ends)
+
+
+def train_images() -> list[tuple[Path, str, str]]:
+    """Train images whose colour and shape some answer tells: file, colour, shape."""
+    found: dict[int, dict[str, str]] = {}
+    for _, answer, image in json.loads((DATA / "train" / "questions.json").read_text()):
+        if answer in SHAPES:
+            found.setdefault(image, {})["shape"] = answer
+        if answer in COLOURS:
+            found.setdefault(image, {})["colour"] = answer
+    return [
+        (DATA / "train" / "images" / f"{image}.png", parts["colour"], parts["shape"])
+        for image, parts in sorted(found.items())
+        if len(parts) == 2
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-fallback BPE with the ids and rules of LLaMA-1: <unk> <s> </s>, 256 bytes, then pieces."""
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    rules = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learner.normalizer = rules
+    learner.pre_tokenizer = pre_tokenizers.Sequence(  # so that no piece crosses a word or holds a line break
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    control = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(byte_tokens), special_tokens=control, min_frequency=2, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    model = json.loads(learner.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].get)[len(control) :]
+    pieces = [piece for piece in pieces if piece != "\n"]  # a byte, as in LLaMA
+    vocab = {piece: index for index, piece in enumerate(control + byte_tokens + pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[tuple(pair) for pair in model["merges"]],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = rules
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(control)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        padding_side="left",
+        model_max_length=2048,
+    )
+    fast.add_tokens([idefics.FAKE, idefics.IMAGE], special_tokens=True)
+    return fast
+
+
+def tokenizer_corpus() -> Iterator[str]:
+    """The sentences, and the alphabet once over so that no plain letter falls back to bytes."""
+    rng = random.Random(1)
+    for _ in range(20_000):
+        yield sentence(rng)
+        yield caption(rng.choice(COLOURS), rng.choice(SHAPES), rng)
+    for _ in range(50):
+        yield "User: the user.\nUser: Possible answers:\nAssistant: the Assistant.\nAssistant: Correct answer:\nQuestion:"
+        yield "\n".join("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-/ ")
+        yield from ("the of and to in is that it for as was with on are this be at by or from one had not but what all",)
+        yield from ("were when we there can an your which their if do will each about how up out them then she many",)
+        yield from ("some so these would other into has more her two like him see time could no make than first been",)
+        yield from ("its who now people my made over did down only way find use may water long little very after word",)
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+def config(vocab_size: int) -> IdeficsConfig:
+    """Every part of idefics-9b, small."""
+    return IdeficsConfig(
+        vocab_size=vocab_size,
+        additional_vocab_size=2,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        cross_layer_interval=2,
+        max_position_embeddings=2048,
+        alpha_initializer="ones",
+        alpha_type="float",
+        qk_layer_norms=True,
+        use_resampler=True,
+        freeze_text_layers=False,
+        freeze_vision_layers=False,
+        freeze_lm_head=False,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        vision_config={
+            "embed_dim": 128,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+        },
+        perceiver_config={
+            "use_resampler": True,
+            "resampler_n_latents": 8,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 32,
+            "qk_layer_norms_perceiver": True,
+        },
+    )
+
+
+def document(*content: str | ImageRef) -> Sample:
+    return Sample(key="document", messages=(Message(role="document", content=content),))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--output", type=Path, default=Path("tiny_base"))
+    arguments.add_argument("--steps", type=int, default=4000)
+    arguments.add_argument("--images-per-step", type=int, default=48)
+    arguments.add_argument("--sentences-per-step", type=int, default=48)
+    arguments.add_argument("--vocab-size", type=int, default=1024)
+    arguments.add_argument("--learning-rate", type=float, default=1.5e-3)
+    arguments.add_argument("--seed", type=int, default=0)
+    args = arguments.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+
+    tokenizer = train_tokenizer(tokenizer_corpus(), args.vocab_size)
+    # The chat template prints <end_of_utterance>, which this base does not know yet; documents never hold it.
+    template = ChatTemplate(load_chat_template(TEMPLATE).replace(idefics.END_OF_UTTERANCE, ""), tokenizer)
+    images = train_images()
+    pixels = [to_pixels(open_image(path), IMAGE_SIZE) for path, _, _ in images]
+    model = idefics.PackedIdefics(config(tokenizer.vocab_size))
+    idefics.use_grouped_attention(model)
+    idefics.select_trainable(model)
+    print(f"{model.num_parameters():,} parameters, {tokenizer.vocab_size} base tokens, {len(images)} captioned images")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 200, 1 - step / (args.steps + 1))
+    )
+    model.train()
+    started, losses = time.time(), []
+    for step in range(args.steps):
+        pack = []
+        for number in rng.sample(range(len(images)), args.images_per_step):
+            _, colour, shape = images[number]
+            sample = document(ImageRef(source=b""), caption(colour, shape, rng))
+            pack.append(PlacedSample(template.encode(sample), (number,), 0))
+        for _ in range(args.sentences_per_step):
+            pack.append(PlacedSample(template.encode(document(sentence(rng))), (), 1))
+        batch = collate([pack], pixels.__getitem__, train_on="assistant", image_size=IMAGE_SIZE)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(batch=batch)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append([float(output.token_losses_P[output.source_ids_P == source].mean()) for source in (0, 1)])
+        if (step + 1) % 200 == 0:
+            captions, sentences = np.mean(losses[-200:], axis=0)
+            print(f"{step + 1} captions {captions:.3f} sentences {sentences:.3f} {time.time() - started:.0f} s", flush=True)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    idefics.save_model(model, args.output, torch.bfloat16)
+    (args.output / "generation_config.json").unlink(missing_ok=True)
+    tokenizer.save_pretrained(args.output)
+    size = (args.output / "model.safetensors").stat().st_size
+    print(f"{args.output}: {size / 1e6:.2f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Packs -> Batch: the only place where tensors are made and images are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sft.sample import IGNORE_INDEX, Batch, EncodedSample, TrainOn
+
+Pixels = NDArray[np.uint8]
+
+
+class PlacedSample(NamedTuple):
+    """A sample as it stands in a pack."""
+
+    encoded: EncodedSample
+    images: tuple[int, ...]
+    """Number of each of its images, in reading order; samples about one image share its number."""
+    source: int
+
+
+def collate(
+    packs: Sequence[Sequence[PlacedSample]],
+    load_pixels: Callable[[int], Pixels],
+    *,
+    train_on: TrainOn,
+    pack_isolation: bool = True,
+    image_size: int,
+    num_trained_tokens: int | None = None,
+) -> Batch:
+    """Lay the packs of a micro-batch one after another and decode each distinct image once.
+
+    With `pack_isolation` every sample is a segment of its own; without it a whole pack is one, as in 2023: its samples
+    see each other, and positions run on. Images are isolated either way. `num_trained_tokens` is that of the whole
+    optimizer step; left out, the micro-batch is taken for the step.
+    """
+    samples = list(chain.from_iterable(packs))
+    segments = [[sample] for sample in samples] if pack_isolation else packs
+    rows = {image: row for row, image in enumerate(dict.fromkeys(chain.from_iterable(s.images for s in samples)))}
+    labels_T = np.concatenate([_labels(sample.encoded, train_on) for sample in samples])
+    lengths = [sum(len(sample.encoded.input_ids) for sample in segment) for segment in segments]
+    pixels = [load_pixels(image) for image in rows]
+    if num_trained_tokens is None:
+        num_trained_tokens = int((labels_T != IGNORE_INDEX).sum())
+    return Batch(
+        input_ids_T=torch.from_numpy(np.concatenate([sample.encoded.input_ids for sample in samples])),
+        labels_T=torch.from_numpy(labels_T),
+        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        segment_ids_T=torch.from_numpy(np.repeat(np.arange(len(segments)), lengths)),
+        image_ids_T=torch.from_numpy(np.concatenate([_image_ids(sample, rows) for sample in samples])),
+        source_ids_T=torch.from_numpy(
+            np.repeat([sample.source for sample in samples], [len(sample.encoded.input_ids) for sample in samples])
+        ),
+        pixel_values_NCHW=torch.from_numpy(
+            np.stack(pixels) if pixels else np.empty((0, 3, image_size, image_size), dtype=np.uint8)
+        ),
+        num_trained_tokens=num_trained_tokens,
+        keys=tuple(sample.encoded.key for sample in samples),
+    )
+
+
+def num_trained(encoded: EncodedSample, train_on: TrainOn) -> int:
+    """Tokens of a sample that are trained; its first token never is."""
+    return sum(end - max(start, 1) for start, end in encoded.trained_ranges(train_on))
+
+
+def _labels(encoded: EncodedSample, train_on: TrainOn) -> NDArray[np.int64]:
+    labels = np.full_like(encoded.input_ids, IGNORE_INDEX)
+    for start, end in encoded.trained_ranges(train_on):
+        labels[start:end] = encoded.input_ids[start:end]
+    labels[0] = IGNORE_INDEX  # the token before it belongs to another sample
+    return labels
+
+
+def _image_ids(sample: PlacedSample, rows: dict[int, int]) -> NDArray[np.int64]:
+    """Each token looks at the last image at or before it in its own sample; -1 before the first."""
+    image_ids = np.full(len(sample.encoded.input_ids), -1)
+    for position, image in zip(sample.encoded.image_positions, sample.images, strict=True):
+        image_ids[position:] = rows[image]
+    return image_ids

@@ -1,0 +1,26 @@
+"""The two ways this toolkit fails on purpose.
+
+    Exception
+    ├── UserError      what the user gave is wrong: one line, exit status 2
+    └── RunError       the work could not be done: one line, exit status 1
+
+A record that is left out on purpose is neither: see `sft.sample.SkipSample`. Anything else is a bug and keeps its
+traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """What the user gave is wrong. The message says where, what was found and what would be right."""
+
+
+class RunError(Exception):
+    """The work failed for a reason that is not the user's input. The message says where and why."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,310 @@
+"""IDEFICS-1 (9b, 80b and their instruct models): everything that is peculiar to it.
+
+The weights are those of `transformers.IdeficsForVisionText2Text`, on disk too. What is ours is the forward over packed
+micro-batches: tokens attend inside their own sample, look at the last image at or before them, and only trained
+positions reach the language-model head. transformers' own forward cannot do this (it has no packing) and its loss
+crashes on every released checkpoint, whose vocabulary has extra rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers import IdeficsForVisionText2Text as PlainIdefics
+from transformers.masking_utils import sdpa_mask
+
+from sft.attention import group_tokens, grouped_attention
+from sft.errors import UserError
+from sft.loss import token_losses, trained_positions
+from sft.sample import Batch
+
+CHAT_TEMPLATE = "idefics.jinja"
+
+FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+EXTRA_TOKENS = (FAKE, IMAGE, END_OF_UTTERANCE)
+"""Extra vocabulary in the order of the released checkpoints: rows 32000, 32001 and, in instruct models, 32002."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Pixel statistics of the CLIP vision tower (as in IdeficsImageProcessor)."""
+
+NEVER_TRAINED = ("model.vision_model.post_layernorm.",)
+"""The tower's last hidden state is taken before this norm, so it never gets a gradient. Left trainable, it stops DDP
+("Expected to have finished reduction") and leaves holes in optimizer states."""
+
+EXTRA_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
+EXTRA_HEAD = "lm_head.additional_fc.weight"
+BASE_EMBEDDING = "model.embed_tokens.weight"
+
+
+def _mask_always(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers may leave a causal mask out and rely on a flag; grouped attention wants to see it."""
+    mask: Tensor | None = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    return mask
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", _mask_always)
+
+
+class PackedOutput(NamedTuple):
+    """What the forward over a packed micro-batch returns. P = trained positions."""
+
+    loss: Tensor
+    """Summed cross entropy / trained tokens of the whole optimizer step."""
+    token_losses_P: Tensor
+    """Cross entropy of each trained position, float32, detached."""
+    source_ids_P: Tensor
+    """The mixture's source of each trained position."""
+
+
+class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not typed
+    """IDEFICS with a forward for packed micro-batches: `model(batch=batch)`. Anything else goes to transformers."""
+
+    @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
+    def forward(self, *args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+        """Summed next-token loss of a packed micro-batch, or transformers' forward when no `batch` is given."""
+        if batch is None:
+            return super().forward(*args, **kwargs)
+        hidden_TD = self._hidden_states(batch)
+        positions_P = trained_positions(batch.labels_T)
+        logits_PV = self.lm_head(hidden_TD[positions_P])
+        losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
+        return PackedOutput(
+            loss=losses_P.sum() / batch.num_trained_tokens,
+            token_losses_P=losses_P.detach(),
+            source_ids_P=batch.source_ids_T[positions_P + 1],
+        )
+
+    def encode_images(self, pixel_values_NCHW: Tensor) -> Tensor:
+        """uint8 or already normalised pixels -> (images, latents, size), what cross-attention looks at."""
+        if pixel_values_NCHW.dtype == torch.uint8:
+            pixel_values_NCHW = normalise(pixel_values_NCHW)
+        features = self.model.vision_model(pixel_values=pixel_values_NCHW.to(self.dtype)).last_hidden_state
+        if self.config.use_resampler:
+            features = self.model.perceiver_resampler(features)
+        return torch.as_tensor(features)
+
+    def _image_states(self, batch: Batch) -> Tensor:
+        if len(batch.pixel_values_NCHW):
+            return self.encode_images(batch.pixel_values_NCHW)
+        # Text only, on one device: nothing can look at these zeros.
+        size = self.config.vision_config.embed_dim
+        return torch.zeros(1, 1, size, dtype=self.dtype, device=batch.input_ids_T.device)
+
+    def _hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states (T, D). The walk through the layers is that of `IdeficsModel.forward`."""
+        decoder = self.model
+        states_NLD = self._image_states(batch)
+        samples = group_tokens(batch.segment_ids_T)
+        lookers = group_tokens(batch.image_ids_T)
+        sees_image_1T = (batch.image_ids_T >= 0)[None]
+        position_ids_1T = batch.position_ids_T[None]
+
+        hidden_1TD = decoder.embed_tokens(batch.input_ids_T[None])
+        for index, layer in enumerate(decoder.layers):
+            if index % decoder.cross_layer_interval == 0:
+                hidden_1TD = decoder.gated_cross_attn_layers[index // decoder.cross_layer_interval](
+                    hidden_1TD,
+                    None,
+                    states_NLD.flatten(0, 1)[None],
+                    cross_attention_gate=sees_image_1T,
+                    groups=lookers,
+                    num_images=len(states_NLD),
+                )
+            hidden_1TD = layer(hidden_1TD, position_ids=position_ids_1T, groups=samples)
+        return torch.as_tensor(decoder.norm(hidden_1TD)[0])
+
+
+def normalise(pixels_NCHW: Tensor) -> Tensor:
+    """uint8 pixels -> float32 with the mean and deviation that the CLIP tower was trained with."""
+    mean, std = (torch.tensor(x, device=pixels_NCHW.device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    return (pixels_NCHW.float() / 255 - mean) / std
+
+
+def load_model(path: str | Path) -> PackedIdefics:
+    """Load a model folder or hub id with float32 weights, ready for packed training, evaluation and generation.
+
+    float32 because updates of 1e-5 are lost in bfloat16 parameters; autocast computes in bfloat16.
+
+    Raises:
+        UserError: the folder is not an IDEFICS model.
+    """
+    _read_config(path)
+    model = PackedIdefics.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    use_grouped_attention(model)
+    return model
+
+
+def use_grouped_attention(model: PackedIdefics) -> None:
+    """Set the text layers to attention by groups. The vision tower stays on sdpa: it has neither groups nor masks."""
+    model.config._attn_implementation = "grouped"
+    model.config.vision_config._attn_implementation = "sdpa"
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model folder or hub id, exactly as its tokenizer.json says.
+
+    Not through `AutoTokenizer`: transformers 5 rebuilds a `LlamaTokenizer` from its vocabulary, ignores the normalizer
+    of tokenizer.json and gives other ids than the model was trained with (no "▁" after special tokens).
+
+    Raises:
+        UserError: there is no tokenizer, or it is not one of IDEFICS.
+    """
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer.json found; an IDEFICS folder has one") from error
+    tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
+    num_base = min(tokenizer.convert_tokens_to_ids([FAKE, IMAGE]))
+    expected = {"<unk>": 0, "<s>": 1, "</s>": 2, FAKE: num_base, IMAGE: num_base + 1}
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
+    if found != expected or num_base < 3:
+        raise UserError(f"{path}: special tokens have ids {found}; IDEFICS has {expected}")
+    first = tokenizer("User", add_special_tokens=False)["input_ids"][0]
+    if not tokenizer.convert_ids_to_tokens(first).startswith("▁"):
+        raise UserError(f"{path}: text after a special token does not begin with '▁'; IDEFICS needs legacy LLaMA rules")
+    return tokenizer
+
+
+def select_trainable(model: nn.Module) -> tuple[str, ...]:
+    """Unfreeze everything, then freeze by name what never gets a gradient; return those names.
+
+    `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
+    """
+    model.requires_grad_(True)
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if name.startswith(NEVER_TRAINED):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return tuple(frozen)
+
+
+def save_model(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
+    """Write weights rounded once to `dtype`, and the config, as plain `IdeficsForVisionText2Text`."""
+    assert isinstance(model, PackedIdefics)
+    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(directory, state_dict=weights)
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"architectures": [PlainIdefics.__name__], "dtype": str(dtype).removeprefix("torch.")}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def image_size(model: nn.Module) -> int:
+    """Height and width in pixels that the vision tower takes."""
+    assert isinstance(model, PackedIdefics)
+    return int(model.config.vision_config.image_size)
+
+
+def tokens_per_image(size: tuple[int, int]) -> int:
+    """`<fake><image><fake>`, whatever the size: the image itself comes through cross-attention."""
+    return 3
+
+
+def prepare_base(path: str | Path, output: Path) -> None:
+    """Write a base folder whose vocabulary has `<end_of_utterance>`, so that every engine loads a plain checkpoint.
+
+    Only the shards that hold the extra rows are rewritten, the others are linked. The new row of the embedding and of
+    the head is the mean of the base embedding rows (the method of HuggingFaceM4's update_model_embeds.py). A base that
+    has the token already (an instruct model) is linked as it is. `resize_token_embeddings` cannot do this: it grows the
+    *base* rows and throws the extra rows of the head away.
+
+    Raises:
+        UserError: the folder is not an IDEFICS model.
+    """
+    config = _read_config(path)
+    source = _local_folder(path)
+    staging = output.with_name(f".{output.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+    grow = config["additional_vocab_size"] == len(EXTRA_TOKENS) - 1
+    rewritten = _grow_extra_rows(source, staging) if grow else set()
+    if grow:
+        config["additional_vocab_size"] += 1
+    (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for file in source.iterdir():
+        if file.suffix in (".safetensors", ".json") and file.name not in rewritten | {"config.json"}:
+            _link(file, staging / file.name)
+
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (staging / name).unlink(missing_ok=True)  # never write through a link into the base
+    tokenizer.save_pretrained(staging)
+    shutil.rmtree(output, ignore_errors=True)
+    staging.rename(output)
+
+
+def _grow_extra_rows(source: Path, output: Path) -> set[str]:
+    """Write the shards that hold the extra rows with one row more; return their file names."""
+    from safetensors.torch import load_file, save_file
+
+    shards = _shards(source)
+    mean = load_file(source / shards[BASE_EMBEDDING])[BASE_EMBEDDING].float().mean(0, keepdim=True)
+    rewritten = {shards[EXTRA_EMBEDDING], shards[EXTRA_HEAD]}
+    for name in rewritten:
+        tensors = load_file(source / name)
+        for key in (EXTRA_EMBEDDING, EXTRA_HEAD):
+            if key in tensors:
+                tensors[key] = torch.cat([tensors[key], mean.to(tensors[key].dtype)])
+        save_file(tensors, output / name, metadata={"format": "pt"})
+    return rewritten
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    """Which safetensors file holds each tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return weight_map
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise UserError(f"{folder}: no model.safetensors found; weights are read from safetensors only")
+    from safetensors import safe_open
+
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _local_folder(path: str | Path) -> Path:
+    """The folder itself, or the local snapshot of a hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder or hub id.
+
+    Raises:
+        UserError: there is none, or it is not of IDEFICS-1.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
+    except OSError as error:
+        raise UserError(f"{path}: no config.json found; expected a model folder or a hub id") from error
+    if config.get("model_type") != "idefics":
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; this family loads 'idefics'")
+    return config
