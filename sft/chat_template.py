@@ -16,6 +16,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -149,7 +150,7 @@ class ChatTemplate:
         )
         borders = sorted({0, len(rendered), *(border for span in generated for border in span)})
         pieces = []
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             is_trained = any(first <= start and end <= last for first, last in generated)
             for text in re.split(f"({nonce}|{self._special_pattern.pattern})", rendered[start:end]):
                 if text:

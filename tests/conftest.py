@@ -1,54 +1,50 @@
 """Toys: a LLaMA-style tokenizer, a tiny IDEFICS whose cross-attention gates are open, and samples to pack."""
 
 import hashlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from hypothesis import settings
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.chat_template import ChatTemplate, load_chat_template
-from sft.collate import PlacedSample
+from sft.collate import PlacedSample, collate
 from sft.models import idefics
-from sft.sample import ImageRef, Message, Sample
+from sft.sample import Batch, ImageRef, Message, Sample
 
 REPOSITORY = Path(__file__).parent.parent
-IMAGE_SIZE = 28
+sys.path.insert(0, str(REPOSITORY / "scripts"))
 
-torch.set_num_threads(2)
+from build_tiny_base import train_tokenizer  # noqa: E402
+
+IMAGE_SIZE = 28
+NUM_LATENTS = 8
+
+torch.set_num_threads(1)  # toys are too small to share
+settings.register_profile("toys", deadline=None, max_examples=50)  # no deadline: the machine may be busy
+settings.load_profile("toys")
 
 CORPUS = [
     "User: What is in this image? Assistant: A dog and a cat.",
     "The quick brown fox jumps over the lazy dog 0123456789",
     "Describe this image. A red circle, a blue square and a green triangle.",
-]
+] * 2
 
 
-def train_tokenizer(corpus: list[str], vocab_size: int = 320) -> Tokenizer:
-    """Byte-fallback BPE by the rules of the LLaMA-1 tokenizer."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merge crosses words
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
-    )
-    tokenizer.pre_tokenizer = None
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
+def base_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few words by the rules of LLaMA-1, and the two image tokens: what a base model comes with."""
+    return train_tokenizer(iter(CORPUS), vocab_size=400)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(CORPUS),
-        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", padding_side="left",
-    )  # fmt: skip
-    tokenizer.add_tokens(list(idefics.EXTRA_TOKENS), special_tokens=True)
+    tokenizer = base_tokenizer()
+    tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
     return tokenizer
 
 
@@ -58,6 +54,7 @@ def template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
 
 
 def tiny_config(vocab_size: int, extra: int = 3) -> IdeficsConfig:
+    """Every part of idefics-9b. Sizes are multiples of 64, which bitsandbytes asks for."""
     return IdeficsConfig(
         vocab_size=vocab_size, additional_vocab_size=extra, hidden_size=64, num_hidden_layers=4,
         num_attention_heads=4, intermediate_size=128, cross_layer_interval=2, alpha_type="float",
@@ -68,16 +65,16 @@ def tiny_config(vocab_size: int, extra: int = 3) -> IdeficsConfig:
             intermediate_size=128,
         ),
         perceiver_config=dict(
-            use_resampler=True, resampler_n_latents=8, resampler_depth=2, resampler_n_heads=2,
+            use_resampler=True, resampler_n_latents=NUM_LATENTS, resampler_depth=2, resampler_n_heads=2,
             resampler_head_dim=32, qk_layer_norms_perceiver=True,
         ),
     )  # fmt: skip
 
 
-def make_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> idefics.PackedIdefics:
+def make_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, extra: int = 3) -> idefics.PackedIdefics:
     """A model whose gates are 1, so that images matter from the start, and whose weights are not too small to see."""
     torch.manual_seed(seed)
-    model = idefics.PackedIdefics(tiny_config(tokenizer.vocab_size))
+    model = idefics.PackedIdefics(tiny_config(tokenizer.vocab_size, extra))
     idefics.use_grouped_attention(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,6 +94,7 @@ def picture(name: str) -> ImageRef:
 
 
 def image_number(image: ImageRef) -> int:
+    """The number by which collate knows an image."""
     assert isinstance(image.source, bytes)
     return int(hashlib.sha256(image.source).hexdigest()[:8], 16)
 
@@ -106,15 +104,29 @@ def pixels_of(number: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
 
 
-def conversation(*turns: tuple[str, ...] | str, key: str = "toy") -> Sample:
+def content(*items: str) -> tuple[str | ImageRef, ...]:
+    """Text and pictures in reading order; a word in <angles> is the picture of that name."""
+    return tuple(picture(item) if item.startswith("<") else item for item in items)
+
+
+def conversation(*turns: tuple[str, ...] | str, system: str | None = None, key: str = "toy") -> Sample:
     """Turns of user and assistant in alternation; a word in <angles> is a picture of that name."""
-    messages = []
+    messages = [Message(role="system", content=(system,))] if system else []
     for i, turn in enumerate(turns):
         items = (turn,) if isinstance(turn, str) else turn
-        content = tuple(picture(item) if item.startswith("<") else item for item in items)
-        messages.append(Message(role="assistant" if i % 2 else "user", content=content))
+        messages.append(Message(role="assistant" if i % 2 else "user", content=content(*items)))
     return Sample(key=key, messages=tuple(messages))
+
+
+def document(*items: str, key: str = "page") -> Sample:
+    """A web document or an image-text pair; a word in <angles> is a picture of that name."""
+    return Sample(key=key, messages=(Message(role="document", content=content(*items)),))
 
 
 def place(template: ChatTemplate, sample: Sample, source: int = 0) -> PlacedSample:
     return PlacedSample(template.encode(sample), tuple(image_number(image) for image in sample.images), source)
+
+
+def batch_of(*packs: Sequence[PlacedSample], **options: Any) -> Batch:
+    """Collate packs of toys with their noise for pixels; every token is trained unless `options` say otherwise."""
+    return collate(packs, pixels_of, image_size=IMAGE_SIZE, **{"train_on": "all"} | options)

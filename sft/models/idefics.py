@@ -139,15 +139,15 @@ def load_model(path: str | Path) -> PackedIdefics:
         UserError: the folder is not an IDEFICS model.
     """
     _read_config(path)
-    model = PackedIdefics.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    model: PackedIdefics = PackedIdefics.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     use_grouped_attention(model)
     return model
 
 
 def use_grouped_attention(model: PackedIdefics) -> None:
-    """Set the text layers to attention by groups. The vision tower stays on sdpa: it has neither groups nor masks."""
+    """Set attention by groups. The vision tower has no groups and attends as ever, see `grouped_attention`."""
     model.config._attn_implementation = "grouped"
-    model.config.vision_config._attn_implementation = "sdpa"
+    model.config.vision_config._attn_implementation = "grouped"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -224,6 +224,8 @@ def prepare_base(path: str | Path, output: Path) -> None:
     """
     config = _read_config(path)
     source = _local_folder(path)
+    if source.resolve() == output.resolve():
+        raise UserError(f"{output}: the prepared base would replace the base it is made from; give another folder")
     staging = output.with_name(f".{output.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -301,10 +303,13 @@ def _read_config(path: str | Path) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
+    missing = f"{path}: no config.json found; expected a model folder or a hub id"
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise UserError(missing)  # transformers would return an empty config
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
     except OSError as error:
-        raise UserError(f"{path}: no config.json found; expected a model folder or a hub id") from error
+        raise UserError(missing) from error
     if config.get("model_type") != "idefics":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; this family loads 'idefics'")
     return config

@@ -1,0 +1,156 @@
+"""Talking to a model in a terminal.
+
+/image FILE   show an image with the next message
+/reset        forget the conversation
+/quit         end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from sft import images
+from sft.chat_template import ChatTemplate
+from sft.errors import UserError
+from sft.generation import generate
+from sft.models import idefics
+from sft.sample import ImageRef, Message, SkipSample
+
+Respond = Callable[[Sequence[Message]], str]
+"""The answer to a conversation whose last message is the user's."""
+
+HELP = "/image FILE shows an image with your next message, /reset forgets the conversation, /quit ends."
+
+
+def responder(
+    model: idefics.PackedIdefics, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False
+) -> Respond:
+    """Answers by greedy generation.
+
+    The returned function raises UserError where conversation and answer do not fit the model's positions.
+    """
+
+    def respond(messages: Sequence[Message]) -> str:
+        room = int(model.config.max_position_embeddings) - max_new_tokens
+        length = len(template.encode_prompt(messages).input_ids)
+        if length > room:
+            raise UserError(f"the conversation has {length} tokens, the model takes {room}; /reset begins a new one")
+        return generate(model, template, [messages], max_new_tokens=max_new_tokens, autocast=autocast)[0]
+
+    return respond
+
+
+class Conversation:
+    """What was said so far, and how to go on. Images are read from inside one folder only."""
+
+    def __init__(self, respond: Respond, *, folder: Path | None = None) -> None:
+        """`folder` is where images may come from: the current directory, if left out."""
+        self.respond = respond
+        self.folder = (folder or Path.cwd()).resolve()
+        self.messages: tuple[Message, ...] = ()
+
+    def say(self, text: str, image: str | Path | ImageRef | None = None) -> str:
+        """Say something, with an image before it if given, and return the model's answer.
+
+        What fails is not remembered: the conversation stays as it was.
+
+        Raises:
+            UserError: see `open_image` and `responder`.
+        """
+        if image is not None and not isinstance(image, ImageRef):
+            image = self.open_image(image)
+        content: tuple[str | ImageRef, ...] = (text,) if image is None else (image, text)
+        messages = (*self.messages, Message(role="user", content=content))
+        try:
+            answer = self.respond(messages)
+        except SkipSample as skip:
+            raise UserError(f"image: {skip.reason}") from skip
+        self.messages = (*messages, Message(role="assistant", content=(answer,)))
+        return answer
+
+    def open_image(self, name: str | Path) -> ImageRef:
+        """Read and check an image file, relative to the folder.
+
+        Raises:
+            UserError: it is an address, lies outside the folder (links are followed), is missing or does not decode.
+        """
+        if "://" in str(name):
+            raise UserError(
+                f"{name}: addresses are not fetched; save the image in {self.folder} and give its file name"
+            )
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder):
+            raise UserError(f"{name}: outside {self.folder}; images are read from inside that folder only")
+        try:
+            content = images.read_bytes(ImageRef(source=path))
+            images.decode_rgb(content)
+        except SkipSample as skip:
+            raise UserError(f"{name}: {skip.reason}") from skip
+        return ImageRef(source=content)
+
+    def reset(self) -> None:
+        """Forget everything that was said."""
+        self.messages = ()
+
+
+class Repl:
+    """A conversation over lines of text: reads from one stream, prints to another."""
+
+    def __init__(self, conversation: Conversation, lines: TextIO, output: TextIO) -> None:
+        self.conversation = conversation
+        self.lines = lines
+        self.output = output
+        self._image: ImageRef | None = None  # waits for the next message
+
+    def run(self) -> None:
+        """Read and answer until `/quit` or the end of the input. What is wrong with a line is printed, not raised."""
+        self._print(HELP)
+        while (line := self._read_line()) is not None:
+            try:
+                if not self._obey(line):
+                    return
+            except UserError as error:
+                self._print(f"Error: {error}")
+
+    def show(self, name: str | Path) -> None:
+        """Show an image with the next message.
+
+        Raises:
+            UserError: see `Conversation.open_image`.
+        """
+        self._image = self.conversation.open_image(name)
+
+    def _read_line(self) -> str | None:
+        """The next line; what was not typed at a terminal is echoed, so that a transcript can be read."""
+        self.output.write("User: ")
+        self.output.flush()
+        line = self.lines.readline()
+        if not line or not self.lines.isatty():
+            self._print(line.strip())
+        return line.strip() if line else None
+
+    def _obey(self, line: str) -> bool:
+        """Do what a line says; False ends the conversation.
+
+        Raises:
+            UserError: unknown command, or see `Conversation`.
+        """
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/reset":
+            self._image = None
+            self.conversation.reset()
+        elif command == "/image":
+            self.show(argument.strip())
+        elif command.startswith("/"):
+            raise UserError(f"{command}: unknown command. {HELP}")
+        elif line:
+            self._print(f"Assistant: {self.conversation.say(line, self._image)}")
+            self._image = None
+        return True
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.output, flush=True)

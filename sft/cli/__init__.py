@@ -1,0 +1,1 @@
+"""The `idefics-sft` command. One small file a command; heavy imports happen when a command runs."""

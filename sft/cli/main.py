@@ -1,0 +1,60 @@
+"""Entry point: parses the command line and turns mistakes into one line and an exit status.
+
+0 done · 1 failed · 2 the user's input is wrong · 130 interrupted
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from sft.cli import chat, evaluate, mix, prepare, quickstart, select, train, validate
+from sft.errors import RunError, UserError
+
+app = typer.Typer(
+    name="idefics-sft",
+    help="Instruction fine-tuning for IDEFICS vision-language models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+for command in (quickstart, validate, prepare, mix, train, evaluate, select, chat):
+    app.command(name=command.__name__.rsplit(".", 1)[-1])(command.run)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"idefics-sft {version('idefics-sft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    print_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    """Instruction fine-tuning for IDEFICS vision-language models."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, standalone_mode=True)
+    except (UserError, RunError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"idefics-sft: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("idefics-sft: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

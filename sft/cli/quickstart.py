@@ -1,0 +1,168 @@
+"""`idefics-sft quickstart`: the whole way on a laptop, from real pictures to a model one can talk to."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sft.cli import mix, select
+from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+from sft.cli.train import train
+
+REPORT = "quickstart.json"
+
+
+def run(
+    output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is there and start anew.")] = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune the shipped small base on real pictures, choose a checkpoint, and talk to it. Needs no GPU."""
+    out = console(to_stderr=json)
+    if fresh:
+        _delete_run(output_dir)
+    report_file = output_dir / REPORT
+    if report_file.is_file():
+        out.print(f"{output_dir}: a finished run was found; --fresh starts anew")
+        report = jsonlib.loads(report_file.read_text())
+    else:
+        report = _quickstart(output_dir, out)
+        report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
+    _show(report, out)
+    out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image FILE --allow-dir FOLDER")
+    if json:
+        print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
+
+
+def _delete_run(output_dir: Path) -> None:
+    from sft.errors import UserError
+
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        known = {"stores", "recipe.yaml", "run.json", "checkpoints", "evaluations", "selection.json", REPORT}
+        if not {path.name for path in output_dir.iterdir()} & known:
+            raise UserError(f"{output_dir}: does not look like a run; --fresh will not delete it")
+        shutil.rmtree(output_dir)
+
+
+def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
+    """Every stage in turn; returns what is printed at the end."""
+    started = time.perf_counter()
+    quiet_libraries()
+    from sft import run as runs
+    from sft.mix import mix as mixture
+    from sft.recipe import load_recipe
+    from sft.shipped import recipe_path
+
+    recipe = load_recipe(recipe_path("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}"))
+    with progress("preparing", None, out) as update:
+        sources = runs.prepare(recipe, lambda name, records: update(records, name))
+    mix.show(mixture(recipe, sources), out)
+    out.print()
+    status = train(recipe, out)
+    selection = select.select(recipe, out)
+    figures = _figures(recipe, selection, out)
+    conversation = _ask(recipe, output_dir / "checkpoints" / selection.selected)
+    return figures | {
+        "selected_checkpoint": selection.selected,
+        "cpu_seconds_training": round(status.cpu_seconds, 1),
+        "seconds_total": round(time.perf_counter() - started, 1),
+        "tokens_per_second": round(status.tokens_per_second),
+        "precision": status.precision,
+        "conversation": conversation,
+    }
+
+
+def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
+    """Accuracy of the base, every checkpoint and the selected one without images, all on the reporting half."""
+    from sft import run as runs
+    from sft.naming import run_checkpoints
+    from sft.scoring import recipe_benchmark, score_model
+
+    run_dir = Path(recipe.output_dir)
+    benchmark = recipe_benchmark(recipe)
+    assert benchmark is not None
+
+    def score(path: Path, name: str, blind: bool = False) -> dict[str, Any]:
+        with progress(f"asking {name}{' without images' if blind else ''}", None, out) as update:
+            results = score_model(
+                path,
+                benchmark,
+                run_dir=run_dir,
+                name=name,
+                ranks=("text", "letter"),
+                blind=blind,
+                on_progress=lambda done, total: update(done, f"of {total}"),
+            )
+        return {rank: result.on_half(1, recipe.evaluation.seed) for rank, result in results.items()}
+
+    def accuracies(results: dict[str, Any]) -> dict[str, float]:
+        return {f"{rank}_accuracy": result.accuracy for rank, result in results.items()}
+
+    base = score(runs.base_path(recipe), "base")
+    every = {path.name: score(path, path.name) for path in run_checkpoints(run_dir)}
+    selected = run_dir / "checkpoints" / selection.selected
+    return {
+        "base": accuracies(base),
+        "blind": accuracies(score(selected, selection.selected, blind=True)),
+        "selected": accuracies(every[selection.selected]),
+        "chance": {rank: result.chance for rank, result in base.items()},
+        "questions": {"chosen_on": selection.questions[0], "reported": selection.questions[1]},
+        "checkpoints": {name: accuracies(results) for name, results in every.items()},
+    }
+
+
+def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
+    """Three questions about test images, answered by the selected model in one conversation each."""
+    from sft.chat import Conversation, responder
+    from sft.datasets import Adapter
+    from sft.inference import load_for_inference
+
+    test = Adapter("easy_vqa", None, "test", {"form": "questions"})
+    rows = [row for row in test.rows() if isinstance(row, dict)]
+    asked = [
+        next(row for row in rows if row["image"] == 3 and row["question"].startswith("what color")),
+        next(row for row in rows if row["image"] == 4 and row["question"].startswith("what shape")),
+        next(row for row in rows if row["image"] == 7 and row["answer"] in ("yes", "no")),
+    ]
+    loaded = load_for_inference(path)
+    respond = responder(loaded.model, loaded.template, autocast=loaded.autocast)  # type: ignore[arg-type]
+    lines = []
+    for row in asked:
+        image, question = test.to_sample(row).messages[0].content
+        assert not isinstance(image, str)
+        answer = Conversation(respond).say(str(question), image)
+        file = f"test/images/{row['image']}.png"
+        lines.append({"image": file, "question": row["question"], "answer": answer, "right": row["answer"]})
+    return lines
+
+
+def _show(report: dict[str, Any], out: Console) -> None:
+    """The table of accuracies and the conversation."""
+    lines = [("base, before fine-tuning", report["base"])]
+    lines += [
+        (("* " if name == report["selected_checkpoint"] else "  ") + name, figures)
+        for name, figures in report["checkpoints"].items()
+    ]
+    lines.append((f"{report['selected_checkpoint']} without images", report["blind"]))
+    rows = [(name, percent(f["text_accuracy"]), percent(f["letter_accuracy"])) for name, f in lines]
+    rows.append(("chance", percent(report["chance"]["text"]), percent(report["chance"]["letter"])))
+    chosen_on, reported = report["questions"]["chosen_on"], report["questions"]["reported"]
+    title = (
+        f"\nAccuracy on {reported} questions about test images, all rotations of the options right "
+        f"(chosen on {chosen_on} others)"
+    )
+    out.print(table(title, ("model", "by option text", "by letter"), rows))
+    out.print(
+        f"* selected. Training took {report['cpu_seconds_training']:.0f} CPU seconds at "
+        f"{report['tokens_per_second']:,} tokens/s in {report['precision']}, all {report['seconds_total']:.0f} s\n"
+    )
+    for line in report["conversation"]:
+        out.print(f"User: [{line['image']}] {line['question']}", markup=False)
+        out.print(f"Assistant: {line['answer']}", markup=False)
+        out.print(f"      (the dataset says: {line['right']})", markup=False)

@@ -1,0 +1,26 @@
+"""`idefics-sft validate RECIPE`: keys, shares and paths, in a second and without a model."""
+
+from typing import Annotated
+
+import typer
+
+from sft.cli.terminal import Json, Overrides, RecipeName, print_json
+
+
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    no_paths: Annotated[bool, typer.Option("--no-paths", help="Do not look whether raw files are there.")] = False,
+    json: Json = False,
+) -> None:
+    """Check a recipe: its keys, shares, datasets and paths."""
+    from sft.naming import find_recipe
+    from sft.validation import check_adapters
+
+    found = find_recipe(recipe, overrides or ())
+    check_adapters(found, paths=not no_paths)
+    command = f"idefics-sft prepare {recipe}"
+    if json:
+        print_json({"valid": True, "sources": [source.name for source in found.data.mixture], "next": command})
+    else:
+        print(f"{recipe}: valid, {len(found.data.mixture)} sources, {found.training.max_steps} steps. Next: {command}")

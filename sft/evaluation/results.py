@@ -1,0 +1,249 @@
+"""What an evaluation found, question by question, and the files of a run that hold it.
+
+    RUN/evaluations/<benchmark>/<protocol_hash>/<checkpoint>.json     the summary
+    RUN/evaluations/<benchmark>/<protocol_hash>/<checkpoint>.jsonl    one line per question
+
+Without torch, so that choosing among finished evaluations is instant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Rank = Literal[
+    "text",  # the option whose full text is most likely as the answer
+    "letter",  # the option whose letter is
+]
+
+_Z_95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One row that was asked, with what the model made of it."""
+
+    index: int
+    answer: str
+    prediction: str
+    log_probs: dict[str, float]
+    """Summed log-probability (natural logarithm) of each letter's option."""
+    num_tokens: dict[str, int]
+    """How many tokens were summed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionResult:
+    """A question: right only if every rotation that was asked is."""
+
+    question: int
+    cluster: str
+    """Questions of one cluster are not independent: same image, or each question by itself."""
+    image_sha256: str
+    category: str
+    rotations: tuple[Asked, ...]
+
+    @property
+    def hit(self) -> bool:
+        """Whether all rotations were answered right."""
+        return all(asked.prediction == asked.answer for asked in self.rotations)
+
+    @property
+    def num_options(self) -> int:
+        """Options of the question."""
+        return len(self.rotations[0].log_probs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """The answers of one model to one benchmark under one protocol. All shares are fractions of 1."""
+
+    benchmark: str
+    protocol: str
+    protocol_hash: str
+    rank: Rank
+    blind: bool
+    """The same prompts without their images."""
+    questions: tuple[QuestionResult, ...]
+    weights: str = ""
+    """What identifies the weights, where the caller gave it: a result of other weights is not reused."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of questions with a hit."""
+        return _mean([question.hit for question in self.questions])
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, by clusters: see `clustered_standard_error`."""
+        return clustered_standard_error(
+            [question.hit for question in self.questions], [question.cluster for question in self.questions]
+        )
+
+    @property
+    def chance(self) -> float:
+        """Mean of 1 / number of options: what a guess scores that stays with one option text in all rotations."""
+        return _mean([1 / question.num_options for question in self.questions])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy, on the number of independent questions that its error stands for."""
+        num_clusters = len({question.cluster for question in self.questions})
+        return wilson_interval(self.accuracy, effective_size(self.accuracy, self.standard_error, num_clusters))
+
+    @property
+    def categories(self) -> dict[str, dict[str, float]]:
+        """Number of questions and accuracy of each category, in alphabetical order."""
+        by_category: dict[str, list[bool]] = {}
+        for question in self.questions:
+            by_category.setdefault(question.category, []).append(question.hit)
+        return {name: {"questions": len(hits), "accuracy": _mean(hits)} for name, hits in sorted(by_category.items())}
+
+    @property
+    def letters(self) -> dict[str, float]:
+        """How often each letter was predicted, over all rows: far from level means that letters are preferred."""
+        counts = Counter(asked.prediction for question in self.questions for asked in question.rotations)
+        total = sum(counts.values())
+        return {letter: counts[letter] / total for letter in sorted(counts)}
+
+    def on_half(self, half: Literal[0, 1], seed: int) -> Result:
+        """The same result on one half of the images."""
+        return replace(self, questions=tuple(q for q in self.questions if half_of(q.image_sha256, seed) == half))
+
+    def summary(self, *, blind_accuracy: float | None = None) -> dict[str, Any]:
+        """The keys of design.md section 5. `blind` there is the accuracy of the same questions without images."""
+        return {
+            "benchmark": self.benchmark,
+            "protocol": self.protocol,
+            "protocol_hash": self.protocol_hash,
+            "rank": self.rank,
+            "shots": 0,
+            "with_images": not self.blind,
+            "questions": len(self.questions),
+            "accuracy": self.accuracy,
+            "standard_error": self.standard_error,
+            "interval": list(self.interval),
+            "chance": self.chance,
+            "blind": self.accuracy if self.blind else blind_accuracy,
+            "categories": self.categories,
+            "letters": self.letters,
+        }
+
+
+def half_of(image_sha256: str, seed: int) -> int:
+    """0 or 1, at random by image: checkpoints are chosen on one half, figures come from the other."""
+    return _draw(image_sha256, f"half {seed}") % 2
+
+
+def in_random_order(image_sha256s: Sequence[str], seed: int) -> list[str]:
+    """Distinct images in an order that depends on their content and the seed alone."""
+    return sorted(set(image_sha256s), key=lambda sha256: (_draw(sha256, f"order {seed}"), sha256))
+
+
+def _draw(image_sha256: str, what: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{what} {image_sha256}".encode()).digest()[:8], "big")
+
+
+def clustered_standard_error(values: ArrayLike, clusters: Sequence[str]) -> float:
+    """Standard error of a mean whose values depend on each other within clusters.
+
+    sqrt(sum over clusters of (sum of deviations from the mean)^2) / n: Miller 2024 (arXiv 2411.00640), equation 4.
+    With a cluster per value it is sqrt(p (1 - p) / n) for hits and misses. 0 for no values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if not len(array):
+        return 0.0
+    _, cluster_of = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(cluster_of, weights=array - array.mean())
+    return float(np.sqrt(np.sum(sums**2)) / len(array))
+
+
+def effective_size(accuracy: float, standard_error: float, num_clusters: int) -> float:
+    """How many independent questions would have this standard error: p (1 - p) / SE^2.
+
+    Where all are hits, or all misses, nothing is known of the spread inside clusters: then each counts once.
+    """
+    if standard_error == 0:
+        return num_clusters
+    return accuracy * (1 - accuracy) / standard_error**2
+
+
+def wilson_interval(share: float, size: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share seen in `size` independent trials (Wilson 1927); (0, 1) for none."""
+    if size == 0:
+        return 0.0, 1.0
+    z2 = _Z_95**2
+    center = (share + z2 / (2 * size)) / (1 + z2 / size)
+    margin = _Z_95 / (1 + z2 / size) * math.sqrt(share * (1 - share) / size + z2 / (4 * size**2))
+    return max(0.0, center - margin), min(1.0, center + margin)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def result_file(run: Path, benchmark: str, protocol_hash: str, checkpoint: str) -> Path:
+    """The summary's path; the questions stand beside it with the suffix .jsonl."""
+    return run / "evaluations" / benchmark / protocol_hash / f"{checkpoint}.json"
+
+
+def write_result(result: Result, run: Path, checkpoint: str) -> Path:
+    """Write both files, the summary last: where it stands, the questions are complete. Returns the summary's path.
+
+    `checkpoint` is the file's name: `checkpoint-<step>`, or `base`.
+    """
+    file = result_file(run, result.benchmark, result.protocol_hash, checkpoint)
+    lines = [json.dumps(asdict(question) | {"hit": question.hit}) + "\n" for question in result.questions]
+    write_atomically(file.with_suffix(".jsonl"), "".join(lines))
+    head = {"checkpoint": checkpoint, "weights": result.weights}
+    write_atomically(file, json.dumps(head | result.summary(), indent=2) + "\n")
+    return file
+
+
+def read_result(file: Path) -> Result:
+    """Read what `write_result` wrote, by the summary's path."""
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    with file.with_suffix(".jsonl").open(encoding="utf-8") as lines:
+        questions = tuple(_question_result(json.loads(line)) for line in lines)
+    return Result(
+        benchmark=summary["benchmark"],
+        protocol=summary["protocol"],
+        protocol_hash=summary["protocol_hash"],
+        rank=summary["rank"],
+        blind=not summary["with_images"],
+        questions=questions,
+        weights=summary["weights"],
+    )
+
+
+def find_result(run: Path, benchmark: str, protocol_hash: str, checkpoint: str, *, weights: str) -> Result | None:
+    """The finished evaluation of these weights, if there is one."""
+    file = result_file(run, benchmark, protocol_hash, checkpoint)
+    if not file.is_file():
+        return None
+    result = read_result(file)
+    return result if result.weights == weights else None
+
+
+def _question_result(line: dict[str, Any]) -> QuestionResult:
+    del line["hit"]
+    return QuestionResult(**line | {"rotations": tuple(Asked(**asked) for asked in line["rotations"])})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole text file or nothing: beside it first, then renamed. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.staging")
+    staging.write_text(text, encoding="utf-8", newline="")
+    os.replace(staging, path)

@@ -1,0 +1,291 @@
+"""The recipe: one YAML file that says which model is trained on what, how, and what chooses the checkpoint.
+
+Every key is a field below, with its meaning under it; a key that is not there is an error that names the nearest one
+and the line. Overrides from the command line are dotted, `training.max_steps=100`, and read as YAML values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sft.errors import UserError, nearest
+from sft.sample import TrainOn
+
+MAX_RECIPE_BYTES = 1024 * 1024
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0)]
+Rank = Literal["text", "letter"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Part):
+    path: str
+    """Base model: a folder, a hub id, or `shipped:tiny_base`."""
+    family: str = "idefics"
+    """Kind of model: a module of sft/models/."""
+    mode: Literal["full"] = "full"
+    """What is trained. `full`: every parameter, as the idefics-9b-instruct card says."""
+
+
+class DatasetConfig(_Part):
+    dataset: str
+    """Adapter: a module of sft/datasets/, or the dotted name of your own module."""
+    path: str | None = None
+    """Raw files. May be left out where the adapter brings its data."""
+    split: str = "train"
+    """Which part of the raw data."""
+    options: dict[str, Any] = {}
+    """Settings of the adapter: keyword arguments of its `rows` and `to_sample`."""
+
+    @property
+    def store_name(self) -> str:
+        """Name of the prepared store: the adapter and a digest of what was asked of it."""
+        asked = json.dumps([self.path, self.split, self.options], sort_keys=True)
+        return f"{self.dataset.rsplit('.', 1)[-1]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+
+
+class SourceConfig(_Part):
+    name: str
+    """How the source is called in tables, logs and metrics."""
+    share: Share
+    """Share of the mixture, in `data.share_unit`. All shares sum to 1, or to 100."""
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
+    """Prepared one by one, joined in proportion to their size."""
+
+
+class DataConfig(_Part):
+    store: str = "stores"
+    """Folder of the prepared datasets."""
+    mixture: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The sources."""
+    share_unit: Literal["tokens", "trained_tokens", "samples"] = "tokens"
+    """What a share counts. Under answers-only training a third of the tokens can be over half of the gradient."""
+    train_on: TrainOn = "assistant"
+    """`assistant`: the answers. `all`: every token after the first, as in 2023."""
+    sequence_length: Positive = 2048
+    """Tokens of a pack."""
+    max_images_per_pack: Positive = 24
+    """Distinct images of a pack."""
+    max_samples_per_image_per_pack: Positive = 4
+    """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
+    pack_isolation: bool = True
+    """Samples of a pack do not see each other. false: they do, as in 2023."""
+    max_skip_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Preparation stops when more than this share of a dataset's records is bad."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        total = sum(source.share for source in self.mixture)
+        if not any(abs(total / whole - 1) <= 0.001 for whole in (1, 100)):
+            raise ValueError(f"shares sum to {total:g}; they must sum to 1 or to 100")
+        names = [source.name for source in self.mixture]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources are called {max(names, key=names.count)!r}; names must differ")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares as fractions of 1."""
+        total = sum(source.share for source in self.mixture)
+        return tuple(source.share / total for source in self.mixture)
+
+
+class TrainingConfig(_Part):
+    max_steps: Positive
+    """Optimizer steps."""
+    tokens_per_step: Positive
+    """Tokens of an optimizer step: a whole number of packs."""
+    micro_batch_packs: Positive = 1
+    """Packs that go through the model at once."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak, after warm-up."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at `max_steps`; the decay between is linear."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What is computed in; weights stay float32. `auto`: bfloat16 where the processor has it, else float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+
+class CheckpointsConfig(_Part):
+    every_steps: Positive = 1000
+    """A checkpoint is written every so many steps, and at the end."""
+
+
+class EvaluationConfig(_Part):
+    benchmark: str | None = None
+    """What chooses the checkpoint: an MMBench TSV, or `easy_vqa`, which is built from the package's test images."""
+    protocol: Literal["circular", "vanilla"] = "circular"
+    """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one."""
+    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("text", "letter")
+    """What is ranked by likelihood: the options' texts, their letters."""
+    max_questions: Positive | None = None
+    """A seeded part of the benchmark, by whole images."""
+    seed: int = 0
+    """Draws that part, and the half of the images that chooses."""
+
+
+class Recipe(_Part):
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str
+    """Where the run is written. Paths are relative to the current directory."""
+    seed: int = 0
+    """Of the data order and of training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        step, pack, micro = self.training.tokens_per_step, self.data.sequence_length, self.training.micro_batch_packs
+        if step % pack:
+            raise ValueError(f"training.tokens_per_step {step} is not a whole number of packs of {pack} tokens")
+        if (step // pack) % micro:
+            raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
+        if self.training.warmup_steps >= self.training.max_steps:
+            raise ValueError("training.warmup_steps must be less than training.max_steps")
+        return self
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of an optimizer step."""
+        return self.training.tokens_per_step // self.data.sequence_length
+
+    def to_yaml(self) -> str:
+        """The whole recipe with every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply dotted overrides.
+
+    Raises:
+        UserError: with the line, what was found and what would be right.
+    """
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
+    content = path.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(content, Loader=_Loader)
+        values = yaml.load(content, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not readable as YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(path, node, problem) for problem in error.errors())) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases (they can expand without bound) and duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed in recipes", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"key {key.value!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in nested mappings and lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, as in training.max_steps=100")
+    place: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            raise UserError(f"override {override!r}: there is no {part!r} to go into")
+    value = yaml.safe_load(text)
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(f"override {override!r}: there is no {last!r} to set")
+
+
+def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
+    """One line for one pydantic error: where, what was found, what would be right."""
+    location = problem["loc"]
+    line = _line(node, location)
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {name}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: {name}: this key is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{where}: {name + ': ' if name else ''}{message}{found}"
+
+
+def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+    """Line of the deepest key of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            match = [(key, value) for key, value in node.value if key.value == part]
+            if not match:
+                break
+            line, node = match[0][0].start_mark.line + 1, match[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Known keys of the part of the recipe at `location`."""
+    part: type[BaseModel] = Recipe
+    for name in location:
+        if isinstance(name, str):
+            part = _part_of(part.model_fields[name].annotation)
+    return list(part.model_fields)
+
+
+def _part_of(annotation: Any) -> type[BaseModel]:
+    """The model inside `X` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_part_of(inner) for inner in get_args(annotation) if inner is not Ellipsis)

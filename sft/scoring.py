@@ -1,0 +1,86 @@
+"""Asking the benchmark of a run: the base and every checkpoint, each once; what is answered already is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sft.checkpoint import hash_file
+from sft.evaluation import easy_vqa
+from sft.evaluation.results import Rank, Result, find_result, write_result
+from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
+from sft.inference import Loaded, load_for_inference
+from sft.recipe import Recipe
+from sft.shipped import resolve
+
+BUILT = {"easy_vqa": easy_vqa.write_benchmark}
+"""Benchmarks that are made here rather than downloaded."""
+
+
+def recipe_benchmark(recipe: Recipe) -> Benchmark | None:
+    """The benchmark of a recipe, built on first use where its name is one of BUILT; None where it names none."""
+    settings = recipe.evaluation
+    if settings.benchmark is None:
+        return None
+    return load_benchmark(
+        benchmark_file(settings.benchmark, Path(recipe.data.store), seed=settings.seed),
+        protocol=settings.protocol,
+        max_questions=settings.max_questions,
+        seed=settings.seed,
+    )
+
+
+def benchmark_file(name: str, store: Path, *, seed: int) -> Path:
+    """The TSV of a benchmark given by path, or by the name of one that is built into `store`."""
+    if name not in BUILT:
+        return resolve(name)
+    file = store / "benchmarks" / f"{name}.tsv"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        BUILT[name](file, seed=seed)
+    return file
+
+
+def score_model(
+    path: Path,
+    benchmark: Benchmark,
+    *,
+    run_dir: Path,
+    name: str,
+    ranks: Sequence[Rank],
+    blind: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[Rank, Result]:
+    """Evaluate the model in `path` and keep the results in the run under `name`, or read them if they are there."""
+    weights = weights_hash(path)
+    loaded = load_for_inference(path)
+    kept = {rank: _kept(loaded, benchmark, run_dir, name, rank, blind, weights) for rank in ranks}
+    missing = [rank for rank, result in kept.items() if result is None]
+    found: dict[Rank, Result] = {rank: result for rank, result in kept.items() if result is not None}
+    if missing:
+        found |= evaluate(
+            loaded.model,
+            loaded.template,
+            benchmark,
+            image_size=loaded.image_size,
+            ranks=missing,
+            blind=blind,
+            autocast=loaded.autocast,
+            weights=weights,
+            on_progress=on_progress,
+        )
+        for rank in missing:
+            write_result(found[rank], run_dir, name)
+    return found
+
+
+def weights_hash(folder: Path) -> str:
+    """One hash over the weight files of a model folder."""
+    return "-".join(hash_file(file) for file in sorted(folder.glob("*.safetensors")))
+
+
+def _kept(
+    loaded: Loaded, benchmark: Benchmark, run_dir: Path, name: str, rank: Rank, blind: bool, weights: str
+) -> Result | None:
+    asked = protocol_hash(loaded.template, benchmark, rank=rank, blind=blind)
+    return find_result(run_dir, benchmark.name, asked, name, weights=weights)

@@ -1,0 +1,50 @@
+"""Files that travel with the toolkit: recipes, chat templates and the small base model.
+
+In a checkout they stand at the top of the repository; in an installed wheel, in `sft/shipped_files`. In recipes a path
+that begins with `shipped:` names one of them: `shipped:tiny_base`.
+"""
+
+from pathlib import Path
+
+from sft.errors import UserError, nearest
+
+PREFIX = "shipped:"
+_PACKAGE = Path(__file__).parent
+
+
+def shipped_root() -> Path:
+    """The folder that holds recipes/, chat_templates/ and tiny_base/."""
+    installed = _PACKAGE / "shipped_files"
+    return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as a recipe writes it -> a path on disk, relative to the current directory.
+
+    Raises:
+        UserError: a shipped file of that name does not exist.
+    """
+    text = str(path)
+    if not text.startswith(PREFIX):
+        return Path(text).expanduser()
+    found = shipped_root() / text.removeprefix(PREFIX)
+    if not found.exists():
+        raise UserError(f"{text}: no such file is shipped with idefics-sft")
+    return found
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        UserError: neither a file nor a shipped recipe.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {file.stem: file for file in sorted((shipped_root() / "recipes").glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    raise UserError(
+        f"{name}: no such recipe file, and no shipped recipe has that name{nearest(name, shipped)}"
+        f" (shipped: {', '.join(shipped) or 'none'})"
+    )

@@ -1,0 +1,221 @@
+"""The training loop: TRL's trainer, of which only what transformers.Trainer has too is overridden.
+
+It knows neither datasets nor a model family: it gets a model whose `forward(batch=…)` returns a `PackedOutput`, a
+stream of micro-batches, and a function that writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from sft.errors import RunError
+from sft.optim import parameter_groups, schedule
+from sft.precision import choose_precision, device
+from sft.recipe import TrainingConfig
+from sft.sample import Batch
+
+
+class StepMetrics:
+    """Sums of the running optimizer step, by source."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a step."""
+        self.tokens = torch.zeros(len(self.names))
+        self.trained_tokens = torch.zeros(len(self.names))
+        self.loss_sums = torch.zeros(len(self.names))
+
+    def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
+        """Count a micro-batch."""
+        num = len(self.names)
+        self.tokens += torch.bincount(batch.source_ids_T, minlength=num).cpu()
+        self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
+        self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
+
+    def line(self) -> dict[str, Any]:
+        """The step's part of a line of metrics.jsonl."""
+        sources = {
+            name: {
+                "loss": float(loss / trained) if trained else None,
+                "tokens": int(tokens),
+                "trained_tokens": int(trained),
+            }
+            for name, loss, tokens, trained in zip(
+                self.names, self.loss_sums, self.tokens, self.trained_tokens, strict=True
+            )
+        }
+        total = self.trained_tokens.sum()
+        return {
+            "loss": float(self.loss_sums.sum() / total),
+            "tokens": int(self.tokens.sum()),
+            "trained_tokens": int(total),
+            "sources": sources,
+        }
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
+    """Supervised fine-tuning over a stream of packed micro-batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        micro_batches: IterableDataset[dict[str, Batch]],
+        micro_batches_per_step: int,
+        settings: TrainingConfig,
+        checkpoint_every: int,
+        write_checkpoint: Callable[[nn.Module, int], None],
+        run_dir: Path,
+        seed: int,
+        source_names: Sequence[str],
+        on_step: Callable[[int, dict[str, Any]], None],
+    ) -> None:
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.lr_scheduler: Any = None
+        self.micro_batches = micro_batches
+        self.settings = settings
+        self.write_checkpoint = write_checkpoint
+        self.step_metrics = StepMetrics(source_names)
+        self.precision = choose_precision(settings.precision, device())
+        arguments = SFTConfig(
+            output_dir=str(run_dir),
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=micro_batches_per_step,
+            learning_rate=settings.learning_rate,
+            max_grad_norm=settings.clip,
+            bf16=self.precision == "bfloat16",
+            use_cpu=device().type == "cpu",
+            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would log 0.0 in place of a loss that is not a number
+            save_strategy="steps",
+            save_steps=checkpoint_every,
+            seed=seed,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            accelerator_config={"dispatch_batches": False, "split_batches": False},
+        )
+        # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
+        numbers = datasets.Dataset.from_dict({"input_ids": [[step] for step in range(settings.max_steps)]})
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=numbers,
+            data_collator=lambda batch: batch,
+            processing_class=tokenizer,
+            callbacks=[_WriteMetrics(self, run_dir / "metrics.jsonl", on_step)],
+        )
+        # The loss is a part of the step's mean already; transformers would divide it by the number of micro-batches.
+        self.loss_is_scaled_for_ga = True
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Batch]]:
+        """Micro-batches as they come; nothing is drawn, cut or sharded behind the planner's back."""
+        return DataLoader(self.micro_batches, batch_size=None)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Batch]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Batch]], None]:
+        """The micro-batches of a step. Each knows the step's number of trained tokens, so nothing is counted here."""
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's part of the step's mean loss."""
+        batch = inputs["batch"].to(self.args.device)
+        with self.compute_loss_context_manager():
+            output = model(batch=batch)
+        self.step_metrics.add(batch, output.token_losses_P, output.source_ids_P)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with m4's groups."""
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                parameter_groups(self.model, self.settings.weight_decay),
+                lr=self.settings.learning_rate,
+                betas=self.settings.betas,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Linear warm-up and decay."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = schedule(
+                optimizer or self.create_optimizer(),
+                self.settings.warmup_steps,
+                self.settings.max_steps,
+                self.settings.final_learning_rate / self.settings.learning_rate,
+            )
+        return self.lr_scheduler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.write_checkpoint(self.accelerator.unwrap_model(model), self.state.global_step)
+
+
+class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
+    """A line of metrics.jsonl a step; stops the run when the loss is no longer a number."""
+
+    def __init__(self, trainer: Trainer, file: Path, on_step: Callable[[int, dict[str, Any]], None]) -> None:
+        self.trainer = trainer
+        self.file = file
+        self.on_step = on_step
+        self.last = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, and the file anew."""
+        self.file.write_text("")
+        self.last = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Write the step that just ended."""
+        if logs is None or "grad_norm" not in logs:
+            return
+        now = time.perf_counter()
+        line = {"step": state.global_step, "time": time.time()} | self.trainer.step_metrics.line()
+        line |= {
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": float(logs["grad_norm"]),
+            "tokens_per_second": line["tokens"] / (now - self.last),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.last = now
+        self.trainer.step_metrics.reset()
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if not torch.isfinite(torch.tensor([line["loss"], line["grad_norm"]])).all():
+            raise RunError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite")
+        self.on_step(state.global_step, line)
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: of the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
