@@ -9,6 +9,7 @@ counters and carry at the start of a window, plus the number of packs taken from
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -21,6 +22,7 @@ from torch.utils.data import IterableDataset
 
 from sft.collate import PlacedSample, collate, num_trained
 from sft.encoding import EncodedSamples
+from sft.errors import UserError
 from sft.images import decode_rgb, to_pixels
 from sft.mixture import Mixture, SourceSizes
 from sft.packing import Bundle, Caps, pack_window
@@ -96,12 +98,22 @@ class Planner:
     """Draws windows of packs: a whole number of optimizer steps, and at least MIN_WINDOW_PACKS packs."""
 
     def __init__(self, sizes: Sequence[SourceSizes], data: DataConfig, *, packs_per_step: int, seed: int) -> None:
+        """
+        Raises:
+            UserError: no sample of a source fits a pack: drawing from it would never end.
+        """
         self.sizes = sizes
         self.caps = Caps(
             tokens=data.sequence_length,
             images=data.max_images_per_pack,
             samples_per_image=data.max_samples_per_image_per_pack,
         )
+        for index, size in enumerate(sizes):
+            if not any(self._fits_alone(PackItem(index, sample)) for sample in range(len(size.num_tokens))):
+                raise UserError(
+                    f"source {size.name!r}: no sample fits a pack of {self.caps.tokens} tokens (data.sequence_length) "
+                    f"and {self.caps.images} images (data.max_images_per_pack); its shortest has {min(size.num_tokens)}"
+                )
         self.mixture = Mixture(sizes, unit=data.share_unit, seed=seed)
         self.window_packs = packs_per_step * ceil(MIN_WINDOW_PACKS / packs_per_step)
         self.seed = seed
@@ -124,7 +136,7 @@ class Planner:
             "window": self.window,
             "drawn": self.mixture.state(),
             "carry": [bundle.items for bundle in self.carry],
-            "dropped": self.num_dropped,
+            "dropped": list(self.num_dropped),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -135,21 +147,31 @@ class Planner:
         self.num_dropped = list(state["dropped"])
 
     def _draw(self) -> list[Bundle]:
-        """Samples for a window, bundled by image: as many as fill it in tokens or in images."""
+        """Samples for a window, bundled by image: as many as fill it in tokens, in images, or in packs that one image
+        may stand in. Drawing on beyond any of the three would leave more and more of one source behind."""
         tokens = sum(bundle.num_tokens for bundle in self.carry)
-        images = sum(len(bundle.images) for bundle in self.carry)
+        num_bundles_of = Counter(image for bundle in self.carry for image in bundle.images)
+        images, most = num_bundles_of.total(), max(num_bundles_of.values(), default=0)
         done: list[Bundle] = []
         growing: dict[int, list[PackItem]] = {}  # source -> items of its bundle, all about the same images
-        while tokens < self.window_packs * self.caps.tokens and images < self.window_packs * self.caps.images:
+        while (
+            tokens < self.window_packs * self.caps.tokens
+            and images < self.window_packs * self.caps.images
+            and most < self.window_packs
+        ):
             item = self.mixture.draw()
             if not self._fits_alone(item):
+                self.mixture.give_back(item)
                 self.num_dropped[item.source] += 1
                 continue
             if not self._joins(growing.get(item.source), item):
                 if item.source in growing:
                     done.append(self._bundle(growing.pop(item.source)))
                 growing[item.source] = []
-                images += len(set(self._images(item)))
+                for image in set(self._images(item)):
+                    num_bundles_of[image] += 1
+                    images += 1
+                    most = max(most, num_bundles_of[image])
             growing[item.source].append(item)
             tokens += self._tokens(item)
         return done + [self._bundle(items) for items in growing.values()]

@@ -96,6 +96,7 @@ def encode_samples(
         np.save(staging / f"{name}.npy", array)
     index = {"version": VERSION, "samples": len(encoded), "tokens": int(arrays["token_offsets"][-1])}
     (staging / "index.json").write_text(json.dumps(index) + "\n")
+    shutil.rmtree(path, ignore_errors=True)  # a folder without its index
     staging.rename(path)
     return EncodedSamples(path)
 

@@ -6,6 +6,7 @@ Limits are checked after the header and before decoding: a 76 KiB PNG can decode
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,19 @@ def read_bytes(image: ImageRef) -> bytes:
     """The encoded bytes of an image.
 
     Raises:
-        SkipSample: the file is missing, or larger than MAX_BYTES.
+        SkipSample: the file is missing or cannot be read, or it is larger than MAX_BYTES.
     """
     if isinstance(image.source, bytes):
         content = image.source
     else:
-        if not image.source.is_file():
-            raise SkipSample("image file missing")
-        if image.source.stat().st_size > MAX_BYTES:
-            raise SkipSample("image too many bytes")
-        content = image.source.read_bytes()
+        try:
+            if not image.source.is_file():
+                raise SkipSample("image file missing")
+            if image.source.stat().st_size > MAX_BYTES:
+                raise SkipSample("image too many bytes")
+            content = image.source.read_bytes()
+        except OSError as error:  # no permission, a name too long
+            raise SkipSample("image file unreadable") from error
     if len(content) > MAX_BYTES:
         raise SkipSample("image too many bytes")
     return content
@@ -46,7 +50,9 @@ def decode_rgb(content: bytes) -> Image.Image:
         SkipSample: not an image of a known format, over the limits, or it does not decode.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_size(image.size)
         image.load()
         if image.mode == "RGB":
@@ -54,7 +60,9 @@ def decode_rgb(content: bytes) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise SkipSample("image too many pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise SkipSample("image does not decode") from error
 
 

@@ -35,12 +35,15 @@ class Drawn:
 
     position: int = 0
     """Samples of all epochs."""
+    samples: int = 0
+    """Those of them that count: not given back."""
     tokens: int = 0
     trained_tokens: int = 0
 
 
 class Mixture:
-    """An endless stream of samples whose shares, in the chosen unit, are right at every moment to within a sample."""
+    """An endless stream of samples with exact shares: no source is ever ahead, in the chosen unit, by more than one of
+    its own samples."""
 
     def __init__(self, sources: Sequence[SourceSizes], *, unit: str, seed: int) -> None:
         self.sources = sources
@@ -60,9 +63,17 @@ class Mixture:
         epoch, place = divmod(drawn.position, len(source.num_tokens))
         sample = int(self._order(index, epoch)[place])
         drawn.position += 1
+        drawn.samples += 1
         drawn.tokens += int(source.num_tokens[sample])
         drawn.trained_tokens += int(source.num_trained[sample])
         return PackItem(index, sample)
+
+    def give_back(self, item: PackItem) -> None:
+        """Not to count the sample just drawn, which cannot be used; it is not drawn again in this epoch."""
+        source, drawn = self.sources[item.source], self.drawn[item.source]
+        drawn.samples -= 1
+        drawn.tokens -= int(source.num_tokens[item.sample])
+        drawn.trained_tokens -= int(source.num_trained[item.sample])
 
     def epochs(self, index: int) -> float:
         """How often a source has been gone through."""
@@ -77,7 +88,7 @@ class Mixture:
         self.drawn = [Drawn(**drawn) for drawn in state]
 
     def _consumed(self, drawn: Drawn) -> int:
-        return {"tokens": drawn.tokens, "trained_tokens": drawn.trained_tokens, "samples": drawn.position}[self.unit]
+        return {"tokens": drawn.tokens, "trained_tokens": drawn.trained_tokens, "samples": drawn.samples}[self.unit]
 
     def _order(self, index: int, epoch: int) -> NDArray[np.int64]:
         """The permutation of a source in an epoch: image groups shuffled, and samples shuffled inside each."""

@@ -14,8 +14,21 @@ from sft.shipped import recipe_path
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe called `name`: a path, a shipped name, or a RUN folder."""
+    return load_recipe(_recipe_file(name), overrides)
+
+
+def _recipe_file(name: str) -> Path:
     run = Path(name) / "recipe.yaml"
-    return load_recipe(run if run.is_file() else recipe_path(name), overrides)
+    return run if run.is_file() else recipe_path(name)
+
+
+def _recipe_if_any(name: str) -> Recipe | None:
+    """The recipe called `name`, or None where nothing is called so. One with a mistake in it says so."""
+    try:
+        file = _recipe_file(name)
+    except UserError:
+        return None
+    return load_recipe(file)
 
 
 def run_checkpoints(run_dir: Path) -> list[Path]:
@@ -43,7 +56,10 @@ def find_model(name: str) -> Path | str:
     path = Path(text)
     if (path / "config.json").is_file():
         return path
-    run_dir = path if (path / "checkpoints").is_dir() else _run_dir_of_recipe(text)
+    run_dir: Path | None = path
+    if not (path / "checkpoints").is_dir():
+        recipe = _recipe_if_any(text)
+        run_dir = Path(recipe.output_dir) if recipe else None
     if run_dir is None:
         if path.exists() or text.count("/") != 1:
             raise UserError(f"{name}: neither a model folder (no config.json), nor a run, a recipe or a hub id")
@@ -59,20 +75,10 @@ def find_model(name: str) -> Path | str:
     return run_checkpoints(run_dir)[-1]
 
 
-def _run_dir_of_recipe(name: str) -> Path | None:
-    try:
-        return Path(find_recipe(name).output_dir)
-    except UserError:
-        return None
-
-
 def recipe_of_model(name: str) -> Recipe | None:
     """The recipe of the run that MODEL belongs to, if it names a run, a recipe or a checkpoint of one."""
     text = name.partition("@")[0]
     for folder in (Path(text), Path(text).parent.parent):
         if (folder / "recipe.yaml").is_file():
             return load_recipe(folder / "recipe.yaml")
-    try:
-        return find_recipe(text)
-    except UserError:
-        return None
+    return _recipe_if_any(text)

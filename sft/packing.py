@@ -60,10 +60,16 @@ def pack_window(
     Bundles in `first`, the carry of the window before, are placed before those in `then`; within each the longest come
     first. Two rules are tried and the one that leaves fewer tokens over is kept: the fullest pack with room (best when
     bundles are long) and the emptiest (best when many short bundles with an image each must be spread over all packs,
-    or they end up in a few packs that are full of images and half empty of tokens).
+    or they end up in a few packs that are full of images and half empty of tokens). Before that counts that no pack is
+    empty, which is so with the second rule whenever there is a bundle for each.
     """
     filled = [_fill([first, then], num_packs, caps, fullest=fullest) for fullest in (True, False)]
-    packs, left = min(filled, key=lambda result: sum(bundle.num_tokens for bundle in result[1]))
+
+    def cost(result: tuple[list[_Open], list[Bundle]]) -> tuple[int, int]:
+        packs, left = result
+        return sum(not pack.bundles for pack in packs), sum(bundle.num_tokens for bundle in left)
+
+    packs, left = min(filled, key=cost)
     shuffled = [packs[number] for number in rng.permutation(num_packs)]
     return [Pack(items=tuple(item for b in pack.bundles for item in b.items)) for pack in shuffled], left
 

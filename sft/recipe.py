@@ -25,7 +25,7 @@ Rank = Literal["text", "letter"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(_Part):
@@ -183,14 +183,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
-    content = path.read_text(encoding="utf-8")
     try:
+        content = path.read_text(encoding="utf-8")
         node = yaml.compose(content, Loader=_Loader)
         values = yaml.load(content, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not readable as YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"{where}: {_not_yaml(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
     for override in overrides:
@@ -199,6 +199,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(path, node, problem) for problem in error.errors())) from error
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""ValueError: not UTF-8, or a date like 2026-13-41. RecursionError: brackets thousands deep."""
+
+
+def _not_yaml(error: Exception) -> str:
+    problem = str(getattr(error, "problem", None) or error)
+    return f"not readable as YAML: {' '.join(problem.split())}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -212,7 +221,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"key {key.value!r} stands here twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
@@ -234,7 +243,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
             place = place.setdefault(part, {})
         else:
             raise UserError(f"override {override!r}: there is no {part!r} to go into")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except _NOT_YAML as error:
+        raise UserError(f"override {override!r}: {_not_yaml(error)}") from error
     if isinstance(place, list) and last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     elif isinstance(place, dict):

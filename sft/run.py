@@ -91,7 +91,7 @@ def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
         for dataset in source.datasets:
             store = Store(Path(recipe.data.store) / dataset.store_name)
             path = encoded_path(store, template)
-            if not path.is_dir():
+            if not (path / "index.json").is_file():
                 raise UserError(f"{store.path}: not encoded for this model; run `idefics-sft prepare` first")
             own.append(Part(store, EncodedSamples(path)))
         parts.append(own)

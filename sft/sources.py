@@ -51,7 +51,7 @@ def read_jsonl(path: Path) -> Iterator[Row | SkipSample]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield SkipSample("line is not JSON")
                 continue
             yield row | {"__line__": number} if isinstance(row, dict) else SkipSample("line is not a JSON object")

@@ -223,6 +223,7 @@ def _write_tables(adapter: RawDataset, directory: Path, on_progress: Callable[[i
                     raise row
                 sample = adapter.to_sample(row)
                 key = sample.key
+                _check_text(sample)
                 contents = {image: _verified(image, image_rows) for image in sample.images}
             except SkipSample as skip:
                 counts.leave_out(skip, key)
@@ -246,6 +247,17 @@ def _write_tables(adapter: RawDataset, directory: Path, on_progress: Callable[[i
         )  # an empty table too
         file.unlink()
     return counts
+
+
+def _check_text(sample: Sample) -> None:
+    """Half a surrogate pair, which JSON can spell, is no text: it has no bytes to write."""
+    for message in sample.messages:
+        for item in message.content:
+            if isinstance(item, str) and not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError as error:
+                    raise SkipSample("text is not Unicode") from error
 
 
 def _verified(image: ImageRef, known: dict[str, int]) -> dict[str, Any]:

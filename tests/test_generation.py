@@ -6,7 +6,7 @@ import torch
 from conftest import IMAGE_SIZE, image_number, picture, pixels_of
 
 from sft.collate import PlacedSample, collate
-from sft.generation import generate
+from sft.generation import _image_attention_mask, generate
 from sft.models import idefics
 from sft.sample import EncodedSample, Message
 
@@ -69,6 +69,18 @@ def test_answers_are_what_the_forward_of_training_finds_likeliest(model, templat
     expected = [greedy(model, template, messages, 8, never=never, stops=stops) for messages in CONVERSATIONS]
     assert any(expected)
     assert answers(model, template, CONVERSATIONS) == expected
+
+
+def test_each_token_looks_at_the_last_image_at_or_before_it(template):
+    one, two = (template.encode_prompt(messages) for messages in (CONVERSATIONS[0], CONVERSATIONS[3]))
+    first, second = two.image_positions
+    longest, padding = len(two.input_ids), len(two.input_ids) - len(one.input_ids)
+    mask_BTN = _image_attention_mask([one, two], num_images=2)
+    looks_at = torch.where(mask_BTN.any(-1), mask_BTN.argmax(-1), -1).tolist()
+    start = padding + one.image_positions[0]
+    assert mask_BTN.sum(-1).max() == 1
+    assert looks_at[0] == [-1] * start + [0] * (longest - start)
+    assert looks_at[1] == [-1] * first + [0] * (second - first) + [1] * (longest - second)
 
 
 def test_another_image_gives_another_answer(model, template):

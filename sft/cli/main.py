@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, standalone_mode=True)
+        app(arguments, prog_name="idefics-sft")
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise

@@ -28,7 +28,10 @@ def rows(path: Path, split: str) -> Iterator[Row | SkipSample]:
 def to_sample(row: Row, path: Path) -> Sample:
     """One line as a sample."""
     folder = path if path.is_dir() else path.parent
-    images = [_image(name, folder) for name in row.get("images") or []]
+    names = row.get("images") or []
+    if not isinstance(names, list):
+        raise SkipSample("images is not a list")
+    images = [_image(name, folder) for name in names]
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise SkipSample("no messages")
@@ -43,7 +46,7 @@ def to_sample(row: Row, path: Path) -> Sample:
 
 
 def _image(name: Any, folder: Path) -> ImageRef:
-    if not isinstance(name, str) or "://" in name:
+    if not isinstance(name, str) or "://" in name or "\0" in name:
         raise SkipSample("image is not a local path")
     file = (folder / name).resolve()
     if not file.is_relative_to(folder.resolve()):

@@ -1,0 +1,281 @@
+"""The command line: one line and status 2 for what the user got wrong, one JSON object for programs."""
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_trainer import DATA, write_recipe
+
+from sft.checkpoint import checkpoint_name, write_folder
+from sft.cli.main import main
+from sft.errors import UserError
+from sft.naming import find_model, find_recipe, recipe_of_model, run_checkpoints
+from sft.shipped import shipped_root
+
+COMMANDS = ("quickstart", "validate", "prepare", "mix", "train", "evaluate", "select", "chat")
+
+
+def status_of(*arguments: object) -> int:
+    """The exit status of a command line, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code or 0
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command line that is wrong and returns the one line it prints."""
+
+    def run(*arguments: object) -> str:
+        assert status_of(*arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1, printed.err
+        assert "Traceback" not in printed.err
+        return printed.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_what_is_wrong_with_a_recipe_is_one_line(recipe, refusal):
+    assert "no shipped recipe has that name; did you mean 'quickstart'?" in refusal("validate", "quikstart")
+    assert "training.max_stepz: unknown key; did you mean 'max_steps'?" in refusal(
+        "validate", recipe, "training.max_stepz=5"
+    )
+    recipe.write_text(recipe.read_text().replace("  max_steps: 4", "  max_steps: four"))
+    assert "toy.yaml:" in refusal("prepare", recipe)
+
+
+@pytest.mark.parametrize("command", ["validate", "prepare", "train"])
+def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
+    assert "dataset 'messages': path nowhere.jsonl does not exist" in refusal(
+        command, recipe, "data.mixture.1.datasets.0.path=nowhere.jsonl"
+    )
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
+    assert "dev.jsonl: file not found" in refusal("prepare", recipe, "data.mixture.1.datasets.0.split=dev")
+
+
+def test_records_that_are_bad_are_a_failure_not_a_mistake(recipe, capsys):
+    bad = DATA / "messages" / "bad.jsonl"
+    assert status_of("prepare", recipe, f"data.mixture.1.datasets.0.path={bad}") == 1
+    assert "100.0% of 14 records bad (allowed: 0.0%): " in capsys.readouterr().err
+
+
+def test_validate_names_the_next_command(recipe, capsys):
+    assert status_of("validate", recipe) == 0
+    assert capsys.readouterr().out == f"{recipe}: valid, 2 sources, 4 steps. Next: idefics-sft prepare {recipe}\n"
+    assert status_of("validate", recipe, "--json", "data.mixture.1.datasets.0.path=nowhere", "--no-paths") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "valid": True,
+        "sources": ["pictures", "talk"],
+        "next": f"idefics-sft prepare {recipe}",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ prepare, mix
+
+
+def test_mix_before_prepare_names_the_command(recipe, refusal):
+    assert "no prepared dataset here; run `idefics-sft prepare` first" in refusal("mix", recipe)
+
+
+def test_prepare_and_mix_print_one_json_object(recipe, capsys):
+    assert status_of("prepare", recipe, "--json") == 0
+    stores = json.loads(capsys.readouterr().out)["stores"]
+    assert [(Path(store["path"]).name.split("-")[0], store["samples"], store["images"]) for store in stores] == [
+        ("easy_vqa", 8, 3),
+        ("easy_vqa", 10, 3),
+        ("messages", 5, 2),
+    ]
+    assert status_of("mix", recipe, "--json", "--steps", 32) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.keys() == {"unit", "steps", "sources", "packs"}
+    assert (report["unit"], report["steps"]) == ("tokens", 32)
+    for source in report["sources"]:
+        assert source.keys() == {
+            "name", "asked", "achieved", "tokens", "trained_tokens", "samples", "images", "epochs", "filtered",
+            "skipped",
+        }  # fmt: skip
+    assert [source["asked"] for source in report["sources"]] == [0.75, 0.25]
+    assert sum(source["achieved"] for source in report["sources"]) == pytest.approx(1)
+    assert report["sources"][1]["achieved"] == pytest.approx(0.25, abs=3 / 64)
+    assert report["packs"].keys() == {"count", "fill", "images_per_pack", "distinct_images_per_pack"}
+    assert report["packs"]["count"] == 64
+
+    assert status_of("mix", recipe) == 0
+    assert "Mixture in tokens, 4 steps" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A model folder of another family."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A TSV of MMBench layout with one question."""
+    image = base64.b64encode((DATA / "easy_vqa" / "train" / "images" / "0.png").read_bytes()).decode()
+    columns = {"index": 1, "question": "What is it?", "A": "A circle.", "B": "A square.", "answer": "A", "image": image}
+    return write_tsv(tmp_path / "questions.tsv", columns)
+
+
+def write_tsv(file, columns):
+    file.write_text("\t".join(columns) + "\n" + "\t".join(map(str, columns.values())) + "\n")
+    return file
+
+
+def test_a_model_that_is_not_idefics_is_refused(llama, questions, refusal):
+    expected = "model_type is 'llama'; this family loads 'idefics'"
+    assert expected in refusal("chat", llama)
+    assert expected in refusal("evaluate", llama, "--benchmark", questions)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, refusal):
+    assert "neither a model folder" in refusal("chat", tmp_path)
+    assert "neither a model folder" in refusal("chat", "no-such-model")
+
+
+def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal):
+    assert "--rank tea: expected text or letter" in refusal("evaluate", llama, "--rank", "tea")
+    assert "--protocol tea: expected circular or vanilla" in refusal("evaluate", llama, "--protocol", "tea")
+    assert "--benchmark is needed" in refusal("evaluate", llama)
+    assert "nowhere.tsv: No such file" in refusal("evaluate", llama, "--benchmark", "nowhere.tsv")
+    poem = write_tsv(tmp_path / "poem.tsv", {"line": "Tyger Tyger", "verse": 1})
+    assert "missing columns index, question" in refusal("evaluate", llama, "--benchmark", poem)
+    questions.write_text(questions.read_text().rsplit("\t", 1)[0] + "\tbm8gaW1hZ2U=\n")  # "no image" in base64
+    assert "questions.tsv, line 2: image does not decode" in refusal("evaluate", llama, "--benchmark", questions)
+
+
+def test_train_then_evaluate_the_run(recipe, questions, capsys):
+    assert status_of("train", recipe, "training.max_steps=2", "--json") == 0
+    printed = capsys.readouterr()
+    status = json.loads(printed.out)
+    assert (status["status"], status["step"], status["output_dir"]) == ("finished", 2, str(recipe.parent / "run"))
+    assert "training 2/2 loss" in printed.err
+
+    assert status_of("train", recipe, "training.max_steps=2") == 0
+    assert "a finished run is here already; nothing is trained" in capsys.readouterr().out
+
+    for rank in ("text", "letter"):
+        command = ("evaluate", recipe.parent / "run", "--benchmark", questions, "--rank", rank, "--json", "--blind")
+        assert status_of(*command) == 0
+        printed = capsys.readouterr()
+        result = json.loads(printed.out)
+        assert result.keys() >= {
+            "benchmark", "protocol", "protocol_hash", "rank", "shots", "questions", "accuracy", "standard_error",
+            "interval", "chance", "blind", "categories", "letters",
+        }  # fmt: skip
+        assert (result["questions"], result["chance"], result["rank"]) == (1, 0.5, rank)
+        assert "checkpoint-2" in printed.err, "which model answers is said"
+
+
+def test_select_before_train_names_the_command(recipe, refusal):
+    assert "no complete checkpoint here; run `idefics-sft train` first" in refusal("select", recipe)
+    assert "no complete checkpoint here" in refusal("chat", recipe)
+
+
+# ------------------------------------------------------------------------------------------------------------ naming
+
+
+@pytest.fixture
+def finished(recipe):
+    """A run with two checkpoints, as far as names go."""
+    found = find_recipe(str(recipe))
+    run_dir = Path(found.output_dir)
+    for step in (2, 10):
+        write_folder(
+            run_dir / "checkpoints" / checkpoint_name(step),
+            lambda folder: [
+                (folder / "config.json").write_text("{}"),
+                (folder / "recipe.yaml").write_text(found.to_yaml()),
+            ],
+        )
+    (run_dir / "recipe.yaml").write_text(found.to_yaml())
+    return run_dir
+
+
+def test_a_model_has_many_names(finished, recipe):
+    newest, second = finished / "checkpoints" / "checkpoint-10", finished / "checkpoints" / "checkpoint-2"
+    assert find_model(str(second)) == second
+    assert find_model(str(finished)) == newest
+    assert find_model(str(recipe)) == newest
+    assert find_model(f"{finished}@2") == second
+    assert find_model(f"{recipe}@2") == second
+    assert find_model("owner/model") == "owner/model", "a hub id"
+    (finished / "selection.json").write_text('{"selected": "checkpoint-2"}')
+    assert find_model(str(finished)) == second, "what was selected goes before what is newest"
+
+
+def test_a_step_without_a_checkpoint_is_refused(finished):
+    with pytest.raises(UserError, match=r"run@7: no complete checkpoint of step 7"):
+        find_model(f"{finished}@7")
+    with pytest.raises(UserError, match=r"no complete checkpoint of step last"):
+        find_model(f"{finished}@last")
+
+
+def test_an_incomplete_checkpoint_is_not_found(finished):
+    (finished / "checkpoints" / "checkpoint-10" / "config.json").unlink()
+    assert [path.name for path in run_checkpoints(finished)] == ["checkpoint-2"]
+    shutil.rmtree(finished / "checkpoints")
+    with pytest.raises(UserError, match="no complete checkpoint here"):
+        run_checkpoints(finished)
+
+
+def test_a_model_leads_to_its_recipe(finished, recipe):
+    expected = find_recipe(str(recipe))
+    for name in (recipe, finished, f"{finished}@2", finished / "checkpoints" / "checkpoint-2"):
+        assert recipe_of_model(str(name)) == expected
+    assert recipe_of_model("owner/model") is None
+    assert find_recipe(str(finished)) == expected, "a RUN is a recipe too"
+
+
+def test_a_recipe_that_is_wrong_says_what(recipe, refusal):
+    recipe.write_text(recipe.read_text() + "sed: 1\n")
+    assert "sed: unknown key; did you mean 'seed'?" in refusal("chat", recipe)
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    assert status_of(command, "--help") == 0
+    assert f"idefics-sft {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_unknown_command_is_a_mistake(capsys):
+    assert status_of("trian") == 2
+    assert "trian" in capsys.readouterr().err
+
+
+def test_help_starts_without_torch():
+    code = (
+        "import sys\nfrom sft.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=shipped_root())
+    assert ended.returncode == 0, ended.stderr
+    assert all(command in ended.stdout for command in COMMANDS)

@@ -1,0 +1,314 @@
+"""The training loop, and a whole run of four steps from raw files to checkpoints that plain transformers opens."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import batch_of, conversation, document, make_tiny_model, place
+from transformers import AutoTokenizer, IdeficsForVisionText2Text
+
+from sft import run
+from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
+from sft.errors import RunError, UserError
+from sft.mix import mix
+from sft.models import idefics
+from sft.optim import linear_schedule, parameter_groups
+from sft.recipe import Recipe, TrainingConfig, load_recipe
+from sft.trainer import Trainer
+
+DATA = Path(__file__).parent / "data"
+
+
+# ---------------------------------------------------------------------------------------------- optimizer, schedule
+
+
+def test_the_learning_rate_goes_up_and_down_in_lines():
+    factor = linear_schedule(4, 12, 0.2)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(4) == 1.0
+    assert factor(8) == pytest.approx(0.6)
+    assert factor(12) == factor(100) == pytest.approx(0.2)
+    assert linear_schedule(0, 10, 0.0)(0) == 1.0
+
+
+def test_what_is_decayed_is_what_m4_decayed(model):
+    idefics.select_trainable(model)
+    decayed, spared = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    spared_names = {name_of[id(parameter)] for parameter in spared["params"]}
+    decayed_names = {name_of[id(parameter)] for parameter in decayed["params"]}
+    assert {
+        "model.gated_cross_attn_layers.0.alpha_cross_attn",
+        "model.perceiver_resampler.latents",
+        "model.vision_model.encoder.layers.0.self_attn.k_proj.bias",
+        "model.vision_model.encoder.layers.0.layer_norm1.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.gated_cross_attn_layers.0.cross_attn.q_layer_norm.weight",
+    } <= spared_names
+    assert {
+        "model.norm.weight",
+        "model.vision_model.pre_layrnorm.weight",
+        "model.embed_tokens.weight",
+        "lm_head.additional_fc.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    } <= decayed_names
+    assert all("perceiver" not in name for name in decayed_names)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert spared_names | decayed_names == trainable
+    assert not spared_names & decayed_names
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+SAMPLES = (
+    conversation(("<dog>", "What is it?"), "A dog."),
+    conversation("Hi.", "Hello.", system="A dog and a cat."),
+    document("A fox.", "<fox>", "The quick brown fox."),
+    conversation(("<cat>", "A cat.", "<dog>", "And this?"), "A dog.", "Sure?", "Yes."),
+)
+
+
+def settings(**options) -> TrainingConfig:
+    return TrainingConfig(
+        **{"max_steps": 1, "tokens_per_step": 4, "learning_rate": 1e-3, "precision": "float32"} | options
+    )
+
+
+def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, **options) -> Trainer:
+    return Trainer(
+        model,
+        tokenizer=template.tokenizer,
+        micro_batches=[{"batch": batch} for batch in batches],
+        micro_batches_per_step=micro_batches_per_step,
+        settings=settings(**options),
+        checkpoint_every=1000,
+        write_checkpoint=lambda trained, step: None,
+        run_dir=tmp_path,
+        seed=0,
+        source_names=["toy"],
+        on_step=lambda step, line: None,
+    )
+
+
+def step_once(template, tmp_path, batches) -> tuple[dict[str, torch.Tensor], dict]:
+    """Parameters after one optimizer step over `batches`, and its line of metrics."""
+    model = make_tiny_model(template.tokenizer)
+    idefics.select_trainable(model)
+    trainer_of(model, template, batches, tmp_path, len(batches)).train()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    return dict(model.named_parameters()), json.loads(line)
+
+
+KEY_BIASES = ("k_proj.bias", "k_layer_norm.bias")
+"""A bias on all keys moves all scores of a query alike: its gradient is zero but for rounding."""
+
+
+def test_four_micro_batches_make_the_step_of_one(template, tmp_path):
+    packs = [[place(template, sample)] for sample in SAMPLES]
+    whole = batch_of(*packs)
+    parts = [batch_of(pack, num_trained_tokens=whole.num_trained_tokens) for pack in packs]
+    (found, line), (expected, whole_line) = step_once(template, tmp_path, parts), step_once(template, tmp_path, [whole])
+    before = dict(make_tiny_model(template.tokenizer).named_parameters())
+    largest = 0.0
+    for name, parameter in expected.items():
+        # AdamW's first step is ± the learning rate, 1e-3, whatever the gradient: rounding shows where that is tiny.
+        difference = (found[name] - parameter).abs()
+        assert difference.max() < 1e-5, name
+        assert name.endswith(KEY_BIASES) or (difference > 1e-6).float().mean() < 0.001, name
+        largest = max(largest, (before[name] - parameter).abs().max().item())
+    assert largest > 1e-3, "something was trained"
+    for name in ("loss", "grad_norm", "trained_tokens"):  # AdamW's first step does not see the gradient's scale
+        assert line[name] == pytest.approx(whole_line[name], rel=1e-5)
+    assert line["sources"]["toy"]["trained_tokens"] == whole.num_trained_tokens
+
+
+def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model):
+    idefics.select_trainable(model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    trainer = trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
+    with pytest.raises(RunError, match=r"step 1: loss nan.*not finite"):
+        trainer.train()
+    assert "NaN" in (tmp_path / "metrics.jsonl").read_text(), "the line that shows it is written"
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_checkpoint_is_there_only_when_it_is_complete(tmp_path):
+    def breaks(folder):
+        (folder / "weights").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder(tmp_path / "checkpoint-1", breaks)
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert checkpoints(tmp_path) == []
+    write_folder(tmp_path / "checkpoint-1", lambda folder: (folder / "weights").write_text("whole"))
+    assert (tmp_path / "checkpoint-1" / "weights").read_text() == "whole"
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
+    assert not list(tmp_path.glob(".*")), "the staging folder became the checkpoint"
+
+
+def test_a_broken_checkpoint_is_noticed(tmp_path):
+    for step in (10, 9, 100):
+        write_folder(tmp_path / f"checkpoint-{step}", lambda folder: (folder / "weights").write_bytes(b"abc"))
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [9, 10, 100]
+    assert broken_files(tmp_path / "checkpoint-9") == []
+    (tmp_path / "checkpoint-9" / "weights").write_bytes(b"abd")
+    assert broken_files(tmp_path / "checkpoint-9") == ["weights"]
+    (tmp_path / "checkpoint-10" / "weights").write_bytes(b"ab")
+    assert not is_complete(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-100" / "weights").unlink()
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [9]
+    with pytest.raises(UserError, match="expected a name like checkpoint-100"):
+        step_of(tmp_path / "weights")
+
+
+# ---------------------------------------------------------------------------------------------------- the whole way
+
+
+def write_recipe(folder: Path) -> Path:
+    """Four steps over the fixtures in tests/data, everything under `folder`."""
+    values = {
+        "model": {"path": "shipped:tiny_base"},
+        "data": {
+            "store": str(folder / "stores"),
+            "sequence_length": 128,
+            "max_skip_share": 0.0,
+            "mixture": [
+                {
+                    "name": "pictures",
+                    "share": 75,
+                    "datasets": [
+                        {"dataset": "easy_vqa", "path": str(DATA / "easy_vqa"), "options": {"form": form}}
+                        for form in ("questions", "choices")
+                    ],
+                },
+                {"name": "talk", "share": 25, "datasets": [{"dataset": "messages", "path": str(DATA / "messages")}]},
+            ],
+        },
+        "training": {"max_steps": 4, "tokens_per_step": 256, "learning_rate": 1e-3, "precision": "float32"},
+        "checkpoints": {"every_steps": 2},
+        "output_dir": str(folder / "run"),
+    }
+    file = folder / "toy.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Recipe:
+    """A recipe that was prepared and trained."""
+    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("whole")))
+    run.train(recipe, run.prepare(recipe))
+    return recipe
+
+
+def metrics_of(recipe: Recipe) -> list[dict]:
+    return [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_says_that_it_is_finished(finished):
+    values = json.loads((Path(finished.output_dir) / "run.json").read_text())
+    assert (values["status"], values["step"], values["max_steps"]) == ("finished", 4, 4)
+    assert values["tokens"] == sum(line["tokens"] for line in metrics_of(finished))
+    assert values["precision"] == "float32"
+    assert load_recipe(Path(finished.output_dir) / "recipe.yaml") == finished
+
+
+def test_metrics_have_a_line_a_step(finished):
+    lines = metrics_of(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line.keys() == {
+            "step", "time", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second",
+            "peak_memory_bytes", "sources",
+        }  # fmt: skip
+        assert line["sources"].keys() == {"pictures", "talk"}
+        assert sum(own["tokens"] for own in line["sources"].values()) == line["tokens"] <= 256
+        assert sum(own["trained_tokens"] for own in line["sources"].values()) == line["trained_tokens"]
+        assert all(own.keys() == {"loss", "tokens", "trained_tokens"} for own in line["sources"].values())
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_mixture_that_was_shown_is_the_one_that_was_trained(finished):
+    report = mix(finished, run.prepare(finished))
+    lines = metrics_of(finished)
+    for source in report["sources"]:
+        assert source["tokens"] == sum(line["sources"][source["name"]]["tokens"] for line in lines)
+        assert source["trained_tokens"] == sum(line["sources"][source["name"]]["trained_tokens"] for line in lines)
+
+
+def test_checkpoints_open_in_plain_transformers(finished):
+    found = checkpoints(Path(finished.output_dir) / "checkpoints")
+    assert [path.name for path in found] == ["checkpoint-2", "checkpoint-4"]
+    for path in found:
+        assert broken_files(path) == []
+        assert json.loads((path / "config.json").read_text())["architectures"] == ["IdeficsForVisionText2Text"]
+    plain = IdeficsForVisionText2Text.from_pretrained(found[-1])
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+    tokenizer = AutoTokenizer.from_pretrained(found[-1])
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+    ]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == (
+        "<s>User:<fake_token_around_image><image><fake_token_around_image>What is this?<end_of_utterance>\n"
+        "Assistant: A dog.<end_of_utterance></s>"
+    )
+    own = idefics.load_tokenizer(found[-1])
+    text = "User: Is it a blue circle?"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
+    recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path / 'again'}",))
+    run.train(recipe, run.prepare(recipe))
+    first, second = (
+        Path(one.output_dir) / "checkpoints" / "checkpoint-4" / "model.safetensors" for one in (finished, recipe)
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert [line["loss"] for line in metrics_of(recipe)] == [line["loss"] for line in metrics_of(finished)]
+
+
+def test_a_run_that_fails_says_so(finished, tmp_path):
+    recipe = load_recipe(
+        Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path}", "training.learning_rate=1e30")
+    )
+    with pytest.raises(RunError, match="not finite"):
+        run.train(recipe, run.prepare(recipe))
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert values["status"] == "failed"
+    assert checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_run_that_is_interrupted_says_so(finished, tmp_path):
+    recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path}",))
+
+    def interrupt(step, line):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(recipe, run.prepare(recipe), interrupt)
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert (values["status"], values["step"]) == ("stopped", 3)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2"]
+
+
+def test_what_is_not_encoded_for_the_model_names_the_command(finished, tmp_path):
+    shutil.copytree(finished.data.store, tmp_path / "stores")
+    recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"data.store={tmp_path / 'stores'}",))
+    sources = run.prepare(recipe)
+    shutil.rmtree(sources.parts[0][0].encoded.path)
+    from sft.inference import load_template
+
+    template = load_template(idefics, run.prepare_base(recipe))
+    with pytest.raises(UserError, match="not encoded for this model; run `idefics-sft prepare` first"):
+        run.open_sources(recipe, template)
