@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,13 +110,13 @@ def encoded_path(store: Store, template: ChatTemplate) -> Path:
 def train(
     recipe: Recipe, sources: Sources, on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None
 ) -> RunStatus:
-    """Fine-tune as the recipe says, into its output_dir. A finished run is left as it is."""
+    """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first."""
     from transformers import set_seed
 
     from sft.trainer import Trainer
 
     run_dir = Path(recipe.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _clear(run_dir)
     (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
@@ -173,6 +174,15 @@ def train(
         trainer.train()
     model.eval()
     return status("finished")
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what an earlier run wrote, so that no step of it is taken for one of this run. Stores stay."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoints", "evaluations"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in ("run.json", "selection.json", "metrics.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`idefics-sft train RECIPE`: fine-tune, writing checkpoints."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,16 +21,22 @@ def run(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> 
 
 
 def train(recipe: Any, out: Console) -> Any:
-    """Prepare and train with a progress bar; a finished run of the same recipe is left as it is."""
-    from pathlib import Path
+    """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
 
+    Raises:
+        UserError: a run of another recipe is in the folder.
+    """
     from sft.run_status import RunStatus
 
     run_dir = Path(recipe.output_dir)
     status = RunStatus.read(run_dir)
-    if status and status.status == "finished" and status.step >= recipe.training.max_steps:
+    if status:
+        _refuse_other_recipe(recipe, run_dir)
+    if status and status.status == "finished":
         out.print(f"{run_dir}: a finished run is here already; nothing is trained")
         return status
+    if status:
+        out.print(f"{run_dir}: an unfinished run was here, at step {status.step}; it starts again from the beginning")
     quiet_libraries()
     from sft import run as runs
 
@@ -41,3 +48,15 @@ def train(recipe: Any, out: Console) -> Any:
             update(step, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
 
         return runs.train(recipe, sources, on_step)
+
+
+def _refuse_other_recipe(recipe: Any, run_dir: Path) -> None:
+    from sft.errors import UserError
+    from sft.recipe import load_recipe
+
+    before = load_recipe(run_dir / "recipe.yaml")
+    changed = [part for part in ("model", "data", "training", "seed") if getattr(before, part) != getattr(recipe, part)]
+    if changed:
+        raise UserError(
+            f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir"
+        )

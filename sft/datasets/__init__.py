@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from sft.errors import UserError, nearest
 from sft.sample import Sample, SkipSample
@@ -38,7 +38,10 @@ class Adapter:
         self._rows_options = self._select(self.module.rows, options)
         self._sample_options = self._select(self.module.to_sample, options)
         known = {**_options(self.module.rows), **_options(self.module.to_sample)}
-        for option in options:
+        for option, value in options.items():
+            choices = get_args(known[option]) if option in known else ()
+            if choices and value not in choices:
+                raise UserError(f"dataset {name!r}: option {option} is {value!r}; expected {_one_of(choices)}")
             if option not in known:
                 raise UserError(
                     f"dataset {name!r}: unknown option {option!r}{nearest(option, known)}"
@@ -75,9 +78,17 @@ class Adapter:
         return {name: value for name, value in options.items() if name in _options(function)}
 
 
-def _options(function: Any) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters
-    return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def _one_of(choices: tuple[Any, ...]) -> str:
+    """a, b or c"""
+    *most, last = map(str, choices)
+    return f"{', '.join(most)} or {last}"
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """Keyword-only arguments of a function and their types."""
+    types = get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: types.get(p.name) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _load(name: str) -> ModuleType:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from sft import images
 from sft.chat_template import ChatTemplate
@@ -83,7 +83,7 @@ def score_answers(
 ) -> list[list[AnswerScore]]:
     """Log-probability of every answer to every prompt, in the order given.
 
-    `model(batch=Batch)` runs a packed forward; its output embedding is applied in float32. `autocast` lets the rest of
+    `model(batch=Batch)` runs a packed forward whose logits are float32 in evaluation mode. `autocast` lets the rest of
     the model compute in bfloat16. `on_progress` is told (tokens done, tokens in all) after each forward. A segment
     longer than `tokens_per_forward` runs alone.
 
@@ -166,7 +166,9 @@ def _score_batch(
     batch = collate([placed], load_pixels, train_on="assistant", image_size=image_size, num_trained_tokens=1)
     device = next(model.parameters()).device
     with torch.inference_mode():
-        log_probs_PV = _logits(model, batch.to(device), autocast=autocast).log_softmax(-1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = model(batch=batch.to(device))
+        log_probs_PV = output.logits_PV.float().log_softmax(-1)
         rows, tokens, owners = _places(segments)
         found = log_probs_PV[torch.from_numpy(rows).to(device), torch.from_numpy(tokens).to(device)]
     return np.bincount(owners, weights=found.double().cpu().numpy()).astype(np.float64)
@@ -194,22 +196,3 @@ def _places(segments: Sequence[_Segment]) -> tuple[NDArray[np.int64], NDArray[np
             sizes.append(len(reading.token_ids))
         first_row += last - first
     return np.concatenate(rows), np.concatenate(tokens), np.repeat(np.arange(len(sizes)), sizes)
-
-
-def _logits(model: nn.Module, batch: object, *, autocast: bool) -> Tensor:
-    """Logits (P, V) of the positions that the batch trains, in float32 also under autocast.
-
-    In bfloat16 the logits of two options differ by steps of up to 1/16 and tie. So the head's input is caught and the
-    head applied again.
-    """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # of every transformers model
-    hidden_PD: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: hidden_PD.append(args[0]))
-    device = next(model.parameters()).device
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            model(batch=batch)
-    finally:
-        handle.remove()
-    logits_PV: Tensor = head(hidden_PD[0].to(head.weight.dtype))
-    return logits_PV.float()

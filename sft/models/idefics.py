@@ -64,6 +64,8 @@ class PackedOutput(NamedTuple):
     """Cross entropy of each trained position, float32, detached."""
     source_ids_P: Tensor
     """The mixture's source of each trained position."""
+    logits_PV: Tensor | None
+    """Logits of each trained position, float32; only in evaluation mode, they are large."""
 
 
 class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not typed
@@ -76,13 +78,22 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
             return super().forward(*args, **kwargs)
         hidden_TD = self._hidden_states(batch)
         positions_P = trained_positions(batch.labels_T)
-        logits_PV = self.lm_head(hidden_TD[positions_P])
+        logits_PV = self._logits(hidden_TD[positions_P])
         losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
         return PackedOutput(
             loss=losses_P.sum() / batch.num_trained_tokens,
             token_losses_P=losses_P.detach(),
             source_ids_P=batch.source_ids_T[positions_P + 1],
+            logits_PV=None if self.training else logits_PV,
         )
+
+    def _logits(self, hidden_PD: Tensor) -> Tensor:
+        """The head. In evaluation it computes in float32 whatever autocast says: bfloat16 logits of two options differ
+        by steps of up to 1/16, and tie."""
+        if self.training:
+            return torch.as_tensor(self.lm_head(hidden_PD))
+        with torch.autocast(hidden_PD.device.type, enabled=False):
+            return torch.as_tensor(self.lm_head(hidden_PD.to(self.lm_head.weight.dtype))).float()
 
     def encode_images(self, pixel_values_NCHW: Tensor) -> Tensor:
         """uint8 or already normalised pixels -> (images, latents, size), what cross-attention looks at."""
