@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-
 from conftest import conversation
+
 from sft.chat import Conversation
 from sft.datasets import Adapter
 from sft.evaluation.mmbench import Row, prompt
