@@ -40,8 +40,10 @@ SNAPSHOT_DTYPE = "bfloat16"
 
 
 def base_path(recipe: Recipe) -> Path:
-    """Where the prepared base of a recipe stands."""
-    digest = hashlib.sha256(recipe.model.path.encode()).hexdigest()[:8]
+    """Where the prepared base of a recipe stands; another place when the files of a local base change."""
+    files = sorted(resolve(recipe.model.path).glob("*")) if is_local(recipe.model.path) else []
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(f"{recipe.model.path} {stamps}".encode()).hexdigest()[:8]
     name = recipe.model.path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     return Path(recipe.data.store) / "bases" / f"{name}-{digest}"
 
@@ -108,9 +110,15 @@ def encoded_path(store: Store, template: ChatTemplate) -> Path:
 
 
 def train(
-    recipe: Recipe, sources: Sources, on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None
+    recipe: Recipe,
+    sources: Sources,
+    on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> RunStatus:
-    """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first."""
+    """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first.
+
+    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know before the first.
+    """
     from transformers import set_seed
 
     from sft.trainer import Trainer
@@ -122,7 +130,8 @@ def train(
     base = prepare_base(recipe)
     set_seed(recipe.seed)
     model = family.load_model(base)
-    family.select_trainable(model)
+    frozen = family.select_trainable(model)
+    say(_what_is_trained(model, frozen))
     template = load_template(family, base)
     planner = Planner(sources.sizes(), recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     micro_batches = MicroBatches(
@@ -174,6 +183,12 @@ def train(
         trainer.train()
     model.eval()
     return status("finished")
+
+
+def _what_is_trained(model: torch.nn.Module, frozen: tuple[str, ...]) -> str:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    line = f"training {trained:,} parameters"
+    return f"{line}; frozen, since no gradient ever reaches them: {', '.join(frozen)}" if frozen else line
 
 
 def _clear(run_dir: Path) -> None:

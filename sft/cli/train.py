@@ -47,7 +47,7 @@ def train(recipe: Any, out: Console) -> Any:
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
 
-        return runs.train(recipe, sources, on_step)
+        return runs.train(recipe, sources, on_step, out.print)
 
 
 def _refuse_other_recipe(recipe: Any, run_dir: Path) -> None:
