@@ -4,9 +4,10 @@
     python scripts/build_tiny_base.py --output tiny_base          (about 20 minutes on 2 CPU cores)
 
 What it learns from: captions of easy-vqa's *train* images ("a red circle") and sentences of the templates below, text
-only. It has never seen a turn, a question or an option to choose: that is what fine-tuning is to teach. The sentences
-hold the words that questions are made of, as a real pre-training corpus would, and speak of things kept on lettered
-shelves, so that a letter can stand for a thing.
+only. It has never seen a turn, a question, or an image together with options. What it has practised, in text alone, is
+to look things up in lettered lists ("A: red", "B: blue", then "blue B"), words of colours and shapes among them: a
+skill that a real pre-training corpus gives, and without which 2.5 M parameters do not learn to answer by letter in
+minutes. The sentences also hold the words that questions are made of.
 
 The tokenizer is trained here too: byte-fallback BPE by the rules of LLaMA-1, base vocabulary plus the two image tokens.
 The model has every part of idefics-9b (resampler, qk layer norms, gated cross-attention, decoupled embedding and head).
@@ -107,17 +108,19 @@ def sentence(rng: random.Random) -> str:
 
 
 def letters_for_things(rng: random.Random) -> str:
-    """A list of lettered things, then where each of them was: what a letter stands for must be looked up."""
-    kind = rng.choice((COLOURS, COLOURS, SHAPES, THINGS, THINGS))
+    """A list of lettered things, then where each of them was: what a letter stands for must be looked up.
+
+    The barest form, "A red B blue / blue B", is what makes the model learn this at all: alone in 150 steps, while
+    without it 1,000 steps were not enough. The others widen it.
+    """
+    kind = rng.choice((COLOURS, COLOURS, SHAPES, THINGS))
     things = rng.sample(kind, min(rng.choice((2, 3, 4, 4)), len(kind)))
     pairs = list(zip(LETTERS, things, strict=False))
-    listed = rng.choice(("{0}: {1}\n", "{0}: {1}\n", "{0}: {1}\n", "({0}) {1}\n", "{0} is the {1}. "))
-    asked = rng.choice(("{1}: {0}\n", "{1}: {0}\n", "The {1} is {0}. ", "Look for the {1} at {0}. ", "{0}: {1}\n"))
-    text = "".join(listed.format(*pair) for pair in pairs)
-    for _ in range(2):
-        rng.shuffle(pairs)
-        text += "".join(asked.format(*pair) for pair in pairs)
-    return text.strip()
+    listed = rng.choice(("{0} {1} ", "{0} {1} ", "{0}: {1}\n", "{0}: {1}\n", "{0}: {1}\n", "({0}) {1}\n"))
+    asked = rng.choice(("{1} {0} ", "{1} {0} ", "{1} {0}. ", "{1}: {0}\n", "The {1} is {0}. ", "{0}: {1}\n"))
+    text = "".join(listed.format(*pair) for pair in pairs).strip() + "\n"
+    rng.shuffle(pairs)
+    return text + "".join(asked.format(*pair) for pair in pairs).strip()
 
 
 def repeated_list(rng: random.Random) -> str:
@@ -267,7 +270,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, default=Path("tiny_base"))
     arguments.add_argument("--steps", type=int, default=3000)
     arguments.add_argument("--images-per-step", type=int, default=48)
-    arguments.add_argument("--sentences-per-step", type=int, default=64)
+    arguments.add_argument("--sentences-per-step", type=int, default=48)
     arguments.add_argument("--vocab-size", type=int, default=1024)
     arguments.add_argument("--learning-rate", type=float, default=2e-3)
     arguments.add_argument("--seed", type=int, default=0)

@@ -114,13 +114,9 @@ class Repl:
             except UserError as error:
                 self._print(f"Error: {error}")
 
-    def show(self, name: str | Path) -> None:
-        """Show an image with the next message.
-
-        Raises:
-            UserError: see `Conversation.open_image`.
-        """
-        self._image = self.conversation.open_image(name)
+    def show(self, image: ImageRef) -> None:
+        """Show an image with the next message."""
+        self._image = image
 
     def _read_line(self) -> str | None:
         """The next line; what was not typed at a terminal is echoed, so that a transcript can be read."""
@@ -144,11 +140,11 @@ class Repl:
             self._image = None
             self.conversation.reset()
         elif command == "/image":
-            self.show(argument.strip())
+            self.show(self.conversation.open_image(argument.strip()))
         elif command.startswith("/"):
             raise UserError(f"{command}: unknown command. {HELP}")
         elif line:
-            self._print(f"Assistant: {self.conversation.say(line, self._image)}")
+            self._print(f"Assistant: {self.conversation.say(line, self._image) or '(no answer)'}")
             self._image = None
         return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from sft.chat_template import ChatTemplate, load_chat_template
+from sft.errors import UserError
 from sft.models import ModelFamily, get_family
 from sft.precision import choose_precision, device
 from sft.shipped import shipped_root
@@ -27,7 +28,11 @@ class Loaded:
 def load_template(family: ModelFamily, model_path: str | Path) -> ChatTemplate:
     """The family's chat template bound to a model's tokenizer."""
     source = load_chat_template(shipped_root() / "chat_templates" / family.CHAT_TEMPLATE)
-    return ChatTemplate(source, family.load_tokenizer(model_path))
+    tokenizer = family.load_tokenizer(model_path)
+    try:
+        return ChatTemplate(source, tokenizer)
+    except ValueError as error:
+        raise UserError(f"{model_path}: {error}; a base gets it by `idefics-sft prepare`") from error
 
 
 def load_for_inference(path: str | Path, *, family: str = "idefics", precision: str = "auto") -> Loaded:

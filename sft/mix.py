@@ -46,7 +46,7 @@ def mix(recipe: Recipe, sources: Sources, steps: int | None = None) -> dict[str,
                 "samples": samples[index],
                 "images": image_counts[index],
                 "epochs": samples[index] / len(size.num_tokens),
-                "filtered": _sum_counts([manifest["filtered"] for manifest in manifests]),
+                "filtered": _sum_counts([*(m["filtered"] for m in manifests), _dropped(planner.num_dropped[index])]),
                 "skipped": _sum_counts([manifest["skipped"] for manifest in manifests]),
             }
         )
@@ -61,6 +61,11 @@ def mix(recipe: Recipe, sources: Sources, steps: int | None = None) -> dict[str,
             "distinct_images_per_pack": distinct / len(packs),
         },
     }
+
+
+def _dropped(number: int) -> dict[str, int]:
+    """Samples that were drawn and that no pack can hold."""
+    return {"drawn but does not fit a pack": number} if number else {}
 
 
 def _sum_counts(counts: list[dict[str, int]]) -> dict[str, int]:

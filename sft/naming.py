@@ -6,15 +6,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.checkpoint import checkpoint_name, checkpoints, is_complete
+from sft.checkpoint import broken_files, checkpoint_name, checkpoints, is_complete
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 from sft.shipped import recipe_path
 
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe called `name`: a path, a shipped name, or a RUN folder."""
-    return load_recipe(_recipe_file(name), overrides)
+    """The recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
+    recipe = load_recipe(_recipe_file(name), overrides)
+    if Path(name).is_dir() and not any(override.startswith("output_dir=") for override in overrides):
+        return recipe.model_copy(update={"output_dir": name})
+    return recipe
 
 
 def _recipe_file(name: str) -> Path:
@@ -25,10 +28,10 @@ def _recipe_file(name: str) -> Path:
 def _recipe_if_any(name: str) -> Recipe | None:
     """The recipe called `name`, or None where nothing is called so. One with a mistake in it says so."""
     try:
-        file = _recipe_file(name)
+        _recipe_file(name)
     except UserError:
         return None
-    return load_recipe(file)
+    return find_recipe(name)
 
 
 def run_checkpoints(run_dir: Path) -> list[Path]:
@@ -65,20 +68,37 @@ def find_model(name: str) -> Path | str:
             raise UserError(f"{name}: neither a model folder (no config.json), nor a run, a recipe or a hub id")
         return text
     if step:
-        checkpoint = run_dir / "checkpoints" / checkpoint_name(int(step)) if step.isdigit() else run_dir / step
-        if not is_complete(checkpoint):
-            raise UserError(f"{name}: no complete checkpoint of step {step} in {run_dir}")
-        return checkpoint
+        if not (step.isascii() and step.isdecimal()):
+            raise UserError(f"{name}: {step!r} is not a step; expected a number, as in {text}@100")
+        return _sound(run_dir / "checkpoints" / checkpoint_name(int(step)), name)
     selection = run_dir / "selection.json"
-    if selection.is_file():
-        return run_dir / "checkpoints" / str(json.loads(selection.read_text())["selected"])
-    return run_checkpoints(run_dir)[-1]
+    if not selection.is_file():
+        return _sound(run_checkpoints(run_dir)[-1], name)
+    try:
+        selected = str(json.loads(selection.read_text())["selected"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{selection}: damaged; delete it and run `idefics-sft select {text}` again") from error
+    return _sound(run_dir / "checkpoints" / selected, name)
+
+
+def _sound(checkpoint: Path, name: str) -> Path:
+    """The checkpoint itself, when everything in it is as it was written.
+
+    Raises:
+        UserError: it is not there, or a file of it has changed.
+    """
+    if not is_complete(checkpoint):
+        raise UserError(f"{name}: no complete checkpoint {checkpoint}")
+    broken = broken_files(checkpoint)
+    if broken:
+        raise UserError(f"{checkpoint}: {', '.join(broken)} changed since it was written; choose another checkpoint")
+    return checkpoint
 
 
 def recipe_of_model(name: str) -> Recipe | None:
-    """The recipe of the run that MODEL belongs to, if it names a run, a recipe or a checkpoint of one."""
+    """The recipe of the run that MODEL belongs to, if it names a run, a recipe or a checkpoint of a run."""
     text = name.partition("@")[0]
-    for folder in (Path(text), Path(text).parent.parent):
-        if (folder / "recipe.yaml").is_file():
-            return load_recipe(folder / "recipe.yaml")
+    path = Path(text)
+    if path.name.startswith("checkpoint-") and (path.parent.parent / "recipe.yaml").is_file():
+        return find_recipe(str(path.parent.parent))
     return _recipe_if_any(text)

@@ -18,9 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sft.errors import UserError, nearest
 from sft.sample import TrainOn
 
+BUILT_BENCHMARKS = ("easy_vqa",)
+"""Benchmarks that are made here rather than downloaded: modules of sft/evaluation/ with `write_benchmark`."""
 MAX_RECIPE_BYTES = 1024 * 1024
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0)]
 Rank = Literal["text", "letter"]
 
 
@@ -115,7 +119,7 @@ class TrainingConfig(_Part):
     """Steps of linear warm-up from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Of AdamW."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
@@ -139,7 +143,7 @@ class EvaluationConfig(_Part):
     """What is ranked by likelihood: the options' texts, their letters."""
     max_questions: Positive | None = None
     """A seeded part of the benchmark, by whole images."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws that part, and the half of the images that chooses."""
 
 
@@ -151,7 +155,7 @@ class Recipe(_Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     output_dir: str
     """Where the run is written. Paths are relative to the current directory."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the data order and of training."""
 
     @model_validator(mode="after")

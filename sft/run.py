@@ -7,7 +7,6 @@ train    model + sources + trainer -> RUN/ with checkpoints
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft import run_status
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
 from sft.data_loader import MicroBatches, Part, Planner, Sources
@@ -22,15 +22,19 @@ from sft.datasets import Adapter
 from sft.encoding import EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.inference import load_template
+from sft.locking import locked
 from sft.models import ModelFamily, get_family
-from sft.recipe import Recipe
+from sft.recipe import DatasetConfig, Recipe
 from sft.run_status import RunStatus
 from sft.shipped import resolve
 from sft.store import Store, prepare_store
-from sft.validation import check_adapters, is_local
+from sft.validation import check_recipe, is_local
 
 if TYPE_CHECKING:
     import torch
+
+OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json")
+"""What a run writes beside run.json."""
 
 SNAPSHOT_DTYPE = "bfloat16"
 """Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
@@ -63,23 +67,31 @@ def prepare(recipe: Recipe, on_progress: Callable[[str, int], None] = lambda nam
 
     `on_progress` is called with a source's name and the number of records read so far.
     """
-    check_adapters(recipe)
-    template = load_template(get_family(recipe.model.family), prepare_base(recipe))
-    parts: list[list[Part]] = []
-    for source in recipe.data.mixture:
-        own = []
-        for dataset in source.datasets:
-            store = prepare_store(
-                Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options),
-                Path(recipe.data.store) / dataset.store_name,
-                asked=dataset.model_dump(),
-                max_skip_share=recipe.data.max_skip_share,
-                on_progress=lambda records, name=source.name: on_progress(name, records),  # type: ignore[misc]
-            )
-            encoded = encode_samples(store.stored_samples(), template, encoded_path(store, template))
-            own.append(Part(store, encoded))
-        parts.append(own)
+    check_recipe(recipe)
+    with locked(Path(recipe.data.store)):
+        template = load_template(get_family(recipe.model.family), prepare_base(recipe))
+        parts = [
+            [_prepare_dataset(recipe, source.name, dataset, template, on_progress) for dataset in source.datasets]
+            for source in recipe.data.mixture
+        ]
     return Sources(parts, recipe.data)
+
+
+def _prepare_dataset(
+    recipe: Recipe,
+    source: str,
+    dataset: DatasetConfig,
+    template: ChatTemplate,
+    on_progress: Callable[[str, int], None],
+) -> Part:
+    store = prepare_store(
+        Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options),
+        Path(recipe.data.store) / dataset.store_name,
+        asked=dataset.model_dump(),
+        max_skip_share=recipe.data.max_skip_share,
+        on_progress=lambda records: on_progress(source, records),
+    )
+    return Part(store, encode_samples(store.stored_samples(), template, encoded_path(store, template)))
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
@@ -117,19 +129,34 @@ def train(
 ) -> RunStatus:
     """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first.
 
-    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know before the first.
+    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides.
+
+    Raises:
+        UserError: the folder is in use or holds other things, or samples are too long for the model.
     """
+    run_dir = Path(recipe.output_dir)
+    with locked(run_dir):
+        return _train(recipe, sources, run_dir, on_step, say)
+
+
+def _train(
+    recipe: Recipe,
+    sources: Sources,
+    run_dir: Path,
+    on_step: Callable[[int, dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> RunStatus:
     from transformers import set_seed
 
     from sft.trainer import Trainer
 
-    run_dir = Path(recipe.output_dir)
-    _clear(run_dir)
-    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    _take_over(run_dir, recipe.training.max_steps)
+    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
     set_seed(recipe.seed)
     model = family.load_model(base)
+    _check_positions(recipe, sources, family.max_positions(model))
     frozen = family.select_trainable(model)
     say(_what_is_trained(model, frozen))
     template = load_template(family, base)
@@ -177,12 +204,30 @@ def train(
             cpu_seconds=time.process_time() - cpu_started,
             tokens=tokens,
             precision=trainer.precision,
+            versions=_versions(),
         )
 
     with _recorded(run_dir, status):
         trainer.train()
     model.eval()
+    for size, num_dropped in zip(planner.sizes, planner.num_dropped, strict=True):
+        if num_dropped:
+            say(f"{size.name}: {num_dropped:,} samples do not fit a pack and were left out")
     return status("finished")
+
+
+def _check_positions(recipe: Recipe, sources: Sources, max_positions: int) -> None:
+    """Isolated samples must fit the model's positions; samples that see each other, the whole pack.
+
+    Raises:
+        UserError: they do not.
+    """
+    length = recipe.data.sequence_length
+    if recipe.data.pack_isolation:
+        length = min(length, max(int(size.num_tokens.max()) for size in sources.sizes()))
+    if length > max_positions:
+        what = "the longest sample has" if recipe.data.pack_isolation else "without pack_isolation a pack has"
+        raise UserError(f"data.sequence_length: {what} {length} tokens, the model has {max_positions} positions")
 
 
 def _what_is_trained(model: torch.nn.Module, frozen: tuple[str, ...]) -> str:
@@ -191,30 +236,42 @@ def _what_is_trained(model: torch.nn.Module, frozen: tuple[str, ...]) -> str:
     return f"{line}; frozen, since no gradient ever reaches them: {', '.join(frozen)}" if frozen else line
 
 
-def _clear(run_dir: Path) -> None:
-    """Remove what an earlier run wrote, so that no step of it is taken for one of this run. Stores stay."""
+def _take_over(run_dir: Path, max_steps: int) -> None:
+    """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
+
+    Raises:
+        UserError: the folder holds files of these names that no run of ours has written.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints", "evaluations"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("run.json", "selection.json", "metrics.jsonl"):
-        (run_dir / name).unlink(missing_ok=True)
+    if not (run_dir / run_status.FILE).is_file():
+        foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
+        if foreign:
+            raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
+    RunStatus(status="running", step=0, max_steps=max_steps).write(run_dir)
+    delete_outputs(run_dir)
+
+
+def delete_outputs(run_dir: Path) -> None:
+    """Delete what a run has written, and nothing else."""
+    for name in OUTPUTS:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _recorded(run_dir: Path, status: Callable[[str], RunStatus]) -> Iterator[None]:
     """Keep run.json true: running, then finished, stopped or failed."""
 
-    def write(state: str) -> None:
-        values = vars(status(state)) | {"versions": _versions()}
-        (run_dir / "run.json").write_text(json.dumps(values, indent=2) + "\n")
-
-    write("running")
+    status("running").write(run_dir)
     try:
         yield
     except BaseException as error:
-        write("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
         raise
-    write("finished")
+    status("finished").write(run_dir)
 
 
 def _versions() -> dict[str, str]:
@@ -232,4 +289,10 @@ def save_snapshot(
     family.save_model(model, folder, getattr(torch, SNAPSHOT_DTYPE))
     template.tokenizer.chat_template = template.template
     template.tokenizer.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it is kept: what is written is found again from any current directory."""
+    data = recipe.data.model_copy(update={"store": str(Path(recipe.data.store).absolute())})
+    return recipe.model_copy(update={"data": data, "output_dir": str(Path(recipe.output_dir).absolute())})

@@ -1,10 +1,14 @@
-"""run.json: how far a run is, and what it cost."""
+"""run.json: how far a run is, and what it cost. The file marks a folder as a run of ours."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from sft.errors import UserError
+
+FILE = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,21 +16,33 @@ class RunStatus:
     """What run.json says."""
 
     status: str
+    """running, stopped, finished or failed"""
     step: int
     max_steps: int
-    seconds: float
-    cpu_seconds: float
-    tokens: int
-    precision: str
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+    precision: str = ""
+    versions: dict[str, str] | None = None
 
     @staticmethod
     def read(run_dir: Path) -> RunStatus | None:
-        """The status of a run, or None where there is none."""
-        file = run_dir / "run.json"
+        """The status of a run, or None where there is none.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        file = run_dir / FILE
         if not file.is_file():
             return None
-        values = json.loads(file.read_text())
-        return RunStatus(**{name: values[name] for name in RunStatus.__annotations__})
+        try:
+            return RunStatus(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file}: damaged, not the status of a run; choose another output_dir") from error
+
+    def write(self, run_dir: Path) -> None:
+        """Write run.json."""
+        (run_dir / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @property
     def tokens_per_second(self) -> float:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from sft.checkpoint import hash_file
-from sft.evaluation import easy_vqa
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
 from sft.inference import Loaded, load_for_inference
-from sft.recipe import Recipe
+from sft.recipe import BUILT_BENCHMARKS, EvaluationConfig, Recipe
 from sft.shipped import resolve
-
-BUILT = {"easy_vqa": easy_vqa.write_benchmark}
-"""Benchmarks that are made here rather than downloaded."""
 
 
 def recipe_benchmark(recipe: Recipe) -> Benchmark | None:
-    """The benchmark of a recipe, built on first use where its name is one of BUILT; None where it names none."""
-    settings = recipe.evaluation
-    if settings.benchmark is None:
-        return None
+    """The benchmark of a recipe; None where it names none."""
+    return load_settings(recipe.evaluation, Path(recipe.data.store)) if recipe.evaluation.benchmark else None
+
+
+def load_settings(settings: EvaluationConfig, store: Path) -> Benchmark:
+    """The benchmark that settings name, built into `store` on first use where it is one that is made here."""
+    assert settings.benchmark is not None
     return load_benchmark(
-        benchmark_file(settings.benchmark, Path(recipe.data.store), seed=settings.seed),
+        benchmark_file(settings.benchmark, store, seed=settings.seed),
         protocol=settings.protocol,
         max_questions=settings.max_questions,
         seed=settings.seed,
@@ -32,12 +32,12 @@ def recipe_benchmark(recipe: Recipe) -> Benchmark | None:
 
 def benchmark_file(name: str, store: Path, *, seed: int) -> Path:
     """The TSV of a benchmark given by path, or by the name of one that is built into `store`."""
-    if name not in BUILT:
+    if name not in BUILT_BENCHMARKS:
         return resolve(name)
-    file = store / "benchmarks" / f"{name}.tsv"
+    file = store / "benchmarks" / f"{name}-{seed}.tsv"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        BUILT[name](file, seed=seed)
+        import_module(f"sft.evaluation.{name}").write_benchmark(file, seed=seed)
     return file
 
 
@@ -45,18 +45,21 @@ def score_model(
     path: Path,
     benchmark: Benchmark,
     *,
-    run_dir: Path,
+    run_dir: Path | None,
     name: str,
     ranks: Sequence[Rank],
     blind: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[Rank, Result]:
-    """Evaluate the model in `path` and keep the results in the run under `name`, or read them if they are there."""
+    """Evaluate the model in `path` and keep the results in the run under `name`, or read them if they are there.
+
+    Without a run nothing is kept.
+    """
     weights = weights_hash(path)
     loaded = load_for_inference(path)
-    kept = {rank: _kept(loaded, benchmark, run_dir, name, rank, blind, weights) for rank in ranks}
-    missing = [rank for rank, result in kept.items() if result is None]
-    found: dict[Rank, Result] = {rank: result for rank, result in kept.items() if result is not None}
+    kept = {rank: run_dir and _kept(loaded, benchmark, run_dir, name, rank, blind, weights) for rank in ranks}
+    missing = [rank for rank, result in kept.items() if not result]
+    found: dict[Rank, Result] = {rank: result for rank, result in kept.items() if isinstance(result, Result)}
     if missing:
         found |= evaluate(
             loaded.model,
@@ -69,8 +72,9 @@ def score_model(
             weights=weights,
             on_progress=on_progress,
         )
-        for rank in missing:
-            write_result(found[rank], run_dir, name)
+        if run_dir:
+            for rank in missing:
+                write_result(found[rank], run_dir, name)
     return found
 
 

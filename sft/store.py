@@ -30,7 +30,7 @@ from sft.sources import Row
 
 datasets.disable_progress_bars()  # progress is shown once, by the command line
 
-VERSION = 1
+VERSION = 2
 """Raised when adapters or this layout change what is written; stores of another version are refused."""
 
 SAMPLES = datasets.Features(
@@ -65,6 +65,9 @@ class RawDataset(Protocol):
     """What a store is made from; `sft.datasets.Adapter` is one."""
 
     name: str
+
+    def stamp(self) -> str:
+        """Changes when a raw file does."""
 
     def rows(self) -> Iterable[Row | SkipSample]:
         """The raw records."""
@@ -168,15 +171,20 @@ def prepare_store(
     max_skip_share: float,
     on_progress: Callable[[int], None] = lambda records: None,
 ) -> Store:
-    """Run an adapter over its raw records and write the store; a finished one is opened as it is.
+    """Run an adapter over its raw records and write the store.
+
+    A finished store is opened as it is, as long as the raw files are those it was made from.
 
     `asked` is written into the manifest. `on_progress` is called with the number of records read so far.
 
     Raises:
         RunError: more than `max_skip_share` of the records are bad, or none is left.
     """
+    stamp = adapter.stamp()
     if (path / "manifest.json").is_file():
-        return Store(path)
+        store = Store(path)
+        if store.manifest["raw"] == stamp:
+            return store
     staging = path.with_name(f".{path.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -194,6 +202,7 @@ def prepare_store(
     manifest = {
         "version": VERSION,
         "asked": asked,
+        "raw": stamp,
         "records": counts.records,
         "samples": counts.samples,
         "filtered": dict(counts.filtered),

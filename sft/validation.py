@@ -5,24 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.datasets import Adapter
+from sft.errors import UserError
 from sft.models import get_family
-from sft.recipe import Recipe
+from sft.recipe import BUILT_BENCHMARKS, Recipe
 from sft.shipped import resolve
 
 
-def check_adapters(recipe: Recipe, *, paths: bool = True) -> None:
-    """Whether every dataset of a recipe has an adapter, its options and, unless told otherwise, its raw files.
+def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
+    """Whether model family, adapters, their options and, unless told otherwise, all files of a recipe are there.
 
     Raises:
-        UserError: naming the dataset and what is wrong.
+        UserError: naming the key and what is wrong.
     """
     get_family(recipe.model.family)
     for source in recipe.data.mixture:
         for dataset in source.datasets:
             path = dataset.path if paths or dataset.path is None else "."
             Adapter(dataset.dataset, path, dataset.split, dataset.options)
-    if paths and is_local(recipe.model.path):
-        resolve(recipe.model.path)
+    if not paths:
+        return
+    if is_local(recipe.model.path) and not resolve(recipe.model.path).is_dir():
+        raise UserError(f"model.path: {recipe.model.path} is not a folder; expected one, or a hub id like owner/name")
+    benchmark = recipe.evaluation.benchmark
+    if benchmark is not None and benchmark not in BUILT_BENCHMARKS and not resolve(benchmark).is_file():
+        known = ", ".join(BUILT_BENCHMARKS)
+        raise UserError(
+            f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}"
+        )
+    for key, folder in (("output_dir", recipe.output_dir), ("data.store", recipe.data.store)):
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise UserError(f"{key}: {folder} is a file; expected a folder, or a name for a new one")
 
 
 def is_local(path: str) -> bool:

@@ -8,7 +8,7 @@ import sft
 
 LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what needs nothing but them
     "errors sample",
-    "recipe shipped attention loss",
+    "recipe shipped attention loss locking",
     "sources images chat_template models optim lora distributed checkpoint precision",
     "datasets store encoding mixture packing collate generation inference naming run_status",
     "data_loader trainer checks evaluation validation",

@@ -1,12 +1,14 @@
 """`idefics-sft chat MODEL`: talk to a model."""
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sft.cli.terminal import console, quiet_libraries
+from sft.sample import ImageRef
 
 
 def run(
@@ -23,10 +25,25 @@ def run(
     from sft.chat import Conversation, Repl, responder
     from sft.inference import load_for_inference
 
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     console().print(f"model: {path}")
     loaded = load_for_inference(path)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)  # type: ignore[arg-type]
     repl = Repl(Conversation(respond, folder=allow_dir), sys.stdin, sys.stdout)
     if image is not None:
-        repl.show(image)
+        repl.show(_opened(image))
     repl.run()
+
+
+def _opened(file: Path) -> ImageRef:
+    """An image that was named on the command line: it may stand anywhere, but must be one."""
+    from sft.errors import UserError
+    from sft.images import open_image
+    from sft.sample import SkipSample
+
+    try:
+        open_image(file)
+    except SkipSample as skip:
+        raise UserError(f"{file}: {skip.reason}; expected a JPEG, PNG, WEBP, GIF or BMP image") from skip
+    return ImageRef(source=file)

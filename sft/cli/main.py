@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -51,6 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"idefics-sft: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        if "--debug" in arguments or error.filename is None:
+            raise
+        print(f"idefics-sft: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1 if error.errno in (errno.ENOSPC, errno.EIO) else 2)
     except KeyboardInterrupt:
         print("idefics-sft: interrupted", file=sys.stderr)
         sys.exit(130)

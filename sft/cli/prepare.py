@@ -1,5 +1,7 @@
 """`idefics-sft prepare RECIPE`: raw files -> stores, token ids, the base with its full vocabulary."""
 
+import shlex
+
 from sft.cli.terminal import Json, Overrides, RecipeName, console, print_json, progress, quiet_libraries
 
 
@@ -22,4 +24,5 @@ def run(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> 
         return
     for store in stores:
         out.print(f"{store.path}: {len(store):,} samples, {store.num_images:,} images")
-    out.print(f"Next: idefics-sft mix {recipe}, or idefics-sft train {recipe}")
+    arguments = shlex.join([recipe, *(overrides or ())])
+    out.print(f"Next: idefics-sft mix {arguments}, or idefics-sft train {arguments}")

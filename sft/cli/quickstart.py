@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,19 +34,20 @@ def run(
         report = _quickstart(output_dir, out)
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
-    out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image FILE --allow-dir FOLDER")
+    out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}")
     if json:
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
 
 
 def _delete_run(output_dir: Path) -> None:
-    from sft.errors import UserError
+    """Delete what a run wrote, and only that; prepared data is made anew when it has to be."""
+    from sft.run import delete_outputs
+    from sft.run_status import FILE
 
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        known = {"stores", "recipe.yaml", "run.json", "checkpoints", "evaluations", "selection.json", REPORT}
-        if not {path.name for path in output_dir.iterdir()} & known:
-            raise UserError(f"{output_dir}: does not look like a run; --fresh will not delete it")
-        shutil.rmtree(output_dir)
+    if (output_dir / FILE).is_file():
+        delete_outputs(output_dir)
+        for name in (REPORT, FILE):
+            (output_dir / name).unlink(missing_ok=True)
 
 
 def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
                 name=name,
                 ranks=("text", "letter"),
                 blind=blind,
-                on_progress=lambda done, total: update(done, f"of {total}"),
+                on_progress=lambda done, total: update(done, f"of {total} tokens"),
             )
         return {rank: result.on_half(1, recipe.evaluation.seed) for rank, result in results.items()}
 
@@ -138,7 +138,10 @@ def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
         assert not isinstance(image, str)
         answer = Conversation(respond).say(str(question), image)
         file = f"test/images/{row['image']}.png"
-        lines.append({"image": file, "question": row["question"], "answer": answer, "right": row["answer"]})
+        where = str(image.source)
+        lines.append(
+            {"image": file, "file": where, "question": row["question"], "answer": answer, "right": row["answer"]}
+        )
     return lines
 
 

@@ -40,17 +40,24 @@ def select(recipe: Any, out: Console) -> Any:
     benchmark = recipe_benchmark(recipe)
     if benchmark is None:
         raise UserError(f"{recipe.output_dir}: the recipe names no evaluation.benchmark to choose by")
+    hashes: set[str] = set()
     for path in checkpoints:
         with progress(f"asking {path.name}", None, out) as update:
-            score_model(
+            results = score_model(
                 path,
                 benchmark,
                 run_dir=Path(recipe.output_dir),
                 name=path.name,
                 ranks=recipe.evaluation.ranks,
-                on_progress=lambda done, total, update=update: update(done, f"of {total}"),  # type: ignore[misc]
+                on_progress=lambda done, total, update=update: update(done, f"of {total} tokens"),  # type: ignore[misc]
             )
-    return selection.select(Path(recipe.output_dir), benchmark=benchmark.name, seed=recipe.evaluation.seed)
+        hashes |= {result.protocol_hash for result in results.values()}
+    return selection.select(
+        Path(recipe.output_dir),
+        benchmark=benchmark.name,
+        seed=recipe.evaluation.seed,
+        protocol_hashes=hashes,
+    )
 
 
 def show(selection: Any, out: Console) -> None:

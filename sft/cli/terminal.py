@@ -33,7 +33,8 @@ def quiet_libraries() -> None:
 
 def console(to_stderr: bool = False) -> Console:
     """Where tables and progress go."""
-    return Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    found = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    return found if found.is_terminal else Console(stderr=to_stderr, highlight=False, soft_wrap=True, width=120)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -44,7 +45,7 @@ def print_json(value: dict[str, Any]) -> None:
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A plain table; the first column is text, the others are numbers."""
     result = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for number, name in enumerate(header):
         result.add_column(name, justify="right" if number else "left", no_wrap=True)

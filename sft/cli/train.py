@@ -1,42 +1,55 @@
 """`idefics-sft train RECIPE`: fine-tune, writing checkpoints."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, Overrides, RecipeName, console, print_json, progress, quiet_libraries
 
 
-def run(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> None:
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start an unfinished run anew.")] = False,
+    json: Json = False,
+) -> None:
     """Fine-tune as a recipe says; prepares what is missing."""
     from sft.naming import find_recipe
 
     found = find_recipe(recipe, overrides or ())
-    status = train(found, console(to_stderr=json))
+    out = console(to_stderr=json)
+    status = train(found, out, fresh=fresh)
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
-    else:
-        print(f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft select {recipe}")
+        return
+    command = "select" if found.evaluation.benchmark else "chat"
+    out.print(
+        f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft {command} {found.output_dir}"
+    )
 
 
-def train(recipe: Any, out: Console) -> Any:
+def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
     """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
 
     Raises:
-        UserError: a run of another recipe is in the folder.
+        UserError: a run of another recipe is in the folder, or an unfinished one and not `fresh`.
     """
+    from sft.errors import UserError
     from sft.run_status import RunStatus
 
     run_dir = Path(recipe.output_dir)
-    status = RunStatus.read(run_dir)
+    status = None if fresh else RunStatus.read(run_dir)
     if status:
         _refuse_other_recipe(recipe, run_dir)
-    if status and status.status == "finished":
+        if status.status != "finished":
+            raise UserError(
+                f"{run_dir}: holds an unfinished run ({status.status} at step {status.step} of {status.max_steps}); "
+                "runs cannot be resumed yet, --fresh starts it anew"
+            )
         out.print(f"{run_dir}: a finished run is here already; nothing is trained")
         return status
-    if status:
-        out.print(f"{run_dir}: an unfinished run was here, at step {status.step}; it starts again from the beginning")
     quiet_libraries()
     from sft import run as runs
 
@@ -54,8 +67,14 @@ def _refuse_other_recipe(recipe: Any, run_dir: Path) -> None:
     from sft.errors import UserError
     from sft.recipe import load_recipe
 
-    before = load_recipe(run_dir / "recipe.yaml")
-    changed = [part for part in ("model", "data", "training", "seed") if getattr(before, part) != getattr(recipe, part)]
+    file = run_dir / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: has a run.json but no recipe.yaml; --fresh starts anew")
+    before, now = (
+        r.model_dump(include={"model", "data", "training", "checkpoints", "seed"}) for r in (load_recipe(file), recipe)
+    )
+    now["data"]["store"] = before["data"]["store"]  # where prepared data stands changes nothing
+    changed = [part for part in before if before[part] != now[part]]
     if changed:
         raise UserError(
             f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir"

@@ -1,5 +1,6 @@
 """`idefics-sft validate RECIPE`: keys, shares and paths, in a second and without a model."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -15,11 +16,11 @@ def run(
 ) -> None:
     """Check a recipe: its keys, shares, datasets and paths."""
     from sft.naming import find_recipe
-    from sft.validation import check_adapters
+    from sft.validation import check_recipe
 
     found = find_recipe(recipe, overrides or ())
-    check_adapters(found, paths=not no_paths)
-    command = f"idefics-sft prepare {recipe}"
+    check_recipe(found, paths=not no_paths)
+    command = f"idefics-sft prepare {shlex.join([recipe, *(overrides or ())])}"
     if json:
         print_json({"valid": True, "sources": [source.name for source in found.data.mixture], "next": command})
     else:

@@ -9,6 +9,7 @@ with a Python package has a third one, `default_path()`. A dotted name in the re
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -47,6 +48,12 @@ class Adapter:
                     f"dataset {name!r}: unknown option {option!r}{nearest(option, known)}"
                     f" (known: {', '.join(known) or 'none'})"
                 )
+
+    def stamp(self) -> str:
+        """Changes when a raw file does: a digest of names, sizes and times of change."""
+        files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
     def rows(self) -> Iterable[Row | SkipSample]:
         """The raw records."""

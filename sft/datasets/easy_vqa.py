@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from sft.sample import ImageRef, Message, Sample
+from sft.sample import ImageRef, Message, Sample, SkipSample
 from sft.sources import Row, read_json
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -29,33 +29,33 @@ def default_path() -> Path:
     return Path(easy_vqa.__file__).parent / "data"
 
 
-def rows(path: Path, split: str, *, form: Form = "questions") -> Iterator[Row]:
+def rows(path: Path, split: str, *, form: Form = "questions") -> Iterator[Row | SkipSample]:
     """One row a question; for captions one row an image; for choices two rows an open question."""
     questions = read_json(path / split / "questions.json")
     if form == "captions":
         yield from _captions(questions, split)
         return
     for number, (question, answer, image) in enumerate(questions):
-        row = {
-            "key": f"{split}/{form}/{number}",
-            "image": image,
-            "question": question,
-            "answer": answer,
-            "split": split,
-        }
+        row = {"key": f"{split}/{form}/{number}", "split": split, "image": image}
+        row |= {"question": question, "answer": answer}
         if form == "questions":
             yield row
         elif answer in SHAPES or answer in COLOURS:
             yield row | {"key": f"{row['key']}/letter", "answer_with": "letter"}
             yield row | {"key": f"{row['key']}/text", "answer_with": "text"}
+        else:
+            yield SkipSample("yes/no question", filtered=True)
 
 
-def _captions(questions: list[tuple[str, str, int]], split: str) -> Iterator[Row]:
+def _captions(questions: list[tuple[str, str, int]], split: str) -> Iterator[Row | SkipSample]:
     shapes = {image: answer for _, answer, image in questions if answer in SHAPES}
     colours = {image: answer for _, answer, image in questions if answer in COLOURS}
-    for image in sorted(shapes.keys() & colours.keys()):
-        caption = f"a {colours[image]} {shapes[image]}"
-        yield {"key": f"{split}/captions/{image}", "image": image, "caption": caption, "split": split}
+    for image in sorted({image for _, _, image in questions}):
+        if image in shapes and image in colours:
+            caption = f"a {colours[image]} {shapes[image]}"
+            yield {"key": f"{split}/captions/{image}", "image": image, "caption": caption, "split": split}
+        else:
+            yield SkipSample("no answer tells colour and shape", filtered=True)
 
 
 def to_sample(row: Row, path: Path, *, form: Form = "questions", seed: int = 0) -> Sample:

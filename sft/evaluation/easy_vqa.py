@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from sft.datasets.easy_vqa import SHAPES, draw_options
 from sft.evaluation.mmbench import COLUMNS, LETTERS, PASS
 from sft.evaluation.results import write_atomically
-
-SHAPES = ("circle", "rectangle", "triangle")
-COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-NUM_COLOR_OPTIONS = 4
 
 
 def write_benchmark(path: Path, *, seed: int) -> int:
@@ -47,17 +44,6 @@ def write_benchmark(path: Path, *, seed: int) -> int:
         num_questions += 1
     write_atomically(path, file.getvalue())
     return num_questions
-
-
-def draw_options(answer: str, rng: random.Random) -> list[str]:
-    """The options of a question with this answer, in random order."""
-    if answer in SHAPES:
-        options = list(SHAPES)
-    else:
-        wrong = [color for color in COLORS if color != answer]
-        options = [answer, *rng.sample(wrong, NUM_COLOR_OPTIONS - 1)]
-    rng.shuffle(options)
-    return options
 
 
 def _rows(

@@ -39,6 +39,9 @@ class ModelFamily(Protocol):
     def image_size(self, model: nn.Module) -> int:
         """Height and width in pixels that the vision tower takes."""
 
+    def max_positions(self, model: nn.Module) -> int:
+        """Longest sequence that the model has positions for."""
+
     def tokens_per_image(self, size: tuple[int, int]) -> int:
         """Text tokens that an image of this size costs."""
 

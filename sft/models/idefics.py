@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AttentionMaskInterface, IdeficsConfig, PreTrainedTokenizerFast
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 from transformers.masking_utils import sdpa_mask
 
@@ -147,10 +148,13 @@ def load_model(path: str | Path) -> PackedIdefics:
     float32 because updates of 1e-5 are lost in bfloat16 parameters; autocast computes in bfloat16.
 
     Raises:
-        UserError: the folder is not an IDEFICS model.
+        UserError: the folder is not an IDEFICS model, or weights are missing, damaged or of another shape.
     """
-    _read_config(path)
-    model: PackedIdefics = PackedIdefics.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    folder = _local_folder(path)
+    _check_weights(folder, _read_config(folder))
+    model: PackedIdefics = PackedIdefics.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+    )
     use_grouped_attention(model)
     return model
 
@@ -175,11 +179,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer.json found; an IDEFICS folder has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
-    num_base = min(tokenizer.convert_tokens_to_ids([FAKE, IMAGE]))
+    num_base = _read_config(path).get("vocab_size")
+    if num_base is None:
+        raise UserError(f"{path}: config.json has no vocab_size")
     expected = {"<unk>": 0, "<s>": 1, "</s>": 2, FAKE: num_base, IMAGE: num_base + 1}
     found = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
-    if found != expected or num_base < 3:
-        raise UserError(f"{path}: special tokens have ids {found}; IDEFICS has {expected}")
+    if found != expected:
+        raise UserError(f"{path}: special tokens have ids {found}; with this model's vocabulary they are {expected}")
     first = tokenizer("User", add_special_tokens=False)["input_ids"][0]
     if not tokenizer.convert_ids_to_tokens(first).startswith("▁"):
         raise UserError(f"{path}: text after a special token does not begin with '▁'; IDEFICS needs legacy LLaMA rules")
@@ -217,6 +223,12 @@ def image_size(model: nn.Module) -> int:
     return int(model.config.vision_config.image_size)
 
 
+def max_positions(model: nn.Module) -> int:
+    """Longest sequence that the model has positions for."""
+    assert isinstance(model, PackedIdefics)
+    return int(model.config.max_position_embeddings)
+
+
 def tokens_per_image(size: tuple[int, int]) -> int:
     """`<fake><image><fake>`, whatever the size: the image itself comes through cross-attention."""
     return 3
@@ -233,8 +245,9 @@ def prepare_base(path: str | Path, output: Path) -> None:
     Raises:
         UserError: the folder is not an IDEFICS model.
     """
-    config = _read_config(path)
     source = _local_folder(path)
+    config = _read_config(source)
+    _check_weights(source, config)
     if source.resolve() == output.resolve():
         raise UserError(f"{output}: the prepared base would replace the base it is made from; give another folder")
     staging = output.with_name(f".{output.name}.staging")
@@ -275,6 +288,34 @@ def _grow_extra_rows(source: Path, output: Path) -> set[str]:
     return rewritten
 
 
+def _check_weights(folder: Path, config: dict[str, Any]) -> None:
+    """Whether every weight of the model is in the folder, in its shape; transformers would invent what is missing.
+
+    Reads the headers of the safetensors files only.
+
+    Raises:
+        UserError: naming the first that is missing or of another shape, or the file that is damaged.
+    """
+    with torch.device("meta"):
+        expected = PlainIdefics(IdeficsConfig.from_dict(config)).state_dict()
+    shards = _shards(folder)
+    missing = [name for name in expected if name not in shards]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
+    for file in sorted(set(shards.values())):
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                found = sorted(set(tensors.keys()) & expected.keys())
+                shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in found}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / file}: not readable as safetensors ({error})") from error
+        for name, shape in shapes.items():
+            if shape != tuple(expected[name].shape):
+                raise UserError(
+                    f"{folder}: {name} has shape {shape}, config.json asks for {tuple(expected[name].shape)}"
+                )
+
+
 def _shards(folder: Path) -> dict[str, str]:
     """Which safetensors file holds each tensor."""
     index = folder / "model.safetensors.index.json"
@@ -284,10 +325,11 @@ def _shards(folder: Path) -> dict[str, str]:
     single = folder / "model.safetensors"
     if not single.exists():
         raise UserError(f"{folder}: no model.safetensors found; weights are read from safetensors only")
-    from safetensors import safe_open
-
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single.name)
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{single}: not readable as safetensors ({error})") from error
 
 
 def _link(source: Path, target: Path) -> None:
