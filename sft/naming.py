@@ -15,7 +15,7 @@ from sft.shipped import recipe_path
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
     recipe = load_recipe(_recipe_file(name), overrides)
-    if Path(name).is_dir() and not any(override.startswith("output_dir=") for override in overrides):
+    if (Path(name) / "recipe.yaml").is_file() and not any(override.startswith("output_dir=") for override in overrides):
         return recipe.model_copy(update={"output_dir": name})
     return recipe
 

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import run_status
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
 from sft.data_loader import MicroBatches, Part, Planner, Sources
@@ -150,13 +149,13 @@ def _train(
 
     from sft.trainer import Trainer
 
-    _take_over(run_dir, recipe.training.max_steps)
-    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
     set_seed(recipe.seed)
     model = family.load_model(base)
     _check_positions(recipe, sources, family.max_positions(model))
+    _take_over(run_dir, recipe.training.max_steps)
+    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model)
     say(_what_is_trained(model, frozen))
     template = load_template(family, base)
@@ -243,7 +242,7 @@ def _take_over(run_dir: Path, max_steps: int) -> None:
         UserError: the folder holds files of these names that no run of ours has written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / run_status.FILE).is_file():
+    if RunStatus.read(run_dir) is None:
         foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
         if foreign:
             raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")

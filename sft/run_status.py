@@ -41,8 +41,10 @@ class RunStatus:
             raise UserError(f"{file}: damaged, not the status of a run; choose another output_dir") from error
 
     def write(self, run_dir: Path) -> None:
-        """Write run.json."""
-        (run_dir / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write run.json, whole or not at all."""
+        staging = run_dir / f".{FILE}.staging"
+        staging.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        staging.replace(run_dir / FILE)
 
     @property
     def tokens_per_second(self) -> float:

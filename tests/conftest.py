@@ -13,6 +13,7 @@ from hypothesis import settings
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.chat_template import ChatTemplate, load_chat_template
+from sft.cli.main import main
 from sft.collate import PlacedSample, collate
 from sft.models import idefics
 from sft.sample import Batch, ImageRef, Message, Sample
@@ -130,3 +131,24 @@ def place(template: ChatTemplate, sample: Sample, source: int = 0) -> PlacedSamp
 def batch_of(*packs: Sequence[PlacedSample], **options: Any) -> Batch:
     """Collate packs of toys with their noise for pixels; every token is trained unless `options` say otherwise."""
     return collate(packs, pixels_of, image_size=IMAGE_SIZE, **{"train_on": "all"} | options)
+
+
+def status_of(*arguments: object) -> int:
+    """The exit status of a command line, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code or 0
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command line that is wrong and returns the one line it prints."""
+
+    def run(*arguments: object) -> str:
+        assert status_of(*arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1, printed.err
+        assert "Traceback" not in printed.err
+        return printed.err
+
+    return run

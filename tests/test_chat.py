@@ -108,6 +108,21 @@ def test_an_image_waits_for_words_that_are_answered(folder):
     assert lines[2:5] == ["Error: too long", "User: What?", "Assistant: 1 turns, 1 images: What?"]
 
 
+def test_an_image_can_be_shown_before_the_first_line(folder):
+    output = io.StringIO()
+    repl = Repl(Conversation(echo, folder=folder), io.StringIO("What?\nAnd now?\n"), output)
+    repl.show(ImageRef(source=folder.parent / "outside.png"))
+    repl.run()
+    assert [line for line in output.getvalue().splitlines() if line.startswith("Assistant")] == [
+        "Assistant: 1 turns, 1 images: What?",
+        "Assistant: 3 turns, 1 images: And now?",
+    ]
+
+
+def test_no_answer_is_said(folder):
+    assert typed(folder, "Hi", respond=lambda messages: "")[1] == "Assistant: (no answer)"
+
+
 def test_a_model_answers_the_prompt_of_training(model, template, folder):
     conversation = Conversation(responder(model, template, max_new_tokens=4), folder=folder)
     answer = conversation.say("What is in this image?", "red shape.png")

@@ -8,36 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import status_of
 from test_trainer import DATA, write_recipe
 
 from sft.checkpoint import checkpoint_name, write_folder
-from sft.cli.main import main
 from sft.errors import UserError
 from sft.naming import find_model, find_recipe, recipe_of_model, run_checkpoints
-from sft.shipped import shipped_root
+from sft.recipe import load_recipe
+from sft.shipped import recipe_path, shipped_root
 
 COMMANDS = ("quickstart", "validate", "prepare", "mix", "train", "evaluate", "select", "chat")
-
-
-def status_of(*arguments: object) -> int:
-    """The exit status of a command line, run in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return ended.value.code or 0
-
-
-@pytest.fixture
-def refusal(capsys):
-    """Runs a command line that is wrong and returns the one line it prints."""
-
-    def run(*arguments: object) -> str:
-        assert status_of(*arguments) == 2
-        printed = capsys.readouterr()
-        assert printed.err.count("\n") == 1, printed.err
-        assert "Traceback" not in printed.err
-        return printed.err
-
-    return run
 
 
 @pytest.fixture
@@ -70,6 +50,25 @@ def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
     assert "dev.jsonl: file not found" in refusal("prepare", recipe, "data.mixture.1.datasets.0.split=dev")
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.path=nowhere", "model.path: nowhere is not a folder; expected one, or a hub id like owner/name"),
+        ("evaluation.benchmark=mmbench", "mmbench is not a file; expected a TSV of MMBench layout, or easy_vqa"),
+        ("output_dir=toy.yaml", "output_dir: toy.yaml is a file; expected a folder, or a name for a new one"),
+        ("data.store=toy.yaml", "data.store: toy.yaml is a file; expected a folder, or a name for a new one"),
+    ],
+)
+def test_validate_looks_at_every_path(recipe, refusal, capsys, override, expected):
+    assert expected in refusal("validate", recipe, override)
+    assert status_of("validate", recipe, override, "--no-paths") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(recipe, refusal):
+    assert f"{recipe}/stores: Not a directory" in refusal("prepare", recipe, f"data.store={recipe}/stores")
+
+
 def test_records_that_are_bad_are_a_failure_not_a_mistake(recipe, capsys):
     bad = DATA / "messages" / "bad.jsonl"
     assert status_of("prepare", recipe, f"data.mixture.1.datasets.0.path={bad}") == 1
@@ -83,7 +82,7 @@ def test_validate_names_the_next_command(recipe, capsys):
     assert json.loads(capsys.readouterr().out) == {
         "valid": True,
         "sources": ["pictures", "talk"],
-        "next": f"idefics-sft prepare {recipe}",
+        "next": f"idefics-sft prepare {recipe} data.mixture.1.datasets.0.path=nowhere",
     }
 
 
@@ -99,7 +98,7 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     stores = json.loads(capsys.readouterr().out)["stores"]
     assert [(Path(store["path"]).name.split("-")[0], store["samples"], store["images"]) for store in stores] == [
         ("easy_vqa", 8, 3),
-        ("easy_vqa", 10, 3),
+        ("easy_vqa", 20, 3),
         ("messages", 5, 2),
     ]
     assert status_of("mix", recipe, "--json", "--steps", 32) == 0
@@ -119,6 +118,46 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
 
     assert status_of("mix", recipe) == 0
     assert "Mixture in tokens, 4 steps" in capsys.readouterr().out
+
+
+def test_a_changed_raw_file_is_prepared_anew(recipe, capsys):
+    folder = shutil.copytree(DATA / "messages", recipe.parent / "messages")
+    prepare = ("prepare", recipe, f"data.mixture.1.datasets.0.path={folder}", "--json")
+
+    def prepared():
+        assert status_of(*prepare) == 0
+        return json.loads(capsys.readouterr().out)["stores"]
+
+    before = prepared()
+    manifests = [Path(store["path"]) / "manifest.json" for store in before]
+    written = [file.stat().st_ino for file in manifests]
+    assert prepared() == before
+    assert [file.stat().st_ino for file in manifests] == written, "nothing changed, nothing is made again"
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user", "content": "Ho."}, {"role": "assistant", "content": "Hi."}]}\n')
+    assert [store["samples"] for store in prepared()] == [8, 20, 6]
+    assert status_of("mix", *prepare[1:], "--steps", 1) == 0, "the new sample is encoded too"
+
+
+def test_filtered_questions_are_counted(recipe, capsys):
+    assert status_of("prepare", recipe) == status_of("mix", recipe) == 0
+    assert "pictures: 3 filtered, yes/no question" in capsys.readouterr().out
+
+
+def test_a_sample_that_fits_no_pack_shows_in_the_mixture(recipe, capsys):
+    answers = ("No.", "No. " * 200)
+    turns = [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": answer}] for answer in answers]
+    file = recipe.parent / "long.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    override = f"data.mixture.1.datasets.0.path={file}"
+    assert status_of("prepare", recipe, override) == 0
+    capsys.readouterr()
+    assert status_of("mix", recipe, override, "--json") == 0
+    pictures, talk = json.loads(capsys.readouterr().out)["sources"]
+    assert pictures["filtered"] == {"yes/no question": 3}
+    assert talk["filtered"].keys() == {"drawn but does not fit a pack"}
+    assert talk["filtered"]["drawn but does not fit a pack"] > 0
+    assert talk["skipped"] == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -228,10 +267,14 @@ def test_a_model_has_many_names(finished, recipe):
 
 
 def test_a_step_without_a_checkpoint_is_refused(finished):
-    with pytest.raises(UserError, match=r"run@7: no complete checkpoint of step 7"):
+    with pytest.raises(UserError, match=r"run@7: no complete checkpoint .*run/checkpoints/checkpoint-7$"):
         find_model(f"{finished}@7")
-    with pytest.raises(UserError, match=r"no complete checkpoint of step last"):
-        find_model(f"{finished}@last")
+
+
+@pytest.mark.parametrize("step", ["last", "²", "٣", "-2", "2@10"])
+def test_a_step_is_a_number(finished, step):
+    with pytest.raises(UserError, match=rf"run@{step}: '{step}' is not a step; expected a number, as in .*run@100$"):
+        find_model(f"{finished}@{step}")
 
 
 def test_an_incomplete_checkpoint_is_not_found(finished):
@@ -242,12 +285,47 @@ def test_an_incomplete_checkpoint_is_not_found(finished):
         run_checkpoints(finished)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"choice": 2}'])
+def test_a_damaged_selection_is_refused(finished, content):
+    (finished / "selection.json").write_text(content)
+    with pytest.raises(UserError, match=r"selection.json: damaged; delete it and run `idefics-sft select .*run` again"):
+        find_model(str(finished))
+
+
+def test_a_selected_checkpoint_that_is_gone_is_refused(finished):
+    (finished / "selection.json").write_text('{"selected": "checkpoint-3"}')
+    with pytest.raises(UserError, match=r"no complete checkpoint .*checkpoint-3$"):
+        find_model(str(finished))
+
+
+def test_a_checkpoint_that_changed_is_refused(finished):
+    file = finished / "checkpoints" / "checkpoint-10" / "config.json"
+    file.write_text("[]")  # as long as before
+    for name in (finished, f"{finished}@10"):
+        with pytest.raises(UserError, match=r"checkpoint-10: config\.json changed since it was written"):
+            find_model(str(name))
+
+
+def test_a_folder_that_is_no_run_does_not_stand_before_a_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert find_recipe("quickstart").output_dir == load_recipe(recipe_path("quickstart")).output_dir
+
+
 def test_a_model_leads_to_its_recipe(finished, recipe):
     expected = find_recipe(str(recipe))
     for name in (recipe, finished, f"{finished}@2", finished / "checkpoints" / "checkpoint-2"):
         assert recipe_of_model(str(name)) == expected
     assert recipe_of_model("owner/model") is None
     assert find_recipe(str(finished)) == expected, "a RUN is a recipe too"
+
+
+def test_a_run_is_the_folder_that_was_given(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    assert find_recipe(str(copy)).output_dir == str(copy)
+    assert recipe_of_model(f"{copy}@2").output_dir == str(copy)
+    assert recipe_of_model(str(copy / "checkpoints" / "checkpoint-2")).output_dir == str(copy)
+    assert find_recipe(str(copy), ("output_dir=else",)).output_dir == "else"
 
 
 def test_a_recipe_that_is_wrong_says_what(recipe, refusal):

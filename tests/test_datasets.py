@@ -1,5 +1,6 @@
 """Adapters on a few hand-written rows in the published formats (tests/data)."""
 
+import json
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sft.sample import ImageRef, Message, Sample, SkipSample
 
 DATA = Path(__file__).parent / "data"
 IMAGES = DATA / "easy_vqa" / "train" / "images"
+QUESTIONS = json.loads((DATA / "easy_vqa" / "train" / "questions.json").read_text())
 PHOTOS = DATA / "messages" / "photos"
 BLUE_CIRCLE, RED_SOMETHING, GREEN_TRIANGLE = (ImageRef(source=IMAGES / f"{number}.png") for number in range(3))
 DOG, CAT = (ImageRef(source=PHOTOS / name) for name in ("dog.png", "cat.png"))
@@ -37,12 +39,16 @@ def turns(*contents: tuple[str | ImageRef, ...], first: str = "user") -> tuple[M
 # ------------------------------------------------------------------------------------------------------ easy_vqa
 
 
-def easy_vqa_samples(split: str = "train", **options) -> list[Sample]:
+def easy_vqa_outcomes(split: str = "train", **options) -> list[Sample | str]:
     return outcomes(Adapter("easy_vqa", str(DATA / "easy_vqa"), split, options))
 
 
+def easy_vqa_samples(split: str = "train", **options) -> list[Sample]:
+    return [outcome for outcome in easy_vqa_outcomes(split, **options) if isinstance(outcome, Sample)]
+
+
 def test_questions_are_a_turn_each():
-    samples = easy_vqa_samples()
+    samples = easy_vqa_outcomes()
     assert len(samples) == 8
     assert samples[0].key == "easy_vqa/train/questions/0"
     assert samples[0].messages == turns((BLUE_CIRCLE, "what is the color of the shape?"), ("blue",))
@@ -50,37 +56,51 @@ def test_questions_are_a_turn_each():
 
 
 def test_captions_are_written_only_where_colour_and_shape_are_told():
-    samples = easy_vqa_samples(form="captions")
-    assert [sample.messages for sample in samples] == [
-        (Message(role="document", content=(BLUE_CIRCLE, "a blue circle")),),
-        (Message(role="document", content=(GREEN_TRIANGLE, "a green triangle")),),
-    ]
+    blue, untold, green = easy_vqa_outcomes(form="captions")
+    assert blue.messages == (Message(role="document", content=(BLUE_CIRCLE, "a blue circle")),)
+    assert untold == "no answer tells colour and shape"
+    assert green.messages == (Message(role="document", content=(GREEN_TRIANGLE, "a green triangle")),)
 
 
-def test_choices_are_open_questions_asked_for_a_letter_and_for_the_text():
-    letter, text = easy_vqa_samples(form="choices")[:2]
-    assert letter.key == "easy_vqa/train/choices/0/letter"
+def test_choices_are_open_questions_asked_three_times_for_a_letter_and_once_for_the_text():
+    samples = easy_vqa_samples(form="choices")
+    asked = ("letter-0", "letter-1", "letter-2", "text")
+    numbers = [n for n, (_, answer, _) in enumerate(QUESTIONS) if answer not in ("yes", "no")]
+    assert [sample.key for sample in samples] == [f"easy_vqa/train/choices/{n}/{how}" for n in numbers for how in asked]
+    letter, _, _, text = samples[:4]
     question = letter.messages[0].content[1]
     lines = question.split("\n")
     assert lines[:2] == ["Question: what is the color of the shape?", "Possible answers:"]
-    assert [line[:3] for line in lines[2:-1]] == ["A: ", "B: ", "C: ", "D: "]
+    assert 2 <= len(lines[2:-1]) <= 4
+    assert [line[:3] for line in lines[2:-1]] == ["A: ", "B: ", "C: ", "D: "][: len(lines[2:-1])]
     assert lines[-1] == "Correct answer:"
     assert text.messages[1].content == ("blue",)
-    assert len(easy_vqa_samples(form="choices")) == 2 * 5, "yes/no questions have no options"
+    assert len(samples) == 4 * 5, "yes/no questions have no options"
+    left_out = [outcome for outcome in easy_vqa_outcomes(form="choices") if isinstance(outcome, str)]
+    assert left_out == ["yes/no question"] * 3
+
+
+@pytest.mark.parametrize(("form", "number"), [("questions", 0), ("choices", 3), ("captions", 1)])
+def test_what_a_form_has_no_use_for_is_filtered_not_bad(form, number):
+    rows = Adapter("easy_vqa", str(DATA / "easy_vqa"), "train", {"form": form}).rows()
+    assert [row.filtered for row in rows if isinstance(row, SkipSample)] == [True] * number
 
 
 def test_the_letter_points_to_the_right_option():
     answers = ["blue", "circle", "red", "triangle", "green"]
     samples = easy_vqa_samples(form="choices")
-    for answer, sample in zip(answers, samples[::2], strict=True):
-        (letter,) = sample.messages[1].content
-        assert f"\n{letter}: {answer}\n" in sample.messages[0].content[1]
+    for number, sample in enumerate(samples):
+        question, answer = sample.messages[0].content[1], answers[number // 4]
+        options = dict(line.split(": ") for line in question.split("\n")[2:-1])
+        assert len(set(options.values())) == len(options) and answer in options.values()
+        (given,) = sample.messages[1].content
+        assert given == answer if sample.key.endswith("/text") else options[given] == answer
 
 
 def test_options_are_drawn_by_key_and_seed_alone():
     assert easy_vqa_samples(form="choices") == easy_vqa_samples(form="choices")
     adapter = Adapter("easy_vqa", str(DATA / "easy_vqa"), "train", {"form": "choices"})
-    last = [row for row in adapter.rows()][-1]
+    last = [row for row in adapter.rows() if isinstance(row, dict)][-1]
     assert adapter.to_sample(last) == easy_vqa_samples(form="choices")[-1], "whatever was drawn before"
     assert easy_vqa_samples(form="choices", seed=1) != easy_vqa_samples(form="choices")
 
@@ -163,6 +183,24 @@ def test_every_bad_record_has_one_reason():
 def test_what_an_adapter_cannot_be_made_of_is_named(name, path, options, expected):
     with pytest.raises(UserError, match=expected.replace("?", r"\?")):
         Adapter(name, path, "train", options)
+
+
+def test_a_stamp_tells_changed_raw_files(tmp_path):
+    def stamp():
+        return Adapter("messages", str(tmp_path), "train", {}).stamp()
+
+    (tmp_path / "photos").mkdir()
+    for name in ("train.jsonl", "photos/dog.png"):
+        (tmp_path / name).write_text("raw")
+    stamps = [stamp()]
+    assert stamp() == stamps[0]
+    (tmp_path / "photos" / "dog.png").write_text("other")
+    stamps.append(stamp())
+    (tmp_path / "photos" / "cat.png").write_text("new")
+    stamps.append(stamp())
+    (tmp_path / "train.jsonl").rename(tmp_path / "test.jsonl")
+    stamps.append(stamp())
+    assert len(set(stamps)) == 4
 
 
 def test_a_module_of_your_own_is_an_adapter(tmp_path, monkeypatch):

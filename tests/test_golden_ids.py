@@ -71,7 +71,7 @@ def saved(llama, tmp_path_factory):
     """A model folder as far as a tokenizer can tell."""
     folder = tmp_path_factory.mktemp("golden")
     llama.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "idefics"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "idefics", "vocab_size": 32000}))
     return folder
 
 
@@ -109,6 +109,14 @@ def test_a_saved_tokenizer_keeps_the_ids(saved, load):
     tokenizer = load(saved)
     assert ids_of(tokenizer, PROMPT) == PROMPT_IDS
     assert chat_template(tokenizer).encode_prompt(TURNS[:3]).input_ids.tolist() == CHAT_IDS
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(saved, tmp_path):
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics", "vocab_size": 32001}))
+    with pytest.raises(idefics.UserError, match=r"with this model's vocabulary they are .*'<image>': 32002"):
+        idefics.load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_legacy_rules_is_refused(saved, tmp_path):

@@ -1,6 +1,7 @@
 """The packed forward: exact against each sample alone and against plain transformers; and what is written to disk."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import (
     place,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 from transformers import IdeficsImageProcessor
 
@@ -305,6 +307,35 @@ def test_a_prepared_base_is_prepared_to_itself(base, tmp_path):
     idefics.prepare_base(base, tmp_path / "twice_over")
     idefics.prepare_base(base, tmp_path / "twice_over")
     assert contents(tmp_path / "twice") == contents(tmp_path / "once") == contents(tmp_path / "twice_over")
+
+
+def test_a_shard_that_lacks_what_the_index_says_is_refused(base, tmp_path):
+    """transformers would invent the weight."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = folder / shards["model.norm.weight"]
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing, model\.norm\.weight among them"):
+        idefics.load_model(folder)
+
+
+def test_a_missing_shard_is_refused(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name}: not readable as safetensors"):
+        idefics.load_model(folder)
+
+
+def test_a_base_that_is_damaged_is_not_prepared(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{shard.name}: not readable as safetensors"):
+        idefics.prepare_base(folder, tmp_path / "grown")
+    assert not (tmp_path / "grown").exists()
 
 
 def test_another_model_is_refused_by_name(tmp_path):

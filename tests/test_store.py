@@ -36,10 +36,14 @@ class Toys:
     """An adapter whose records are samples, or the reason to leave them out."""
 
     name = "toys"
+    raw = "as it was"
 
     def __init__(self, *records: Sample | SkipSample) -> None:
         self.records = records
         self.num_read = 0
+
+    def stamp(self):
+        return self.raw
 
     def rows(self):
         for record in self.records:
@@ -137,6 +141,16 @@ def test_a_finished_store_is_opened_as_it_is(tmp_path):
     again = Toys(shown("other", "Ho."))
     assert prepared(tmp_path, again).sample(0).key == "one"
     assert again.num_read == 0
+
+
+def test_a_store_is_made_anew_when_raw_files_changed(tmp_path):
+    old = prepared(tmp_path, Toys(shown("one", "Hi.")))
+    (old.path / "encoded").mkdir()
+    again = Toys(shown("other", "Ho."))
+    again.raw = "changed"
+    store = prepared(tmp_path, again)
+    assert [store.sample(row).key for row in range(len(store))] == ["other"]
+    assert not (store.path / "encoded").exists(), "what was encoded of the old one is gone too"
 
 
 def test_an_unfinished_store_is_made_again(tmp_path):

@@ -219,6 +219,7 @@ def test_a_run_says_that_it_is_finished(finished):
     assert (values["status"], values["step"], values["max_steps"]) == ("finished", 4, 4)
     assert values["tokens"] == sum(line["tokens"] for line in metrics_of(finished))
     assert values["precision"] == "float32"
+    assert values["versions"].keys() == {"torch", "transformers", "trl", "accelerate", "datasets"}
     assert load_recipe(Path(finished.output_dir) / "recipe.yaml") == finished
 
 

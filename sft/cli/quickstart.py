@@ -42,9 +42,9 @@ def run(
 def _delete_run(output_dir: Path) -> None:
     """Delete what a run wrote, and only that; prepared data is made anew when it has to be."""
     from sft.run import delete_outputs
-    from sft.run_status import FILE
+    from sft.run_status import FILE, RunStatus
 
-    if (output_dir / FILE).is_file():
+    if RunStatus.read(output_dir):
         delete_outputs(output_dir)
         for name in (REPORT, FILE):
             (output_dir / name).unlink(missing_ok=True)

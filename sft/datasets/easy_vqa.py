@@ -3,7 +3,8 @@
 Raw layout: `<split>/questions.json`, a list of `[question, answer, image id]`, and `<split>/images/<image id>.png`.
 Three forms of the same data:
     questions  every question with its one-word answer
-    choices    open questions with their options, in the layout of MMBench, answered by a letter and again by the text
+    choices    open questions with two to all of their options, in the layout of MMBench: three times to be answered by
+               a letter and once by the text, each time with options drawn anew
     captions   "a blue circle" as a document, for images whose colour and shape some answer tells
 """
 
@@ -30,7 +31,7 @@ def default_path() -> Path:
 
 
 def rows(path: Path, split: str, *, form: Form = "questions") -> Iterator[Row | SkipSample]:
-    """One row a question; for captions one row an image; for choices two rows an open question."""
+    """One row a question; for captions one row an image; for choices four rows an open question."""
     questions = read_json(path / split / "questions.json")
     if form == "captions":
         yield from _captions(questions, split)
@@ -41,7 +42,8 @@ def rows(path: Path, split: str, *, form: Form = "questions") -> Iterator[Row | 
         if form == "questions":
             yield row
         elif answer in SHAPES or answer in COLOURS:
-            yield row | {"key": f"{row['key']}/letter", "answer_with": "letter"}
+            for draw in range(3):
+                yield row | {"key": f"{row['key']}/letter-{draw}", "answer_with": "letter"}
             yield row | {"key": f"{row['key']}/text", "answer_with": "text"}
         else:
             yield SkipSample("yes/no question", filtered=True)
@@ -66,7 +68,8 @@ def to_sample(row: Row, path: Path, *, form: Form = "questions", seed: int = 0) 
         return Sample(key=key, messages=(Message(role="document", content=(image, row["caption"])),))
     question, answer = row["question"], row["answer"]
     if form == "choices":
-        options = draw_options(answer, random.Random(f"{seed}/{key}"))
+        rng = random.Random(f"{seed}/{key}")
+        options = _some_of(draw_options(answer, rng), answer, rng)
         question = multiple_choice(question, options)
         if row["answer_with"] == "letter":
             answer = "ABCD"[options.index(answer)]
@@ -84,6 +87,12 @@ def draw_options(answer: str, rng: random.Random) -> list[str]:
         options = [answer, *rng.sample([colour for colour in COLOURS if colour != answer], 3)]
     rng.shuffle(options)
     return options
+
+
+def _some_of(options: list[str], answer: str, rng: random.Random) -> list[str]:
+    """Two to all of the options in their order, the right one among them."""
+    wrong = rng.sample([option for option in options if option != answer], rng.randint(1, len(options) - 1))
+    return [option for option in options if option == answer or option in wrong]
 
 
 def multiple_choice(question: str, options: list[str]) -> str:

@@ -298,22 +298,19 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     """
     with torch.device("meta"):
         expected = PlainIdefics(IdeficsConfig.from_dict(config)).state_dict()
-    shards = _shards(folder)
-    missing = [name for name in expected if name not in shards]
-    if missing:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
-    for file in sorted(set(shards.values())):
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(_shards(folder).values())):
         try:
             with safe_open(folder / file, framework="pt") as tensors:
-                found = sorted(set(tensors.keys()) & expected.keys())
-                shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in found}
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / file}: not readable as safetensors ({error})") from error
-        for name, shape in shapes.items():
-            if shape != tuple(expected[name].shape):
-                raise UserError(
-                    f"{folder}: {name} has shape {shape}, config.json asks for {tuple(expected[name].shape)}"
-                )
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
+    for name, tensor in expected.items():
+        if shapes[name] != tuple(tensor.shape):
+            raise UserError(f"{folder}: {name} has shape {shapes[name]}, config.json asks for {tuple(tensor.shape)}")
 
 
 def _shards(folder: Path) -> dict[str, str]:
