@@ -54,6 +54,9 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     """Every stage in turn; returns what is printed at the end."""
     started = time.perf_counter()
     quiet_libraries()
+    import torch
+
+    torch.set_num_threads(1)  # layers as small as the base's take twice the CPU time on two threads
     from sft import run as runs
     from sft.mix import mix as mixture
     from sft.recipe import load_recipe
