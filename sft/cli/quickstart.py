@@ -56,7 +56,7 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     quiet_libraries()
     import torch
 
-    torch.set_num_threads(1)  # layers as small as the base's take twice the CPU time on two threads
+    torch.set_num_threads(1)  # layers as small as the base's: one thread takes the least CPU time
     from sft import run as runs
     from sft.mix import mix as mixture
     from sft.recipe import load_recipe
