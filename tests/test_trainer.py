@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, IdeficsForVisionText2Text
 
 from sft import run
 from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
+from sft.data_loader import MicroBatches, Planner
 from sft.errors import RunError, UserError
 from sft.mix import mix
 from sft.models import idefics
@@ -235,7 +236,16 @@ def test_metrics_have_a_line_a_step(finished):
         assert sum(own["tokens"] for own in line["sources"].values()) == line["tokens"] <= 256
         assert sum(own["trained_tokens"] for own in line["sources"].values()) == line["trained_tokens"]
         assert all(own.keys() == {"loss", "tokens", "trained_tokens"} for own in line["sources"].values())
-    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_training_lowers_the_loss_on_what_was_trained(finished):
+    sources = run.prepare(finished)
+    planner = Planner(sources.sizes(), finished.data, packs_per_step=2, seed=finished.seed)
+    steps = MicroBatches(sources, planner, packs_per_step=2, micro_batch_packs=2, image_size=64)
+    first_step = next(iter(steps))["batch"]
+    folders = run.base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
+    before, after = (float(idefics.load_model(folder)(batch=first_step).loss.detach()) for folder in folders)
+    assert after < 0.9 * before
 
 
 def test_the_mixture_that_was_shown_is_the_one_that_was_trained(finished):
