@@ -56,7 +56,8 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     quiet_libraries()
     import torch
 
-    # Layers as small as the base's: a second thread takes 1.6 to 1.9 times the CPU time and saves 6 to 20 % of the clock.
+    # Layers as small as the base's: a second thread costs 1.6 to 1.9 times the CPU time and saves 6 to 20 % of the
+    # clock.
     torch.set_num_threads(1)
     from sft import run as runs
     from sft.mix import mix as mixture
