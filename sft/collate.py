@@ -64,11 +64,6 @@ def collate(
     )
 
 
-def num_trained(encoded: EncodedSample, train_on: TrainOn) -> int:
-    """Tokens of a sample that are trained; its first token never is."""
-    return sum(end - max(start, 1) for start, end in encoded.trained_ranges(train_on))
-
-
 def _labels(encoded: EncodedSample, train_on: TrainOn) -> NDArray[np.int64]:
     labels = np.full_like(encoded.input_ids, IGNORE_INDEX)
     for start, end in encoded.trained_ranges(train_on):

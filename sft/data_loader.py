@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
-from sft.collate import PlacedSample, collate, num_trained
+from sft.collate import PlacedSample, collate
 from sft.encoding import EncodedSamples
 from sft.errors import UserError
 from sft.images import decode_rgb, to_pixels
@@ -220,7 +220,8 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
     def _step(self, packs: list[Pack]) -> Iterator[dict[str, Batch]]:
         train_on = self.sources.data.train_on
         placed = [[self.sources.place(item) for item in pack.items] for pack in packs]
-        num_trained_tokens = sum(num_trained(sample.encoded, train_on) for pack in placed for sample in pack)
+        sizes = self.planner.sizes
+        num_trained_tokens = sum(int(sizes[i.source].num_trained[i.sample]) for pack in packs for i in pack.items)
         for first in range(0, len(placed), self.micro_batch_packs):
             batch = collate(
                 placed[first : first + self.micro_batch_packs],

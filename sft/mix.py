@@ -20,8 +20,8 @@ def mix(recipe: Recipe, sources: Sources, steps: int | None = None) -> dict[str,
         packs += window[: wanted - len(packs)]
         if len(packs) == wanted:
             break
-    tokens, trained, samples, fill, images, distinct = [0] * len(sizes), [0] * len(sizes), [0] * len(sizes), 0, 0, 0
-    image_counts = [0] * len(sizes)
+    tokens, trained, samples, image_counts = ([0] * len(sizes) for _ in range(4))
+    distinct = 0
     for pack in packs:
         for item in pack.items:
             tokens[item.source] += int(sizes[item.source].num_tokens[item.sample])
@@ -29,9 +29,7 @@ def mix(recipe: Recipe, sources: Sources, steps: int | None = None) -> dict[str,
             samples[item.source] += 1
             image_counts[item.source] += len(sizes[item.source].images[item.sample])
         shown = [image for item in pack.items for image in sizes[item.source].images[item.sample]]
-        images += len(shown)
         distinct += len(set(shown))
-    fill = sum(tokens)
     unit = {"tokens": tokens, "trained_tokens": trained, "samples": samples}[recipe.data.share_unit]
     lines = []
     for index, size in enumerate(sizes):
@@ -56,8 +54,8 @@ def mix(recipe: Recipe, sources: Sources, steps: int | None = None) -> dict[str,
         "sources": lines,
         "packs": {
             "count": len(packs),
-            "fill": fill / (len(packs) * recipe.data.sequence_length),
-            "images_per_pack": images / len(packs),
+            "fill": sum(tokens) / (len(packs) * recipe.data.sequence_length),
+            "images_per_pack": sum(image_counts) / len(packs),
             "distinct_images_per_pack": distinct / len(packs),
         },
     }

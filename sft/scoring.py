@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from sft.chat_template import ChatTemplate
 from sft.checkpoint import hash_file
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
-from sft.inference import Loaded, load_for_inference
+from sft.inference import load_for_inference, load_template
+from sft.models import get_family
 from sft.recipe import BUILT_BENCHMARKS, EvaluationConfig, Recipe
 from sft.shipped import resolve
 
@@ -56,11 +58,12 @@ def score_model(
     Without a run nothing is kept.
     """
     weights = weights_hash(path)
-    loaded = load_for_inference(path)
-    kept = {rank: run_dir and _kept(loaded, benchmark, run_dir, name, rank, blind, weights) for rank in ranks}
+    template = load_template(get_family("idefics"), path)
+    kept = {rank: run_dir and _kept(template, benchmark, run_dir, name, rank, blind, weights) for rank in ranks}
     missing = [rank for rank, result in kept.items() if not result]
     found: dict[Rank, Result] = {rank: result for rank, result in kept.items() if isinstance(result, Result)}
     if missing:
+        loaded = load_for_inference(path)
         found |= evaluate(
             loaded.model,
             loaded.template,
@@ -84,7 +87,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def _kept(
-    loaded: Loaded, benchmark: Benchmark, run_dir: Path, name: str, rank: Rank, blind: bool, weights: str
+    template: ChatTemplate, benchmark: Benchmark, run_dir: Path, name: str, rank: Rank, blind: bool, weights: str
 ) -> Result | None:
-    asked = protocol_hash(loaded.template, benchmark, rank=rank, blind=blind)
+    asked = protocol_hash(template, benchmark, rank=rank, blind=blind)
     return find_result(run_dir, benchmark.name, asked, name, weights=weights)

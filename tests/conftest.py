@@ -152,3 +152,8 @@ def refusal(capsys):
         return printed.err
 
     return run
+
+
+def num_trained(encoded, train_on) -> int:
+    """Trained tokens of a sample, counted by hand: its first token never is."""
+    return sum(end - max(start, 1) for start, end in encoded.trained_ranges(train_on))

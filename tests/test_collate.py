@@ -1,8 +1,9 @@
 """Packs become a batch: numbers one can check in the head."""
 
 import numpy as np
+from conftest import num_trained
 
-from sft.collate import PlacedSample, collate, num_trained
+from sft.collate import PlacedSample, collate
 from sft.sample import EncodedSample
 
 IMAGE = 99

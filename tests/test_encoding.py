@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import conversation, document
+from conftest import conversation, document, num_trained
 
 from sft.chat_template import ChatTemplate
-from sft.collate import num_trained
 from sft.encoding import encode_samples, fingerprint
 
 SAMPLES = (

@@ -174,12 +174,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is no tokenizer, or it is not one of IDEFICS.
     """
+    config = _read_config(path)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer.json found; an IDEFICS folder has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
-    num_base = _read_config(path).get("vocab_size")
+    num_base = config.get("vocab_size")
     if num_base is None:
         raise UserError(f"{path}: config.json has no vocab_size")
     expected = {"<unk>": 0, "<s>": 1, "</s>": 2, FAKE: num_base, IMAGE: num_base + 1}
