@@ -15,7 +15,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +51,7 @@ class ChatTemplate:
         """
         self.template = template
         self.tokenizer = tokenizer
+        self._image_token = image_token
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         self._special_ids: dict[str, int] = {
             str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -60,6 +61,9 @@ class ChatTemplate:
         unknown = {t for t in re.findall(r"</?[a-z_]+>", _without_comments(template)) if t not in self._special_ids}
         if unknown:
             raise ValueError(f"chat template prints {sorted(unknown)}, which the tokenizer has no special token for")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(ChatTemplate, image_token=self._image_token), (self.template, self.tokenizer)
 
     @property
     def fingerprint(self) -> str:

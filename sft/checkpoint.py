@@ -7,16 +7,12 @@ size and xxh3 hash. Whatever a killed process left is in a hidden staging folder
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import xxhash
-
 from sft.errors import UserError
+from sft.files import hash_file, staged
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -44,21 +40,6 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `path` when the block ends without an error."""
-    staging = path.with_name(f".{path.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    for file in staging.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    shutil.rmtree(path, ignore_errors=True)
-    staging.rename(path)
-    _sync(path.parent)
-
-
 def is_complete(path: Path) -> bool:
     """Whether every file of the manifest is there in its size. Contents are checked by `broken_files`."""
     manifest = path / MANIFEST
@@ -78,20 +59,3 @@ def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in a folder, by step."""
     found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=step_of)
-
-
-def hash_file(path: Path) -> str:
-    """xxh3 of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset
 from sft.collate import PlacedSample, collate
 from sft.encoding import EncodedSamples
 from sft.errors import UserError
+from sft.held_out import HoldOut, Side, check_not_empty
 from sft.images import decode_rgb, to_pixels
 from sft.mixture import Mixture, SourceSizes
 from sft.packing import Bundle, Caps, pack_window
@@ -42,11 +43,28 @@ class Part:
 
 
 class Sources:
-    """The sources of a mixture, each one or several prepared datasets end to end. Equal images have equal numbers."""
+    """The sources of a mixture, each one or several prepared datasets end to end. Equal images have equal numbers.
 
-    def __init__(self, parts: Sequence[Sequence[Part]], data: DataConfig) -> None:
+    Only samples of one side are in it: those to train on, or those held out (`data.validation`).
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[Part]],
+        data: DataConfig,
+        *,
+        validation: Part | None = None,
+        side: Side = Side.TRAIN,
+    ) -> None:
+        """`validation` is the dataset of `data.validation.path`.
+
+        Raises:
+            UserError: all samples of a source are held out.
+        """
         self.parts = parts
         self.data = data
+        self.validation = validation
+        self.side = side
         self._starts = [[0, *accumulate(len(part.encoded) for part in own)] for own in parts]
         self._image_numbers: dict[int, list[int]] = {}  # store, by identity -> image number of each of its rows
         self._image_places: list[tuple[Store, int]] = []
@@ -59,24 +77,59 @@ class Sources:
                     self._image_places.append((part.store, row))
                 numbers.append(by_hash[sha256])
             self._image_numbers[id(part.store)] = numbers
+        self.sides = self._split()
+        self._rows = [np.flatnonzero(sides == side) for sides in self.sides]  # of each source, its samples on this side
+
+    def held_out(self) -> Sources | None:
+        """The other side: what is held out of training, `data.validation.path` as one more source; None if nothing."""
+        if self.data.validation is None:
+            return None
+        if self.validation is None:
+            return Sources(self.parts, self.data, side=Side.VALIDATION)
+        share = self.data.mixture[0].model_copy(update={"name": "validation"})
+        data = self.data.model_copy(update={"validation": None, "mixture": (share,)})
+        return Sources([[self.validation]], data)
+
+    def _split(self) -> list[NDArray[np.int8]]:
+        """The side of every sample of every source."""
+        validation = self.data.validation
+        if validation is None:
+            return [np.zeros(starts[-1], dtype=np.int8) for starts in self._starts]
+        held_out = HoldOut(
+            share=validation.share or 0.0,
+            hashes=frozenset(self.validation.store.image_hashes) if self.validation else frozenset(),
+        )
+        sides = [
+            np.concatenate(
+                [held_out.sides(list(part.store.keys), part.store.image_hashes, *part.encoded.images) for part in own]
+            )
+            for own in self.parts
+        ]
+        for config, of_source in zip(self.data.mixture, sides, strict=True):
+            check_not_empty(config.name, of_source)
+        return sides
 
     def sizes(self) -> list[SourceSizes]:
         """What the planner needs to know."""
-        return [
-            SourceSizes(
-                name=config.name,
-                share=share,
-                num_tokens=np.concatenate([part.encoded.num_tokens for part in own]),
-                num_trained=np.concatenate([part.encoded.num_trained(self.data.train_on) for part in own]),
-                images=tuple(images for part in own for images in self._all_images(part)),
+        sizes = []
+        for config, share, own, rows in zip(self.data.mixture, self.data.shares, self.parts, self._rows, strict=True):
+            images = [images for part in own for images in self._all_images(part)]
+            sizes.append(
+                SourceSizes(
+                    name=config.name,
+                    share=share,
+                    num_tokens=np.concatenate([part.encoded.num_tokens for part in own])[rows],
+                    num_trained=np.concatenate([part.encoded.num_trained(self.data.train_on) for part in own])[rows],
+                    images=tuple(images[row] for row in rows),
+                )
             )
-            for config, share, own in zip(self.data.mixture, self.data.shares, self.parts, strict=True)
-        ]
+        return sizes
 
     def place(self, item: PackItem) -> PlacedSample:
         """The encoded sample at a place, with the numbers of its images."""
-        number = bisect_right(self._starts[item.source], item.sample) - 1
-        part, row = self.parts[item.source][number], item.sample - self._starts[item.source][number]
+        sample = int(self._rows[item.source][item.sample])
+        number = bisect_right(self._starts[item.source], sample) - 1
+        part, row = self.parts[item.source][number], sample - self._starts[item.source][number]
         numbers = self._image_numbers[id(part.store)]
         images = tuple(numbers[image_row] for image_row in part.encoded.image_rows(row))
         return PlacedSample(part.encoded[row], images, item.source)

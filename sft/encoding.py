@@ -7,20 +7,30 @@ and likewise its trained spans and its images. Mixture, packing and inspection r
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.chat_template import ChatTemplate
+from sft.files import staged
+from sft.parallel import ordered_map
 from sft.sample import EncodedSample, Sample, TrainOn
 
-VERSION = 1
+VERSION = 2
 """Raised when the same sample could encode to other arrays."""
+INDEX = "index.json"
+BLOCK_SAMPLES = 4096
+"""Samples that are encoded at once, by one process."""
+
+_OFFSETS_OF = {"input_ids": "token_offsets", "trained_spans": "span_offsets", "image_rows": "image_offsets"}
+_ARRAY_OF = {offsets: name for name, offsets in _OFFSETS_OF.items()}
+_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions")
 
 
 class EncodedSamples:
@@ -28,7 +38,9 @@ class EncodedSamples:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._array = {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+        dtypes = json.loads((path / INDEX).read_text())["dtypes"]
+        self._array = {name: _open(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in dtypes.items()}
+        self._array["trained_spans"] = self._array["trained_spans"].reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._array["token_offsets"]) - 1
@@ -69,42 +81,82 @@ class EncodedSamples:
         return self._array["image_rows"], self._array["image_offsets"]
 
 
+class StoredSamples(Protocol):
+    """What is encoded: samples by row, each with the rows of its images. `sft.store.Store` is one."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def stored_samples(self, start: int, stop: int) -> Iterable[tuple[Sample, tuple[int, ...]]]:
+        """Some of them."""
+
+
 def encode_samples(
-    samples: Iterable[tuple[Sample, tuple[int, ...]]], template: ChatTemplate, path: Path
+    samples: StoredSamples,
+    template: ChatTemplate,
+    path: Path,
+    *,
+    num_proc: int = 1,
+    on_progress: Callable[[int], None] = lambda samples: None,
 ) -> EncodedSamples:
-    """Encode samples, each with the rows of its images, into `path`; what is there already is opened as it is."""
-    if (path / "index.json").is_file():
+    """Encode samples into `path`, in bounded memory; what is there already is opened as it is."""
+    if (path / INDEX).is_file():
         return EncodedSamples(path)
-    staging = path.with_name(f".{path.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    starts = range(0, len(samples), BLOCK_SAMPLES)
+    blocks = (_Block(samples, start, min(start + BLOCK_SAMPLES, len(samples)), template) for start in starts)
+    ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
+    id_type = np.dtype(np.uint16 if len(template.tokenizer) <= 2**16 else np.uint32)
+    with staged(path) as folder, ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS}
+        for offsets in _OFFSETS_OF.values():
+            files[offsets].write(np.zeros(1, np.int64).tobytes())
+        for done, block in zip(starts, ordered_map(_encode_block, blocks, num_proc), strict=True):
+            for name, array in block.items():
+                shift = ends.get(_ARRAY_OF.get(name, ""), 0)  # offsets count within the block; everything else stays
+                files[name].write((array.astype(id_type) if name == "input_ids" else array + shift).tobytes())
+            for name, offsets in _OFFSETS_OF.items():
+                ends[name] += int(block[offsets][-1])
+            on_progress(min(done + BLOCK_SAMPLES, len(samples)))
+        index = {
+            "version": VERSION,
+            "samples": len(samples),
+            "tokens": ends["input_ids"],
+            "dtypes": {name: (id_type if name == "input_ids" else np.dtype(np.int64)).str for name in _ARRAYS},
+        }
+        (folder / INDEX).write_text(json.dumps(index) + "\n")
+    return EncodedSamples(path)
+
+
+@dataclass(frozen=True)
+class _Block:
+    samples: StoredSamples
+    start: int
+    stop: int
+    template: ChatTemplate
+
+
+def _encode_block(block: _Block) -> dict[str, NDArray[np.int64]]:
+    """The arrays of some samples, with offsets that count from the first of them."""
     encoded, rows = [], []
-    for sample, image_rows in samples:
-        encoded.append(template.encode(sample))
+    for sample, image_rows in block.samples.stored_samples(block.start, block.stop):
+        encoded.append(block.template.encode(sample))
         rows.append(image_rows)
-    id_type = np.uint16 if len(template.tokenizer) <= 2**16 else np.uint32
-    arrays = {
-        "input_ids": np.concatenate([e.input_ids for e in encoded]).astype(id_type),
-        "token_offsets": _offsets([len(e.input_ids) for e in encoded]),
+    return {
+        "input_ids": np.concatenate([e.input_ids for e in encoded]),
+        "token_offsets": np.cumsum([len(e.input_ids) for e in encoded]),
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], dtype=np.int64).reshape(-1, 2),
-        "span_offsets": _offsets([len(e.trained_spans) for e in encoded]),
+        "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded]),
         "image_positions": np.array([p for e in encoded for p in e.image_positions], dtype=np.int64),
         "image_rows": np.array([row for image_rows in rows for row in image_rows], dtype=np.int64),
-        "image_offsets": _offsets([len(image_rows) for image_rows in rows]),
+        "image_offsets": np.cumsum([len(image_rows) for image_rows in rows]),
     }
-    for name, array in arrays.items():
-        np.save(staging / f"{name}.npy", array)
-    index = {"version": VERSION, "samples": len(encoded), "tokens": int(arrays["token_offsets"][-1])}
-    (staging / "index.json").write_text(json.dumps(index) + "\n")
-    shutil.rmtree(path, ignore_errors=True)  # a folder without its index
-    staging.rename(path)
-    return EncodedSamples(path)
+
+
+def _open(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A file of numbers, mapped into memory; an empty one cannot be."""
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
 
 
 def fingerprint(template: ChatTemplate) -> str:
     """Name of the folder that holds what this template and tokenizer encode."""
     return f"{template.fingerprint}-v{VERSION}"
-
-
-def _offsets(lengths: list[int]) -> NDArray[np.int64]:
-    return np.concatenate(([0], np.cumsum(np.array(lengths, dtype=np.int64))))

@@ -67,6 +67,19 @@ class SourceConfig(_Part):
     """Prepared one by one, joined in proportion to their size."""
 
 
+class ValidationConfig(_Part):
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the images (of the samples, where they have none) of every source that is held out."""
+    path: str | None = None
+    """Conversations of your own, in the form of the `messages` dataset; their images are held out of every source."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ValidationConfig:
+        if (self.share is None) == (self.path is None):
+            raise ValueError("validation needs either `share` or `path`")
+        return self
+
+
 class DataConfig(_Part):
     store: str = "stores"
     """Folder of the prepared datasets."""
@@ -84,8 +97,16 @@ class DataConfig(_Part):
     """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
     pack_isolation: bool = True
     """Samples of a pack do not see each other. false: they do, as in 2023."""
+    validation: ValidationConfig | None = None
+    """What is held out of training. An image held out of one source is held out of all."""
+    verify: Literal["decode", "header"] = "decode"
+    """How images are checked when they are prepared: `decode` each once, or read its `header` only (web scale)."""
+    images: Literal["embed", "reference"] = "embed"
+    """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
     max_skip_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Preparation stops when more than this share of a dataset's records is bad."""
+    max_record_bytes: Positive = 64 * 1024 * 1024
+    """Raw records over this size are skipped."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -301,7 +322,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _part_of(annotation: Any) -> type[BaseModel]:
-    """The model inside `X` or `tuple[X, ...]`."""
+    """The model inside `X`, `X | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_part_of(inner) for inner in get_args(annotation) if inner is not Ellipsis)
+    return next(_part_of(inner) for inner in get_args(annotation) if inner not in (Ellipsis, type(None)))

@@ -11,26 +11,32 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
 from sft.data_loader import MicroBatches, Part, Planner, Sources
 from sft.datasets import Adapter
-from sft.encoding import EncodedSamples, encode_samples, fingerprint
+from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.inference import load_template
 from sft.locking import locked
 from sft.models import ModelFamily, get_family
-from sft.recipe import DatasetConfig, Recipe
+from sft.recipe import DataConfig, DatasetConfig, Recipe
 from sft.run_status import RunStatus
 from sft.shipped import resolve
-from sft.store import Store, prepare_store
+from sft.store import MANIFEST, Settings, Store, prepare_store
 from sft.validation import check_recipe, is_local
 
 if TYPE_CHECKING:
     import torch
+
+VALIDATION = "validation"
+"""What the user's own held-out conversations are called in tables."""
 
 OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json")
 """What a run writes beside run.json."""
@@ -61,36 +67,84 @@ def prepare_base(recipe: Recipe) -> Path:
     return path
 
 
-def prepare(recipe: Recipe, on_progress: Callable[[str, int], None] = lambda name, records: None) -> Sources:
-    """Make whatever is missing of stores, base and encoded arrays; return the sources, ready to be mixed.
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What the command line says about a preparation, beyond the recipe."""
 
-    `on_progress` is called with a source's name and the number of records read so far.
-    """
+    num_proc: int = 1
+    limit: int | None = None
+    fresh: bool = False
+
+
+Progress = Callable[[str, int, float], None]
+"""Called with what is being prepared, how many records are done, and the share of the whole."""
+
+
+def prepare(
+    recipe: Recipe,
+    on_progress: Progress = lambda name, records, share: None,
+    options: PrepareOptions = PrepareOptions(),
+) -> Sources:
+    """Make whatever is missing of stores, base and encoded arrays; return the sources, ready to be mixed."""
     check_recipe(recipe)
     with locked(Path(recipe.data.store)):
         template = load_template(get_family(recipe.model.family), prepare_base(recipe))
-        parts = [
-            [_prepare_dataset(recipe, source.name, dataset, template, on_progress) for dataset in source.datasets]
-            for source in recipe.data.mixture
-        ]
-    return Sources(parts, recipe.data)
+
+        def prepared(name: str, dataset: DatasetConfig) -> Part:
+            store = prepare_store(
+                Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options),
+                Path(recipe.data.store) / dataset.store_name,
+                asked=dataset.model_dump(),
+                settings=store_settings(recipe.data, options),
+                on_progress=lambda records, share: on_progress(name, records, share),
+            )
+            encoded = encode_samples(
+                store,
+                template,
+                encoded_path(store, template),
+                num_proc=options.num_proc,
+                on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
+            )
+            return Part(store, encoded)
+
+        return _sources(recipe, prepared)
 
 
-def _prepare_dataset(
-    recipe: Recipe,
-    source: str,
-    dataset: DatasetConfig,
-    template: ChatTemplate,
-    on_progress: Callable[[str, int], None],
-) -> Part:
-    store = prepare_store(
-        Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options),
-        Path(recipe.data.store) / dataset.store_name,
-        asked=dataset.model_dump(),
-        max_skip_share=recipe.data.max_skip_share,
-        on_progress=lambda records: on_progress(source, records),
-    )
-    return Part(store, encode_samples(store.stored_samples(), template, encoded_path(store, template)))
+def prepare_one(
+    asked: dict[str, Any],
+    how: dict[str, str],
+    path: Path,
+    max_skip_share: float | None,
+    options: PrepareOptions,
+    on_progress: Progress,
+) -> Store:
+    """The store of one dataset in the folder `path`, without a recipe. `asked` and `how` are keys of a recipe's
+    dataset and of its `data`.
+
+    Raises:
+        UserError: one of them is wrong, or the folder holds something else.
+    """
+    try:
+        dataset = DatasetConfig.model_validate(asked)
+        given = how if max_skip_share is None else {**how, "max_skip_share": max_skip_share}
+        data = DataConfig.model_validate(
+            {**given, "mixture": [{"name": dataset.dataset, "share": 1, "datasets": [asked]}]}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"--{str(problem['loc'][-1]).replace('_', '-')}: {problem['msg']}") from error
+    adapter = Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)
+    if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is there already and is no prepared dataset; choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        return prepare_store(
+            adapter,
+            path,
+            asked=dataset.model_dump(),
+            settings=store_settings(data, options),
+            on_progress=lambda records, share: on_progress(dataset.dataset, records, share),
+        )
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
@@ -99,17 +153,37 @@ def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
     Raises:
         UserError: something is not prepared; the message names the command.
     """
-    parts = []
-    for source in recipe.data.mixture:
-        own = []
-        for dataset in source.datasets:
-            store = Store(Path(recipe.data.store) / dataset.store_name)
-            path = encoded_path(store, template)
-            if not (path / "index.json").is_file():
-                raise UserError(f"{store.path}: not encoded for this model; run `idefics-sft prepare` first")
-            own.append(Part(store, EncodedSamples(path)))
-        parts.append(own)
-    return Sources(parts, recipe.data)
+
+    def opened(_: str, dataset: DatasetConfig) -> Part:
+        store = Store(Path(recipe.data.store) / dataset.store_name)
+        path = encoded_path(store, template)
+        if not (path / INDEX).is_file():
+            raise UserError(f"{store.path}: not encoded for this model; run `idefics-sft prepare` first")
+        return Part(store, EncodedSamples(path))
+
+    return _sources(recipe, opened)
+
+
+def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], Part]) -> Sources:
+    parts = [[part(source.name, dataset) for dataset in source.datasets] for source in recipe.data.mixture]
+    validation = recipe.data.validation
+    if validation is None or validation.path is None:
+        return Sources(parts, recipe.data)
+    own = part(VALIDATION, DatasetConfig(dataset="messages", path=validation.path))
+    return Sources(parts, recipe.data, validation=own)
+
+
+def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
+    """How the stores of a recipe are made."""
+    return Settings(
+        images=data.images,
+        verify=data.verify,
+        max_record_bytes=data.max_record_bytes,
+        max_skip_share=data.max_skip_share,
+        num_proc=options.num_proc,
+        limit=options.limit,
+        fresh=options.fresh,
+    )
 
 
 def encoded_path(store: Store, template: ChatTemplate) -> Path:

@@ -11,6 +11,7 @@ Shape letters, here and wherever tensors are named:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -34,12 +35,17 @@ class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
     """This record is left out. `reason` is a fixed phrase, so that records can be counted by it.
 
     `filtered` marks a record that is sound but left out by a policy of its dataset; it does not count as dirty.
+    `detail` says where or what, for the list of skips: a file and line, the name of the missing image.
     """
 
-    def __init__(self, reason: str, *, filtered: bool = False) -> None:
+    def __init__(self, reason: str, *, filtered: bool = False, detail: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.filtered = filtered
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(SkipSample, filtered=self.filtered, detail=self.detail), (self.reason,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 from sft.chat_template import ChatTemplate
-from sft.checkpoint import hash_file
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
+from sft.files import hash_file
 from sft.inference import load_for_inference, load_template
 from sft.models import get_family
 from sft.recipe import BUILT_BENCHMARKS, EvaluationConfig, Recipe

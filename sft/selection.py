@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.errors import UserError
-from sft.evaluation.results import Result, clustered_standard_error, half_of, read_result, write_atomically
+from sft.evaluation.results import Result, clustered_standard_error, half_of, read_result
+from sft.files import write_atomically
 
 Array = NDArray[np.float64]
 

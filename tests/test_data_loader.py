@@ -19,7 +19,7 @@ from sft.encoding import encode_samples
 from sft.errors import UserError
 from sft.recipe import DataConfig
 from sft.sample import IGNORE_INDEX, PackItem
-from sft.store import prepare_store
+from sft.store import Settings, prepare_store
 
 
 def settings(*names, **options):
@@ -150,8 +150,8 @@ RED, BLUE, GREEN = (encoded(colour, size=(IMAGE_SIZE, IMAGE_SIZE)) for colour in
 
 
 def part(path, template, *samples):
-    store = prepare_store(Toys(*samples), path, asked={}, max_skip_share=0)
-    return Part(store, encode_samples(store.stored_samples(), template, path / "encoded" / "toy"))
+    store = prepare_store(Toys(*samples), path, asked={}, settings=Settings(max_skip_share=0))
+    return Part(store, encode_samples(store, template, path / "encoded" / "toy"))
 
 
 @pytest.fixture

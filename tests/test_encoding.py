@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import conversation, document, num_trained
 
+from sft import encoding
 from sft.chat_template import ChatTemplate
 from sft.encoding import encode_samples, fingerprint
 
@@ -15,9 +16,22 @@ SAMPLES = (
 IMAGE_ROWS = ((0,), (), (1, 0))
 
 
+class Toys:
+    """Samples and the rows of their images, as a store hands them out."""
+
+    def __init__(self, samples=SAMPLES, rows=IMAGE_ROWS):
+        self.pairs = list(zip(samples, rows, strict=True))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def stored_samples(self, start, stop):
+        return self.pairs[start:stop]
+
+
 @pytest.fixture
 def encoded(template, tmp_path):
-    return encode_samples(zip(SAMPLES, IMAGE_ROWS, strict=True), template, tmp_path / "store" / "encoded" / "toy")
+    return encode_samples(Toys(), template, tmp_path / "store" / "encoded" / "toy")
 
 
 def test_samples_read_back_as_the_template_encodes_them(encoded, template):
@@ -33,7 +47,7 @@ def test_samples_read_back_as_the_template_encodes_them(encoded, template):
 
 
 def test_ids_take_two_bytes_where_the_vocabulary_allows(encoded):
-    assert np.load(encoded.path / "input_ids.npy").dtype == np.uint16
+    assert (encoded.path / "input_ids.bin").stat().st_size == 2 * encoded.num_tokens.sum()
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
@@ -50,14 +64,27 @@ def test_all_trains_every_token_but_the_first(encoded):
 
 
 def test_what_is_there_is_opened_as_it_is(encoded, template):
-    again = encode_samples([], template, encoded.path)
+    again = encode_samples(Toys((), ()), template, encoded.path)
     assert len(again) == 3
 
 
 def test_an_unfinished_folder_is_made_again(encoded, template):
     (encoded.path / "index.json").unlink()
-    again = encode_samples([(SAMPLES[1], ())], template, encoded.path)
+    again = encode_samples(Toys(SAMPLES[1:2], [()]), template, encoded.path)
     assert len(again) == 1
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_blocks_and_processes_change_nothing(encoded, template, tmp_path, monkeypatch, num_proc):
+    monkeypatch.setattr(encoding, "BLOCK_SAMPLES", 1)
+    again = encode_samples(Toys(), template, tmp_path / "again", num_proc=num_proc)
+    for file in encoded.path.glob("*.bin"):
+        assert (again.path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_texts_alone_are_encoded_too(template, tmp_path):
+    texts = encode_samples(Toys(SAMPLES[1:2], [()]), template, tmp_path / "texts")
+    assert texts.image_rows(0) == () and texts.images[0].tolist() == []
 
 
 def test_another_template_or_tokenizer_has_another_fingerprint(template, tokenizer):

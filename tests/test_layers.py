@@ -8,9 +8,9 @@ import sft
 
 LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what needs nothing but them
     "errors sample",
-    "recipe shipped attention loss locking",
+    "recipe shipped attention loss locking files parallel",
     "sources images chat_template models optim lora distributed checkpoint precision",
-    "datasets store encoding mixture packing collate generation inference naming run_status",
+    "datasets store encoding mixture packing collate generation inference naming run_status held_out",
     "data_loader trainer checks evaluation validation",
     "run mix scoring selection export chat report cost",
     "cli",

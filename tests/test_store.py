@@ -2,16 +2,21 @@
 
 import io
 import json
+import os
 import struct
 import zlib
+from pathlib import Path
 
+import datasets
 import pytest
+import xxhash
 from PIL import Image
 
+from sft.datasets import Adapter
 from sft.errors import RunError, UserError
 from sft.images import MAX_BYTES, decode_rgb, read_bytes
 from sft.sample import ImageRef, Message, Sample, SkipSample
-from sft.store import Store, prepare_store
+from sft.store import Settings, Store, preparation, prepare_store
 
 
 def encoded(colour: str, format: str = "PNG", size: tuple[int, int] = (4, 3)) -> bytes:
@@ -33,19 +38,21 @@ def header_of(width: int, height: int) -> bytes:
 
 
 class Toys:
-    """An adapter whose records are samples, or the reason to leave them out."""
+    """An adapter whose records are samples, or the reason to leave them out; its raw files are only looked at."""
 
     name = "toys"
-    raw = "as it was"
+    licence = "MIT"
 
-    def __init__(self, *records: Sample | SkipSample) -> None:
+    def __init__(self, *records: Sample | SkipSample, file: Path | None = None, version: int = 1) -> None:
         self.records = records
+        self.raw = file or Path(__file__)
+        self.version = version
         self.num_read = 0
 
-    def stamp(self):
-        return self.raw
+    def files(self):
+        return [self.raw]
 
-    def rows(self):
+    def rows(self, file):
         for record in self.records:
             self.num_read += 1
             yield record if isinstance(record, SkipSample) else {"sample": record}
@@ -63,8 +70,13 @@ def shown(key: str, *items: str | bytes) -> Sample:
     )
 
 
-def prepared(path, adapter, *, max_skip_share=1.0, **options) -> Store:
-    return prepare_store(adapter, path / "toys", asked={"dataset": "toys"}, max_skip_share=max_skip_share, **options)
+def prepared(path, adapter, *, on_progress=lambda records, share: None, max_skip_share=1.0, **settings) -> Store:
+    settings = Settings(max_skip_share=max_skip_share, **settings)
+    return prepare_store(adapter, path / "toys", asked={"dataset": "toys"}, settings=settings, on_progress=on_progress)
+
+
+def keys(store: Store) -> list[str]:
+    return list(store.keys)
 
 
 def test_samples_read_back_equal(tmp_path):
@@ -115,7 +127,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path):
     assert store.manifest["examples"]["image does not decode"] == "bad"
     lines = [json.loads(line) for line in (store.path / "skips.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["toys/1", "toys/2", "toys/3", "bad", "half a letter"]
-    assert lines[1] == {"key": "toys/2", "reason": "too small", "filtered": True}
+    assert lines[1] == {"key": "toys/2", "reason": "too small", "detail": "", "filtered": True}
 
 
 def test_too_many_bad_records_stop_with_the_table(tmp_path):
@@ -124,7 +136,9 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
         prepared(tmp_path, toys, max_skip_share=0.7)
     assert str(caught.value) == (
         "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode (as bad)"
+        f"; all of them: {tmp_path}/toys.skips.jsonl"
     )
+    assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "toys").exists()
     assert len(prepared(tmp_path, toys, max_skip_share=0.75)) == 1
 
@@ -132,7 +146,7 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
 def test_filtered_records_are_not_dirty_but_something_must_be_left(tmp_path):
     filtered = SkipSample("too small", filtered=True)
     assert len(prepared(tmp_path, Toys(filtered, filtered, shown("good", "Hi.")), max_skip_share=0.0)) == 1
-    with pytest.raises(RunError, match=r"none of 1 records is left: \{'too small': 1\}"):
+    with pytest.raises(RunError, match=r"none of 1 records is left: 1 too small \(as toys/0\)"):
         prepared(tmp_path / "else", Toys(filtered))
 
 
@@ -143,41 +157,196 @@ def test_a_finished_store_is_opened_as_it_is(tmp_path):
     assert again.num_read == 0
 
 
-def test_a_store_is_made_anew_when_raw_files_changed(tmp_path):
-    old = prepared(tmp_path, Toys(shown("one", "Hi.")))
+def test_a_store_is_made_anew_when_a_raw_file_changed(tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("old")
+    old = prepared(tmp_path, Toys(shown("one", "Hi."), file=raw))
     (old.path / "encoded").mkdir()
-    again = Toys(shown("other", "Ho."))
-    again.raw = "changed"
-    store = prepared(tmp_path, again)
-    assert [store.sample(row).key for row in range(len(store))] == ["other"]
+    os.utime(raw, ns=(1, 1))
+    assert keys(prepared(tmp_path, Toys(shown("other", "Ho."), file=raw))) == ["one"], "only its time is another"
+    raw.write_text("new")
+    store = prepared(tmp_path, Toys(shown("other", "Ho."), file=raw))
+    assert keys(store) == ["other"]
     assert not (store.path / "encoded").exists(), "what was encoded of the old one is gone too"
 
 
-def test_an_unfinished_store_is_made_again(tmp_path):
-    class Breaks(Toys):
-        def rows(self):
-            yield from super().rows()
-            raise OSError("disk full")
+def test_a_store_is_made_anew_when_an_image_file_changed(tmp_path):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(RED)
+    toys = Toys(Sample(key="one", messages=(Message(role="document", content=(ImageRef(source=photo), "A dog.")),)))
+    assert prepared(tmp_path, toys).image_bytes(0) == RED
+    later = (tmp_path / "toys" / "manifest.json").stat().st_mtime_ns + 1
+    os.utime(photo, ns=(later, later))
+    assert prepared(tmp_path, toys) and toys.num_read == 1, "the same content"
+    photo.write_bytes(BLUE)
+    os.utime(photo, ns=(later, later))
+    assert prepared(tmp_path, toys).image_bytes(0) == BLUE
+    photo.unlink()
+    assert prepared(tmp_path, toys).image_bytes(0) == BLUE, "the store has what it needs"
 
-    with pytest.raises(OSError, match="disk full"):
-        prepared(tmp_path, Breaks(shown("one", RED)))
-    with pytest.raises(UserError, match="run `idefics-sft prepare` first"):
-        Store(tmp_path / "toys")
-    (tmp_path / "toys").mkdir()  # as when the manifest was deleted
-    assert prepared(tmp_path, Toys(shown("one", RED), shown("two", BLUE))).num_images == 2
+
+def test_a_store_is_made_anew_when_it_is_told_or_asked_for_in_another_way(tmp_path):
+    toys = Toys(shown("one", RED), shown("two", "Hi."))
+    assert len(prepared(tmp_path, toys, limit=1)) == 1
+    assert len(prepared(tmp_path, toys, verify="header")) == 2
+    assert prepared(tmp_path, toys).manifest["verify"] == "decode", "a header was not enough"
+    assert prepared(tmp_path, toys, verify="header").manifest["verify"] == "decode", "this is more than asked"
+    num_read = toys.num_read
+    prepared(tmp_path, toys, fresh=True)
+    assert toys.num_read == num_read + 2
+
+
+def test_a_store_by_another_version_of_the_adapter_is_refused_unless_told(tmp_path):
+    prepared(tmp_path, Toys(shown("one", "Hi.")))
+    newer = Toys(shown("two", "Hi."), version=2)
+    with pytest.raises(UserError, match="version 1 of the adapter 'toys', this is version 2 of 'toys'; .* --fresh"):
+        prepared(tmp_path, newer)
+    assert keys(prepared(tmp_path, newer, fresh=True)) == ["two"]
+
+
+def test_the_manifest_names_the_raw_files_with_sizes_and_hashes(tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_bytes(b"12345")
+    manifest = prepared(tmp_path, Toys(shown("one", "Hi."), file=raw)).manifest
+    assert [(f["path"], f["bytes"], f["xxh3"]) for f in manifest["files"]] == [
+        (str(raw), 5, xxhash.xxh3_128(b"12345").hexdigest())
+    ]
+    assert manifest["licence"] == "MIT" and manifest["adapter"] == {"name": "toys", "version": 1}
 
 
 def test_a_store_of_another_version_is_refused(tmp_path):
     store = prepared(tmp_path, Toys(shown("one", "Hi.")))
     (store.path / "manifest.json").write_text(json.dumps(store.manifest | {"version": 0}))
-    with pytest.raises(UserError, match=r"prepared by version 0 .* prepare again"):
+    with pytest.raises(UserError, match=r"prepared by version 0 .* prepare with --fresh"):
         Store(store.path)
 
 
 def test_progress_counts_records(tmp_path):
     counts = []
-    prepared(tmp_path, Toys(shown("one", "Hi."), SkipSample("no messages")), on_progress=counts.append)
-    assert counts[-1] == 2
+    toys = Toys(shown("one", "Hi."), SkipSample("no messages"))
+    prepared(tmp_path, toys, on_progress=lambda records, share: counts.append((records, share)))
+    assert counts == [(2, 1.0)]
+
+
+def test_the_tables_are_those_of_datasets(tmp_path):
+    store = prepared(tmp_path, Toys(shown("one", RED, "Is it red?"), shown("two", "Hi.")))
+    samples, images = (datasets.load_from_disk(str(store.path / name)) for name in ("samples", "images"))
+    assert samples["key"] == ["one", "two"]
+    assert samples[0]["messages"][0]["content"][1]["text"] == "Is it red?"
+    assert (images[0]["bytes"], images[0]["width"], images[0]["height"]) == (RED, 4, 3)
+
+
+def test_referenced_images_stay_where_they_are(tmp_path):
+    (tmp_path / "photo.png").write_bytes(RED)
+    photo = Message(role="document", content=(ImageRef(source=tmp_path / "photo.png"), "A dog."))
+    store = prepared(tmp_path, Toys(Sample(key="one", messages=(photo,)), shown("two", BLUE)), images="reference")
+    images = datasets.load_from_disk(str(store.path / "images"))
+    assert images["bytes"] == [None, BLUE], "what has no file is kept"
+    assert [store.image_bytes(row) for row in (0, 1)] == [RED, BLUE]
+    (tmp_path / "photo.png").unlink()
+    with pytest.raises(SkipSample, match="image file missing"):
+        store.image_bytes(0)
+
+
+# -------------------------------------------------------------------------------------------------------- pieces
+
+
+PICTURES = [encoded(colour) for colour in ("red", "green", "blue", "black", "white")]
+
+
+def many(n: int) -> list[Sample | SkipSample]:
+    """Records of every kind; images come back again and again, in other pieces too."""
+    return [
+        SkipSample("no messages")
+        if number % 7 == 3
+        else shown(f"{number}", *([] if number % 5 == 0 else [PICTURES[number % 4]]), "What?", PICTURES[number * 3 % 5])
+        if number % 2
+        else shown(f"{number}", "Hi.")
+        for number in range(n)
+    ]
+
+
+def contents(store: Store):
+    """All a store holds."""
+    manifest = {key: store.manifest[key] for key in ("records", "samples", "distinct_images", "skipped", "examples")}
+    skips = (store.path / "skips.jsonl").read_text()
+    return [store.sample(row) for row in range(len(store))], store.image_hashes, manifest, skips
+
+
+def test_pieces_make_the_same_samples_as_one(tmp_path, monkeypatch):
+    records = many(50)
+    whole = prepared(tmp_path / "whole", Toys(*records))
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 4)
+    cut = prepared(tmp_path / "cut", Toys(*records))
+    assert contents(cut) == contents(whole)
+    assert [cut.sample(row) for row in range(len(cut))] == [r for r in records if isinstance(r, Sample)]
+    assert cut.num_images == 5
+    assert [rows for _, rows in cut.stored_samples(3, 9)] == [rows for _, rows in whole.stored_samples()][3:9]
+    assert not list((tmp_path / "cut").glob(".*")), "nothing is left of the pieces"
+
+
+def test_processes_change_nothing(tmp_path, monkeypatch):
+    raw = tmp_path / "raw.jsonl"
+    lines = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!"}]} for n in range(30)]
+    raw.write_text("".join(json.dumps(line if n % 9 else {}) + "\n" for n, line in enumerate(lines)))
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 7)
+    adapter = Adapter("messages", str(raw), "train", {})
+    one, two = (prepared(tmp_path / f"{n}", adapter, num_proc=n) for n in (1, 2))
+    assert len(one) == 26
+    assert contents(one) == contents(two)
+
+
+@pytest.mark.parametrize("stop_at", [0, 9, 10, 19, 39])
+def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 5)
+    records = many(40)
+
+    class Killed(Toys):
+        made = 0
+
+        def to_sample(self, row):
+            Killed.made += 1
+            if row["sample"].key == many(40)[stop_at + (stop_at % 7 == 3)].key and self.version == 1 and self.kills:
+                raise KeyboardInterrupt
+            return super().to_sample(row)
+
+    Killed.kills = True
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, Killed(*records))
+    before, Killed.made, Killed.kills = Killed.made, 0, False
+    resumed = prepared(tmp_path, Killed(*records))
+    num_samples = sum(isinstance(record, Sample) for record in records)
+    assert Killed.made <= num_samples - before + 5, "finished pieces are not made again"
+    assert contents(resumed) == contents(prepared(tmp_path / "whole", Toys(*records)))
+
+
+def test_other_raw_files_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 2)
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("old")
+
+    class Breaks(Toys):
+        def rows(self, file):
+            yield from super().rows(file)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, Breaks(*[shown(f"old {n}", "Hi.") for n in range(6)], file=raw))
+    assert list(tmp_path.glob(".toys.pieces/0*"))
+    raw.write_text("newer")
+    store = prepared(tmp_path, Toys(*[shown(f"new {n}", "Hi.") for n in range(6)], file=raw))
+    assert keys(store) == [f"new {n}" for n in range(6)]
+
+
+def test_a_limit_counts_records_of_all_files(tmp_path):
+    class TwoFiles(Toys):
+        def files(self):
+            return [self.raw, self.raw]
+
+    samples = [shown(f"{n}", "Hi.") for n in range(3)]
+    assert len(prepared(tmp_path / "5", TwoFiles(*samples), limit=5)) == 5
+    assert len(prepared(tmp_path / "2", TwoFiles(*samples), limit=2)) == 2
+    assert len(prepared(tmp_path / "all", TwoFiles(*samples))) == 6
 
 
 # -------------------------------------------------------------------------------------------------------- images

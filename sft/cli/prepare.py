@@ -1,28 +1,142 @@
-"""`idefics-sft prepare RECIPE`: raw files -> stores, token ids, the base with its full vocabulary."""
+"""`idefics-sft prepare RECIPE`: raw files -> stores, token ids, the base with its full vocabulary.
+
+`idefics-sft prepare --dataset NAME --path RAW --output DIR` makes the store of one dataset, without a recipe.
+"""
+
+from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from sft.cli.terminal import Json, Overrides, RecipeName, console, print_json, progress, quiet_libraries
+import typer
+from rich.console import Console
+
+from sft.cli.terminal import Json, Overrides, console, percent, preparation, print_json, quiet_libraries, table
+
+if TYPE_CHECKING:
+    from sft.store import Store
 
 
-def run(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> None:
-    """Prepare the datasets of a recipe and its base model."""
-    from sft.naming import find_recipe
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped name, or a RUN folder.")
+    ] = None,
+    overrides: Overrides = None,
+    dataset: Annotated[str | None, typer.Option(help="One dataset without a recipe: the adapter's name.")] = None,
+    path: Annotated[str | None, typer.Option(help="With --dataset: its raw files.")] = None,
+    output: Annotated[Path | None, typer.Option(help="With --dataset: the folder of the store.")] = None,
+    split: Annotated[str, typer.Option(help="With --dataset: which part of the raw data.")] = "train",
+    option: Annotated[list[str] | None, typer.Option(help="With --dataset: KEY=VALUE for the adapter.")] = None,
+    verify: Annotated[str, typer.Option(help="With --dataset: decode or header.")] = "decode",
+    images: Annotated[str, typer.Option(help="With --dataset: embed or reference.")] = "embed",
+    max_skip_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Stop when more than this share of the records is bad.")
+    ] = None,
+    num_proc: Annotated[int, typer.Option(min=1, help="Processes that work side by side.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records of each dataset.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make stores anew that are there already.")] = False,
+    json: Json = False,
+) -> None:
+    """Prepare the datasets of a recipe and its base model, or one dataset."""
+    from sft.errors import UserError
+    from sft.run import PrepareOptions
 
-    found = find_recipe(recipe, overrides or ())
     quiet_libraries()
+    out = console(to_stderr=json)
+    options = PrepareOptions(num_proc=num_proc, limit=limit, fresh=fresh)
+    if dataset is not None:
+        if recipe is not None or (path is None and output is None) or output is None:
+            raise UserError("prepare --dataset NAME needs --path RAW and --output DIR, and no RECIPE")
+        asked = {"dataset": dataset, "path": path, "split": split, "options": _adapter_options(option or ())}
+        how = {"verify": verify, "images": images}
+        stores = [_one(asked, how, output, max_skip_share, options, out)]
+        following = f"idefics-sft stats {output}"
+    else:
+        if recipe is None:
+            raise UserError("prepare needs a RECIPE, or --dataset NAME --path RAW --output DIR")
+        own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
+        stores = _all(recipe, [*(overrides or ()), *own], options, out)
+        arguments = shlex.join([recipe, *(overrides or ())])
+        following = f"idefics-sft mix {arguments}, or idefics-sft train {arguments}"
+    if json:
+        print_json({"stores": [_summary(store) for store in stores]})
+        return
+    show(stores, out)
+    out.print(f"Next: {following}")
+
+
+def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Store]:
     from sft import run as runs
+    from sft.naming import find_recipe
     from sft.scoring import recipe_benchmark
 
-    out = console(to_stderr=json)
-    with progress("preparing", None, out) as update:
-        sources = runs.prepare(found, lambda name, records: update(records, name))
+    found = find_recipe(recipe, overrides)
+    with preparation(out) as update:
+        sources = runs.prepare(found, update, options)
     recipe_benchmark(found)
-    stores = [part.store for own in sources.parts for part in own]
-    if json:
-        print_json({"stores": [{"path": str(s.path), "samples": len(s), "images": s.num_images} for s in stores]})
-        return
+    parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
+    return [part.store for part in parts]
+
+
+def _one(
+    asked: dict[str, Any], how: dict[str, str], output: Path, max_skip_share: float | None, options: Any, out: Console
+) -> Store:
+    from sft import run as runs
+
+    with preparation(out) as update:
+        return runs.prepare_one(asked, how, output, max_skip_share, options, update)
+
+
+def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    from sft.errors import UserError
+
+    options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text!r}: expected KEY=VALUE")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--option {text!r}: {value!r} is not readable as a YAML value") from error
+    return options
+
+
+def show(stores: Sequence[Store], out: Console) -> None:
+    """What each store holds, and what was left out of it and why."""
+    rows = [
+        (
+            str(store.path),
+            f"{store.manifest['records']:,}",
+            f"{len(store):,}",
+            f"{store.num_images:,}",
+            f"{sum(store.manifest['filtered'].values()):,}",
+            f"{sum(store.manifest['skipped'].values()):,}",
+        )
+        for store in stores
+    ]
+    out.print(table("Prepared", ("store", "records", "samples", "images", "filtered", "skipped"), rows))
     for store in stores:
-        out.print(f"{store.path}: {len(store):,} samples, {store.num_images:,} images")
-    arguments = shlex.join([recipe, *(overrides or ())])
-    out.print(f"Next: idefics-sft mix {arguments}, or idefics-sft train {arguments}")
+        for kind in ("filtered", "skipped"):
+            for reason, number in store.manifest[kind].items():
+                share = percent(number / max(store.manifest["records"], 1))
+                example = store.manifest["examples"][reason]
+                out.print(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}")
+        if store.manifest["limit"]:
+            out.print(f"{store.path.name}: only the first {store.manifest['limit']:,} records, as --limit said")
+
+
+def _summary(store: Store) -> dict[str, Any]:
+    manifest = store.manifest
+    return {
+        "path": str(store.path),
+        "records": manifest["records"],
+        "samples": len(store),
+        "images": store.num_images,
+        "filtered": manifest["filtered"],
+        "skipped": manifest["skipped"],
+    }

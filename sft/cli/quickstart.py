@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from sft.cli import mix, select
-from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import Json, console, percent, preparation, print_json, progress, quiet_libraries, table
 from sft.cli.train import train
 
 REPORT = "quickstart.json"
@@ -65,8 +65,8 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     from sft.shipped import recipe_path
 
     recipe = load_recipe(recipe_path("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}"))
-    with progress("preparing", None, out) as update:
-        sources = runs.prepare(recipe, lambda name, records: update(records, name))
+    with preparation(out) as update:
+        sources = runs.prepare(recipe, update)
     mix.show(mixture(recipe, sources), out)
     out.print()
     status = train(recipe, out)
@@ -129,7 +129,7 @@ def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
     from sft.inference import load_for_inference
 
     test = Adapter("easy_vqa", None, "test", {"form": "questions"})
-    rows = [row for row in test.rows() if isinstance(row, dict)]
+    rows = [row for file in test.files() for row in test.rows(file) if isinstance(row, dict)]
     asked = [
         next(row for row in rows if row["image"] == 3 and row["question"].startswith("what color")),
         next(row for row in rows if row["image"] == 4 and row["question"].startswith("what shape")),

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped name, or a RUN folder.")]
@@ -80,6 +90,54 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Any]
             bar.update(task, completed=done, note=note)
 
         yield update
+
+
+@contextmanager
+def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
+    """A bar for each dataset that is prepared; yields `update(name, records, share of the whole)`."""
+    if not out.is_terminal:
+        yield _preparation_lines(out)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def update(name: str, records: int, share: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1.0, note="")
+            task = bar.tasks[tasks[name]]
+            rate = f", {records / task.elapsed:,.0f}/s" if task.elapsed else ""
+            bar.update(tasks[name], completed=share, note=f"{records:,}{rate}")
+
+        yield update
+
+
+_LOG_EVERY_SECONDS = 15.0
+
+
+def _preparation_lines(out: Console) -> Callable[[str, int, float], None]:
+    """The same for a log: a line now and then."""
+    started: dict[str, float] = {}
+    printed: dict[str, float] = {}
+
+    def update(name: str, records: int, share: float) -> None:
+        now = time.monotonic()
+        started.setdefault(name, now)
+        if now - printed.setdefault(name, now) < _LOG_EVERY_SECONDS and share < 1:
+            return
+        printed[name], seconds = now, now - started[name]
+        left = f", {seconds * (1 / share - 1):,.0f} s left" if 0 < share < 1 else ""
+        rate = f", {records / seconds:,.0f}/s" if seconds > 1 else ""
+        out.print(f"preparing {name}: {records:,}{rate}{left}")
+
+    return update
 
 
 def _lines(description: str, total: int | None, out: Console) -> Any:

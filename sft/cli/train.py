@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sft.cli.terminal import Json, Overrides, RecipeName, console, print_json, progress, quiet_libraries
+from sft.cli.terminal import Json, Overrides, RecipeName, console, preparation, print_json, progress, quiet_libraries
 
 
 def run(
@@ -53,8 +53,8 @@ def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
     quiet_libraries()
     from sft import run as runs
 
-    with progress("preparing", None, out) as update:
-        sources = runs.prepare(recipe, lambda name, records: update(records, name))
+    with preparation(out) as update:
+        sources = runs.prepare(recipe, update)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:

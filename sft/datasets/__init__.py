@@ -1,22 +1,31 @@
 """Dataset adapters. An adapter is a module with two functions, found by its name:
 
-    rows(path, split, **options)       -> raw records, one at a time, each a dict (or a SkipSample for a broken one)
+    rows(file, split, **options)       -> raw records of a file, one at a time, each a dict (or a SkipSample)
     to_sample(row, path, **options)    -> Sample, or raises SkipSample(reason)
 
-`options` are keyword-only arguments of either function; a recipe sets them under `options`. An adapter whose data comes
-with a Python package has a third one, `default_path()`. A dotted name in the recipe loads a module of your own.
+and, where they are of use:
+
+    files(path, split, **options)      -> the raw files below `path`, in a fixed order; without it, `path` is the file
+    default_path()                     -> the data, where it comes with a Python package
+    LICENCE: str                       -> of the data, as published
+    VERSION: int                       -> raised when the same records become other samples; 1 without it
+
+`path` is what the recipe says: the folder or file of the raw data. `options` are keyword-only arguments of any of these
+functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from sft.errors import UserError, nearest
 from sft.sample import Sample, SkipSample
@@ -36,28 +45,43 @@ class Adapter:
         self.module = _load(name)
         self.split = split
         self.path = self._path(path)
-        self._rows_options = self._select(self.module.rows, options)
-        self._sample_options = self._select(self.module.to_sample, options)
-        known = {**_options(self.module.rows), **_options(self.module.to_sample)}
+        self.options = dict(options)
+        functions = [getattr(self.module, name, None) for name in ("files", "rows", "to_sample")]
+        known = {name: kind for function in functions if function for name, kind in _options(function).items()}
         for option, value in options.items():
-            choices = get_args(known[option]) if option in known else ()
-            if choices and value not in choices:
-                raise UserError(f"dataset {name!r}: option {option} is {value!r}; expected {_one_of(choices)}")
             if option not in known:
                 raise UserError(
                     f"dataset {name!r}: unknown option {option!r}{nearest(option, known)}"
                     f" (known: {', '.join(known) or 'none'})"
                 )
+            _check_option(name, option, value, known[option])
 
-    def stamp(self) -> str:
-        """Changes when a raw file does: a digest of names, sizes and times of change."""
-        files = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    def __reduce__(self) -> tuple[object, ...]:
+        return Adapter, (self.name, str(self.path), self.split, self.options)
 
-    def rows(self) -> Iterable[Row | SkipSample]:
-        """The raw records."""
-        rows: Iterable[Row | SkipSample] = self.module.rows(self.path, self.split, **self._rows_options)
+    @property
+    def licence(self) -> str:
+        """Of the data, as published."""
+        return str(getattr(self.module, "LICENCE", "not stated"))
+
+    @property
+    def version(self) -> int:
+        """Raised when the same records become other samples."""
+        return int(getattr(self.module, "VERSION", 1))
+
+    def files(self) -> list[Path]:
+        """The raw files, in a fixed order.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not hasattr(self.module, "files"):
+            return [self.path]
+        return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
+
+    def rows(self, file: Path) -> Iterable[Row | SkipSample]:
+        """The raw records of one of the files."""
+        rows: Iterable[Row | SkipSample] = self.module.rows(file, self.split, **self._own(self.module.rows))
         return rows
 
     def to_sample(self, row: Row) -> Sample:
@@ -68,6 +92,14 @@ class Adapter:
         """
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
         return sample
+
+    @cached_property
+    def _sample_options(self) -> dict[str, Any]:
+        return self._own(self.module.to_sample)
+
+    def _own(self, function: Any) -> dict[str, Any]:
+        """The options that a function has."""
+        return {name: value for name, value in self.options.items() if name in _options(function)}
 
     def _path(self, path: str | None) -> Path:
         if path is not None:
@@ -80,26 +112,29 @@ class Adapter:
         default: Path = self.module.default_path()
         return default
 
-    @staticmethod
-    def _select(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if name in _options(function)}
 
-
-def _one_of(choices: tuple[Any, ...]) -> str:
-    """a, b or c"""
-    *most, last = map(str, choices)
-    return f"{', '.join(most)} or {last}"
+def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        should_be = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise UserError(f"dataset {dataset!r}: option {option} is {value!r}; expected {should_be}") from error
 
 
 def _options(function: Any) -> dict[str, Any]:
     """Keyword-only arguments of a function and their types."""
     types = get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: types.get(p.name) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {p.name: types.get(p.name, Any) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def adapter_names() -> list[str]:
+    """The adapters of this package; modules with an underscore are what some of them share."""
+    return [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def _load(name: str) -> ModuleType:
-    known = [module.name for module in iter_modules(__path__)]
+    known = adapter_names()
     if name in known:
         return import_module(f"{__name__}.{name}")
     if "." not in name:

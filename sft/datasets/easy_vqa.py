@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 from sft.sample import ImageRef, Message, Sample, SkipSample
-from sft.sources import Row, read_json
+from sft.sources import Row, read_json, require_file
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
+LICENCE = "MIT"
 Form = Literal["questions", "choices", "captions"]
 
 
@@ -30,9 +31,14 @@ def default_path() -> Path:
     return Path(easy_vqa.__file__).parent / "data"
 
 
-def rows(path: Path, split: str, *, form: Form = "questions") -> Iterator[Row | SkipSample]:
+def files(path: Path, split: str) -> list[Path]:
+    """The questions of the split."""
+    return [require_file(path / split / "questions.json", "the questions of easy-vqa")]
+
+
+def rows(file: Path, split: str, *, form: Form = "questions") -> Iterator[Row | SkipSample]:
     """One row a question; for captions one row an image; for choices four rows an open question."""
-    questions = read_json(path / split / "questions.json")
+    questions = read_json(file)
     if form == "captions":
         yield from _captions(questions, split)
         return

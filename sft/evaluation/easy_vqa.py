@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sft.datasets.easy_vqa import SHAPES, draw_options
 from sft.evaluation.mmbench import COLUMNS, LETTERS, PASS
-from sft.evaluation.results import write_atomically
+from sft.files import write_atomically
 
 
 def write_benchmark(path: Path, *, seed: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from sft.files import write_atomically
 
 Rank = Literal[
     "text",  # the option whose full text is most likely as the answer
@@ -239,11 +240,3 @@ def find_result(run: Path, benchmark: str, protocol_hash: str, checkpoint: str, 
 def _question_result(line: dict[str, Any]) -> QuestionResult:
     del line["hit"]
     return QuestionResult(**line | {"rotations": tuple(Asked(**asked) for asked in line["rotations"])})
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing: beside it first, then renamed. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text, encoding="utf-8", newline="")
-    os.replace(staging, path)

@@ -1,0 +1,43 @@
+"""Work in several processes, results in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TypeVar
+
+from sft.errors import RunError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
+    """`map` over `num_proc` processes: results in the order of the items, of which at most two a process wait.
+
+    One process means this one. Others are spawned, since forking a process that has threads can hang.
+
+    Raises:
+        RunError: a process died, of lack of memory most often.
+    """
+    if num_proc == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn")) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * num_proc:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"one of {num_proc} processes died, perhaps for want of memory; try with a smaller --num-proc"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,22 @@
+"""Prepared datasets on disk: samples, and their distinct images, as memory-mapped Arrow tables.
+
+    STORE/<dataset>/samples/     key, messages [{role, content: [{type, text, image}]}]; image = row in images/
+                    images/      sha256, bytes, path, width, height: each distinct image once, verified
+                    encoded/     token ids by tokenizer and template, see sft.encoding
+                    skips.jsonl  every record that was left out, with its reason
+                    manifest.json  what was asked, raw files with sizes and hashes, counts, filtered and skipped by
+                                   reason, licence, versions; written last
+
+A store without a manifest is unfinished and is made again.
+
+    pieces       raw records -> a finished piece: the work of one process
+    join         finished pieces -> the two tables, each image once
+    preparation  raw files -> pieces -> store, resumable
+    reading      the finished store
+    tables       the Arrow files
+"""
+
+from sft.store.preparation import RawDataset, Settings, prepare_store
+from sft.store.reading import MANIFEST, Store
+
+__all__ = ["MANIFEST", "RawDataset", "Settings", "Store", "prepare_store"]

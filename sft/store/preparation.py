@@ -1,0 +1,258 @@
+"""Raw files -> a finished store, piece by piece.
+
+The records of each raw file are cut into pieces of fixed borders; pieces are written by one or several processes and
+joined at the end. A piece that is finished is never written again: after a kill the raw file is read on to where it
+stopped, and an unfinished piece has left nothing. The result is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from sft.errors import RunError, UserError
+from sft.files import hash_file, staged
+from sft.parallel import ordered_map
+from sft.sample import Sample, SkipSample
+from sft.sources import MAX_RECORD_BYTES, Row, record_limit
+from sft.store.join import join_pieces
+from sft.store.pieces import Counts, Images, Piece, Verify, read_piece, write_piece
+from sft.store.reading import MANIFEST, VERSION, Store
+
+PIECE_RECORDS = 4096
+PIECE_BYTES = 48 * 1024 * 1024
+"""A piece ends at so many records or bytes of them, whichever is first; a process holds one piece in memory."""
+
+Progress = Callable[[int, float], None]
+"""Called with the records done so far, and the share of all raw bytes."""
+
+
+class RawDataset(Protocol):
+    """What a store is made from; `sft.datasets.Adapter` is one."""
+
+    name: str
+
+    @property
+    def version(self) -> int:
+        """Raised when the same records become other samples."""
+
+    @property
+    def licence(self) -> str:
+        """Of the data."""
+
+    def files(self) -> list[Path]:
+        """The raw files, in a fixed order."""
+
+    def rows(self, file: Path) -> Iterable[Row | SkipSample]:
+        """The raw records of a file."""
+
+    def to_sample(self, row: Row) -> Sample:
+        """One record as a sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a store is made."""
+
+    images: Images = "embed"
+    """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
+    verify: Verify = "decode"
+    """`decode`: each distinct image is decoded once. `header`: only its header is read."""
+    limit: int | None = None
+    """Only the first so many records."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    max_skip_share: float = 0.05
+    """More bad records than this stop the preparation."""
+    num_proc: int = 1
+    fresh: bool = False
+    """Make it anew, whatever is there."""
+
+
+def prepare_store(
+    raw: RawDataset,
+    path: Path,
+    *,
+    asked: dict[str, Any],
+    settings: Settings,
+    on_progress: Progress = lambda records, share: None,
+) -> Store:
+    """Make the store of a dataset, or open the finished one that was made of the same files in the same way.
+
+    `asked` is what the user asked for and is written into the manifest. The store has one writer: the caller locks.
+
+    Raises:
+        UserError: the store there was made by another version of the adapter or of this code.
+        RunError: more than `max_skip_share` of the records are bad, or no sample is left.
+    """
+    files = raw.files()
+    wanted = {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked} | {
+        key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")
+    }
+    if settings.fresh:
+        shutil.rmtree(path, ignore_errors=True)
+    elif (path / MANIFEST).is_file():
+        store = Store(path)
+        _check_adapter(store, raw)
+        if _is_of(store, wanted, settings.verify) and not store.changed_files(files):
+            return store
+    pieces = _open_staging(path, wanted | {"verify": settings.verify, "files": [_stamp(file) for file in files]})
+    with record_limit(settings.max_record_bytes):
+        _write_pieces(raw, files, pieces, settings, on_progress)
+    finished = sorted(piece.parent for piece in pieces.glob("[0-9]*/piece.json"))
+    counts = Counts()
+    for piece in finished:
+        counts.add(read_piece(piece)[0])
+    _check_counts(counts, path, pieces, settings.max_skip_share)
+    with staged(path) as target:
+        counts.distinct_images = join_pieces(finished, target)
+        manifest = {
+            "version": VERSION,
+            **wanted,
+            "verify": settings.verify,
+            "files": [_stamp(file) | {"xxh3": hash_file(file) if file.is_file() else None} for file in files],
+            **counts.to_json(),
+            "licence": raw.licence,
+            "versions": {name: version(name) for name in ("idefics-sft", "pyarrow", "pillow")},
+        }
+        (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    shutil.rmtree(pieces)
+    return Store(path)
+
+
+def _check_adapter(store: Store, raw: RawDataset) -> None:
+    made_by = store.manifest["adapter"]
+    if made_by != {"name": raw.name, "version": raw.version}:
+        raise UserError(
+            f"{store.path}: made by version {made_by['version']} of the adapter {made_by['name']!r}, this is version "
+            f"{raw.version} of {raw.name!r}; prepare with --fresh to make it anew"
+        )
+
+
+def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
+    """Whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
+    manifest = store.manifest
+    return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
+
+
+def _stamp(file: Path) -> dict[str, Any]:
+    stat = file.stat()
+    return {"path": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _open_staging(path: Path, plan: dict[str, Any]) -> Path:
+    """The folder of unfinished work: emptied unless it was begun for the same plan."""
+    pieces = path.with_name(f".{path.name}.pieces")
+    digest = hashlib.sha256(json.dumps([VERSION, plan], sort_keys=True).encode()).hexdigest()
+    if not (pieces / digest).is_file():
+        shutil.rmtree(pieces, ignore_errors=True)
+        pieces.mkdir(parents=True)
+        (pieces / digest).touch()
+    return pieces
+
+
+def _write_pieces(
+    raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: Progress
+) -> None:
+    done = sum(counts.records for number in range(len(files)) for counts, _ in _finished_pieces(pieces, number))
+    for records, share in ordered_map(_write, _missing_pieces(raw, files, pieces, settings), settings.num_proc):
+        done += records
+        on_progress(done, share)
+
+
+def _write(piece: Piece) -> tuple[int, float]:
+    return write_piece(piece).records, piece.share_read
+
+
+def _missing_pieces(raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings) -> Iterator[Piece]:
+    """The pieces that are still to be written, in order."""
+    sizes = [file.stat().st_size for file in files]
+    whole = max(sum(sizes), 1)
+    left = settings.limit
+    for number, file in enumerate(files):
+        if left is not None and left <= 0:
+            return
+        finished = _finished_pieces(pieces, number)
+        records = 0
+        if finished and finished[-1][1]:
+            records = sum(counts.records for counts, _ in finished)
+        else:
+            for block, (rows, is_last) in enumerate(_blocks(islice(raw.rows(file), left))):
+                if block >= len(finished):
+                    share = 1.0 if is_last else _share_read(rows)
+                    yield Piece(
+                        adapter=raw,
+                        rows=rows,
+                        first=records,
+                        is_last=is_last,
+                        share_read=(sum(sizes[:number]) + share * sizes[number]) / whole,
+                        path=pieces / f"{number:05d}-{block:06d}",
+                        images=settings.images,
+                        verify=settings.verify,
+                    )
+                records += len(rows)
+        left = None if left is None else left - records
+
+
+def _share_read(rows: Sequence[Row | SkipSample]) -> float:
+    """How much of its file was read when the last of these rows was; what an adapter keeps of `__at__` tells."""
+    return next((row["__at__"] for row in reversed(rows) if isinstance(row, dict) and "__at__" in row), 0.0)
+
+
+def _blocks(rows: Iterable[Row | SkipSample]) -> Iterator[tuple[list[Row | SkipSample], bool]]:
+    """Rows in blocks of PIECE_RECORDS or PIECE_BYTES, and whether it is the last; no rows make one empty block."""
+    block: list[Row | SkipSample] = []
+    num_bytes = 0
+    for row in rows:
+        if len(block) >= PIECE_RECORDS or num_bytes >= PIECE_BYTES:
+            yield block, False
+            block, num_bytes = [], 0
+        block.append(row)
+        num_bytes += _num_bytes(row)
+    yield block, True
+
+
+def _num_bytes(value: object) -> int:
+    """About the size of a row: of its texts and bytes."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 8
+
+
+def _finished_pieces(pieces: Path, file_number: int) -> list[tuple[Counts, bool]]:
+    """The finished pieces of a raw file up to the first that is missing."""
+    found: list[tuple[Counts, bool]] = []
+    while (piece := pieces / f"{file_number:05d}-{len(found):06d}").is_dir():
+        found.append(read_piece(piece))
+    return found
+
+
+def _check_counts(counts: Counts, path: Path, pieces: Path, max_skip_share: float) -> None:
+    """Stop when too much is bad, or nothing is left; the list of skips stays, the rest is made anew next time."""
+    if counts.samples and counts.skip_share <= max_skip_share:
+        return
+    listed = path.with_name(f"{path.name}.skips.jsonl")
+    with listed.open("wb") as file:
+        for skips in sorted(pieces.glob("*/skips.jsonl")):
+            file.write(skips.read_bytes())
+    shutil.rmtree(pieces)
+    if counts.skip_share > max_skip_share:
+        raise RunError(
+            f"{path.name}: {counts.skip_share:.1%} of {counts.records:,} records bad (allowed: {max_skip_share:.1%}): "
+            f"{_table(counts.skipped, counts)}; all of them: {listed}"
+        )
+    raise RunError(
+        f"{path.name}: none of {counts.records:,} records is left: {_table(counts.filtered + counts.skipped, counts)}"
+    )
+
+
+def _table(reasons: Any, counts: Counts) -> str:
+    return ", ".join(f"{n:,} {reason} (as {counts.examples[reason]})" for reason, n in reasons.most_common())
