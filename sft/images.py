@@ -5,7 +5,6 @@ Limits are checked after the header and before decoding: a 76 KiB PNG can decode
 
 from __future__ import annotations
 
-import binascii
 import io
 import struct
 import warnings
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -55,21 +55,21 @@ def base64_image(encoded: object) -> ImageRef:
         raise SkipSample("image is not base64")
     if len(encoded) > MAX_BYTES * 4 // 3 + 4:
         raise SkipSample("image too many bytes")
-    text = encoded.encode("ascii", "replace") if isinstance(encoded, str) else encoded
     try:
-        content = binascii.a2b_base64(text)  # drops what is not of the plain alphabet, hence the check of the length
-        is_plain = len(text) % 4 == 0 and len(content) == len(text) // 4 * 3 - text[-2:].count(b"=")
-    except binascii.Error:
-        is_plain = False
-    return ImageRef(source=content if is_plain else _decode_unusual_base64(text))
+        content: bytes = pybase64.b64decode(encoded, validate=True)  # 50 times as fast as the standard library
+    except ValueError:
+        content = _decode_unusual_base64(encoded)
+    return ImageRef(source=content)
 
 
-def _decode_unusual_base64(text: bytes) -> bytes:
+def _decode_unusual_base64(encoded: str | bytes) -> bytes:
     """URL-safe, unpadded or broken into lines."""
+    text = encoded.encode("ascii", "replace") if isinstance(encoded, str) else encoded
     text = b"".join(text.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
     try:
-        return binascii.a2b_base64(text + b"=" * (-len(text) % 4), strict_mode=True)
-    except binascii.Error as error:
+        content: bytes = pybase64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+        return content
+    except ValueError as error:
         raise SkipSample("image is not base64") from error
 
 
@@ -84,12 +84,12 @@ def read_bytes(image: ImageRef) -> bytes:
     else:
         try:
             if not image.source.is_file():
-                raise SkipSample("image file missing", detail=image.source.name)
+                raise SkipSample("image file missing", detail=str(image.source))
             if image.source.stat().st_size > MAX_BYTES:
                 raise SkipSample("image too many bytes")
             content = image.source.read_bytes()
         except OSError as error:  # no permission, a name too long
-            raise SkipSample("image file unreadable", detail=image.source.name) from error
+            raise SkipSample("image file unreadable", detail=str(image.source)) from error
     if len(content) > MAX_BYTES:
         raise SkipSample("image too many bytes")
     return content

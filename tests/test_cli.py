@@ -47,7 +47,7 @@ def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
 
 
 def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
-    assert "dev.jsonl: file not found" in refusal("prepare", recipe, "data.mixture.1.datasets.0.split=dev")
+    assert "no dev.jsonl, dev.json or dev.parquet" in refusal("prepare", recipe, "data.mixture.1.datasets.0.split=dev")
 
 
 @pytest.mark.parametrize(

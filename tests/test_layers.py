@@ -12,7 +12,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "sources images chat_template models optim lora distributed checkpoint precision",
     "datasets store encoding mixture packing collate generation inference naming run_status held_out",
     "data_loader trainer checks evaluation validation",
-    "run mix scoring selection export chat report cost",
+    "run mix scoring selection export stats chat report cost",
     "cli",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

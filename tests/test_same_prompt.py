@@ -19,7 +19,7 @@ def starts_with(ids, prefix):
 
 def test_a_multiple_choice_sample_is_trained_as_mmbench_asks_it(template):
     choices = Adapter("easy_vqa", RAW, "train", {"form": "choices"})
-    sample = choices.to_sample(next(iter(choices.rows())))
+    sample = choices.to_sample(next(iter(choices.rows(choices.files()[0]))))
     text = sample.messages[0].content[1]
     question, _, *options, _ = text.split("\n")
     asked = Row(

@@ -52,6 +52,9 @@ class Toys:
     def files(self):
         return [self.raw]
 
+    def all_files(self):
+        return self.files()
+
     def rows(self, file):
         for record in self.records:
             self.num_read += 1
@@ -199,7 +202,7 @@ def test_a_store_is_made_anew_when_it_is_told_or_asked_for_in_another_way(tmp_pa
 def test_a_store_by_another_version_of_the_adapter_is_refused_unless_told(tmp_path):
     prepared(tmp_path, Toys(shown("one", "Hi.")))
     newer = Toys(shown("two", "Hi."), version=2)
-    with pytest.raises(UserError, match="version 1 of the adapter 'toys', this is version 2 of 'toys'; .* --fresh"):
+    with pytest.raises(UserError, match=r"version 1 of the adapter 'toys', this is version 2 of 'toys'; .* --fresh"):
         prepared(tmp_path, newer)
     assert keys(prepared(tmp_path, newer, fresh=True)) == ["two"]
 
@@ -287,7 +290,9 @@ def test_pieces_make_the_same_samples_as_one(tmp_path, monkeypatch):
 
 def test_processes_change_nothing(tmp_path, monkeypatch):
     raw = tmp_path / "raw.jsonl"
-    lines = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!"}]} for n in range(30)]
+    lines = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!"}]} for n in range(30)
+    ]
     raw.write_text("".join(json.dumps(line if n % 9 else {}) + "\n" for n, line in enumerate(lines)))
     monkeypatch.setattr(preparation, "PIECE_RECORDS", 7)
     adapter = Adapter("messages", str(raw), "train", {})

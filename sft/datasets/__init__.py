@@ -6,6 +6,7 @@
 and, where they are of use:
 
     files(path, split, **options)      -> the raw files below `path`, in a fixed order; without it, `path` is the file
+    beside(file, **options)            -> other files that `rows` reads for this one, so that a change of one is noticed
     default_path()                     -> the data, where it comes with a Python package
     LICENCE: str                       -> of the data, as published
     VERSION: int                       -> raised when the same records become other samples; 1 without it
@@ -46,7 +47,7 @@ class Adapter:
         self.split = split
         self.path = self._path(path)
         self.options = dict(options)
-        functions = [getattr(self.module, name, None) for name in ("files", "rows", "to_sample")]
+        functions = [getattr(self.module, name, None) for name in ("files", "beside", "rows", "to_sample")]
         known = {name: kind for function in functions if function for name, kind in _options(function).items()}
         for option, value in options.items():
             if option not in known:
@@ -78,6 +79,15 @@ class Adapter:
         if not hasattr(self.module, "files"):
             return [self.path]
         return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
+
+    def all_files(self) -> list[Path]:
+        """The raw files and what is read beside them."""
+        files = self.files()
+        beside = getattr(self.module, "beside", None)
+        if beside is None:
+            return files
+        options = self._own(beside)
+        return list(dict.fromkeys([*files, *(other for file in files for other in beside(file, **options))]))
 
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """The raw records of one of the files."""

@@ -127,6 +127,12 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in names if re.fullmatch(rf"(.+[_-])?({words})(-\d+-of-\d+)?\.parquet", name)]
 
 
+def beside(file: Path) -> list[Path]:
+    """Instructions and class names."""
+    names = ("instructions.json", "instruction.json", "mapping.txt")
+    return [path for name in names if (path := file.with_name(name)).is_file()]
+
+
 # --------------------------------------------------------------------------------------------------------- rows
 
 

@@ -62,14 +62,19 @@ def rows(
             yield from _conversations(record, unit)
 
 
+def beside(file: Path) -> list[Path]:
+    """The list of the test images."""
+    folders = (file.parent, file.parent / "data", file.parent.parent)
+    return [path for folder in folders if (path := folder / "test_image_ids.txt").is_file()][:1]
+
+
 def _held_out_ids(file: Path) -> frozenset[str]:
     """Ids of the test images; none without their list."""
-    for folder in (file.parent, file.parent / "data", file.parent.parent):
-        if (listed := folder / "test_image_ids.txt").is_file():
-            ids = listed.read_text(encoding="utf-8-sig", errors="replace").split()
-            if not ids or not all(image_id.isdecimal() for image_id in ids):
-                raise UserError(f"{listed}: is not a list of numbers; expected an image id a line")
-            return frozenset(ids)
+    for listed in beside(file):
+        ids = listed.read_text(encoding="utf-8-sig", errors="replace").split()
+        if not ids or not all(image_id.isdecimal() for image_id in ids):
+            raise UserError(f"{listed}: is not a list of numbers; expected an image id a line")
+        return frozenset(ids)
     return frozenset()
 
 

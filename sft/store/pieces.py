@@ -121,17 +121,17 @@ def _write_tables(piece: Piece, folder: Path) -> Counts:
                 sample = piece.adapter.to_sample(row)
                 key = sample.key
                 _check_text(sample)
-                loaded = {image: _load(image, seen, piece) for image in sample.images}
+                loaded = [_load(image, seen, piece) for image in sample.images]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
                 line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
                 skips.write(json.dumps(line) + "\n")
                 continue
-            for content in loaded.values():
-                if content["sha256"] not in seen:
-                    seen[content["sha256"]] = len(seen)
-                    images.write(content, len(content["bytes"] or b""))
-            record = to_record(sample, {image: seen[content["sha256"]] for image, content in loaded.items()})
+            for image in loaded:
+                if image["sha256"] not in seen:
+                    seen[image["sha256"]] = len(seen)
+                    images.write(image, len(image["bytes"] or b""))
+            record = to_record(sample, [seen[image["sha256"]] for image in loaded])
             samples.write(record, sum(len(i) for m in sample.messages for i in m.content if isinstance(i, str)))
             counts.samples += 1
     counts.distinct_images = len(seen)

@@ -50,6 +50,9 @@ class RawDataset(Protocol):
     def files(self) -> list[Path]:
         """The raw files, in a fixed order."""
 
+    def all_files(self) -> list[Path]:
+        """The raw files and whatever else the rows are read from."""
+
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """The raw records of a file."""
 
@@ -91,7 +94,7 @@ def prepare_store(
         UserError: the store there was made by another version of the adapter or of this code.
         RunError: more than `max_skip_share` of the records are bad, or no sample is left.
     """
-    files = raw.files()
+    files, all_files = raw.files(), raw.all_files()
     wanted = {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked} | {
         key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")
     }
@@ -100,9 +103,9 @@ def prepare_store(
     elif (path / MANIFEST).is_file():
         store = Store(path)
         _check_adapter(store, raw)
-        if _is_of(store, wanted, settings.verify) and not store.changed_files(files):
+        if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files):
             return store
-    pieces = _open_staging(path, wanted | {"verify": settings.verify, "files": [_stamp(file) for file in files]})
+    pieces = _open_staging(path, wanted | {"verify": settings.verify, "files": [_stamp(file) for file in all_files]})
     with record_limit(settings.max_record_bytes):
         _write_pieces(raw, files, pieces, settings, on_progress)
     finished = sorted(piece.parent for piece in pieces.glob("[0-9]*/piece.json"))
@@ -116,7 +119,7 @@ def prepare_store(
             "version": VERSION,
             **wanted,
             "verify": settings.verify,
-            "files": [_stamp(file) | {"xxh3": hash_file(file) if file.is_file() else None} for file in files],
+            "files": [_stamp(file) | {"xxh3": hash_file(file) if file.is_file() else None} for file in all_files],
             **counts.to_json(),
             "licence": raw.licence,
             "versions": {name: version(name) for name in ("idefics-sft", "pyarrow", "pillow")},

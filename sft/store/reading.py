@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from sft.errors import UserError
 from sft.files import hash_file
 from sft.images import read_bytes
@@ -86,6 +88,10 @@ class Store:
         record = self._samples.value(row, _MESSAGES)
         images = {image_row: self.image(image_row) for image_row in image_rows_of(record)}
         return Sample(key=self._samples.value(row, _KEY), messages=to_messages(record, images))
+
+    def sample_batches(self) -> list[pa.RecordBatch]:
+        """The Arrow batches of samples/."""
+        return self._samples.batches
 
     def stored_samples(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Sample, tuple[int, ...]]]:
         """Samples with the rows of their images in reading order; the images themselves are left out."""

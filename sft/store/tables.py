@@ -153,13 +153,14 @@ class Table:
 # ------------------------------------------------------------------------------------------ samples as records
 
 
-def to_record(sample: Sample, image_rows: dict[ImageRef, int]) -> dict[str, Any]:
-    """A sample as a row of samples/."""
+def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
+    """A sample as a row of samples/, with the row of each of its images in reading order."""
+    remaining = iter(image_rows)
 
     def item(part: str | ImageRef) -> dict[str, Any]:
         if isinstance(part, str):
             return {"type": "text", "text": part, "image": None}
-        return {"type": "image", "text": None, "image": image_rows[part]}
+        return {"type": "image", "text": None, "image": next(remaining)}
 
     return {
         "key": sample.key,

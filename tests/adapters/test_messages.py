@@ -1,0 +1,218 @@
+"""Your own conversations, in the forms of other toolkits."""
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from outcomes import DATA, adapter, outcomes, picture, said, samples
+
+from sft.errors import UserError
+from sft.sample import Sample, SkipSample
+
+HERE = DATA / "messages"
+TALK = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+ASKED = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog."}]
+
+
+def read(folder, *records, **options) -> list[Sample | str]:
+    """What becomes of records in a file beside the photos."""
+    shutil.copytree(HERE / "photos", folder / "photos", dirs_exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return outcomes(adapter("messages", folder, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------- forms
+
+
+def test_messages_with_markers_or_parts():
+    hi, dog, two, parts, literal = samples(adapter("messages"))
+    assert said(hi) == [("user", "Hi."), ("assistant", "Hello.")]
+    assert said(dog) == [("user", "<dog.png>|What is this?"), ("assistant", "A dog.")]
+    assert said(two) == [
+        ("system", "Be brief."),
+        ("user", "Is this|<dog.png>|a dog, or this:|<cat.png>"),
+        ("assistant", "The first."),
+    ]
+    assert said(parts) == [("user", "And this?|<cat.png>"), ("assistant", "A cat.")]
+    assert said(literal) == [("user", "What does <image> mean in HTML?"), ("assistant", "<image> is no HTML.")]
+
+
+def test_the_form_of_llava_is_a_json_list_and_a_folder_of_images():
+    before, after, text = samples(adapter("messages", HERE / "llava.json", image_folder="photos"))
+    assert said(before) == [("user", "<dog.png>|What is this?"), ("assistant", "A dog.")]
+    assert said(after)[0] == ("user", "And this?|<cat.png>")
+    assert said(after)[2:] == [("user", "Sure?"), ("assistant", "Yes.")]
+    assert said(text) == [("system", "Be kind."), ("user", "Hi."), ("assistant", "Hello, friend.")]
+
+
+def test_other_spellings():
+    parts, page, tokens, human = samples(adapter("messages", HERE / "forms.jsonl"))
+    assert said(parts)[0] == ("user", "<cat.png>| Left as it is |<dog.png>")
+    assert said(page) == [("document", "A page with|<dog.png>|a dog.")]
+    assert said(tokens)[0] == ("user", "<3 bytes>|</s> Is <fake_token_around_image> text?")
+    assert said(human) == [("user", "Hi."), ("assistant", "Hello.")]
+
+
+def test_parquet_holds_images_as_bytes_or_paths(tmp_path):
+    shutil.copytree(HERE / "photos", tmp_path / "photos")
+    red = picture("red")
+    images = [[{"bytes": red, "path": "red.png"}], [{"bytes": None, "path": "photos/dog.png"}], []]
+    talks = [ASKED, ASKED, TALK]
+    pq.write_table(pa.table({"messages": talks, "images": images}), tmp_path / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"messages": [ASKED], "image": [red]}), tmp_path / "train-00001-of-00002.parquet")
+    first, second, third, fourth = samples(adapter("messages", tmp_path))
+    assert first.images[0].source == red == fourth.images[0].source
+    assert said(second)[0] == ("user", "<dog.png>|What is it?")
+    assert said(third)[0] == ("user", "Hi.")
+    assert fourth.key == "messages/train-00001-of-00002.parquet:1"
+
+
+def test_a_key_is_the_line_in_the_file():
+    by_file = samples(adapter("messages", HERE / "train.jsonl", "whatever"))
+    assert [sample.key for sample in by_file] == [f"messages/train.jsonl:{line}" for line in (1, 2, 3, 4, 6)]
+
+
+# ---------------------------------------------------------------------------------------------------- bad records
+
+
+def test_every_bad_record_has_one_reason():
+    assert outcomes(adapter("messages", HERE / "bad.jsonl")) == [
+        "image file missing",
+        "user and assistant do not alternate",
+        "image path leaves the folder",
+        "image is not a local path",
+        "unknown role",
+        "empty message",
+        "last message is not the assistant's",
+        "no messages",
+        "content is neither text nor a list of parts",
+        "unknown content part",
+        "images is not a list",
+        "image is not a local path",
+        "line is not JSON",
+        "line is not a JSON object",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": TALK, "tools": [{}]}, "record has videos, audio or tools"),
+        ({"messages": [*TALK, TALK[0]]}, "last message is not the assistant's"),
+        ({"messages": [TALK[1]]}, "user and assistant do not alternate"),
+        ({"messages": [{"role": "document", "content": "A page."}, *TALK]}, "user and assistant do not alternate"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "last message is not the assistant's"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": " "}]}, TALK[1]]}, "empty message"),
+        ({"messages": ASKED, "images": [None]}, "image is not a local path"),
+        ({"messages": ASKED, "images": [{"bytes": None, "path": None}]}, "image is not a local path"),
+        ({"messages": ASKED, "images": ["x" * 300]}, "image is not a local path"),
+        ({"messages": ASKED, "images": ["photos"]}, "image file missing"),
+        ({"messages": ASKED, "images": ["data:image/png;base64,A"]}, "image is not base64"),
+    ],
+)
+def test_more_bad_records(tmp_path, record, reason):
+    assert read(tmp_path, record) == [reason]
+
+
+def test_a_missing_image_is_named(tmp_path):
+    of = adapter("messages", HERE / "bad.jsonl")
+    with pytest.raises(SkipSample) as left_out:
+        of.to_sample(next(iter(of.rows(of.files()[0]))))
+    assert left_out.value.detail == str(HERE / "photos" / "bird.png")
+
+
+@pytest.mark.parametrize("wrong", [None, 7, [], {}, "", "\ud83d", [None], [[]], {"role": []}, {"type": "image"}, b"?"])
+def test_a_field_of_another_shape_is_a_bad_record(wrong):
+    of, place = adapter("messages"), {"__from__": "train.jsonl:1"}
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi."}]}
+    good = {"messages": [turn, TALK[1]], "images": ["photos/dog.png"], "system": "Be brief."}
+    assert of.to_sample(good | place).images
+    broken = [good | {key: wrong} for key in (*good, "conversations", "image", "tools")]
+    broken += [good | {"messages": [turn | {key: wrong}, TALK[1]]} for key in turn]
+    broken += [
+        good | {"messages": [turn | {"content": [part | {key: wrong}]}]} for part in turn["content"] for key in part
+    ]
+    broken += [good | {"messages": [wrong]}, good | {"images": [wrong]}, good | {"images": [{"bytes": wrong}]}]
+    for row in broken:
+        try:
+            assert isinstance(of.to_sample(row | place), Sample)
+        except (SkipSample, UserError):
+            continue
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "images", "found"),
+    [
+        ("<image><image>Same?", ["photos/dog.png"], "2 <image> markers but 1 image"),
+        ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
+        ("What is it?", "photos/dog.png", "0 <image> markers but 1 image"),
+        ([{"type": "image"}], None, "1 <image> marker but 0 images"),
+        ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
+    ],
+)
+def test_markers_that_do_not_match_the_images_are_a_mistake_with_its_line(tmp_path, content, images, found):
+    wrong = {"messages": [{"role": "user", "content": content}, TALK[1]], "images": images}
+    with pytest.raises(UserError) as raised:
+        read(tmp_path, {"messages": TALK}, wrong)
+    assert str(raised.value).startswith(f"{tmp_path}/train.jsonl:2: {found}; write <image> in a string, or ")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Hi.", "completion": "Hello."},
+        {"instruction": "Greet.", "output": "Hello."},
+        {"query": "Hi.", "response": "Hello."},
+    ],
+)
+def test_another_form_is_a_mistake_that_says_what_is_expected(tmp_path, record):
+    first, second = record
+    with pytest.raises(UserError, match=rf"train.jsonl:1: found `{first}`, `{second}` in place of `messages`; expe"):
+        read(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train.jsonl", "", "train.jsonl: the file is empty; expected records such as"),
+        ("train.jsonl", " [\n{}]", r"train.jsonl: begins with \[, a JSON list; call it train.json, or write one"),
+        ("train.json", '{"messages": []}', "train.json: begins with {; expected a list of objects"),
+        ("train.txt", "{}", "no train.jsonl, train.json or train.parquet; the folder holds train.txt; name the file"),
+        ("train.d/x", "", "the folder holds train.d/; name the file"),
+        ("train.parquet", "PAR?", "train.parquet: not readable as parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path, name, content, expected):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=expected):
+        outcomes(adapter("messages", tmp_path))
+
+
+def test_a_parquet_file_without_rows_is_a_mistake(tmp_path):
+    pq.write_table(pa.table({"messages": pa.array([], pa.list_(pa.string()))}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet: the file has no records"):
+        outcomes(adapter("messages", tmp_path))
+
+
+def test_the_file_of_a_split_is_one(tmp_path):
+    for name in ("train.jsonl", "train.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"holds train.jsonl and train.json; expected one of them"):
+        adapter("messages", tmp_path).files()
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(UserError, match=r"train.txt: not a file that is known here; expected .jsonl, .json or"):
+        adapter("messages", tmp_path / "train.txt").files()
+    with pytest.raises(UserError, match=r"bad.jsonl, forms.jsonl, llava.json, photos/, train.jsonl; name the file"):
+        adapter("messages", HERE, "test").files()
+
+
+def test_a_folder_of_images_that_is_not_there_is_a_mistake():
+    with pytest.raises(UserError, match=r"messages/pictures: no such folder; expected images \(option image_folder\)"):
+        adapter("messages", HERE / "llava.json", image_folder="pictures").files()
+    assert adapter("messages", HERE / "llava.json", image_folder=str(HERE / "photos")).files()
