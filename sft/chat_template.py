@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -131,10 +132,13 @@ class ChatTemplate:
         encoding = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
-        is_trained = [flag for part, flag in run for _ in part]
-        # A token is trained when its last character is. The "▁" that a LLaMA tokenizer puts before a run covers no
-        # character of its own and goes with the character it precedes.
-        flags = [is_trained[min(max(end - 1, start), len(text) - 1)] for start, end in encoding["offset_mapping"]]
+        offsets = encoding["offset_mapping"]
+        flags: list[bool] = []
+        border = 0
+        for part, is_trained in run:
+            border += len(part)
+            end = len(offsets) if border == len(text) else bisect_left(offsets, border, lo=len(flags), key=_character)
+            flags += [is_trained] * (end - len(flags))
         return encoding["input_ids"], flags
 
     def _render_pieces(self, shape: Shape, add_generation_prompt: bool) -> tuple[_Piece, ...]:
@@ -167,6 +171,13 @@ class ChatTemplate:
                         )
                     )
         return tuple(pieces)
+
+
+def _character(offset: tuple[int, int]) -> int:
+    """The character that a token goes with: its last one. The "▁" that a LLaMA tokenizer puts before a run covers none
+    of its own and goes with the one it precedes."""
+    start, end = offset
+    return max(end - 1, start)
 
 
 def load_chat_template(path: Path) -> str:

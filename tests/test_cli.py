@@ -17,7 +17,7 @@ from sft.naming import find_model, find_recipe, recipe_of_model, run_checkpoints
 from sft.recipe import load_recipe
 from sft.shipped import recipe_path, shipped_root
 
-COMMANDS = ("quickstart", "validate", "prepare", "mix", "train", "evaluate", "select", "chat")
+COMMANDS = ("quickstart", "validate", "prepare", "mix", "train", "evaluate", "select", "chat", "stats", "export")
 
 
 @pytest.fixture

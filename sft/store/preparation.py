@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -99,7 +100,8 @@ def prepare_store(
         key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")
     }
     if settings.fresh:
-        shutil.rmtree(path, ignore_errors=True)
+        for folder in (path, _staging(path)):
+            shutil.rmtree(folder, ignore_errors=True)
     elif (path / MANIFEST).is_file():
         store = Store(path)
         _check_adapter(store, raw)
@@ -149,9 +151,13 @@ def _stamp(file: Path) -> dict[str, Any]:
     return {"path": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.pieces")
+
+
 def _open_staging(path: Path, plan: dict[str, Any]) -> Path:
     """The folder of unfinished work: emptied unless it was begun for the same plan."""
-    pieces = path.with_name(f".{path.name}.pieces")
+    pieces = _staging(path)
     digest = hashlib.sha256(json.dumps([VERSION, plan], sort_keys=True).encode()).hexdigest()
     if not (pieces / digest).is_file():
         shutil.rmtree(pieces, ignore_errors=True)
@@ -163,8 +169,10 @@ def _open_staging(path: Path, plan: dict[str, Any]) -> Path:
 def _write_pieces(
     raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: Progress
 ) -> None:
-    done = sum(counts.records for number in range(len(files)) for counts, _ in _finished_pieces(pieces, number))
-    for records, share in ordered_map(_write, _missing_pieces(raw, files, pieces, settings), settings.num_proc):
+    finished = _finished_pieces(pieces)
+    done = sum(counts.records for of_file in finished.values() for counts, _ in of_file.values())
+    missing = _missing_pieces(raw, files, pieces, finished, settings)
+    for records, share in ordered_map(_write, missing, settings.num_proc):
         done += records
         on_progress(done, share)
 
@@ -173,7 +181,13 @@ def _write(piece: Piece) -> tuple[int, float]:
     return write_piece(piece).records, piece.share_read
 
 
-def _missing_pieces(raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings) -> Iterator[Piece]:
+def _missing_pieces(
+    raw: RawDataset,
+    files: Sequence[Path],
+    pieces: Path,
+    finished: dict[int, dict[int, tuple[Counts, bool]]],
+    settings: Settings,
+) -> Iterator[Piece]:
     """The pieces that are still to be written, in order."""
     sizes = [file.stat().st_size for file in files]
     whole = max(sum(sizes), 1)
@@ -181,13 +195,13 @@ def _missing_pieces(raw: RawDataset, files: Sequence[Path], pieces: Path, settin
     for number, file in enumerate(files):
         if left is not None and left <= 0:
             return
-        finished = _finished_pieces(pieces, number)
+        own = finished.get(number, {})
         records = 0
-        if finished and finished[-1][1]:
-            records = sum(counts.records for counts, _ in finished)
+        if _is_whole(own):
+            records = sum(counts.records for counts, _ in own.values())
         else:
             for block, (rows, is_last) in enumerate(_blocks(islice(raw.rows(file), left))):
-                if block >= len(finished):
+                if block not in own:
                     share = 1.0 if is_last else _share_read(rows)
                     yield Piece(
                         adapter=raw,
@@ -230,12 +244,18 @@ def _num_bytes(value: object) -> int:
     return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 8
 
 
-def _finished_pieces(pieces: Path, file_number: int) -> list[tuple[Counts, bool]]:
-    """The finished pieces of a raw file up to the first that is missing."""
-    found: list[tuple[Counts, bool]] = []
-    while (piece := pieces / f"{file_number:05d}-{len(found):06d}").is_dir():
-        found.append(read_piece(piece))
-    return found
+def _finished_pieces(pieces: Path) -> dict[int, dict[int, tuple[Counts, bool]]]:
+    """The finished pieces of each raw file, by number; of those written side by side a later one may be done first."""
+    finished: dict[int, dict[int, tuple[Counts, bool]]] = defaultdict(dict)
+    for piece in pieces.glob("*/piece.json"):
+        file_number, _, number = piece.parent.name.partition("-")
+        finished[int(file_number)][int(number)] = read_piece(piece.parent)
+    return finished
+
+
+def _is_whole(finished: dict[int, tuple[Counts, bool]]) -> bool:
+    """Whether these are all the pieces of their raw file."""
+    return bool(finished) and len(finished) == max(finished) + 1 and finished[max(finished)][1]
 
 
 def _check_counts(counts: Counts, path: Path, pieces: Path, max_skip_share: float) -> None:
