@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from sft.files import staged
 from sft.parallel import ordered_map
 from sft.sample import EncodedSample, Sample, TrainOn
 
-VERSION = 2
+VERSION = 3
 """Raised when the same sample could encode to other arrays."""
 INDEX = "index.json"
 BLOCK_SAMPLES = 4096
@@ -30,7 +29,7 @@ BLOCK_SAMPLES = 4096
 
 _OFFSETS_OF = {"input_ids": "token_offsets", "trained_spans": "span_offsets", "image_rows": "image_offsets"}
 _ARRAY_OF = {offsets: name for name, offsets in _OFFSETS_OF.items()}
-_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions")
+_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "num_trained")
 
 
 class EncodedSamples:
@@ -62,23 +61,31 @@ class EncodedSamples:
         part: NDArray[Any] = self._array[name][start:end]
         return part
 
-    @cached_property
-    def num_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each sample."""
-        return np.asarray(np.diff(self._array["token_offsets"]))
+    @property
+    def all_rows(self) -> NDArray[np.int64]:
+        """0, 1, 2, …"""
+        return np.arange(len(self))
 
-    def num_trained(self, train_on: TrainOn) -> NDArray[np.int64]:
-        """Trained tokens of each sample; the first token never is."""
-        if train_on == "all":
-            return self.num_tokens - 1
-        spans = self._array["trained_spans"]
-        lengths = np.concatenate(([0], np.cumsum(spans[:, 1] - np.maximum(spans[:, 0], 1))))
-        return np.asarray(np.diff(lengths[self._array["span_offsets"]]))
+    def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of some samples."""
+        offsets = self._array["token_offsets"]
+        return np.asarray(offsets[rows + 1] - offsets[rows])
+
+    def num_trained(self, rows: NDArray[np.int64], train_on: TrainOn) -> NDArray[np.int64]:
+        """Trained tokens of some samples; the first token never is."""
+        return self.num_tokens(rows) - 1 if train_on == "all" else np.asarray(self._array["num_trained"][rows])
 
     @property
-    def images(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Image rows of all samples in one array, and where each sample's begin."""
-        return self._array["image_rows"], self._array["image_offsets"]
+    def num_images(self) -> int:
+        """Images of all samples, shown."""
+        return len(self._array["image_rows"])
+
+    def images(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Image rows of some samples, one sample after another, and how many each has."""
+        offsets = self._array["image_offsets"]
+        starts, numbers = offsets[rows], offsets[rows + 1] - offsets[rows]
+        places = np.repeat(starts - np.concatenate(([0], np.cumsum(numbers)))[:-1], numbers) + np.arange(numbers.sum())
+        return np.asarray(self._array["image_rows"][places]), np.asarray(numbers)
 
 
 class StoredSamples(Protocol):
@@ -149,6 +156,7 @@ def _encode_block(block: _Block) -> dict[str, NDArray[np.int64]]:
         "image_positions": np.array([p for e in encoded for p in e.image_positions], dtype=np.int64),
         "image_rows": np.array([row for image_rows in rows for row in image_rows], dtype=np.int64),
         "image_offsets": np.cumsum([len(image_rows) for image_rows in rows]),
+        "num_trained": np.array([sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded]),
     }
 
 

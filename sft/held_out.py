@@ -7,15 +7,16 @@ is held out by its key.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sft.errors import UserError
+from sft.image_keys import NUM_KEYS
+
+Ints = NDArray[np.int64]
 
 
 class Side(IntEnum):
@@ -26,43 +27,29 @@ class Side(IntEnum):
     NEITHER = 2
 
 
-@dataclass(frozen=True)
 class HoldOut:
-    """Which images and texts are held out."""
+    """Which images and texts are held out: a share of all, or the images with some keys."""
 
-    share: float = 0.0
-    hashes: Collection[str] = frozenset()
-    """sha256 of images that are held out whatever their share."""
+    def __init__(self, share: float = 0.0, image_keys: Ints | None = None) -> None:
+        self.share = share
+        self.image_keys = image_keys
 
-    def images(self, hashes: Iterable[str]) -> NDArray[np.bool_]:
-        """For each image, whether it is held out."""
-        return np.array([h in self.hashes or int(h[:16], 16) < self.share * 2**64 for h in hashes], dtype=np.bool_)
+    def images(self, keys: Ints) -> NDArray[np.bool_]:
+        """For the key of each image, whether it is held out."""
+        if self.image_keys is not None:
+            return np.isin(keys, self.image_keys)
+        return np.asarray(keys < self.share * NUM_KEYS)
 
     def texts(self, keys: Iterable[str]) -> NDArray[np.bool_]:
-        """For each key of a sample without images, whether it is held out."""
+        """For the key of each sample without images, whether it is held out."""
         return np.array([xxhash.xxh3_64_intdigest(key.encode()) < self.share * 2**64 for key in keys], dtype=np.bool_)
 
-    def sides(
-        self,
-        keys: Sequence[str],
-        image_hashes: Sequence[str],
-        image_rows: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-    ) -> NDArray[np.int8]:
-        """The side of each sample of a dataset, whose images are `image_rows[offsets[i]:offsets[i + 1]]`."""
-        num_images = np.diff(offsets)
-        is_held = self.images(image_hashes)[image_rows] if len(image_rows) else np.empty(0, dtype=np.bool_)
-        num_held = np.diff(np.concatenate(([0], np.cumsum(is_held)))[offsets])
+    def sides(self, keys: Iterable[str], image_keys: Ints, num_images: Ints) -> NDArray[np.int8]:
+        """The side of each sample, by its key and by the keys of its images: those of all samples one after another,
+        and how many each has."""
+        borders = np.concatenate(([0], np.cumsum(num_images)))
+        num_held = np.diff(np.concatenate(([0], np.cumsum(self.images(image_keys))))[borders])
         sides = np.where(num_held == 0, Side.TRAIN, np.where(num_held == num_images, Side.VALIDATION, Side.NEITHER))
-        text = np.flatnonzero(num_images == 0)
-        sides[text[self.texts(keys[row] for row in text.tolist())]] = Side.VALIDATION
+        if self.share:
+            sides[(num_images == 0) & self.texts(keys)] = Side.VALIDATION
         return sides.astype(np.int8)
-
-
-def check_not_empty(name: str, sides: NDArray[np.int8]) -> None:
-    """
-    Raises:
-        UserError: nothing of a source is left to train on.
-    """
-    if not (sides == Side.TRAIN).any():
-        raise UserError(f"source {name!r}: data.validation holds out all of its {len(sides):,} samples")

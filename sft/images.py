@@ -39,7 +39,7 @@ def local_image(folder: Path, name: object) -> ImageRef:
     except (OSError, ValueError, RuntimeError) as error:  # half a letter, a name too long, a loop of links
         raise SkipSample("image is not a local path", detail=repr(name)[:200]) from error
     if not is_inside:
-        raise SkipSample("image path leaves the folder", detail=name[:200])
+        raise SkipSample("image path leaves the folder", detail=repr(name)[:200])
     return ImageRef(source=file)
 
 
@@ -138,18 +138,18 @@ def verified_size(content: bytes) -> tuple[int, int]:
 
 
 def _open(content: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     _check_size(image.size)
     return image
 
 
 @contextmanager
 def _as_skips() -> Iterator[None]:
-    """Whatever Pillow finds wrong, as a reason to skip."""
+    """Whatever Pillow finds wrong, as a reason to skip; what it only warns of, broken EXIF say, is not wrong."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except Image.DecompressionBombError as error:
         raise SkipSample("image too many pixels") from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:

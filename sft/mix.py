@@ -2,69 +2,126 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sft.data_loader import Planner, Sources
+import numpy as np
+
+from sft.mixture import SourceSizes
+from sft.planner import Planner
+from sft.prepared import PreparedSource
 from sft.recipe import Recipe
 from sft.sample import Pack
 
+UNITS = ("tokens", "trained_tokens", "samples")
 
-def mix(recipe: Recipe, sources: Sources, steps: int | None = None) -> dict[str, Any]:
+
+@dataclass
+class _Tally:
+    """What a source has given in packs."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    samples: int = 0
+    images: int = 0
+    """Shown: one that two samples show counts twice."""
+
+
+@dataclass
+class _Totals:
+    """What was counted over all windows."""
+
+    of_source: list[_Tally]
+    packs: int = 0
+    distinct_images: int = 0
+    """In each pack, summed over packs."""
+    largest_error: float = 0.0
+    """Tokens by which a source was off its share at the end of a window."""
+
+
+def mix(
+    recipe: Recipe,
+    sources: Sequence[SourceSizes],
+    steps: int | None = None,
+    on_progress: Callable[[int], None] = lambda steps: None,
+) -> dict[str, Any]:
     """What `steps` optimizer steps will draw, in the form of `idefics-sft mix --json`. Shares are fractions of 1."""
     steps = steps or recipe.training.max_steps
-    sizes = sources.sizes()
-    planner = Planner(sizes, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
-    wanted = steps * recipe.packs_per_step
-    packs: list[Pack] = []
-    for window in planner.windows():
-        packs += window[: wanted - len(packs)]
-        if len(packs) == wanted:
-            break
-    tokens, trained, samples, image_counts = ([0] * len(sizes) for _ in range(4))
-    distinct = 0
-    for pack in packs:
-        for item in pack.items:
-            tokens[item.source] += int(sizes[item.source].num_tokens[item.sample])
-            trained[item.source] += int(sizes[item.source].num_trained[item.sample])
-            samples[item.source] += 1
-            image_counts[item.source] += len(sizes[item.source].images[item.sample])
-        shown = [image for item in pack.items for image in sizes[item.source].images[item.sample]]
-        distinct += len(set(shown))
-    unit = {"tokens": tokens, "trained_tokens": trained, "samples": samples}[recipe.data.share_unit]
-    lines = []
-    for index, size in enumerate(sizes):
-        manifests = [part.store.manifest for part in sources.parts[index]]
-        lines.append(
-            {
-                "name": size.name,
-                "asked": size.share,
-                "achieved": unit[index] / max(sum(unit), 1),
-                "tokens": tokens[index],
-                "trained_tokens": trained[index],
-                "samples": samples[index],
-                "images": image_counts[index],
-                "epochs": samples[index] / len(size.num_tokens),
-                "filtered": _sum_counts([*(m["filtered"] for m in manifests), _dropped(planner.num_dropped[index])]),
-                "skipped": _sum_counts([manifest["skipped"] for manifest in manifests]),
-            }
-        )
+    planner = Planner(sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
+    totals = _Totals([_Tally() for _ in sources])
+    for packs in _windows(planner, steps * recipe.packs_per_step):
+        _count(totals, packs, sources)
+        on_progress(totals.packs // recipe.packs_per_step)
+    length = recipe.data.sequence_length
+    shown = sum(tally.images for tally in totals.of_source)
     return {
         "unit": recipe.data.share_unit,
-        "steps": steps,
-        "sources": lines,
+        "steps": totals.packs // recipe.packs_per_step,
+        "ended_by": planner.mixture.ended() if totals.packs < steps * recipe.packs_per_step else None,
+        "sources": [_line(totals, index, planner, recipe) for index in range(len(sources))],
         "packs": {
-            "count": len(packs),
-            "fill": sum(tokens) / (len(packs) * recipe.data.sequence_length),
-            "images_per_pack": sum(image_counts) / len(packs),
-            "distinct_images_per_pack": distinct / len(packs),
+            "count": totals.packs,
+            "fill": sum(tally.tokens for tally in totals.of_source) / max(totals.packs * length, 1),
+            "images_per_pack": shown / max(totals.packs, 1),
+            "distinct_images_per_pack": totals.distinct_images / max(totals.packs, 1),
+            "encodes_saved": 1 - totals.distinct_images / shown if shown else 0.0,
         },
+        "largest_error_in_packs": totals.largest_error / length,
+        "tokens_left_over": sum(bundle.num_tokens for bundle in planner.carry),
     }
 
 
-def _dropped(number: int) -> dict[str, int]:
-    """Samples that were drawn and that no pack can hold."""
-    return {"drawn but does not fit a pack": number} if number else {}
+def _windows(planner: Planner, wanted: int) -> Iterator[list[Pack]]:
+    """Windows up to a number of packs; the last may be a part of one."""
+    for packs in planner.windows():
+        yield packs[:wanted]
+        wanted -= len(packs)
+        if wanted <= 0:
+            return
 
 
-def _sum_counts(counts: list[dict[str, int]]) -> dict[str, int]:
-    return {reason: sum(own.get(reason, 0) for own in counts) for reason in sorted({r for own in counts for r in own})}
+def _count(totals: _Totals, packs: Sequence[Pack], sources: Sequence[SourceSizes]) -> None:
+    of_pack, keys = [], []
+    for index, (tally, source) in enumerate(zip(totals.of_source, sources, strict=True)):
+        pairs = [(number, i.sample) for number, pack in enumerate(packs) for i in pack.items if i.source == index]
+        numbers, rows = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        images, num_images = source.images(rows)
+        of_pack.append(np.repeat(numbers, num_images))
+        keys.append(images)
+        tally.samples += len(rows)
+        tally.tokens += int(source.num_tokens(rows).sum())
+        tally.trained_tokens += int(source.num_trained(rows).sum())
+        tally.images += int((source.num_shown(rows) if isinstance(source, PreparedSource) else num_images).sum())
+    totals.packs += len(packs)
+    totals.distinct_images += len(np.unique(np.stack([np.concatenate(of_pack), np.concatenate(keys)]), axis=1).T)
+    tokens = np.array([tally.tokens for tally in totals.of_source])
+    errors = tokens - np.array([source.share for source in sources]) * tokens.sum()
+    totals.largest_error = max(totals.largest_error, float(np.abs(errors).max()))
+
+
+def _line(totals: _Totals, index: int, planner: Planner, recipe: Recipe) -> dict[str, Any]:
+    source, tally = planner.sizes[index], totals.of_source[index]
+    achieved = {unit: getattr(tally, unit) / max(sum(getattr(t, unit) for t in totals.of_source), 1) for unit in UNITS}
+    dropped = planner.mixture.streams[index].given.dropped
+    manifests = [part.store.manifest for part in source.parts] if isinstance(source, PreparedSource) else []
+    filtered = sum((Counter(manifest["filtered"]) for manifest in manifests), Counter())
+    skipped = sum((Counter(manifest["skipped"]) for manifest in manifests), Counter())
+    if dropped:
+        filtered["drawn but does not fit a pack"] = dropped
+    return {
+        "name": source.name,
+        "asked": source.share,
+        "achieved": achieved[recipe.data.share_unit],
+        "achieved_in": achieved,
+        "tokens": tally.tokens,
+        "trained_tokens": tally.trained_tokens,
+        "samples": tally.samples,
+        "images": tally.images,
+        "epochs": planner.mixture.streams[index].epochs,
+        "records": len(source),
+        "held_out": source.num_held_out if isinstance(source, PreparedSource) else {},
+        "filtered": dict(sorted(filtered.items())),
+        "skipped": dict(sorted(skipped.items())),
+    }

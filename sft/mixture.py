@@ -1,106 +1,438 @@
-"""Exact mixtures: the next sample comes from the source furthest below its share. No dice.
+"""Exact mixtures: how much each source has given is steered by a target, not by dice.
 
-Sources repeat independently, each in a seeded order of its own that is drawn anew every epoch. Samples about one image
-stand together in it, so that packing can let them share one encoding of the image.
+Every source has a target that grows by its share, and gives whole samples up to the one that comes nearest to it. So at
+any time it is at most half a sample from its share. Sources repeat independently, each epoch in a seeded order of its
+own. Where samples share images, those about the same images stand together, so that packing can let them share one
+encoding. An order is computed, not stored: a source of 141 million samples takes no more memory than one of ten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.sample import PackItem
+from sft.errors import UserError
+from sft.sample import Caps
+
+Ints = NDArray[np.int64]
+Unit = Literal["tokens", "trained_tokens", "samples"]
+
+CHUNK_SAMPLES = 2048
+"""Samples of a source that are looked ahead at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceSizes:
-    """What the planner needs to know of a source: numbers, no samples."""
+class Groups(NamedTuple):
+    """Samples about the same images: group g is `members[starts[g]:starts[g + 1]]`."""
+
+    members: Ints
+    starts: Ints
+
+
+class SourceSizes(Protocol):
+    """What the planner needs to know of a source: numbers, by row, and no samples."""
 
     name: str
     share: float
     """Fraction of the mixture."""
-    num_tokens: NDArray[np.int64]
-    num_trained: NDArray[np.int64]
-    images: tuple[tuple[int, ...], ...]
-    """Numbers of each sample's images; equal numbers are the same image, across sources too."""
+    max_epochs: float | None
+    """The source gives no more than this."""
+    when_exhausted: Literal["stop", "reweight"]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def num_tokens(self, rows: Ints) -> Ints:
+        """Tokens of each of some samples."""
+
+    def num_trained(self, rows: Ints) -> Ints:
+        """Trained tokens of each."""
+
+    def images(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Numbers of the distinct images of each, one sample after another, and how many each has. Equal numbers are
+        equal images, across sources too."""
+
+    @property
+    def groups(self) -> Groups | None:
+        """Samples about the same images; None where no two are."""
+
+
+# ------------------------------------------------------------------------------------------------------- orders
+
+_ROUNDS = 6
+
+
+def permute(places: Ints, size: int, key: int) -> Ints:
+    """A permutation of 0 … size - 1 that is a function of `key`, at some places. O(1) memory.
+
+    A Feistel network over the next power of four, walked on until it lands inside (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002): a bijection whatever its round function is.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    result = places.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        values = result[outside]
+        left, right = values >> shift, values & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (mix64(right, key + number) & mask)
+        values = (left << shift) | right
+        result[outside] = values
+        outside = outside[values >= size]
+    return result.astype(np.int64)
+
+
+def mix64(values: NDArray[np.uint64] | Ints, key: int) -> NDArray[np.uint64]:
+    """A hash of 64-bit numbers (splitmix64, Steele and others, 2014)."""
+    with np.errstate(over="ignore"):
+        x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15 * (2 * key + 1) % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(x ^ (x >> np.uint64(31)))
+
+
+class Cursor(NamedTuple):
+    """A place in the endless order of a source."""
+
+    unit: int = 0
+    """Groups gone by, over all epochs; samples, where there are no groups."""
+    offset: int = 0
+    """Samples of the present group gone by."""
+
+
+class Taken(NamedTuple):
+    """Samples in their order."""
+
+    rows: Ints
+    groups: Ints
+    """Equal for samples about the same images."""
+    units: Ints
+    offsets: Ints
+    """The place of each, as of a cursor."""
+
+    def part(self, start: int) -> Taken:
+        """Those from one on."""
+        return Taken(*(array[start:] for array in self))
+
+    def then(self, more: Taken) -> Taken:
+        """These and more."""
+        return Taken(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
+
+
+class Order:
+    """The order of a source: every epoch another permutation of its groups, and of the samples in each."""
+
+    def __init__(self, size: int, groups: Groups | None, key: int) -> None:
+        self.size = size
+        self.groups = groups
+        self.key = key
+        self.num_units = size if groups is None else len(groups.starts) - 1
+
+    def take(self, cursor: Cursor, number: int) -> Taken:
+        """Some samples from a place on, about `number`."""
+        units_wanted = number if self.groups is None else -(-number * self.num_units // self.size) + 1
+        units = np.arange(cursor.unit, cursor.unit + units_wanted)
+        epochs = units // self.num_units
+        places = [
+            permute(units[epochs == epoch] % self.num_units, self.num_units, self._key(epoch))
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]
+        drawn = np.concatenate(places)
+        if self.groups is None:
+            return Taken(drawn, drawn, units, np.zeros_like(units))
+        rows, of, offsets = self._expand(drawn, epochs)
+        return Taken(rows, drawn[of], units[of], offsets).part(cursor.offset)
+
+    def _expand(self, drawn: Ints, epochs: Ints) -> tuple[Ints, Ints, Ints]:
+        """The rows of some groups, in an order of their own in each epoch."""
+        assert self.groups is not None
+        starts = self.groups.starts[drawn]
+        sizes = self.groups.starts[drawn + 1] - starts
+        of = np.repeat(np.arange(len(drawn)), sizes)
+        ends = np.cumsum(sizes)
+        offsets = np.arange(int(ends[-1])) - np.repeat(ends - sizes, sizes)
+        rows = self.groups.members[np.repeat(starts, sizes) + offsets]
+        rank = mix64(rows + mix64(epochs[of], self.key).view(np.int64), self.key)
+        return rows[np.lexsort((rank, of))], of, offsets
+
+    def _key(self, epoch: int) -> int:
+        return int(mix64(np.array([epoch]), self.key)[0]) >> 8
+
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+
+class Draw(NamedTuple):
+    """Samples of one source, in the order in which they were drawn."""
+
+    rows: Ints
+    num_tokens: Ints
+    images: Ints
+    num_images: Ints
+    groups: Ints
+    """Equal for samples about the same images."""
 
 
 @dataclass(kw_only=True)
-class Drawn:
-    """What was taken from a source so far."""
+class Given:
+    """What a source has given so far."""
 
-    position: int = 0
-    """Samples of all epochs."""
     samples: int = 0
-    """Those of them that count: not given back."""
     tokens: int = 0
     trained_tokens: int = 0
+    dropped: int = 0
+    """Samples that no pack can hold: gone by, and not counted otherwise."""
+
+
+class _Chunk(NamedTuple):
+    """Samples looked ahead at; arrays of `before` and `totals` have one number more than there are samples."""
+
+    draw: Draw
+    taken: Taken
+    trained: Ints
+    fits: NDArray[np.bool_]
+    totals: NDArray[np.float64]
+    """What the source has given in the mixture's unit, before the first sample and after each."""
+    middles: NDArray[np.float64]
+    """Half way through each sample: where the nearest whole number of samples changes."""
+    tokens_before: Ints
+    images_before: Ints
+    encodes: Ints
+    """The images that will have to be placed: those of the first of every few samples that share theirs."""
+    encodes_before: Ints
+
+
+class Stream:
+    """One source: endless, or up to its last epoch."""
+
+    def __init__(self, sizes: SourceSizes, unit: Unit, key: int, caps: Caps) -> None:
+        """
+        Raises:
+            UserError: the source has no sample that counts and that a pack can hold.
+        """
+        self.sizes = sizes
+        self.unit = unit
+        self.order = Order(len(sizes), sizes.groups, key)
+        self.caps = caps
+        self.limit = None if sizes.max_epochs is None else round(sizes.max_epochs * len(sizes))
+        self.given = Given()
+        self.passed = 0  # samples gone by, over all epochs
+        self.target = 0.0
+        self._chunk: _Chunk | None = None
+        self._start = 0  # the first sample of the chunk that is not taken
+        self._cursor = Cursor()  # where the chunk begins
+        self._reach(1.0)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the source has come to the end of its last epoch."""
+        return self.limit is not None and self.passed >= self.limit
+
+    @property
+    def epochs(self) -> float:
+        """How often the source was gone through."""
+        return self.passed / len(self.sizes)
+
+    def upto(self, target: float) -> tuple[int, Ints]:
+        """Tokens of the samples that would come nearest to a target, and the images to be placed for them."""
+        chunk = self._reach(target)
+        stop = self._stop(chunk, target)
+        tokens = int(chunk.tokens_before[stop] - chunk.tokens_before[self._start])
+        return tokens, chunk.encodes[chunk.encodes_before[self._start] : chunk.encodes_before[stop]]
+
+    def take(self, target: float) -> Draw:
+        """Those samples; what no pack can hold is left out and counted."""
+        chunk = self._reach(target)
+        start, stop = self._start, self._stop(chunk, target)
+        kept = start + np.flatnonzero(chunk.fits[start:stop])
+        taken = _select(chunk.draw, chunk.images_before, kept)
+        self.given.samples += len(kept)
+        self.given.tokens += int(taken.num_tokens.sum())
+        self.given.trained_tokens += int(chunk.trained[kept].sum())
+        self.given.dropped += stop - start - len(kept)
+        self.passed += stop - start
+        self.target, self._start = target, stop
+        return taken
+
+    def state(self) -> list[float]:
+        """All that restoring needs, as JSON."""
+        return [*self._place(), self.passed, self.target, *vars(self.given).values()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Go on where `state` was taken."""
+        unit, offset, self.passed, self.target, *given = state
+        self._cursor, self._start, self._chunk = Cursor(unit, offset), 0, None
+        self.given = Given(**dict(zip(vars(self.given), given, strict=True)))
+
+    def _place(self) -> Cursor:
+        """The place of the next sample."""
+        chunk = self._chunk
+        if chunk is None:
+            return self._cursor
+        if self._start < len(chunk.taken.rows):
+            return Cursor(int(chunk.taken.units[self._start]), int(chunk.taken.offsets[self._start]))
+        return self._after(chunk)
+
+    def _after(self, chunk: _Chunk) -> Cursor:
+        """The place after the last sample of a chunk, which may be in the middle of a group."""
+        unit, offset = int(chunk.taken.units[-1]), int(chunk.taken.offsets[-1])
+        return Cursor(unit + 1) if self.order.groups is None else Cursor(unit, offset + 1)
+
+    def _stop(self, chunk: _Chunk, target: float) -> int:
+        """Where in the chunk what is given is nearest to the target."""
+        stop = max(int(np.searchsorted(chunk.middles, target, side="right")), self._start)
+        return stop if self.limit is None else min(stop, self._start + self.limit - self.passed)
+
+    def _reach(self, target: float) -> _Chunk:
+        """The look-ahead, long enough for a target or for what is left of the source."""
+        while True:
+            chunk = self._chunk
+            if chunk is not None:
+                ahead = len(chunk.taken.rows) - self._start
+                if chunk.totals[-1] > target or (self.limit is not None and ahead >= self.limit - self.passed):
+                    return chunk
+                if ahead > len(self.sizes) + CHUNK_SAMPLES and chunk.totals[-1] == chunk.totals[self._start]:
+                    raise UserError(self._nothing_fits(chunk))
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Drop what was taken of the chunk, and let it grow."""
+        chunk, place = self._chunk, self._place()
+        if chunk is None:
+            taken = self.order.take(place, CHUNK_SAMPLES)
+        else:
+            left = chunk.taken.part(self._start)
+            taken = left.then(self.order.take(self._after(chunk), max(CHUNK_SAMPLES, len(left.rows))))
+        self._chunk, self._start, self._cursor = self._measure(taken), 0, place
+
+    def _measure(self, taken: Taken) -> _Chunk:
+        rows, groups = taken.rows, taken.groups
+        num_tokens, trained = self.sizes.num_tokens(rows), self.sizes.num_trained(rows)
+        images, num_images = self.sizes.images(rows)
+        fits = (num_tokens <= self.caps.tokens) & (num_images <= self.caps.images)
+        place_in_group = self.passed + np.arange(len(rows)) if self.order.num_units == 1 else taken.offsets
+        is_encoded = fits & (place_in_group % self.caps.samples_per_image == 0)
+        counted = {"tokens": num_tokens, "trained_tokens": trained, "samples": np.ones_like(rows)}[self.unit]
+        totals = _before(np.where(fits, counted, 0)).astype(np.float64) + float(getattr(self.given, self.unit))
+        return _Chunk(
+            draw=Draw(rows, num_tokens, images, num_images, groups),
+            taken=taken,
+            trained=trained,
+            fits=fits,
+            totals=totals,
+            middles=(totals[:-1] + totals[1:]) / 2,
+            tokens_before=_before(np.where(fits, num_tokens, 0)),
+            images_before=_before(num_images),
+            encodes=images[np.repeat(is_encoded, num_images)],
+            encodes_before=_before(np.where(is_encoded, num_images, 0)),
+        )
+
+    def _nothing_fits(self, chunk: _Chunk) -> str:
+        if chunk.fits.any():
+            return f"source {self.sizes.name!r}: none of its samples has trained tokens, which the shares count"
+        return (
+            f"source {self.sizes.name!r}: no sample fits a pack of {self.caps.tokens} tokens (data.sequence_length) "
+            f"and {self.caps.images} images (data.max_images_per_pack); its shortest has {chunk.draw.num_tokens.min()}"
+        )
+
+
+def _before(numbers: Ints) -> Ints:
+    """The sum before each number, and of all."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(numbers)))
+
+
+def _select(draw: Draw, images_before: Ints, kept: Ints) -> Draw:
+    """Some of the samples of a draw."""
+    num_images = draw.num_images[kept]
+    starts = np.repeat(images_before[kept] - _before(num_images)[:-1], num_images)
+    images = draw.images[starts + np.arange(len(starts))]
+    return Draw(draw.rows[kept], draw.num_tokens[kept], images, num_images, draw.groups[kept])
+
+
+# ------------------------------------------------------------------------------------------------------- mixture
 
 
 class Mixture:
-    """An endless stream of samples with exact shares: no source is ever ahead, in the chosen unit, by more than one of
-    its own samples."""
+    """All sources, each up to its share of a level that rises window by window."""
 
-    def __init__(self, sources: Sequence[SourceSizes], *, unit: str, seed: int) -> None:
-        self.sources = sources
-        self.unit = unit
-        self.seed = seed
-        self.drawn = [Drawn() for _ in sources]
-        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
-        self._groups = [_image_groups(source.images) for source in sources]
+    def __init__(self, sources: Sequence[SourceSizes], *, unit: Unit, seed: int, caps: Caps) -> None:
+        """
+        Raises:
+            UserError: nothing of a source can be used.
+        """
+        self.streams = [
+            Stream(source, unit, int(mix64(np.array([index]), seed)[0]) >> 16, caps)
+            for index, source in enumerate(sources)
+        ]
 
-    def draw(self) -> PackItem:
-        """The next sample."""
-        consumed = [self._consumed(drawn) for drawn in self.drawn]
-        total = sum(consumed)
-        behind = [source.share * total - own for source, own in zip(self.sources, consumed, strict=True)]
-        index = behind.index(max(behind))
-        source, drawn = self.sources[index], self.drawn[index]
-        epoch, place = divmod(drawn.position, len(source.num_tokens))
-        sample = int(self._order(index, epoch)[place])
-        drawn.position += 1
-        drawn.samples += 1
-        drawn.tokens += int(source.num_tokens[sample])
-        drawn.trained_tokens += int(source.num_trained[sample])
-        return PackItem(index, sample)
+    def draw(self, num_tokens: int, num_images: int, most_of_one_image: int) -> list[Draw]:
+        """The next samples of every source, all together about `num_tokens` long.
 
-    def give_back(self, item: PackItem) -> None:
-        """Not to count the sample just drawn, which cannot be used; it is not drawn again in this epoch."""
-        source, drawn = self.sources[item.source], self.drawn[item.source]
-        drawn.samples -= 1
-        drawn.tokens -= int(source.num_tokens[item.sample])
-        drawn.trained_tokens -= int(source.num_trained[item.sample])
+        Fewer, where they would need more than `num_images` images or one image more than `most_of_one_image` times,
+        samples that can share one counted once: what cannot be packed would be left over in growing numbers.
 
-    def epochs(self, index: int) -> float:
-        """How often a source has been gone through."""
-        return self.drawn[index].position / len(self.sources[index].num_tokens)
+        Sources that have come to the end of `max_epochs` give nothing more; those that `reweight` leave their share to
+        the others.
+        """
+        shares = self.shares()
+        if not any(shares):
+            return [stream.take(stream.target) for stream in self.streams]
 
-    def state(self) -> list[dict[str, Any]]:
-        """The counters, as JSON: all that restoring needs."""
-        return [vars(drawn).copy() for drawn in self.drawn]
+        def is_too_much(rise: float) -> bool:
+            found = [s.upto(s.target + share * rise) for s, share in zip(self.streams, shares, strict=True)]
+            if sum(tokens for tokens, _ in found) > num_tokens:
+                return True
+            images = np.concatenate([images for _, images in found])
+            if len(images) <= min(num_images, most_of_one_image):
+                return False
+            return len(images) > num_images or int(np.unique(images, return_counts=True)[1].max()) > most_of_one_image
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
+        rise = _largest(is_too_much, float(num_tokens))
+        return [s.take(s.target + share * rise) for s, share in zip(self.streams, shares, strict=True)]
+
+    def shares(self) -> list[float]:
+        """The share of each source, sources that have come to their end left out; they sum to 1, or all are 0."""
+        shares = [0.0 if stream.is_exhausted else stream.sizes.share for stream in self.streams]
+        total = sum(shares)
+        return [share / total if total else 0.0 for share in shares]
+
+    def ended(self) -> str | None:
+        """Name of a source at whose end everything is to stop, once it is there; of the last one, when all are."""
+        for stream in self.streams:
+            if stream.is_exhausted and stream.sizes.when_exhausted == "stop":
+                return stream.sizes.name
+        return None if any(self.shares()) else self.streams[-1].sizes.name
+
+    def state(self) -> list[list[float]]:
+        """As JSON, all that restoring needs."""
+        return [stream.state() for stream in self.streams]
+
+    def restore(self, state: list[list[float]]) -> None:
         """Go on where `state` was taken."""
-        self.drawn = [Drawn(**drawn) for drawn in state]
-
-    def _consumed(self, drawn: Drawn) -> int:
-        return {"tokens": drawn.tokens, "trained_tokens": drawn.trained_tokens, "samples": drawn.samples}[self.unit]
-
-    def _order(self, index: int, epoch: int) -> NDArray[np.int64]:
-        """The permutation of a source in an epoch: image groups shuffled, and samples shuffled inside each."""
-        if self._orders.get(index, (-1,))[0] != epoch:
-            groups = self._groups[index]
-            rng = np.random.default_rng([self.seed, index, epoch])
-            rank_of_group = rng.permutation(int(groups.max()) + 1)
-            self._orders[index] = (epoch, np.lexsort((rng.random(len(groups)), rank_of_group[groups])))
-        return self._orders[index][1]
+        for stream, own in zip(self.streams, state, strict=True):
+            stream.restore(own)
 
 
-def _image_groups(images: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
-    """A number per sample: equal for samples about the same images, its own for a sample without images."""
-    numbers: dict[object, int] = {}
-    return np.array([numbers.setdefault(own or ("text", i), len(numbers)) for i, own in enumerate(images)])
+_STEPS_OF_SEARCH = 24
+
+
+def _largest(is_too_much: Callable[[float], bool], guess: float) -> float:
+    """About the largest number that is not too much, of a condition that once true stays true."""
+    low, high = 0.0, guess
+    for _ in range(_STEPS_OF_SEARCH):
+        if is_too_much(high):
+            break
+        low, high = high, high * 2
+    else:
+        return low
+    for _ in range(_STEPS_OF_SEARCH):
+        middle = (low + high) / 2
+        if middle in (low, high) or high - low <= high * 1e-3:
+            break
+        low, high = (low, middle) if is_too_much(middle) else (middle, high)
+    return low

@@ -65,6 +65,10 @@ class SourceConfig(_Part):
     """Share of the mixture, in `data.share_unit`. All shares sum to 1, or to 100."""
     datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
     """Prepared one by one, joined in proportion to their size."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The source gives no more than this."""
+    when_exhausted: Literal["stop", "reweight"] = "stop"
+    """After `max_epochs`: `stop` training, or `reweight`: leave its share to the other sources."""
 
 
 class ValidationConfig(_Part):

@@ -19,13 +19,15 @@ from pydantic import ValidationError
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
-from sft.data_loader import MicroBatches, Part, Planner, Sources
+from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.inference import load_template
 from sft.locking import locked
 from sft.models import ModelFamily, get_family
+from sft.planner import Planner
+from sft.prepared import Part, Sources
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 from sft.run_status import RunStatus
 from sft.shipped import resolve
@@ -233,7 +235,7 @@ def _train(
     frozen = family.select_trainable(model)
     say(_what_is_trained(model, frozen))
     template = load_template(family, base)
-    planner = Planner(sources.sizes(), recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
+    planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     micro_batches = MicroBatches(
         sources,
         planner,
@@ -297,7 +299,7 @@ def _check_positions(recipe: Recipe, sources: Sources, max_positions: int) -> No
     """
     length = recipe.data.sequence_length
     if recipe.data.pack_isolation:
-        length = min(length, max(int(size.num_tokens.max()) for size in sources.sizes()))
+        length = min(length, sources.longest())
     if length > max_positions:
         what = "the longest sample has" if recipe.data.pack_isolation else "without pack_isolation a pack has"
         raise UserError(f"data.sequence_length: {what} {length} tokens, the model has {max_positions} positions")

@@ -100,6 +100,16 @@ class PackItem(NamedTuple):
     sample: int
 
 
+class Caps(NamedTuple):
+    """What a pack may hold."""
+
+    tokens: int
+    images: int
+    """Distinct images."""
+    samples_per_image: int
+    """Samples that may share an image."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
     """The samples that share one row of `sequence_length` tokens."""

@@ -11,16 +11,18 @@ extracted to disk, and no pickle is ever opened.
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import mmap
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from sft.errors import UserError
 from sft.sample import SkipSample
@@ -32,6 +34,10 @@ max_record_bytes = ContextVar("max_record_bytes", default=MAX_RECORD_BYTES)
 """Records over this size are skipped; `data.max_record_bytes` in a recipe."""
 
 TOO_LONG = "record too long"
+TOO_DEEP = "record nested too deep"
+MAX_DEPTH = 100
+"""Of lists and objects in a JSON record: where Python's stack ends it can be neither counted nor sent to a process."""
+
 _BLOCK = 1024 * 1024
 
 
@@ -108,10 +114,14 @@ def read_jsonl(path: Path) -> Iterator[Row | SkipSample]:
 def _parsed(line: bytes, here: str, at: float) -> Row | SkipSample:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return SkipSample("line is not JSON", detail=here)
+    except RecursionError:
+        return SkipSample(TOO_DEEP, detail=here)
     if not isinstance(row, dict):
         return SkipSample("line is not a JSON object", detail=here)
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row):
+        return SkipSample(TOO_DEEP, detail=here)
     row["__from__"], row["__at__"] = here, at
     return row
 
@@ -121,46 +131,34 @@ def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSampl
     list at the top, `annotations.item` for one under a key.
 
     Raises:
-        UserError: missing, or it stops being JSON somewhere.
+        UserError: missing, a record over the limit, or it stops being JSON somewhere.
     """
-    import ijson
-
-    with require_file(path, "a JSON list").open("rb") as file:
-        counted = _Counted(file, path)
-        number = 0
-        try:
-            for number, row in enumerate(ijson.items(counted, prefix, use_float=True), start=1):
-                counted.start_record()
-                here = f"{path.name}:{number}"
-                if isinstance(row, dict):
-                    yield row | {"__from__": here, "__at__": counted.share_read}
-                else:
-                    yield SkipSample("record is not a JSON object", detail=here)
-        except (ijson.JSONError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON after record {number}: {_one_line(error)}") from error
+    number = 0
+    with _opened(path, "a JSON list") as text, text.errors(lambda: f"record {number}"):
+        for number, row in enumerate(text.walk(prefix.split(".")[:-1], text.elements), start=1):
+            here = f"{path.name}:{number}"
+            if isinstance(row, dict):
+                yield row | {"__from__": here, "__at__": text.share_read}
+            else:
+                reason = row.reason if isinstance(row, SkipSample) else "record is not a JSON object"
+                yield SkipSample(reason, detail=here)
     if not number:
         raise UserError(f"{path}: no JSON list of records at {prefix!r}")
 
 
 def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The keys and values of a JSON object of any size, streamed: the object at `prefix`, "" for the top.
+    """The keys and values of a JSON object of any size, streamed: the object at `prefix`, "" for the top. A value that
+    is nested too deep is a SkipSample.
 
     Raises:
-        UserError: missing, or it stops being JSON somewhere.
+        UserError: missing, a value over the limit, or it stops being JSON somewhere.
     """
-    import ijson
-
-    with require_file(path, "a JSON object").open("rb") as file:
-        counted = _Counted(file, path)
-        key = None
-        try:
-            for key, value in ijson.kvitems(counted, prefix, use_float=True):
-                counted.start_record()
-                if isinstance(value, dict):
-                    value |= {"__from__": f"{path.name}:{key}", "__at__": counted.share_read}
-                yield key, value
-        except (ijson.JSONError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON after key {key!r}: {_one_line(error)}") from error
+    key = None
+    with _opened(path, "a JSON object") as text, text.errors(lambda: f"key {_one_line(key)!r}" if key else "no key"):
+        for key, value in text.walk(prefix.split(".") if prefix else [], text.items):
+            if isinstance(value, dict):
+                value |= {"__from__": f"{path.name}:{_printable(key)}", "__at__": text.share_read}
+            yield key, value
     if key is None:
         raise UserError(f"{path}: no JSON object at {prefix!r}" if prefix else f"{path}: not a JSON object, or empty")
 
@@ -171,37 +169,188 @@ def first_json_byte(path: Path) -> str:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1].decode("latin-1")
 
 
-class _Counted:
-    """A file that knows how much of it was read, and stops where one record would not end."""
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[_JsonText]:
+    with require_file(path, what).open("rb") as file:
+        yield _JsonText(file, path)
+
+
+class _JsonText:
+    """A JSON text of any size, of which one value at a time is in memory."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self.file, self.path = file, path
         self.size = max(path.stat().st_size, 1)
-        self.read_bytes = self.record_start = 0
+        self.num_read = 0
         self.limit = max_record_bytes.get()
-
-    def read(self, size: int = -1) -> bytes:
-        if self.read_bytes - self.record_start > self.limit + 2 * _BLOCK:
-            raise UserError(
-                f"{self.path}: a record of over {self.limit:,} bytes (data.max_record_bytes); "
-                "a JSON list cannot be read on behind it"
-            )
-        content = self.file.read(size)
-        self.read_bytes += len(content)
-        return content
-
-    def start_record(self) -> None:
-        self.record_start = self.read_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at = "", 0
 
     @property
     def share_read(self) -> float:
-        return self.read_bytes / self.size
+        return self.num_read / self.size
+
+    @contextmanager
+    def errors(self, last: Callable[[], str]) -> Iterator[None]:
+        """Tell after what the text stops being JSON."""
+        try:
+            yield
+        except ValueError as error:
+            raise UserError(f"{self.path}: not readable as JSON after {last()}: {_one_line(error)}") from error
+
+    def walk(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """What `read` reads below the keys, and on to the end of the text."""
+        yield from self._below(keys, read)
+        if rest := self.peek():
+            raise ValueError(f"it goes on behind its end with {rest!r}")
+
+    def _below(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        if not keys:
+            yield from read()
+        elif self.peek() != "{":
+            self.value()
+        else:
+            for key in self._keys():
+                if key == keys[0]:
+                    yield from self._below(keys[1:], read)
+                else:
+                    self.value()
+
+    def elements(self) -> Iterator[Any]:
+        """The elements of the list that stands here; none where something else does."""
+        if self.peek() != "[":
+            self.value()
+        elif self._opens("[", "]"):
+            yield self.value()
+            while self._takes(",", "]") == ",":
+                yield self.value()
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """The members of the object that stands here; none where something else does."""
+        if self.peek() != "{":
+            self.value()
+        else:
+            for key in self._keys():
+                yield key, self.value()
+
+    def _keys(self) -> Iterator[str]:
+        """The keys of an object; whoever asks for the next one has read the value."""
+        if self._opens("{", "}"):
+            yield self._key()
+            while self._takes(",", "}") == ",":
+                yield self._key()
+
+    def _key(self) -> str:
+        if (found := self.peek()) != '"':
+            raise ValueError(f"expected a key, found {found!r}" if found else CUT_OFF)
+        key: str = self.value()
+        self._takes(":")
+        return key
+
+    def _opens(self, start: str, end: str) -> bool:
+        """Go into a list or object, if only to leave it at once."""
+        self._takes(start)
+        is_empty = self.peek() == end
+        self.at += is_empty
+        return not is_empty
+
+    def _takes(self, *expected: str) -> str:
+        found = self.peek()
+        if found not in expected:
+            raise ValueError(f"expected {' or '.join(expected)}, found {found!r}" if found else CUT_OFF)
+        self.at += 1
+        return found
+
+    def peek(self) -> str:
+        """The next character that is no blank, "" at the end."""
+        while True:
+            self.at = _BLANKS.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._reads_on():
+                return ""
+
+    def value(self) -> Any:
+        """The value that stands here; where it is nested too deep, that."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                problem, is_whole = "", end < len(self.text) - _SURROUNDINGS  # else a number may go on
+            except json.JSONDecodeError as error:
+                near = self.text[error.pos : error.pos + 20]
+                problem, is_whole = f"{error.msg.removesuffix(' at')} at {near!r}" if near else CUT_OFF, False
+                if error.pos < len(self.text) - _SURROUNDINGS and not error.msg.startswith("Unterminated string"):
+                    raise ValueError(problem) from error
+            except RecursionError:
+                problem, is_whole, value, end = "", True, SkipSample(TOO_DEEP), self._end_of_brackets()
+            if is_whole or not self._reads_on():
+                break
+        if problem:
+            raise ValueError(problem)
+        if end - self.at > self.limit:
+            raise self._too_long()
+        num_brackets = self.text.count("[", self.at, end) + self.text.count("{", self.at, end)
+        self.at = end
+        return SkipSample(TOO_DEEP) if num_brackets > MAX_DEPTH and _is_deep(value) else value
+
+    def _end_of_brackets(self) -> int:
+        """Where the list or object that stands here ends, by its brackets alone."""
+        while True:
+            depth = 0
+            for found in _BRACKET_OR_STRING.finditer(self.text, self.at):
+                depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+                if not depth:
+                    return found.end()
+            if not self._reads_on():
+                raise ValueError(CUT_OFF)
+
+    def _reads_on(self) -> bool:
+        """Read more of the text; at its end there is none."""
+        left = self.text[self.at :]
+        if len(left) > self.limit + _SURROUNDINGS:
+            raise self._too_long()
+        block = self.file.read(max(_BLOCK, len(left)))  # twice as much each time, so that a long record is quick
+        more = self.decoder.decode(block, final=not block)
+        if block:
+            self.num_read += len(block)
+            self.text, self.at = left + more, 0
+        return bool(block)
+
+    def _too_long(self) -> UserError:
+        return UserError(
+            f"{self.path}: a record of over {self.limit:,} bytes (data.max_record_bytes); "
+            "a JSON list cannot be read on behind it"
+        )
+
+
+CUT_OFF = "it is cut off"
+_DECODER = json.JSONDecoder()
+_BRACKET_OR_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_SURROUNDINGS = 64
+"""What stands closer to the end of a text may mean something else when there is more of it."""
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for one in level for child in _children(one)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 # ------------------------------------------------------------------------------- an object of base64 strings
 
 
-_BASE64_MEMBER = re.compile(rb'"([^"\\]{1,256})"\s*:\s*(?:\[\s*)?"([^"\\]*)"')
+_BASE64_MEMBER = re.compile(rb'"(?<!\\")([^"\\]{1,256})"\s*:\s*(?:\[\s*)?"([^"\\]*)"')
 
 BytesPlace = tuple[int, int]
 """Offset and length in a file."""
@@ -257,12 +406,24 @@ def read_parquet(
                     if one.nbytes > limit:
                         yield SkipSample(TOO_LONG, detail=here)
                     else:
-                        yield one.to_pylist()[0] | {"__from__": here, "__at__": number / total}
+                        yield _converted(one, here, number / total)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as parquet after row {number}: {_one_line(error)}") from error
 
 
+def _converted(one: Any, here: str, at: float) -> Row | SkipSample:
+    try:
+        row: Row = one.to_pylist()[0]
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date in the year 60000
+        return SkipSample("row has a value that cannot be read", detail=here)
+    return row | {"__from__": here, "__at__": at}
+
+
 # --------------------------------------------------------------------------------------------- WebDataset tars
+
+
+MAX_HEADER_BYTES = 64 * 1024
+"""Of one tar member: its header, its long name, its attributes."""
 
 
 def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample]:
@@ -274,40 +435,97 @@ def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample
         UserError: missing, not a tar, or cut off. One cut between two members reads without an error of its own but
             lacks the two blocks of zeros that end every tar, so that is looked for.
     """
-    limit, size = max_record_bytes.get(), require_file(path, "a tar").stat().st_size
+    limit, size = max_record_bytes.get(), max(require_file(path, "a tar").stat().st_size, 1)
     sample: Row = {}
-    end = 0
+    num_bytes = 0
     try:
-        with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
-            while (member := tar.next()) is not None:
-                vars(tar)["members"] = []  # tarfile would keep them all
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if member.isdir():
-                    continue
+        with path.open("rb") as raw:
+            tar = _Tar(raw)
+            for member in tar.members():
                 key, extension = _split_name(member.name)
                 if sample and sample["__key__"] != key:
                     yield _whole(sample)
-                    sample = {}
-                sample = sample or {"__key__": key, "__from__": f"{path.name}:{key}"}
-                sample["__at__"] = raw.tell() / max(size, 1)
-                if not member.isfile():
-                    end = member.offset_data
+                    sample, num_bytes = {}, 0
+                sample = sample or {"__key__": key, "__from__": f"{path.name}:{_printable(key)}"}
+                sample["__at__"] = raw.tell() / size
+                if not member.isreg() or member.issparse():
                     sample["__skip__"] = "tar member is not a plain file"
                 elif extension in sample:
                     sample["__skip__"] = "tar member stands there twice"
                 elif extension.lstrip("0123456789.") in extensions:  # 3.image.jpeg of interleaved documents
-                    if member.size > limit:
+                    num_bytes += tarfile.BLOCKSIZE + member.size
+                    if num_bytes > limit + tarfile.BLOCKSIZE:
                         sample["__skip__"] = TOO_LONG
-                    else:
-                        sample[extension] = _member_bytes(tar, member)
-            tar.fileobj.seek(end)
-            if tar.fileobj.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-                raise UserError(f"{path}: the tar breaks off after {sample.get('__key__', 'nothing')}; get it again")
-    except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError) as error:
-        where = f"after {sample['__key__']}" if sample else "at its beginning"
+                    if "__skip__" not in sample:
+                        sample[extension] = tar.content(member)
+            tar.check_end()
+    except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError) as error:
+        where = f"after {_printable(sample['__key__'])}" if sample else "at its beginning"
         raise UserError(f"{path}: not readable as a tar {where}: {_one_line(error)}") from error
     if sample:
         yield _whole(sample)
+
+
+class _Tar:
+    """What `tarfile` does, within bounds: its memory stays small and it does not run in circles."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        is_packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        self.file = _Bounded(gzip.GzipFile(fileobj=raw) if is_packed else raw)
+        self.tar = tarfile.open(fileobj=cast(IO[bytes], self.file), mode="r:")  # noqa: SIM115  (`raw` is its caller's)
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """All but folders."""
+        while True:
+            self.file.left = MAX_HEADER_BYTES
+            member = self.tar.next()
+            if member is None:
+                return
+            if self.tar.offset <= member.offset:  # and the next member would be this one again
+                raise tarfile.ReadError(f"{_printable(member.name)} has a negative size")
+            vars(self.tar).update(members=[], pax_headers={})  # it would keep them all
+            if not member.isdir():
+                yield member
+
+    def content(self, member: tarfile.TarInfo) -> bytes:
+        """The whole of a plain file."""
+        self.file.seek(member.offset_data)
+        self.file.left = member.size
+        content = self.file.read(member.size)
+        if len(content) < member.size:
+            raise EOFError(f"member {_printable(member.name)} is cut off")
+        return content
+
+    def check_end(self) -> None:
+        """Read on behind the last member, to the end, where gzip has its checksum.
+
+        Raises:
+            ReadError: what stands there is not two blocks of zeros, or not zeros alone.
+        """
+        self.file.left = tarfile.BLOCKSIZE
+        if self.file.last + self.file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("the tar breaks off; get it again")
+        while content := self.file.file.read(_BLOCK):
+            if content.strip(b"\0"):
+                raise tarfile.ReadError("the tar goes on behind its end, as two in one file would")
+
+
+class _Bounded:
+    """A file that gives no more than `left` bytes: the headers of a tar may ask for any number of them."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.left = file, MAX_HEADER_BYTES
+        self.last = b""
+        """What was read last."""
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a header asks for {size:,} bytes")
+        self.left -= size
+        self.last = self.file.read(size)
+        return self.last
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -317,19 +535,16 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    content = file.read() if file else b""
-    if len(content) < member.size:
-        raise EOFError(f"member {member.name} is cut off")
-    return content
-
-
 def _whole(sample: Row) -> Row | SkipSample:
     if "__skip__" in sample:
         return SkipSample(sample["__skip__"], detail=sample["__from__"])
     return sample
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _one_line(error: object) -> str:
+    return _printable(" ".join(str(error).split())[:200])
+
+
+def _printable(text: str) -> str:
+    """The same, on one line of any terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -17,7 +17,9 @@ from sft.naming import find_model, find_recipe, recipe_of_model, run_checkpoints
 from sft.recipe import load_recipe
 from sft.shipped import recipe_path, shipped_root
 
-COMMANDS = ("quickstart", "validate", "prepare", "mix", "train", "evaluate", "select", "chat", "stats", "export")
+COMMANDS = tuple(
+    ["quickstart", "validate", "prepare", "mix", "inspect", "train", "evaluate", "select", "chat", "stats", "export"]
+)
 
 
 @pytest.fixture
@@ -103,17 +105,22 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     ]
     assert status_of("mix", recipe, "--json", "--steps", 32) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report.keys() == {"unit", "steps", "sources", "packs"}
+    assert report.keys() == {
+        "unit", "steps", "ended_by", "sources", "packs", "largest_error_in_packs", "tokens_left_over"
+    }  # fmt: skip
     assert (report["unit"], report["steps"]) == ("tokens", 32)
     for source in report["sources"]:
         assert source.keys() == {
-            "name", "asked", "achieved", "tokens", "trained_tokens", "samples", "images", "epochs", "filtered",
-            "skipped",
+            "name", "asked", "achieved", "achieved_in", "tokens", "trained_tokens", "samples", "images", "epochs",
+            "records", "held_out", "filtered", "skipped",
         }  # fmt: skip
     assert [source["asked"] for source in report["sources"]] == [0.75, 0.25]
     assert sum(source["achieved"] for source in report["sources"]) == pytest.approx(1)
     assert report["sources"][1]["achieved"] == pytest.approx(0.25, abs=3 / 64)
-    assert report["packs"].keys() == {"count", "fill", "images_per_pack", "distinct_images_per_pack"}
+    assert report["packs"].keys() == {
+        "count", "fill", "images_per_pack", "distinct_images_per_pack", "encodes_saved"
+    }  # fmt: skip
+    assert report["largest_error_in_packs"] <= 3
     assert report["packs"]["count"] == 64
 
     assert status_of("mix", recipe) == 0

@@ -6,33 +6,38 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data_loader import part, settings
+from test_planner import settings
+from test_prepared import part
 from test_store import encoded, shown
 
-from sft.data_loader import Sources
 from sft.errors import UserError
 from sft.held_out import HoldOut, Side
+from sft.image_keys import image_key
+from sft.prepared import Sources
 from sft.recipe import ValidationConfig
 from sft.sample import PackItem
 
 
-def sha256(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()
+def image_keys(number: int) -> np.ndarray:
+    """Keys spread evenly, as those of hashes are."""
+    return np.array([image_key(hashlib.sha256(str(n).encode()).hexdigest()) for n in range(number)])
+
+
+KEYS = image_keys(6)
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=8), st.floats(0.05, 0.95))
 def test_no_image_stands_on_both_sides(images_of, share):
-    hashes = [sha256(number) for number in range(6)]
-    rows = np.array([image for images in images_of for image in images], dtype=np.int64)
-    offsets = np.concatenate(([0], np.cumsum([len(images) for images in images_of])))
-    keys = [f"text {number}" for number in range(len(images_of))]
-    sides = HoldOut(share=share).sides(keys, hashes, rows, offsets)
+    hold_out = HoldOut(share)
+    shown_keys = KEYS[[image for images in images_of for image in images]]
+    names = [f"text {number}" for number in range(len(images_of))]
+    sides = hold_out.sides(names, shown_keys, np.array([len(images) for images in images_of]))
     shown_in = [
         {image for images, s in zip(images_of, sides, strict=True) if s == side for image in images} for side in Side
     ]
     assert not shown_in[Side.TRAIN] & shown_in[Side.VALIDATION]
     for images, side in zip(images_of, sides, strict=True):
-        held = {bool(HoldOut(share=share).images([hashes[image]])[0]) for image in images}
+        held = {bool(is_held) for is_held in hold_out.images(KEYS[images])}
         if images:
             assert side == {(False,): Side.TRAIN, (True,): Side.VALIDATION}.get(tuple(held), Side.NEITHER)
         else:
@@ -40,10 +45,10 @@ def test_no_image_stands_on_both_sides(images_of, share):
 
 
 def test_the_share_is_that_of_the_images_and_of_the_texts():
-    numbers = range(4000)
-    assert abs(HoldOut(share=0.25).images([sha256(n) for n in numbers]).mean() - 0.25) < 0.03
-    assert abs(HoldOut(share=0.25).texts([f"key {n}" for n in numbers]).mean() - 0.25) < 0.03
-    assert not HoldOut().images([sha256(n) for n in numbers]).any()
+    assert abs(HoldOut(0.25).images(image_keys(4000)).mean() - 0.25) < 0.03
+    assert abs(HoldOut(0.25).texts(f"key {n}" for n in range(4000)).mean() - 0.25) < 0.03
+    assert not HoldOut().images(KEYS).any()
+    assert HoldOut(image_keys=KEYS[:2]).images(KEYS).tolist() == [True, True] + [False] * 4
 
 
 def picture(number: int) -> bytes:
@@ -52,7 +57,7 @@ def picture(number: int) -> bytes:
 
 
 def is_held(content: bytes, share: float = 0.5) -> bool:
-    return bool(HoldOut(share=share).images([hashlib.sha256(content).hexdigest()])[0])
+    return bool(HoldOut(share).images(np.array([image_key(hashlib.sha256(content).hexdigest())]))[0])
 
 
 KEPT = next(content for content in map(picture, range(100)) if not is_held(content))
@@ -72,8 +77,8 @@ def parts(tmp_path, template):
 def keys(sources):
     """The samples of each source, by number in their dataset."""
     return [
-        [sources.place(PackItem(index, row)).encoded.key for row in range(len(size.num_tokens))]
-        for index, size in enumerate(sources.sizes())
+        [sources.place(PackItem(index, row)).encoded.key for row in range(len(source))]
+        for index, source in enumerate(sources.sources)
     ]
 
 
@@ -82,7 +87,8 @@ def test_an_image_held_out_in_one_source_is_held_out_in_all(parts):
     sources = Sources(parts, data)
     assert keys(sources) == [["a/0"], ["b/2"]]
     assert keys(sources.held_out()) == [["a/1"], ["b/1"]]
-    assert [sides.tolist() for sides in sources.sides] == [[0, 1], [2, 1, 0]]
+    assert [source.sides.tolist() for source in sources.sources] == [[0, 1], [2, 1, 0]]
+    assert sources.sources[1].num_held_out == {"validation": 1, "neither": 1}
 
 
 def test_without_validation_everything_is_trained_on(parts):
@@ -102,5 +108,5 @@ def test_images_of_a_validation_file_are_held_out_of_every_source(parts, tmp_pat
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):
     data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
     only = part(tmp_path / "a", template, shown("held", HELD, "?"))
-    with pytest.raises(UserError, match=r"source 'one': data\.validation holds out all of its 1 samples"):
+    with pytest.raises(UserError, match=r"source 'one': data\.validation leaves none of 1 samples"):
         Sources([[only]], data)

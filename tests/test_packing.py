@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.packing import Bundle, Caps, pack_window
-from sft.sample import PackItem
+from sft.packing import Bundle, pack_window
+from sft.sample import Caps, PackItem
 
 CAPS = Caps(tokens=100, images=3, samples_per_image=2)
 
@@ -64,9 +64,15 @@ def test_with_room_for_all_nothing_is_left(bundles):
 
 
 def test_what_was_carried_is_placed_first():
-    packs, left = pack(bundle(1, 90), first=[bundle(0, 20)])
+    packs, left = pack(bundle(1, 60), bundle(2, 60), first=[bundle(0, 50)])
     assert numbers(packs) == [[0]]
-    assert [own.num_tokens for own in left] == [90]
+    assert [own.num_tokens for own in left] == [60, 60]
+
+
+def test_what_needs_a_pack_of_its_own_comes_even_before_that():
+    packs, left = pack(bundle(1, 90), bundle(2, 50), first=[bundle(0, 20)], num_packs=2)
+    assert numbers(packs) == [[0, 2], [1]]
+    assert left == []
 
 
 def test_long_bundles_are_packed_by_best_fit():

@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, IdeficsForVisionText2Text
 
 from sft import run
 from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
-from sft.data_loader import MicroBatches, Planner
+from sft.data_loader import MicroBatches
 from sft.errors import RunError, UserError
 from sft.mix import mix
 from sft.models import idefics
 from sft.optim import linear_schedule, parameter_groups
+from sft.planner import Planner
 from sft.recipe import Recipe, TrainingConfig, load_recipe
 from sft.trainer import Trainer
 
@@ -240,7 +241,7 @@ def test_metrics_have_a_line_a_step(finished):
 
 def test_training_lowers_the_loss_on_what_was_trained(finished):
     sources = run.prepare(finished)
-    planner = Planner(sources.sizes(), finished.data, packs_per_step=2, seed=finished.seed)
+    planner = Planner(sources.sources, finished.data, packs_per_step=2, seed=finished.seed)
     steps = MicroBatches(sources, planner, packs_per_step=2, micro_batch_packs=2, image_size=64)
     first_step = next(iter(steps))["batch"]
     folders = run.base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
@@ -249,7 +250,7 @@ def test_training_lowers_the_loss_on_what_was_trained(finished):
 
 
 def test_the_mixture_that_was_shown_is_the_one_that_was_trained(finished):
-    report = mix(finished, run.prepare(finished))
+    report = mix(finished, run.prepare(finished).sources)
     lines = metrics_of(finished)
     for source in report["sources"]:
         assert source["tokens"] == sum(line["sources"][source["name"]]["tokens"] for line in lines)

@@ -25,7 +25,7 @@ def run(
     from sft.models import get_family
 
     template = load_template(get_family(found.model.family), runs.prepare_base(found))
-    report = mix(found, runs.open_sources(found, template), steps)
+    report = mix(found, runs.open_sources(found, template).sources, steps)
     if json:
         print_json(report)
     else:

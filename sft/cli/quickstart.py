@@ -67,7 +67,7 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     recipe = load_recipe(recipe_path("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}"))
     with preparation(out) as update:
         sources = runs.prepare(recipe, update)
-    mix.show(mixture(recipe, sources), out)
+    mix.show(mixture(recipe, sources.sources), out)
     out.print()
     status = train(recipe, out)
     selection = select.select(recipe, out)

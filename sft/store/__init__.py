@@ -3,6 +3,7 @@
     STORE/<dataset>/samples/     key, messages [{role, content: [{type, text, image}]}]; image = row in images/
                     images/      sha256, bytes, path, width, height: each distinct image once, verified
                     encoded/     token ids by tokenizer and template, see sft.encoding
+                    image_keys.bin, image_order.bin  see sft.image_keys
                     skips.jsonl  every record that was left out, with its reason
                     manifest.json  what was asked, raw files with sizes and hashes, counts, filtered and skipped by
                                    reason, licence, versions; written last

@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.files import link_or_copy
+from sft.image_keys import write_image_keys
 from sft.store.pieces import read_piece
 from sft.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
 
@@ -25,13 +26,11 @@ _HASH_WORDS = 4
 
 
 def join_pieces(pieces: Sequence[Path], target: Path) -> int:
-    """Write samples/ and images/ into the folder `target`, in the order of the pieces; return the number of distinct
-    images. The pieces are left as they are, so that a join that was interrupted can begin again."""
+    """Write samples/, images/ and the keys of the images into the folder `target`, in the order of the pieces; return
+    the number of distinct images. The pieces are left as they are: an interrupted join can begin again."""
     num_images = [read_piece(piece)[0].distinct_images for piece in pieces]
     starts = [0, *accumulate(num_images)]
-    scratch = target / "hashes.bin"
-    is_kept, row_of = _distinct(pieces, starts, scratch)
-    scratch.unlink(missing_ok=True)
+    is_kept, row_of = _distinct(pieces, starts, target)
     (target / "samples").mkdir()
     (target / "images").mkdir()
     for number, (piece, start, stop) in enumerate(zip(pieces, starts, starts[1:], strict=False)):
@@ -46,13 +45,15 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> int:
 
 
 def _distinct(
-    pieces: Sequence[Path], starts: Sequence[int], scratch: Path
+    pieces: Sequence[Path], starts: Sequence[int], target: Path
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """For every image of all pieces, end to end: whether it is the first with its content, and the row its content
     gets."""
     total = starts[-1]
     if not total:
+        write_image_keys(target, np.empty(0, np.uint64))
         return np.empty(0, bool), np.empty(0, np.int64)
+    scratch = target / "hashes.bin"
     hashes = np.memmap(scratch, np.uint64, "w+", shape=(_HASH_WORDS, total))
     for piece, start in zip(pieces, starts, strict=False):
         for batch in batches_of(piece / "images.arrow"):
@@ -71,6 +72,8 @@ def _distinct(
     is_kept[first_of] = True
     row_of = np.empty(total, np.int64)
     row_of[order] = (np.cumsum(is_kept) - 1)[first_of]
+    write_image_keys(target, hashes[0][is_kept])
+    scratch.unlink()
     return is_kept, row_of
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sft.errors import UserError
 from sft.files import hash_file
+from sft.image_keys import KEYS, ORDER, read_numbers
 from sft.images import read_bytes
 from sft.sample import ImageRef, Sample
 from sft.store.tables import Table, image_rows_of, to_messages
@@ -59,6 +63,22 @@ class Store:
     def image_hashes(self) -> list[str]:
         """sha256 of each image, in row order."""
         return list(self._images.column("sha256"))
+
+    @cached_property
+    def image_keys(self) -> NDArray[np.int64]:
+        """The key of each image, in row order; equal images have equal keys in every store."""
+        return read_numbers(self.path / KEYS)
+
+    def find_image(self, key: int) -> int | None:
+        """The row of the image with a key, None where it is not in this store."""
+        place = int(np.searchsorted(self.image_keys, key, sorter=self._image_order))
+        if place == len(self.image_keys) or self.image_keys[self._image_order[place]] != key:
+            return None
+        return int(self._image_order[place])
+
+    @cached_property
+    def _image_order(self) -> NDArray[np.int64]:
+        return read_numbers(self.path / ORDER)
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:

@@ -1,0 +1,126 @@
+"""`idefics-sft inspect RECIPE`: one pack as the model sees it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, print_json, quiet_libraries
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # escapes, changes of direction
+TRAINED, PLAIN, SPECIAL, IMAGE = "black on yellow", "", "cyan", "bold magenta"
+
+
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    pack: Annotated[int, typer.Option(min=0, help="Which pack of the run, counted from 0.")] = 0,
+    source: Annotated[str | None, typer.Option(help="The first pack, from --pack on, with a sample of it.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for the browser instead.")] = None,
+    json: Json = False,
+) -> None:
+    """Show one pack as the model sees it: what is trained, where samples end, which image each token looks at."""
+    from sft.naming import find_recipe
+
+    found = find_recipe(recipe, overrides or ())
+    quiet_libraries()
+    from sft import run as runs
+    from sft.inference import load_template
+    from sft.inspection import inspect_pack, page
+    from sft.models import get_family
+
+    base = runs.prepare_base(found)
+    template = load_template(get_family(found.model.family), base)
+    description = inspect_pack(
+        found,
+        runs.open_sources(found, template),
+        template,
+        image_size=_image_size(base),
+        number=pack,
+        source=source,
+    )
+    if html:
+        html.write_text(page(description), encoding="utf-8")
+        console(to_stderr=json).print(f"{html}: {headline(description)}", markup=False)
+    if json:
+        print_json(description)
+    elif not html:
+        show(description, console())
+
+
+def _image_size(base: Path) -> int:
+    """Of the pixels that the model takes; from its config, since loading it would take its 36 GB of memory."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(base).vision_config.image_size)
+
+
+def headline(description: dict[str, Any]) -> str:
+    """A pack in a line."""
+    figures = description["figures"]
+    return (
+        f"pack {description['pack']}, drawn for step {description['step']:,} of {description['steps']:,}: "
+        f"{figures['tokens']:,} of {description['sequence_length']:,} tokens ({percent(figures['fill'])}), "
+        f"{figures['trained_tokens']:,} trained ({percent(figures['trained_share'])}), "
+        f"samples: {figures['samples']:,}, images: {figures['images']:,}, {figures['distinct_images']:,} distinct"
+    )
+
+
+def show(description: dict[str, Any], out: Console) -> None:
+    """Print the pack in colours; where there are none, trained tokens stand in ⟦brackets⟧."""
+    coloured = out.color_system is not None
+
+    def put(*parts: tuple[str, str]) -> None:
+        out.print(Text.assemble(*parts), soft_wrap=False)
+
+    put((headline(description).capitalize(), "bold"))
+    put(
+        ("trained" if coloured else "⟦trained⟧", TRAINED if coloured else PLAIN),
+        (" not trained ", PLAIN), ("<special> ", SPECIAL), ("[image 0: its size]", IMAGE),
+        (" which the tokens of its sample look at from there on", "dim"),
+    )  # fmt: skip
+    for sample in description["samples"]:
+        tokens = description["tokens"][sample["start"] : sample["end"]]
+        put(
+            (f"\n{_visible(sample['key'])}", "bold"),
+            (f"  {sample['source']}, {len(tokens):,} tokens, {sample['trained_tokens']:,} trained, ", "dim"),
+            (f"positions {tokens[0]['position']} to {tokens[-1]['position']}", "dim"),
+        )
+        put(*_sample(tokens, description["images"], coloured))
+    unused = description["sequence_length"] - description["figures"]["tokens"]
+    if unused > 0:
+        put((f"\n{unused:,} tokens unused: nothing is padded in memory", "dim"))
+
+
+def _sample(tokens: list[dict[str, Any]], images: list[dict[str, Any]], coloured: bool) -> list[tuple[str, str]]:
+    parts = []
+    is_open = False
+    for token in tokens:
+        is_trained = token["label"] is not None
+        if is_trained != is_open and not coloured:
+            parts.append(("⟦" if is_trained else "⟧", PLAIN))
+        is_open = is_trained
+        text, style = _token(token, images)
+        parts.append((text, f"{style} {TRAINED}".strip() if is_trained else style))
+    return [*parts, ("⟧", PLAIN)] if is_open and not coloured else parts
+
+
+def _token(token: dict[str, Any], images: list[dict[str, Any]]) -> tuple[str, str]:
+    if token["kind"] == "image":
+        image = images[token["image"]]
+        return f"[image {token['image']}: {image['width']}x{image['height']}]", IMAGE
+    if token["kind"] == "special":
+        return token["text"], SPECIAL
+    if not token["text"]:  # a byte of a character that a later token ends; the space a tokenizer puts before a text
+        return ("" if token["name"] == "▁" else token["name"]), "dim"
+    return _visible(token["text"]).replace("\n", "⏎\n"), PLAIN
+
+
+def _visible(text: str) -> str:
+    """Text that cannot steer a terminal."""
+    return _STEERING.sub("�", text)

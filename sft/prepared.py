@@ -1,0 +1,229 @@
+"""The prepared sources of a mixture: what the planner asks of them, and what collating reads.
+
+Nothing is held in memory but a number per sample where some are held out or share images; everything else is read from
+the memory-mapped arrays of the stores when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.collate import PlacedSample
+from sft.encoding import EncodedSamples
+from sft.errors import UserError
+from sft.held_out import HoldOut, Side
+from sft.images import decode_rgb, to_pixels
+from sft.mixture import Groups, Ints, mix64
+from sft.recipe import DataConfig, SourceConfig
+from sft.sample import PackItem
+from sft.store import Store
+
+
+@dataclass(frozen=True)
+class Part:
+    """One prepared dataset of a source."""
+
+    store: Store
+    encoded: EncodedSamples
+
+    def image_keys(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Keys of the images of some samples, one sample after another, and how many each has."""
+        image_rows, numbers = self.encoded.images(rows)
+        return np.asarray(self.store.image_keys[image_rows]), numbers
+
+
+class PreparedSource:
+    """One source: its datasets end to end, the samples of one side of them. What `sft.mixture` asks of a source."""
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        share: float,
+        parts: Sequence[Part],
+        data: DataConfig,
+        hold_out: HoldOut | None,
+        side: Side,
+    ) -> None:
+        """
+        Raises:
+            UserError: no sample is on this side.
+        """
+        self.name, self.share = config.name, share
+        self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
+        self.parts = parts
+        self.data = data
+        self._starts = np.array([0, *accumulate(len(part.encoded) for part in parts)])
+        self.sides = None if hold_out is None else np.concatenate([_sides(part, hold_out) for part in parts])
+        self._kept = None if self.sides is None else np.flatnonzero(self.sides == side)
+        if not len(self):
+            raise UserError(f"source {self.name!r}: data.validation leaves none of {self._starts[-1]:,} samples")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self._kept is None else len(self._kept)
+
+    def num_tokens(self, rows: Ints) -> Ints:
+        """Tokens of each of some samples."""
+        return self._gather(rows, lambda part, own: part.encoded.num_tokens(own))
+
+    def num_trained(self, rows: Ints) -> Ints:
+        """Trained tokens of each."""
+        return self._gather(rows, lambda part, own: part.encoded.num_trained(own, self.data.train_on))
+
+    def images(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Keys of the distinct images of each, one sample after another, and how many each has."""
+        keys, of = self._shown(rows)
+        if len(of) == 0:
+            return keys, np.zeros(len(rows), np.int64)
+        order = np.lexsort((keys, of))
+        keys, of = keys[order], of[order]
+        is_first = np.ones(len(keys), bool)
+        is_first[1:] = (keys[1:] != keys[:-1]) | (of[1:] != of[:-1])
+        return keys[is_first], np.bincount(of[is_first], minlength=len(rows))
+
+    def num_shown(self, rows: Ints) -> Ints:
+        """How many images each shows, one that stands there twice counted twice."""
+        return self._gather(rows, lambda part, own: part.encoded.images(own)[1])
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """Samples about the same images; None where none share any, or where they are not to share a pack."""
+        if self.data.max_samples_per_image_per_pack == 1 or self._shows_each_image_once():
+            return None
+        rows = np.arange(len(self))
+        keys, numbers = self.images(rows)
+        # Equal for equal sets of images; samples without any have a group each.
+        of = np.repeat(rows, numbers)
+        names = np.zeros(len(rows), np.uint64)
+        np.add.at(names, of, mix64(keys, 1))
+        names[numbers == 0] = mix64(rows[numbers == 0], 2)
+        members = np.argsort(names, kind="stable")
+        in_order = names[members]
+        starts = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1], [True])))
+        return Groups(members, starts)
+
+    @property
+    def num_held_out(self) -> dict[str, int]:
+        """Samples that validate, and samples that are used for neither; empty where nothing is held out."""
+        if self.sides is None:
+            return {}
+        return {
+            "validation": int((self.sides == Side.VALIDATION).sum()),
+            "neither": int((self.sides == Side.NEITHER).sum()),
+        }
+
+    def place(self, row: int) -> tuple[Part, int]:
+        """The dataset that holds a sample, and its row there."""
+        sample = row if self._kept is None else int(self._kept[row])
+        number = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return self.parts[number], sample - int(self._starts[number])
+
+    def _shows_each_image_once(self) -> bool:
+        """Told without looking at samples; false where several datasets could share some."""
+        return len(self.parts) == 1 and self.parts[0].encoded.num_images == self.parts[0].store.num_images
+
+    def _shown(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Keys of all images shown, and the place in `rows` of the sample that shows each."""
+        keys, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for part, places, own in self._by_part(rows):
+            found, numbers = part.image_keys(own)
+            keys.append(found)
+            of.append(np.repeat(places, numbers))
+        return np.concatenate(keys), np.concatenate(of)
+
+    def _gather(self, rows: Ints, ask: Callable[[Part, Ints], Ints]) -> Ints:
+        """One number for each sample, asked of the dataset that holds it."""
+        result = np.empty(len(rows), np.int64)
+        for part, places, own in self._by_part(rows):
+            result[places] = ask(part, own)
+        return result
+
+    def _by_part(self, rows: Ints) -> Iterator[tuple[Part, Ints, Ints]]:
+        """The datasets that hold some samples: each with the places of its samples in `rows`, and their rows there."""
+        samples = rows if self._kept is None else self._kept[rows]
+        if len(self.parts) == 1:
+            yield self.parts[0], np.arange(len(rows)), samples
+            return
+        numbers = np.searchsorted(self._starts, samples, side="right") - 1
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            yield self.parts[number], places, samples[places] - self._starts[number]
+
+
+def _sides(part: Part, hold_out: HoldOut) -> NDArray[np.int8]:
+    return hold_out.sides(part.store.keys, *part.image_keys(part.encoded.all_rows))
+
+
+class Sources:
+    """The sources of a mixture, on one side of what is held out (`data.validation`)."""
+
+    def __init__(
+        self,
+        parts: Sequence[Sequence[Part]],
+        data: DataConfig,
+        *,
+        validation: Part | None = None,
+        side: Side = Side.TRAIN,
+    ) -> None:
+        """`validation` is the dataset of `data.validation.path`.
+
+        Raises:
+            UserError: nothing of a source is left to train on.
+        """
+        self.parts = parts
+        self.data = data
+        self.validation = validation
+        self.sources = [
+            PreparedSource(config, share, own, data, self._hold_out(), side)
+            for config, share, own in zip(data.mixture, data.shares, parts, strict=True)
+        ]
+        self._stores = list(dict.fromkeys(part.store for own in parts for part in own))
+
+    def held_out(self) -> Sources | None:
+        """The other side: what is held out of training, or the dataset of `data.validation.path` as one source."""
+        if self.data.validation is None:
+            return None
+        if self.validation is None:
+            return Sources(self.parts, self.data, side=Side.VALIDATION)
+        only = self.data.mixture[0].model_copy(update={"name": "validation", "share": 1.0})
+        data = self.data.model_copy(update={"validation": None, "mixture": (only,)})
+        return Sources([[self.validation]], data)
+
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(int(part.encoded.num_tokens(part.encoded.all_rows).max()) for own in self.parts for part in own)
+
+    def _hold_out(self) -> HoldOut | None:
+        validation = self.data.validation
+        if validation is None:
+            return None
+        if self.validation is not None:
+            return HoldOut(image_keys=self.validation.store.image_keys)
+        return HoldOut(share=validation.share or 0.0)
+
+    def place(self, item: PackItem) -> PlacedSample:
+        """The encoded sample at a place, with the keys of its images."""
+        part, row = self.sources[item.source].place(item.sample)
+        keys = part.store.image_keys
+        images = tuple(int(keys[image_row]) for image_row in part.encoded.image_rows(row))
+        return PlacedSample(part.encoded[row], images, item.source)
+
+    def image_bytes(self, key: int) -> bytes:
+        """The encoded bytes of an image, from whichever store has it.
+
+        Raises:
+            SkipSample: the file it was left in cannot be read any more.
+        """
+        for store in self._stores:
+            if (row := store.find_image(key)) is not None:
+                return store.image_bytes(row)
+        raise KeyError(key)
+
+    def pixels(self, image: int, size: int) -> NDArray[np.uint8]:
+        """The pixels of an image, (C, H, W)."""
+        return to_pixels(decode_rgb(self.image_bytes(image)), size)
