@@ -101,6 +101,17 @@ def _count(totals: _Totals, packs: Sequence[Pack], sources: Sequence[SourceSizes
     totals.largest_error = max(totals.largest_error, float(np.abs(errors).max()))
 
 
+def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
+    """What has to be there for these steps: records, each once, images and bytes. Bytes are those of a store."""
+    records = min(tally.samples, len(source))
+    images = round(tally.images * records / max(tally.samples, 1))
+    return {
+        "records": records,
+        "images": min(images, getattr(source, "num_distinct_images", images)),
+        "bytes": round(records * getattr(source, "bytes_per_sample", 0.0)),
+    }
+
+
 def _line(totals: _Totals, index: int, planner: Planner, recipe: Recipe) -> dict[str, Any]:
     source, tally = planner.sizes[index], totals.of_source[index]
     achieved = {unit: getattr(tally, unit) / max(sum(getattr(t, unit) for t in totals.of_source), 1) for unit in UNITS}
@@ -121,6 +132,7 @@ def _line(totals: _Totals, index: int, planner: Planner, recipe: Recipe) -> dict
         "images": tally.images,
         "epochs": planner.mixture.streams[index].epochs,
         "records": len(source),
+        "budget": _budget(source, tally),
         "held_out": source.num_held_out if isinstance(source, PreparedSource) else {},
         "filtered": dict(sorted(filtered.items())),
         "skipped": dict(sorted(skipped.items())),

@@ -430,6 +430,8 @@ def _largest(is_too_much: Callable[[float], bool], guess: float) -> float:
         low, high = high, high * 2
     else:
         return low
+    if not low and not is_too_much(high * 0.97):  # a guess is mostly a little too much
+        low = high * 0.97
     for _ in range(_STEPS_OF_SEARCH):
         middle = (low + high) / 2
         if middle in (low, high) or high - low <= high * 1e-3:

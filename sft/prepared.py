@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,10 @@ from numpy.typing import NDArray
 from sft.collate import PlacedSample
 from sft.encoding import EncodedSamples
 from sft.errors import UserError
-from sft.held_out import HoldOut, Side
-from sft.images import decode_rgb, to_pixels
+from sft.held_out import HoldOut, Side, texts_of
+from sft.images import size_of
 from sft.mixture import Groups, Ints, mix64
+from sft.pixels import load_pixels, training_crop
 from sft.recipe import DataConfig, SourceConfig
 from sft.sample import PackItem
 from sft.store import Store
@@ -107,6 +110,18 @@ class PreparedSource:
         starts = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1], [True])))
         return Groups(members, starts)
 
+    @cached_property
+    def bytes_per_sample(self) -> float:
+        """Of the stores, images and texts."""
+        folders = (part.store.path / name for part in self.parts for name in ("samples", "images"))
+        size = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+        return size / max(int(self._starts[-1]), 1)
+
+    @property
+    def num_distinct_images(self) -> int:
+        """Of all its datasets; one that stands in two of them counts twice."""
+        return sum(part.store.num_images for part in self.parts)
+
     @property
     def num_held_out(self) -> dict[str, int]:
         """Samples that validate, and samples that are used for neither; empty where nothing is held out."""
@@ -117,11 +132,11 @@ class PreparedSource:
             "neither": int((self.sides == Side.NEITHER).sum()),
         }
 
-    def place(self, row: int) -> tuple[Part, int]:
-        """The dataset that holds a sample, and its row there."""
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the dataset that holds a sample, and its row there."""
         sample = row if self._kept is None else int(self._kept[row])
         number = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return self.parts[number], sample - int(self._starts[number])
+        return number, sample - int(self._starts[number])
 
     def _shows_each_image_once(self) -> bool:
         """Told without looking at samples; false where several datasets could share some."""
@@ -156,7 +171,70 @@ class PreparedSource:
 
 
 def _sides(part: Part, hold_out: HoldOut) -> NDArray[np.int8]:
-    return hold_out.sides(part.store.keys, *part.image_keys(part.encoded.all_rows))
+    return hold_out.sides(texts_of(part.store.sample_batches()), *part.image_keys(part.encoded.all_rows))
+
+
+class Place(NamedTuple):
+    """Where a sample of a pack is read: which source, which of its datasets, which row there."""
+
+    source: int
+    part: int
+    row: int
+
+
+class Reader:
+    """Reads samples and images. To another process it goes as the paths of the stores, which are opened anew there."""
+
+    def __init__(self, parts: Sequence[Sequence[Part]], data: DataConfig) -> None:
+        self.parts = parts
+        self.data = data
+        self._stores = list(dict.fromkeys(part.store for own in parts for part in own))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _open_reader, ([[(part.store.path, part.encoded.path) for part in own] for own in self.parts], self.data)
+
+    def sample(self, place: Place) -> PlacedSample:
+        """The encoded sample at a place, with the keys of its images."""
+        part = self.parts[place.source][place.part]
+        keys = part.store.image_keys
+        images = tuple(int(keys[image_row]) for image_row in part.encoded.image_rows(place.row))
+        return PlacedSample(part.encoded[place.row], images, place.source)
+
+    def image_bytes(self, key: int) -> bytes:
+        """The encoded bytes of an image, from whichever store has it.
+
+        Raises:
+            SkipSample: the file it was left in cannot be read any more.
+        """
+        for store in self._stores:
+            if (row := store.find_image(key)) is not None:
+                return store.image_bytes(row)
+        raise KeyError(key)
+
+    def pixels(self, image: int, size: int) -> NDArray[np.uint8]:
+        """The pixels of an image, (C, H, W), as evaluation sees it: whole.
+
+        Raises:
+            SkipSample: it cannot be read any more, or does not decode.
+        """
+        return load_pixels(self.image_bytes(image), size)
+
+    def training_pixels(self, image: int, size: int, *, seed: int, step: int) -> NDArray[np.uint8]:
+        """The pixels of an image as an optimizer step sees it, the first of which is 1: cropped if `data.augment` says
+        so.
+
+        Raises:
+            SkipSample: as `pixels`.
+        """
+        content = self.image_bytes(image)
+        if self.data.augment == "none":
+            return load_pixels(content, size)
+        width, height = size_of(content)
+        return load_pixels(content, size, training_crop(width, height, seed=seed, step=step, image_key=image))
+
+
+def _open_reader(paths: Sequence[Sequence[tuple[Path, Path]]], data: DataConfig) -> Reader:
+    return Reader([[Part(Store(store), EncodedSamples(encoded)) for store, encoded in own] for own in paths], data)
 
 
 class Sources:
@@ -182,7 +260,7 @@ class Sources:
             PreparedSource(config, share, own, data, self._hold_out(), side)
             for config, share, own in zip(data.mixture, data.shares, parts, strict=True)
         ]
-        self._stores = list(dict.fromkeys(part.store for own in parts for part in own))
+        self.reader = Reader(parts, data)
 
     def held_out(self) -> Sources | None:
         """The other side: what is held out of training, or the dataset of `data.validation.path` as one source."""
@@ -206,24 +284,10 @@ class Sources:
             return HoldOut(image_keys=self.validation.store.image_keys)
         return HoldOut(share=validation.share or 0.0)
 
+    def locate(self, item: PackItem) -> Place:
+        """Where a sample is read."""
+        return Place(item.source, *self.sources[item.source].place(item.sample))
+
     def place(self, item: PackItem) -> PlacedSample:
         """The encoded sample at a place, with the keys of its images."""
-        part, row = self.sources[item.source].place(item.sample)
-        keys = part.store.image_keys
-        images = tuple(int(keys[image_row]) for image_row in part.encoded.image_rows(row))
-        return PlacedSample(part.encoded[row], images, item.source)
-
-    def image_bytes(self, key: int) -> bytes:
-        """The encoded bytes of an image, from whichever store has it.
-
-        Raises:
-            SkipSample: the file it was left in cannot be read any more.
-        """
-        for store in self._stores:
-            if (row := store.find_image(key)) is not None:
-                return store.image_bytes(row)
-        raise KeyError(key)
-
-    def pixels(self, image: int, size: int) -> NDArray[np.uint8]:
-        """The pixels of an image, (C, H, W)."""
-        return to_pixels(decode_rgb(self.image_bytes(image)), size)
+        return self.reader.sample(self.locate(item))

@@ -11,7 +11,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "recipe shipped attention loss locking files parallel images",
     "sources pixels image_keys chat_template models optim lora distributed checkpoint precision",
     "datasets store encoding mixture packing collate generation inference naming run_status held_out",
-    "prepared planner validation",
+    "prepared planner stated validation",
     "data_loader trainer checks evaluation",
     "run mix inspection scoring selection export stats chat report cost",
     "cli",
