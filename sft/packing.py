@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -37,19 +38,58 @@ def pack_window(
     Large bundles come first, for they need an empty pack; then the small ones of `first`, the carry of the window
     before, then those of `then`; the longest first each time. No pack is empty while there is a bundle for each.
     """
-    window = _Window(num_packs, caps)
-    is_large = [[b for b in own if b.num_tokens > LARGE * caps.tokens] for own in (first, then)]
-    is_small = [[b for b in own if b.num_tokens <= LARGE * caps.tokens] for own in (first, then)]
-    in_order = [
-        bundle
-        for bundles in (is_large[0] + is_large[1], *is_small)
-        for bundle in sorted(bundles, key=lambda b: b.num_tokens, reverse=True)
-    ]
-    to_come = range(len(in_order), 0, -1)
-    left = [bundle for bundle, number in zip(in_order, to_come, strict=True) if not window.place(bundle, number)]
-    items = [[item for bundle in bundles for item in bundle.items] for bundles in window.packs]
-    _fill_empty(items)
-    return [Pack(items=tuple(items[number])) for number in rng.permutation(num_packs)], left
+    large = LARGE * caps.tokens
+    is_large = [b for own in (first, then) for b in own if b.num_tokens > large]
+    is_small = [[b for b in own if b.num_tokens <= large] for own in (first, then)]
+    in_order = [b for bundles in (is_large, *is_small) for b in sorted(bundles, key=_length, reverse=True)]
+    packs, left = _fill(in_order, num_packs, caps)
+    _fill_empty(packs)
+    return [Pack(items=tuple(packs[number])) for number in rng.permutation(num_packs)], left
+
+
+_length = itemgetter(Bundle._fields.index("num_tokens"))
+
+
+def _fill(in_order: Sequence[Bundle], num_packs: int, caps: Caps) -> tuple[list[list[PackItem]], list[Bundle]]:
+    """Place bundles one after another; the samples of each pack, and what did not fit.
+
+    One loop without calls, since it takes most of the time of planning.
+    """
+    packs: list[list[PackItem]] = [[] for _ in range(num_packs)]
+    samples_of: list[dict[int, int]] = [{} for _ in range(num_packs)]  # for each pack, samples that show an image
+    by_room = [(caps.tokens, number) for number in range(num_packs)]  # tokens that still fit, and the pack; sorted
+    left: list[Bundle] = []
+    num_empty, to_come, large = num_packs, len(in_order), LARGE * caps.tokens
+    for bundle in in_order:
+        items, tokens, images = bundle
+        places = range(bisect_left(by_room, (tokens, -1)), num_packs)
+        for place in places if tokens > large and to_come > num_empty else reversed(places):
+            room, number = by_room[place]
+            shown = samples_of[number]
+            if images:
+                if shown.keys().isdisjoint(images):
+                    if len(shown) + len(images) > caps.images:
+                        continue
+                elif not _may_share(shown, bundle, caps):
+                    continue
+                for image in images:
+                    shown[image] = shown.get(image, 0) + len(items)
+            num_empty -= room == caps.tokens
+            packs[number] += items
+            del by_room[place]
+            insort(by_room, (room - tokens, number))
+            break
+        else:
+            left.append(bundle)
+        to_come -= 1
+    return packs, left
+
+
+def _may_share(shown: dict[int, int], bundle: Bundle, caps: Caps) -> bool:
+    """Whether a pack that shows some of a bundle's images already can take it, by images and by samples of each."""
+    return len(shown.keys() | bundle.images) <= caps.images and all(
+        shown.get(image, 0) + len(bundle.items) <= caps.samples_per_image for image in bundle.images
+    )
 
 
 def _fill_empty(packs: list[list[PackItem]]) -> None:
@@ -57,47 +97,3 @@ def _fill_empty(packs: list[list[PackItem]]) -> None:
     for pack in packs:
         if not pack and len(fullest := max(packs, key=len)) > 1:
             pack.append(fullest.pop())
-
-
-class _Window:
-    """Packs being filled."""
-
-    def __init__(self, num_packs: int, caps: Caps) -> None:
-        self.caps = caps
-        self.packs: list[list[Bundle]] = [[] for _ in range(num_packs)]
-        self.samples_of: list[dict[int, int]] = [{} for _ in range(num_packs)]
-        """For each pack how many samples show each of its images."""
-        self.by_room = [(caps.tokens, number) for number in range(num_packs)]
-        """Tokens that still fit, and the pack; sorted."""
-        self.num_empty = num_packs
-
-    def place(self, bundle: Bundle, to_come: int) -> bool:
-        """Put a bundle into a pack with room for it, if there is one; `to_come` counts it and those after it."""
-        by_room, tokens = self.by_room, bundle.num_tokens
-        places = range(bisect_left(by_room, (tokens, -1)), len(by_room))
-        is_best_fit = tokens > LARGE * self.caps.tokens and to_come > self.num_empty
-        images, most_images = bundle.images, self.caps.images - len(bundle.images)
-        for place in places if is_best_fit else reversed(places):
-            room, number = by_room[place]
-            samples_of = self.samples_of[number]
-            if (
-                not images
-                or (len(samples_of) <= most_images and samples_of.keys().isdisjoint(images))
-                or self._may_share(samples_of, bundle)
-            ):
-                for image in images:
-                    samples_of[image] = samples_of.get(image, 0) + len(bundle.items)
-                del by_room[place]
-                insort(by_room, (room - tokens, number))
-                self.num_empty -= not self.packs[number]
-                self.packs[number].append(bundle)
-                return True
-        return False
-
-    def _may_share(self, samples_of: dict[int, int], bundle: Bundle) -> bool:
-        """Whether a pack that shows some of a bundle's images already can take it, by images and by samples of each."""
-        return (
-            not samples_of.keys().isdisjoint(bundle.images)
-            and len(samples_of.keys() | bundle.images) <= self.caps.images
-            and all(samples_of.get(i, 0) + len(bundle.items) <= self.caps.samples_per_image for i in bundle.images)
-        )
