@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
-from sft.images import decode_rgb, to_pixels
+from sft.images import decode_rgb
 from sft.models.idefics import normalise
 from sft.pixels import load_pixels, training_crop
 
@@ -131,12 +131,12 @@ def load(content: bytes) -> Pixels:
 def load_cropped(content: bytes) -> Pixels:
     """As in training."""
     width, height = Image.open(io.BytesIO(content)).size
-    crop = training_crop(width, height, seed=0, step=len(content), sha256="")
+    crop = training_crop(width, height, seed=0, step=len(content), image_key=0)
     return load_pixels(content, SIZE, crop)
 
 
 def _by_pillow(image: Image.Image) -> Pixels:
-    return to_pixels(image, SIZE)
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def _by_torch(pixels_HWC: Pixels) -> Pixels:

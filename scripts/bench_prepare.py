@@ -12,6 +12,9 @@ in UltraChat's form. Sides alternate; a ratio is of medians of CPU seconds of on
     text_to_json       a loop of json.loads over UltraChat lines / prepare
     encode_to_bare     the bare tokenizer over the same texts / encoding
     memory             peak memory of prepare over ten times the rows / over the rows
+
+The bare loops use the standard library's base64 and decode whole images with Pillow. Prepare does less than that, which
+is why it can be faster than "bare": pybase64, and JPEGs decoded at an eighth of their size, which reads all their data.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.chat_template import ChatTemplate, load_chat_template
 from sft.collate import PlacedSample, collate
-from sft.images import open_image, to_pixels
 from sft.models import idefics
+from sft.pixels import load_pixels
 from sft.sample import ImageRef, Message, Sample
 
 DATA = Path(easy_vqa.__file__).parent / "data"
@@ -283,7 +283,7 @@ def main() -> None:
     # The chat template prints <end_of_utterance>, which this base does not know yet; documents never hold it.
     template = ChatTemplate(load_chat_template(TEMPLATE).replace(idefics.END_OF_UTTERANCE, ""), tokenizer)
     images = train_images()
-    pixels = [to_pixels(open_image(path), IMAGE_SIZE) for path, _, _ in images]
+    pixels = [load_pixels(path.read_bytes(), IMAGE_SIZE) for path, _, _ in images]
     model = idefics.PackedIdefics(config(tokenizer.vocab_size))
     idefics.use_grouped_attention(model)
     idefics.select_trainable(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sft.sample import IGNORE_INDEX, Batch, EncodedSample, TrainOn
+from sft.sample import IGNORE_INDEX, Batch, EncodedSample, SkipSample, TrainOn
 
 Pixels = NDArray[np.uint8]
 
@@ -32,19 +32,26 @@ def collate(
     pack_isolation: bool = True,
     image_size: int,
     num_trained_tokens: int | None = None,
+    forgive_images: bool = False,
 ) -> Batch:
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 
     With `pack_isolation` every sample is a segment of its own; without it a whole pack is one, as in 2023: its samples
     see each other, and positions run on. Images are isolated either way. `num_trained_tokens` is that of the whole
-    optimizer step; left out, the micro-batch is taken for the step.
+    optimizer step; left out, the micro-batch is taken for the step. With `forgive_images` an
+    image that fails is zeros and what shows it has no labels; everything else stays as it was planned.
+
+    Raises:
+        SkipSample: an image fails, and `forgive_images` is not set.
     """
     samples = list(chain.from_iterable(packs))
     segments = [[sample] for sample in samples] if pack_isolation else packs
     rows = {image: row for row, image in enumerate(dict.fromkeys(chain.from_iterable(s.images for s in samples)))}
-    labels_T = np.concatenate([_labels(sample.encoded, train_on) for sample in samples])
+    pixels, faults = _pixels(rows, load_pixels, image_size, forgive_images)
+    dirty = {s.encoded.key: faults[image] for s in samples for image in s.images if image in faults}
+    labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
+    labels_T = np.concatenate(labels)
     lengths = [sum(len(sample.encoded.input_ids) for sample in segment) for segment in segments]
-    pixels = [load_pixels(image) for image in rows]
     if num_trained_tokens is None:
         num_trained_tokens = int((labels_T != IGNORE_INDEX).sum())
     return Batch(
@@ -61,11 +68,30 @@ def collate(
         ),
         num_trained_tokens=num_trained_tokens,
         keys=tuple(sample.encoded.key for sample in samples),
+        dirty=dirty,
     )
 
 
-def _labels(encoded: EncodedSample, train_on: TrainOn) -> NDArray[np.int64]:
+def _pixels(
+    images: Iterable[int], load_pixels: Callable[[int], Pixels], size: int, forgive: bool
+) -> tuple[list[Pixels], dict[int, str]]:
+    """The pixels of each image, and why some of them failed."""
+    pixels, faults = [], {}
+    for image in images:
+        try:
+            pixels.append(load_pixels(image))
+        except SkipSample as skip:
+            if not forgive:
+                raise
+            faults[image] = skip.reason
+            pixels.append(np.zeros((3, size, size), np.uint8))
+    return pixels, faults
+
+
+def _labels(encoded: EncodedSample, train_on: TrainOn, *, is_dirty: bool) -> NDArray[np.int64]:
     labels = np.full_like(encoded.input_ids, IGNORE_INDEX)
+    if is_dirty:
+        return labels
     for start, end in encoded.trained_ranges(train_on):
         labels[start:end] = encoded.input_ids[start:end]
     labels[0] = IGNORE_INDEX  # the token before it belongs to another sample

@@ -1,22 +1,87 @@
 """From the plan to micro-batches: the packs of a step, collated one micro-batch after another.
 
-Sources (prepared, encoded) ─> Planner: windows of packs ─> MicroBatches: Batch after Batch
+    Sources (prepared, encoded) ─> Planner: windows of packs ─> Plan after Plan ─> BatchMaker ─> Batch after Batch
+
+Plans are made in the training process and are the same whatever makes batches of them: that process, or any number of
+workers, whose batches come in the order of their plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
-from torch.utils.data import IterableDataset
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from sft.collate import collate
+from sft.collate import Pixels, PlacedSample, collate
+from sft.errors import RunError
 from sft.planner import Planner
-from sft.prepared import Sources
+from sft.prepared import Place, Reader, Sources
 from sft.sample import Batch, Pack
+
+NUM_NAMED = 5
+"""Samples that an error names."""
+
+
+class Plan(NamedTuple):
+    """What becomes a micro-batch."""
+
+    step: int
+    """The optimizer step, the first of which is 1."""
+    packs: tuple[tuple[Place, ...], ...]
+    num_trained_tokens: int
+    """Of the whole step."""
+
+
+class BatchMaker(Dataset[Batch]):
+    """Makes batches of plans, here or in a worker: `maker[plan]`."""
+
+    def __init__(self, reader: Reader, *, image_size: int, seed: int, notes: Path | None = None) -> None:
+        """In the folder `notes` each worker keeps a file that says which samples it is working on."""
+        self.reader = reader
+        self.image_size = image_size
+        self.seed = seed
+        self.notes = notes
+
+    def __getitem__(self, plan: Plan) -> Batch:
+        packs = [[self._sample(place) for place in places] for places in plan.packs]
+        shown_by = _shown_by(packs)
+
+        def load(image: int) -> Pixels:
+            self._note(shown_by[image])
+            return self.reader.training_pixels(image, self.image_size, seed=self.seed, step=plan.step)
+
+        batch = collate(
+            packs,
+            load,
+            train_on=self.reader.data.train_on,
+            pack_isolation=self.reader.data.pack_isolation,
+            image_size=self.image_size,
+            num_trained_tokens=plan.num_trained_tokens,
+            forgive_images=True,
+        )
+        self._note(())
+        return batch
+
+    def _sample(self, place: Place) -> PlacedSample:
+        self._note([f"{self.reader.parts[place.source][place.part].store.path.name}/{place.row}"])
+        return self.reader.sample(place)
+
+    def _note(self, samples: Sequence[str]) -> None:
+        worker = get_worker_info()
+        if self.notes is not None and worker is not None:
+            (self.notes / str(worker.id)).write_text(_named(samples))
 
 
 class MicroBatches(IterableDataset[dict[str, Batch]]):
-    """Micro-batches without end, as `{"batch": Batch}`; every `packs_per_step / micro_batch_packs` make a step."""
+    """Micro-batches without end, as `{"batch": Batch}`; every `packs_per_step / micro_batch_packs` make a step.
+
+    `data.num_workers` processes make them.
+    """
 
     def __init__(
         self, sources: Sources, planner: Planner, *, packs_per_step: int, micro_batch_packs: int, image_size: int
@@ -26,23 +91,95 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
         self.packs_per_step = packs_per_step
         self.micro_batch_packs = micro_batch_packs
         self.image_size = image_size
+        self.dirty: dict[str, str] = {}
+        """Samples with an image that failed so far, and why."""
 
     def __iter__(self) -> Iterator[dict[str, Batch]]:
-        for window in self.planner.windows():
-            for first in range(0, len(window), self.packs_per_step):
-                yield from self._step(window[first : first + self.packs_per_step])
-
-    def _step(self, packs: list[Pack]) -> Iterator[dict[str, Batch]]:
-        train_on = self.sources.data.train_on
-        placed = [[self.sources.place(item) for item in pack.items] for pack in packs]
-        num_trained_tokens = self.planner.num_trained(packs)
-        for first in range(0, len(placed), self.micro_batch_packs):
-            batch = collate(
-                placed[first : first + self.micro_batch_packs],
-                lambda image: self.sources.pixels(image, self.image_size),
-                train_on=train_on,
-                pack_isolation=self.sources.data.pack_isolation,
-                image_size=self.image_size,
-                num_trained_tokens=num_trained_tokens,
-            )
+        """
+        Raises:
+            RunError: more images than `data.max_dirty_samples` allows fail, or a worker hangs or dies.
+        """
+        for batch in self._batches():
+            self._count_dirty(batch)
             yield {"batch": batch}
+
+    def plans(self) -> Iterator[Plan]:
+        """The micro-batches to come."""
+        for window in self.planner.windows():
+            packs = iter(window)
+            steps_per_window = self.planner.window_packs // self.packs_per_step
+            step = (self.planner.window - 1) * steps_per_window
+            while own := [*islice(packs, self.packs_per_step)]:
+                step += 1
+                yield from self._plans_of(step, own)
+
+    def _plans_of(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
+        num_trained_tokens = self.planner.num_trained(packs)
+        placed = [tuple(self.sources.locate(item) for item in pack.items) for pack in packs]
+        for first in range(0, len(placed), self.micro_batch_packs):
+            yield Plan(step, tuple(placed[first : first + self.micro_batch_packs]), num_trained_tokens)
+
+    def _batches(self) -> Iterator[Batch]:
+        if self.sources.data.num_workers:
+            yield from self._batches_of_workers()
+        else:
+            yield from map(self._maker().__getitem__, self.plans())
+
+    def _maker(self, notes: Path | None = None) -> BatchMaker:
+        return BatchMaker(self.sources.reader, image_size=self.image_size, seed=self.planner.seed, notes=notes)
+
+    def _batches_of_workers(self) -> Iterator[Batch]:
+        data = self.sources.data
+        with TemporaryDirectory(prefix="idefics-sft-") as folder:
+            batches: DataLoader[Batch] = DataLoader(
+                self._maker(Path(folder)),
+                sampler=self.plans(),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=data.num_workers,
+                timeout=data.worker_timeout,
+                multiprocessing_context="spawn",  # forking a process that has threads can hang
+                generator=torch.Generator(),  # its own: a worker more or less changes no random number of training
+            )
+            try:
+                yield from batches
+            except RuntimeError as error:
+                if not str(error).startswith(("DataLoader timed out", "DataLoader worker")):
+                    raise  # of a worker's code, with its traceback
+                raise RunError(_what_happened(error, Path(folder), data.worker_timeout)) from error
+
+    def _count_dirty(self, batch: Batch) -> None:
+        self.dirty |= batch.dirty
+        allowed = self.sources.data.max_dirty_samples
+        if len(self.dirty) > allowed:
+            last = [f"{key} ({reason})" for key, reason in self.dirty.items()][-NUM_NAMED:]
+            raise RunError(
+                f"more than {allowed:,} samples (data.max_dirty_samples) have images that were sound when they were "
+                f"prepared and are not any more; the last: {_named(last)}"
+            )
+
+
+def _shown_by(packs: Sequence[Sequence[PlacedSample]]) -> dict[int, list[str]]:
+    """Keys of the samples that show each image."""
+    shown_by: dict[int, list[str]] = {}
+    for pack in packs:
+        for sample in pack:
+            for image in dict.fromkeys(sample.images):
+                shown_by.setdefault(image, []).append(sample.encoded.key)
+    return shown_by
+
+
+def _what_happened(error: RuntimeError, notes: Path, timeout: int) -> str:
+    """`notes` says what each worker was working on when it hung or died."""
+    busy = ", ".join(note for file in sorted(notes.iterdir()) if (note := file.read_text())) or "no sample"
+    if str(error).startswith("DataLoader timed out"):
+        return f"no worker made a batch in {timeout} seconds (data.worker_timeout); they were busy with {busy}"
+    return f"a worker died, perhaps for want of memory; workers were busy with {busy} ({error})"
+
+
+def _named(samples: Sequence[str]) -> str:
+    return ", ".join([*dict.fromkeys(samples)][:NUM_NAMED])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

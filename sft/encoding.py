@@ -7,9 +7,10 @@ and likewise its trained spans and its images. Mixture, packing and inspection r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.chat_template import ChatTemplate
-from sft.files import staged
+from sft.files import discard, staged, whole_file
 from sft.parallel import ordered_map
 from sft.sample import EncodedSample, Sample, TrainOn
 
@@ -106,32 +107,52 @@ def encode_samples(
     num_proc: int = 1,
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> EncodedSamples:
-    """Encode samples into `path`, in bounded memory; what is there already is opened as it is."""
+    """Encode samples into `path`, in bounded memory; what is there already is opened as it is.
+
+    Each block is a file of its own until all are there, so that after a kill none is encoded twice.
+    """
     if (path / INDEX).is_file():
         return EncodedSamples(path)
-    starts = range(0, len(samples), BLOCK_SAMPLES)
-    blocks = (_Block(samples, start, min(start + BLOCK_SAMPLES, len(samples)), template) for start in starts)
+    folder = path.with_name(f".{path.name}.blocks")
+    borders = [*range(0, len(samples), BLOCK_SAMPLES), len(samples)]
+    blocks = [
+        _Block(samples, start, stop, template, folder / f"{start:010d}-{stop:010d}.npz")
+        for start, stop in pairwise(borders)
+    ]
+    missing = [block for block in blocks if not block.file.is_file()]
+    done = len(samples) - sum(block.stop - block.start for block in missing)
+    for num_samples in ordered_map(_write_block, missing, num_proc):
+        done += num_samples
+        on_progress(done)
+    _join_blocks([block.file for block in blocks], template, path)
+    discard(folder)
+    return EncodedSamples(path)
+
+
+def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> None:
     ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
-    id_type = np.dtype(np.uint16 if len(template.tokenizer) <= 2**16 else np.uint32)
+    num_samples = 0
+    id_type = _id_type(template)
     with staged(path) as folder, ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS}
         for offsets in _OFFSETS_OF.values():
             files[offsets].write(np.zeros(1, np.int64).tobytes())
-        for done, block in zip(starts, ordered_map(_encode_block, blocks, num_proc), strict=True):
+        for file in blocks:
+            with np.load(file) as stored:
+                block = dict(stored)
             for name, array in block.items():
                 shift = ends.get(_ARRAY_OF.get(name, ""), 0)  # offsets count within the block; everything else stays
-                files[name].write((array.astype(id_type) if name == "input_ids" else array + shift).tobytes())
+                files[name].write((array + shift).tobytes())
             for name, offsets in _OFFSETS_OF.items():
                 ends[name] += int(block[offsets][-1])
-            on_progress(min(done + BLOCK_SAMPLES, len(samples)))
+            num_samples += len(block["num_trained"])
         index = {
             "version": VERSION,
-            "samples": len(samples),
+            "samples": num_samples,
             "tokens": ends["input_ids"],
             "dtypes": {name: (id_type if name == "input_ids" else np.dtype(np.int64)).str for name in _ARRAYS},
         }
         (folder / INDEX).write_text(json.dumps(index) + "\n")
-    return EncodedSamples(path)
 
 
 @dataclass(frozen=True)
@@ -140,16 +161,28 @@ class _Block:
     start: int
     stop: int
     template: ChatTemplate
+    file: Path
+    """Where its arrays are kept until all blocks are there."""
 
 
-def _encode_block(block: _Block) -> dict[str, NDArray[np.int64]]:
+def _write_block(block: _Block) -> int:
+    with whole_file(block.file) as file:
+        np.savez(file, **_encode_block(block))  # type: ignore[arg-type]
+    return block.stop - block.start
+
+
+def _id_type(template: ChatTemplate) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if len(template.tokenizer) <= 2**16 else np.uint32)
+
+
+def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
     """The arrays of some samples, with offsets that count from the first of them."""
     encoded, rows = [], []
     for sample, image_rows in block.samples.stored_samples(block.start, block.stop):
         encoded.append(block.template.encode(sample))
         rows.append(image_rows)
     return {
-        "input_ids": np.concatenate([e.input_ids for e in encoded]),
+        "input_ids": np.concatenate([e.input_ids for e in encoded]).astype(_id_type(block.template)),
         "token_offsets": np.cumsum([len(e.input_ids) for e in encoded]),
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], dtype=np.int64).reshape(-1, 2),
         "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded]),

@@ -20,6 +20,12 @@ class RunError(Exception):
     """The work failed for a reason that is not the user's input. The message says where and why."""
 
 
+def printable(text: object) -> str:
+    """The same on one line of any terminal: control characters and halves of surrogate pairs are escaped."""
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)

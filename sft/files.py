@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
@@ -29,16 +30,50 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name when the block ends without an error. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.staging")
+    with staging.open("wb") as file:
+        yield file
+    _sync(staging)
+    os.replace(staging, path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there. It is gone at once: a kill never leaves half of it under its name."""
+    old = _discarded(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a kill while `path` was staged or discarded has left beside it."""
+    for folder in (_staging(path), _discarded(path)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.staging")
+
+
+def _discarded(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.old")
+
+
+@contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """A hidden folder that becomes `path` when the block ends without an error."""
-    staging = path.with_name(f".{path.name}.staging")
+    staging = _staging(path)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
     for file in staging.rglob("*"):
         if file.is_file():
             _sync(file)
-    shutil.rmtree(path, ignore_errors=True)
+    discard(path)
     staging.rename(path)
     _sync(path.parent)
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from sft import images
 from sft.chat_template import ChatTemplate
 from sft.models import idefics
+from sft.pixels import load_pixels
 from sft.sample import EncodedSample, ImageRef, Message
 
 Pixels = NDArray[np.uint8]
@@ -130,4 +131,4 @@ def _images(messages: Sequence[Message]) -> list[ImageRef]:
 
 
 def _load_pixels(size: int) -> Callable[[ImageRef], Pixels]:
-    return lambda image: images.to_pixels(images.decode_rgb(images.read_bytes(image)), size)
+    return lambda image: load_pixels(images.read_bytes(image), size)

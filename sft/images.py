@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pybase64
-from numpy.typing import NDArray
 from PIL import Image
 
 from sft.sample import ImageRef, SkipSample
@@ -106,9 +105,21 @@ def decode_rgb(content: bytes) -> Image.Image:
         image.load()
         if image.mode == "RGB":
             return image
+        if image.mode.startswith("I;16"):
+            return _eight_bits(image).convert("RGB")
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def open_checked(content: bytes) -> Image.Image:
+    """An image whose header was read and is within the limits; nothing is decoded yet.
+
+    Raises:
+        SkipSample: as `decode_rgb`, for what the header tells.
+    """
+    with _as_skips():
+        return _open(content)
 
 
 def size_of(content: bytes) -> tuple[int, int]:
@@ -117,8 +128,7 @@ def size_of(content: bytes) -> tuple[int, int]:
     Raises:
         SkipSample: as `decode_rgb`, for what the header tells.
     """
-    with _as_skips():
-        return _open(content).size
+    return open_checked(content).size
 
 
 def verified_size(content: bytes) -> tuple[int, int]:
@@ -164,11 +174,9 @@ def _check_size(size: tuple[int, int]) -> None:
         raise SkipSample("image too narrow")
 
 
-def to_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Squash to size x size with bicubic interpolation, as IDEFICS evaluates; uint8 (C, H, W)."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as 8; Pillow's own conversion makes everything over 255 white."""
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def open_image(path: Path) -> Image.Image:

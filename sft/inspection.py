@@ -50,17 +50,19 @@ def inspect_pack(
     """
     data = recipe.data
     number, pack = find_pack(recipe, sources, number, source)
+    step = number // recipe.packs_per_step + 1
     placed = [sources.place(item) for item in pack.items]
     batch = collate(
         [placed],
-        lambda image: sources.pixels(image, image_size),
+        lambda image: sources.reader.training_pixels(image, image_size, seed=recipe.seed, step=step),
         train_on=data.train_on,
         pack_isolation=data.pack_isolation,
         image_size=image_size,
+        forgive_images=True,
     )
     return {
         "pack": number,
-        "step": number // recipe.packs_per_step + 1,
+        "step": step,
         "steps": recipe.training.max_steps,
         "train_on": data.train_on,
         "pack_isolation": data.pack_isolation,

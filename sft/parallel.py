@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import TypeVar
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import Any, TypeVar
 
 from sft.errors import RunError
 
@@ -26,11 +30,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
     if num_proc == 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                waiting.append(pool.submit(_call, pickle.dumps((function, item))))
                 if len(waiting) > 2 * num_proc:
                     yield waiting.popleft().result()
             while waiting:
@@ -41,3 +45,22 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _call(pickled: bytes) -> Any:
+    """Call a function on an item. Both are unpickled here, so that what goes wrong with it comes out as itself; in the
+    hands of the pool it would end the process."""
+    function, item = pickle.loads(pickled)
+    return function(item)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

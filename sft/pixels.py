@@ -60,14 +60,15 @@ def load_pixels(content: bytes, size: int, crop: Crop | None = None) -> NDArray[
     return resized_1CHW[0].numpy()
 
 
-def training_crop(width: int, height: int, *, seed: int, step: int, sha256: str) -> Crop:
-    """The crop that an image gets in an optimizer step: the same on every rank and in every pack of the step.
+def training_crop(width: int, height: int, *, seed: int, step: int, image_key: int) -> Crop:
+    """The crop that an image (see `sft.image_keys`) gets in an optimizer step: the same on every rank and in every pack
+    of the step.
 
     torchvision's RandomResizedCrop: ten tries to place a box of a random area and aspect, else the largest central box
     of an allowed aspect. An image of 3:2 or wider has no allowed box of 0.9 of its area: it always gets the central
     one, as it did in 2023.
     """
-    random = _uniforms(seed, step, sha256)
+    random = _uniforms(seed, step, int(image_key))
     for _ in range(CROP_TRIES):
         area = width * height * _between(CROP_AREA, next(random))
         aspect = math.exp(_between(_LOG_ASPECT, next(random)))
@@ -98,8 +99,7 @@ def _uniforms(*key: object) -> Iterator[float]:
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
     """RGB (H, W, 3), writable, with the limits of `images` checked before anything is decoded."""
-    with images._as_skips():
-        header = images._open(content)
+    header = images.open_checked(content)
     if header.format == "JPEG" and header.mode in ("RGB", "L"):  # Pillow knows how Adobe writes CMYK
         try:
             if simplejpeg.decode_jpeg_header(content)[1::-1] == header.size:

@@ -107,6 +107,16 @@ class DataConfig(_Part):
     """How images are checked when they are prepared: `decode` each once, or read its `header` only (web scale)."""
     images: Literal["embed", "reference"] = "embed"
     """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
+    augment: Literal["crop", "none"] = "none"
+    """What training does to images. `crop`: a random box of nine tenths or more of the image, another at each step, as
+    the idefics-9b-instruct card's transform does. `none`: the whole image."""
+    max_dirty_samples: Annotated[int, Field(ge=0)] = 100
+    """Training stops when more samples than this have an image that was sound when prepared and is not any more. Up to
+    there such an image is black, and its samples are not trained on."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that make batches and decode images. 0: the training process does it between two batches."""
+    worker_timeout: Positive = 120
+    """Seconds that training waits for a batch of a worker before it stops and names the samples being worked on."""
     max_skip_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Preparation stops when more than this share of a dataset's records is bad."""
     max_record_bytes: Positive = 64 * 1024 * 1024

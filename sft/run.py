@@ -31,7 +31,7 @@ from sft.prepared import Part, Sources
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 from sft.run_status import RunStatus
 from sft.shipped import resolve
-from sft.store import MANIFEST, Settings, Store, prepare_store
+from sft.store import MANIFEST, Settings, Store, is_store_folder, prepare_store
 from sft.validation import check_recipe, is_local
 
 if TYPE_CHECKING:
@@ -92,24 +92,40 @@ def prepare(
     with locked(Path(recipe.data.store)):
         template = load_template(get_family(recipe.model.family), prepare_base(recipe))
 
-        def prepared(name: str, dataset: DatasetConfig) -> Part:
-            store = prepare_store(
-                Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options),
-                Path(recipe.data.store) / dataset.store_name,
-                asked=dataset.model_dump(),
-                settings=store_settings(recipe.data, options),
-                on_progress=lambda records, share: on_progress(name, records, share),
-            )
-            encoded = encode_samples(
-                store,
-                template,
-                encoded_path(store, template),
-                num_proc=options.num_proc,
-                on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
-            )
+        def prepared(source: str, dataset: DatasetConfig) -> Part:
+            name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
+            path = Path(recipe.data.store) / _store_name(dataset, options.limit)
+            with locked(path, beside=True):
+                store = _prepared_store(dataset, path, name, store_settings(recipe.data, options), on_progress)
+                encoded = encode_samples(
+                    store,
+                    template,
+                    encoded_path(store, template),
+                    num_proc=options.num_proc,
+                    on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
+                )
             return Part(store, encoded)
 
         return _sources(recipe, prepared)
+
+
+def _store_name(dataset: DatasetConfig, limit: int | None) -> str:
+    """A store of the first records alone has a name of its own: it is to look at, and no other takes it for a whole."""
+    return dataset.store_name if limit is None else f"{dataset.store_name}-first-{limit}"
+
+
+def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Settings, on_progress: Progress) -> Store:
+    adapter = Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)
+    on_progress(name, 0, 0.0)  # so that it is seen to work before the first piece is done
+    store = prepare_store(
+        adapter,
+        path,
+        asked=dataset.model_dump(),
+        settings=settings,
+        on_progress=lambda records, share: on_progress(name, records, share),
+    )
+    on_progress(name, store.manifest["records"], 1.0)
+    return store
 
 
 def prepare_one(
@@ -124,7 +140,7 @@ def prepare_one(
     dataset and of its `data`.
 
     Raises:
-        UserError: one of them is wrong, or the folder holds something else.
+        UserError: one of them is wrong, or the folder holds something else, or more than the records asked for.
     """
     try:
         dataset = DatasetConfig.model_validate(asked)
@@ -135,17 +151,27 @@ def prepare_one(
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"--{str(problem['loc'][-1]).replace('_', '-')}: {problem['msg']}") from error
-    adapter = Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)
-    if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
+    Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)  # what it refuses, before a folder is made
+    if path.exists() and not is_store_folder(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: is there already and is no prepared dataset; choose another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent):
-        return prepare_store(
-            adapter,
-            path,
-            asked=dataset.model_dump(),
-            settings=store_settings(data, options),
-            on_progress=lambda records, share: on_progress(dataset.dataset, records, share),
+    with locked(path, beside=True):
+        _check_limit(path, options)
+        return _prepared_store(dataset, path, dataset.dataset, store_settings(data, options), on_progress)
+
+
+def _check_limit(path: Path, options: PrepareOptions) -> None:
+    """The first records of a dataset do not take the place of more of them.
+
+    Raises:
+        UserError: they would.
+    """
+    if options.limit is None or options.fresh or not (path / MANIFEST).is_file():
+        return
+    records = Store(path).manifest["records"]
+    if records > options.limit:
+        raise UserError(
+            f"{path}: holds {records:,} records, and --limit {options.limit} would replace them; "
+            "choose another --output, or --fresh"
         )
 
 

@@ -10,7 +10,8 @@ Shape letters, here and wherever tensors are named:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -140,6 +141,8 @@ class Batch:
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
     keys: tuple[str, ...] = ()
+    dirty: Mapping[str, str] = field(default_factory=dict)
+    """Keys of samples with an image that fails only now, and why: the image is zeros, the samples have no labels."""
 
     def to(self, device: object) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -3,6 +3,7 @@
 Every reader adds two things to a row, for keys, messages and progress bars:
     "__from__"  file and line (or record, or member) it was read from: `train.jsonl:17`
     "__at__"    how much of the file was read by then, 0 to 1
+Names like these are ours: what the data have under such a name is dropped.
 
 A bad record is handed over as the reason to skip it (`SkipSample`). A file that is broken as a whole, cut off by a
 failed download say, is a `UserError`: what it should have held cannot be counted. Nothing is fetched, nothing is
@@ -24,7 +25,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, cast
 
-from sft.errors import UserError
+from sft.errors import UserError, printable
 from sft.sample import SkipSample
 
 Row = dict[str, Any]
@@ -122,13 +123,20 @@ def _parsed(line: bytes, here: str, at: float) -> Row | SkipSample:
         return SkipSample("line is not a JSON object", detail=here)
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row):
         return SkipSample(TOO_DEEP, detail=here)
+    return _placed(row, here, at)
+
+
+def _placed(row: Row, here: str, at: float) -> Row:
+    """A raw row with what every reader adds, and without what might be taken for ours."""
+    for name in [name for name in row if name.startswith("__") and name.endswith("__")]:
+        del row[name]
     row["__from__"], row["__at__"] = here, at
     return row
 
 
 def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSample]:
-    """The objects of a JSON list of any size, streamed. `prefix` says where the list is, as ijson does: `item` for a
-    list at the top, `annotations.item` for one under a key.
+    """The objects of a JSON list of any size, streamed. `prefix` says where the list is: `item` for a list
+    at the top, `annotations.item` for one under a key.
 
     Raises:
         UserError: missing, a record over the limit, or it stops being JSON somewhere.
@@ -138,7 +146,7 @@ def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSampl
         for number, row in enumerate(text.walk(prefix.split(".")[:-1], text.elements), start=1):
             here = f"{path.name}:{number}"
             if isinstance(row, dict):
-                yield row | {"__from__": here, "__at__": text.share_read}
+                yield _placed(row, here, text.share_read)
             else:
                 reason = row.reason if isinstance(row, SkipSample) else "record is not a JSON object"
                 yield SkipSample(reason, detail=here)
@@ -157,7 +165,7 @@ def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
     with _opened(path, "a JSON object") as text, text.errors(lambda: f"key {_one_line(key)!r}" if key else "no key"):
         for key, value in text.walk(prefix.split(".") if prefix else [], text.items):
             if isinstance(value, dict):
-                value |= {"__from__": f"{path.name}:{_printable(key)}", "__at__": text.share_read}
+                _placed(value, f"{path.name}:{printable(key)}", text.share_read)
             yield key, value
     if key is None:
         raise UserError(f"{path}: no JSON object at {prefix!r}" if prefix else f"{path}: not a JSON object, or empty")
@@ -382,10 +390,20 @@ def read_place(path: Path, place: BytesPlace) -> bytes:
 # ------------------------------------------------------------------------------------------------------ parquet
 
 
-def read_parquet(
-    path: Path, *, columns: Sequence[str] | None = None, batch_rows: int = 64
-) -> Iterator[Row | SkipSample]:
+IMAGES_A_ROW = 4
+"""A row of a parquet file may hold so many images of the size of a record, since it holds them as they are."""
+BATCH_BYTES = 64 * 1024 * 1024
+BATCH_ROWS = 64
+"""So much of a parquet file is unpacked at a time, about."""
+MAX_UNPACKED_BYTES = 256 * 1024 * 1024
+MAX_UNPACKED_TIMES = 1000
+"""A column of more bytes than that many times what it is packed into is a bomb: a page of it is unpacked as a whole."""
+
+
+def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[Row | SkipSample]:
     """The rows of a parquet file, a few at a time; only some `columns`, where that spares reading.
+
+    The limit on records is one on the text of a row, and on each of its images by itself.
 
     Raises:
         UserError: missing, cut off, or not parquet.
@@ -398,17 +416,73 @@ def read_parquet(
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             total = max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
-                for place in range(batch.num_rows):
-                    number += 1
-                    here = f"{path.name}:{number}"
-                    one = batch.slice(place, 1)
-                    if one.nbytes > limit:
-                        yield SkipSample(TOO_LONG, detail=here)
-                    else:
-                        yield _converted(one, here, number / total)
+            for group in range(file.num_row_groups):
+                num_rows = batch_rows(path, file.metadata.row_group(group), columns)
+                for batch in file.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns):
+                    for place in range(batch.num_rows):
+                        number += 1
+                        here = f"{path.name}:{number}"
+                        one = batch.slice(place, 1)
+                        if one.nbytes > limit and _is_too_long(one, limit):
+                            yield SkipSample(TOO_LONG, detail=here)
+                        else:
+                            yield _converted(one, here, number / total)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as parquet after row {number}: {_one_line(error)}") from error
+
+
+def batch_rows(path: Path, group: Any, columns: Sequence[str] | None = None) -> int:
+    """How many rows of a row group make up BATCH_BYTES, at the most; its metadata tell how large they are unpacked.
+
+    Raises:
+        UserError: they are a bomb.
+    """
+    num_rows, num_bytes = int(group.num_rows), 0
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
+            continue
+        unpacked, packed = int(column.total_uncompressed_size), int(column.total_compressed_size)
+        if column.physical_type == "BYTE_ARRAY" and unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * packed):
+            name = printable(column.path_in_schema)
+            raise UserError(f"{path}: column {name} unpacks {packed:,} bytes into {unpacked:,}, as no data do")
+        num_bytes += unpacked
+        if column.physical_type == "BYTE_ARRAY" and column.dictionary_page_offset:  # any value may be all of it
+            num_bytes += int(column.num_values) * _dictionary_bytes(path, column)
+    return min(max(BATCH_BYTES * num_rows // max(num_bytes, 1), 1), BATCH_ROWS)
+
+
+def _dictionary_bytes(path: Path, column: Any) -> int:
+    """Unpacked size of the values that a column names by number: the second number in the header of their page."""
+    with path.open("rb") as file:
+        file.seek(max(column.dictionary_page_offset, 0))
+        found = _PAGE_HEADER.match(file.read(16))
+    if not found:
+        return int(column.total_uncompressed_size)
+    varint: bytes = found[1]
+    return sum((byte & 127) << 7 * place for place, byte in enumerate(varint)) // 2  # a zigzag varint
+
+
+_PAGE_HEADER = re.compile(rb"\x15[\x00-\x7f]\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
+"""How Thrift writes a page's kind and size."""
+
+
+def _is_too_long(one: Any, limit: int) -> bool:
+    """Whether the text of a row is over the limit, or one of its images, or all of them together by far."""
+    num_bytes = [size for column in one.columns for size in _binary_sizes(column)]
+    return max(num_bytes, default=0) > limit or one.nbytes - sum(num_bytes) > limit or one.nbytes > IMAGES_A_ROW * limit
+
+
+def _binary_sizes(values: Any) -> list[int]:
+    """Sizes of the bytes anywhere in an Arrow array."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type):
+        return [size or 0 for size in pc.binary_length(values).to_pylist()]
+    if pa.types.is_struct(values.type):
+        return [size for field in values.flatten() for size in _binary_sizes(field)]
+    return _binary_sizes(values.flatten()) if pa.types.is_list(values.type) else []
 
 
 def _converted(one: Any, here: str, at: float) -> Row | SkipSample:
@@ -416,7 +490,7 @@ def _converted(one: Any, here: str, at: float) -> Row | SkipSample:
         row: Row = one.to_pylist()[0]
     except (ValueError, OverflowError):  # text that is not UTF-8, a date in the year 60000
         return SkipSample("row has a value that cannot be read", detail=here)
-    return row | {"__from__": here, "__at__": at}
+    return _placed(row, here, at)
 
 
 # --------------------------------------------------------------------------------------------- WebDataset tars
@@ -446,7 +520,7 @@ def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample
                 if sample and sample["__key__"] != key:
                     yield _whole(sample)
                     sample, num_bytes = {}, 0
-                sample = sample or {"__key__": key, "__from__": f"{path.name}:{_printable(key)}"}
+                sample = sample or {"__key__": key, "__from__": f"{path.name}:{printable(key)}"}
                 sample["__at__"] = raw.tell() / size
                 if not member.isreg() or member.issparse():
                     sample["__skip__"] = "tar member is not a plain file"
@@ -460,7 +534,7 @@ def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample
                         sample[extension] = tar.content(member)
             tar.check_end()
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError) as error:
-        where = f"after {_printable(sample['__key__'])}" if sample else "at its beginning"
+        where = f"after {printable(sample['__key__'])}" if sample else "at its beginning"
         raise UserError(f"{path}: not readable as a tar {where}: {_one_line(error)}") from error
     if sample:
         yield _whole(sample)
@@ -483,7 +557,7 @@ class _Tar:
             if member is None:
                 return
             if self.tar.offset <= member.offset:  # and the next member would be this one again
-                raise tarfile.ReadError(f"{_printable(member.name)} has a negative size")
+                raise tarfile.ReadError(f"{printable(member.name)} has a negative size")
             vars(self.tar).update(members=[], pax_headers={})  # it would keep them all
             if not member.isdir():
                 yield member
@@ -494,7 +568,7 @@ class _Tar:
         self.file.left = member.size
         content = self.file.read(member.size)
         if len(content) < member.size:
-            raise EOFError(f"member {_printable(member.name)} is cut off")
+            raise EOFError(f"member {printable(member.name)} is cut off")
         return content
 
     def check_end(self) -> None:
@@ -542,9 +616,4 @@ def _whole(sample: Row) -> Row | SkipSample:
 
 
 def _one_line(error: object) -> str:
-    return _printable(" ".join(str(error).split())[:200])
-
-
-def _printable(text: str) -> str:
-    """The same, on one line of any terminal."""
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return printable(" ".join(str(error).split())[:200])

@@ -39,12 +39,14 @@ class StepMetrics:
         self.tokens = torch.zeros(len(self.names))
         self.trained_tokens = torch.zeros(len(self.names))
         self.loss_sums = torch.zeros(len(self.names))
+        self.dirty_samples = 0
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
         num = len(self.names)
         self.tokens += torch.bincount(batch.source_ids_T, minlength=num).cpu()
         self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
+        self.dirty_samples += len(batch.dirty)
         self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
 
     def line(self) -> dict[str, Any]:
@@ -61,9 +63,10 @@ class StepMetrics:
         }
         total = self.trained_tokens.sum()
         return {
-            "loss": float(self.loss_sums.sum() / total),
+            "loss": float(self.loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
             "tokens": int(self.tokens.sum()),
             "trained_tokens": int(total),
+            "dirty_samples": self.dirty_samples,
             "sources": sources,
         }
 

@@ -112,7 +112,7 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     for source in report["sources"]:
         assert source.keys() == {
             "name", "asked", "achieved", "achieved_in", "tokens", "trained_tokens", "samples", "images", "epochs",
-            "records", "held_out", "filtered", "skipped",
+            "records", "budget", "held_out", "filtered", "skipped",
         }  # fmt: skip
     assert [source["asked"] for source in report["sources"]] == [0.75, 0.25]
     assert sum(source["achieved"] for source in report["sources"]) == pytest.approx(1)
@@ -124,7 +124,7 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     assert report["packs"]["count"] == 64
 
     assert status_of("mix", recipe) == 0
-    assert "Mixture in tokens, 4 steps" in capsys.readouterr().out
+    assert "Mixture by tokens, 4 steps" in capsys.readouterr().out
 
 
 def test_a_changed_raw_file_is_prepared_anew(recipe, capsys):
@@ -144,6 +144,20 @@ def test_a_changed_raw_file_is_prepared_anew(recipe, capsys):
         file.write('{"messages": [{"role": "user", "content": "Ho."}, {"role": "assistant", "content": "Hi."}]}\n')
     assert [store["samples"] for store in prepared()] == [8, 20, 6]
     assert status_of("mix", *prepare[1:], "--steps", 1) == 0, "the new sample is encoded too"
+
+
+def test_a_limited_preparation_is_none_to_train_on(recipe, capsys, refusal):
+    assert status_of("prepare", recipe, "--limit", 2) == 0
+    printed = capsys.readouterr().out
+    stores = sorted(path.name for path in (recipe.parent / "stores").iterdir() if path.name.endswith("-first-2"))
+    assert len(stores) == 3
+    assert f"Next: idefics-sft stats {recipe.parent}/stores/easy_vqa-" in printed.replace(str(recipe), "")
+    assert "The first 2 records are for looking" in printed and "idefics-sft train" not in printed
+    assert "no prepared dataset here; run `idefics-sft prepare` first" in refusal("mix", recipe)
+    assert status_of("prepare", recipe) == status_of("prepare", recipe, "--limit", 2) == 0
+    capsys.readouterr()
+    assert status_of("prepare", recipe, "--json") == 0
+    assert [store["samples"] for store in json.loads(capsys.readouterr().out)["stores"]] == [8, 20, 5], "all of them"
 
 
 def test_filtered_questions_are_counted(recipe, capsys):

@@ -1,10 +1,11 @@
 """Packs become a batch: numbers one can check in the head."""
 
 import numpy as np
+import pytest
 from conftest import num_trained
 
 from sft.collate import PlacedSample, collate
-from sft.sample import EncodedSample
+from sft.sample import EncodedSample, SkipSample
 
 IMAGE = 99
 CAT, DOG = 70, 80  # numbers of images
@@ -77,6 +78,26 @@ def test_without_isolation_a_pack_is_one_segment():
 
 def test_the_step_says_what_the_loss_is_divided_by():
     assert toy_batch(num_trained_tokens=1000)[0].num_trained_tokens == 1000
+
+
+def test_an_image_that_fails_takes_the_labels_of_its_samples_and_moves_nothing_else():
+    def load_pixels(image):
+        if image == DOG:
+            raise SkipSample("image does not decode")
+        return np.full((3, 2, 2), image, dtype=np.uint8)
+
+    def collated(**options):
+        return collate(PACKS, load_pixels, train_on="assistant", image_size=2, num_trained_tokens=7, **options)
+
+    with pytest.raises(SkipSample):
+        collated()
+    found, (sound, _) = collated(forgive_images=True), toy_batch()
+    assert found.labels_T.tolist() == [-100, -100, 6, 2] + [-100] * 11
+    assert found.pixel_values_NCHW[:, 0, 0, 0].tolist() == [CAT, 0]
+    assert found.dirty == dict.fromkeys(["pair", "shared"], "image does not decode")
+    assert (found.num_trained_tokens, found.keys, sound.dirty) == (7, sound.keys, {})
+    for name in ("input_ids_T", "position_ids_T", "segment_ids_T", "image_ids_T", "source_ids_T"):
+        assert getattr(found, name).tolist() == getattr(sound, name).tolist()
 
 
 def test_text_alone_needs_no_image():

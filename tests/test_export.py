@@ -25,6 +25,7 @@ from sft.errors import RunError, UserError
 from sft.export import export_messages
 from sft.images import read_bytes
 from sft.sample import ImageRef, Message, Sample
+from sft.sources import record_limit
 from sft.store import Settings, prepare_store
 
 DATA = Path(__file__).parent / "data"
@@ -115,6 +116,15 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
     with pytest.raises(RunError, match=r"gone: image file missing: .*a.png; it was there when"):
         export_messages(Toys([*SAMPLES, gone]), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_images_that_are_small_enough_one_by_one_are_read_back(tmp_path):
+    """Raw files may hold a record of many images piece by piece; exported it is one row."""
+    images = [encoded(colour, (20, 20)) for colour in ("red", "blue", "lime")]
+    sample = talk("three", (*images, "Same?"), ("No.",))
+    file = export_messages(Toys([sample]), tmp_path / "all.parquet").path
+    with record_limit(2 * max(map(len, images))):
+        assert [back.messages for back in read_back(file)] == [sample.messages]
 
 
 def test_a_file_that_is_there_is_kept(exported):

@@ -1,6 +1,7 @@
 """What is held out of training is held out of every source."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_planner import settings
 from test_prepared import part
-from test_store import encoded, shown
+from test_store import Toys, encoded, shown
 
 from sft.errors import UserError
-from sft.held_out import HoldOut, Side
+from sft.held_out import HoldOut, Side, texts_of
 from sft.image_keys import image_key
 from sft.prepared import Sources
 from sft.recipe import ValidationConfig
-from sft.sample import PackItem
+from sft.sample import Message, PackItem, Sample
+from sft.store import Settings, prepare_store
 
 
 def image_keys(number: int) -> np.ndarray:
@@ -30,7 +32,7 @@ KEYS = image_keys(6)
 def test_no_image_stands_on_both_sides(images_of, share):
     hold_out = HoldOut(share)
     shown_keys = KEYS[[image for images in images_of for image in images]]
-    names = [f"text {number}" for number in range(len(images_of))]
+    names = [f"text {number}".encode() for number in range(len(images_of))]
     sides = hold_out.sides(names, shown_keys, np.array([len(images) for images in images_of]))
     shown_in = [
         {image for images, s in zip(images_of, sides, strict=True) if s == side for image in images} for side in Side
@@ -46,7 +48,7 @@ def test_no_image_stands_on_both_sides(images_of, share):
 
 def test_the_share_is_that_of_the_images_and_of_the_texts():
     assert abs(HoldOut(0.25).images(image_keys(4000)).mean() - 0.25) < 0.03
-    assert abs(HoldOut(0.25).texts(f"key {n}" for n in range(4000)).mean() - 0.25) < 0.03
+    assert abs(HoldOut(0.25).texts(b"text %d" % n for n in range(4000)).mean() - 0.25) < 0.03
     assert not HoldOut().images(KEYS).any()
     assert HoldOut(image_keys=KEYS[:2]).images(KEYS).tolist() == [True, True] + [False] * 4
 
@@ -110,3 +112,47 @@ def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):
     only = part(tmp_path / "a", template, shown("held", HELD, "?"))
     with pytest.raises(UserError, match=r"source 'one': data\.validation leaves none of 1 samples"):
         Sources([[only]], data)
+
+
+# --------------------------------------------------------------------------------------------------------- texts
+
+
+def said(key: str, *contents: str | tuple[str, ...]) -> Sample:
+    """A dialogue of texts alone, each in one part or in several."""
+    roles = ("user", "assistant") * len(contents)
+    parts = [content if isinstance(content, tuple) else (content,) for content in contents]
+    messages = tuple(Message(role=role, content=part) for role, part in zip(roles, parts, strict=False))
+    return Sample(key=key, messages=messages)
+
+
+def texts(path, *samples: Sample) -> list[bytes]:
+    store = prepare_store(Toys(*samples), path, asked={}, settings=Settings(max_skip_share=0))
+    return list(texts_of(store.sample_batches()))
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 100])
+def test_equal_dialogues_have_equal_texts_wherever_they_stand(tmp_path, monkeypatch, batch_rows):
+    monkeypatch.setattr("sft.store.tables._BATCH_ROWS", batch_rows)
+    hello, colours = said("x/7", "Hello?", "Hello."), said("x/8", "Name two.", "Red, blue.", "Ö?", "")
+    first = texts(tmp_path / "a", hello, shown("picture", KEPT, "Hello?"), colours)
+    again = said("y/1", ("Hel", "lo?"), ("Hello.",))
+    second = texts(tmp_path / "b", colours, said("new", "Hello?", "Bye."), again)
+    assert (first[0], first[2]) == (second[2], second[0])
+    assert len({*first, *second}) == 4
+
+
+def test_texts_of_other_borders_or_roles_are_others(tmp_path):
+    one = said("1", "ab", "c")
+    others = [said("2", "a", "bc"), said("3", "ab", "c", "", ""), said("4", "abc", "")]
+    turned = Sample(key="5", messages=(replace(one.messages[0], role="system"), one.messages[1]))
+    assert len(set(texts(tmp_path / "a", one, *others, turned))) == 5
+
+
+def test_a_dialogue_held_out_in_one_source_is_held_out_in_all(tmp_path, template):
+    talks = [said(f"talk {n}", f"What is {n}?", f"{n}.") for n in range(20)]
+    first = part(tmp_path / "a", template, *talks)
+    second = part(tmp_path / "b", template, said("inserted", "Hi.", "Hi."), *reversed(talks))
+    data = settings("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    one, two = (source.sides.tolist() for source in Sources([[first], [second]], data).sources)
+    assert 4 < sum(one) < 16
+    assert two[1:] == one[::-1]

@@ -21,6 +21,7 @@ from sft.inference import load_template
 from sft.inspection import describe, find_pack, inspect_pack, page, token_texts
 from sft.models import idefics
 from sft.planner import Planner
+from sft.prepared import Sources
 from sft.recipe import load_recipe
 from sft.sample import Pack, PackItem
 
@@ -129,8 +130,11 @@ def prepared(tmp_path_factory):
     return recipe, sources, load_template(idefics, run.base_path(recipe))
 
 
-def test_a_pack_is_the_one_that_training_draws(prepared):
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_a_pack_is_the_one_that_training_draws(prepared, augment):
     recipe, sources, template = prepared
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": augment})})
+    sources = Sources(sources.parts, recipe.data)
     planner = Planner(sources.sources, recipe.data, packs_per_step=2, seed=recipe.seed)
     drawn = MicroBatches(sources, planner, packs_per_step=2, micro_batch_packs=1, image_size=64)
     for number, item in zip(range(8), drawn, strict=False):

@@ -1,6 +1,7 @@
 """Imports point strictly down the layers; inside a package they may go anywhere."""
 
 import ast
+import tomllib
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -10,7 +11,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "errors sample",
     "recipe shipped attention loss locking files parallel images",
     "sources pixels image_keys chat_template models optim lora distributed checkpoint precision",
-    "datasets store encoding mixture packing collate generation inference naming run_status held_out",
+    "datasets store encoding mixture packing dealing collate generation inference naming run_status held_out",
     "prepared planner stated validation",
     "data_loader trainer checks evaluation",
     "run mix inspection scoring selection export stats chat report cost",
@@ -63,3 +64,10 @@ def test_an_import_that_points_up_is_found(tmp_path):
         "trainer.py:1 imports sft.run",
         "trainer.py:2 imports sft.cli",
     ]
+
+
+def test_every_package_travels_in_the_wheel():
+    root = Path(sft.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    packages = {".".join(("sft", *file.parent.relative_to(root).parts)) for file in root.rglob("__init__.py")}
+    assert packages <= set(project["tool"]["setuptools"]["packages"])

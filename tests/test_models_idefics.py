@@ -18,8 +18,8 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import IdeficsConfig, IdeficsImageProcessor
 from transformers import IdeficsForVisionText2Text as PlainIdefics
-from transformers import IdeficsImageProcessor
 
 from sft.errors import UserError
 from sft.models import idefics
@@ -196,6 +196,33 @@ def test_pixels_are_normalised_as_by_transformers():
     (expected,) = IdeficsImageProcessor(image_size=IMAGE_SIZE)([Image.fromarray(image.transpose(1, 2, 0))])
     (found,) = idefics.normalise(torch.from_numpy(image)[None])
     check_equal(found, torch.as_tensor(expected), 1e-6)
+
+
+def test_normalising_in_place_gives_the_same_bits_and_spares_its_input():
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (idefics.CLIP_MEAN, idefics.CLIP_STD))
+    assert torch.equal(idefics.normalise(levels), (levels.float() / 255 - mean) / std)
+    values = torch.ones(1, 3, 1, 1)
+    idefics.normalise(values)
+    assert (values == 1).all()
+
+
+def test_an_image_of_idefics_9b_costs_23_tokens():
+    config = IdeficsConfig(
+        cross_layer_interval=4, use_resampler=True, qk_layer_norms=True, vision_config={"embed_dim": 1280},
+        perceiver_config={"use_resampler": True, "qk_layer_norms_perceiver": True},
+    )  # fmt: skip
+    tower = 257 * 32 * (4 * 1280**2 + 2 * 1280 * 5120)
+    resampler = 6 * (64 * (2 * 1280 * 1536 + 8 * 1280**2) + 321 * 2 * 1280 * 1536)
+    read = 64 * 8 * 2 * 1280 * 4096
+    mlp = 3 * 4096 * 11008
+    token = 32 * (4 * 4096**2 + mlp) + 8 * (2 * 4096**2 + mlp)
+    by_hand = (tower + resampler + read) / token  # without norms and biases
+    assert by_hand == pytest.approx(23, abs=0.5)
+    assert idefics.image_cost_in_tokens(config) == pytest.approx(by_hand, rel=0.002)
+    plain = IdeficsConfig(cross_layer_interval=4, vision_config={"embed_dim": 1280})
+    without_resampler = (tower + 257 * 8 * 2 * 1280 * 4096) / token
+    assert idefics.image_cost_in_tokens(plain) == pytest.approx(without_resampler, rel=0.002)
 
 
 def test_an_image_changes_what_follows_it_and_nothing_else(model, template):

@@ -46,10 +46,10 @@ def test_equal_images_have_one_key_in_all_stores(sources):
     one, two = sources.sources
     assert numbers(one)[1] == [{key_of(RED)}, set(), {key_of(BLUE), key_of(RED)}]
     assert numbers(two)[1] == [{key_of(GREEN)}, {key_of(RED)}]
-    assert sources.pixels(key_of(RED), 2)[:, 0, 0].tolist() == [255, 0, 0]
-    assert sources.pixels(key_of(GREEN), IMAGE_SIZE)[:, 5, 5].tolist() == [0, 255, 0]
+    assert sources.reader.pixels(key_of(RED), 2)[:, 0, 0].tolist() == [255, 0, 0]
+    assert sources.reader.pixels(key_of(GREEN), IMAGE_SIZE)[:, 5, 5].tolist() == [0, 255, 0]
     with pytest.raises(KeyError):
-        sources.image_bytes(key_of(b"another"))
+        sources.reader.image_bytes(key_of(b"another"))
 
 
 def test_an_image_that_stands_there_twice_is_one_image_shown_twice(tmp_path, template):

@@ -9,11 +9,11 @@ import torch
 from conftest import IMAGE_SIZE
 from PIL import Image
 
-from sft import images
 from sft.evaluation.mmbench import Row, group_rotations, rotate
 from sft.evaluation.ranking import AnswerRequest, _plan, score_answers
 from sft.evaluation.score import Benchmark, choose_questions, evaluate, protocol_hash
 from sft.models import idefics
+from sft.pixels import load_pixels
 from sft.sample import ImageRef, Message
 
 
@@ -47,7 +47,7 @@ def plain_log_prob(model, template, messages, answer):
     pixels = torch.zeros(1, max(1, len(refs)), 3, IMAGE_SIZE, IMAGE_SIZE)
     mask = torch.zeros(1, ids_1T.shape[1], pixels.shape[1])
     for number, (ref, position) in enumerate(zip(refs, encoded.image_positions, strict=True)):
-        picture = images.to_pixels(images.decode_rgb(ref.source), IMAGE_SIZE)
+        picture = load_pixels(ref.source, IMAGE_SIZE)
         pixels[0, number] = idefics.normalise(torch.tensor(picture)[None])[0]
         mask[0, position:] = 0
         mask[0, position:, number] = 1

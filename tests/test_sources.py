@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -452,6 +453,61 @@ def test_a_parquet_row_over_the_limit_is_skipped(parquet):
     path = parquet({"a": [b"x", b"x" * 2000, b"y"]})
     with record_limit(1000):
         assert outcomes(read_parquet(path)) == [{"a": b"x"}, sources.TOO_LONG, {"a": b"y"}]
+
+
+def test_the_limit_of_a_parquet_row_is_for_its_text_and_for_each_image(parquet):
+    def row(*sizes: int) -> list[dict[str, Any]]:
+        return [{"bytes": bytes(size), "path": None} for size in sizes]
+
+    images = [row(900, 900, 900), row(1100), row(10), row(900, 900, 900, 900, 900)]
+    rows = read_parquet(parquet({"images": images, "text": ["a", "b", "c" * 1100, "d"]}))
+    with sources.record_limit(1000):
+        assert outcomes(rows) == [{"images": images[0], "text": "a"}, *[sources.TOO_LONG] * 3]
+
+
+@pytest.mark.skipif(not hasattr(pa, "proxy_memory_pool"), reason="asks Arrow for the peak of its memory")
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_few_large_rows_are_unpacked_at_a_time(parquet, monkeypatch, use_dictionary):
+    """64 MB in all, where only one of the equal values is written if there is a dictionary."""
+    monkeypatch.setattr(sources, "BATCH_BYTES", 4_000_000)
+    path = parquet({"a": [bytes(1_000_000)] * 64, "b": range(64)}, use_dictionary=use_dictionary, write_batch_size=1)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    default = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        assert len(list(outcome["b"] for outcome in outcomes(read_parquet(path)))) == 64
+    finally:
+        pa.set_memory_pool(default)
+    assert pool.max_memory() < 20_000_000
+
+
+def test_the_size_of_a_dictionary_is_read_from_its_page(parquet):
+    for size in (1, 60, 5000, 3_000_000):
+        column = pq.ParquetFile(parquet({"a": [b"x" * size]})).metadata.row_group(0).column(0)
+        assert sources._dictionary_bytes(parquet({"a": [b"x" * size]}), column) == size + 4, "and its length"
+
+
+def test_a_column_that_unpacks_to_a_thousand_times_its_size_is_refused(parquet, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_UNPACKED_BYTES", 1_000_000)
+    monkeypatch.setattr(sources, "MAX_UNPACKED_TIMES", 100)
+    path = parquet({"a": [1], "b": [bytes(1_100_000)]}, compression="zstd")
+    assert "x.parquet: column b unpacks" in refusal_of(read_parquet(path))
+    assert outcomes(read_parquet(path, columns=["a"])) == [{"a": 1}]
+    assert len(outcomes(read_parquet(parquet({"b": [np.random.default_rng(0).bytes(1_100_000)]})))) == 1
+
+
+def test_names_that_are_ours_are_not_taken_from_data(parquet, written):
+    theirs = {"__from__": "a", "__at__": "b", "__further__": "c", "__key__": "d", "__": "e", "_f": "g"}
+    line = json.dumps(theirs)
+    for rows in (
+        read_parquet(parquet({name: [value] for name, value in theirs.items()})),
+        read_jsonl(written(line, "x.jsonl")),
+        read_json_list(written(f"[{line}]", "x.json")),
+        (row for _, row in sources.read_json_items(written(f'{{"n": {line}}}', "y.json"), "")),
+    ):
+        (row,) = rows
+        assert row.keys() == {"_f", "__from__", "__at__"}
+        assert row["__from__"] != "a" and isinstance(row["__at__"], float)
 
 
 def test_a_parquet_value_that_python_has_not_is_skipped(parquet):

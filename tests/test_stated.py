@@ -79,5 +79,5 @@ def test_a_source_may_leave_its_share_to_the_others():
 
 def test_nothing_is_stated_for_a_source_of_your_own():
     recipe = card("data.mixture=[{name: utrachat, share: 1, datasets: [{dataset: ultrachat, path: raw}]}]")
-    with pytest.raises(UserError, match="no sizes are stated for it; did you mean .ultrachat"):
+    with pytest.raises(UserError, match="no sizes are stated for it; did you mean"):
         stated_sources(recipe.data)

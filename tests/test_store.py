@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -15,8 +16,9 @@ from PIL import Image
 from sft.datasets import Adapter
 from sft.errors import RunError, UserError
 from sft.images import MAX_BYTES, decode_rgb, read_bytes
+from sft.parallel import ordered_map
 from sft.sample import ImageRef, Message, Sample, SkipSample
-from sft.store import Settings, Store, preparation, prepare_store
+from sft.store import Settings, Store, is_store_folder, preparation, prepare_store
 
 
 def encoded(colour: str, format: str = "PNG", size: tuple[int, int] = (4, 3)) -> bytes:
@@ -73,6 +75,11 @@ def shown(key: str, *items: str | bytes) -> Sample:
     )
 
 
+def framed(key: str, file: Path) -> Sample:
+    """A document of an image file."""
+    return Sample(key=key, messages=(Message(role="document", content=(ImageRef(source=file), "A photo.")),))
+
+
 def prepared(path, adapter, *, on_progress=lambda records, share: None, max_skip_share=1.0, **settings) -> Store:
     settings = Settings(max_skip_share=max_skip_share, **settings)
     return prepare_store(adapter, path / "toys", asked={"dataset": "toys"}, settings=settings, on_progress=on_progress)
@@ -92,6 +99,11 @@ def test_samples_read_back_equal(tmp_path):
     assert [store.sample(row) for row in range(len(store))] == samples
     assert store.manifest["asked"] == {"dataset": "toys"}
     assert (store.manifest["records"], store.manifest["samples"]) == (3, 3)
+
+
+def test_an_empty_text_is_left_out(tmp_path):
+    store = prepared(tmp_path, Toys(shown("one", "", RED, "Is it red?", "")))
+    assert store.sample(0) == shown("one", RED, "Is it red?")
 
 
 def test_each_distinct_image_is_kept_once(tmp_path):
@@ -144,6 +156,65 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
     assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "toys").exists()
     assert len(prepared(tmp_path, toys, max_skip_share=0.75)) == 1
+    assert not (tmp_path / "toys.skips.jsonl").exists(), "it was the list of a failure"
+
+
+def test_who_allows_more_bad_records_goes_on_at_once(tmp_path):
+    toys = Toys(shown("good", "Hi."), SkipSample("no messages"))
+    with pytest.raises(RunError):
+        prepared(tmp_path, toys, max_skip_share=0.1)
+    assert len(prepared(tmp_path, toys, max_skip_share=0.5)) == 1
+    assert toys.num_read == 2, "read once"
+
+
+def test_who_allows_no_more_bad_records_has_mended_something(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 1)
+    made = []
+
+    class Counted(Toys):
+        def to_sample(self, row):
+            made.append(row["sample"].key)
+            return super().to_sample(row)
+
+    with pytest.raises(RunError):
+        prepared(tmp_path, Counted(shown("good", "Hi."), shown("bad", b"?")), max_skip_share=0.1)
+    mended = Counted(shown("good", "Hi."), shown("mended", RED))
+    assert keys(prepared(tmp_path, mended, max_skip_share=0.1)) == ["good", "mended"]
+    assert made == ["good", "bad", "mended"], "what was good is not made again"
+
+
+def test_an_image_that_is_there_at_last_is_not_skipped_again(tmp_path):
+    photo = tmp_path / "photo.png"
+    toys = Toys(shown("text", "Hi."), framed("photo", photo))
+    with pytest.raises(RunError):
+        prepared(tmp_path, toys, max_skip_share=0.1)
+    photo.write_bytes(RED)
+    assert keys(prepared(tmp_path, toys, max_skip_share=0.5)) == ["text", "photo"]
+
+
+def test_it_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 2)
+    monkeypatch.setattr(preparation, "EARLY_RECORDS", 4)
+    bad = [SkipSample("no messages")]
+    toys = Toys(*[shown("good", "Hi.")] * 2, *bad * 18)
+    with pytest.raises(RunError, match=r"66\.7% of 6 records bad \(allowed: 5\.0%\)"):
+        prepared(tmp_path, toys, max_skip_share=0.05)
+    assert toys.num_read == 7, "one more than three pieces"
+    with pytest.raises(RunError, match=r"50\.0% of 20 records"):
+        prepared(tmp_path / "half", Toys(*[*bad, shown("good", "Hi.")] * 10), max_skip_share=0.05)
+    assert len(prepared(tmp_path / "all", toys, max_skip_share=0.9)) == 2
+
+
+def test_a_finished_store_is_refused_where_fewer_bad_records_are_allowed(tmp_path):
+    toys = Toys(shown("good", "Hi."), SkipSample("no messages"))
+    prepared(tmp_path, toys)
+    with pytest.raises(RunError) as caught:
+        prepared(tmp_path, toys, max_skip_share=0.4)
+    assert str(caught.value) == (
+        "toys: 50.0% of 2 records bad (allowed: 40.0%): 1 no messages (as toys/1)"
+        f"; all of them: {tmp_path}/toys/skips.jsonl"
+    )
+    assert len(prepared(tmp_path, toys)) == 1 and toys.num_read == 2
 
 
 def test_filtered_records_are_not_dirty_but_something_must_be_left(tmp_path):
@@ -186,6 +257,84 @@ def test_a_store_is_made_anew_when_an_image_file_changed(tmp_path):
     assert prepared(tmp_path, toys).image_bytes(0) == BLUE
     photo.unlink()
     assert prepared(tmp_path, toys).image_bytes(0) == BLUE, "the store has what it needs"
+
+
+def test_an_image_file_replaced_by_an_older_one_is_noticed_under_each_of_its_names(tmp_path):
+    photo, copy = tmp_path / "photo.png", tmp_path / "copy.png"
+    for file in (photo, copy):
+        file.write_bytes(RED)
+    toys = Toys(framed("one", photo), framed("two", copy))
+    assert prepared(tmp_path, toys).num_images == 1
+    for number, file in enumerate((copy, photo), start=2):
+        file.write_bytes(PICTURES[number])
+        os.utime(file, ns=(1, 1))
+        store = prepared(tmp_path, toys)
+        assert [store.sample(row).images[0].source for row in (0, 1)] == [photo.read_bytes(), copy.read_bytes()]
+
+
+def test_a_raw_file_that_grows_while_it_is_read_is_read_again(tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("begun")
+
+    class Grows(Toys):
+        def rows(self, file):
+            yield from super().rows(file)
+            with raw.open("a") as growing:
+                growing.write(", and on")
+
+    with pytest.raises(RunError, match=r"raw\.jsonl: changed while it was read; prepare again"):
+        prepared(tmp_path, Grows(shown("one", "Hi."), file=raw))
+    assert [file.name for file in tmp_path.iterdir()] == ["raw.jsonl"]
+    assert keys(prepared(tmp_path, Toys(shown("one", "Hi."), shown("two", "Hi."), file=raw))) == ["one", "two"]
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda store: shutil.rmtree(store / "samples"), r"samples/ has 0 of 2 rows"),
+        (lambda store: shutil.rmtree(store / "images"), r"images/ has 0 of 1 rows"),
+        (lambda store: cut(next(store.glob("samples/data-*"))), r"samples/ (is not readable|has . of 2 rows)"),
+        (lambda store: cut(next(store.glob("images/data-*"))), r"images/ (is not readable|has . of 1 rows)"),
+        (lambda store: os.truncate(next(store.glob("images/data-*")), 0), r"images/ is not readable"),
+        (lambda store: cut(store / "manifest.json"), r"manifest.json is not readable as JSON"),
+        (lambda store: os.truncate(store / "manifest.json", 0), r"manifest.json is not readable as JSON"),
+        (lambda store: (store / "manifest.json").write_text("{}"), r"manifest.json does not say 'version'"),
+        (lambda store: (store / "manifest.json").write_text('{"version": 4}'), r"manifest.json does not say 'adapter'"),
+        (lambda store: (store / "image_keys.bin").unlink(), r"image_keys.bin is missing"),
+        (lambda store: cut(store / "image_order.bin"), r"image_order.bin is not of 8 bytes"),
+        (lambda store: (store / "image_files.jsonl").unlink(), r"image_files.jsonl is missing"),
+        (lambda store: (store / "image_files.jsonl").write_text('{"path'), r"image_files.jsonl is not readable"),
+    ],
+)
+def test_a_damaged_store_is_refused_and_can_be_made_anew(tmp_path, damage, message):
+    toys = Toys(shown("one", RED), shown("two", "Hi."))
+    damage(prepared(tmp_path, toys).path)
+    with pytest.raises(UserError, match=rf"toys: this store is damaged \({message}\); prepare with --fresh to make"):
+        prepared(tmp_path, toys)
+    assert keys(prepared(tmp_path, toys, fresh=True)) == ["one", "two"]
+
+
+def test_a_folder_of_something_else_is_never_removed(tmp_path):
+    (tmp_path / "toys" / "images").mkdir(parents=True)
+    (tmp_path / "toys" / "manifest.json").write_text("{}")
+    assert not is_store_folder(tmp_path / "toys")
+    with pytest.raises(UserError, match=r"toys: is there already and is no prepared dataset"):
+        prepared(tmp_path, Toys(shown("one", "Hi.")), fresh=True)
+    assert (tmp_path / "toys" / "manifest.json").read_text() == "{}"
+
+
+def test_a_store_without_a_manifest_is_made_again(tmp_path):
+    toys = Toys(shown("one", RED))
+    store = prepared(tmp_path, toys).path
+    (store / "manifest.json").unlink()
+    assert is_store_folder(store)
+    assert keys(prepared(tmp_path, toys)) == ["one"]
+    (store / "notes.txt").write_text("mine")
+    assert not is_store_folder(store) and not is_store_folder(tmp_path / "nothing")
 
 
 def test_a_store_is_made_anew_when_it_is_told_or_asked_for_in_another_way(tmp_path):
@@ -299,6 +448,95 @@ def test_processes_change_nothing(tmp_path, monkeypatch):
     one, two = (prepared(tmp_path / f"{n}", adapter, num_proc=n) for n in (1, 2))
     assert len(one) == 26
     assert contents(one) == contents(two)
+
+
+def test_a_kill_before_a_piece_has_its_name_leaves_nothing(tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    toys = Toys(shown("one", RED))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sft.files._sync", killed)
+        prepared(tmp_path, toys)
+    assert (tmp_path / ".toys.pieces" / ".00000-000000.staging" / "piece.json").is_file()
+    assert keys(prepared(tmp_path, toys)) == ["one"]
+
+
+def test_an_image_file_changed_after_a_kill_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "PIECE_RECORDS", 1)
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(RED)
+
+    class Killed(Toys):
+        def rows(self, file):
+            yield from super().rows(file)
+            raise KeyboardInterrupt
+
+    samples = framed("one", photo), shown("two", "Hi."), shown("three", "Hi.")
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, Killed(*samples))
+    photo.write_bytes(BLUE)
+    assert prepared(tmp_path, Toys(*samples)).image_bytes(0) == BLUE
+
+
+def test_a_kill_while_pieces_are_removed_does_no_harm(tmp_path, monkeypatch):
+    def killed(folder, **_):
+        for file in folder.rglob("samples.arrow"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    toys = Toys(shown("one", RED))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sft.files.shutil.rmtree", killed)
+        prepared(tmp_path, toys)
+    assert list(tmp_path.glob(".toys*")), "half of the pieces"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sft.files.shutil.rmtree", killed)
+        prepared(tmp_path / "again", toys)
+    (tmp_path / "again" / "toys" / "manifest.json").unlink()
+    for folder in (tmp_path, tmp_path / "again"):
+        assert keys(prepared(folder, toys)) == ["one"]
+        assert not list(folder.glob(".toys*")), "nothing is left"
+
+
+def test_pieces_left_beside_a_finished_store_are_removed(tmp_path):
+    toys = Toys(shown("one", RED))
+    prepared(tmp_path, toys)
+    (tmp_path / ".toys.pieces").mkdir()
+    prepared(tmp_path, toys)
+    assert not (tmp_path / ".toys.pieces").exists()
+
+
+def test_a_piece_ends_at_so_many_bytes_of_images_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "PIECE_BYTES", 10)
+    rows = [{"images": [ImageRef(source=b"1234567890")]}] * 3
+    assert [len(block) for block, _ in preparation._blocks(rows)] == [1, 1, 1]
+
+
+def test_a_record_may_be_nested_deeper_than_the_stack():
+    row: dict = {"text": "12345"}
+    for _ in range(100_000):
+        row = {"in": [row]}
+    [(block, is_last)] = preparation._blocks([row])
+    assert len(block) == 1 and is_last
+    while "in" in row:  # Python frees it level by level
+        row = row.pop("in").pop()
+
+
+class Refused:
+    """What can be sent to a process and not be made there."""
+
+    def __reduce__(self):
+        return _refuse, ()
+
+
+def _refuse():
+    raise UserError("path raw does not exist")
+
+
+def test_what_a_process_refuses_comes_out_as_itself():
+    with pytest.raises(UserError, match="path raw does not exist"):
+        list(ordered_map(str, [Refused()], 2))
 
 
 @pytest.mark.parametrize("stop_at", [0, 9, 10, 19, 39])

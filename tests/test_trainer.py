@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import batch_of, conversation, document, make_tiny_model, place
+from conftest import IMAGE_SIZE, batch_of, conversation, document, make_tiny_model, place
 from transformers import AutoTokenizer, IdeficsForVisionText2Text
 
 from sft import run
 from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
+from sft.collate import collate
 from sft.data_loader import MicroBatches
 from sft.errors import RunError, UserError
 from sft.mix import mix
@@ -20,6 +21,7 @@ from sft.models import idefics
 from sft.optim import linear_schedule, parameter_groups
 from sft.planner import Planner
 from sft.recipe import Recipe, TrainingConfig, load_recipe
+from sft.sample import SkipSample
 from sft.trainer import Trainer
 
 DATA = Path(__file__).parent / "data"
@@ -108,6 +110,16 @@ def step_once(template, tmp_path, batches) -> tuple[dict[str, torch.Tensor], dic
 
 KEY_BIASES = ("k_proj.bias", "k_layer_norm.bias")
 """A bias on all keys moves all scores of a query alike: its gradient is zero but for rounding."""
+
+
+def test_a_step_whose_samples_are_all_dirty_trains_nothing_and_says_so(template, tmp_path):
+    def fails(image):
+        raise SkipSample("image does not decode")
+
+    placed = [place(template, SAMPLES[0])]
+    batch = collate([placed], fails, train_on="all", image_size=IMAGE_SIZE, num_trained_tokens=9, forgive_images=True)
+    _, line = step_once(template, tmp_path, [batch])
+    assert (line["dirty_samples"], line["trained_tokens"], line["loss"], line["grad_norm"]) == (1, 0, 0, 0)
 
 
 def test_four_micro_batches_make_the_step_of_one(template, tmp_path):
@@ -231,7 +243,7 @@ def test_metrics_have_a_line_a_step(finished):
     for line in lines:
         assert line.keys() == {
             "step", "time", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second",
-            "peak_memory_bytes", "sources",
+            "peak_memory_bytes", "sources", "dirty_samples",
         }  # fmt: skip
         assert line["sources"].keys() == {"pictures", "talk"}
         assert sum(own["tokens"] for own in line["sources"].values()) == line["tokens"] <= 256

@@ -1,4 +1,4 @@
-"""`idefics-sft export STORE --output FILE`: a prepared dataset for other toolkits."""
+"""`idefics-sft export STORE`: a prepared dataset for other toolkits."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,11 +7,15 @@ import typer
 
 from sft.cli.stats import StorePath
 from sft.cli.terminal import Json, console, print_json, progress
+from sft.errors import printable
 
 
 def run(
     store: StorePath,
-    output: Annotated[Path, typer.Option(help="A .parquet file, or a folder for train.parquet.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A .parquet file, or a folder for train.parquet; STORE.messages beside it, if left out."),
+    ] = None,
     format: Annotated[Literal["messages-parquet"], typer.Option(help="What to write.")] = "messages-parquet",
     json: Json = False,
 ) -> None:
@@ -20,12 +24,13 @@ def run(
     from sft.store import Store
 
     found = Store(store)
+    output = output or store.absolute().with_name(f"{store.absolute().name}.messages")
     out = console(to_stderr=json)
     with progress("exporting", len(found), out) as update:
         exported = export_messages(found, output, on_progress=update)
     if json:
         print_json({"path": str(exported.path), "samples": exported.samples, "images": exported.images})
         return
-    out.print(f"{exported.path}: {exported.samples:,} samples, {exported.images:,} images")
+    out.print(f"{printable(exported.path)}: {exported.samples:,} samples, {exported.images:,} images")
     if exported.documents:
         out.print(f"{exported.documents:,} of them are documents; TRL knows no such role and refuses them")

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from sft.cli import chat, evaluate, export, inspect, mix, prepare, quickstart, select, stats, train, validate
-from sft.errors import RunError, UserError
+from sft.errors import RunError, UserError, printable
 
 app = typer.Typer(
     name="idefics-sft",
@@ -50,12 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise
-        print(f"idefics-sft: {error}", file=sys.stderr)
+        print(f"idefics-sft: {printable(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
         if "--debug" in arguments or error.filename is None:
             raise
-        print(f"idefics-sft: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"idefics-sft: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
         sys.exit(1 if error.errno in (errno.ENOSPC, errno.EIO) else 2)
     except KeyboardInterrupt:
         print("idefics-sft: interrupted", file=sys.stderr)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, Overrides, console, percent, preparation, print_json, quiet_libraries, table
+from sft.errors import UserError, printable
 
 if TYPE_CHECKING:
     from sft.store import Store
@@ -27,10 +28,10 @@ def run(
     dataset: Annotated[str | None, typer.Option(help="One dataset without a recipe: the adapter's name.")] = None,
     path: Annotated[str | None, typer.Option(help="With --dataset: its raw files.")] = None,
     output: Annotated[Path | None, typer.Option(help="With --dataset: the folder of the store.")] = None,
-    split: Annotated[str, typer.Option(help="With --dataset: which part of the raw data.")] = "train",
+    split: Annotated[str | None, typer.Option(help="With --dataset: which part of the raw data; train.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="With --dataset: KEY=VALUE for the adapter.")] = None,
-    verify: Annotated[str, typer.Option(help="With --dataset: decode or header.")] = "decode",
-    images: Annotated[str, typer.Option(help="With --dataset: embed or reference.")] = "embed",
+    verify: Annotated[str | None, typer.Option(help="With --dataset: decode (the default) or header.")] = None,
+    images: Annotated[str | None, typer.Option(help="With --dataset: embed (the default) or reference.")] = None,
     max_skip_share: Annotated[
         float | None, typer.Option(min=0, max=1, help="Stop when more than this share of the records is bad.")
     ] = None,
@@ -40,7 +41,6 @@ def run(
     json: Json = False,
 ) -> None:
     """Prepare the datasets of a recipe and its base model, or one dataset."""
-    from sft.errors import UserError
     from sft.run import PrepareOptions
 
     quiet_libraries()
@@ -49,22 +49,52 @@ def run(
     if dataset is not None:
         if recipe is not None or (path is None and output is None) or output is None:
             raise UserError("prepare --dataset NAME needs --path RAW and --output DIR, and no RECIPE")
-        asked = {"dataset": dataset, "path": path, "split": split, "options": _adapter_options(option or ())}
-        how = {"verify": verify, "images": images}
+        options_of_it = _adapter_options(option or ())
+        asked = {"dataset": dataset, "path": path, "split": split or "train", "options": options_of_it}
+        how = {name: value for name, value in (("verify", verify), ("images", images)) if value is not None}
         stores = [_one(asked, how, output, max_skip_share, options, out)]
-        following = f"idefics-sft stats {output}"
+        following = shlex.join(["idefics-sft", "stats", str(output)])
     else:
         if recipe is None:
             raise UserError("prepare needs a RECIPE, or --dataset NAME --path RAW --output DIR")
+        _refuse_dataset_options(
+            path=path, output=output and str(output), split=split, option=option, verify=verify, images=images
+        )
         own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
         stores = _all(recipe, [*(overrides or ()), *own], options, out)
         arguments = shlex.join([recipe, *(overrides or ())])
         following = f"idefics-sft mix {arguments}, or idefics-sft train {arguments}"
+        if limit is not None:
+            paths = dict.fromkeys(str(store.path) for store in stores)
+            following = ", ".join(shlex.join(["idefics-sft", "stats", path]) for path in paths)
+            following += f". The first {limit:,} records are for looking: mix and train want all, without --limit"
     if json:
         print_json({"stores": [_summary(store) for store in stores]})
         return
     show(stores, out)
-    out.print(f"Next: {following}")
+    out.print(f"Next: {printable(following)}")
+
+
+RECIPE_KEYS = {
+    "path": "data.mixture.0.datasets.0.path",
+    "split": "data.mixture.0.datasets.0.split",
+    "option": "data.mixture.0.datasets.0.options",
+    "output": "data.store",
+    "verify": "data.verify",
+    "images": "data.images",
+}
+
+
+def _refuse_dataset_options(**given: Any) -> None:
+    """A recipe says these things by itself.
+
+    Raises:
+        UserError: one of the options that go with --dataset is given; it names the key of the recipe.
+    """
+    for name, value in given.items():
+        if value is not None:
+            example = RECIPE_KEYS[name] if isinstance(value, list) else f"{RECIPE_KEYS[name]}={value}"
+            raise UserError(f"--{name} goes with --dataset; a RECIPE has the key {example}, in it or after it")
 
 
 def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Store]:
@@ -92,8 +122,6 @@ def _one(
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
     import yaml
 
-    from sft.errors import UserError
-
     options = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -110,7 +138,7 @@ def show(stores: Sequence[Store], out: Console) -> None:
     """What each store holds, and what was left out of it and why."""
     rows = [
         (
-            str(store.path),
+            printable(store.path),
             f"{store.manifest['records']:,}",
             f"{len(store):,}",
             f"{store.num_images:,}",
@@ -125,9 +153,11 @@ def show(stores: Sequence[Store], out: Console) -> None:
             for reason, number in store.manifest[kind].items():
                 share = percent(number / max(store.manifest["records"], 1))
                 example = store.manifest["examples"][reason]
-                out.print(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}")
+                out.print(printable(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}"))
         if store.manifest["limit"]:
-            out.print(f"{store.path.name}: only the first {store.manifest['limit']:,} records, as --limit said")
+            out.print(
+                f"{printable(store.path.name)}: only the first {store.manifest['limit']:,} records, as --limit said"
+            )
 
 
 def _summary(store: Store) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, console, percent, print_json, table
+from sft.errors import printable
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a prepared dataset.")]
 
@@ -25,7 +26,9 @@ def run(store: StorePath, json: Json = False) -> None:
 
 def show(stats: dict[str, Any], out: Console) -> None:
     """Print them."""
-    out.print(f"{stats['path']}: {stats['dataset']}, licence {stats['licence']}, {stats['bytes'] / 1e6:,.1f} MB")
+    out.print(
+        f"{printable(stats['path'])}: {stats['dataset']}, licence {stats['licence']}, {stats['bytes'] / 1e6:,.1f} MB"
+    )
     out.print(
         f"{stats['samples']:,} samples of {stats['records']:,} records; {stats['images']:,} images shown, "
         f"{stats['distinct_images']:,} distinct"
@@ -50,4 +53,4 @@ def show(stats: dict[str, Any], out: Console) -> None:
     out.print("images a sample: " + ", ".join(shares))
     for kind in ("filtered", "skipped"):
         for reason, number in stats[kind].items():
-            out.print(f"{kind}: {number:,}, {reason}")
+            out.print(f"{kind}: {number:,}, {printable(reason)}")

@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sft.errors import printable
+
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped name, or a RUN folder.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="training.max_steps=100 …")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
@@ -42,9 +44,9 @@ def quiet_libraries() -> None:
 
 
 def console(to_stderr: bool = False) -> Console:
-    """Where tables and progress go."""
-    found = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
-    return found if found.is_terminal else Console(stderr=to_stderr, highlight=False, soft_wrap=True, width=120)
+    """Where tables and progress go. Data are printed there, so nothing is read as markup."""
+    width = None if Console(stderr=to_stderr).is_terminal else 120
+    return Console(stderr=to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for number, name in enumerate(header):
-        result.add_column(name, justify="right" if number else "left", no_wrap=True)
+        result.add_column(name, justify="right" if number and name else "left", no_wrap=True)
     for row in rows:
         result.add_row(*row)
     return result
@@ -76,12 +78,12 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Any]
         yield _lines(description, total, out)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=out) as bar:
         task = bar.add_task(description, total=total, note="")
@@ -99,45 +101,75 @@ def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
         yield _preparation_lines(out)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=out) as bar:
         tasks: dict[str, TaskID] = {}
+        rates: dict[str, _Rate] = {}
 
         def update(name: str, records: int, share: float) -> None:
             if name not in tasks:
-                tasks[name] = bar.add_task(name, total=1.0, note="")
-            task = bar.tasks[tasks[name]]
-            rate = f", {records / task.elapsed:,.0f}/s" if task.elapsed else ""
+                tasks[name], rates[name] = bar.add_task(printable(name), total=1.0, note=""), _Rate()
+            rate = rates[name].after(records, time.monotonic())
             bar.update(tasks[name], completed=share, note=f"{records:,}{rate}")
 
         yield update
+
+
+class _Rate:
+    """Records a second, from the first that are told of: those may have been done by an earlier run."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+
+    def after(self, records: int, now: float) -> str:
+        """`, 1,234/s`; nothing while it cannot be told."""
+        if self.first is None or records < self.first[0]:
+            self.first = (records, now) if records else None
+            return ""
+        done, seconds = records - self.first[0], now - self.first[1]
+        return f", {done / seconds:,.0f}/s" if done and seconds > 1 else ""
 
 
 _LOG_EVERY_SECONDS = 15.0
 
 
 def _preparation_lines(out: Console) -> Callable[[str, int, float], None]:
-    """The same for a log: a line now and then."""
-    started: dict[str, float] = {}
+    """The same for a log: a line at the beginning, one now and then, one at the end."""
     printed: dict[str, float] = {}
+    first: dict[str, tuple[float, float]] = {}
+    rates: dict[str, _Rate] = {}
+    ended: set[str] = set()
 
     def update(name: str, records: int, share: float) -> None:
         now = time.monotonic()
-        started.setdefault(name, now)
-        if now - printed.setdefault(name, now) < _LOG_EVERY_SECONDS and share < 1:
+        if name not in printed:
+            printed[name], rates[name] = now, _Rate()
+            if not share:
+                out.print(f"preparing {printable(name)}")
+        rate = rates[name].after(records, now)
+        if share:
+            first.setdefault(name, (share, now))
+        if name in ended or (now - printed[name] < _LOG_EVERY_SECONDS and share < 1):
             return
-        printed[name], seconds = now, now - started[name]
-        left = f", {seconds * (1 / share - 1):,.0f} s left" if 0 < share < 1 else ""
-        rate = f", {records / seconds:,.0f}/s" if seconds > 1 else ""
-        out.print(f"preparing {name}: {records:,}{rate}{left}")
+        printed[name] = now
+        if share >= 1:
+            ended.add(name)
+        out.print(f"preparing {printable(name)}: {records:,}{rate}{_time_left(first.get(name), share, now)}")
 
     return update
+
+
+def _time_left(first: tuple[float, float] | None, share: float, now: float) -> str:
+    """By what was done since the first share that was told of, and when."""
+    if first is None or not first[0] < share < 1:
+        return ""
+    return f", {(now - first[1]) * (1 - share) / (share - first[0]):,.0f} s left"
 
 
 def _lines(description: str, total: int | None, out: Console) -> Any:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from sft.errors import UserError
 from sft.images import MAX_BYTES, base64_image
 from sft.sample import ImageRef, Message, SkipSample
-from sft.sources import Row, index_base64_object, read_json_items, read_parquet, read_place, require_file
+from sft.sources import Row, batch_rows, index_base64_object, read_json_items, read_parquet, read_place, require_file
 
 BLOCK_BYTES = 512 * 1024 * 1024
 """So much of an image parquet is held in memory, about."""
@@ -236,9 +236,11 @@ def _read_images(file: Path) -> Iterator[tuple[str, Any]]:
         others = [name for name in parquet.schema_arrow.names if name != "base64"]
         if len(others) != 1 or len(parquet.schema_arrow) != 2:
             raise UserError(f"{file}: has columns {parquet.schema_arrow.names}; expected `base64` and one of image ids")
-        for batch in parquet.iter_batches(batch_size=64):
-            for name, image in zip(batch.column(others[0]), batch.column("base64"), strict=True):
-                yield _plain(str(name)), image.as_py()
+        for group in range(parquet.num_row_groups):
+            num_rows = batch_rows(file, parquet.metadata.row_group(group))
+            for batch in parquet.iter_batches(batch_size=num_rows, row_groups=[group]):
+                for name, image in zip(batch.column(others[0]), batch.column("base64"), strict=True):
+                    yield _plain(str(name)), image.as_py()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch import nn
 from sft import images
 from sft.chat_template import ChatTemplate
 from sft.collate import Pixels, PlacedSample, collate
+from sft.pixels import load_pixels
 from sft.sample import EncodedSample, ImageRef, Message
 
 TOKENS_PER_FORWARD = 4096
@@ -159,11 +160,11 @@ def _score_batch(
 ) -> NDArray[np.float64]:
     """Log-probability of each reading of these segments, in their order."""
 
-    def load_pixels(number: int) -> Pixels:
-        return images.to_pixels(images.decode_rgb(images.read_bytes(refs[number])), image_size)
+    def load(number: int) -> Pixels:
+        return load_pixels(images.read_bytes(refs[number]), image_size)
 
     placed = [_place(segment) for segment in segments]
-    batch = collate([placed], load_pixels, train_on="assistant", image_size=image_size, num_trained_tokens=1)
+    batch = collate([placed], load, train_on="assistant", image_size=image_size, num_trained_tokens=1)
     device = next(model.parameters()).device
     with torch.inference_mode():
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

@@ -12,7 +12,7 @@ from sft.errors import UserError, nearest
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 
 class ModelFamily(Protocol):
@@ -44,6 +44,9 @@ class ModelFamily(Protocol):
 
     def tokens_per_image(self, size: tuple[int, int]) -> int:
         """Text tokens that an image of this size costs."""
+
+    def image_cost_in_tokens(self, config: PreTrainedConfig) -> float:
+        """How much work an image is beside a text token; packs are dealt to ranks by it."""
 
 
 def get_family(name: str) -> ModelFamily:

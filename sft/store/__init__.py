@@ -4,6 +4,7 @@
                     images/      sha256, bytes, path, width, height: each distinct image once, verified
                     encoded/     token ids by tokenizer and template, see sft.encoding
                     image_keys.bin, image_order.bin  see sft.image_keys
+                    image_files.jsonl  the image files that records name, with sizes, times and hashes
                     skips.jsonl  every record that was left out, with its reason
                     manifest.json  what was asked, raw files with sizes and hashes, counts, filtered and skipped by
                                    reason, licence, versions; written last
@@ -14,10 +15,11 @@ A store without a manifest is unfinished and is made again.
     join         finished pieces -> the two tables, each image once
     preparation  raw files -> pieces -> store, resumable
     reading      the finished store
+    image_files  what image files were like when they were read
     tables       the Arrow files
 """
 
 from sft.store.preparation import RawDataset, Settings, prepare_store
-from sft.store.reading import MANIFEST, Store
+from sft.store.reading import MANIFEST, Store, is_store_folder
 
-__all__ = ["MANIFEST", "RawDataset", "Settings", "Store", "prepare_store"]
+__all__ = ["MANIFEST", "RawDataset", "Settings", "Store", "is_store_folder", "prepare_store"]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sft.files import link_or_copy
 from sft.image_keys import write_image_keys
+from sft.store.image_files import IMAGE_FILES
 from sft.store.pieces import read_piece
 from sft.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
 
@@ -37,8 +38,9 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> int:
         name = f"{number:08d}.arrow"
         _join_images(piece / "images.arrow", is_kept[start:stop], target / "images" / name)
         _join_samples(piece / "samples.arrow", row_of[start:stop], target / "samples" / name)
-        with (target / "skips.jsonl").open("ab") as skips, (piece / "skips.jsonl").open("rb") as own:
-            shutil.copyfileobj(own, skips)
+        for lines in ("skips.jsonl", IMAGE_FILES):
+            with (target / lines).open("ab") as joined, (piece / lines).open("rb") as own:
+                shutil.copyfileobj(own, joined)
     finish_table(target / "samples", SAMPLES)
     finish_table(target / "images", IMAGES)
     return int(is_kept.sum())

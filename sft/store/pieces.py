@@ -2,23 +2,25 @@
 
 <piece>/samples.arrow   image rows count within the piece
         images.arrow    the piece's distinct images
+        image_files.jsonl  the image files that were read
         skips.jsonl     what was left out and why
         piece.json      counts; the folder gets its name only when all of this is written
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sft.files import staged
-from sft.images import read_bytes, size_of, verified_size
+from sft.images import size_of, verified_size
 from sft.sample import ImageRef, Sample, SkipSample
 from sft.sources import Row
+from sft.store.image_files import IMAGE_FILES, ImageReader
 from sft.store.tables import IMAGES, SAMPLES, TableWriter, to_record
 
 Images = Literal["embed", "reference"]
@@ -64,6 +66,12 @@ class Counts:
         """As a JSON object; `dataclasses.asdict` would count the items of a Counter anew."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Counts:
+        """What `to_json` gave, among other things."""
+        own = {name: type(value)(values[name]) for name, value in vars(Counts()).items()}
+        return Counts(**own)
+
     @property
     def skip_share(self) -> float:
         """Share of bad records."""
@@ -98,10 +106,7 @@ def write_piece(piece: Piece) -> Counts:
 def read_piece(path: Path) -> tuple[Counts, bool]:
     """Counts of a finished piece, and whether its raw file ends with it."""
     values = json.loads((path / "piece.json").read_text())
-    is_last = values.pop("is_last")
-    counts = Counts(**values)
-    counts.filtered, counts.skipped = Counter(counts.filtered), Counter(counts.skipped)
-    return counts, is_last
+    return Counts.from_json(values), values["is_last"]
 
 
 def _write_tables(piece: Piece, folder: Path) -> Counts:
@@ -109,9 +114,11 @@ def _write_tables(piece: Piece, folder: Path) -> Counts:
     seen: dict[str, int] = {}  # sha256 -> row, within the piece
     with (
         (folder / "skips.jsonl").open("w", encoding="utf-8") as skips,
+        (folder / IMAGE_FILES).open("w", encoding="utf-8") as image_files,
         TableWriter(folder / "samples.arrow", SAMPLES) as samples,
         TableWriter(folder / "images.arrow", IMAGES) as images,
     ):
+        reader = ImageReader(image_files)
         for number, row in enumerate(piece.rows, start=piece.first):
             counts.records += 1
             key = f"{piece.adapter.name}/{row.get('__from__', number) if isinstance(row, dict) else number}"
@@ -121,7 +128,7 @@ def _write_tables(piece: Piece, folder: Path) -> Counts:
                 sample = piece.adapter.to_sample(row)
                 key = sample.key
                 _check_text(sample)
-                loaded = [_load(image, seen, piece) for image in sample.images]
+                loaded = [_load(image, reader, seen, piece) for image in sample.images]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
                 line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
@@ -148,10 +155,9 @@ def _check_text(sample: Sample) -> None:
                 raise SkipSample("text is not Unicode") from error
 
 
-def _load(image: ImageRef, seen: dict[str, int], piece: Piece) -> dict[str, Any]:
+def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], piece: Piece) -> dict[str, Any]:
     """The row of images/ for an image; verified unless it was before."""
-    content = read_bytes(image)
-    sha256 = hashlib.sha256(content).hexdigest()
+    content, sha256 = reader.read(image)
     if sha256 in seen:
         return {"sha256": sha256}
     width, height = verified_size(content) if piece.verify == "decode" else size_of(content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,17 +18,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sft.errors import RunError, UserError
-from sft.files import hash_file, staged
+from sft.files import discard, hash_file, remove_leftovers, staged
 from sft.parallel import ordered_map
-from sft.sample import Sample, SkipSample
+from sft.sample import ImageRef, Sample, SkipSample
 from sft.sources import MAX_RECORD_BYTES, Row, record_limit
+from sft.store.image_files import IMAGE_FILES, changed_image_files, stamp_of
 from sft.store.join import join_pieces
 from sft.store.pieces import Counts, Images, Piece, Verify, read_piece, write_piece
-from sft.store.reading import MANIFEST, VERSION, Store
+from sft.store.reading import MANIFEST, VERSION, Store, is_store_folder
 
 PIECE_RECORDS = 4096
 PIECE_BYTES = 48 * 1024 * 1024
 """A piece ends at so many records or bytes of them, whichever is first; a process holds one piece in memory."""
+
+EARLY_RECORDS = 2000
+"""After so many records of which most are bad, more of them will not help."""
+
+_FAILED = "failed.json"
+"""In the folder of pieces: the `max_skip_share` that was not enough."""
 
 Progress = Callable[[int, float], None]
 """Called with the records done so far, and the share of all raw bytes."""
@@ -73,7 +79,7 @@ class Settings:
     """Only the first so many records."""
     max_record_bytes: int = MAX_RECORD_BYTES
     max_skip_share: float = 0.05
-    """More bad records than this stop the preparation."""
+    """More bad records than this are a failure."""
     num_proc: int = 1
     fresh: bool = False
     """Make it anew, whatever is there."""
@@ -92,43 +98,75 @@ def prepare_store(
     `asked` is what the user asked for and is written into the manifest. The store has one writer: the caller locks.
 
     Raises:
-        UserError: the store there was made by another version of the adapter or of this code.
-        RunError: more than `max_skip_share` of the records are bad, or no sample is left.
+        UserError: the store there was made by another version of the adapter or of this code, or is damaged; or
+            something else is there.
+        RunError: more than `max_skip_share` of the records are bad, no sample is left, or a raw file was changed.
     """
     files, all_files = raw.files(), raw.all_files()
     wanted = {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked} | {
         key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")
     }
-    if settings.fresh:
-        for folder in (path, _staging(path)):
-            shutil.rmtree(folder, ignore_errors=True)
-    elif (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and not settings.fresh:
         store = Store(path)
         _check_adapter(store, raw)
         if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files):
+            _check_share(Counts.from_json(store.manifest), path, path / "skips.jsonl", settings.max_skip_share)
+            _clean_up(path)
             return store
-    pieces = _open_staging(path, wanted | {"verify": settings.verify, "files": [_stamp(file) for file in all_files]})
+    _check_ours(path)
+    if settings.fresh:
+        discard(path)
+        discard(_staging(path))
+    stamps = [_stamp(file) for file in all_files]
+    pieces = _open_staging(path, wanted | {"verify": settings.verify, "files": stamps}, settings.max_skip_share)
     with record_limit(settings.max_record_bytes):
-        _write_pieces(raw, files, pieces, settings, on_progress)
-    finished = sorted(piece.parent for piece in pieces.glob("[0-9]*/piece.json"))
-    counts = Counts()
-    for piece in finished:
+        early = _write_pieces(raw, files, pieces, settings, on_progress)
+    _check_unchanged(stamps, pieces)
+    finished = _piece_folders(pieces)
+    counts = early or Counts()
+    for piece in [] if early else finished:
         counts.add(read_piece(piece)[0])
     _check_counts(counts, path, pieces, settings.max_skip_share)
+    entries = [
+        stamp | {"xxh3": hash_file(file) if file.is_file() else None}
+        for file, stamp in zip(all_files, stamps, strict=True)
+    ]
+    _check_unchanged(stamps, pieces)
     with staged(path) as target:
         counts.distinct_images = join_pieces(finished, target)
         manifest = {
             "version": VERSION,
             **wanted,
             "verify": settings.verify,
-            "files": [_stamp(file) | {"xxh3": hash_file(file) if file.is_file() else None} for file in all_files],
+            "files": entries,
             **counts.to_json(),
             "licence": raw.licence,
             "versions": {name: version(name) for name in ("idefics-sft", "pyarrow", "pillow")},
         }
         (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(pieces)
+    _clean_up(path)
     return Store(path)
+
+
+def _clean_up(path: Path) -> None:
+    """Remove what is of no use beside a finished store: leftovers of a kill, the skips of a failure."""
+    discard(_staging(path))
+    for place in (path, _staging(path)):
+        remove_leftovers(place)
+    _skips_of_failure(path).unlink(missing_ok=True)
+
+
+def _check_ours(path: Path) -> None:
+    """What is no store is not removed to make room for one."""
+    if path.exists() and not is_store_folder(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: is there already and is no prepared dataset; choose another folder")
+
+
+def _check_unchanged(stamps: Sequence[dict[str, Any]], pieces: Path) -> None:
+    for stamp in stamps:
+        if stamp_of(Path(stamp["path"])) != (stamp["bytes"], stamp["mtime_ns"]):
+            discard(pieces)
+            raise RunError(f"{stamp['path']}: changed while it was read; prepare again")
 
 
 def _check_adapter(store: Store, raw: RawDataset) -> None:
@@ -155,30 +193,56 @@ def _staging(path: Path) -> Path:
     return path.with_name(f".{path.name}.pieces")
 
 
-def _open_staging(path: Path, plan: dict[str, Any]) -> Path:
-    """The folder of unfinished work: emptied unless it was begun for the same plan."""
+def _skips_of_failure(path: Path) -> Path:
+    return path.with_name(f"{path.name}.skips.jsonl")
+
+
+def _open_staging(path: Path, plan: dict[str, Any], max_skip_share: float) -> Path:
+    """The folder of unfinished work: emptied unless it was begun for the same plan.
+
+    After too many bad records, pieces with some are kept only for whoever allows more of them now; else something was
+    mended, if only in the adapter.
+    """
     pieces = _staging(path)
     digest = hashlib.sha256(json.dumps([VERSION, plan], sort_keys=True).encode()).hexdigest()
     if not (pieces / digest).is_file():
-        shutil.rmtree(pieces, ignore_errors=True)
+        discard(pieces)
         pieces.mkdir(parents=True)
         (pieces / digest).touch()
+    if (pieces / _FAILED).is_file():
+        if max_skip_share <= json.loads((pieces / _FAILED).read_text()):
+            for piece in _piece_folders(pieces):
+                if read_piece(piece)[0].skipped:
+                    discard(piece)
+        (pieces / _FAILED).unlink()
     return pieces
+
+
+def _piece_folders(pieces: Path) -> list[Path]:
+    """The finished pieces, in order. A hidden folder is one that was being written, whatever it holds."""
+    return sorted(piece.parent for piece in pieces.glob("[0-9]*/piece.json"))
 
 
 def _write_pieces(
     raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: Progress
-) -> None:
+) -> Counts | None:
+    """Write the missing pieces; return the counts so far if that was given up because most records are bad."""
     finished = _finished_pieces(pieces)
-    done = sum(counts.records for of_file in finished.values() for counts, _ in of_file.values())
+    done = Counts()
+    for of_file in finished.values():
+        for counts, _ in of_file.values():
+            done.add(counts)
     missing = _missing_pieces(raw, files, pieces, finished, settings)
-    for records, share in ordered_map(_write, missing, settings.num_proc):
-        done += records
-        on_progress(done, share)
+    for counts, share in ordered_map(_write, missing, settings.num_proc):
+        done.add(counts)
+        on_progress(done.records, share)
+        if done.records >= EARLY_RECORDS and done.skip_share > max(0.5, settings.max_skip_share):
+            return done
+    return None
 
 
-def _write(piece: Piece) -> tuple[int, float]:
-    return write_piece(piece).records, piece.share_read
+def _write(piece: Piece) -> tuple[Counts, float]:
+    return write_piece(piece), piece.share_read
 
 
 def _missing_pieces(
@@ -235,21 +299,32 @@ def _blocks(rows: Iterable[Row | SkipSample]) -> Iterator[tuple[list[Row | SkipS
     yield block, True
 
 
-def _num_bytes(value: object) -> int:
-    """About the size of a row: of its texts and bytes."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_num_bytes, value.values()))
-    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 8
+def _num_bytes(row: object) -> int:
+    """About the size of a row: of its texts and bytes, however deep they are."""
+    num_bytes, waiting = 0, [row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, ImageRef):
+            value = value.source
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+        else:
+            num_bytes += len(value) if isinstance(value, str | bytes) else 8
+    return num_bytes
 
 
 def _finished_pieces(pieces: Path) -> dict[int, dict[int, tuple[Counts, bool]]]:
-    """The finished pieces of each raw file, by number; of those written side by side a later one may be done first."""
+    """The finished pieces of each raw file, by number; of those written side by side a later one may be done first.
+    One of image files that changed since is removed."""
     finished: dict[int, dict[int, tuple[Counts, bool]]] = defaultdict(dict)
-    for piece in pieces.glob("*/piece.json"):
-        file_number, _, number = piece.parent.name.partition("-")
-        finished[int(file_number)][int(number)] = read_piece(piece.parent)
+    for piece in _piece_folders(pieces):
+        if any(changed_image_files(piece / IMAGE_FILES)):
+            discard(piece)
+            continue
+        file_number, _, number = piece.name.partition("-")
+        finished[int(file_number)][int(number)] = read_piece(piece)
     return finished
 
 
@@ -259,22 +334,27 @@ def _is_whole(finished: dict[int, tuple[Counts, bool]]) -> bool:
 
 
 def _check_counts(counts: Counts, path: Path, pieces: Path, max_skip_share: float) -> None:
-    """Stop when too much is bad, or nothing is left; the list of skips stays, the rest is made anew next time."""
+    """Stop when too much is bad, or nothing is left. The list of skips stays; so do the pieces, see `_open_staging`."""
     if counts.samples and counts.skip_share <= max_skip_share:
         return
-    listed = path.with_name(f"{path.name}.skips.jsonl")
+    listed = _skips_of_failure(path)
     with listed.open("wb") as file:
-        for skips in sorted(pieces.glob("*/skips.jsonl")):
-            file.write(skips.read_bytes())
-    shutil.rmtree(pieces)
+        for piece in _piece_folders(pieces):
+            file.write((piece / "skips.jsonl").read_bytes())
+    (pieces / _FAILED).write_text(json.dumps(max_skip_share))
+    _check_share(counts, path, listed, max_skip_share)
+    discard(pieces)
+    raise RunError(
+        f"{path.name}: none of {counts.records:,} records is left: {_table(counts.filtered + counts.skipped, counts)}"
+    )
+
+
+def _check_share(counts: Counts, path: Path, listed: Path, max_skip_share: float) -> None:
     if counts.skip_share > max_skip_share:
         raise RunError(
             f"{path.name}: {counts.skip_share:.1%} of {counts.records:,} records bad (allowed: {max_skip_share:.1%}): "
             f"{_table(counts.skipped, counts)}; all of them: {listed}"
         )
-    raise RunError(
-        f"{path.name}: none of {counts.records:,} records is left: {_table(counts.filtered + counts.skipped, counts)}"
-    )
 
 
 def _table(reasons: Any, counts: Counts) -> str:

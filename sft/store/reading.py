@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,11 +17,25 @@ from sft.files import hash_file
 from sft.image_keys import KEYS, ORDER, read_numbers
 from sft.images import read_bytes
 from sft.sample import ImageRef, Sample
-from sft.store.tables import Table, image_rows_of, to_messages
+from sft.store.image_files import IMAGE_FILES, changed_image_files
+from sft.store.pieces import Counts
+from sft.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
 
-VERSION = 3
+VERSION = 4
 """Raised when the layout changes; stores of another version are refused."""
 MANIFEST = "manifest.json"
+_IN_MANIFEST = {
+    "adapter",
+    "asked",
+    "verify",
+    "images",
+    "limit",
+    "max_record_bytes",
+    "files",
+    "licence",
+    *vars(Counts()),
+}
+_LAYOUT = {"samples", "images", "encoded", KEYS, ORDER, IMAGE_FILES, "skips.jsonl", MANIFEST}
 
 _SHA256, _BYTES, _PATH = 0, 1, 2
 _KEY, _MESSAGES = 0, 1
@@ -34,19 +47,49 @@ class Store:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            UserError: there is no finished store at `path`, or it is of another version.
+            UserError: there is no finished store at `path`, it is of another version, or it is damaged.
         """
         self.path = path
         if not (path / MANIFEST).is_file():
             raise UserError(f"{path}: no prepared dataset here; run `idefics-sft prepare` first")
-        self.manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        self.manifest = self._read_manifest()
         if self.manifest["version"] != VERSION:
             raise UserError(
                 f"{path}: prepared by version {self.manifest['version']} of the store, this is {VERSION}; "
                 "prepare with --fresh to make it anew"
             )
-        self._samples = Table(path / "samples")
-        self._images = Table(path / "images")
+        if missing := sorted(_IN_MANIFEST - self.manifest.keys()):
+            raise self._damaged(f"{MANIFEST} does not say {missing[0]!r}")
+        self._samples = self._table("samples", SAMPLES, self.manifest["samples"])
+        self._images = self._table("images", IMAGES, self.manifest["distinct_images"])
+        for name, num_bytes in ((KEYS, 8 * len(self._images)), (ORDER, 8 * len(self._images)), (IMAGE_FILES, None)):
+            if not (path / name).is_file():
+                raise self._damaged(f"{name} is missing")
+            if num_bytes not in (None, (path / name).stat().st_size):
+                raise self._damaged(f"{name} is not of {num_bytes:,} bytes")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+        except ValueError as error:
+            raise self._damaged(f"{MANIFEST} is not readable as JSON") from error
+        if not isinstance(manifest, dict) or "version" not in manifest:
+            raise self._damaged(f"{MANIFEST} does not say 'version'")
+        return manifest
+
+    def _table(self, name: str, schema: pa.Schema, num_rows: int) -> Table:
+        try:
+            table = Table(self.path / name)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(f"{name}/ is not readable") from error
+        if len(table) != num_rows:
+            raise self._damaged(f"{name}/ has {len(table)} of {num_rows} rows")
+        if any(batch.schema != schema for batch in table.batches):
+            raise self._damaged(f"{name}/ has other columns")
+        return table
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path}: this store is damaged ({what}); prepare with --fresh to make it anew")
 
     def __reduce__(self) -> tuple[object, ...]:
         return Store, (self.path,)
@@ -129,16 +172,16 @@ class Store:
         known = {entry["path"]: entry for entry in self.manifest["files"]}
         changed = [file for file in files if _is_other(file, known.get(str(file.absolute())))]
         changed += [Path(path) for path in known.keys() - {str(file.absolute()) for file in files}]
-        return changed + list(self._changed_images())
+        try:
+            return changed + list(changed_image_files(self.path / IMAGE_FILES))
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._damaged(f"{IMAGE_FILES} is not readable") from error
 
-    def _changed_images(self) -> Iterator[Path]:
-        prepared_ns = (self.path / MANIFEST).stat().st_mtime_ns
-        for sha256, name in zip(self._images.column("sha256"), self._images.column("path"), strict=True):
-            file = Path(name) if name else None
-            if file and file.is_file() and file.stat().st_mtime_ns > prepared_ns:
-                with file.open("rb") as content:
-                    if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
-                        yield file
+
+def is_store_folder(path: Path) -> bool:
+    """Whether a folder is a store, finished or not, and holds nothing else: whoever writes a store may remove it."""
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    return names <= _LAYOUT and (KEYS in names or {"samples", "images"} <= names)
 
 
 def _is_other(file: Path, known: dict[str, Any] | None) -> bool:

@@ -154,7 +154,7 @@ class Table:
 
 
 def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
-    """A sample as a row of samples/, with the row of each of its images in reading order."""
+    """A sample as a row of samples/, with the row of each of its images in reading order. Empty texts are left out."""
     remaining = iter(image_rows)
 
     def item(part: str | ImageRef) -> dict[str, Any]:
@@ -164,7 +164,9 @@ def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
 
     return {
         "key": sample.key,
-        "messages": [{"role": m.role, "content": [item(part) for part in m.content]} for m in sample.messages],
+        "messages": [
+            {"role": m.role, "content": [item(part) for part in m.content if part != ""]} for m in sample.messages
+        ],
     }
 
 

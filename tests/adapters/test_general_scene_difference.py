@@ -73,6 +73,10 @@ def test_rows_of_the_hub_hold_their_images(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "CGD" / "train-00000-of-00001.parquet")
     [sample] = samples(adapter(NAME, tmp_path))
     assert [image.source for image in sample.images] == [picture("red"), picture("blue")]
+    pq.write_table(
+        pa.Table.from_pylist([row | {"__further__": "x"}]), tmp_path / "CGD" / "train-00000-of-00001.parquet"
+    )
+    assert samples(adapter(NAME, tmp_path)) == [sample], "a column is never taken for what we note in a row"
     with pytest.raises(UserError, match="multi_turn and image_folder go by image ids"):
         outcomes(adapter(NAME, tmp_path, image_folder="CGD"))
 
