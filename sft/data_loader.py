@@ -129,6 +129,14 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
         return BatchMaker(self.sources.reader, image_size=self.image_size, seed=self.planner.seed, notes=notes)
 
     def _batches_of_workers(self) -> Iterator[Batch]:
+        try:
+            yield from self._worked()
+        except RuntimeError as error:  # torch's handler of dead workers raises anywhere, even while this is cleaned up
+            if isinstance(error.__context__, RunError) and str(error).startswith(_OF_WORKERS):
+                raise error.__context__ from None
+            raise
+
+    def _worked(self) -> Iterator[Batch]:
         data = self.sources.data
         with TemporaryDirectory(prefix="idefics-sft-") as folder:
             batches: DataLoader[Batch] = DataLoader(
@@ -143,9 +151,10 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
             )
             try:
                 yield from batches
-            except RuntimeError as error:
-                if not str(error).startswith(("DataLoader timed out", "DataLoader worker")):
-                    raise  # of a worker's code, with its traceback
+            except (RuntimeError, OSError, EOFError) as error:  # a worker may die in the middle of handing over a batch
+                is_of_code = isinstance(error, RuntimeError) and not str(error).startswith(_OF_WORKERS)
+                if is_of_code or "Caught " in str(error):
+                    raise  # with its traceback
                 raise RunError(_what_happened(error, Path(folder), data.worker_timeout)) from error
 
     def _count_dirty(self, batch: Batch) -> None:
@@ -169,7 +178,11 @@ def _shown_by(packs: Sequence[Sequence[PlacedSample]]) -> dict[int, list[str]]:
     return shown_by
 
 
-def _what_happened(error: RuntimeError, notes: Path, timeout: int) -> str:
+_OF_WORKERS = ("DataLoader timed out", "DataLoader worker")
+"""How torch's own errors about workers begin."""
+
+
+def _what_happened(error: Exception, notes: Path, timeout: int) -> str:
     """`notes` says what each worker was working on when it hung or died."""
     busy = ", ".join(note for file in sorted(notes.iterdir()) if (note := file.read_text())) or "no sample"
     if str(error).startswith("DataLoader timed out"):
