@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
+from sft import mixture
 from sft.chat_template import ChatTemplate, load_chat_template
 from sft.cli.main import main
 from sft.collate import PlacedSample, collate
@@ -27,6 +28,7 @@ IMAGE_SIZE = 28
 NUM_LATENTS = 8
 
 torch.set_num_threads(1)  # toys are too small to share
+mixture.CHUNK_SAMPLES = 32  # of toys: the look-ahead has to be filled again and again
 settings.register_profile("toys", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("toys")
 
