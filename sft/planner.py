@@ -39,6 +39,7 @@ class Planner:
             samples_per_image=data.max_samples_per_image_per_pack,
         )
         self.mixture = Mixture(sizes, unit=data.share_unit, seed=seed, caps=self.caps)
+        self.packs_per_step = packs_per_step
         self.window_packs = packs_per_step * ceil(MIN_WINDOW_PACKS / packs_per_step)
         self.seed = seed
         self.window = 0
@@ -50,12 +51,16 @@ class Planner:
         return [stream.given.dropped for stream in self.mixture.streams]
 
     def windows(self) -> Iterator[list[Pack]]:
-        """Windows without end, or up to the end of a source that is to stop everything (`ended`)."""
+        """Windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn last
+        may not fill a window: then it is the whole steps of packs that hold something."""
         while not self.mixture.ended():
             rng = np.random.default_rng([self.seed, self.window])
             with _no_garbage_collection():
                 packs, self.carry = pack_window(self.carry, self._draw(), self.window_packs, self.caps, rng)
             self.window += 1
+            if self.mixture.ended():
+                packs = [pack for pack in packs if pack.items]
+                del packs[len(packs) // self.packs_per_step * self.packs_per_step :]
             yield packs
 
     def num_trained(self, packs: Sequence[Pack]) -> int:

@@ -311,6 +311,8 @@ def _train(
     with _recorded(run_dir, status):
         trainer.train()
     model.eval()
+    if ended := planner.mixture.ended():
+        say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     for size, num_dropped in zip(planner.sizes, planner.num_dropped, strict=True):
         if num_dropped:
             say(f"{size.name}: {num_dropped:,} samples do not fit a pack and were left out")

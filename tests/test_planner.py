@@ -137,3 +137,14 @@ def test_a_source_that_fits_no_pack_is_refused():
         planner_of([Toy(0.5, [10], name="short"), Toy(0.5, [65, 70], name="long")])
     with pytest.raises(UserError, match="source 'album'"):
         planner_of([Toy(1, [10], [(1, 2, 3)], name="album")], max_images_per_pack=2)
+
+
+@pytest.mark.parametrize("number", [1, 10, 300])
+def test_the_last_window_is_whole_steps_of_packs_that_hold_something(number):
+    """A source of samples of a pack each, gone through once, four packs a step."""
+    planner = planner_of([Toy(1, [64] * number, max_epochs=1)])
+    packs = [pack for window in planner.windows() for pack in window]
+    assert all(pack.items for pack in packs)
+    assert len(packs) % 4 == 0
+    assert number - 4 < len(packs) <= number
+    assert planner.mixture.ended() == "toy"
