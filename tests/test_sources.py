@@ -28,6 +28,7 @@ from sft.sources import (
     find_files,
     first_json_byte,
     index_base64_object,
+    json_text,
     read_json,
     read_json_items,
     read_json_list,
@@ -37,6 +38,9 @@ from sft.sources import (
     read_tar,
     record_limit,
 )
+from sft.sources import parquet as parquet_reader
+from sft.sources import tar as tar_reader
+from sft.sources.rows import TOO_DEEP, TOO_LONG
 
 MEGABYTE = 1024 * 1024
 
@@ -136,7 +140,7 @@ def test_a_line_at_the_limit_is_read_and_one_over_it_is_not(written):
     path = written('{"a": 1}\n{"a": 22}\n{"a": 3}\n')
     with record_limit(9):  # the newline counts
         rows = list(read_jsonl(path))
-    assert outcomes(rows) == [{"a": 1}, sources.TOO_LONG, {"a": 3}]
+    assert outcomes(rows) == [{"a": 1}, TOO_LONG, {"a": 3}]
     assert places(rows) == ["x:1", "x:2", "x:3"]
 
 
@@ -148,12 +152,12 @@ def test_a_huge_line_is_skipped_in_little_memory(tmp_path):
             file.write(b"x" * MEGABYTE)
         file.write(b'"}\n{"a": 2}\n')
     with record_limit(1000), memory_below(5 * MEGABYTE):
-        assert outcomes(read_jsonl(path)) == [{"a": 1}, sources.TOO_LONG, {"a": 2}]
+        assert outcomes(read_jsonl(path)) == [{"a": 1}, TOO_LONG, {"a": 2}]
 
 
 def test_a_huge_line_without_an_end_is_one_skip(written):
     with record_limit(1000):
-        assert outcomes(read_jsonl(written("x" * 3 * MEGABYTE))) == [sources.TOO_LONG]
+        assert outcomes(read_jsonl(written("x" * 3 * MEGABYTE))) == [TOO_LONG]
 
 
 @pytest.mark.parametrize(
@@ -191,14 +195,14 @@ def test_nan_is_read_as_python_reads_it(written):
 @pytest.mark.parametrize("depth", [100, 500, 5_000, 300_000])
 def test_a_record_nested_deep_is_skipped_whatever_the_stack_can_hold(written, depth):
     record = f'{{"a": {nested(depth)}}}'
-    assert outcomes(read_jsonl(written(f'{record}\n{{"b": 1}}'))) == [sources.TOO_DEEP, {"b": 1}]
-    assert outcomes(read_json_list(written(f'[{record}, {{"b": 1}}]'))) == [sources.TOO_DEEP, {"b": 1}]
+    assert outcomes(read_jsonl(written(f'{record}\n{{"b": 1}}'))) == [TOO_DEEP, {"b": 1}]
+    assert outcomes(read_json_list(written(f'[{record}, {{"b": 1}}]'))) == [TOO_DEEP, {"b": 1}]
 
 
 def test_what_is_long_is_not_deep(written):
     record = json.dumps({"a": [[]] * 1000, "b": "[" * 1000})
     assert outcomes(read_jsonl(written(record))) == outcomes(read_json_list(written(f"[{record}]")))
-    assert outcomes(read_jsonl(written(f'{{"a": {nested(99)}}}'))) != [sources.TOO_DEEP]
+    assert outcomes(read_jsonl(written(f'{{"a": {nested(99)}}}'))) != [TOO_DEEP]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -317,7 +321,7 @@ def test_a_list_reads_as_json_does_wherever_a_block_ends(scratch, values, ensure
     scratch.write_text(json.dumps(values, ensure_ascii=ensure_ascii, indent=indent), "utf-8", "surrogatepass")
     expected = [value if isinstance(value, dict) else "record is not a JSON object" for value in values]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
+        patch.setattr(json_text, "BLOCK_BYTES", block)
         assert outcomes(read_json_list(scratch)) == expected
 
 
@@ -452,7 +456,7 @@ def test_nested_columns_are_lists_and_dicts(parquet):
 def test_a_parquet_row_over_the_limit_is_skipped(parquet):
     path = parquet({"a": [b"x", b"x" * 2000, b"y"]})
     with record_limit(1000):
-        assert outcomes(read_parquet(path)) == [{"a": b"x"}, sources.TOO_LONG, {"a": b"y"}]
+        assert outcomes(read_parquet(path)) == [{"a": b"x"}, TOO_LONG, {"a": b"y"}]
 
 
 def test_the_limit_of_a_parquet_row_is_for_its_text_and_for_each_image(parquet):
@@ -462,14 +466,14 @@ def test_the_limit_of_a_parquet_row_is_for_its_text_and_for_each_image(parquet):
     images = [row(900, 900, 900), row(1100), row(10), row(900, 900, 900, 900, 900)]
     rows = read_parquet(parquet({"images": images, "text": ["a", "b", "c" * 1100, "d"]}))
     with sources.record_limit(1000):
-        assert outcomes(rows) == [{"images": images[0], "text": "a"}, *[sources.TOO_LONG] * 3]
+        assert outcomes(rows) == [{"images": images[0], "text": "a"}, *[TOO_LONG] * 3]
 
 
 @pytest.mark.skipif(not hasattr(pa, "proxy_memory_pool"), reason="asks Arrow for the peak of its memory")
 @pytest.mark.parametrize("use_dictionary", [True, False])
 def test_few_large_rows_are_unpacked_at_a_time(parquet, monkeypatch, use_dictionary):
     """64 MB in all, where only one of the equal values is written if there is a dictionary."""
-    monkeypatch.setattr(sources, "BATCH_BYTES", 4_000_000)
+    monkeypatch.setattr(parquet_reader, "BATCH_BYTES", 4_000_000)
     path = parquet({"a": [bytes(1_000_000)] * 64, "b": range(64)}, use_dictionary=use_dictionary, write_batch_size=1)
     pool = pa.proxy_memory_pool(pa.default_memory_pool())
     default = pa.default_memory_pool()
@@ -484,12 +488,12 @@ def test_few_large_rows_are_unpacked_at_a_time(parquet, monkeypatch, use_diction
 def test_the_size_of_a_dictionary_is_read_from_its_page(parquet):
     for size in (1, 60, 5000, 3_000_000):
         column = pq.ParquetFile(parquet({"a": [b"x" * size]})).metadata.row_group(0).column(0)
-        assert sources._dictionary_bytes(parquet({"a": [b"x" * size]}), column) == size + 4, "and its length"
+        assert parquet_reader._dictionary_bytes(parquet({"a": [b"x" * size]}), column) == size + 4, "and its length"
 
 
 def test_a_column_that_unpacks_to_a_thousand_times_its_size_is_refused(parquet, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_UNPACKED_BYTES", 1_000_000)
-    monkeypatch.setattr(sources, "MAX_UNPACKED_TIMES", 100)
+    monkeypatch.setattr(parquet_reader, "MAX_UNPACKED_BYTES", 1_000_000)
+    monkeypatch.setattr(parquet_reader, "MAX_UNPACKED_TIMES", 100)
     path = parquet({"a": [1], "b": [bytes(1_100_000)]}, compression="zstd")
     assert "x.parquet: column b unpacks" in refusal_of(read_parquet(path))
     assert outcomes(read_parquet(path, columns=["a"])) == [{"a": 1}]
@@ -658,7 +662,7 @@ def test_members_of_other_kinds_are_not_even_read(written, monkeypatch, extensio
     def content(self, member):
         raise AssertionError(member.name)
 
-    monkeypatch.setattr(sources._Tar, "content", content)
+    monkeypatch.setattr(tar_reader._Tar, "content", content)
     assert outcomes(read(written(plain(f"a.{extension}") + plain(f"a.{extension}") + END))) == [{}]
 
 
@@ -671,13 +675,13 @@ def test_a_name_that_no_terminal_should_see_is_printed_as_its_code(written):
 def test_the_members_of_a_sample_are_one_record_for_the_limit(written):
     tar = plain("b.jpg", b"x" * 600) + plain("b.txt", b"x" * 600) + plain("c.jpg", b"x" * 1001) + GOOD + END
     with record_limit(1000):
-        assert outcomes(read(written(tar))) == [sources.TOO_LONG, sources.TOO_LONG, A]
+        assert outcomes(read(written(tar))) == [TOO_LONG, TOO_LONG, A]
 
 
 def test_empty_members_count_too(written):
     tar = b"".join(plain(f"a.{n}.jpg", b"") for n in range(5000)) + END
     with record_limit(MEGABYTE):
-        assert outcomes(read(written(gzip.compress(tar, 1)))) == [sources.TOO_LONG]
+        assert outcomes(read(written(gzip.compress(tar, 1)))) == [TOO_LONG]
 
 
 def test_a_member_of_10_gb_is_passed_over(tmp_path):
@@ -687,7 +691,7 @@ def test_a_member_of_10_gb_is_passed_over(tmp_path):
     with path.open("ab") as file:
         file.write(GOOD + END)
     with memory_below(2 * MEGABYTE):
-        assert outcomes(read(path)) == [sources.TOO_LONG, A]
+        assert outcomes(read(path)) == [TOO_LONG, A]
 
 
 def test_a_member_that_the_file_does_not_hold_is_cut_off(written):
@@ -701,7 +705,7 @@ def test_a_packed_bomb_is_passed_over_in_little_memory(written):
     assert len(bomb) < MEGABYTE
     path = written(bomb)
     with record_limit(MEGABYTE), memory_below(2 * MEGABYTE):
-        assert outcomes(read(path)) == [sources.TOO_LONG, A]
+        assert outcomes(read(path)) == [TOO_LONG, A]
 
 
 def pax(**records: str) -> bytes:
