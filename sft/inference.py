@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from sft.bases import prepare_base
 from sft.chat_template import ChatTemplate, load_chat_template
 from sft.errors import UserError
+from sft.lora import is_adapter_folder, load_adapters, read_config
 from sft.models import ModelFamily, get_family
 from sft.precision import choose_precision, device
+from sft.recipe import load_recipe
 from sft.shipped import shipped_root
 
 
@@ -26,26 +30,59 @@ class Loaded:
 
 
 def load_template(family: ModelFamily, model_path: str | Path) -> ChatTemplate:
-    """The family's chat template bound to a model's tokenizer."""
+    """The family's chat template bound to a model's tokenizer; adapters have that of their base."""
     source = load_chat_template(shipped_root() / "chat_templates" / family.CHAT_TEMPLATE)
-    tokenizer = family.load_tokenizer(model_path)
+    adapters = Path(model_path) if is_adapter_folder(model_path) else None
+    tokenizer = family.load_tokenizer(find_base(adapters) if adapters else model_path)
     try:
         return ChatTemplate(source, tokenizer)
     except ValueError as error:
         raise UserError(f"{model_path}: {error}; a base gets it by `idefics-sft prepare`") from error
 
 
-def load_for_inference(path: str | Path, *, family: str = "idefics", precision: str = "auto") -> Loaded:
-    """Load a model folder or hub id.
+def load_for_inference(
+    path: str | Path, *, family: str = "idefics", precision: str = "auto", load_in_4bit: bool = False
+) -> Loaded:
+    """Load a model folder, a folder of adapters with the base they belong to, or a hub id.
+
+    `load_in_4bit` stores the weights as QLoRA training does. Where a GPU has no bfloat16, it is computed in float32.
 
     Raises:
-        UserError: it is not a model of the family, or its tokenizer lacks what the chat template prints.
+        UserError: it is not a model of the family, its base is missing, or its tokenizer lacks what the chat template
+            prints.
     """
     kind = get_family(family)
-    model = kind.load_model(path).to(device()).eval()
+    adapters = Path(path) if is_adapter_folder(path) else None
+    autocast = choose_precision(precision, device()) == "bfloat16"
+    base = find_base(adapters) if adapters else path
+    if load_in_4bit:
+        dtype = torch.bfloat16 if autocast else torch.float32
+        model = kind.load_model(base, trained=(), frozen_dtype=dtype, quantised=True, device=device())
+    else:
+        model = kind.load_model(base)
+    if adapters:
+        load_adapters(model, adapters)
     return Loaded(
-        model=model,
-        template=load_template(kind, path),
+        model=(model if load_in_4bit else model.to(device())).eval(),
+        template=load_template(kind, base),
         image_size=kind.image_size(model),
-        autocast=choose_precision(precision, device()) == "bfloat16",
+        autocast=autocast,
     )
+
+
+def find_base(adapters: Path) -> Path:
+    """The base model of a folder of adapters: where their config says, else that of the recipe beside them.
+
+    Raises:
+        UserError: it is in neither place.
+    """
+    named = read_config(adapters).base_model_name_or_path or ""
+    if (Path(named) / "config.json").is_file():
+        return Path(named)
+    recipe = adapters / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"{adapters}: its base model {named or '(not named)'} is not there, nor a recipe that makes it")
+    try:
+        return prepare_base(load_recipe(recipe))
+    except UserError as error:
+        raise UserError(f"{adapters}: its base model {named} is not there, and the recipe's: {error}") from error

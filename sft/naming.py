@@ -57,7 +57,7 @@ def find_model(name: str) -> Path | str:
     """
     text, _, step = name.partition("@")
     path = Path(text)
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return path
     run_dir: Path | None = path
     if not (path / "checkpoints").is_dir():

@@ -1,4 +1,4 @@
-"""What is computed in. Weights stay float32; autocast rounds on the way through a layer."""
+"""What is computed in. What is trained stays float32; autocast rounds on the way through a layer."""
 
 import torch
 
@@ -18,13 +18,25 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """`bfloat16` or `float32`, as asked, or as the device allows for `auto`.
+    """`bfloat16`, `float16` or `float32`, as asked, or as the device allows for `auto`.
+
+    float16, for GPUs before Ampere (a T4, say), is for training, where a gradient scaler keeps small gradients.
 
     Raises:
-        UserError: bfloat16 is asked of a GPU that has none.
+        UserError: bfloat16 is asked of a GPU that has none, or float16 without a GPU.
     """
     if asked == "auto":
-        return "bfloat16" if has_bfloat16(device) else "float32"
+        if has_bfloat16(device):
+            return "bfloat16"
+        return "float16" if device.type == "cuda" else "float32"
     if asked == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
-        raise UserError("training.precision: this GPU has no bfloat16; set auto or float32")
+        raise UserError("training.precision: this GPU has no bfloat16; set auto, float16 or float32")
+    if asked == "float16" and device.type != "cuda":
+        raise UserError("training.precision: float16 needs a GPU; set auto, bfloat16 or float32")
     return asked
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """`bfloat16` -> `torch.bfloat16`."""
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype

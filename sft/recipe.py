@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,10 +26,42 @@ Share = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 Rank = Literal["text", "letter"]
+Group = Literal[
+    "vision",  # the image encoder
+    "resampler",  # from patches to latents
+    "language",  # the language model's layers and their last norm
+    "cross_attention",  # the layers through which text looks at images, without their gates
+    "gates",  # how much of each cross-attention layer gets through
+    "embeddings",  # the base vocabulary's rows
+    "head",  # and its logits
+    "extra_rows",  # embedding and head of the special tokens: image markers, the end of an utterance
+]
+"""A part of the model that is trained or frozen, with a learning rate and weight decay of its own."""
+GROUPS: tuple[Group, ...] = get_args(Group)
+LoraTarget = Literal[
+    "vision", "vision.attention", "vision.mlp",
+    "resampler", "resampler.attention", "resampler.mlp",
+    "language", "language.attention", "language.mlp",
+    "cross_attention", "cross_attention.attention", "cross_attention.mlp",
+]  # fmt: skip
+"""Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class LoraSettings(_Part):
+    r: Positive = 16
+    """Rank of an adapter."""
+    alpha: Rate = 32.0
+    """An adapter's output is scaled by `alpha / r`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On the input of the adapters, in training."""
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = ("language", "cross_attention")
+    """Which linear layers get an adapter."""
 
 
 class ModelConfig(_Part):
@@ -37,8 +69,46 @@ class ModelConfig(_Part):
     """Base model: a folder, a hub id, or `shipped:tiny_base`."""
     family: str = "idefics"
     """Kind of model: a module of sft/models/."""
-    mode: Literal["full"] = "full"
-    """What is trained. `full`: every parameter, as the idefics-9b-instruct card says."""
+    mode: Literal["full", "lora", "qlora"] = "full"
+    """How it is trained. `full`: the weights themselves, as the idefics-9b-instruct card says. `lora`: low-rank
+    adapters beside frozen weights. `qlora`: the same, the weights under the adapters in 4 bits."""
+    trainable: tuple[Group, ...] = GROUPS
+    """Groups whose weights themselves are trained. In `full` mode all of them, if left out. In `lora` and `qlora` none
+    but the extra rows, which always are; gates, say, can be added."""
+    lora: LoraSettings | None = None
+    """The adapters of `lora` and `qlora`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """What the mode implies, so that a kept recipe says it."""
+        if not isinstance(values, dict) or values.get("mode") not in ("lora", "qlora"):
+            return values
+        trainable = values.get("trainable", ())
+        if isinstance(trainable, list | tuple) and "extra_rows" not in trainable:
+            trainable = (*trainable, "extra_rows")
+        return values | {"trainable": trainable, "lora": {} if values.get("lora") is None else values["lora"]}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.lora is None:
+            if not self.trainable:
+                raise ValueError("trainable is empty; name at least one group")
+            return self
+        if self.mode == "full":
+            raise ValueError("lora is set, but mode is full; set mode to lora or qlora, or leave lora out")
+        both = sorted(set(self.trainable) & {target.partition(".")[0] for target in self.lora.targets})
+        if both:
+            raise ValueError(
+                f"trainable and lora.targets both name {both[0]}; train its weights or adapters beside them, not both"
+            )
+        return self
+
+    @property
+    def trained_groups(self) -> frozenset[str]:
+        """Groups of which something is trained: weights, or adapters beside them."""
+        targets = self.lora.targets if self.lora else ()
+        return frozenset((*self.trainable, *(target.partition(".")[0] for target in targets)))
 
 
 class DatasetConfig(_Part):
@@ -139,6 +209,13 @@ class DataConfig(_Part):
         return tuple(source.share / total for source in self.mixture)
 
 
+class GroupConfig(_Part):
+    learning_rate: Rate | None = None
+    """Peak learning rate; `training.learning_rate` if left out. It decays in the same proportion."""
+    weight_decay: Decay | None = None
+    """`training.weight_decay` if left out. What m4's rule spares stays undecayed."""
+
+
 class TrainingConfig(_Part):
     max_steps: Positive
     """Optimizer steps."""
@@ -146,22 +223,48 @@ class TrainingConfig(_Part):
     """Tokens of an optimizer step: a whole number of packs."""
     micro_batch_packs: Positive = 1
     """Packs that go through the model at once."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Rate
     """Peak, after warm-up."""
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at `max_steps`; the decay between is linear."""
+    final_learning_rate: Decay | None = None
+    """Learning rate at `max_steps`, 0 if left out; the decay between is linear."""
+    decay_steps: Positive | None = None
+    """In place of `final_learning_rate`: the step at which the linear decay would reach 0. Training may stop before."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW, with 8-bit states (a quarter of their memory), or with 8-bit states that may move to main memory."""
+    weight_decay: Decay = 0.1
     """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Of AdamW."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    groups: dict[Group, GroupConfig] = {}
+    """Learning rate and weight decay of single groups of parameters."""
+    clip: Rate = 1.0
     """Largest norm of the gradient."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What is computed in; weights stay float32. `auto`: bfloat16 where the processor has it, else float32."""
+    z_loss: Decay = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, which keeps logits small. 1e-3 in the
+    pre-training of idefics-9b, 0 in its instruction fine-tuning."""
+    normalisation: Literal["token_mean", "micro_batch_mean"] = "token_mean"
+    """What a step's loss is. `token_mean`: the mean over all its trained tokens. `micro_batch_mean`: the mean over its
+    micro-batches of their own means, as in 2023; a token then counts more in a micro-batch with few of them."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What is computed in; what is trained stays float32. `auto`: bfloat16 where the processor has it, else float16
+    with a gradient scaler on a GPU, else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.decay_steps is None:
+            return self
+        if self.final_learning_rate is not None:
+            raise ValueError("final_learning_rate and decay_steps both say how the learning rate ends; leave one out")
+        if self.decay_steps < self.max_steps:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} is before max_steps {self.max_steps}: "
+                "the last steps would train nothing"
+            )
+        return self
 
 
 class CheckpointsConfig(_Part):
@@ -202,6 +305,9 @@ class Recipe(_Part):
             raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
         if self.training.warmup_steps >= self.training.max_steps:
             raise ValueError("training.warmup_steps must be less than training.max_steps")
+        untrained = sorted(self.training.groups.keys() - self.model.trained_groups)
+        if untrained:
+            raise ValueError(f"training.groups names {untrained[0]}, of which nothing is trained; see model.trainable")
         return self
 
     @property
@@ -330,13 +436,14 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Known keys of the part of the recipe at `location`."""
     part: type[BaseModel] = Recipe
     for name in location:
-        if isinstance(name, str):
-            part = _part_of(part.model_fields[name].annotation)
+        if name in part.model_fields:  # else the number of an entry, or a key of a mapping
+            part = _part_of(part.model_fields[str(name)].annotation)
     return list(part.model_fields)
 
 
 def _part_of(annotation: Any) -> type[BaseModel]:
-    """The model inside `X`, `X | None` or `tuple[X, ...]`."""
+    """The model inside `X`, `X | None`, `tuple[X, ...]` or `dict[key, X]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_part_of(inner) for inner in get_args(annotation) if inner not in (Ellipsis, type(None)))
+    inside = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)
+    return next(_part_of(inner) for inner in inside if inner not in (Ellipsis, type(None)))

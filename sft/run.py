@@ -6,7 +6,6 @@ train    model + sources + trainer -> RUN/ with checkpoints
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from sft.bases import base_path as base_path
+from sft.bases import prepare_base as prepare_base
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
 from sft.data_loader import MicroBatches
@@ -25,14 +26,16 @@ from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.inference import load_template
 from sft.locking import locked
+from sft.lora import add_adapters, has_adapters, save_adapters
 from sft.models import ModelFamily, get_family
+from sft.optim import table_of, what_is_trained
 from sft.planner import Planner
+from sft.precision import choose_precision, device, torch_dtype
 from sft.prepared import Part, Sources
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 from sft.run_status import RunStatus
-from sft.shipped import resolve
 from sft.store import MANIFEST, Settings, Store, is_store_folder, prepare_store
-from sft.validation import check_recipe, is_local
+from sft.validation import check_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -43,30 +46,14 @@ VALIDATION = "validation"
 OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json")
 """What a run writes beside run.json."""
 
+VERSIONED = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
+"""The libraries whose versions run.json keeps."""
+
 SNAPSHOT_DTYPE = "bfloat16"
 """Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
 
 
 # ------------------------------------------------------------------------------------------------------ prepare
-
-
-def base_path(recipe: Recipe) -> Path:
-    """Where the prepared base of a recipe stands; another place when the files of a local base change."""
-    files = sorted(resolve(recipe.model.path).glob("*")) if is_local(recipe.model.path) else []
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(f"{recipe.model.path} {stamps}".encode()).hexdigest()[:8]
-    name = recipe.model.path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-    return Path(recipe.data.store) / "bases" / f"{name}-{digest}"
-
-
-def prepare_base(recipe: Recipe) -> Path:
-    """The base model with every special token, made on first use."""
-    path = base_path(recipe)
-    if not (path / "config.json").is_file():
-        source = resolve(recipe.model.path) if is_local(recipe.model.path) else recipe.model.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        get_family(recipe.model.family).prepare_base(source, path)
-    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +241,14 @@ def _train(
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
     set_seed(recipe.seed)
-    model = family.load_model(base)
+    model = load_for_training(recipe, family, base)
     _check_positions(recipe, sources, family.max_positions(model))
     _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
-    frozen = family.select_trainable(model)
-    say(_what_is_trained(model, frozen))
+    frozen = family.select_trainable(model, recipe.model.trainable)
+    say(table_of(what_is_trained(model, recipe.training, family.group_of)))
+    if frozen:
+        say(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
     template = load_template(family, base)
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     micro_batches = MicroBatches(
@@ -283,6 +272,7 @@ def _train(
 
     trainer = Trainer(
         model,
+        group_of=family.group_of,
         tokenizer=template.tokenizer,
         micro_batches=micro_batches,
         micro_batches_per_step=recipe.packs_per_step // recipe.training.micro_batch_packs,
@@ -333,10 +323,25 @@ def _check_positions(recipe: Recipe, sources: Sources, max_positions: int) -> No
         raise UserError(f"data.sequence_length: {what} {length} tokens, the model has {max_positions} positions")
 
 
-def _what_is_trained(model: torch.nn.Module, frozen: tuple[str, ...]) -> str:
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    line = f"training {trained:,} parameters"
-    return f"{line}; frozen, since no gradient ever reaches them: {', '.join(frozen)}" if frozen else line
+def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.nn.Module:
+    """The base as the recipe's mode trains it: with float32 weights, or with adapters beside weights that are stored in
+    what is computed in, or in 4 bits.
+
+    Raises:
+        UserError: a training.precision that this machine has not, or adapters of layers that the model has not.
+    """
+    settings = recipe.model
+    if settings.lora is None:
+        return family.load_model(base)
+    model = family.load_model(
+        base,
+        trained=settings.trainable,
+        frozen_dtype=torch_dtype(choose_precision(recipe.training.precision, device())),
+        quantised=settings.mode == "qlora",
+        device=device(),
+    )
+    add_adapters(model, family.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
+    return model
 
 
 def _take_over(run_dir: Path, max_steps: int) -> None:
@@ -380,16 +385,17 @@ def _recorded(run_dir: Path, status: Callable[[str], RunStatus]) -> Iterator[Non
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")}
+    return {name: version(name) for name in VERSIONED}
 
 
 def save_snapshot(
     family: ModelFamily, model: torch.nn.Module, template: ChatTemplate, recipe: Recipe, folder: Path
 ) -> None:
-    """Weights, config, tokenizer, chat template and recipe: a plain transformers folder."""
-    import torch
-
-    family.save_model(model, folder, getattr(torch, SNAPSHOT_DTYPE))
+    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder."""
+    if has_adapters(model):
+        save_adapters(model, folder)
+    else:
+        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE))
     template.tokenizer.chat_template = template.template
     template.tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")

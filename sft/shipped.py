@@ -33,6 +33,11 @@ def resolve(path: str | Path) -> Path:
     return found
 
 
+def is_local(path: str) -> bool:
+    """Whether a model path is a folder rather than a hub id, which has the form `owner/name`."""
+    return path.startswith((PREFIX, "/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 

@@ -7,8 +7,10 @@ stream of micro-batches, and a function that writes a checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft.errors import RunError
-from sft.optim import parameter_groups, schedule
+from sft.loss import num_trained_positions
+from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
 from sft.recipe import TrainingConfig
 from sft.sample import Batch
@@ -40,10 +43,12 @@ class StepMetrics:
         self.trained_tokens = torch.zeros(len(self.names))
         self.loss_sums = torch.zeros(len(self.names))
         self.dirty_samples = 0
+        self.images = 0
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
         num = len(self.names)
+        self.images += len(batch.pixel_values_NCHW)
         self.tokens += torch.bincount(batch.source_ids_T, minlength=num).cpu()
         self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
         self.dirty_samples += len(batch.dirty)
@@ -78,6 +83,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         self,
         model: nn.Module,
         *,
+        group_of: Callable[[str], str],
         tokenizer: PreTrainedTokenizerBase,
         micro_batches: IterableDataset[dict[str, Batch]],
         micro_batches_per_step: int,
@@ -91,7 +97,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
+        self.group_of = group_of
         self.micro_batches = micro_batches
+        self.micro_batches_per_step = micro_batches_per_step
         self.settings = settings
         self.write_checkpoint = write_checkpoint
         self.step_metrics = StepMetrics(source_names)
@@ -104,6 +112,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             learning_rate=settings.learning_rate,
             max_grad_norm=settings.clip,
             bf16=self.precision == "bfloat16",
+            fp16=self.precision == "float16",
             use_cpu=device().type == "cpu",
             activation_checkpointing=settings.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
@@ -121,14 +130,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         )
         # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
         numbers = datasets.Dataset.from_dict({"input_ids": [[step] for step in range(settings.max_steps)]})
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=numbers,
             data_collator=lambda batch: batch,
             processing_class=tokenizer,
-            callbacks=[_WriteMetrics(self, run_dir / "metrics.jsonl", on_step)],
+            callbacks=[_WriteMetrics(self, run_dir / "metrics.jsonl", on_step), _CheckGradients(self)],
         )
+        for parameter, data in trained:
+            # SFTTrainer rounds what is trained of a quantised model to bfloat16, in which small updates are lost.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         # The loss is a part of the step's mean already; transformers would divide it by the number of micro-batches.
         self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
@@ -148,33 +162,38 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's part of the step's mean loss."""
-        batch = inputs["batch"].to(self.args.device)
+        batch = self._normalised(inputs["batch"]).to(self.args.device)
         with self.compute_loss_context_manager():
-            output = model(batch=batch)
+            output = model(batch=batch, z_loss=self.settings.z_loss)
         self.step_metrics.add(batch, output.token_losses_P, output.source_ids_P)
         return (output.loss, output) if return_outputs else output.loss
 
+    def _normalised(self, batch: Batch) -> Batch:
+        """The batch with what its summed loss is divided by: the trained tokens of the step, as the planner counted
+        them, or under `micro_batch_mean` its own times the number of micro-batches."""
+        if self.settings.normalisation == "token_mean":
+            return batch
+        own = max(num_trained_positions(batch.labels_T), 1)
+        return replace(batch, num_trained_tokens=own * self.micro_batches_per_step)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with m4's groups."""
+        """The recipe's optimizer over groups of parameters."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.model, self.settings.weight_decay),
-                lr=self.settings.learning_rate,
-                betas=self.settings.betas,
-                fused=True,
-            )
+            groups = parameter_groups(self.model, self.settings, self.group_of)
+            scaled = self.precision == "float16"
+            self.optimizer = make_optimizer(groups, self.settings, self.model, scaled=scaled)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear warm-up and decay."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = schedule(
-                optimizer or self.create_optimizer(),
-                self.settings.warmup_steps,
-                self.settings.max_steps,
-                self.settings.final_learning_rate / self.settings.learning_rate,
-            )
+            self.lr_scheduler = schedule(optimizer or self.create_optimizer(), self.settings)
         return self.lr_scheduler
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last step was left out because a float16 gradient was too large; the scaler then scales less."""
+        return bool(self.accelerator.optimizer_step_was_skipped)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_checkpoint(self.accelerator.unwrap_model(model), self.state.global_step)
@@ -202,7 +221,7 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
         line = {"step": state.global_step, "time": time.time()} | self.trainer.step_metrics.line()
         line |= {
             "learning_rate": logs["learning_rate"],
-            "grad_norm": float(logs["grad_norm"]),
+            "grad_norm": None if self.trainer.overflowed else float(logs["grad_norm"]),
             "tokens_per_second": line["tokens"] / (now - self.last),
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -210,9 +229,53 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
         self.trainer.step_metrics.reset()
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if not torch.isfinite(torch.tensor([line["loss"], line["grad_norm"]])).all():
+        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"] or 0.0):
             raise RunError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite")
         self.on_step(state.global_step, line)
+
+
+class _CheckGradients(TrainerCallback):  # type: ignore[misc]
+    """On the first step that has images: everything that is to be trained gets a gradient and, of adapters, moves.
+
+    A step of text alone cannot tell: the tower and the resampler are not called.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.checked = False
+        self.should_move: dict[str, nn.Parameter] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""
+        if self.checked or not self.trainer.step_metrics.images:
+            return
+        trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+        without = [name for name, parameter in trained if parameter.grad is None]
+        if without:
+            raise RunError(
+                f"step {state.global_step + 1}: {len(without)} of {len(trained)} trainable tensors got no gradient, "
+                f"{without[0]} among them"
+            )
+        self.should_move = {
+            name: parameter
+            for name, parameter in trained
+            if ".lora_B." in name and parameter.grad is not None and parameter.grad.any()
+        }
+        if not self.should_move and any(".lora_B." in name for name, _ in trained):
+            raise RunError(f"step {state.global_step + 1}: the gradient of every adapter is zero")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Every B whose gradient is not zero has moved from zero."""
+        if self.checked or not self.trainer.step_metrics.images or self.trainer.overflowed:
+            return
+        stuck = [name for name, parameter in self.should_move.items() if not parameter.any()]
+        if stuck:
+            raise RunError(
+                f"step {state.global_step + 1}: {len(stuck)} adapters have a gradient but did not move, "
+                f"{stuck[0]} among them"
+            )
+        self.checked = True
+        self.should_move = {}
 
 
 def peak_memory_bytes() -> int:

@@ -8,7 +8,7 @@ from sft.datasets import Adapter
 from sft.errors import UserError
 from sft.models import get_family
 from sft.recipe import BUILT_BENCHMARKS, Recipe
-from sft.shipped import resolve
+from sft.shipped import is_local, resolve
 
 
 def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
@@ -35,8 +35,3 @@ def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
     for key, folder in (("output_dir", recipe.output_dir), ("data.store", recipe.data.store)):
         if Path(folder).exists() and not Path(folder).is_dir():
             raise UserError(f"{key}: {folder} is a file; expected a folder, or a name for a new one")
-
-
-def is_local(path: str) -> bool:
-    """Whether a model path is a folder rather than a hub id, which has the form `owner/name`."""
-    return path.startswith(("shipped:", "/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()

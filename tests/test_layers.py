@@ -11,10 +11,10 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "errors sample",
     "recipe shipped attention loss locking files parallel images",
     "sources pixels image_keys chat_template models optim lora distributed checkpoint precision",
-    "datasets store encoding mixture packing dealing collate generation inference naming run_status held_out",
-    "prepared planner stated validation",
+    "datasets store encoding mixture packing dealing collate generation bases naming run_status held_out",
+    "prepared planner stated validation inference",
     "data_loader trainer checks evaluation",
-    "run mix inspection scoring selection export stats chat report cost",
+    "run mix inspection scoring selection export merge stats chat report cost",
     "cli",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

@@ -9,62 +9,22 @@ import pytest
 import torch
 import yaml
 from conftest import IMAGE_SIZE, batch_of, conversation, document, make_tiny_model, place
-from transformers import AutoTokenizer, IdeficsForVisionText2Text
+from transformers import AutoTokenizer, IdeficsForVisionText2Text, TrainerCallback
 
 from sft import run
 from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
 from sft.collate import collate
 from sft.data_loader import MicroBatches
 from sft.errors import RunError, UserError
+from sft.lora import add_adapters
 from sft.mix import mix
 from sft.models import idefics
-from sft.optim import linear_schedule, parameter_groups
 from sft.planner import Planner
-from sft.recipe import Recipe, TrainingConfig, load_recipe
+from sft.recipe import LoraSettings, Recipe, TrainingConfig, load_recipe
 from sft.sample import SkipSample
 from sft.trainer import Trainer
 
 DATA = Path(__file__).parent / "data"
-
-
-# ---------------------------------------------------------------------------------------------- optimizer, schedule
-
-
-def test_the_learning_rate_goes_up_and_down_in_lines():
-    factor = linear_schedule(4, 12, 0.2)
-    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert factor(4) == 1.0
-    assert factor(8) == pytest.approx(0.6)
-    assert factor(12) == factor(100) == pytest.approx(0.2)
-    assert linear_schedule(0, 10, 0.0)(0) == 1.0
-
-
-def test_what_is_decayed_is_what_m4_decayed(model):
-    idefics.select_trainable(model)
-    decayed, spared = parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    spared_names = {name_of[id(parameter)] for parameter in spared["params"]}
-    decayed_names = {name_of[id(parameter)] for parameter in decayed["params"]}
-    assert {
-        "model.gated_cross_attn_layers.0.alpha_cross_attn",
-        "model.perceiver_resampler.latents",
-        "model.vision_model.encoder.layers.0.self_attn.k_proj.bias",
-        "model.vision_model.encoder.layers.0.layer_norm1.weight",
-        "model.layers.0.input_layernorm.weight",
-        "model.gated_cross_attn_layers.0.cross_attn.q_layer_norm.weight",
-    } <= spared_names
-    assert {
-        "model.norm.weight",
-        "model.vision_model.pre_layrnorm.weight",
-        "model.embed_tokens.weight",
-        "lm_head.additional_fc.weight",
-        "model.layers.0.self_attn.q_proj.weight",
-    } <= decayed_names
-    assert all("perceiver" not in name for name in decayed_names)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert spared_names | decayed_names == trainable
-    assert not spared_names & decayed_names
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
@@ -86,6 +46,7 @@ def settings(**options) -> TrainingConfig:
 def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, **options) -> Trainer:
     return Trainer(
         model,
+        group_of=idefics.group_of,
         tokenizer=template.tokenizer,
         micro_batches=[{"batch": batch} for batch in batches],
         micro_batches_per_step=micro_batches_per_step,
@@ -99,11 +60,11 @@ def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, **opt
     )
 
 
-def step_once(template, tmp_path, batches) -> tuple[dict[str, torch.Tensor], dict]:
+def step_once(template, tmp_path, batches, **options) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step over `batches`, and its line of metrics."""
     model = make_tiny_model(template.tokenizer)
     idefics.select_trainable(model)
-    trainer_of(model, template, batches, tmp_path, len(batches)).train()
+    trainer_of(model, template, batches, tmp_path, len(batches), **options).train()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     return dict(model.named_parameters()), json.loads(line)
 
@@ -139,6 +100,124 @@ def test_four_micro_batches_make_the_step_of_one(template, tmp_path):
     for name in ("loss", "grad_norm", "trained_tokens"):  # AdamW's first step does not see the gradient's scale
         assert line[name] == pytest.approx(whole_line[name], rel=1e-5)
     assert line["sources"]["toy"]["trained_tokens"] == whole.num_trained_tokens
+
+
+def gradient_norm(template, packs, **options) -> float:
+    """Of the mean over all tokens, or what `loss` makes of (model, packs)."""
+    model = make_tiny_model(template.tokenizer)
+    idefics.select_trainable(model)
+    options["loss"](model.train(), packs).backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def test_the_mean_of_micro_batch_means_is_that_of_2023(template, tmp_path):
+    """Cross entropy averaged over each micro-batch, then over micro-batches."""
+    packs = [[place(template, sample)] for sample in SAMPLES]
+    batches = [batch_of(pack, num_trained_tokens=12345) for pack in packs]
+
+    def mean_of_means(model, packs):
+        return torch.stack([model(batch=batch_of(pack)).loss for pack in packs]).mean()
+
+    def token_mean(model, packs):
+        return model(batch=batch_of(*packs)).loss
+
+    expected = gradient_norm(template, packs, loss=mean_of_means)
+    assert abs(expected - gradient_norm(template, packs, loss=token_mean)) > 1e-3, "the two differ"
+    _, line = step_once(template, tmp_path, batches, normalisation="micro_batch_mean")
+    assert line["grad_norm"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_z_loss_pulls_the_softmax_denominator_to_one(template, tmp_path):
+    """m4: weight * sum(log Z ** 2) / tokens, beside the cross entropy; the loss that is shown stays without it."""
+    packs = [[place(template, sample)] for sample in SAMPLES]
+    batch = batch_of(*packs)
+
+    def by_hand(model, packs):
+        logits = model.lm_head(model._hidden_states(batch)[:-1])
+        trained = batch.labels_T[1:] != -100
+        log_z = torch.log(torch.exp(logits).sum(-1))
+        cross_entropy = log_z - logits.gather(-1, batch.labels_T[1:, None].clamp(min=0))[:, 0]
+        return ((cross_entropy + 0.1 * log_z**2) * trained).sum() / trained.sum()
+
+    expected = gradient_norm(template, packs, loss=by_hand)
+    _, without = step_once(template, tmp_path, [batch])
+    _, line = step_once(template, tmp_path, [batch], z_loss=0.1)
+    assert line["grad_norm"] == pytest.approx(expected, rel=1e-4)
+    assert abs(expected - without["grad_norm"]) > 1e-3
+    assert line["loss"] == without["loss"]
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_a_trainable_tensor_without_gradient_stops_the_first_step_with_images(template, tmp_path, model):
+    """The norm behind the tower, were it not frozen by name."""
+    idefics.select_trainable(model)
+    model.model.vision_model.post_layernorm.requires_grad_(True)
+    batches = [batch_of([place(template, SAMPLES[1])]), batch_of([place(template, SAMPLES[0])])]
+    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)
+    with pytest.raises(RunError, match=r"step 2: 2 of 14\d trainable tensors got no gradient, .*post_layernorm.weight"):
+        trainer.train()
+
+
+def adapted(model) -> torch.nn.Module:
+    add_adapters(model, idefics.lora_pattern(["language"]), LoraSettings(r=4, targets=["language"]), "base")
+    idefics.select_trainable(model, ["extra_rows"])
+    return model
+
+
+def test_adapters_that_do_not_move_stop_the_first_step(template, tmp_path, model):
+    """DeepSpeed was seen to leave B at zero (peft#1402)."""
+    batch = batch_of([place(template, SAMPLES[0])])
+    trainer = trainer_of(adapted(model), template, [batch], tmp_path, 1)
+    forgotten = model.model.layers[3].mlp.up_proj.lora_B.default.weight
+    trainer.create_optimizer()
+    for group in trainer.optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter is not forgotten]
+    with pytest.raises(
+        RunError, match=r"step 1: 1 adapters have a gradient but did not move, .*layers\.3\.mlp\.up_proj"
+    ):
+        trainer.train()
+
+
+def test_only_what_is_asked_for_moves(template, tmp_path, model):
+    before = {name: parameter.clone() for name, parameter in adapted(model).named_parameters()}
+    trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1).train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {idefics.EXTRA_EMBEDDING, idefics.EXTRA_HEAD} | {n for n in before if "lora_" in n}
+
+
+def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template, tmp_path, model, monkeypatch):
+    """The gradient scaler as a GPU without bfloat16 has it, here on the CPU; its first scale is far too large."""
+    idefics.select_trainable(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    batches = [batch_of([place(template, SAMPLES[0])]) for _ in range(3)]
+    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=3)
+    trainer.precision, accelerator = "float16", trainer.accelerator
+    monkeypatch.setattr(
+        accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-120)
+    )
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setitem(accelerator.state._shared_state, "_mixed_precision", "fp16")
+    seen = []
+    trainer.add_callback(
+        Watch(lambda: seen.append(all(torch.equal(p, before[n]) for n, p in model.named_parameters())))
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] is None for line in lines] == [True, False, False]
+    assert seen == [True, False, False]
+    assert lines[0]["loss"] == lines[1]["loss"] > lines[2]["loss"]
+
+
+class Watch(TrainerCallback):
+    """Calls a function after each step."""
+
+    def __init__(self, look) -> None:
+        self.look = look
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.look()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model):
@@ -233,7 +312,7 @@ def test_a_run_says_that_it_is_finished(finished):
     assert (values["status"], values["step"], values["max_steps"]) == ("finished", 4, 4)
     assert values["tokens"] == sum(line["tokens"] for line in metrics_of(finished))
     assert values["precision"] == "float32"
-    assert values["versions"].keys() == {"torch", "transformers", "trl", "accelerate", "datasets"}
+    assert values["versions"].keys() == set(run.VERSIONED)
     assert load_recipe(Path(finished.output_dir) / "recipe.yaml") == finished
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sft.errors import UserError, nearest
+from sft.recipe import GROUPS
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +29,34 @@ class ModelFamily(Protocol):
     def load_tokenizer(self, path: str | Path) -> PreTrainedTokenizerFast:
         """Load and check the tokenizer."""
 
-    def load_model(self, path: str | Path) -> nn.Module:
-        """Load with float32 weights; its `forward(batch=Batch)` returns a `PackedOutput`."""
+    def load_model(
+        self,
+        path: str | Path,
+        *,
+        trained: Collection[str] = GROUPS,
+        frozen_dtype: torch.dtype = ...,
+        quantised: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> nn.Module:
+        """Load with float32 weights, or frozen groups smaller; its `forward(batch=Batch)` returns a `PackedOutput`."""
 
-    def select_trainable(self, model: nn.Module) -> tuple[str, ...]:
-        """Unfreeze everything that can be trained; return the names of parameters that never get a gradient."""
+    def group_of(self, name: str) -> str:
+        """The group of `sft.recipe.GROUPS` that a parameter belongs to; of an adapter, that of its layer."""
+
+    def lora_pattern(self, targets: Collection[str]) -> str:
+        """A regular expression for the whole names of the linear layers that `model.lora.targets` names."""
+
+    def select_trainable(self, model: nn.Module, groups: Collection[str] = GROUPS) -> tuple[str, ...]:
+        """Make some groups and all adapters trainable; return the names of those that never get a gradient."""
 
     def save_model(self, model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
         """Write weights and config as a plain transformers folder."""
+
+    def write_config(self, config: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
+        """Write config.json for weights of `dtype`."""
+
+    def save_processor(self, path: str | Path, directory: Path) -> None:
+        """Write how images become pixels, as transformers' `AutoProcessor` reads it; `path` is a model folder."""
 
     def image_size(self, model: nn.Module) -> int:
         """Height and width in pixels that the vision tower takes."""

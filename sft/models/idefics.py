@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,8 @@ from transformers.masking_utils import sdpa_mask
 
 from sft.attention import group_tokens, grouped_attention
 from sft.errors import UserError
-from sft.loss import token_losses, trained_positions
+from sft.loss import token_losses, trained_positions, z_losses
+from sft.recipe import GROUPS
 from sft.sample import Batch
 
 CHAT_TEMPLATE = "idefics.jinja"
@@ -40,6 +43,38 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NEVER_TRAINED = ("model.vision_model.post_layernorm.",)
 """The tower's last hidden state is taken before this norm, so it never gets a gradient. Left trainable, it stops DDP
 ("Expected to have finished reduction") and leaves holes in optimizer states."""
+
+GROUP_OF = {
+    "model.vision_model.": "vision",
+    "model.perceiver_resampler.": "resampler",
+    "model.layers.": "language",
+    "model.norm.": "language",
+    "model.gated_cross_attn_layers.": "cross_attention",
+    "model.embed_tokens.additional_embedding.": "extra_rows",
+    "model.embed_tokens.weight": "embeddings",
+    "lm_head.additional_fc.": "extra_rows",
+    "lm_head.": "head",
+}
+"""The group of parameters that a name begins with; gates are found by their own names."""
+GATES = (".alpha_cross_attn", ".alpha_dense")
+
+LORA_LAYERS = {
+    "vision.attention": r"model\.vision_model\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj",
+    "vision.mlp": r"model\.vision_model\.encoder\.layers\.\d+\.mlp\.fc[12]",
+    "resampler.attention": r"model\.perceiver_resampler\.blocks\.\d+\.0\.(q|k|v|output)_proj",
+    "resampler.mlp": r"model\.perceiver_resampler\.blocks\.\d+\.1\.(fc|c_proj)",
+    "language.attention": r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
+    "language.mlp": r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj",
+    "cross_attention.attention": r"model\.gated_cross_attn_layers\.\d+\.cross_attn\.(q|k|v|o)_proj",
+    "cross_attention.mlp": r"model\.gated_cross_attn_layers\.\d+\.mlp\.(gate|up|down)_proj",
+}
+"""Whole names of the linear layers that adapters can stand beside. Anchored at the front: `layers.0.self_attn.q_proj`
+alone would hit the vision tower too, and `q_proj` everything. The head and the embedding are not among them: PEFT's
+adapters do not know of their extra rows."""
+
+QUANTISED = ("language", "cross_attention")
+"""Groups whose weight matrices are stored in 4 bits: 7.8 of the 8.9 billion parameters of idefics-9b. The tower, the
+resampler, the embedding and the head stay unquantised; 4 bits would save another 0.5 GB."""
 
 EXTRA_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
 EXTRA_HEAD = "lm_head.additional_fc.weight"
@@ -60,7 +95,7 @@ class PackedOutput(NamedTuple):
     """What the forward over a packed micro-batch returns. P = trained positions."""
 
     loss: Tensor
-    """Summed cross entropy / trained tokens of the whole optimizer step."""
+    """(Summed cross entropy + z-loss) / trained tokens of the whole optimizer step."""
     token_losses_P: Tensor
     """Cross entropy of each trained position, float32, detached."""
     source_ids_P: Tensor
@@ -73,16 +108,20 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
     """IDEFICS with a forward for packed micro-batches: `model(batch=batch)`. Anything else goes to transformers."""
 
     @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
-    def forward(self, *args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
-        """Summed next-token loss of a packed micro-batch, or transformers' forward when no `batch` is given."""
+    def forward(self, *args: Any, batch: Batch | None = None, z_loss: float = 0.0, **kwargs: Any) -> Any:
+        """Summed next-token loss of a packed micro-batch, or transformers' forward when no `batch` is given.
+
+        `z_loss` is the weight of `sft.loss.z_losses` beside it.
+        """
         if batch is None:
             return super().forward(*args, **kwargs)
         hidden_TD = self._hidden_states(batch)
         positions_P = trained_positions(batch.labels_T)
         logits_PV = self._logits(hidden_TD[positions_P])
         losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
+        total = losses_P.sum() + z_loss * z_losses(logits_PV).sum() if z_loss else losses_P.sum()
         return PackedOutput(
-            loss=losses_P.sum() / batch.num_trained_tokens,
+            loss=total / batch.num_trained_tokens,
             token_losses_P=losses_P.detach(),
             source_ids_P=batch.source_ids_T[positions_P + 1],
             logits_PV=None if self.training else logits_PV,
@@ -143,21 +182,77 @@ def normalise(pixels_NCHW: Tensor) -> Tensor:
     return pixels_NCHW.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
 
-def load_model(path: str | Path) -> PackedIdefics:
-    """Load a model folder or hub id with float32 weights, ready for packed training, evaluation and generation.
+def load_model(
+    path: str | Path,
+    *,
+    trained: Collection[str] = GROUPS,
+    frozen_dtype: torch.dtype = torch.float32,
+    quantised: bool = False,
+    device: torch.device | str = "cpu",
+) -> PackedIdefics:
+    """Load a model folder or hub id, ready for packed training, evaluation and generation.
 
-    float32 because updates of 1e-5 are lost in bfloat16 parameters; autocast computes in bfloat16.
+    The groups in `trained` have float32 weights, since updates of 1e-5 are lost in bfloat16 parameters. Matrices of the
+    others are stored in `frozen_dtype`, or in 4 bits where `quantised` and of a group in `QUANTISED`: nf4 with double
+    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embedding, head, norms, biases and gates are
+    always float32. Quantised weights stay on the `device` they are loaded to.
 
     Raises:
         UserError: the folder is not an IDEFICS model, or weights are missing, damaged or of another shape.
     """
     folder = _local_folder(path)
     _check_weights(folder, _read_config(folder))
+    in_4_bits = [group for group in QUANTISED if quantised and group not in trained]
     model: PackedIdefics = PackedIdefics.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
+        folder,
+        dtype=frozen_dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        **_quantisation(in_4_bits, frozen_dtype, device) if in_4_bits else {},
     )
+    if frozen_dtype != torch.float32:
+        exact = (name for name, p in model.named_parameters() if p.is_floating_point() and _is_exact(name, p, trained))
+        _reload_exactly(model, folder, exact)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
+            # next one with gradients fails (bitsandbytes 0.50.2).
+            module.support_avx512bf16_for_cpu = False
     use_grouped_attention(model)
     return model
+
+
+def _quantisation(groups: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise the linear layers of some groups."""
+    from transformers import BitsAndBytesConfig
+
+    kept = [re.escape(name.removesuffix(".")) for name, group in GROUP_OF.items() if group not in groups]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _is_exact(name: str, parameter: nn.Parameter, trained: Collection[str]) -> bool:
+    """Whether a parameter is kept in float32, whatever the frozen ones are stored in."""
+    group = group_of(name)
+    return group in trained or group in ("embeddings", "head", "extra_rows", "gates") or parameter.ndim < 2
+
+
+def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
+    """Give parameters their float32 values: loading has rounded them."""
+    shards, parameters = _shards(folder), dict(model.named_parameters())
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(shards[name], []).append(name)
+    for file, held in by_file.items():
+        with safe_open(folder / file, framework="pt") as tensors:
+            for name in held:
+                parameters[name].data = tensors.get_tensor(name).float().to(parameters[name].device)
 
 
 def use_grouped_attention(model: PackedIdefics) -> None:
@@ -194,17 +289,40 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def select_trainable(model: nn.Module) -> tuple[str, ...]:
-    """Unfreeze everything, then freeze by name what never gets a gradient; return those names.
+def group_of(name: str) -> str:
+    """The group of a parameter; an adapter belongs to the group of the layer beside which it stands.
 
+    Raises:
+        KeyError: not a parameter of this model.
+    """
+    if name.endswith(GATES):
+        return "gates"
+    matching = [group for start, group in GROUP_OF.items() if name.startswith(start)]
+    if not matching:
+        raise KeyError(name)
+    return matching[0]
+
+
+def lora_pattern(targets: Collection[str]) -> str:
+    """A regular expression for the whole names of the linear layers that `model.lora.targets` names."""
+    patterns = [pattern for name, pattern in LORA_LAYERS.items() if {name, name.partition(".")[0]} & set(targets)]
+    return "|".join(f"({pattern})" for pattern in patterns)
+
+
+def select_trainable(model: nn.Module, groups: Collection[str] = GROUPS) -> tuple[str, ...]:
+    """Make the weights of some groups trainable, and adapters if there are any; freeze everything else.
+
+    Returns the names of parameters of these groups that stay frozen, since they never get a gradient.
     `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
     """
-    model.requires_grad_(True)
     frozen = []
     for name, parameter in model.named_parameters():
-        if name.startswith(NEVER_TRAINED):
-            parameter.requires_grad_(False)
+        of_adapter = ".lora_" in name
+        asked = of_adapter or (group_of(name) in groups and ".base_layer." not in name)
+        never = name.startswith(NEVER_TRAINED)
+        if asked and never:
             frozen.append(name)
+        parameter.requires_grad_(asked and not never)
     return tuple(frozen)
 
 
@@ -213,10 +331,28 @@ def save_model(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
     assert isinstance(model, PackedIdefics)
     weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=weights)
-    file = directory / "config.json"
-    config = json.loads(file.read_text())
+    write_config(json.loads((directory / "config.json").read_text()), directory, dtype)
+
+
+def write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
+    """Write config.json for weights of `dtype`, as of the plain class."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     config |= {"architectures": [PlainIdefics.__name__], "dtype": str(dtype).removeprefix("torch.")}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_processor(path: str | Path, directory: Path) -> None:
+    """Write what transformers' `AutoProcessor` needs beside a tokenizer: how images become pixels.
+
+    `path` is the model folder whose config says their size.
+    """
+    from transformers import IdeficsImageProcessor
+
+    size = int(_read_config(path)["vision_config"]["image_size"])
+    IdeficsImageProcessor(image_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)).save_pretrained(
+        directory
+    )
+    (directory / "processor_config.json").write_text(json.dumps({"processor_class": "IdeficsProcessor"}) + "\n")
 
 
 def image_size(model: nn.Module) -> int:
