@@ -385,7 +385,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if isinstance(place, list) and part.isdigit() and int(part) < len(place):
             place = place[int(part)]
         elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
         else:
             raise UserError(f"override {override!r}: there is no {part!r} to go into")
     try:
@@ -405,7 +407,7 @@ def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
     location = problem["loc"]
     line = _line(node, location)
     where = f"{path}:{line}" if line else str(path)
-    name = ".".join(str(part) for part in location)
+    name = ".".join(str(part) for part in location if part != "[key]")
     if problem["type"] == "extra_forbidden":
         return f"{where}: {name}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
     if problem["type"] == "missing":

@@ -331,12 +331,13 @@ def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.
         UserError: a training.precision that this machine has not, or adapters of layers that the model has not.
     """
     settings = recipe.model
+    precision = choose_precision(recipe.training.precision, device())
     if settings.lora is None:
         return family.load_model(base)
     model = family.load_model(
         base,
         trained=settings.trainable,
-        frozen_dtype=torch_dtype(choose_precision(recipe.training.precision, device())),
+        frozen_dtype=torch_dtype(precision),
         quantised=settings.mode == "qlora",
         device=device(),
     )

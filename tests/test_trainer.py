@@ -16,6 +16,7 @@ from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, writ
 from sft.collate import collate
 from sft.data_loader import MicroBatches
 from sft.errors import RunError, UserError
+from sft.inference import load_for_inference
 from sft.lora import add_adapters
 from sft.mix import mix
 from sft.models import idefics
@@ -368,6 +369,38 @@ def test_checkpoints_open_in_plain_transformers(finished):
     own = idefics.load_tokenizer(found[-1])
     text = "User: Is it a blue circle?"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora"])
+def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_path, mode):
+    overrides = ("model.lora.r=4", "model.trainable=[gates]", "training.optimizer=adamw_8bit", "training.max_steps=2")
+    recipe = load_recipe(
+        Path(finished.output_dir) / "recipe.yaml",
+        (f"output_dir={tmp_path / 'run'}", f"model.mode={mode}", *overrides),
+    )
+    said = []
+    run.train(recipe, run.prepare(recipe), say=said.append)
+    assert [line.split()[0] for line in said[0].splitlines()[1:]] == [
+        "extra_rows", "language", "gates", "cross_attention", "all",
+    ]  # fmt: skip
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    assert is_complete(folder)
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "recipe.yaml"} <= {
+        file.name for file in folder.iterdir()
+    }
+    assert not (folder / "config.json").exists(), "transformers would look for a model beside it"
+    base, loaded = idefics.load_model(run.base_path(recipe)), load_for_inference(folder, precision="float32")
+    batch = batch_of([place(loaded.template, document("A fox."))])
+    assert not torch.equal(loaded.model(batch=batch).logits_PV, base.eval()(batch=batch).logits_PV)
+
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/moved"}))
+    again = load_for_inference(folder, precision="float32", load_in_4bit=mode == "qlora")
+    apart = (loaded.model(batch=batch).logits_PV - again.model(batch=batch).logits_PV).abs().max()
+    assert (apart > 0) == (mode == "qlora"), "the base was found through the recipe"
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match="its base model /moved is not there, nor a recipe that makes it"):
+        load_for_inference(folder)
 
 
 def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
