@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -171,8 +172,7 @@ class Merger:
         if f"{layer}.lora_A.weight" not in self._unused:
             return weight
         a, b = self._take(f"{layer}.lora_A.weight"), self._take(f"{layer}.lora_B.weight")
-        change: Tensor = self.scaling * (b.float() @ a.float())
-        return weight.float() + change
+        return torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scaling)
 
     def check_all_used(self) -> None:
         """

@@ -55,8 +55,11 @@ class ModelFamily(Protocol):
     def write_config(self, config: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
         """Write config.json for weights of `dtype`."""
 
-    def save_processor(self, path: str | Path, directory: Path) -> None:
-        """Write how images become pixels, as transformers' `AutoProcessor` reads it; `path` is a model folder."""
+    def weight_files(self, folder: Path) -> dict[str, str]:
+        """The safetensors file of a model folder that holds each tensor."""
+
+    def save_processor(self, tokenizer: PreTrainedTokenizerFast, model_path: str | Path, directory: Path) -> None:
+        """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels."""
 
     def image_size(self, model: nn.Module) -> int:
         """Height and width in pixels that the vision tower takes."""

@@ -245,7 +245,7 @@ def _is_exact(name: str, parameter: nn.Parameter, trained: Collection[str]) -> b
 
 def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
     """Give parameters their float32 values: loading has rounded them."""
-    shards, parameters = _shards(folder), dict(model.named_parameters())
+    shards, parameters = weight_files(folder), dict(model.named_parameters())
     by_file: dict[str, list[str]] = {}
     for name in names:
         by_file.setdefault(shards[name], []).append(name)
@@ -341,18 +341,14 @@ def write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype) ->
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_processor(path: str | Path, directory: Path) -> None:
-    """Write what transformers' `AutoProcessor` needs beside a tokenizer: how images become pixels.
+def save_processor(tokenizer: PreTrainedTokenizerFast, model_path: str | Path, directory: Path) -> None:
+    """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels of the size that the
+    config of the model in `model_path` says."""
+    from transformers import IdeficsImageProcessor, IdeficsProcessor
 
-    `path` is the model folder whose config says their size.
-    """
-    from transformers import IdeficsImageProcessor
-
-    size = int(_read_config(path)["vision_config"]["image_size"])
-    IdeficsImageProcessor(image_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)).save_pretrained(
-        directory
-    )
-    (directory / "processor_config.json").write_text(json.dumps({"processor_class": "IdeficsProcessor"}) + "\n")
+    size = int(_read_config(model_path)["vision_config"]["image_size"])
+    images = IdeficsImageProcessor(image_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
+    IdeficsProcessor(image_processor=images, tokenizer=tokenizer, image_size=size).save_pretrained(directory)
 
 
 def image_size(model: nn.Module) -> int:
@@ -443,7 +439,7 @@ def _grow_extra_rows(source: Path, output: Path) -> set[str]:
     """Write the shards that hold the extra rows with one row more; return their file names."""
     from safetensors.torch import load_file, save_file
 
-    shards = _shards(source)
+    shards = weight_files(source)
     mean = load_file(source / shards[BASE_EMBEDDING])[BASE_EMBEDDING].float().mean(0, keepdim=True)
     rewritten = {shards[EXTRA_EMBEDDING], shards[EXTRA_HEAD]}
     for name in rewritten:
@@ -466,7 +462,7 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     with torch.device("meta"):
         expected = PlainIdefics(IdeficsConfig.from_dict(config)).state_dict()
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(set(_shards(folder).values())):
+    for file in sorted(set(weight_files(folder).values())):
         try:
             with safe_open(folder / file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -480,8 +476,12 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{folder}: {name} has shape {shapes[name]}, config.json asks for {tuple(tensor.shape)}")
 
 
-def _shards(folder: Path) -> dict[str, str]:
-    """Which safetensors file holds each tensor."""
+def weight_files(folder: Path) -> dict[str, str]:
+    """The safetensors file that holds each tensor.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]

@@ -1,0 +1,56 @@
+"""`idefics-sft merge RUN --output DIR`: a checkpoint as a plain transformers model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+
+
+def run(
+    run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, its recipe, RUN@STEP or a checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new model.")],
+    base_dtype: Annotated[
+        str | None, typer.Option(help="What adapters are merged in: bf16 (default) or fp32.", metavar="bf16|fp32")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare logits; needs room for the model.")] = False,
+    json: Json = False,
+) -> None:
+    """Merge adapters into their base, or copy a full run's checkpoint: a plain transformers folder with a model card.
+
+    A RUN means its selected, else its newest checkpoint.
+    """
+    from sft.errors import UserError
+    from sft.naming import find_model
+
+    if base_dtype not in (None, "bf16", "fp32"):
+        raise UserError(f"--base-dtype {base_dtype}: expected bf16 or fp32")
+    checkpoint = find_model(run)
+    if not isinstance(checkpoint, Path):
+        raise UserError(f"{run}: expected a run or a checkpoint of one; a hub model has nothing to merge")
+    quiet_libraries()
+    from dataclasses import asdict
+
+    import torch
+
+    from sft.merge import compare, merge
+
+    out = console(to_stderr=json)
+    out.print(f"checkpoint: {checkpoint}")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[base_dtype] if base_dtype else None
+    with progress("merging", None, out) as update:
+        made = merge(
+            checkpoint, output, dtype=dtype, on_progress=lambda done, total: update(done, f"of {total} tensors")
+        )
+    differences = compare(checkpoint, output) if check else {}
+    if json:
+        print_json(asdict(made) | ({"check": {k: asdict(v) for k, v in differences.items()}} if check else {}))
+        return
+    how = f"adapters merged into {made.base}" if made.base else "copied"
+    out.print(f"{made.output}: {how}; {made.parameters:,} parameters in {made.dtype}, {made.bytes / 1e9:,.2f} GB")
+    if check:
+        rows = [(k, f"{v.largest:.2g}", f"{v.mean:.2g}", percent(v.same_choice)) for k, v in differences.items()]
+        title = "logits of the merged model beside those of"
+        out.print(table(title, ("", "largest difference", "mean", "same likeliest token"), rows))
+    out.print(f"Next: idefics-sft chat {made.output}")
