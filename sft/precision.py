@@ -6,8 +6,8 @@ from sft.errors import UserError
 
 
 def device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The current GPU if there is one, else the CPU. With its number: accelerate takes `cuda` and `cuda:0` for two."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def has_bfloat16(device: torch.device) -> bool:

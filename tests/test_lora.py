@@ -187,13 +187,17 @@ def test_language_and_cross_attention_are_quantised_and_nothing_else(base):
     assert whole.model.gated_cross_attn_layers[0].cross_attn.q_proj.weight.dtype == torch.float32
 
 
-def test_what_is_trained_or_small_is_exact_whatever_the_frozen_is_stored_in(base):
-    exact = dict(idefics.load_model(base).named_parameters())
+def test_only_frozen_matrices_are_stored_rounded_and_autocast_sees_no_difference(base, template):
+    exact = idefics.load_model(base)
     model = idefics.load_model(base, trained=("extra_rows", "resampler"), frozen_dtype=torch.bfloat16)
+    rounded = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+    assert {idefics.group_of(name) for name in rounded} == {"vision", "language", "cross_attention"}
+    assert all("proj" in name or ".fc" in name or "patch_embedding" in name for name in rounded)
     for name, parameter in model.named_parameters():
-        rounded = parameter.ndim > 1 and idefics.group_of(name) in ("vision", "language", "cross_attention")
-        assert parameter.dtype == (torch.bfloat16 if rounded else torch.float32), name
-        assert rounded or torch.equal(parameter, exact[name]), name
+        assert name in rounded or torch.equal(parameter, exact.get_parameter(name)), name
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = batch_of([place(template, sample) for sample in SAMPLES])
+        assert torch.equal(logits(model, batch), logits(exact, batch))
 
 
 def test_4_bit_weights_train_and_evaluate_in_turn(base, template):

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,8 +194,8 @@ def load_model(
 
     The groups in `trained` have float32 weights, since updates of 1e-5 are lost in bfloat16 parameters. Matrices of the
     others are stored in `frozen_dtype`, or in 4 bits where `quantised` and of a group in `QUANTISED`: nf4 with double
-    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embedding, head, norms, biases and gates are
-    always float32. Quantised weights stay on the `device` they are loaded to.
+    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, head, norms, biases and gates
+    are always float32. Quantised weights stay on the `device` they are loaded to.
 
     Raises:
         UserError: the folder is not an IDEFICS model, or weights are missing, damaged or of another shape.
@@ -211,8 +211,7 @@ def load_model(
         **_quantisation(in_4_bits, frozen_dtype, device) if in_4_bits else {},
     )
     if frozen_dtype != torch.float32:
-        exact = (name for name, p in model.named_parameters() if p.is_floating_point() and _is_exact(name, p, trained))
-        _reload_exactly(model, folder, exact)
+        _reload_exactly(model, folder, _exact(model, trained))
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
@@ -237,10 +236,16 @@ def _quantisation(groups: Collection[str], dtype: torch.dtype, device: torch.dev
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _is_exact(name: str, parameter: nn.Parameter, trained: Collection[str]) -> bool:
-    """Whether a parameter is kept in float32, whatever the frozen ones are stored in."""
-    group = group_of(name)
-    return group in trained or group in ("embeddings", "head", "extra_rows", "gates") or parameter.ndim < 2
+def _exact(model: nn.Module, trained: Collection[str]) -> Iterator[str]:
+    """Parameters that are float32, whatever the frozen matrices are stored in: what is trained, and what no matrix
+    product would round under autocast. The head computes in float32 in evaluation."""
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and group_of(f"{name}.weight") not in {*trained, "head", "extra_rows"}
+    }
+    return (name for name, _ in model.named_parameters() if name not in matrices)
 
 
 def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
