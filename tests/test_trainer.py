@@ -161,8 +161,8 @@ def test_a_trainable_tensor_without_gradient_stops_the_first_step_with_images(te
         trainer.train()
 
 
-def adapted(model) -> torch.nn.Module:
-    add_adapters(model, idefics.lora_pattern(["language"]), LoraSettings(r=4, targets=["language"]), "base")
+def adapted(model, *targets) -> torch.nn.Module:
+    add_adapters(model, idefics.lora_pattern(targets), LoraSettings(r=4, targets=targets), "base")
     idefics.select_trainable(model, ["extra_rows"])
     return model
 
@@ -170,7 +170,7 @@ def adapted(model) -> torch.nn.Module:
 def test_adapters_that_do_not_move_stop_the_first_step(template, tmp_path, model):
     """DeepSpeed was seen to leave B at zero (peft#1402)."""
     batch = batch_of([place(template, SAMPLES[0])])
-    trainer = trainer_of(adapted(model), template, [batch], tmp_path, 1)
+    trainer = trainer_of(adapted(model, "language"), template, [batch], tmp_path, 1)
     forgotten = model.model.layers[3].mlp.up_proj.lora_B.default.weight
     trainer.create_optimizer()
     for group in trainer.optimizer.param_groups:
@@ -181,11 +181,25 @@ def test_adapters_that_do_not_move_stop_the_first_step(template, tmp_path, model
         trainer.train()
 
 
-def test_only_what_is_asked_for_moves(template, tmp_path, model):
-    before = {name: parameter.clone() for name, parameter in adapted(model).named_parameters()}
-    trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1).train()
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_of_what_is_asked_for_moves_and_nothing_else(template, tmp_path, model, checkpointing):
+    """Reentrant checkpointing would leave out the adapters of the tower."""
+    before = {name: p.clone() for name, p in adapted(model, "vision", "language").named_parameters()}
+    batch = batch_of([place(template, SAMPLES[0])])
+    trainer_of(model, template, [batch], tmp_path, 1, gradient_checkpointing=checkpointing).train()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {idefics.EXTRA_EMBEDDING, idefics.EXTRA_HEAD} | {n for n in before if "lora_" in n}
+
+
+def test_what_is_trained_beside_4_bits_stays_exact(template, tmp_path, model):
+    """SFTTrainer rounds it to bfloat16."""
+    idefics.save_model(model, tmp_path / "base", torch.float32)
+    quantised = adapted(idefics.load_model(tmp_path / "base", trained=["extra_rows"], quantised=True), "language")
+    before = {name: p.clone() for name, p in quantised.named_parameters() if p.requires_grad}
+    trainer_of(quantised, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
+    for name, parameter in before.items():
+        assert quantised.get_parameter(name).dtype == torch.float32
+        assert torch.equal(quantised.get_parameter(name), parameter)
 
 
 def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template, tmp_path, model, monkeypatch):
