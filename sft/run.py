@@ -324,16 +324,16 @@ def _check_positions(recipe: Recipe, sources: Sources, max_positions: int) -> No
 
 
 def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.nn.Module:
-    """The base as the recipe's mode trains it: with float32 weights, or with adapters beside weights that are stored in
-    what is computed in, or in 4 bits.
+    """The base as the recipe's mode trains it: groups that are trained in float32, frozen ones in what is computed in,
+    or in 4 bits, with fresh adapters where the mode has them.
 
     Raises:
         UserError: a training.precision that this machine has not, or adapters of layers that the model has not.
     """
     settings = recipe.model
     precision = choose_precision(recipe.training.precision, device())
-    if settings.lora is None:
-        return family.load_model(base)
+    if settings.lora is None and precision == "float16":
+        precision = "float32"  # frozen weights are a part of the snapshot, and would be rounded twice
     model = family.load_model(
         base,
         trained=settings.trainable,
@@ -341,7 +341,8 @@ def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.
         quantised=settings.mode == "qlora",
         device=device(),
     )
-    add_adapters(model, family.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
+    if settings.lora:
+        add_adapters(model, family.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
     return model
 
 

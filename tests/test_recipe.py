@@ -1,12 +1,14 @@
 """A recipe is read strictly: what is wrong is named, with its line and what would be right."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sft.cli.main import main
 from sft.errors import UserError
-from sft.recipe import Recipe, load_recipe
+from sft.recipe import GROUPS, ModelConfig, Recipe, TrainingConfig, load_recipe
 from sft.shipped import recipe_path, resolve, shipped_root
 
 TOY = """\
@@ -172,6 +174,33 @@ def test_overrides_are_dotted_and_read_as_yaml(tmp_path):
 )
 def test_a_bad_override_is_named(tmp_path, override, expected):
     assert expected in refusal(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.mode=lora", "model.lora.alpa=2"], "model.lora.alpa: unknown key; did you mean 'alpha'?"),
+        (["training.groups.visoin.weight_decay=0"], "training.groups.visoin: Input should be 'vision', "),
+        (["training.groups.vision.wieght_decay=0"], "training.groups.vision.wieght_decay: unknown key; did you mean"),
+        (
+            ["model.mode=qlora", "training.groups.vision.learning_rate=1"],
+            "training.groups names vision, of which nothing is trained; see model.trainable",
+        ),
+        (["model.lora.r=4"], "model: lora is set, but mode is full"),
+        (["training.decay_steps=5"], "training: decay_steps 5 is before max_steps 10"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_named(tmp_path, overrides, expected):
+    assert expected in refusal(tmp_path, *overrides)
+
+
+def test_the_page_on_training_is_about_this_recipe():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert ModelConfig.model_validate(yaml.safe_load(snippet)["model"]).mode == "qlora"
+    names = (*GROUPS, *TrainingConfig.model_fields)
+    told_elsewhere = {"tokens_per_step", "micro_batch_packs", "betas"}
+    assert {name for name in names if not re.search(rf"`([a-z_]+\.)?{name}`", page)} == told_elsewhere
 
 
 def test_the_resolved_recipe_reads_back_equal(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import IMAGE_SIZE, batch_of, conversation, document, make_tiny_model, place
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, IdeficsForVisionText2Text, TrainerCallback
 
 from sft import run
@@ -383,6 +384,19 @@ def test_checkpoints_open_in_plain_transformers(finished):
     own = idefics.load_tokenizer(found[-1])
     text = "User: Is it a blue circle?"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
+
+
+def test_frozen_groups_are_written_as_they_were(finished, tmp_path):
+    overrides = (
+        "model.trainable=[head,gates]", "training.groups.gates.learning_rate=0.1",
+        "training.precision=bfloat16", "training.max_steps=1",
+    )  # fmt: skip
+    recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path / 'run'}", *overrides))
+    run.train(recipe, run.prepare(recipe))
+    before = load_file(run.base_path(recipe) / "model.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(after[name], before[name].to(torch.bfloat16))}
+    assert {idefics.group_of(name) for name in changed} == {"head", "gates"}
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])

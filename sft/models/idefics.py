@@ -203,6 +203,8 @@ def load_model(
     folder = _local_folder(path)
     _check_weights(folder, _read_config(folder))
     in_4_bits = [group for group in QUANTISED if quantised and group not in trained]
+    if set(GROUPS) <= set(trained):
+        frozen_dtype = torch.float32  # nothing is frozen
     model: PackedIdefics = PackedIdefics.from_pretrained(
         folder,
         dtype=frozen_dtype,
