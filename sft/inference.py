@@ -46,6 +46,6 @@ def load_for_inference(path: str | Path, *, family: str = "idefics", precision: 
     return Loaded(
         model=model,
         template=load_template(kind, path),
-        image_size=kind.image_size(model),
+        image_size=kind.image_size(model.config),
         autocast=choose_precision(precision, device()) == "bfloat16",
     )

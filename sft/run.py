@@ -255,7 +255,7 @@ def _train(
     base = prepare_base(recipe)
     set_seed(recipe.seed)
     model = family.load_model(base)
-    _check_positions(recipe, sources, family.max_positions(model))
+    _check_positions(recipe, sources, family.max_positions(model.config))
     _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model)
@@ -267,7 +267,7 @@ def _train(
         planner,
         packs_per_step=recipe.packs_per_step,
         micro_batch_packs=recipe.training.micro_batch_packs,
-        image_size=family.image_size(model),
+        image_size=family.image_size(model.config),
     )
 
     def write_checkpoint(trained: torch.nn.Module, step: int) -> None:

@@ -36,10 +36,13 @@ class ModelFamily(Protocol):
     def save_model(self, model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
         """Write weights and config as a plain transformers folder."""
 
-    def image_size(self, model: nn.Module) -> int:
+    def load_config(self, path: str | Path) -> PreTrainedConfig:
+        """The config of a model, without its weights."""
+
+    def image_size(self, config: PreTrainedConfig) -> int:
         """Height and width in pixels that the vision tower takes."""
 
-    def max_positions(self, model: nn.Module) -> int:
+    def max_positions(self, config: PreTrainedConfig) -> int:
         """Longest sequence that the model has positions for."""
 
     def tokens_per_image(self, size: tuple[int, int]) -> int:

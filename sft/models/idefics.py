@@ -219,16 +219,23 @@ def save_model(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def image_size(model: nn.Module) -> int:
+def load_config(path: str | Path) -> IdeficsConfig:
+    """The config of a model folder or hub id, without its weights.
+
+    Raises:
+        UserError: there is none, or it is not of IDEFICS-1.
+    """
+    return IdeficsConfig.from_dict(_read_config(path))
+
+
+def image_size(config: IdeficsConfig) -> int:
     """Height and width in pixels that the vision tower takes."""
-    assert isinstance(model, PackedIdefics)
-    return int(model.config.vision_config.image_size)
+    return int(config.vision_config.image_size)
 
 
-def max_positions(model: nn.Module) -> int:
+def max_positions(config: IdeficsConfig) -> int:
     """Longest sequence that the model has positions for."""
-    assert isinstance(model, PackedIdefics)
-    return int(model.config.max_position_embeddings)
+    return int(config.max_position_embeddings)
 
 
 def tokens_per_image(size: tuple[int, int]) -> int:
