@@ -68,7 +68,7 @@ class BatchMaker(Dataset[Batch]):
         return batch
 
     def _sample(self, place: Place) -> PlacedSample:
-        self._note([f"{self.reader.parts[place.source][place.part].store.path.name}/{place.row}"])
+        self._note([self.reader.parts[place.source][place.part].encoded.key(place.row)])
         return self.reader.sample(place)
 
     def _note(self, samples: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
+from sft.fitting import Limits
 from sft.inference import load_template
 from sft.locking import locked
 from sft.models import ModelFamily, get_family
@@ -91,6 +92,7 @@ def prepare(
     check_recipe(recipe)
     with locked(Path(recipe.data.store)):
         template = load_template(get_family(recipe.model.family), prepare_base(recipe))
+        limits = sample_limits(recipe)
 
         def prepared(source: str, dataset: DatasetConfig) -> Part:
             name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
@@ -100,7 +102,8 @@ def prepare(
                 encoded = encode_samples(
                     store,
                     template,
-                    encoded_path(store, template),
+                    encoded_path(store, template, limits),
+                    limits=limits,
                     num_proc=options.num_proc,
                     on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
                 )
@@ -181,12 +184,16 @@ def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
     Raises:
         UserError: something is not prepared; the message names the command.
     """
+    limits = sample_limits(recipe)
 
     def opened(_: str, dataset: DatasetConfig) -> Part:
         store = Store(Path(recipe.data.store) / dataset.store_name)
-        path = encoded_path(store, template)
+        path = encoded_path(store, template, limits)
         if not (path / INDEX).is_file():
-            raise UserError(f"{store.path}: not encoded for this model; run `idefics-sft prepare` first")
+            raise UserError(
+                f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
+                "data.long_conversations; run `idefics-sft prepare` first"
+            )
         return Part(store, EncodedSamples(path))
 
     return _sources(recipe, opened)
@@ -214,9 +221,18 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
     )
 
 
-def encoded_path(store: Store, template: ChatTemplate) -> Path:
+def sample_limits(recipe: Recipe) -> Limits:
+    """How long a sample may be, and how many images it may show: what fits a pack. Where samples do not see each other
+    a pack may be longer than the prepared base has positions for, a sample may not."""
+    family = get_family(recipe.model.family)
+    data = recipe.data
+    tokens = min(data.sequence_length, family.max_positions(family.load_config(base_path(recipe))))
+    return Limits(tokens, data.max_images_per_pack, data.long_conversations)
+
+
+def encoded_path(store: Store, template: ChatTemplate, limits: Limits) -> Path:
     """Where a store keeps what a template encodes."""
-    return store.path / "encoded" / fingerprint(template)
+    return store.path / "encoded" / fingerprint(template, limits)
 
 
 # -------------------------------------------------------------------------------------------------------- train
@@ -255,7 +271,7 @@ def _train(
     base = prepare_base(recipe)
     set_seed(recipe.seed)
     model = family.load_model(base)
-    _check_positions(recipe, sources, family.max_positions(model.config))
+    _check_positions(recipe, family.max_positions(model.config))
     _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model)
@@ -313,24 +329,21 @@ def _train(
     model.eval()
     if ended := planner.mixture.ended():
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
-    for size, num_dropped in zip(planner.sizes, planner.num_dropped, strict=True):
-        if num_dropped:
-            say(f"{size.name}: {num_dropped:,} samples do not fit a pack and were left out")
     return status("finished")
 
 
-def _check_positions(recipe: Recipe, sources: Sources, max_positions: int) -> None:
-    """Isolated samples must fit the model's positions; samples that see each other, the whole pack.
+def _check_positions(recipe: Recipe, max_positions: int) -> None:
+    """Where samples of a pack see each other, the whole pack must fit the model's positions.
 
     Raises:
-        UserError: they do not.
+        UserError: it does not.
     """
     length = recipe.data.sequence_length
-    if recipe.data.pack_isolation:
-        length = min(length, sources.longest())
-    if length > max_positions:
-        what = "the longest sample has" if recipe.data.pack_isolation else "without pack_isolation a pack has"
-        raise UserError(f"data.sequence_length: {what} {length} tokens, the model has {max_positions} positions")
+    if not recipe.data.pack_isolation and length > max_positions:
+        raise UserError(
+            f"data.sequence_length: without pack_isolation a pack has {length} tokens, "
+            f"the model has {max_positions} positions"
+        )
 
 
 def _what_is_trained(model: torch.nn.Module, frozen: tuple[str, ...]) -> str:

@@ -30,6 +30,8 @@ Role = Literal[
     "document",  # a web document or an image-text pair of the pre-training replay: no role is printed
 ]
 TrainOn = Literal["assistant", "all"]
+Policy = Literal["prefix", "split", "drop"]
+"""What is done with a conversation that does not fit a pack (`sft.fitting`)."""
 
 
 class SkipSample(Exception):  # noqa: N818  (a decision, not an error)

@@ -11,6 +11,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "errors sample",
     "recipe shipped attention loss locking files parallel images",
     "sources pixels image_keys chat_template models optim lora distributed checkpoint precision",
+    "fitting",
     "datasets store encoding mixture packing dealing collate generation inference naming run_status held_out",
     "prepared planner stated validation",
     "data_loader trainer checks evaluation",
