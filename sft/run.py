@@ -28,6 +28,7 @@ from sft.inference import load_template
 from sft.locking import locked
 from sft.models import ModelFamily, get_family
 from sft.planner import Planner
+from sft.plans import Plans
 from sft.prepared import Part, Sources
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 from sft.run_status import RunStatus
@@ -278,12 +279,11 @@ def _train(
     say(_what_is_trained(model, frozen))
     template = load_template(family, base)
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
-    micro_batches = MicroBatches(
+    plans = Plans(
         sources,
         planner,
-        packs_per_step=recipe.packs_per_step,
         micro_batch_packs=recipe.training.micro_batch_packs,
-        image_size=family.image_size(model.config),
+        image_cost=family.image_cost_in_tokens(model.config),
     )
 
     def write_checkpoint(trained: torch.nn.Module, step: int) -> None:
@@ -300,8 +300,8 @@ def _train(
     trainer = Trainer(
         model,
         tokenizer=template.tokenizer,
-        micro_batches=micro_batches,
-        micro_batches_per_step=recipe.packs_per_step // recipe.training.micro_batch_packs,
+        micro_batches=MicroBatches(plans, image_size=family.image_size(model.config)),
+        micro_batches_per_step=plans.micro_batches_per_step,
         settings=recipe.training,
         checkpoint_every=recipe.checkpoints.every_steps,
         write_checkpoint=write_checkpoint,
@@ -327,7 +327,8 @@ def _train(
     with _recorded(run_dir, status):
         trainer.train()
     model.eval()
-    if ended := planner.mixture.ended():
+    ended = planner.mixture.ended()
+    if ended and trainer.state.global_step < recipe.training.max_steps:
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     return status("finished")
 

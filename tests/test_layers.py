@@ -14,6 +14,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "fitting",
     "datasets store encoding mixture packing dealing collate generation inference naming run_status held_out",
     "prepared planner stated validation",
+    "plans",
     "data_loader trainer checks evaluation",
     "run mix inspection scoring selection export stats chat report cost",
     "cli",

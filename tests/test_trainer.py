@@ -20,6 +20,7 @@ from sft.mix import mix
 from sft.models import idefics
 from sft.optim import linear_schedule, parameter_groups
 from sft.planner import Planner
+from sft.plans import Plans
 from sft.recipe import Recipe, TrainingConfig, load_recipe
 from sft.sample import SkipSample
 from sft.trainer import Trainer
@@ -254,7 +255,7 @@ def test_metrics_have_a_line_a_step(finished):
 def test_training_lowers_the_loss_on_what_was_trained(finished):
     sources = run.prepare(finished)
     planner = Planner(sources.sources, finished.data, packs_per_step=2, seed=finished.seed)
-    steps = MicroBatches(sources, planner, packs_per_step=2, micro_batch_packs=2, image_size=64)
+    steps = MicroBatches(Plans(sources, planner, micro_batch_packs=2), image_size=64)
     first_step = next(iter(steps))["batch"]
     folders = run.base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
     before, after = (float(idefics.load_model(folder)(batch=first_step).loss.detach()) for folder in folders)

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from sft.attention import group_tokens, grouped_attention
 from sft.errors import UserError
 from sft.loss import token_losses, trained_positions
-from sft.sample import Batch
+from sft.sample import NO_SOURCE, Batch
 
 CHAT_TEMPLATE = "idefics.jinja"
 
@@ -81,10 +81,12 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         positions_P = trained_positions(batch.labels_T)
         logits_PV = self._logits(hidden_TD[positions_P])
         losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
+        source_ids_P = batch.source_ids_T[positions_P + 1]
+        weights_P = source_ids_P != NO_SOURCE
         return PackedOutput(
-            loss=losses_P.sum() / batch.num_trained_tokens,
+            loss=(losses_P * weights_P).sum() / batch.num_trained_tokens,
             token_losses_P=losses_P.detach(),
-            source_ids_P=batch.source_ids_T[positions_P + 1],
+            source_ids_P=source_ids_P,
             logits_PV=None if self.training else logits_PV,
         )
 
