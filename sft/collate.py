@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sft.sample import IGNORE_INDEX, Batch, EncodedSample, SkipSample, TrainOn
+from sft.sample import IGNORE_INDEX, NO_SOURCE, Batch, EncodedSample, SkipSample, TrainOn
 
 Pixels = NDArray[np.uint8]
 
@@ -24,6 +24,14 @@ class PlacedSample(NamedTuple):
     source: int
 
 
+DUMMY = PlacedSample(
+    EncodedSample(key="", input_ids=np.zeros(2, np.int64), trained_spans=((0, 2),), image_positions=(0,)),
+    images=(-1,),
+    source=NO_SOURCE,
+)
+"""Two tokens that look at a black image, one of them predicted. What belongs to no source has no weight in the loss."""
+
+
 def collate(
     packs: Sequence[Sequence[PlacedSample]],
     load_pixels: Callable[[int], Pixels],
@@ -33,30 +41,38 @@ def collate(
     image_size: int,
     num_trained_tokens: int | None = None,
     forgive_images: bool = False,
+    always_whole: bool = False,
 ) -> Batch:
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 
     With `pack_isolation` every sample is a segment of its own; without it a whole pack is one, as in 2023: its samples
     see each other, and positions run on. Images are isolated either way. `num_trained_tokens` is that of the whole
     optimizer step; left out, the micro-batch is taken for the step. With `forgive_images` an
-    image that fails is zeros and what shows it has no labels; everything else stays as it was planned.
+    image that fails is zeros and what shows it has no labels; everything else stays as it was planned. With
+    `always_whole` a batch without packs, images or labels gets a dummy sample that shows a black image and whose loss
+    counts nothing, so that every rank makes the same calls and every parameter gets a gradient.
 
     Raises:
         SkipSample: an image fails, and `forgive_images` is not set.
     """
     samples = list(chain.from_iterable(packs))
-    segments = [[sample] for sample in samples] if pack_isolation else packs
+    segments = [[sample] for sample in samples] if pack_isolation else [list(pack) for pack in packs]
     rows = {image: row for row, image in enumerate(dict.fromkeys(chain.from_iterable(s.images for s in samples)))}
     pixels, faults = _pixels(rows, load_pixels, image_size, forgive_images)
     dirty = {s.encoded.key: faults[image] for s in samples for image in s.images if image in faults}
     labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
-    labels_T = np.concatenate(labels)
+    num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
+    keys = tuple(sample.encoded.key for sample in samples)
+    if always_whole and not (rows and num_labels):
+        samples.append(DUMMY)
+        segments.append([DUMMY])
+        labels.append(_labels(DUMMY.encoded, train_on, is_dirty=False))
+        rows |= dict.fromkeys(DUMMY.images, len(rows))
+        pixels.append(np.zeros((3, image_size, image_size), np.uint8))
     lengths = [sum(len(sample.encoded.input_ids) for sample in segment) for segment in segments]
-    if num_trained_tokens is None:
-        num_trained_tokens = int((labels_T != IGNORE_INDEX).sum())
     return Batch(
         input_ids_T=torch.from_numpy(np.concatenate([sample.encoded.input_ids for sample in samples])),
-        labels_T=torch.from_numpy(labels_T),
+        labels_T=torch.from_numpy(np.concatenate(labels)),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         segment_ids_T=torch.from_numpy(np.repeat(np.arange(len(segments)), lengths)),
         image_ids_T=torch.from_numpy(np.concatenate([_image_ids(sample, rows) for sample in samples])),
@@ -66,8 +82,8 @@ def collate(
         pixel_values_NCHW=torch.from_numpy(
             np.stack(pixels) if pixels else np.empty((0, 3, image_size, image_size), dtype=np.uint8)
         ),
-        num_trained_tokens=num_trained_tokens,
-        keys=tuple(sample.encoded.key for sample in samples),
+        num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
+        keys=keys,
         dirty=dirty,
     )
 

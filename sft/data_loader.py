@@ -1,6 +1,6 @@
 """From the plan to micro-batches: the packs of a step, collated one micro-batch after another.
 
-    Sources (prepared, encoded) ─> Planner: windows of packs ─> Plan after Plan ─> BatchMaker ─> Batch after Batch
+    prepared sources ─> Planner: windows of packs ─> Plans: Plan after Plan ─> BatchMaker: Batch after Batch
 
 Plans are made in the training process and are the same whatever makes batches of them: that process, or any number of
 workers, whose batches come in the order of their plans.
@@ -9,42 +9,35 @@ workers, whose batches come in the order of their plans.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from sft.collate import Pixels, PlacedSample, collate
 from sft.errors import RunError
-from sft.planner import Planner
-from sft.prepared import Place, Reader, Sources
-from sft.sample import Batch, Pack
+from sft.plans import Plan, Plans
+from sft.prepared import Place, Reader
+from sft.sample import Batch
 
 NUM_NAMED = 5
 """Samples that an error names."""
 
 
-class Plan(NamedTuple):
-    """What becomes a micro-batch."""
-
-    step: int
-    """The optimizer step, the first of which is 1."""
-    packs: tuple[tuple[Place, ...], ...]
-    num_trained_tokens: int
-    """Of the whole step."""
-
-
 class BatchMaker(Dataset[Batch]):
     """Makes batches of plans, here or in a worker: `maker[plan]`."""
 
-    def __init__(self, reader: Reader, *, image_size: int, seed: int, notes: Path | None = None) -> None:
-        """In the folder `notes` each worker keeps a file that says which samples it is working on."""
+    def __init__(
+        self, reader: Reader, *, image_size: int, seed: int, always_whole: bool = False, notes: Path | None = None
+    ) -> None:
+        """With `always_whole` every batch has an image and a label (`sft.collate`). In the folder `notes` each worker
+        keeps a file that says which samples it is working on."""
         self.reader = reader
         self.image_size = image_size
         self.seed = seed
+        self.always_whole = always_whole
         self.notes = notes
 
     def __getitem__(self, plan: Plan) -> Batch:
@@ -63,12 +56,13 @@ class BatchMaker(Dataset[Batch]):
             image_size=self.image_size,
             num_trained_tokens=plan.num_trained_tokens,
             forgive_images=True,
+            always_whole=self.always_whole,
         )
         self._note(())
         return batch
 
     def _sample(self, place: Place) -> PlacedSample:
-        self._note([f"{self.reader.parts[place.source][place.part].store.path.name}/{place.row}"])
+        self._note([self.reader.parts[place.source][place.part].encoded.key(place.row)])
         return self.reader.sample(place)
 
     def _note(self, samples: Sequence[str]) -> None:
@@ -78,18 +72,14 @@ class BatchMaker(Dataset[Batch]):
 
 
 class MicroBatches(IterableDataset[dict[str, Batch]]):
-    """Micro-batches without end, as `{"batch": Batch}`; every `packs_per_step / micro_batch_packs` make a step.
+    """The micro-batches of a rank, as `{"batch": Batch}`, as long as there are plans.
 
     `data.num_workers` processes make them.
     """
 
-    def __init__(
-        self, sources: Sources, planner: Planner, *, packs_per_step: int, micro_batch_packs: int, image_size: int
-    ) -> None:
-        self.sources = sources
-        self.planner = planner
-        self.packs_per_step = packs_per_step
-        self.micro_batch_packs = micro_batch_packs
+    def __init__(self, plans: Plans, *, image_size: int) -> None:
+        self.plans = plans
+        self.sources = plans.sources
         self.image_size = image_size
         self.dirty: dict[str, str] = {}
         """Samples with an image that failed so far, and why."""
@@ -103,30 +93,29 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
             self._count_dirty(batch)
             yield {"batch": batch}
 
-    def plans(self) -> Iterator[Plan]:
-        """The micro-batches to come."""
-        for window in self.planner.windows():
-            packs = iter(window)
-            steps_per_window = self.planner.window_packs // self.packs_per_step
-            step = (self.planner.window - 1) * steps_per_window
-            while own := [*islice(packs, self.packs_per_step)]:
-                step += 1
-                yield from self._plans_of(step, own)
+    def state(self, step: int) -> dict[str, Any]:
+        """What has to be known after a step to go on with the next, as JSON."""
+        return {"plans": self.plans.state(step), "dirty": dict(self.dirty)}
 
-    def _plans_of(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
-        num_trained_tokens = self.planner.num_trained(packs)
-        placed = [tuple(self.sources.locate(item) for item in pack.items) for pack in packs]
-        for first in range(0, len(placed), self.micro_batch_packs):
-            yield Plan(step, tuple(placed[first : first + self.micro_batch_packs]), num_trained_tokens)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.plans.restore(state["plans"])
+        self.dirty = dict(state["dirty"])
 
     def _batches(self) -> Iterator[Batch]:
         if self.sources.data.num_workers:
             yield from self._batches_of_workers()
         else:
-            yield from map(self._maker().__getitem__, self.plans())
+            yield from map(self._maker().__getitem__, self.plans)
 
     def _maker(self, notes: Path | None = None) -> BatchMaker:
-        return BatchMaker(self.sources.reader, image_size=self.image_size, seed=self.planner.seed, notes=notes)
+        return BatchMaker(
+            self.sources.reader,
+            image_size=self.image_size,
+            seed=self.plans.planner.seed,
+            always_whole=self.plans.rank.of > 1,
+            notes=notes,
+        )
 
     def _batches_of_workers(self) -> Iterator[Batch]:
         try:
@@ -141,7 +130,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
         with TemporaryDirectory(prefix="idefics-sft-") as folder:
             batches: DataLoader[Batch] = DataLoader(
                 self._maker(Path(folder)),
-                sampler=self.plans(),
+                sampler=self.plans,
                 batch_size=None,
                 collate_fn=_as_it_is,
                 num_workers=data.num_workers,

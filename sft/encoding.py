@@ -1,12 +1,15 @@
 """Encoded once: the token ids of a prepared dataset as flat memory-mapped arrays.
 
-One folder per (tokenizer, template, code version). Sample i owns `input_ids[token_offsets[i]:token_offsets[i + 1]]`,
-and likewise its trained spans and its images. Mixture, packing and inspection read nothing but these arrays.
+One folder per (tokenizer, template, limits, code version). Row i owns
+`input_ids[token_offsets[i]:token_offsets[i + 1]]`, and likewise its trained spans and its images. It is a sample of the
+store, or the part of one that fits a pack (`sft.fitting`): `samples[i]` says of which. Mixture, packing and inspection
+read nothing but these arrays.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,10 +22,11 @@ from numpy.typing import NDArray
 
 from sft.chat_template import ChatTemplate
 from sft.files import discard, staged, whole_file
+from sft.fitting import Fitter, Limits
 from sft.parallel import ordered_map
 from sft.sample import EncodedSample, Sample, TrainOn
 
-VERSION = 3
+VERSION = 4
 """Raised when the same sample could encode to other arrays."""
 INDEX = "index.json"
 BLOCK_SAMPLES = 4096
@@ -30,7 +34,7 @@ BLOCK_SAMPLES = 4096
 
 _OFFSETS_OF = {"input_ids": "token_offsets", "trained_spans": "span_offsets", "image_rows": "image_offsets"}
 _ARRAY_OF = {offsets: name for name, offsets in _OFFSETS_OF.items()}
-_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "num_trained")
+_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "num_trained", "samples")
 
 
 class EncodedSamples:
@@ -38,8 +42,10 @@ class EncodedSamples:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        dtypes = json.loads((path / INDEX).read_text())["dtypes"]
-        self._array = {name: _open(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in dtypes.items()}
+        index = json.loads((path / INDEX).read_text())
+        self.changes: dict[str, int] = index["changes"]
+        """How many samples were not used as they are, by what was done, since they do not fit a pack."""
+        self._array = {name: _open(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in index["dtypes"].items()}
         self._array["trained_spans"] = self._array["trained_spans"].reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -47,11 +53,20 @@ class EncodedSamples:
 
     def __getitem__(self, row: int) -> EncodedSample:
         return EncodedSample(
-            key=f"{self.path.parents[1].name}/{row}",
+            key=self.key(row),
             input_ids=self._of(row, "input_ids", "token_offsets").astype(np.int64),
             trained_spans=tuple(tuple(span) for span in self._of(row, "trained_spans", "span_offsets").tolist()),
             image_positions=tuple(self._of(row, "image_positions", "image_offsets").tolist()),
         )
+
+    def key(self, row: int) -> str:
+        """Names the sample of the store that a row comes from."""
+        return f"{self.path.parents[1].name}/{self._array['samples'][row]}"
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """The store's row of the sample that each row comes from; never falling."""
+        return self._array["samples"]
 
     def image_rows(self, row: int) -> tuple[int, ...]:
         """Rows of the sample's images in the store, in reading order."""
@@ -104,10 +119,12 @@ def encode_samples(
     template: ChatTemplate,
     path: Path,
     *,
+    limits: Limits | None = None,
     num_proc: int = 1,
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> EncodedSamples:
-    """Encode samples into `path`, in bounded memory; what is there already is opened as it is.
+    """Encode samples into `path`, in bounded memory; what is there already is opened as it is. What is over `limits`
+    is shortened, split or left out.
 
     Each block is a file of its own until all are there, so that after a kill none is encoded twice.
     """
@@ -116,7 +133,7 @@ def encode_samples(
     folder = path.with_name(f".{path.name}.blocks")
     borders = [*range(0, len(samples), BLOCK_SAMPLES), len(samples)]
     blocks = [
-        _Block(samples, start, stop, template, folder / f"{start:010d}-{stop:010d}.npz")
+        _Block(samples, start, stop, template, limits, folder / f"{start:010d}-{stop:010d}.npz")
         for start, stop in pairwise(borders)
     ]
     missing = [block for block in blocks if not block.file.is_file()]
@@ -131,7 +148,8 @@ def encode_samples(
 
 def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> None:
     ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
-    num_samples = 0
+    num_rows = 0
+    changes: Counter[str] = Counter()
     id_type = _id_type(template)
     with staged(path) as folder, ExitStack() as stack:
         files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS}
@@ -140,16 +158,18 @@ def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> 
         for file in blocks:
             with np.load(file) as stored:
                 block = dict(stored)
+            changes.update(json.loads(block.pop("changes").item()))
             for name, array in block.items():
                 shift = ends.get(_ARRAY_OF.get(name, ""), 0)  # offsets count within the block; everything else stays
                 files[name].write((array + shift).tobytes())
-            for name, offsets in _OFFSETS_OF.items():
-                ends[name] += int(block[offsets][-1])
-            num_samples += len(block["num_trained"])
+            for name in _OFFSETS_OF:
+                ends[name] += len(block[name])
+            num_rows += len(block["num_trained"])
         index = {
             "version": VERSION,
-            "samples": num_samples,
+            "rows": num_rows,
             "tokens": ends["input_ids"],
+            "changes": dict(sorted(changes.items())),
             "dtypes": {name: (id_type if name == "input_ids" else np.dtype(np.int64)).str for name in _ARRAYS},
         }
         (folder / INDEX).write_text(json.dumps(index) + "\n")
@@ -161,6 +181,7 @@ class _Block:
     start: int
     stop: int
     template: ChatTemplate
+    limits: Limits | None
     file: Path
     """Where its arrays are kept until all blocks are there."""
 
@@ -177,19 +198,29 @@ def _id_type(template: ChatTemplate) -> np.dtype[Any]:
 
 def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
     """The arrays of some samples, with offsets that count from the first of them."""
-    encoded, rows = [], []
-    for sample, image_rows in block.samples.stored_samples(block.start, block.stop):
-        encoded.append(block.template.encode(sample))
-        rows.append(image_rows)
+    fitter = Fitter(block.template, block.limits)
+    pieces = [
+        (row, piece)
+        for row, (sample, image_rows) in enumerate(block.samples.stored_samples(block.start, block.stop), block.start)
+        for piece in fitter.pieces(sample, image_rows)
+    ]
+    encoded = [piece.encoded for _, piece in pieces]
+    image_rows = [piece.image_rows for _, piece in pieces]
     return {
-        "input_ids": np.concatenate([e.input_ids for e in encoded]).astype(_id_type(block.template)),
-        "token_offsets": np.cumsum([len(e.input_ids) for e in encoded]),
-        "trained_spans": np.array([span for e in encoded for span in e.trained_spans], dtype=np.int64).reshape(-1, 2),
-        "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded]),
-        "image_positions": np.array([p for e in encoded for p in e.image_positions], dtype=np.int64),
-        "image_rows": np.array([row for image_rows in rows for row in image_rows], dtype=np.int64),
-        "image_offsets": np.cumsum([len(image_rows) for image_rows in rows]),
-        "num_trained": np.array([sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded]),
+        "input_ids": np.concatenate([np.empty(0, np.int64), *(e.input_ids for e in encoded)]).astype(
+            _id_type(block.template)
+        ),
+        "token_offsets": np.cumsum([len(e.input_ids) for e in encoded], dtype=np.int64),
+        "trained_spans": np.array([span for e in encoded for span in e.trained_spans], np.int64).reshape(-1, 2),
+        "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded], dtype=np.int64),
+        "image_positions": np.array([p for e in encoded for p in e.image_positions], np.int64),
+        "image_rows": np.array([row for rows in image_rows for row in rows], np.int64),
+        "image_offsets": np.cumsum([len(rows) for rows in image_rows], dtype=np.int64),
+        "num_trained": np.array(
+            [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded], np.int64
+        ),
+        "samples": np.array([row for row, _ in pieces], np.int64),
+        "changes": np.array(json.dumps(fitter.changes)),
     }
 
 
@@ -198,6 +229,9 @@ def _open(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
 
 
-def fingerprint(template: ChatTemplate) -> str:
-    """Name of the folder that holds what this template and tokenizer encode."""
-    return f"{template.fingerprint}-v{VERSION}"
+def fingerprint(template: ChatTemplate, limits: Limits | None = None) -> str:
+    """Name of the folder that holds what this template and tokenizer encode within these limits."""
+    parts = [template.fingerprint, f"v{VERSION}"]
+    if limits is not None:
+        parts += [f"{limits.tokens}-tokens", f"{limits.images}-images", limits.long_conversations]
+    return "-".join(parts)

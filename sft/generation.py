@@ -41,7 +41,7 @@ def generate(
     Raises:
         SkipSample: an image is missing or does not decode.
     """
-    load = load_pixels or _load_pixels(idefics.image_size(model))
+    load = load_pixels or _load_pixels(idefics.image_size(model.config))
     was_training = model.training
     model.eval()
     try:
@@ -73,7 +73,7 @@ def _generate_batch(
         output_BT = model.generate(
             input_ids=input_ids_BT.to(device),
             attention_mask=attention_mask_BT.to(device),
-            pixel_values=_pixel_values(pixels, num_images, idefics.image_size(model)).to(device),
+            pixel_values=_pixel_values(pixels, num_images, idefics.image_size(model.config)).to(device),
             image_attention_mask=_image_attention_mask(prompts, num_images).to(device),
             generation_config=GenerationConfig(
                 do_sample=False,

@@ -63,7 +63,7 @@ def load_for_inference(
     return Loaded(
         model=(model if load_in_4bit else model.to(device())).eval(),
         template=load_template(kind, base),
-        image_size=kind.image_size(model),
+        image_size=kind.image_size(model.config),
         autocast=autocast,
     )
 

@@ -15,11 +15,6 @@ def trained_positions(labels_T: Tensor) -> Tensor:
     return (labels_T[1:] != IGNORE_INDEX).nonzero()[:, 0]
 
 
-def num_trained_positions(labels_T: Tensor) -> int:
-    """How many they are."""
-    return int((labels_T[1:] != IGNORE_INDEX).sum())
-
-
 def token_losses(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
     """Cross entropy of each of P positions over the whole vocabulary V (base and extra rows), in float32."""
     return F.cross_entropy(logits_PV.float(), targets_P, reduction="none")

@@ -116,7 +116,9 @@ def _line(totals: _Totals, index: int, planner: Planner, recipe: Recipe) -> dict
     source, tally = planner.sizes[index], totals.of_source[index]
     achieved = {unit: getattr(tally, unit) / max(sum(getattr(t, unit) for t in totals.of_source), 1) for unit in UNITS}
     dropped = planner.mixture.streams[index].given.dropped
-    manifests = [part.store.manifest for part in source.parts] if isinstance(source, PreparedSource) else []
+    parts = source.parts if isinstance(source, PreparedSource) else []
+    manifests = [part.store.manifest for part in parts]
+    fitted = sum((Counter(part.encoded.changes) for part in parts), Counter())
     filtered = sum((Counter(manifest["filtered"]) for manifest in manifests), Counter())
     skipped = sum((Counter(manifest["skipped"]) for manifest in manifests), Counter())
     if dropped:
@@ -136,4 +138,5 @@ def _line(totals: _Totals, index: int, planner: Planner, recipe: Recipe) -> dict
         "held_out": source.num_held_out if isinstance(source, PreparedSource) else {},
         "filtered": dict(sorted(filtered.items())),
         "skipped": dict(sorted(skipped.items())),
+        "fitted": dict(sorted(fitted.items())),
     }

@@ -55,7 +55,7 @@ class PreparedSource:
     ) -> None:
         """
         Raises:
-            UserError: no sample is on this side.
+            UserError: no sample fits a pack, or is on this side.
         """
         self.name, self.share = config.name, share
         self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
@@ -65,7 +65,8 @@ class PreparedSource:
         self.sides = None if hold_out is None else np.concatenate([_sides(part, hold_out) for part in parts])
         self._kept = None if self.sides is None else np.flatnonzero(self.sides == side)
         if not len(self):
-            raise UserError(f"source {self.name!r}: data.validation leaves none of {self._starts[-1]:,} samples")
+            why = "data.validation leaves none of" if self._starts[-1] else "no pack holds any of"
+            raise UserError(f"source {self.name!r}: {why} {sum(len(part.store) for part in parts):,} samples")
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
@@ -139,8 +140,9 @@ class PreparedSource:
         return number, sample - int(self._starts[number])
 
     def _shows_each_image_once(self) -> bool:
-        """Told without looking at samples; false where several datasets could share some."""
-        return len(self.parts) == 1 and self.parts[0].encoded.num_images == self.parts[0].store.num_images
+        """Told without looking at samples; false where several datasets, or parts of a sample, could share some."""
+        first = self.parts[0]
+        return len(self.parts) == 1 and not first.encoded.changes and first.encoded.num_images == first.store.num_images
 
     def _shown(self, rows: Ints) -> tuple[Ints, Ints]:
         """Keys of all images shown, and the place in `rows` of the sample that shows each."""
@@ -171,7 +173,11 @@ class PreparedSource:
 
 
 def _sides(part: Part, hold_out: HoldOut) -> NDArray[np.int8]:
-    return hold_out.sides(texts_of(part.store.sample_batches()), *part.image_keys(part.encoded.all_rows))
+    """The side of each row: that of the whole sample it comes from."""
+    image_keys, numbers = part.image_keys(part.encoded.all_rows)
+    samples = part.encoded.samples
+    num_images = np.bincount(samples, weights=numbers, minlength=len(part.store)).astype(np.int64)
+    return hold_out.sides(texts_of(part.store.sample_batches()), image_keys, num_images)[samples]
 
 
 class Place(NamedTuple):
@@ -274,7 +280,8 @@ class Sources:
 
     def longest(self) -> int:
         """Tokens of the longest sample."""
-        return max(int(part.encoded.num_tokens(part.encoded.all_rows).max()) for own in self.parts for part in own)
+        lengths = (part.encoded.num_tokens(part.encoded.all_rows) for own in self.parts for part in own)
+        return max(int(own.max(initial=0)) for own in lengths)
 
     def _hold_out(self) -> HoldOut | None:
         validation = self.data.validation

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sft.errors import UserError, nearest
-from sft.sample import TrainOn
+from sft.sample import Policy, TrainOn
 
 BUILT_BENCHMARKS = ("easy_vqa",)
 """Benchmarks that are made here rather than downloaded: modules of sft/evaluation/ with `write_benchmark`."""
@@ -169,6 +169,10 @@ class DataConfig(_Part):
     """Distinct images of a pack."""
     max_samples_per_image_per_pack: Positive = 4
     """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
+    long_conversations: Policy = "prefix"
+    """A conversation that does not fit a pack keeps its first turns (`prefix`), becomes several, each of which opens
+    with the system text and the images shown before (`split`), or is left out (`drop`). Documents are always split,
+    between paragraphs or before an image."""
     pack_isolation: bool = True
     """Samples of a pack do not see each other. false: they do, as in 2023."""
     validation: ValidationConfig | None = None

@@ -24,12 +24,14 @@ from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
+from sft.fitting import Limits
 from sft.inference import load_template
 from sft.locking import locked
 from sft.lora import add_adapters, has_adapters, save_adapters
 from sft.models import ModelFamily, get_family
 from sft.optim import table_of, what_is_trained
 from sft.planner import Planner
+from sft.plans import Plans
 from sft.precision import choose_precision, device, torch_dtype
 from sft.prepared import Part, Sources
 from sft.recipe import DataConfig, DatasetConfig, Recipe
@@ -78,6 +80,7 @@ def prepare(
     check_recipe(recipe)
     with locked(Path(recipe.data.store)):
         template = load_template(get_family(recipe.model.family), prepare_base(recipe))
+        limits = sample_limits(recipe)
 
         def prepared(source: str, dataset: DatasetConfig) -> Part:
             name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
@@ -87,7 +90,8 @@ def prepare(
                 encoded = encode_samples(
                     store,
                     template,
-                    encoded_path(store, template),
+                    encoded_path(store, template, limits),
+                    limits=limits,
                     num_proc=options.num_proc,
                     on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
                 )
@@ -168,12 +172,16 @@ def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
     Raises:
         UserError: something is not prepared; the message names the command.
     """
+    limits = sample_limits(recipe)
 
     def opened(_: str, dataset: DatasetConfig) -> Part:
         store = Store(Path(recipe.data.store) / dataset.store_name)
-        path = encoded_path(store, template)
+        path = encoded_path(store, template, limits)
         if not (path / INDEX).is_file():
-            raise UserError(f"{store.path}: not encoded for this model; run `idefics-sft prepare` first")
+            raise UserError(
+                f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
+                "data.long_conversations; run `idefics-sft prepare` first"
+            )
         return Part(store, EncodedSamples(path))
 
     return _sources(recipe, opened)
@@ -201,9 +209,18 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
     )
 
 
-def encoded_path(store: Store, template: ChatTemplate) -> Path:
+def sample_limits(recipe: Recipe) -> Limits:
+    """How long a sample may be, and how many images it may show: what fits a pack. Where samples do not see each other
+    a pack may be longer than the prepared base has positions for, a sample may not."""
+    family = get_family(recipe.model.family)
+    data = recipe.data
+    tokens = min(data.sequence_length, family.max_positions(family.load_config(base_path(recipe))))
+    return Limits(tokens, data.max_images_per_pack, data.long_conversations)
+
+
+def encoded_path(store: Store, template: ChatTemplate, limits: Limits) -> Path:
     """Where a store keeps what a template encodes."""
-    return store.path / "encoded" / fingerprint(template)
+    return store.path / "encoded" / fingerprint(template, limits)
 
 
 # -------------------------------------------------------------------------------------------------------- train
@@ -242,7 +259,7 @@ def _train(
     base = prepare_base(recipe)
     set_seed(recipe.seed)
     model = load_for_training(recipe, family, base)
-    _check_positions(recipe, sources, family.max_positions(model))
+    _check_positions(recipe, family.max_positions(model.config))
     _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model, recipe.model.trainable)
@@ -251,12 +268,11 @@ def _train(
         say(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
     template = load_template(family, base)
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
-    micro_batches = MicroBatches(
+    plans = Plans(
         sources,
         planner,
-        packs_per_step=recipe.packs_per_step,
         micro_batch_packs=recipe.training.micro_batch_packs,
-        image_size=family.image_size(model),
+        image_cost=family.image_cost_in_tokens(model.config),
     )
 
     def write_checkpoint(trained: torch.nn.Module, step: int) -> None:
@@ -274,8 +290,8 @@ def _train(
         model,
         group_of=family.group_of,
         tokenizer=template.tokenizer,
-        micro_batches=micro_batches,
-        micro_batches_per_step=recipe.packs_per_step // recipe.training.micro_batch_packs,
+        micro_batches=MicroBatches(plans, image_size=family.image_size(model.config)),
+        micro_batches_per_step=plans.micro_batches_per_step,
         settings=recipe.training,
         checkpoint_every=recipe.checkpoints.every_steps,
         write_checkpoint=write_checkpoint,
@@ -301,26 +317,24 @@ def _train(
     with _recorded(run_dir, status):
         trainer.train()
     model.eval()
-    if ended := planner.mixture.ended():
+    ended = planner.mixture.ended()
+    if ended and trainer.state.global_step < recipe.training.max_steps:
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
-    for size, num_dropped in zip(planner.sizes, planner.num_dropped, strict=True):
-        if num_dropped:
-            say(f"{size.name}: {num_dropped:,} samples do not fit a pack and were left out")
     return status("finished")
 
 
-def _check_positions(recipe: Recipe, sources: Sources, max_positions: int) -> None:
-    """Isolated samples must fit the model's positions; samples that see each other, the whole pack.
+def _check_positions(recipe: Recipe, max_positions: int) -> None:
+    """Where samples of a pack see each other, the whole pack must fit the model's positions.
 
     Raises:
-        UserError: they do not.
+        UserError: it does not.
     """
     length = recipe.data.sequence_length
-    if recipe.data.pack_isolation:
-        length = min(length, sources.longest())
-    if length > max_positions:
-        what = "the longest sample has" if recipe.data.pack_isolation else "without pack_isolation a pack has"
-        raise UserError(f"data.sequence_length: {what} {length} tokens, the model has {max_positions} positions")
+    if not recipe.data.pack_isolation and length > max_positions:
+        raise UserError(
+            f"data.sequence_length: without pack_isolation a pack has {length} tokens, "
+            f"the model has {max_positions} positions"
+        )
 
 
 def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.nn.Module:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # so that the command line starts without torch
 IGNORE_INDEX = -100
 """Label of a position that is not trained, as in torch's `cross_entropy`."""
 
+NO_SOURCE = -1
+"""The source of a dummy, whose loss counts nothing."""
+
 Role = Literal[
     "system",  # text that sets the scene; IDEFICS-1 has no name for this role, it is printed as it is
     "user",
@@ -30,6 +33,8 @@ Role = Literal[
     "document",  # a web document or an image-text pair of the pre-training replay: no role is printed
 ]
 TrainOn = Literal["assistant", "all"]
+Policy = Literal["prefix", "split", "drop"]
+"""What is done with a conversation that does not fit a pack (`sft.fitting`)."""
 
 
 class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
@@ -135,7 +140,7 @@ class Batch:
     image_ids_T: Tensor
     """Which row of `pixel_values_NCHW` the token looks at; -1 = none."""
     source_ids_T: Tensor
-    """Which source of the mixture the token comes from, for losses by source."""
+    """Which source of the mixture the token comes from, for losses by source; NO_SOURCE: it only fills a batch."""
     pixel_values_NCHW: Tensor
     """uint8; the model's family normalises on the device. N may be 0."""
     num_trained_tokens: int

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft.errors import RunError
-from sft.loss import num_trained_positions
+from sft.loss import trained_positions
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
 from sft.recipe import TrainingConfig
-from sft.sample import Batch
+from sft.sample import NO_SOURCE, Batch
 
 
 class StepMetrics:
@@ -49,7 +50,9 @@ class StepMetrics:
         """Count a micro-batch."""
         num = len(self.names)
         self.images += len(batch.pixel_values_NCHW)
-        self.tokens += torch.bincount(batch.source_ids_T, minlength=num).cpu()
+        sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
+        sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
+        self.tokens += torch.bincount(sources_T[sources_T != NO_SOURCE], minlength=num).cpu()
         self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
         self.dirty_samples += len(batch.dirty)
         self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
@@ -74,6 +77,24 @@ class StepMetrics:
             "dirty_samples": self.dirty_samples,
             "sources": sources,
         }
+
+
+class MicroBatchesOfStep:
+    """The micro-batches of a step one by one: all at once are gigabytes of pixels. Transformers asks for their number
+    beforehand; there are none after the last step."""
+
+    def __init__(self, micro_batches: Iterator[dict[str, Batch]], number: int) -> None:
+        self._first = [*islice(micro_batches, 1)]
+        self._others = islice(micro_batches, number - 1)
+        self._number = number if self._first else 0
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[dict[str, Batch]]:
+        while self._first:
+            yield self._first.pop()
+        yield from self._others
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -154,9 +175,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Batch]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Batch]], None]:
+    ) -> tuple[MicroBatchesOfStep, None]:
         """The micro-batches of a step. Each knows the step's number of trained tokens, so nothing is counted here."""
-        return [next(epoch_iterator) for _ in range(num_batches)], None
+        return MicroBatchesOfStep(epoch_iterator, num_batches), None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -173,8 +194,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         them, or under `micro_batch_mean` its own times the number of micro-batches."""
         if self.settings.normalisation == "token_mean":
             return batch
-        own = max(num_trained_positions(batch.labels_T), 1)
-        return replace(batch, num_trained_tokens=own * self.micro_batches_per_step)
+        own = int((batch.source_ids_T[trained_positions(batch.labels_T) + 1] != NO_SOURCE).sum())
+        return replace(batch, num_trained_tokens=max(own, 1) * self.micro_batches_per_step)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer over groups of parameters."""

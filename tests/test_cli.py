@@ -112,7 +112,7 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     for source in report["sources"]:
         assert source.keys() == {
             "name", "asked", "achieved", "achieved_in", "tokens", "trained_tokens", "samples", "images", "epochs",
-            "records", "budget", "held_out", "filtered", "skipped",
+            "records", "budget", "held_out", "filtered", "skipped", "fitted",
         }  # fmt: skip
     assert [source["asked"] for source in report["sources"]] == [0.75, 0.25]
     assert sum(source["achieved"] for source in report["sources"]) == pytest.approx(1)
@@ -176,8 +176,7 @@ def test_a_sample_that_fits_no_pack_shows_in_the_mixture(recipe, capsys):
     assert status_of("mix", recipe, override, "--json") == 0
     pictures, talk = json.loads(capsys.readouterr().out)["sources"]
     assert pictures["filtered"] == {"yes/no question": 3}
-    assert talk["filtered"].keys() == {"drawn but does not fit a pack"}
-    assert talk["filtered"]["drawn but does not fit a pack"] > 0
+    assert talk["fitted"] == {"conversation left out": 1}
     assert talk["skipped"] == {}
 
 

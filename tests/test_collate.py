@@ -104,3 +104,24 @@ def test_text_alone_needs_no_image():
     batch = collate([[TEXT]], None, train_on="all", image_size=2)
     assert batch.pixel_values_NCHW.shape == (0, 3, 2, 2)
     assert batch.image_ids_T.tolist() == [-1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("packs", [[], [[TEXT]], [[sample("mute", [1, IMAGE, 4], (), (DOG,))]]])
+def test_a_batch_that_lacks_images_or_labels_is_made_whole_by_a_dummy(packs):
+    options = {"image_size": 2, "train_on": "assistant", "num_trained_tokens": 9}
+    whole = collate(packs, lambda image: np.full((3, 2, 2), image, np.uint8), always_whole=True, **options)
+    assert whole.input_ids_T[-2:].tolist() == [0, 0] and whole.labels_T[-2:].tolist() == [-100, 0]
+    assert whole.source_ids_T[-2:].tolist() == [-1, -1], "of no source: without weight"
+    assert whole.position_ids_T[-2:].tolist() == [0, 1]
+    assert (whole.segment_ids_T[-2:] == len([s for pack in packs for s in pack])).all()
+    black = whole.pixel_values_NCHW[whole.image_ids_T[-2:]]
+    assert black.shape == (2, 3, 2, 2) and not black.any()
+    assert "" not in whole.keys and whole.num_trained_tokens == 9
+    if packs:
+        alone = collate(packs, lambda image: np.full((3, 2, 2), image, np.uint8), **options)
+        assert whole.input_ids_T[:-2].tolist() == alone.input_ids_T.tolist()
+
+
+def test_a_batch_that_is_whole_gets_no_dummy():
+    assert toy_batch(always_whole=True)[0].keys == toy_batch()[0].keys
+    assert len(toy_batch(always_whole=True)[0].input_ids_T) == len(toy_batch()[0].input_ids_T)

@@ -1,5 +1,6 @@
 """From packs to micro-batches."""
 
+import json
 import os
 import time
 from dataclasses import fields
@@ -14,13 +15,15 @@ from test_prepared import sources as sources  # a fixture
 from sft.data_loader import MicroBatches
 from sft.errors import RunError
 from sft.planner import Planner
+from sft.plans import ALONE, Plans
 from sft.prepared import Reader, Sources, _open_reader
 from sft.sample import IGNORE_INDEX, SkipSample
 
 
-def micro_batches(sources, micro_batch_packs):
+def micro_batches(sources, micro_batch_packs, rank=ALONE):
     planner = Planner(sources.sources, sources.data, packs_per_step=4, seed=0)
-    return MicroBatches(sources, planner, packs_per_step=4, micro_batch_packs=micro_batch_packs, image_size=IMAGE_SIZE)
+    plans = Plans(sources, planner, micro_batch_packs=micro_batch_packs, image_cost=3.0, rank=rank)
+    return MicroBatches(plans, image_size=IMAGE_SIZE)
 
 
 def test_micro_batches_of_a_step_know_the_steps_trained_tokens(sources):
@@ -61,12 +64,6 @@ def values(batch, *but):
 
 
 # ------------------------------------------------------------------------------------------------- the training crop
-
-
-def test_plans_count_steps_from_one(sources):
-    """A window is 16 steps of 4 packs."""
-    steps = [plan.step for plan in islice(micro_batches(sources, 2).plans(), 2 * 2 * 16 + 3)]
-    assert steps == [step for step in range(1, 34) for _ in range(2)] + [34]
 
 
 def test_a_crop_is_drawn_by_seed_step_and_image(sources, monkeypatch):
@@ -135,6 +132,20 @@ def test_any_number_of_workers_makes_the_same_batches_in_the_same_order(sources)
         found = first(12, with_data(sources, augment="crop", num_workers=num_workers))
         assert [values(batch) for batch in found] == expected
     assert torch.equal(torch.random.get_rng_state(), state), "training draws the same numbers"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_go_on_from_the_step_of_a_state(sources, no_red, num_workers):
+    if not num_workers:
+        no_red()  # here, in this process
+    sources = with_data(sources, augment="crop", num_workers=num_workers)
+    begun = micro_batches(sources, 2)
+    found = [item["batch"] for item in islice(begun, 12)]
+    state = json.loads(json.dumps(begun.state(4)))
+    again = micro_batches(sources, 2)
+    again.restore(state)
+    assert again.dirty == begun.dirty and bool(again.dirty) == (num_workers == 0)
+    assert [values(item["batch"]) for item in islice(again, 4)] == [values(batch) for batch in found[8:]]
 
 
 class Faulty(Reader):

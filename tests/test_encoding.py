@@ -7,6 +7,7 @@ from conftest import conversation, document, num_trained
 from sft import encoding
 from sft.chat_template import ChatTemplate
 from sft.encoding import encode_samples, fingerprint
+from sft.fitting import Fitter, Limits
 
 SAMPLES = (
     conversation(("<dog>", "What is it?"), "A dog.", "Sure?", "Yes."),
@@ -89,7 +90,28 @@ def test_texts_alone_are_encoded_too(template, tmp_path):
     assert texts.image_rows(0) == () and texts.num_images == 0
 
 
+@pytest.mark.parametrize("block_samples", [1, 4096])
+def test_parts_of_a_long_sample_are_rows_that_name_it(template, tmp_path, monkeypatch, block_samples):
+    monkeypatch.setattr(encoding, "BLOCK_SAMPLES", block_samples)
+    limits = Limits(len(template.encode(SAMPLES[1]).input_ids), images=1)
+    parts = encode_samples(Toys(), template, tmp_path / "store" / "encoded" / "parts", limits=limits)
+    fitter = Fitter(template, limits)
+    pieces = [(row, p) for row, (s, i) in enumerate(Toys().pairs) for p in fitter.pieces(s, i)]
+    assert [parts.key(row) for row in parts.all_rows] == [f"store/{row}" for row, _ in pieces]
+    assert [parts[row].input_ids.tolist() for row in parts.all_rows] == [
+        p.encoded.input_ids.tolist() for _, p in pieces
+    ]
+    assert [parts.image_rows(row) for row in parts.all_rows] == [p.image_rows for _, p in pieces]
+    assert parts.changes == fitter.changes and len(set(parts.samples)) < len(parts)
+
+
+def test_nothing_may_fit(template, tmp_path):
+    none = encode_samples(Toys(), template, tmp_path / "none", limits=Limits(3, 1, "drop"))
+    assert len(none) == 0 and sum(none.changes.values()) >= 3
+
+
 def test_another_template_or_tokenizer_has_another_fingerprint(template, tokenizer):
     other = ChatTemplate(template.template.replace("User:", "Human:"), tokenizer)
     assert fingerprint(other) != fingerprint(template)
     assert fingerprint(ChatTemplate(template.template, tokenizer)) == fingerprint(template)
+    assert fingerprint(template, Limits(8, 2)) != fingerprint(template, Limits(9, 2))

@@ -12,11 +12,12 @@ from test_prepared import part
 from test_store import Toys, encoded, shown
 
 from sft.errors import UserError
+from sft.fitting import Limits
 from sft.held_out import HoldOut, Side, texts_of
 from sft.image_keys import image_key
 from sft.prepared import Sources
 from sft.recipe import ValidationConfig
-from sft.sample import Message, PackItem, Sample
+from sft.sample import ImageRef, Message, PackItem, Sample
 from sft.store import Settings, prepare_store
 
 
@@ -105,6 +106,21 @@ def test_images_of_a_validation_file_are_held_out_of_every_source(parts, tmp_pat
     sources = Sources(parts, data, validation=own)
     assert keys(sources) == [["a/1"], ["b/1"]]
     assert keys(sources.held_out()) == [["own/0"]]
+
+
+def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
+    long = shown("both", KEPT, HELD, "3"), shown("none", "Hi."), shown("held", HELD, "4")
+    own = part(tmp_path / "a", template, *long, limits=Limits(99, images=1))
+    assert [own.encoded.key(row) for row in own.encoded.all_rows] == ["a/1", "a/2"]  # a turn is never cut
+    pages = [
+        Sample(key="page", messages=(Message(role="document", content=items),))
+        for items in (("One.", ImageRef(source=KEPT), "Two.", ImageRef(source=HELD), "Three."), ("Four.",))
+    ]
+    own = part(tmp_path / "b", template, *pages, limits=Limits(99, images=1))
+    data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    (source,) = Sources([[own]], data).sources
+    assert own.encoded.samples.tolist() == [0, 0, 1]
+    assert source.sides.tolist() == [Side.NEITHER, Side.NEITHER, Side.TRAIN]
 
 
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):

@@ -135,7 +135,7 @@ def test_the_check_tells_rounding_from_quantisation(checkpoint, tmp_path):
 def test_plain_transformers_opens_the_folder(checkpoint, template, tmp_path):
     merge(checkpoint, tmp_path / "merged", dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    size = idefics.image_size(idefics.load_model(tmp_path / "merged"))
+    size = idefics.image_size(idefics.load_config(tmp_path / "merged"))
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     values = processor.image_processor(Image.fromarray(pixels), return_tensors="pt").reshape(3, size, size)
     ours = idefics.normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]

@@ -377,3 +377,23 @@ def test_an_empty_folder_is_refused_by_name(tmp_path):
     with pytest.raises(UserError) as error:
         idefics.load_model(tmp_path)
     assert str(error.value) == f"{tmp_path}: no config.json found; expected a model folder or a hub id"
+
+
+def test_a_dummy_changes_no_gradient_and_gives_every_parameter_one(model, template):
+    """So that ranks without an image or a label walk through the same modules as the others."""
+    idefics.select_trainable(model)
+    pack = [place(template, conversation("Hi.", "Hello."))]
+    alone, whole = batch_of(pack), batch_of(pack, always_whole=True)
+    assert len(whole.input_ids_T) == len(alone.input_ids_T) + 2
+    gradients = []
+    for batch in (alone, whole):
+        model.zero_grad(set_to_none=True)
+        loss = model(batch=batch).loss
+        loss.backward()
+        gradients.append((loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+    (loss, own), (same_loss, all_of_them) = gradients
+    torch.testing.assert_close(same_loss, loss)
+    for name, gradient in all_of_them.items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if own[name] is None else own[name])
+    assert any(gradient is None for gradient in own.values())

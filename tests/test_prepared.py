@@ -17,9 +17,9 @@ from sft.store import Settings, prepare_store
 RED, BLUE, GREEN = (encoded(colour, size=(IMAGE_SIZE, IMAGE_SIZE)) for colour in ("red", "blue", "lime"))
 
 
-def part(path, template, *samples):
+def part(path, template, *samples, limits=None):
     store = prepare_store(Toys(*samples), path, asked={}, settings=Settings(max_skip_share=0))
-    return Part(store, encode_samples(store, template, path / "encoded" / "toy"))
+    return Part(store, encode_samples(store, template, path / "encoded" / "toy", limits=limits))
 
 
 @pytest.fixture

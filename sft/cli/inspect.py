@@ -35,12 +35,13 @@ def run(
     from sft.models import get_family
 
     base = runs.prepare_base(found)
-    template = load_template(get_family(found.model.family), base)
+    family = get_family(found.model.family)
+    template = load_template(family, base)
     description = inspect_pack(
         found,
         runs.open_sources(found, template),
         template,
-        image_size=_image_size(base),
+        image_size=family.image_size(family.load_config(base)),
         number=pack,
         source=source,
     )
@@ -51,13 +52,6 @@ def run(
         print_json(description)
     elif not html:
         show(description, console())
-
-
-def _image_size(base: Path) -> int:
-    """Of the pixels that the model takes; from its config, since loading it would take its 36 GB of memory."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(base).vision_config.image_size)
 
 
 def headline(description: dict[str, Any]) -> str:

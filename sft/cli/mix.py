@@ -104,6 +104,8 @@ def _notes(report: dict[str, Any], out: Console) -> None:
         for kind in ("filtered", "skipped"):
             for reason, number in source[kind].items():
                 out.print(f"{source['name']}: {number:,} {kind}, {reason}", markup=False)
+        for what, number in source["fitted"].items():
+            out.print(f"{source['name']}: {number:,} times, for it does not fit a pack: {what}", markup=False)
         if source["epochs"] > MANY_EPOCHS:
             out.print(f"warning: {source['name']} is gone through {source['epochs']:.1f} times")
     if report["ended_by"]:

@@ -17,6 +17,7 @@ from sft.cli.terminal import Json, Overrides, console, percent, preparation, pri
 from sft.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from sft.prepared import Part
     from sft.store import Store
 
 
@@ -53,6 +54,7 @@ def run(
         asked = {"dataset": dataset, "path": path, "split": split or "train", "options": options_of_it}
         how = {name: value for name, value in (("verify", verify), ("images", images)) if value is not None}
         stores = [_one(asked, how, output, max_skip_share, options, out)]
+        fitted: list[dict[str, int]] = [{}]
         following = shlex.join(["idefics-sft", "stats", str(output)])
     else:
         if recipe is None:
@@ -61,7 +63,8 @@ def run(
             path=path, output=output and str(output), split=split, option=option, verify=verify, images=images
         )
         own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
-        stores = _all(recipe, [*(overrides or ()), *own], options, out)
+        parts = _all(recipe, [*(overrides or ()), *own], options, out)
+        stores, fitted = [part.store for part in parts], [part.encoded.changes for part in parts]
         arguments = shlex.join([recipe, *(overrides or ())])
         following = f"idefics-sft mix {arguments}, or idefics-sft train {arguments}"
         if limit is not None:
@@ -69,9 +72,12 @@ def run(
             following = ", ".join(shlex.join(["idefics-sft", "stats", path]) for path in paths)
             following += f". The first {limit:,} records are for looking: mix and train want all, without --limit"
     if json:
-        print_json({"stores": [_summary(store) for store in stores]})
+        print_json({"stores": [_summary(store, own) for store, own in zip(stores, fitted, strict=True)]})
         return
     show(stores, out)
+    for store, changes in zip(stores, fitted, strict=True):
+        for what, number in changes.items():
+            out.print(printable(f"{store.path.name}: {number:,} times, for it does not fit a pack: {what}"))
     out.print(f"Next: {printable(following)}")
 
 
@@ -97,7 +103,7 @@ def _refuse_dataset_options(**given: Any) -> None:
             raise UserError(f"--{name} goes with --dataset; a RECIPE has the key {example}, in it or after it")
 
 
-def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Store]:
+def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Part]:
     from sft import run as runs
     from sft.naming import find_recipe
     from sft.scoring import recipe_benchmark
@@ -106,8 +112,7 @@ def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> l
     with preparation(out) as update:
         sources = runs.prepare(found, update, options)
     recipe_benchmark(found)
-    parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
-    return [part.store for part in parts]
+    return [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
 
 
 def _one(
@@ -160,7 +165,7 @@ def show(stores: Sequence[Store], out: Console) -> None:
             )
 
 
-def _summary(store: Store) -> dict[str, Any]:
+def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
     manifest = store.manifest
     return {
         "path": str(store.path),
@@ -169,4 +174,5 @@ def _summary(store: Store) -> dict[str, Any]:
         "images": store.num_images,
         "filtered": manifest["filtered"],
         "skipped": manifest["skipped"],
+        "fitted": fitted,
     }

@@ -61,10 +61,13 @@ class ModelFamily(Protocol):
     def save_processor(self, tokenizer: PreTrainedTokenizerFast, model_path: str | Path, directory: Path) -> None:
         """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels."""
 
-    def image_size(self, model: nn.Module) -> int:
+    def load_config(self, path: str | Path) -> PreTrainedConfig:
+        """The config of a model, without its weights."""
+
+    def image_size(self, config: PreTrainedConfig) -> int:
         """Height and width in pixels that the vision tower takes."""
 
-    def max_positions(self, model: nn.Module) -> int:
+    def max_positions(self, config: PreTrainedConfig) -> int:
         """Longest sequence that the model has positions for."""
 
     def tokens_per_image(self, size: tuple[int, int]) -> int:

@@ -28,7 +28,7 @@ from sft.attention import group_tokens, grouped_attention
 from sft.errors import UserError
 from sft.loss import token_losses, trained_positions, z_losses
 from sft.recipe import GROUPS
-from sft.sample import Batch
+from sft.sample import NO_SOURCE, Batch
 
 CHAT_TEMPLATE = "idefics.jinja"
 
@@ -119,11 +119,13 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         positions_P = trained_positions(batch.labels_T)
         logits_PV = self._logits(hidden_TD[positions_P])
         losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
-        total = losses_P.sum() + z_loss * z_losses(logits_PV).sum() if z_loss else losses_P.sum()
+        source_ids_P = batch.source_ids_T[positions_P + 1]
+        weights_P = source_ids_P != NO_SOURCE
+        total_P = losses_P + z_loss * z_losses(logits_PV) if z_loss else losses_P
         return PackedOutput(
-            loss=total / batch.num_trained_tokens,
+            loss=(total_P * weights_P).sum() / batch.num_trained_tokens,
             token_losses_P=losses_P.detach(),
-            source_ids_P=batch.source_ids_T[positions_P + 1],
+            source_ids_P=source_ids_P,
             logits_PV=None if self.training else logits_PV,
         )
 
@@ -358,16 +360,23 @@ def save_processor(tokenizer: PreTrainedTokenizerFast, model_path: str | Path, d
     IdeficsProcessor(image_processor=images, tokenizer=tokenizer, image_size=size).save_pretrained(directory)
 
 
-def image_size(model: nn.Module) -> int:
+def load_config(path: str | Path) -> IdeficsConfig:
+    """The config of a model folder or hub id, without its weights.
+
+    Raises:
+        UserError: there is none, or it is not of IDEFICS-1.
+    """
+    return IdeficsConfig.from_dict(_read_config(path))
+
+
+def image_size(config: IdeficsConfig) -> int:
     """Height and width in pixels that the vision tower takes."""
-    assert isinstance(model, PackedIdefics)
-    return int(model.config.vision_config.image_size)
+    return int(config.vision_config.image_size)
 
 
-def max_positions(model: nn.Module) -> int:
+def max_positions(config: IdeficsConfig) -> int:
     """Longest sequence that the model has positions for."""
-    assert isinstance(model, PackedIdefics)
-    return int(model.config.max_position_embeddings)
+    return int(config.max_position_embeddings)
 
 
 def tokens_per_image(size: tuple[int, int]) -> int:
