@@ -48,7 +48,7 @@ def run(
         print_json(asdict(made) | ({"check": {k: asdict(v) for k, v in differences.items()}} if check else {}))
         return
     how = f"adapters merged into {made.base}" if made.base else "copied"
-    out.print(f"{made.output}: {how}; {made.parameters:,} parameters in {made.dtype}, {made.bytes / 1e9:,.2f} GB")
+    out.print(f"{made.output}: {how}; {made.parameters:,} parameters in {made.dtype}, {made.bytes / 1e6:,.1f} MB")
     if check:
         rows = [(k, f"{v.largest:.2g}", f"{v.mean:.2g}", percent(v.same_choice)) for k, v in differences.items()]
         title = "logits of the merged model beside those of"
