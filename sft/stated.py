@@ -81,17 +81,9 @@ class StatedSource:
     def __len__(self) -> int:
         return self.stated.samples
 
-    @property
-    def num_distinct_images(self) -> int:
-        """Of all samples."""
-        return self.stated.distinct_images
-
-    @property
-    def bytes_per_sample(self) -> float:
-        """Of images and text, about four bytes a token."""
-        stated = self.stated
-        images = stated.distinct_images / stated.samples * stated.bytes_per_image
-        return images + 4 * stated.median_tokens
+    def num_bytes(self, num_tokens: int, num_images: int) -> int:
+        """Of some of its texts and images: about four bytes a token."""
+        return 4 * num_tokens + self.stated.bytes_per_image * num_images
 
     def num_tokens(self, rows: Ints) -> Ints:
         """Tokens of each; what is longer than a pack counts as cut to it."""
