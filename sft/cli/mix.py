@@ -57,12 +57,9 @@ def _stated(recipe: Any) -> Sequence[Any]:
 
 
 def _prepared(recipe: Any) -> Sequence[Any]:
-    from sft import run as runs
-    from sft.inference import load_template
-    from sft.models import get_family
+    from sft.run import open_prepared
 
-    template = load_template(get_family(recipe.model.family), runs.prepare_base(recipe))
-    return runs.open_sources(recipe, template).sources
+    return open_prepared(recipe)[0].sources
 
 
 # ------------------------------------------------------------------------------------------------------- tables

@@ -39,6 +39,9 @@ class ModelFamily(Protocol):
     def image_size(self, model: nn.Module) -> int:
         """Height and width in pixels that the vision tower takes."""
 
+    def image_size_of(self, path: str | Path) -> int:
+        """The same of the model in a folder, by its config: its weights are not loaded."""
+
     def max_positions(self, model: nn.Module) -> int:
         """Longest sequence that the model has positions for."""
 

@@ -225,6 +225,15 @@ def image_size(model: nn.Module) -> int:
     return int(model.config.vision_config.image_size)
 
 
+def image_size_of(path: str | Path) -> int:
+    """The same of the model in a folder, by its config: its weights are not loaded.
+
+    Raises:
+        UserError: the folder is not an IDEFICS model.
+    """
+    return int(IdeficsConfig(**_read_config(path)).vision_config.image_size)
+
+
 def max_positions(model: nn.Module) -> int:
     """Longest sequence that the model has positions for."""
     assert isinstance(model, PackedIdefics)
