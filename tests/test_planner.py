@@ -89,7 +89,8 @@ def test_shares_at_window_ends_are_within_three_packs(shares, longest, seed):
 
 def test_a_thousand_sources_are_exact_and_restored():
     """Shares from 1 to 7 in 3,997, in windows of 512 packs: the smallest source gives half a sample a window."""
-    sizes = [Toy((1 + n % 7) / 3997, [4 + n % 13, 20, 33], [(n,), (), ()], name=f"source {n}") for n in range(1000)]
+    lengths = [[4 + (n * i) % 30 for i in range(50)] for n in range(1000)]
+    sizes = [Toy((1 + n % 7) / 3997, own, name=f"source {n}") for n, own in enumerate(lengths)]
     planner = planner_of(sizes, packs_per_step=512)
     tokens = np.zeros(1000)
     for window in windows(planner, 2):
