@@ -8,25 +8,35 @@ packs_to_bound      packs / the larger of the two lower bounds, tokens / 2,048 a
 first_fit_fill      beside it, as m4 packed: first fit within chunks of 64 samples, each source by itself
 samples_per_second  planned per CPU second of one core; share_of_step = planning seconds for a 1-second step
 restore_seconds     from the state at the last step to the next window
-peak_bytes          memory of a process that plans from one source of 141 million samples, less before planning
+memory_bytes        of a process that plans from the arrays of a prepared source of 141 million samples, 9 GB in all
+mapped_bytes        pages of those arrays that it looked at, which the system takes back when it needs memory
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from measuring import print_figures
+from numpy.typing import NDArray
 
+from sft.encoding import EncodedSamples
+from sft.held_out import Side
+from sft.mixture import Cursor, Mixture, mix64
 from sft.planner import Planner
+from sft.prepared import Part, PreparedSource
 from sft.recipe import Recipe, load_recipe
+from sft.sample import Caps
 from sft.shipped import recipe_path
 from sft.stated import StatedSource, stated_sources
 
@@ -107,19 +117,69 @@ def restore_seconds(recipe: Recipe, planner: Planner) -> float:
     return seconds
 
 
-def peak_bytes_of_large_source() -> int:
-    """Memory that planning from OBELICS' 141 million documents takes, in a process of its own."""
-    result = subprocess.run([sys.executable, __file__, "--peak"], check=True, capture_output=True, text=True)
-    return int(result.stdout)
+# ------------------------------------------------------------------------------------------------------- memory
 
 
-def _peak() -> int:
+def memory_of_large_source() -> dict[str, int]:
+    """Plan from the arrays of a prepared source as large as OBELICS, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(
+            [sys.executable, __file__, "--memory", folder], check=True, capture_output=True, text=True
+        )
+    return json.loads(result.stdout)
+
+
+def _memory(folder: Path) -> dict[str, int]:
     recipe = recipe_with("data.mixture=[{name: obelics, share: 1, datasets: [{dataset: obelics, path: raw}]}]")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    planner = planner_of(recipe, stated_sources(recipe.data))
-    for _ in islice(planner.windows(), 20):
-        pass
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    order = (
+        Mixture(stated_sources(recipe.data), unit="tokens", seed=recipe.seed, caps=Caps(2048, 24, 1)).streams[0].order
+    )
+    write_arrays(folder, order.take(Cursor(), ROWS_WRITTEN).rows)
+    store = SimpleNamespace(
+        path=folder, num_images=NUM_IMAGES, image_keys=np.memmap(folder / "image_keys.bin", np.int64, "r")
+    )
+    part = Part(store, EncodedSamples(folder))
+    source = PreparedSource(recipe.data.mixture[0], 1.0, [part], recipe.data, None, Side.TRAIN)
+    planner = Planner([source], recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
+    most = {"RssAnon": 0, "RssFile": 0}
+    for window in islice(planner.windows(), WINDOWS):
+        rows = np.array([item.sample for pack in window for item in pack.items])
+        assert source.num_tokens(rows).min() > 0, "only what was written is read"
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        most = {name: max(size, int(status[name].split()[0]) * 1024) for name, size in most.items()}
+    return {"memory_bytes": most["RssAnon"], "mapped_bytes": most["RssFile"]}
+
+
+NUM_SAMPLES, NUM_IMAGES = 141_047_697, 352_619_243
+WINDOWS, ROWS_WRITTEN = 60, 40_000
+
+
+def write_arrays(folder: Path, rows: NDArray[np.int64]) -> None:
+    """The arrays of an encoded store of full size; in files with holes, so that only what will be read takes disk.
+
+    Documents have 817 tokens on average, as OBELICS', and two or three images, each shown once.
+    """
+    both = np.concatenate([rows, rows + 1])
+    token_offsets = both * 817 + (mix64(both, 1) % np.uint64(700)).astype(np.int64)
+    image_offsets = both * 5 // 2
+    images = np.concatenate([rows * 5 // 2 + place for place in range(3)])
+    arrays = {
+        "token_offsets": (NUM_SAMPLES + 1, both, token_offsets),
+        "image_offsets": (NUM_SAMPLES + 1, both, image_offsets),
+        "num_trained": (NUM_SAMPLES, rows, np.full(len(rows), 700)),
+        "image_rows": (NUM_IMAGES, images, images),
+        "image_keys": (NUM_IMAGES, images, (mix64(images, 2) >> np.uint64(1)).astype(np.int64)),
+        "trained_spans": (0, rows[:0], rows[:0]),
+    }
+    for name, (size, places, values) in arrays.items():
+        with (folder / f"{name}.bin").open("wb") as file:
+            file.truncate(8 * size)
+        if size:
+            array = np.memmap(folder / f"{name}.bin", np.int64, "r+")
+            array[places] = values
+            array.flush()
+    dtypes = {name: "<i8" for name in arrays if name != "image_keys"}
+    (folder / "index.json").write_text(json.dumps({"dtypes": dtypes}))
 
 
 def main() -> None:
@@ -127,10 +187,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
-        print(_peak())
+    if arguments.memory:
+        print(json.dumps(_memory(arguments.memory)))
         return
     recipe = recipe_with()
     figures = plan(recipe, arguments.steps)
@@ -139,15 +199,14 @@ def main() -> None:
     figures["first_fit_fill"] = first_fit_fill(recipe)
     figures["restore_seconds"] = restore_seconds(recipe, planner)
     figures["state_bytes"] = len(json.dumps(planner.state()))
-    figures["peak_bytes"] = peak_bytes_of_large_source()
+    figures |= memory_of_large_source()
     for cap in (16, 20, 1000):
         figures[f"fill_at_{cap}_images"] = plan(recipe_with(f"data.max_images_per_pack={cap}"), 30)["fill"]
     ratios = {name: figures[name] for name in ("fill", "packs_to_bound", "first_fit_fill", "share_of_step")}
     if arguments.json:
         print(json.dumps({"ratios": ratios, **figures}))
         return
-    for name, value in figures.items():
-        print(f"{name:22} {value:,.4f}" if isinstance(value, float) else f"{name:22} {value:,}")
+    print_figures(figures)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ import io
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
+from measuring import cpu_medians
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
@@ -169,18 +169,6 @@ ALTERNATIVES: dict[str, Callable[[bytes], Pixels]] = {
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """CPU seconds of each side, median over rounds in which the sides alternate."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, side in sides.items():
-            started = time.process_time()
-            side()
-            if number:  # the first round warms caches up
-                seconds[name].append(time.process_time() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def ratios(
     loaders: dict[str, Callable[[bytes], Pixels]], size: tuple[int, int], number: int, rounds: int
 ) -> dict[str, float]:
@@ -188,7 +176,7 @@ def ratios(
     contents = jpegs("photo", size, number)
     sides: dict[str, Callable[[], Any]] = {"processor": lambda: processor(contents)}
     sides |= {name: lambda one=one: batch(one, contents) for name, one in loaders.items()}
-    seconds = medians(sides, rounds)
+    seconds = cpu_medians(sides, rounds)
     return {name: seconds["processor"] / seconds[name] for name in loaders}
 
 
@@ -218,7 +206,7 @@ def print_alternatives(number: int, rounds: int) -> None:
     """A line each: CPU milliseconds from the bytes to uint8 of an image, and differences."""
     contents = jpegs("photo", SIZES[0], number)
     sides = {name: lambda one=one: [one(content) for content in contents] for name, one in ALTERNATIVES.items()}
-    seconds = medians(sides, rounds)
+    seconds = cpu_medians(sides, rounds)
     print(f"{'':36} {'ms':>6} " + " ".join(f"{kind:>9}" for kind in KINDS))
     for name, one in ALTERNATIVES.items():
         difference = differences(one, SIZES[0])

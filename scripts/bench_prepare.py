@@ -25,7 +25,6 @@ import hashlib
 import io
 import json
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import cpu_medians, peak_bytes
 from PIL import Image
 
 from sft.datasets import Adapter
@@ -121,19 +121,7 @@ def parse(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """CPU seconds of each side, median over rounds in which the sides alternate."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, side in sides.items():
-            started = time.process_time()
-            side()
-            if number:  # the first round warms caches up
-                seconds[name].append(time.process_time() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def peak_bytes(file: Path, store: Path) -> int:
+def preparation_peak_bytes(file: Path, store: Path) -> int:
     """Largest memory of a process that prepares a file."""
     arguments = [sys.executable, __file__, "--peak-of", str(file), "--store", str(store)]
     return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
@@ -189,12 +177,12 @@ def measure(folder: Path, num_images: int, num_dialogues: int, rounds: int) -> d
         "decode": lambda: prepare("m3it", images, store, verify="decode"),
         "bare_decode": lambda: bare(images, decode=True),
     }
-    cpu = medians(image_sides, rounds)
+    cpu = cpu_medians(image_sides, rounds)
     accessed = access_microseconds(prepare("m3it", images, store, verify="header"))
     text_sides = {"ours": lambda: prepare("ultrachat", dialogues, store), "json": lambda: parse(dialogues)}
-    text = medians(text_sides, rounds)
-    encoding = medians(encoding_sides(prepare("ultrachat", dialogues, store), folder), rounds)
-    peak = peak_bytes(images, store)
+    text = cpu_medians(text_sides, rounds)
+    encoding = cpu_medians(encoding_sides(prepare("ultrachat", dialogues, store), folder), rounds)
+    peak = preparation_peak_bytes(images, store)
     write_images(tenfold, num_images * 10)
     return {
         "ratios": {
@@ -203,7 +191,7 @@ def measure(folder: Path, num_images: int, num_dialogues: int, rounds: int) -> d
             "decode_to_bare": cpu["bare_decode"] / cpu["decode"],
             "text_to_json": text["json"] / text["ours"],
             "encode_to_bare": encoding["bare"] / encoding["ours"],
-            "memory": peak_bytes(tenfold, store) / peak,
+            "memory": preparation_peak_bytes(tenfold, store) / peak,
         },
         "access_microseconds": accessed,
         "cpu_seconds": cpu,
@@ -227,7 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peak_of:
         prepare("m3it", arguments.peak_of, arguments.store, verify="header")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_bytes())
         return
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), arguments.images, arguments.dialogues, arguments.rounds)

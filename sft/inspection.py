@@ -11,19 +11,19 @@ import io
 import json
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, groupby, islice, pairwise
+from itertools import accumulate, chain, groupby, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from sft.chat_template import ChatTemplate
-from sft.collate import collate
+from sft.collate import Pixels, collate
 from sft.errors import UserError, nearest
 from sft.planner import Planner
 from sft.prepared import Sources
 from sft.recipe import Recipe
-from sft.sample import IGNORE_INDEX, Batch, Pack
+from sft.sample import IGNORE_INDEX, Batch, Pack, SkipSample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,8 @@ def inspect_pack(
 ) -> dict[str, Any]:
     """Describe pack `number` of a run, counted from 0; with `source`, the first from there on with a sample of it.
 
+    An image that cannot be read any more is black, as in training, and what shows it is not trained on.
+
     Raises:
         UserError: the run has no such pack.
     """
@@ -52,9 +54,19 @@ def inspect_pack(
     number, pack = find_pack(recipe, sources, number, source)
     step = number // recipe.packs_per_step + 1
     placed = [sources.place(item) for item in pack.items]
+    problems: list[str | None] = []
+
+    def load(image: int) -> Pixels:
+        problems.append(None)
+        try:
+            return sources.reader.training_pixels(image, image_size, seed=recipe.seed, step=step)
+        except SkipSample as skip:
+            problems[-1] = f"{skip.reason}: {skip.detail}" if skip.detail else skip.reason
+            raise
+
     batch = collate(
         [placed],
-        lambda image: sources.reader.training_pixels(image, image_size, seed=recipe.seed, step=step),
+        load,
         train_on=data.train_on,
         pack_isolation=data.pack_isolation,
         image_size=image_size,
@@ -72,6 +84,7 @@ def inspect_pack(
             lengths=[len(sample.encoded.input_ids) for sample in placed],
             source_names=[config.name for config in data.mixture],
             sequence_length=data.sequence_length,
+            problems=problems,
         ),
     }
 
@@ -86,7 +99,7 @@ def find_pack(recipe: Recipe, sources: Sources, number: int, source: str | None)
     if source is not None and source not in names:
         raise UserError(f"--source {source}: no such source{nearest(source, names)} (sources: {', '.join(names)})")
     total = recipe.training.max_steps * recipe.packs_per_step
-    if number >= total:
+    if not 0 <= number < total:
         raise UserError(f"--pack {number}: the run has {total:,} packs, numbered from 0")
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     for found, pack in islice(enumerate(chain.from_iterable(planner.windows())), number, total):
@@ -98,10 +111,16 @@ def find_pack(recipe: Recipe, sources: Sources, number: int, source: str | None)
 
 
 def describe(
-    batch: Batch, template: ChatTemplate, *, lengths: Sequence[int], source_names: Sequence[str], sequence_length: int
+    batch: Batch,
+    template: ChatTemplate,
+    *,
+    lengths: Sequence[int],
+    source_names: Sequence[str],
+    sequence_length: int,
+    problems: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """A pack token by token. `lengths` are those of its samples: without isolation the batch does not say where one
-    ends."""
+    ends. `problems` are those of its images, in the order of the batch."""
     tokens = list(_tokens(batch, template))
     borders = pairwise(accumulate(lengths, initial=0))
     samples: list[dict[str, Any]] = [
@@ -112,6 +131,7 @@ def describe(
             "end": end,
             "trained_tokens": _num_trained(tokens[start:end]),
             "images": [token["image"] for token in tokens[start:end] if token["kind"] == "image"],
+            "problem": batch.dirty.get(key),
         }
         for key, (start, end) in zip(batch.keys, borders, strict=True)
     ]
@@ -128,7 +148,10 @@ def describe(
         },
         "sources": [_source(name, samples) for name in source_names],
         "samples": samples,
-        "images": [_image(pixels_CHW) for pixels_CHW in batch.pixel_values_NCHW],
+        "images": [
+            _image(pixels_CHW) | {"problem": problem}
+            for pixels_CHW, problem in zip_longest(batch.pixel_values_NCHW, problems)
+        ],
         "tokens": tokens,
     }
 

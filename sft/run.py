@@ -187,6 +187,21 @@ def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
     return _sources(recipe, opened)
 
 
+def open_prepared(recipe: Recipe) -> tuple[Sources, ChatTemplate]:
+    """What `prepare` has made of a recipe. Nothing is made, and nothing is downloaded.
+
+    Raises:
+        UserError: something is not prepared; the message names the command.
+    """
+    base = base_path(recipe)
+    if not (base / "config.json").is_file():
+        for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
+            Store(Path(recipe.data.store) / dataset.store_name)  # what is missing first is named first
+        raise UserError(f"{base}: the base model is not prepared; run `idefics-sft prepare` first")
+    template = load_template(get_family(recipe.model.family), base)
+    return open_sources(recipe, template), template
+
+
 def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], Part]) -> Sources:
     parts = [[part(source.name, dataset) for dataset in source.datasets] for source in recipe.data.mixture]
     validation = recipe.data.validation

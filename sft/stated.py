@@ -81,17 +81,9 @@ class StatedSource:
     def __len__(self) -> int:
         return self.stated.samples
 
-    @property
-    def num_distinct_images(self) -> int:
-        """Of all samples."""
-        return self.stated.distinct_images
-
-    @property
-    def bytes_per_sample(self) -> float:
-        """Of images and text, about four bytes a token."""
-        stated = self.stated
-        images = stated.distinct_images / stated.samples * stated.bytes_per_image
-        return images + 4 * stated.median_tokens
+    def num_bytes(self, num_tokens: int, num_images: int) -> int:
+        """Of some of its texts and images: about four bytes a token."""
+        return 4 * num_tokens + self.stated.bytes_per_image * num_images
 
     def num_tokens(self, rows: Ints) -> Ints:
         """Tokens of each; what is longer than a pack counts as cut to it."""
@@ -106,7 +98,7 @@ class StatedSource:
         return np.asarray(np.maximum(np.floor(share * self.num_tokens(rows)), 1), dtype=np.int64)
 
     def images(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Images drawn from the distinct ones."""
+        """Images of the distinct ones: each in turn, or drawn where samples differ in how many they have."""
         mean = self.stated.images_per_sample
         if mean == int(mean):
             numbers = np.full(len(rows), int(mean))
@@ -114,8 +106,9 @@ class StatedSource:
             numbers = np.ceil(np.log(self._uniform(rows, 3)) / np.log(1 - 1 / mean)).clip(1, 24).astype(np.int64)
         of = np.repeat(rows, numbers)
         place = np.arange(len(of)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        keys = mix64(of * 64 + place, self.seed) % np.uint64(max(self.stated.distinct_images, 1))
-        return keys.astype(np.int64) + self.seed * 2**40, numbers
+        turns = of * int(mean) + place if mean == int(mean) else mix64(of * 64 + place, self.seed) >> np.uint64(1)
+        keys = turns.astype(np.int64) % max(self.stated.distinct_images, 1)
+        return keys + self.seed * 2**40, numbers
 
     def _uniform(self, rows: Ints, number: int) -> NDArray[np.float64]:
         """A number between 0 and 1, without 0, for each row."""

@@ -106,19 +106,22 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     assert status_of("mix", recipe, "--json", "--steps", 32) == 0
     report = json.loads(capsys.readouterr().out)
     assert report.keys() == {
-        "unit", "steps", "ended_by", "sources", "packs", "largest_error_in_packs", "tokens_left_over"
+        "unit", "steps", "steps_asked", "packs_per_step", "ended_by", "sources", "budget", "packs",
+        "largest_error_in_packs", "largest_error_inside_in_packs", "windows", "tokens_left_over", "warnings",
     }  # fmt: skip
     assert (report["unit"], report["steps"]) == ("tokens", 32)
     for source in report["sources"]:
         assert source.keys() == {
-            "name", "asked", "achieved", "achieved_in", "tokens", "trained_tokens", "samples", "images", "epochs",
-            "records", "budget", "held_out", "filtered", "skipped", "fitted",
+            "name", "asked", "achieved", "achieved_in", "error_in_packs", "error_inside_in_packs", "tokens",
+            "trained_tokens", "samples", "images", "epochs", "ended_at_step", "when_exhausted", "records", "budget",
+            "tokens_left_over", "held_out", "filtered", "skipped", "fitted",
         }  # fmt: skip
     assert [source["asked"] for source in report["sources"]] == [0.75, 0.25]
     assert sum(source["achieved"] for source in report["sources"]) == pytest.approx(1)
     assert report["sources"][1]["achieved"] == pytest.approx(0.25, abs=3 / 64)
     assert report["packs"].keys() == {
-        "count", "fill", "images_per_pack", "distinct_images_per_pack", "encodes_saved"
+        "count", "fill", "images_per_pack", "distinct_images_per_pack", "encodes_saved", "by_fill",
+        "by_distinct_images",
     }  # fmt: skip
     assert report["largest_error_in_packs"] <= 3
     assert report["packs"]["count"] == 64

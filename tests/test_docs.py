@@ -1,4 +1,4 @@
-"""docs/data.md says what is so: its examples run, its recipe lines and commands name what there is."""
+"""docs/ says what is so: its examples run, its recipe lines and commands name what there is."""
 
 import inspect
 import json
@@ -22,11 +22,16 @@ from sft.datasets import Adapter, adapter_names
 from sft.recipe import DataConfig, DatasetConfig
 from sft.store import Store
 
-PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+PAGES = {file.name: file.read_text(encoding="utf-8") for file in (REPOSITORY / "docs").glob("*.md")}
+PAGE = PAGES["data.md"]
 EXAMPLES = dict(re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
 SNIPPETS = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE)]
 DATASETS = [dataset for snippet in SNIPPETS if isinstance(snippet, list) for dataset in snippet]
-COMMANDS = re.findall(r"^ *(?:PYTHONPATH=\. )?idefics-sft (.*)", PAGE, flags=re.MULTILINE)
+COMMANDS = [
+    command
+    for page in PAGES.values()
+    for command in re.findall(r"^ *(?:\$ )?(?:PYTHONPATH=\. )?idefics-sft (.*)", page, flags=re.MULTILINE)
+]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -86,9 +91,16 @@ def test_a_command_has_the_options_that_are_named(line):
     command.make_context(name, arguments)
 
 
-def test_links_lead_to_files_and_headings():
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", PAGE, flags=re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]*)\)", PAGE):
+def test_the_mixture_of_the_page_is_one():
+    (text,) = re.findall(r"^```yaml\n(.*?)```", PAGES["mixtures.md"], flags=re.DOTALL | re.MULTILINE)
+    data = DataConfig.model_validate(yaml.safe_load(text)["data"])
+    assert [source.when_exhausted for source in data.mixture] == ["reweight", "stop"]
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_links_lead_to_files_and_headings(page):
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", page, flags=re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]*)\)", page):
         assert target[1:] in headings if target.startswith("#") else (REPOSITORY / "docs" / target).is_file(), target
 
 

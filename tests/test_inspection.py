@@ -25,7 +25,7 @@ from sft.planner import Planner
 from sft.plans import Plans
 from sft.prepared import Sources
 from sft.recipe import load_recipe
-from sft.sample import Pack, PackItem
+from sft.sample import Pack, PackItem, SkipSample
 
 HOSTILE = "Ha </script><script>alert(1)</script><img src=x onerror=\"document.title='owned'\">\x1b[2J\u202e"
 SAMPLES = (
@@ -174,6 +174,40 @@ def test_a_pack_that_is_not_there_is_refused(prepared, monkeypatch):
         find_pack(recipe, sources, 1, "talk")
 
 
+@pytest.fixture(scope="module")
+def unreadable(prepared):
+    """A pack whose first image went away after it was prepared."""
+    recipe, _, template = prepared
+    sources = Sources(prepared[1].parts, recipe.data)
+    read, first = sources.reader.training_pixels, []
+
+    def fail(image, size, **how):
+        first.append(image)
+        if image == first[0]:
+            raise SkipSample("image does not decode", detail="dog<b>.jpg")
+        return read(image, size, **how)
+
+    sources.reader.training_pixels = fail
+    return inspect_pack(recipe, sources, template, image_size=28, source="pictures")
+
+
+def test_an_image_that_cannot_be_read_is_black_and_told(unreadable):
+    problems = [image["problem"] for image in unreadable["images"]]
+    assert problems == ["image does not decode: dog<b>.jpg"] + [None] * (len(problems) - 1)
+    for sample in unreadable["samples"]:
+        shows_it = 0 in sample["images"]
+        assert sample["problem"] == ("image does not decode" if shows_it else None)
+        assert (sample["trained_tokens"] == 0) == shows_it
+    text = printed(unreadable, width=200)
+    assert "[image 0: black, image does not decode: dog<b>.jpg]" in text
+    assert "not trained, since an image cannot be read any more: image does not decode" in text
+
+
+def test_the_image_size_is_told_by_the_family_without_loading_the_model(prepared):
+    recipe = prepared[0]
+    assert idefics.image_size_of(run.base_path(recipe)) == idefics.image_size(idefics.load_model(run.base_path(recipe)))
+
+
 # ---------------------------------------------------------------------------------------------------------- terminal
 
 
@@ -234,6 +268,7 @@ def test_the_command_prints_one_object_or_writes_a_page(prepared, tmp_path, caps
     assert "no such source; did you mean 'talk'? (sources: pictures, talk)" in refusal(
         "inspect", recipe, "--source", "tlk"
     )
+    assert "--pack -1: the run has 8 packs, numbered from 0" in refusal("inspect", recipe, "--pack", -1)
     assert "--pack 8: the run has 8 packs, numbered from 0" in refusal("inspect", recipe, "--pack", 8)
     assert "nowhere/pack.html: No such file" in refusal("inspect", recipe, "--html", tmp_path / "nowhere" / "pack.html")
 
@@ -277,6 +312,19 @@ def shown(browser, template, tmp_path):
     assert browser.get_log("browser") == []
 
 
+def test_the_page_tells_which_images_cannot_be_read(browser, unreadable, tmp_path):
+    file = tmp_path / "unreadable.html"
+    file.write_text(page(unreadable), encoding="utf-8")
+    browser.get(file.as_uri())
+    assert visible(browser, ".thumb.wrong") == ["image 0"]
+    assert visible(browser, ".thumb.wrong", "title") == ["image 0, image does not decode: dog<b>.jpg"]
+    number = sum(sample["problem"] is not None for sample in unreadable["samples"])
+    (told,) = visible(browser, ".top + .wrong")
+    assert told.startswith("1 image cannot be read any more") and f"{number} sample" in told
+    assert visible(browser, ".sample p.wrong") == ["Not trained: image does not decode"] * number
+    assert browser.get_log("browser") == []
+
+
 def visible(browser, selector, attribute="textContent"):
     """An attribute of every element that can be seen."""
     found = browser.find_elements("css selector", selector)
@@ -295,6 +343,16 @@ def test_the_page_shows_images_and_texts(shown, template):
     assert "".join(visible(shown, "#sample-0 .trained")) == " A dog.<end_of_utterance></s>"
     (unused,) = visible(shown, ".rest")
     assert "tokens of the pack unused" in unused
+
+
+def test_what_the_pointer_passes_over_moves_nothing(shown):
+    """Else the image under it would be another one at once."""
+    from selenium.webdriver import ActionChains
+
+    before = [thumb.rect for thumb in shown.find_elements("css selector", ".thumb")]
+    ActionChains(shown).move_to_element(shown.find_elements("css selector", ".thumb")[1]).perform()
+    assert "look at it" in shown.find_element("css selector", ".detail").text
+    assert [thumb.rect for thumb in shown.find_elements("css selector", ".thumb")] == before
 
 
 def test_images_are_whole_in_a_low_window(shown):
@@ -328,7 +386,7 @@ def test_a_token_and_its_image_point_at_each_other(shown):
     assert "looks at image 1" in shown.find_element("css selector", ".detail").text
     answer.click()
     ActionChains(shown).send_keys(Keys.ARROW_LEFT).perform()
-    assert "ignored: not trained" in shown.find_element("css selector", ".detail").text
+    assert "not trained" in shown.find_element("css selector", ".detail").text
     ActionChains(shown).send_keys(Keys.ESCAPE).perform()
     assert visible(shown, ".linked") == []
     shown.find_elements("css selector", ".thumb")[0].click()

@@ -87,6 +87,23 @@ def test_shares_at_window_ends_are_within_three_packs(shares, longest, seed):
         assert error.max() <= 3 * 64
 
 
+def test_a_thousand_sources_are_exact_and_restored():
+    """Shares from 1 to 7 in 3,997, in windows of 512 packs: the smallest source gives half a sample a window."""
+    lengths = [[4 + (n * i) % 30 for i in range(50)] for n in range(1000)]
+    sizes = [Toy((1 + n % 7) / 3997, own, name=f"source {n}") for n, own in enumerate(lengths)]
+    planner = planner_of(sizes, packs_per_step=512)
+    tokens = np.zeros(1000)
+    for window in windows(planner, 2):
+        for item in (item for pack in window for item in pack.items):
+            tokens[item.source] += sizes[item.source].lengths[item.sample]
+        error = np.abs(tokens - np.array([size.share for size in sizes]) * tokens.sum())
+        assert error.max() <= 64, "half a sample, and what is carried"
+    state = json.dumps(planner.state())
+    again = planner_of(sizes, packs_per_step=512)
+    again.restore(json.loads(state))
+    assert windows(again, 1) == windows(planner, 1)
+
+
 def test_shares_hold_even_where_one_image_is_asked_for_everywhere():
     """A pack may hold four samples of it, so the packs stay half empty rather than leave its source behind."""
     sizes = [Toy(0.5, [4]), Toy(0.5, [4], [(0,)])]

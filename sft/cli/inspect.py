@@ -13,13 +13,13 @@ from rich.text import Text
 from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, print_json, quiet_libraries
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # escapes, changes of direction
-TRAINED, PLAIN, SPECIAL, IMAGE = "black on yellow", "", "cyan", "bold magenta"
+TRAINED, PLAIN, SPECIAL, IMAGE, PROBLEM = "black on yellow", "", "cyan", "bold magenta", "bold red"
 
 
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    pack: Annotated[int, typer.Option(min=0, help="Which pack of the run, counted from 0.")] = 0,
+    pack: Annotated[int, typer.Option(help="Which pack of the run, counted from 0.")] = 0,
     source: Annotated[str | None, typer.Option(help="The first pack, from --pack on, with a sample of it.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for the browser instead.")] = None,
     json: Json = False,
@@ -29,22 +29,14 @@ def run(
 
     found = find_recipe(recipe, overrides or ())
     quiet_libraries()
-    from sft import run as runs
-    from sft.inference import load_template
     from sft.inspection import inspect_pack, page
     from sft.models import get_family
+    from sft.run import base_path, open_prepared
 
-    base = runs.prepare_base(found)
+    sources, template = open_prepared(found)
     family = get_family(found.model.family)
-    template = load_template(family, base)
-    description = inspect_pack(
-        found,
-        runs.open_sources(found, template),
-        template,
-        image_size=family.image_size(family.load_config(base)),
-        number=pack,
-        source=source,
-    )
+    image_size = family.image_size(family.load_config(base_path(found)))
+    description = inspect_pack(found, sources, template, image_size=image_size, number=pack, source=source)
     if html:
         html.write_text(page(description), encoding="utf-8")
         console(to_stderr=json).print(f"{html}: {headline(description)}", markup=False)
@@ -60,8 +52,15 @@ def headline(description: dict[str, Any]) -> str:
     return (
         f"pack {description['pack']}, drawn for step {description['step']:,} of {description['steps']:,}: "
         f"{figures['tokens']:,} of {description['sequence_length']:,} tokens ({percent(figures['fill'])}), "
-        f"{figures['trained_tokens']:,} trained ({percent(figures['trained_share'])}), "
-        f"samples: {figures['samples']:,}, images: {figures['images']:,}, {figures['distinct_images']:,} distinct"
+        f"{figures['trained_tokens']:,} trained ({percent(figures['trained_share'])})"
+    )
+
+
+def _contents(description: dict[str, Any]) -> str:
+    figures = description["figures"]
+    return (
+        f"samples: {figures['samples']:,}, images: {figures['images']:,}, of which {figures['distinct_images']:,} are "
+        "distinct and encoded"
     )
 
 
@@ -73,6 +72,7 @@ def show(description: dict[str, Any], out: Console) -> None:
         out.print(Text.assemble(*parts), soft_wrap=False)
 
     put((headline(description).capitalize(), "bold"))
+    put((_contents(description), "dim"))
     put(
         ("trained" if coloured else "⟦trained⟧", TRAINED if coloured else PLAIN),
         (" not trained ", PLAIN), ("<special> ", SPECIAL), ("[image 0: its size]", IMAGE),
@@ -85,6 +85,8 @@ def show(description: dict[str, Any], out: Console) -> None:
             (f"  {sample['source']}, {len(tokens):,} tokens, {sample['trained_tokens']:,} trained, ", "dim"),
             (f"positions {tokens[0]['position']} to {tokens[-1]['position']}", "dim"),
         )
+        if sample["problem"]:
+            put((f"not trained, since an image cannot be read any more: {_visible(sample['problem'])}", PROBLEM))
         put(*_sample(tokens, description["images"], coloured))
     unused = description["sequence_length"] - description["figures"]["tokens"]
     if unused > 0:
@@ -107,6 +109,8 @@ def _sample(tokens: list[dict[str, Any]], images: list[dict[str, Any]], coloured
 def _token(token: dict[str, Any], images: list[dict[str, Any]]) -> tuple[str, str]:
     if token["kind"] == "image":
         image = images[token["image"]]
+        if image["problem"]:
+            return f"[image {token['image']}: black, {_visible(image['problem'])}]", PROBLEM
         return f"[image {token['image']}: {image['width']}x{image['height']}]", IMAGE
     if token["kind"] == "special":
         return token["text"], SPECIAL

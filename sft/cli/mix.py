@@ -1,10 +1,14 @@
 """`idefics-sft mix RECIPE`: what the mixture will be, before anything is paid for."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from math import ceil
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from sft.cli.terminal import (
     Json,
@@ -17,9 +21,7 @@ from sft.cli.terminal import (
     quiet_libraries,
     table,
 )
-
-MANY_EPOCHS = 4
-"""Beyond four epochs repeated data is worth less and less than new (Muennighoff and others, 2023)."""
+from sft.errors import printable
 
 
 def run(
@@ -55,75 +57,178 @@ def _stated(recipe: Any) -> Sequence[Any]:
 
 
 def _prepared(recipe: Any) -> Sequence[Any]:
-    from sft import run as runs
-    from sft.inference import load_template
-    from sft.models import get_family
+    from sft.run import open_prepared
 
-    template = load_template(get_family(recipe.model.family), runs.prepare_base(recipe))
-    return runs.open_sources(recipe, template).sources
+    return open_prepared(recipe)[0].sources
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+MAX_ROWS = 24
+"""Sources that have a line of their own; the others share one."""
+MAX_NOTES = 12
+"""Reasons and warnings that are printed."""
+LONGEST_NAME = 28
+Source = dict[str, Any]
 
 
 def show(report: dict[str, Any], out: Console) -> None:
     """Print the mixture: shares in every unit, what is needed for it, how full the packs are."""
-    sources = report["sources"]
+    own, others = _in_lines(report["sources"])
+    out.print(_shares(report, own, others, out.width))
+    out.print()
+    out.print(_needed(report, own, others))
+    _notes(report, out)
+    out.print()
+    for line in _plots(report):
+        out.print(line)
+
+
+def _in_lines(sources: list[Source]) -> tuple[list[Source], list[Source]]:
+    """The sources that get a line of their own, in the recipe's order, and the smaller ones that share one."""
+    if len(sources) <= MAX_ROWS:
+        return sources, []
+    in_order = sorted(sources, key=lambda source: source["achieved"], reverse=True)
+    large = {source["name"] for source in in_order[: MAX_ROWS - 1]}
+    return [s for s in sources if s["name"] in large], [s for s in sources if s["name"] not in large]
+
+
+def _shares(report: dict[str, Any], own: list[Source], others: list[Source], width: int) -> Table:
+    header = ("source", "asked", "tokens", "trained", "samples", "epochs", "off", "inside", "")
     rows = [
         (
-            source["name"],
+            _name(source),
             percent(source["asked"]),
             *(percent(source["achieved_in"][unit]) for unit in ("tokens", "trained_tokens", "samples")),
-            f"{source['tokens']:,}",
-            f"{source['samples']:,}",
             f"{source['epochs']:.2f}",
-            _bar(source["achieved"], max(other["achieved"] for other in sources)),
+            f"{source['error_in_packs']:.2f}",
+            f"{source['error_inside_in_packs']:.2f}",
         )
-        for source in sources
+        for source in own
     ]
-    header = ("source", "asked", "tokens", "trained", "samples", "tokens", "samples", "epochs", "")
-    out.print(table(f"Mixture by {report['unit']}, {report['steps']:,} steps", header, rows))
-    out.print()
-    rows = [
-        (
-            source["name"],
-            f"{source['budget']['records']:,}",
-            f"{source['records']:,}",
-            f"{source['budget']['images']:,}",
-            f"{source['budget']['bytes'] / 1e9:,.2f}",
-            *(f"{source['held_out'].get(side, 0):,}" for side in ("validation", "neither")),
-            f"{sum(source['filtered'].values()):,}",
-            f"{sum(source['skipped'].values()):,}",
+    if others:
+        rows.append(
+            (
+                f"{len(others):,} others",
+                percent(sum(source["asked"] for source in others)),
+                *(
+                    percent(sum(source["achieved_in"][unit] for source in others))
+                    for unit in ("tokens", "trained_tokens", "samples")
+                ),
+                *(
+                    f"≤ {max(source[name] for source in others):.2f}"
+                    for name in ("epochs", "error_in_packs", "error_inside_in_packs")
+                ),
+            )
         )
-        for source in sources
+    taken = sum(max(len(row[column]) for row in (header, *rows)) + 1 for column in range(len(header) - 1))
+    room = max(min(width - taken, 32), 0)
+    largest = max(source["achieved"] for source in report["sources"])
+    bars = [Text(_bar(source["achieved"], largest, room), "cyan") for source in own] + [Text()] * bool(others)
+    title = (
+        f"Mixture by {report['unit']}, {report['steps']:,} steps of {report['packs_per_step']:,} packs "
+        "(off: packs from its share, at the end of a window and inside one)"
+    )
+    return table(title, header, [(*row, bar) for row, bar in zip(rows, bars, strict=True)])
+
+
+def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> Table:
+    """What has to be there for these steps, and what was left out. Columns of nothing but zeros are left out too."""
+
+    def numbers(source: Source) -> list[int]:
+        budget = source["budget"]
+        return [
+            budget["records"],
+            source["records"],
+            budget["images"],
+            budget["bytes"],
+            *(source["held_out"].get(side, 0) for side in ("validation", "neither")),
+            sum(source["filtered"].values()),
+            sum(source["skipped"].values()),
+            source["tokens_left_over"],
+        ]
+
+    def together(sources: list[Source]) -> list[int]:
+        return [sum(column) for column in zip(*map(numbers, sources), strict=True)]
+
+    header = ("samples", "of", "images", "GB", "validation", "neither", "filtered", "skipped", "tokens left over")
+    rows = [(_name(source), numbers(source)) for source in own]
+    if others:
+        rows.append((f"{len(others):,} others", together(others)))
+    rows.append(("all", together(report["sources"])))
+    kept = [column for column in range(len(header)) if column < 4 or rows[-1][1][column]]
+    size = header.index("GB")
+    lines = [
+        (name, *(f"{row[column] / 1e9:,.2f}" if column == size else f"{row[column]:,}" for column in kept))
+        for name, row in rows
     ]
-    header = ("needed", "samples", "of", "images", "GB", "validation", "neither", "filtered", "skipped")
-    out.print(table("What these steps take", header, rows))
-    _notes(report, out)
+    return table("What these steps take", ("needed", *(header[column] for column in kept)), lines)
+
+
+def _name(source: Source) -> str:
+    name = printable(source["name"])
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _notes(report: dict[str, Any], out: Console) -> None:
-    for source in report["sources"]:
-        for kind in ("filtered", "skipped"):
+    for lines, style in ((_reasons(report["sources"]), ""), (report["warnings"], "yellow")):
+        for line in lines[:MAX_NOTES]:
+            out.print(Text(f"{'warning: ' if style else ''}{printable(line)}", style))
+        if (more := len(lines) - MAX_NOTES) > 0:
+            out.print(Text(f"… and {more:,} more; --json has all", style))
+
+
+KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a pack"}
+
+
+def _reasons(sources: list[Source]) -> list[str]:
+    """Why samples were left out, source by source; over all of them, the commonest first, where that is too much."""
+    lines, of_all, naming = [], Counter[str](), Counter[str]()
+    for source in sources:
+        for kind, what in KINDS.items():
             for reason, number in source[kind].items():
-                out.print(f"{source['name']}: {number:,} {kind}, {reason}", markup=False)
-        for what, number in source["fitted"].items():
-            out.print(f"{source['name']}: {number:,} times, for it does not fit a pack: {what}", markup=False)
-        if source["epochs"] > MANY_EPOCHS:
-            out.print(f"warning: {source['name']} is gone through {source['epochs']:.1f} times")
-    if report["ended_by"]:
-        out.print(
-            f"warning: {report['ended_by']} ends after max_epochs, and training with it: {report['steps']:,} steps"
+                lines.append(f"{source['name']}: {number:,} {what}, {reason}")
+                of_all[f"{what}, {reason}"] += number
+                naming[f"{what}, {reason}"] += 1
+    if len(lines) <= MAX_NOTES:
+        return lines
+    return [f"{number:,} {what} ({naming[what]:,} sources)" for what, number in of_all.most_common()]
+
+
+# -------------------------------------------------------------------------------------------------------- plots
+
+
+def _plots(report: dict[str, Any]) -> Iterator[str]:
+    """How far off shares are over the windows, and what packs hold."""
+    windows, packs = report["windows"], report["packs"]
+    if report["largest_error_inside_in_packs"]:
+        many = "s" if windows["count"] > 1 else ""
+        yield f"Largest error of a share in packs, over {windows['count']:,} window{many} of {windows['packs']:,}"
+        for label, name in (("inside a window", "_inside"), ("at its end", "")):
+            if values := windows[f"largest_error{name}_in_packs"]:
+                yield f"  {label:17} {_columns(values)}  up to {max(values):.2f}"
+    yield f"{packs['count']:,} packs"
+    by_fill = packs["by_fill"]
+    emptiest = min(next((number for number, count in enumerate(by_fill) if count), 0), 90)
+    full = percent(packs["fill"])
+    yield f"  tokens            {emptiest} % {_columns(by_fill[emptiest:])} 100 %  {full} full on average"
+    if packs["images_per_pack"]:
+        by_images = packs["by_distinct_images"]
+        fewest = next(number for number, count in enumerate(by_images) if count)
+        yield (
+            f"  distinct images   {fewest} {_columns(by_images[fewest:])} {len(by_images) - 1}  "
+            f"{packs['distinct_images_per_pack']:.1f} on average for {packs['images_per_pack']:.1f} shown: "
+            f"{percent(packs['encodes_saved'])} of encodes saved"
         )
-    packs = report["packs"]
-    out.print(
-        f"{packs['count']:,} packs, {percent(packs['fill'])} full, {packs['distinct_images_per_pack']:.1f} distinct "
-        f"images a pack for {packs['images_per_pack']:.1f} shown: {percent(packs['encodes_saved'])} of encodes saved"
-    )
-    out.print(
-        f"largest error at the end of a window: {report['largest_error_in_packs']:.2f} packs; "
-        f"{report['tokens_left_over']:,} tokens are left over"
-    )
 
 
-def _bar(share: float, largest: float, width: int = 20) -> str:
+def _bar(share: float, largest: float, width: int) -> str:
     """A share as a bar, the largest of all being full."""
     eighths = round(share / max(largest, 1e-9) * width * 8)
-    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).strip().ljust(width)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _columns(values: Sequence[float]) -> str:
+    """Numbers as columns side by side, the largest being full; only nothing is drawn as nothing."""
+    largest = max(values)
+    return "".join(" ▁▂▃▄▅▆▇█"[ceil(value / largest * 8) if value > 0 else 0] for value in values)

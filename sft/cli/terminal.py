@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from sft.errors import printable
 
@@ -54,7 +55,7 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
     """A plain table; the first column is text, the others are numbers."""
     result = Table(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
@@ -62,7 +63,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     for number, name in enumerate(header):
         result.add_column(name, justify="right" if number and name else "left", no_wrap=True)
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))  # no text is markup
     return result
 
 

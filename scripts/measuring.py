@@ -1,0 +1,36 @@
+"""What the benchmarks share: sides that take turns, memory, and how figures are printed."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def cpu_medians(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """CPU seconds of each side, median over rounds in which the sides alternate. The first round warms caches up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.process_time()
+            side()
+            if number:
+                seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes() -> int:
+    """Largest memory of this process so far; pages of mapped files that it touched count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_figures(figures: Mapping[str, Any], indent: str = "") -> None:
+    """A line a figure."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}")
+            print_figures(value, indent + "  ")
+        else:
+            print(f"{indent}{name:24} {value:,.4f}" if isinstance(value, float) else f"{indent}{name:24} {value:,}")
