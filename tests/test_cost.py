@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sft.cost.oracle import measure
 from sft.cost.planning import plan
 from sft.cost.setting import Setting
 from sft.cost.shapes import shape_of
+from sft.errors import UserError
 from sft.recipe import load_recipe
 
 SMALL = Setting(tokens=256, images=2, trained_tokens=255)
@@ -125,6 +127,20 @@ def test_80b_instruct_fits_384_a100_and_takes_about_the_three_days_of_its_card()
     assert report["fits"]
     assert 2 < report["seconds"] / 86400 < 4
     assert report["cost"] == pytest.approx(report["seconds"] / 3600 * 384)
+
+
+def test_a_qlora_recipe_is_planned_by_its_keys_and_checkpointing_brings_it_onto_a_t4():
+    lora = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=("language", "q_proj", "v_proj"))
+    recipe = load_recipe(CARD, ["training.gradient_checkpointing=false"])
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"mode": "qlora", "lora": lora})})
+    planned = plan(recipe, DEVICES["t4-16"], 1, 0.35, None)
+    assert planned.report["trainable_parameters"] == 32 * 2 * 8 * (4096 + 4096) + 2 * 3 * 4096
+    assert planned.setting.precision == "float16" and not planned.report["fits"]
+    assert planned.report["advice"][0].startswith("training.gradient_checkpointing=true: ")
+    assert not any("--gpus" in line for line in planned.report["advice"])
+    lora.targets = "all-linear"
+    with pytest.raises(UserError, match="found 'all-linear'"):
+        plan(recipe, DEVICES["t4-16"], 1, 0.35, None)
 
 
 # --------------------------------------------------------------------------------------------------- the command

@@ -41,7 +41,7 @@ def plan(recipe: Recipe, device: Device, gpus: int, utilisation: float, price_pe
     if recipe.model.family != "idefics":
         raise UserError(f"model.family: plan knows 'idefics', found {recipe.model.family!r}")
     shape = shape_of(read_config(recipe.model.path))
-    setting = setting_of(recipe, device, gpus)
+    setting = setting_of(recipe, shape, device, gpus)
     needed = cost(shape, setting)
     fits = needed.peak_bytes <= device.usable_bytes
     micro_batches = math.ceil(recipe.packs_per_step / (recipe.training.micro_batch_packs * gpus))
@@ -64,11 +64,11 @@ def plan(recipe: Recipe, device: Device, gpus: int, utilisation: float, price_pe
     return Plan(shape, setting, device, needed, micro_batches, report)
 
 
-def setting_of(recipe: Recipe, device: Device, gpus: int) -> Setting:
+def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setting:
     """The recipe's way to train. Keys that a recipe does not have yet stand at what training does today.
 
     Raises:
-        UserError: bfloat16 is asked of a GPU that has none.
+        UserError: bfloat16 is asked of a GPU that has none, or a LoRA target is not known.
     """
     training, packs = recipe.training, recipe.training.micro_batch_packs
     mode: Mode = recipe.model.mode
@@ -87,13 +87,18 @@ def setting_of(recipe: Recipe, device: Device, gpus: int) -> Setting:
         precision=_precision(training.precision, device),
     )
     lora = getattr(recipe.model, "lora", None)
-    return setting if mode == "full" or lora is None else _with_lora(setting, lora)
+    return setting if mode == "full" or lora is None else _with_lora(setting, lora, shape)
 
 
-def _with_lora(setting: Setting, lora: Any) -> Setting:
+def _with_lora(setting: Setting, lora: Any, shape: Shape) -> Setting:
     """Rank, dropout and targets of `model.lora`; a target is a part of the model or the name of a layer in it."""
-    targets = tuple(getattr(lora, "targets", None) or ())
+    targets = getattr(lora, "targets", None) or ()
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     every_part = setting.lora_parts
+    known = {*every_part, *(linear.name for linear in shape.linears)}
+    for target in targets:
+        if target not in known:
+            raise UserError(f"model.lora.targets: plan knows {', '.join(sorted(known))}; found {target!r}")
     return replace(
         setting,
         lora_rank=getattr(lora, "r", setting.lora_rank),
