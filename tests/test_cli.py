@@ -18,7 +18,20 @@ from sft.recipe import load_recipe
 from sft.shipped import recipe_path, shipped_root
 
 COMMANDS = tuple(
-    ["quickstart", "validate", "prepare", "mix", "inspect", "train", "evaluate", "select", "chat", "stats", "export"]
+    [
+        "quickstart",
+        "validate",
+        "prepare",
+        "mix",
+        "inspect",
+        "plan",
+        "train",
+        "evaluate",
+        "select",
+        "chat",
+        "stats",
+        "export",
+    ]
 )
 
 

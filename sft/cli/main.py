@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-from sft.cli import chat, evaluate, export, inspect, merge, mix, prepare, quickstart, select, stats, train, validate
+from sft.cli import (
+    chat,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    mix,
+    plan,
+    prepare,
+    quickstart,
+    select,
+    stats,
+    train,
+    validate,
+)
 from sft.errors import RunError, UserError, printable
 
 app = typer.Typer(
@@ -22,7 +36,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (quickstart, validate, prepare, mix, inspect, train, evaluate, select, merge, chat, stats, export):
+for command in (quickstart, validate, prepare, mix, inspect, plan, train, evaluate, select, merge, chat, stats, export):
     app.command(name=command.__name__.rsplit(".", 1)[-1])(command.run)
 
 

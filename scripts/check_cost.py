@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Holds the quick formula of `idefics-sft plan` against the real model, run under fake tensors. No GPU, no weights.
+
+scripts/check_cost.py [--json] [--only 9b]
+
+Each line is one training step of the released shapes: what torch's MemTracker sees at the peak and FlopCounterMode
+counts for the fullest micro-batch, and what the formula says. Ends with exit status 1 when one is more than 10 % off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from transformers import IdeficsConfig
+
+from sft.cli.terminal import console, table
+from sft.cost.configs import read_config
+from sft.cost.devices import GIB
+from sft.cost.formula import cost
+from sft.cost.oracle import measure
+from sft.cost.setting import Setting
+from sft.cost.shapes import shape_of
+
+TOLERANCE = 0.10
+PACK = {"tokens": 2048, "images": 24, "trained_tokens": 2047}
+AGAIN: dict[str, Any] = {"checkpointing": True}
+TEXT_SIDE: dict[str, Any] = {"lora_parts": ("language", "cross_attention"), "lora_rank": 64}
+
+CONFIGURATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("9b", "full", {}),
+    ("9b", "full, checkpointing", AGAIN),
+    ("9b", "full, checkpointing, one micro-batch a step", AGAIN | {"accumulates": False}),
+    ("9b", "full, checkpointing, 8-bit optimizer", AGAIN | {"optimizer": "adamw_8bit"}),
+    ("9b", "lora", {"mode": "lora"}),
+    ("9b", "lora, checkpointing", {"mode": "lora"} | AGAIN),
+    ("9b", "lora of the text side, r = 64, checkpointing", {"mode": "lora"} | AGAIN | TEXT_SIDE),
+    ("9b", "qlora", {"mode": "qlora"}),
+    ("9b", "qlora, checkpointing", {"mode": "qlora"} | AGAIN),
+    ("9b", "qlora, 512 tokens, 2 images", {"mode": "qlora", "tokens": 512, "trained_tokens": 511, "images": 2}),
+    ("80b", "full, checkpointing", AGAIN),
+    ("80b", "lora", {"mode": "lora"}),
+    ("80b", "qlora, checkpointing", {"mode": "qlora"} | AGAIN),
+)
+
+
+def compare(size: str, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Formula and real model for one configuration."""
+    setting = Setting(**PACK | changes)
+    config = read_config(f"HuggingFaceM4/idefics-{size}")
+    began = time.monotonic()
+    measured = measure(IdeficsConfig.from_dict(config), setting)
+    quick = cost(shape_of(config), setting)
+    return {
+        "configuration": f"{size} {name}",
+        "peak_bytes": quick.peak_bytes,
+        "measured_peak_bytes": measured.peak_bytes,
+        "flop": quick.flop,
+        "measured_flop": measured.flop,
+        "ratios": {"peak": quick.peak_bytes / measured.peak_bytes, "flop": quick.flop / measured.flop},
+        "seconds": time.monotonic() - began,
+    }
+
+
+def main() -> None:
+    """Compare all configurations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", choices=("9b", "80b"))
+    arguments = parser.parse_args()
+    results = []
+    for size, name, changes in CONFIGURATIONS:
+        if arguments.only in (None, size):
+            results.append(compare(size, name, changes))
+            print(f"{size} {name}: {results[-1]['seconds']:.0f} s", file=sys.stderr)
+    worst = max(abs(ratio - 1) for result in results for ratio in result["ratios"].values())
+    if arguments.json:
+        print(json.dumps({"ratios": {"worst": worst}, "configurations": results}))
+    else:
+        header = ("", "GiB", "measured", "ratio", "TFLOP", "measured", "ratio")
+        console().print(table("2,048 tokens and 24 images a micro-batch", header, list(map(_row, results))))
+        print(f"largest difference: {worst:.1%}")
+    sys.exit(int(worst > TOLERANCE))
+
+
+def _row(result: dict[str, Any]) -> tuple[str, ...]:
+    memory = (f"{result[key] / GIB:,.1f}" for key in ("peak_bytes", "measured_peak_bytes"))
+    work = (f"{result[key] / 1e12:,.1f}" for key in ("flop", "measured_flop"))
+    ratios = result["ratios"]
+    return (result["configuration"], *memory, f"{ratios['peak']:.3f}", *work, f"{ratios['flop']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

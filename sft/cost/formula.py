@@ -1,0 +1,428 @@
+"""Memory and floating-point operations of a training step, added up by hand from the shape of the model.
+
+Memory is taken at every moment at which it can be largest: when the loss is computed, when the backward pass enters
+each part of the model, and when the optimizer updates. What each operation keeps for its backward pass is listed layer
+by layer below. scripts/check_cost.py holds the result against the real model under fake tensors.
+
+Types of numbers. On one GPU, or several with a copy each (`ddp`), full training keeps float32 weights and autocast
+computes in half precision: norms and the residual stream stay float32, and each linear layer keeps its own half copy of
+its input and of its weight. Frozen weights (LoRA), ZeRO-3 and FSDP2 are half precision throughout ("native").
+
+Shape letters: D, F hidden and intermediate size of the language model; E, I of the vision tower. All sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from sft.cost.setting import Setting
+from sft.cost.shapes import Linear, Part, Shape
+
+FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in nf4 with double quantisation: an 8-bit scale for 64 weights, a float32 one for 256 of those:
+4.127 bits (QLoRA, Dettmers and others, 2023, section 3)."""
+
+EIGHT_BIT_STATE_BYTES = 1 + 4 / 256
+"""Of one of Adam's two states in 8 bits: a float32 scale for 256 numbers (bitsandbytes' blockwise optimizers)."""
+
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""ZeRO-3 gathers up to this many parameters at a time, and updates as many (DeepSpeed's `stage3_max_live_parameters`
+and `sub_group_size`)."""
+
+
+class Cost(NamedTuple):
+    """What a training step takes of each GPU."""
+
+    bytes: dict[str, int]
+    """By part, at the moment when their sum is largest."""
+    flop: int
+    """Of a micro-batch, forward and backward, what checkpointing computes again included."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is there at once."""
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model on the way of the backward pass."""
+
+    part: Part
+    kept: float
+    """What the forward pass keeps, until the backward pass is through."""
+    layer: float
+    """What one layer needs on top while it is gone through backward."""
+    gradients: float
+    copies: float
+    """Half-precision copies of weights that autocast made and the backward pass needs."""
+    of_images: bool
+
+
+def cost(shape: Shape, setting: Setting) -> Cost:
+    """Memory of each GPU by part, and floating-point operations."""
+    return Cost(_Memory(shape, setting).peak(), _flop(shape, setting))
+
+
+def trained_parameters(shape: Shape, setting: Setting) -> int:
+    """Parameters that get a gradient."""
+    return sum(_trained(shape, setting).values())
+
+
+def _targets(shape: Shape, setting: Setting, part: Part | None = None) -> list[Linear]:
+    """Linear layers that have an adapter."""
+    return [
+        linear
+        for linear in shape.linears
+        if setting.mode != "full" and linear.name in setting.lora_targets and linear.part in setting.lora_parts
+        if part in (None, linear.part)
+    ]
+
+
+def _trained(shape: Shape, setting: Setting) -> dict[str, int]:
+    """Trained parameters by part of the model; under LoRA the adapters, and the extra rows of embedding and head."""
+    parts: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
+    if setting.mode == "full":
+        trained: dict[str, int] = {part: shape.part_parameters(part) for part in parts}
+        trained["vision"] -= shape.never_trained
+        return trained | dict.fromkeys(("embedding", "head"), shape.embedding_parameters)
+    adapters = {
+        part: sum(
+            setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
+            for linear in _targets(shape, setting, part)
+        )
+        for part in parts
+    }
+    return adapters | dict.fromkeys(("embedding", "head"), shape.extra_rows * shape.hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+class _Memory:
+    """Bytes of one GPU."""
+
+    def __init__(self, shape: Shape, setting: Setting) -> None:
+        self.shape, self.setting = shape, setting
+        self.half = 4 if setting.precision == "float32" else 2
+        self.full = setting.mode == "full"
+        self.autocast = self.full and setting.engine == "ddp" and self.half == 2
+        self.stream = 4 if self.autocast else self.half
+        self.shards = 1 if setting.engine == "ddp" else setting.gpus
+        self.trained = _trained(shape, setting)
+
+    def peak(self) -> dict[str, int]:
+        """The parts at the moment when their sum is largest."""
+        return max(self.moments(), key=lambda parts: sum(parts.values()))
+
+    def moments(self) -> Iterator[dict[str, int]]:
+        """The parts at each moment that can be the largest."""
+        stages, logits = self.stages(), self.setting.trained_tokens * self.shape.vocabulary_rows
+        copies = sum(stage.copies for stage in stages)
+        head_copy = self.half * self.trained["head"] * self.autocast
+        done = 0.0
+        # The logits in half and in float32, and their logarithms; autocast still holds a copy of every weight.
+        yield self.at(done, stages, logits * (self.half + 8), self.weight_copies())
+        # The logarithms, and the gradient on both sides of them.
+        yield self.at(done, stages, logits * 12, copies + head_copy)
+        done += self.trained["head"]
+        # The gradient of the head's weight, in half and in float32.
+        temporary = (self.half + 4) * self.trained["head"] + self.half * logits
+        yield self.at(done, stages, temporary, copies + head_copy)
+        while stages:
+            yield self.at(done, stages, 0, copies, working=stages[-1].layer)
+            done += stages[-1].gradients
+            copies -= stages[-1].copies
+            stages = stages[:-1]
+        yield self.at(sum(self.trained.values()), [], 0, 0, working=self.update())
+
+    def at(self, done: float, kept: list[Stage], logits: float, copies: float, working: float = 0) -> dict[str, int]:
+        """The parts at a moment: gradients `done`, activations still `kept`."""
+        trained = sum(self.trained.values())
+        gradients = trained if self.setting.accumulates else done
+        image_work = working if kept and kept[-1].of_images else 0
+        parts = {
+            "weights": self.weights(),
+            "gradients": gradients * self.gradient_bytes / self.shards + self.buckets(),
+            "optimizer": self.optimizer(),
+            "activations": sum(stage.kept for stage in kept if not stage.of_images) + working - image_work,
+            "images": sum(stage.kept for stage in kept if stage.of_images) + image_work + self.pixels(),
+            "logits": logits,
+            "copies": copies + self.gathered(),
+        }
+        return {name: round(size) for name, size in parts.items()}
+
+    # ------------------------------------------------------------------------------- what is there all the time
+
+    def weights(self) -> float:
+        """Weights, and the float32 masters where the weights themselves are half precision."""
+        trained, everything = sum(self.trained.values()), self.shape.parameters
+        if self.full:
+            size = (6.0 if self.setting.engine == "zero3" and self.half == 2 else 4.0) * everything
+        else:
+            frozen = everything - 2 * self.shape.extra_rows * self.shape.hidden
+            linears = sum(linear.weights * linear.count for linear in self.shape.linears)
+            quantised = linears if self.setting.mode == "qlora" else 0
+            size = 4 * trained + self.half * (frozen - quantised) + FOUR_BIT_BYTES * quantised
+        return size / self.shards
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of a gradient: ZeRO-3 keeps them as its weights, half precision."""
+        return self.half if self.setting.engine == "zero3" else 4
+
+    def buckets(self) -> float:
+        """DDP sums gradients in buckets of its own, as large as they are."""
+        several = self.setting.engine == "ddp" and self.setting.gpus > 1
+        return 4 * sum(self.trained.values()) * several
+
+    def optimizer(self) -> float:
+        """Adam's two states; paged ones lie in the machine's memory when the GPU's is short."""
+        state = {"adamw": 4, "adamw_8bit": EIGHT_BIT_STATE_BYTES, "paged_adamw_8bit": 0}[self.setting.optimizer]
+        return 2 * state * sum(self.trained.values()) / self.shards
+
+    def pixels(self) -> float:
+        """The images themselves, uint8, and what the tower's first layer keeps of them."""
+        kept = self.half if self.full else 0
+        return self.setting.images * 3 * self.shape.image_size**2 * (1 + kept)
+
+    def gathered(self) -> float:
+        """Weights of other GPUs that are here for a while, and their gradients on the way there."""
+        largest = self.half * max(self.layer_parameters("language"), self.layer_parameters("cross_attention"))
+        if self.shards == 1:
+            return 0
+        if self.setting.engine == "fsdp2":  # a layer, the next one, a layer's gradient
+            return 3 * largest
+        live = min(MAX_LIVE_PARAMETERS, self.shape.parameters)
+        return self.half * live + largest
+
+    def update(self) -> float:
+        """ZeRO-3 turns the gradients of a group of parameters into float32 to update them."""
+        zero = self.setting.engine == "zero3" and self.half == 2
+        return 4 * min(MAX_LIVE_PARAMETERS, sum(self.trained.values()) / self.shards) * zero
+
+    def weight_copies(self) -> float:
+        """Half-precision copies of every float32 weight of a linear layer, held by autocast during the forward pass."""
+        return sum(self.copies_of(part) for part in _PARTS) + self.half * self.trained["head"] * self.casts
+
+    @property
+    def casts(self) -> bool:
+        """Whether trained float32 weights are computed with in half precision."""
+        return self.half == 2 and (self.autocast or not self.full)
+
+    def copies_of(self, part: Part) -> float:
+        linears = sum(linear.weights * linear.count for linear in self.shape.of_part(part))
+        return self.half * self.casts * (linears if self.full else self.trained[part])
+
+    def layer_parameters(self, part: Part) -> int:
+        return sum(linear.weights for linear in self.shape.of_part(part))
+
+    # ----------------------------------------------------------------------- what the forward pass keeps, by part
+
+    def stages(self) -> list[Stage]:
+        """Parts in the order of the forward pass that keep something for the backward pass."""
+        shape, setting = self.shape, self.setting
+        tokens, images = setting.tokens, setting.images
+        patches, states = images * shape.patches, images * shape.states
+        vision = patches * self.vision_layer()
+        text = tokens * self.text_layer()
+        cross = tokens * self.cross_layer() + states * self.cross_states()
+        inputs = {
+            "vision": patches * shape.vision_hidden * 4,
+            "language": tokens * shape.hidden * self.stream,
+        }
+        result = []
+        if images and _has_backward("vision", setting):
+            kept = inputs["vision"] if setting.checkpointing else vision
+            result.append(self.stage("vision", shape.vision_layers, kept, vision, patches))
+        if images and shape.resampler_layers and _has_backward("resampler", setting):
+            block = self.resampler_block() * images
+            result.append(self.stage("resampler", shape.resampler_layers, block, 0, 0))
+        both = inputs["language"] if setting.checkpointing else None
+        result.append(self.stage("cross_attention", shape.cross_layers, both or cross, cross, tokens))
+        result.append(self.stage("language", shape.layers, both or text, text, tokens))
+        last_norm = self.rms_norm(shape.hidden, self.stream) + shape.hidden * self.half  # and the input of the head
+        result[-1] = replace(result[-1], kept=result[-1].kept + tokens * last_norm)
+        return result
+
+    def stage(self, part: Part, layers: int, kept: float, layer: float, rows: int) -> Stage:
+        """`kept` and `layer` of one layer."""
+        again = self.setting.checkpointing and part != "resampler"
+        weights = self.layer_parameters(part)
+        largest = max((linear.weights for linear in self.shape.of_part(part)), default=0)
+        wide = {"vision": self.shape.vision_intermediate}.get(part, self.shape.intermediate)
+        working = 2.0 * rows * wide * self.half  # gradients on their way through the widest part of the layer
+        if self.full:
+            working += (self.half + 4) * largest  # the gradient of a weight, in half and in float32
+        if self.setting.mode == "qlora":
+            working += self.half * largest  # a weight unpacked
+        if again:
+            working += layer + self.half * weights * self.autocast
+        return Stage(
+            part=part,
+            kept=kept * layers,
+            layer=working,
+            gradients=self.trained[part],
+            copies=0 if again else self.copies_of(part),
+            of_images=part in ("vision", "resampler"),
+        )
+
+    def inputs(self, part: Part, width: int, *names: str, stream: int | None = None) -> float:
+        """What linear layers with the same input keep of it: nothing where the weight is frozen and has no adapter.
+
+        Where the input comes in float32 (`stream`) autocast makes a copy for each; so does PEFT's layer, but for
+        bitsandbytes.
+        """
+        kept = len(names) if self.full else len({linear.name for linear in self.targets(part)} & set(names))
+        dropped = 0 if self.full else self.setting.lora_dropout > 0  # its result, and a byte that says what was kept
+        own_copies = (self.half == 2 and ((stream or self.stream) == 4 or self.setting.mode == "lora")) or dropped
+        return width * (self.half * (kept if own_copies else min(kept, 1)) + kept * dropped)
+
+    def targets(self, part: Part) -> list[Linear]:
+        return _targets(self.shape, self.setting, part)
+
+    def rms_norm(self, width: int, stream: int) -> float:
+        """Its input, the input in float32, and, where its weight is trained, what the weight is multiplied with."""
+        return width * (stream + (4 if stream < 4 else 0) + self.stream * self.full)
+
+    def mlp(self, part: Part) -> float:
+        """A gated MLP of the language model, for each token."""
+        D, F = self.shape.hidden, self.shape.intermediate
+        return (
+            self.rms_norm(D, self.stream)
+            + self.inputs(part, D, "gate_proj", "up_proj")
+            + 3 * F * self.half  # gate before and after SiLU, up
+            + self.inputs(part, F, "down_proj")
+        )
+
+    def text_layer(self) -> float:
+        """A layer of the language model, for each token."""
+        D = self.shape.hidden
+        return (
+            self.rms_norm(D, self.stream)
+            + self.inputs("language", D, "q_proj", "k_proj", "v_proj")
+            + 4 * D * self.half  # query, key, value and output of the attention
+            + 2 * (D // self.shape.heads) * self.half  # cosines and sines
+            + self.inputs("language", D, "o_proj")
+            + self.mlp("language")
+        )
+
+    def qk_norm(self) -> float:
+        return self.rms_norm(self.shape.hidden, self.half) * self.shape.qk_norms
+
+    def cross_layer(self) -> float:
+        """A gated cross-attention layer, for each token."""
+        D = self.shape.hidden
+        return (
+            self.rms_norm(D, self.stream)
+            + self.inputs("cross_attention", D, "q_proj")
+            + self.qk_norm()
+            + 2 * D * self.half  # query and output of the attention
+            + self.inputs("cross_attention", D, "o_proj")
+            + 2 * D * self.half * self.full  # what the gates are multiplied with
+            + self.mlp("cross_attention")
+        )
+
+    def cross_states(self) -> float:
+        """The same, for each state of an image."""
+        D, E = self.shape.hidden, self.shape.vision_hidden
+        return self.inputs("cross_attention", E, "k_proj", "v_proj", stream=4) + self.qk_norm() + 2 * D * self.half
+
+    def vision_layer(self) -> float:
+        """A layer of the tower, for each patch. Norms are computed in float32."""
+        E, I = self.shape.vision_hidden, self.shape.vision_intermediate  # noqa: E741
+        gelu = 4 if self.setting.mode == "qlora" else self.half  # bitsandbytes returns the type of its input
+        return (
+            4 * E
+            + self.inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=4)
+            + 4 * E * self.half
+            + 4 * E
+            + self.inputs("vision", E, "fc1")
+            + I * gelu
+            + self.inputs("vision", I, "fc2")
+        )
+
+    def resampler_block(self) -> float:
+        """A block of the resampler, for each image."""
+        shape, half = self.shape, self.half
+        E, heads, C = shape.vision_hidden, shape.resampler_heads, shape.resampler_heads * shape.resampler_head
+        latents, context = shape.resampler_latents, shape.resampler_latents + shape.patches
+        relu = 4 if self.setting.mode == "qlora" else half
+        normed = (4 + half) * shape.resampler_qk_norms  # a norm's input in float32, and its output for the product
+        attention = (
+            latents * (4 * E + self.inputs("resampler", E, "q_proj") + C * normed)
+            + context * (self.inputs("resampler", E, "k_proj", "v_proj", stream=4) + C * (normed + half))
+            + latents * context * heads * (4 + half)
+            + latents * self.inputs("resampler", C, "output_proj")
+        )
+        return attention + latents * (4 * E + self.inputs("resampler", E, "fc") + 4 * E * relu)
+
+
+_PARTS: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
+
+
+# ------------------------------------------------------------------------------------- floating-point operations
+
+
+def _flop(shape: Shape, setting: Setting) -> int:
+    """Two for each weight and row of a matrix product; norms and activation functions are not counted."""
+    images = setting.images
+    rows = {
+        "tokens": setting.tokens,
+        "states": images * shape.states,
+        "patches": images * shape.patches,
+        "latents": images * shape.resampler_latents,
+        "context": images * (shape.resampler_latents + shape.patches),
+    }
+    adapted = {(linear.part, linear.name) for linear in _targets(shape, setting)}
+    total = 0.0
+    for linear in shape.linears:
+        forward = 2.0 * rows[linear.rows] * linear.weights * linear.count
+        total += forward * _passes(linear.part, setting, weight_trained=setting.mode == "full")
+        if (linear.part, linear.name) in _LAST and _computed_again(linear.part, setting):
+            total -= forward
+        if (linear.part, linear.name) in adapted:
+            forward = 2.0 * rows[linear.rows] * setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
+            total += forward * _passes(linear.part, setting, weight_trained=True)
+    for part, forward in _attention_flop(shape, setting).items():
+        fused = part != "resampler"  # a fused kernel computes the scores again: five products backward for two forward
+        total += forward * (_passes(part, setting, weight_trained=True) + 0.5 * fused)
+    total += 2 * setting.trained_tokens * shape.embedding_parameters * (3 if setting.mode == "full" else 2)
+    pixels = 2 * images * (shape.patches - 1) * 3 * shape.patch_size**2 * shape.vision_hidden
+    return round(total + pixels * (2 if setting.mode == "full" else 1))
+
+
+_LAST = (("language", "down_proj"), ("vision", "fc2"))
+"""What a layer ends with is not computed again: nothing behind it in the layer needs its result."""
+
+
+def _passes(part: Part, setting: Setting, *, weight_trained: bool) -> int:
+    """How often a matrix product is done: forward, again under checkpointing, for either gradient."""
+    backward = _has_backward(part, setting)
+    return 1 + _computed_again(part, setting) + backward * (1 + weight_trained)
+
+
+def _has_backward(part: Part, setting: Setting) -> bool:
+    """Whether gradients flow through the part: to adapters in it or before it, and always to the extra rows."""
+    if setting.mode == "full" or part in ("language", "cross_attention"):
+        return True
+    return part in setting.lora_parts or (part == "resampler" and "vision" in setting.lora_parts)
+
+
+def _computed_again(part: Part, setting: Setting) -> bool:
+    return setting.checkpointing and part != "resampler" and _has_backward(part, setting)
+
+
+def _attention_flop(shape: Shape, setting: Setting) -> dict[Part, float]:
+    """Forward, of the products of queries with keys and of weights with values."""
+    tokens, images = setting.tokens, setting.images
+    inner = shape.resampler_heads * shape.resampler_head
+    context = shape.patches + shape.resampler_latents
+    return {
+        "language": 4 * tokens**2 * shape.hidden * shape.layers,
+        "cross_attention": 4 * tokens * shape.states * shape.hidden * shape.cross_layers * bool(images),
+        "vision": 4 * images * shape.patches**2 * shape.vision_hidden * shape.vision_layers,
+        "resampler": 4 * images * shape.resampler_latents * context * inner * shape.resampler_layers,
+    }
