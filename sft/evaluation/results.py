@@ -287,8 +287,8 @@ def read_result(file: Path) -> Result:
         questions=questions,
         weights=summary["weights"],
         shots=summary["shots"],
-        filtered={reason: tuple(questions) for reason, questions in summary["filtered_questions"].items()},
-        deviations=tuple(summary["deviations"]),
+        filtered={reason: tuple(questions) for reason, questions in summary.get("filtered_questions", {}).items()},
+        deviations=tuple(summary.get("deviations", ())),
     )
 
 
@@ -303,5 +303,5 @@ def find_result(run: Path, benchmark: str, protocol_hash: str, checkpoint: str, 
 
 def _question_result(line: dict[str, Any]) -> QuestionResult:
     del line["hit"]
-    rotations = tuple(Asked(**asked | {"letters": tuple(asked["letters"])}) for asked in line["rotations"])
+    rotations = tuple(Asked(**asked | {"letters": tuple(asked.get("letters", ()))}) for asked in line["rotations"])
     return QuestionResult(**line | {"rotations": rotations})

@@ -28,7 +28,8 @@ class ModelFamily(Protocol):
         """Load and check the tokenizer."""
 
     def load_model(self, path: str | Path) -> nn.Module:
-        """Load with float32 weights; its `forward(batch=Batch)` returns a `PackedOutput`."""
+        """Load with float32 weights; its `forward(batch=Batch)` returns a `PackedOutput`, and with `read_P=positions`
+        the logits (P, V) there."""
 
     def select_trainable(self, model: nn.Module) -> tuple[str, ...]:
         """Unfreeze everything that can be trained; return the names of parameters that never get a gradient."""
