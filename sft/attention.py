@@ -12,8 +12,10 @@ Shape letters: T tokens, G groups of a bucket, L longest group of the bucket, A 
                S states (tokens or image latents) a group attends, N images.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,17 +55,32 @@ def group_tokens(group_ids_T: Tensor) -> Groups:
     by_group = torch.argsort(group_ids_T, stable=True)
     by_group = by_group[group_ids_T[by_group] >= 0]
     ids, sizes = torch.unique_consecutive(group_ids_T[by_group], return_counts=True)
-    starts = sizes.cumsum(0) - sizes
+    return _buckets(ids, sizes, by_group, len(group_ids_T), device)
 
+
+def group_sequences(sequences: Sequence[Tensor], num_tokens: int, device: torch.device) -> Groups:
+    """Groups that may share tokens: for each the indices of its tokens, in order.
+
+    Exact for causal attention where sequences that share a token share all before it: then the token's result is the
+    same in each of them, and is taken from one.
+    """
+    sizes = torch.tensor([len(sequence) for sequence in sequences])
+    return _buckets(torch.arange(len(sizes)), sizes, torch.cat(list(sequences)), num_tokens, device)
+
+
+def _buckets(ids: Tensor, sizes: Tensor, by_group: Tensor, num_tokens: int, device: torch.device) -> Groups:
+    """Groups of the sizes given, whose tokens are laid end to end in `by_group`; all of it on the CPU."""
+    starts = sizes.cumsum(0) - sizes
     buckets = []
-    order_T = torch.zeros_like(group_ids_T)
+    order_T = torch.zeros(num_tokens, dtype=torch.long)
     placed = 1
     for members in _similar_sizes(sizes):
         longest = int(sizes[members].max())
         column = torch.arange(longest)
         real_GL = column < sizes[members, None]
         tokens_GL = by_group[starts[members, None] + column * real_GL]
-        order_T[tokens_GL[real_GL]] = placed + torch.arange(int(real_GL.sum()))
+        # By numpy, where the last of several results for a token is the one that stays; torch leaves it open.
+        order_T.numpy()[tokens_GL[real_GL].numpy()] = np.arange(placed, placed + int(real_GL.sum()))
         placed += int(real_GL.sum())
         buckets.append(Bucket(ids[members].to(device), tokens_GL.to(device), real_GL.to(device)))
     return Groups(tuple(buckets), order_T.to(device))

@@ -25,7 +25,7 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
-Rank = Literal["text", "letter"]
+Rank = Literal["letter", "text", "generate"]
 Group = Literal[
     "vision",  # the image encoder
     "resampler",  # from patches to latents
@@ -279,14 +279,25 @@ class CheckpointsConfig(_Part):
 class EvaluationConfig(_Part):
     benchmark: str | None = None
     """What chooses the checkpoint: an MMBench TSV, or `easy_vqa`, which is built from the package's test images."""
-    protocol: Literal["circular", "vanilla"] = "circular"
-    """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one."""
-    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("text", "letter")
-    """What is ranked by likelihood: the options' texts, their letters."""
+    protocol: Literal["card", "vanilla", "circular"] = "circular"
+    """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one.
+    `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
+    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("letter",)
+    """By what an option is chosen: the likelihood of its letter, of its text, or the answer that is written."""
+    shots: Annotated[int, Field(ge=0)] = 0
+    """Answered questions shown before each."""
+    support: str | None = None
+    """The TSV they come from; left out, a tenth of the benchmark's images, which are then not asked."""
     max_questions: Positive | None = None
     """A seeded part of the benchmark, by whole images."""
     seed: Seed = 0
-    """Draws that part, and the half of the images that chooses."""
+    """Draws that part, the shots, and the half of the images that chooses."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if self.protocol == "card" and self.ranks != ("letter",):
+            raise ValueError("protocol card ranks letters; set ranks: [letter]")
+        return self
 
 
 class Recipe(_Part):

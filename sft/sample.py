@@ -145,6 +145,9 @@ class Batch:
     """uint8; the model's family normalises on the device. N may be 0."""
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
+    sequences: tuple[Tensor, ...] = ()
+    """Sequences that share their beginnings, each the indices of its tokens in the row, on the CPU: tokens attend
+    inside these instead of inside segments. Only in evaluation."""
     keys: tuple[str, ...] = ()
     dirty: Mapping[str, str] = field(default_factory=dict)
     """Keys of samples with an image that fails only now, and why: the image is zeros, the samples have no labels."""

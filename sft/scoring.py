@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
-from sft.chat_template import ChatTemplate
+from sft.evaluation.processes import is_main_process, wait_for_everyone
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
 from sft.files import hash_file
-from sft.inference import load_for_inference, load_template
+from sft.inference import Loaded, load_for_inference, load_template
 from sft.models import get_family
 from sft.recipe import BUILT_BENCHMARKS, EvaluationConfig, Recipe
 from sft.shipped import resolve
@@ -28,6 +29,8 @@ def load_settings(settings: EvaluationConfig, store: Path) -> Benchmark:
         benchmark_file(settings.benchmark, store, seed=settings.seed),
         protocol=settings.protocol,
         max_questions=settings.max_questions,
+        shots=settings.shots,
+        support=resolve(settings.support) if settings.support else None,
         seed=settings.seed,
     )
 
@@ -37,14 +40,78 @@ def benchmark_file(name: str, store: Path, *, seed: int) -> Path:
     if name not in BUILT_BENCHMARKS:
         return resolve(name)
     file = store / "benchmarks" / f"{name}-{seed}.tsv"
-    if not file.is_file():
+    if not file.is_file() and is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
         import_module(f"sft.evaluation.{name}").write_benchmark(file, seed=seed)
+    wait_for_everyone()
     return file
 
 
+class ScoredModel:
+    """A model and its results, kept in the run under `name` and read back if they are there; it is loaded when
+    something is to be asked. Without a run nothing is kept."""
+
+    def __init__(self, path: str | Path, *, run_dir: Path | None = None, name: str = "") -> None:
+        self.path = path
+        self.run_dir = run_dir
+        self.name = name
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model on its device."""
+        return load_for_inference(self.path)
+
+    @cached_property
+    def _weights(self) -> str:
+        """What a kept result has to be of; not computed where none is kept."""
+        return weights_hash(Path(self.path)) if self.run_dir else ""
+
+    def score(
+        self,
+        benchmark: Benchmark,
+        ranks: Sequence[Rank],
+        *,
+        blind: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> dict[Rank, Result]:
+        """Its result by each ranking."""
+        found = self._kept(benchmark, ranks, blind)
+        missing = [rank for rank in ranks if rank not in found]
+        if missing:
+            made = evaluate(
+                self.loaded.model,
+                self.loaded.template,
+                benchmark,
+                image_size=self.loaded.image_size,
+                ranks=missing,
+                blind=blind,
+                autocast=self.loaded.autocast,
+                weights=self._weights,
+                max_positions=get_family("idefics").max_positions(self.loaded.model),
+                on_progress=on_progress,
+            )
+            if self.run_dir and is_main_process():
+                for result in made.values():
+                    write_result(result, self.run_dir, self.name)
+            wait_for_everyone()
+            found |= made
+        return {rank: found[rank] for rank in ranks}
+
+    def _kept(self, benchmark: Benchmark, ranks: Sequence[Rank], blind: bool) -> dict[Rank, Result]:
+        if self.run_dir is None:
+            return {}
+        template = load_template(get_family("idefics"), self.path)
+        hashes = {rank: protocol_hash(template, benchmark, rank=rank, blind=blind) for rank in ranks}
+        kept = {
+            rank: find_result(self.run_dir, benchmark.name, asked, self.name, weights=self._weights)
+            for rank, asked in hashes.items()
+        }
+        wait_for_everyone()  # before anyone writes: all have to find the same
+        return {rank: result for rank, result in kept.items() if result}
+
+
 def score_model(
-    path: Path,
+    path: str | Path,
     benchmark: Benchmark,
     *,
     run_dir: Path | None,
@@ -53,41 +120,10 @@ def score_model(
     blind: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[Rank, Result]:
-    """Evaluate the model in `path` and keep the results in the run under `name`, or read them if they are there.
-
-    Without a run nothing is kept.
-    """
-    weights = weights_hash(path)
-    template = load_template(get_family("idefics"), path)
-    kept = {rank: run_dir and _kept(template, benchmark, run_dir, name, rank, blind, weights) for rank in ranks}
-    missing = [rank for rank, result in kept.items() if not result]
-    found: dict[Rank, Result] = {rank: result for rank, result in kept.items() if isinstance(result, Result)}
-    if missing:
-        loaded = load_for_inference(path)
-        found |= evaluate(
-            loaded.model,
-            loaded.template,
-            benchmark,
-            image_size=loaded.image_size,
-            ranks=missing,
-            blind=blind,
-            autocast=loaded.autocast,
-            weights=weights,
-            on_progress=on_progress,
-        )
-        if run_dir:
-            for rank in missing:
-                write_result(found[rank], run_dir, name)
-    return found
+    """`ScoredModel.score` for a model that is asked once."""
+    return ScoredModel(path, run_dir=run_dir, name=name).score(benchmark, ranks, blind=blind, on_progress=on_progress)
 
 
 def weights_hash(folder: Path) -> str:
     """One hash over the weight files of a model folder."""
     return "-".join(hash_file(file) for file in sorted(folder.glob("*.safetensors")))
-
-
-def _kept(
-    template: ChatTemplate, benchmark: Benchmark, run_dir: Path, name: str, rank: Rank, blind: bool, weights: str
-) -> Result | None:
-    asked = protocol_hash(template, benchmark, rank=rank, blind=blind)
-    return find_result(run_dir, benchmark.name, asked, name, weights=weights)

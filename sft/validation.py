@@ -32,6 +32,9 @@ def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
         raise UserError(
             f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}"
         )
+    support = recipe.evaluation.support
+    if support is not None and not resolve(support).is_file():
+        raise UserError(f"evaluation.support: {support} is not a file; expected a TSV of MMBench layout with answers")
     for key, folder in (("output_dir", recipe.output_dir), ("data.store", recipe.data.store)):
         if Path(folder).exists() and not Path(folder).is_dir():
             raise UserError(f"{key}: {folder} is a file; expected a folder, or a name for a new one")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sft.attention import group_tokens, grouped_attention
+from sft.attention import group_sequences, group_tokens, grouped_attention
 
 SELF = SimpleNamespace(is_cross_attention=False, is_causal=True)
 CROSS = SimpleNamespace(is_cross_attention=True, is_causal=True)
@@ -63,6 +63,18 @@ def test_tokens_attend_the_latents_of_their_image(image_ids):
     image_ids_T = torch.tensor(image_ids)
     may_see_TS = image_ids_T[:, None] == torch.arange(3).repeat_interleave(LATENTS)
     assert_equal(grouped(CROSS, image_ids_T, num_images=3), dense(may_see_TS), len(image_ids), 3 * LATENTS)
+
+
+def test_sequences_that_share_a_beginning_attend_as_if_each_had_its_own():
+    """Tokens 0 1 2 are the beginning of 0 1 2 3 4 and of 0 1 2 5."""
+    query, key, value = (noise(1, HEADS, 6, HEAD_SIZE) for _ in range(3))
+    sequences = [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 5])]
+    groups = group_sequences(sequences, 6, torch.device("cpu"))
+    shared = grouped_attention(SELF, query, key, value, None, groups=groups)[0][0]
+    for tokens in sequences:
+        alone = (x[:, :, tokens] for x in (query, key, value))
+        expected = scaled_dot_product_attention(*alone, is_causal=True)[0].transpose(0, 1)
+        torch.testing.assert_close(shared[tokens], expected)
 
 
 def test_a_token_that_looks_at_nothing_gets_zero():

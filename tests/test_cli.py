@@ -70,6 +70,7 @@ def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
     [
         ("model.path=nowhere", "model.path: nowhere is not a folder; expected one, or a hub id like owner/name"),
         ("evaluation.benchmark=mmbench", "mmbench is not a file; expected a TSV of MMBench layout, or easy_vqa"),
+        ("evaluation.support=dev.tsv", "dev.tsv is not a file; expected a TSV of MMBench layout with answers"),
         ("output_dir=toy.yaml", "output_dir: toy.yaml is a file; expected a folder, or a name for a new one"),
         ("data.store=toy.yaml", "data.store: toy.yaml is a file; expected a folder, or a name for a new one"),
     ],
@@ -232,14 +233,28 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, refusal):
 
 
 def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal):
-    assert "--rank tea: expected text or letter" in refusal("evaluate", llama, "--rank", "tea")
-    assert "--protocol tea: expected circular or vanilla" in refusal("evaluate", llama, "--protocol", "tea")
+    assert "--rank tea: expected letter, text or generate" in refusal("evaluate", llama, "--rank", "tea")
+    assert "--protocol tea: expected card, vanilla or circular" in refusal("evaluate", llama, "--protocol", "tea")
     assert "--benchmark is needed" in refusal("evaluate", llama)
+    assert "--generate and --rank text exclude each other" in refusal("evaluate", llama, "--generate", "--rank", "text")
+    card = ("evaluate", llama, "--benchmark", questions, "--protocol", "card", "--rank", "text")
+    assert "protocol card ranks letters, found text" in refusal(*card)
     assert "nowhere.tsv: No such file" in refusal("evaluate", llama, "--benchmark", "nowhere.tsv")
     poem = write_tsv(tmp_path / "poem.tsv", {"line": "Tyger Tyger", "verse": 1})
     assert "missing columns index, question" in refusal("evaluate", llama, "--benchmark", poem)
     questions.write_text(questions.read_text().rsplit("\t", 1)[0] + "\tbm8gaW1hZ2U=\n")  # "no image" in base64
     assert "questions.tsv, line 2: image does not decode" in refusal("evaluate", llama, "--benchmark", questions)
+
+
+def test_a_test_split_needs_a_file_to_submit(llama, questions, tmp_path, refusal):
+    lines = [line.split("\t") for line in questions.read_text().splitlines()]
+    (tmp_path / "test.tsv").write_text("".join("\t".join([*line[:4], line[5]]) + "\n" for line in lines))
+    refused = refusal("evaluate", llama, "--benchmark", tmp_path / "test.tsv")
+    assert "test.tsv: a test split, without answers to score by; give --submission FILE.xlsx" in refused
+    refused = refusal("evaluate", llama, "--benchmark", tmp_path / "test.tsv", "--submission", "answers.csv")
+    assert "--submission answers.csv: expected the name of an .xlsx file" in refused
+    refused = refusal("evaluate", llama, "--benchmark", tmp_path / "test.tsv", "--shots", "1")
+    assert "no questions are left to ask beside those set aside for 1 shots" in refused
 
 
 def test_train_then_evaluate_the_run(recipe, questions, capsys):
@@ -253,7 +268,7 @@ def test_train_then_evaluate_the_run(recipe, questions, capsys):
     assert "a finished run is here already; nothing is trained" in capsys.readouterr().out
 
     for rank in ("text", "letter"):
-        command = ("evaluate", recipe.parent / "run", "--benchmark", questions, "--rank", rank, "--json", "--blind")
+        command = ("evaluate", recipe.parent / "run", "--benchmark", questions, "--rank", rank, "--json")
         assert status_of(*command) == 0
         printed = capsys.readouterr()
         result = json.loads(printed.out)
@@ -262,6 +277,7 @@ def test_train_then_evaluate_the_run(recipe, questions, capsys):
             "interval", "chance", "blind", "categories", "letters",
         }  # fmt: skip
         assert (result["questions"], result["chance"], result["rank"]) == (1, 0.5, rank)
+        assert result["blind"] in (0, 1), "the same question without its image"
         assert "checkpoint-2" in printed.err, "which model answers is said"
 
 

@@ -104,6 +104,18 @@ def test_the_whole_chat(llama):
     assert encoded.image_positions == (4,)
 
 
+def test_the_card_s_letters_are_one_token_each_also_before_their_full_stop(llama):
+    """MMBench is asked by them: a letter needs no forward of its own, and leaving its `.` out changes nothing of it."""
+    template = chat_template(llama)
+    asked = conversation(("<dog>", "Correct answer: ")).messages
+    prompt = template.encode_prompt(asked).input_ids.tolist()
+    assert prompt[-8:] == [29901, 29871, 32002, *ASSISTANT]
+    for letter, token_id in zip("ABCD", (319, 350, 315, 360), strict=True):
+        for answer in (letter, f"{letter}."):
+            encoded, (start, _) = template.encode_answer(asked, answer)
+            assert encoded.input_ids[: start + 1].tolist() == [*prompt, token_id]
+
+
 @pytest.mark.parametrize("load", [idefics.load_tokenizer, AutoTokenizer.from_pretrained])
 def test_a_saved_tokenizer_keeps_the_ids(saved, load):
     tokenizer = load(saved)

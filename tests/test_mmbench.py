@@ -12,7 +12,8 @@ from PIL import Image
 
 from sft.errors import UserError
 from sft.evaluation import easy_vqa
-from sft.evaluation.mmbench import PASS, group_rotations, prompt, prompt_text, read_tsv, rotate
+from sft.evaluation.mmbench import PASS, read_tsv, rotate
+from sft.evaluation.protocols import group_rows
 from sft.sample import ImageRef
 
 COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category"]
@@ -80,8 +81,41 @@ def test_a_wrong_row_is_one_line_that_names_file_and_line(tsv, fields, message):
 
 
 def test_missing_columns_are_named_with_those_found(tsv):
-    with pytest.raises(UserError, match=r"missing columns answer, image; found index, question, A, B$"):
+    with pytest.raises(UserError, match=r"missing columns image; found index, question, A, B$"):
         read_tsv(write(tsv, a_row(), columns=["index", "question", "A", "B"]))
+
+
+LEGACY = ("index", "question", "hint", "A", "B", "C", "D", "answer", "image")
+LAYOUTS = {
+    "20230712, every row with its image": lambda rows: rows,
+    "legacy, without categories": lambda rows: [{name: row[name] for name in LEGACY} for row in rows],
+    "V11, the row that has the image": lambda rows: [rows[0], *(row | {"image": rows[0]["index"]} for row in rows[1:])],
+    "CN, a capital and another order": lambda rows: [
+        {name.replace("l2", "L2"): row[name] for name in reversed(row)} for row in rows
+    ],
+    "test, answers empty": lambda rows: [row | {"answer": ""} for row in rows],
+    "test, no column of answers": lambda rows: [{k: v for k, v in row.items() if k != "answer"} for row in rows],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_release_is_read(tsv, layout):
+    base = a_row(question="动物是什么?", hint="", D="", category="animal", **{"l2-category": "nature"})
+    turns = ({}, dict(A="dog", B="cow", C="cat", answer="A"), dict(A="cow", B="cat", C="dog", answer="C"))
+    passes = LAYOUTS[layout]([base | turn | {"index": 7 + k * PASS} for k, turn in enumerate(turns)])
+    rows = read_tsv(write(tsv, *passes, columns=list(passes[0])))
+    assert [row.options for row in rows] == [("cat", "dog", "cow"), ("dog", "cow", "cat"), ("cow", "cat", "dog")]
+    assert [row.answer for row in rows] == ([""] * 3 if "test" in layout else ["B", "A", "C"])
+    assert {row.l2_category for row in rows} == {"" if "legacy" in layout else "nature"}
+    assert len({row.image for row in rows}) == 1
+    (question,) = group_rows(rows, "circular")
+    assert question.rotations == tuple(rows) == tuple(rotate(rows[0], by) for by in range(3))
+    assert rotate(rows[2], 1) == rows[0]
+
+
+def test_a_file_with_a_few_answers_missing_is_named(tsv):
+    with pytest.raises(UserError, match="line 3: answer is '', expected one of A, B, C"):
+        read_tsv(write(tsv, a_row(), a_row(index=8, answer="")))
 
 
 def test_missing_files_and_repeated_indices_are_named(tsv):
@@ -102,24 +136,18 @@ def test_rotating_moves_options_and_answer_together(tsv):
 
 def test_circular_makes_rotations_where_the_file_has_none_and_keeps_its_own(tsv):
     rows = read_tsv(write(tsv, a_row(), a_row(index=8, C="", answer="A")))
-    made = group_rotations(rows, "circular")
+    made = group_rows(rows, "circular")
     assert [len(question.rotations) for question in made] == [3, 2]
     everything = [row for question in made for row in question.rotations]
-    assert group_rotations(everything[::-1], "circular")[::-1] == made
-    assert [len(question.rotations) for question in group_rotations(everything, "vanilla")] == [1, 1]
+    assert group_rows(everything[::-1], "circular")[::-1] == made
+    assert [question.rotations for question in group_rows(everything, "vanilla")] == [(rows[0],), (rows[1],)]
+    assert [question.rotations for question in group_rows(everything, "card")] == [(row,) for row in everything]
+    assert {question.cluster for question in group_rows(everything, "card")} == {rows[0].image_sha256}
 
 
 def test_an_unknown_protocol_is_named():
     with pytest.raises(UserError, match="protocol: unknown 'round'"):
-        group_rotations([], "round")
-
-
-def test_the_prompt_is_that_of_the_released_checkpoints_with_existing_options_only(tsv):
-    (row,) = read_tsv(write(tsv, a_row(hint="On a farm.")))
-    text = "Context: On a farm.\nQuestion: Which?\nPossible answers:\nA: cat\nB: dog\nC: cow\nCorrect answer:"
-    assert prompt_text(row) == text
-    assert [message.content for message in prompt(row)] == [(row.image, text)]
-    assert [message.content for message in prompt(row, blind=True)] == [(text,)]
+        group_rows([], "round")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +159,7 @@ def real_benchmark(tmp_path_factory) -> Path:
 
 def test_easy_vqa_gives_every_open_test_question_in_all_rotations(real_benchmark):
     rows = read_tsv(real_benchmark)
-    questions = group_rotations(rows, "circular")
+    questions = group_rows(rows, "circular")
     assert len(questions) == 2537 and sum(len(q.rotations) for q in questions) == len(rows)
     assert Counter((q.first.category, len(q.rotations)) for q in questions) == {("shape", 3): 1257, ("color", 4): 1280}
     assert len({row.image_sha256 for row in rows}) <= 1000
@@ -140,7 +168,7 @@ def test_easy_vqa_gives_every_open_test_question_in_all_rotations(real_benchmark
 
 
 def test_the_right_letter_of_easy_vqa_is_uniform_and_wrong_colours_differ_from_the_right_one(real_benchmark):
-    firsts = [q.first for q in group_rotations(read_tsv(real_benchmark), "vanilla")]
+    firsts = [q.first for q in group_rows(read_tsv(real_benchmark), "vanilla")]
     for category, share in {"shape": 1 / 3, "color": 1 / 4}.items():
         answers = Counter(row.answer for row in firsts if row.category == category)
         assert all(abs(count / answers.total() - share) < 0.04 for count in answers.values())

@@ -2,19 +2,30 @@
 
 import hashlib
 import io
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE
+from conftest import IMAGE_SIZE, REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from sft.evaluation.mmbench import Row, group_rotations, rotate
-from sft.evaluation.ranking import AnswerRequest, _plan, score_answers
+from sft.errors import RunError
+from sft.evaluation.mmbench import Row, rotate
+from sft.evaluation.protocols import group_rows, query
+from sft.evaluation.ranking import AnswerRequest, _forwards, _lay, _Path, _plan, score_answers
 from sft.evaluation.score import Benchmark, choose_questions, evaluate, protocol_hash
+from sft.generation import generate
 from sft.models import idefics
 from sft.pixels import load_pixels
-from sft.sample import ImageRef, Message
+from sft.sample import ImageRef, Message, Sample
 
 
 def noise(seed: int) -> ImageRef:
@@ -24,8 +35,8 @@ def noise(seed: int) -> ImageRef:
     return ImageRef(source=buffer.getvalue())
 
 
-def ask(*content: str | ImageRef) -> tuple[Message, ...]:
-    return (Message(role="user", content=content),)
+def ask(*content: str | ImageRef) -> Sample:
+    return Sample(key="toy", messages=(Message(role="user", content=content),))
 
 
 DOG, CAT = noise(1), noise(2)
@@ -39,11 +50,11 @@ REQUESTS = [
 ]
 
 
-def plain_log_prob(model, template, messages, answer):
+def plain_log_prob(model, template, sample, answer):
     """One transformers forward over prompt and answer, through its own pixel and mask arguments."""
-    encoded, (start, end) = template.encode_answer(messages, answer)
+    encoded, (start, end) = template.encode_answer(sample.messages, answer)
     ids_1T = torch.from_numpy(encoded.input_ids)[None]
-    refs = [item for message in messages for item in message.content if isinstance(item, ImageRef)]
+    refs = sample.images
     pixels = torch.zeros(1, max(1, len(refs)), 3, IMAGE_SIZE, IMAGE_SIZE)
     mask = torch.zeros(1, ids_1T.shape[1], pixels.shape[1])
     for number, (ref, position) in enumerate(zip(refs, encoded.image_positions, strict=True)):
@@ -61,28 +72,58 @@ def plain_log_prob(model, template, messages, answer):
 def test_ranking_by_packed_segments_equals_a_whole_forward_per_answer(model, template, tokens_per_forward):
     scores = score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE, tokens_per_forward=tokens_per_forward)
     for request, row in zip(REQUESTS, scores, strict=True):
-        expected = [plain_log_prob(model, template, request.messages, answer) for answer in request.answers]
+        expected = [plain_log_prob(model, template, request.sample, answer) for answer in request.answers]
         assert [score.log_prob for score in row] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+def laid(template, requests, tokens_per_forward=10_000):
+    """The forwards of these requests, and how many images there are."""
+    paths, refs, _ = _plan(template, requests, None)
+    return list(_forwards(paths, tokens_per_forward)), len(refs)
+
+
 def test_only_the_answers_own_tokens_are_scored(template, tokenizer):
-    segments, _ = _plan(template, REQUESTS[:1])
-    read = {r.answer: tokenizer.decode(r.token_ids) for segment in segments for r in segment.readings}
-    assert [read[number].strip() for number in range(len(ANSWERS))] == list(ANSWERS)
+    (forward,), _ = laid(template, REQUESTS[:1])
+    read = {path.answer: tokenizer.decode(path.token_ids).strip() for path in forward.paths}
+    assert [read[number] for number in range(len(ANSWERS))] == list(ANSWERS)
 
 
-def test_all_letters_are_read_from_one_segment(template):
-    segments, _ = _plan(template, [AnswerRequest(REQUESTS[0].messages, ("A", "B"))])
-    assert len(segments) == 1
+def test_letters_are_read_from_one_pass_over_the_prompt(template):
+    (forward,), _ = laid(template, [AnswerRequest(REQUESTS[0].sample, ("B", "C", "D"))])
+    _, (_, end) = template.encode_answer(REQUESTS[0].sample.messages, "B")
+    assert len(forward.tokens_T) == end - 1  # all but the letter; in this vocabulary a space stands before it
+    assert len(forward.sequences) == 1
 
 
-def test_equal_prompts_are_computed_once_and_prompts_about_other_images_are_not(template):
-    letters = [AnswerRequest(request.messages, ("A", "B")) for request in REQUESTS]
-    once, refs = _plan(template, letters)
-    twice, same_refs = _plan(template, letters * 2)
-    assert len(once) == len(twice) == 5
-    assert len(refs) == len(same_refs) == 2
-    assert sum(len(segment.readings) for segment in twice) == 20
+def test_what_prompts_have_in_common_from_their_beginning_is_computed_once(template):
+    alone = [len(laid(template, [request])[0][0].tokens_T) for request in REQUESTS]
+    (together,), num_images = laid(template, REQUESTS)
+    ids = [template.encode_prompt(request.sample.messages).input_ids.tolist() for request in REQUESTS]
+    first_different = next(i for i, (one, other) in enumerate(zip(ids[0], ids[1], strict=False)) if one != other)
+    (dogs,), _ = laid(template, REQUESTS[:2])
+    assert len(dogs.tokens_T) == alone[0] + alone[1] - first_different
+    assert len(together.tokens_T) < sum(alone)
+    (twice,), same_images = laid(template, REQUESTS * 2)
+    assert len(twice.tokens_T) == len(together.tokens_T)
+    assert num_images == same_images == 2
+
+
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_laid_paths_read_as_they_were_and_no_beginning_twice(paths):
+    forward = _lay([_Path(n, 0, np.array(tokens), len(tokens) - 1, np.array([1])) for n, tokens in enumerate(paths)])
+    for path, place in zip(forward.paths, forward.places, strict=True):
+        assert forward.tokens_T[place].tolist() == paths[path.request]
+        assert forward.positions_T[place].tolist() == list(range(len(place)))
+    beginnings = {tuple(tokens[:end]) for tokens in paths for end in range(1, len(tokens) + 1)}
+    assert len(forward.tokens_T) == len(beginnings)
+    assert {place for sequence in forward.sequences for place in sequence.tolist()} == set(range(len(beginnings)))
+
+
+def test_what_asks_about_an_image_shares_a_forward_where_it_fits(template):
+    requests = [AnswerRequest(ask(image, text), ("A", "B")) for text in "xyz" for image in (DOG, CAT)]
+    forwards, _ = laid(template, requests, tokens_per_forward=60)
+    assert len(forwards) == 2
+    assert [len(np.unique(forward.tokens_T // 2**32)) for forward in forwards] == [2, 2]  # an image, and none before it
 
 
 def test_an_answer_under_autocast_is_scored_in_float32(model, template):
@@ -109,9 +150,9 @@ def row(index: int, image: ImageRef) -> Row:
     )  # fmt: skip
 
 
-def benchmark(*rows: Row) -> Benchmark:
-    questions = tuple(group_rotations(rows, "circular"))
-    return Benchmark(name="toy", protocol="circular", fingerprint="file", questions=questions)
+def benchmark(*rows: Row, protocol="circular", **fields) -> Benchmark:
+    questions = tuple(group_rows(rows, protocol))
+    return Benchmark(name="toy", protocol=protocol, fingerprint="file", questions=questions, **fields)
 
 
 def test_blind_equals_a_prompt_without_image(model, template):
@@ -126,7 +167,7 @@ def test_blind_equals_a_prompt_without_image(model, template):
 
 def test_rankings_asked_together_equal_those_asked_alone(model, template):
     toy = benchmark(row(1, DOG), row(2, CAT))
-    together = evaluate(model, template, toy, image_size=IMAGE_SIZE)
+    together = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("text", "letter"))
     for rank in ("text", "letter"):
         alone = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=(rank,))[rank]
         assert alone.protocol_hash == together[rank].protocol_hash
@@ -147,23 +188,68 @@ def test_ranking_by_text_follows_the_option_through_its_rotations(model, templat
     assert result.chance == pytest.approx(1 / 3)
 
 
+def test_the_card_compares_all_four_letters_of_every_row(model, template):
+    toy = benchmark(row(1, DOG), rotate(row(1, DOG), 1), protocol="card")
+    result = evaluate(model, template, toy, image_size=IMAGE_SIZE)["letter"]
+    assert [list(question.rotations[0].log_probs) for question in result.questions] == [list("ABCD")] * 2
+    assert (result.chance, len(result.questions), result.summary()["questions"]) == (0.25, 2, 1)
+    assert result.deviations == ("the `.` and <end_of_utterance> after the letter are not scored",)
+
+
+def test_written_answers_are_those_of_generation(model, template):
+    toy = benchmark(row(1, DOG), row(2, CAT))
+    result = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("generate",))["generate"]
+    rows = [row for question in toy.questions for row in question.rotations]
+    texts = [text for question in result.questions for text in (asked.text for asked in question.rotations)]
+    (expected,) = generate(model, template, [query(rows[4], "circular", "generate").messages], max_new_tokens=64)
+    assert texts[4] == expected
+    assert result.chance == pytest.approx(1 / 3)
+
+
+def test_shots_are_read_before_the_question(model, template):
+    shot = row(9, CAT)
+    toy = benchmark(row(1, DOG), shots=1, support=(shot,))
+    result = evaluate(model, template, toy, image_size=IMAGE_SIZE)["letter"]
+    sample = query(toy.questions[0].first, "circular", "letter", shots=[shot])
+    assert sample.images == (CAT, DOG)
+    expected = [plain_log_prob(model, template, sample, letter) for letter in "ABC"]
+    assert list(result.questions[0].rotations[0].log_probs.values()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", ["letter", "generate"])
+def test_questions_longer_than_the_models_positions_are_counted_by_name(model, template, rank):
+    short, long = row(1, DOG), replace(row(2, CAT), hint="A dog and a cat. " * 20)
+    lengths = [len(template.encode_prompt(query(r, "circular", rank).messages).input_ids) for r in (short, long)]
+    options = dict(image_size=IMAGE_SIZE, ranks=(rank,), max_positions=lengths[1])
+    result = evaluate(model, template, benchmark(short, long), **options)[rank]
+    assert [question.question for question in result.questions] == [1]
+    assert result.filtered == {"longer than the model's positions": (2,)}
+    with pytest.raises(RunError, match="toy: all 1 questions are longer than the model's positions"):
+        evaluate(model, template, benchmark(long), **options)
+
+
 def test_the_protocol_hash_changes_with_whatever_changes_the_score(template):
     toy = benchmark(row(1, DOG))
-    other_file = Benchmark(name="toy", protocol="circular", fingerprint="other", questions=toy.questions)
-    vanilla = Benchmark(name="toy", protocol="vanilla", fingerprint="file", questions=toy.questions)
+    others = [
+        replace(toy, fingerprint="other"),
+        replace(toy, protocol="vanilla"),
+        replace(toy, protocol="card"),
+        replace(toy, shots=1),
+        replace(toy, shots=2),
+    ]
     hashes = [
         protocol_hash(template, toy, rank="text", blind=False),
         protocol_hash(template, toy, rank="letter", blind=False),
+        protocol_hash(template, toy, rank="generate", blind=False),
         protocol_hash(template, toy, rank="text", blind=True),
-        protocol_hash(template, other_file, rank="text", blind=False),
-        protocol_hash(template, vanilla, rank="text", blind=False),
+        *(protocol_hash(template, other, rank="text", blind=False) for other in others),
     ]
     assert len(set(hashes)) == len(hashes)
     assert hashes[0] == protocol_hash(template, toy, rank="text", blind=False)
 
 
 def test_a_part_of_the_questions_is_made_of_whole_images():
-    questions = group_rotations([row(i, noise(i // 3)) for i in range(30)], "circular")
+    questions = group_rows([row(i, noise(i // 3)) for i in range(30)], "circular")
     some, more = choose_questions(questions, 10, seed=0), choose_questions(questions, 20, seed=0)
     assert len(some) == 9 and len(more) == 18
     assert {q.first.index for q in some} <= {q.first.index for q in more}
@@ -171,3 +257,57 @@ def test_a_part_of_the_questions_is_made_of_whole_images():
     assert choose_questions(questions, 10, seed=1) != some
     assert choose_questions(questions, 100, seed=0) == questions
     assert len(choose_questions(questions, 1, seed=0)) == 3
+
+
+# ----------------------------------------------------------------------------------------------- two processes
+
+ON_A_RANK = """
+import json, os, sys
+from conftest import IMAGE_SIZE, REPOSITORY, base_tokenizer, make_tiny_model
+from sft.chat_template import ChatTemplate, load_chat_template
+from sft.evaluation.processes import leave
+from sft.models import idefics
+from test_ranking import results_of
+
+tokenizer = base_tokenizer()
+tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
+template = ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
+found = results_of(make_tiny_model(tokenizer), template)
+with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(found, file)
+leave()
+"""
+
+
+def results_of(model, template) -> dict:
+    """What a process finds, and how many forwards it runs."""
+    num_forwards = 0
+
+    def count(*_) -> None:
+        nonlocal num_forwards
+        num_forwards += 1
+
+    handle = model.register_forward_pre_hook(count)
+    toy = benchmark(*(row(number, noise(number)) for number in range(5)))
+    options = dict(image_size=IMAGE_SIZE, tokens_per_forward=200)
+    ranked = evaluate(model, template, toy, ranks=("letter", "text"), **options)
+    handle.remove()
+    written = evaluate(model, template, benchmark(row(1, DOG)), ranks=("generate",), **options)
+    asked = [asdict(question) for result in (*ranked.values(), *written.values()) for question in result.questions]
+    return {"forwards": num_forwards, "questions": json.loads(json.dumps(asked))}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds_in_half_the_forwards(model, template, tmp_path):
+    (tmp_path / "on_a_rank.py").write_text(ON_A_RANK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    subprocess.run(
+        [*launch, str(tmp_path / "on_a_rank.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=240, capture_output=True,
+    )  # fmt: skip
+    alone = results_of(model, template)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["questions"] == second["questions"] == alone["questions"]
+    assert first["forwards"] == second["forwards"] == math.ceil(alone["forwards"] / 2)
+    assert alone["forwards"] % 2 == 1, "a process is left short in the last round"

@@ -1,4 +1,4 @@
-"""Small pieces of the real datasets go through: records -> store -> token ids.
+"""Small pieces of the real datasets go through: records -> store -> token ids; questions are asked.
 
 They are not part of this repository. The folder named in IDEFICS_SFT_SAMPLES has them, one folder a dataset; without
 it every test here is skipped.
@@ -13,11 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import IMAGE_SIZE
 
 from sft.chat_template import ChatTemplate
 from sft.datasets import Adapter
 from sft.encoding import encode_samples
 from sft.errors import RunError
+from sft.evaluation.score import evaluate, load_benchmark
 from sft.sample import Sample
 from sft.store import Settings, Store, prepare_store
 
@@ -162,3 +164,23 @@ def test_a_shard_of_webdataset(prepared, encoded):
     assert len(store) == len(classes) == 90
     assert set(store.image_sizes) == {(28, 28)}
     assert encoded(store) == [f"<s>{IMAGE} {number}</s>" for number in classes]
+
+
+# -------------------------------------------------------------------------------------------------------- MMBench
+
+
+def test_twenty_questions_of_mmbench_are_read_and_asked(model, template):
+    file = REAL / "mmbench_samples" / "mmbench_samples.tsv"
+    benchmark = load_benchmark(file)
+    firsts = [question.first for question in benchmark.questions]
+    assert len({row.category for row in firsts}) == 20 and len({row.l2_category for row in firsts}) == 6
+    assert sorted(len(question.rotations) for question in benchmark.questions) == [3] * 2 + [4] * 18
+    assert [row.index for row in firsts if row.hint] == [318]
+    card = load_benchmark(file, protocol="card")
+    result = evaluate(model, template, card, image_size=IMAGE_SIZE)["letter"]
+    assert result.summary()["questions"] == result.summary()["rows"] == 20
+    assert (result.chance, result.filtered) == (0.25, {})
+    for protocol in ("vanilla", "circular"):
+        toy = load_benchmark(file, protocol=protocol, max_questions=3)
+        ranked = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("letter", "text"))
+        assert [len(result.questions) for result in ranked.values()] == [3, 3]

@@ -95,6 +95,11 @@ def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
         ("name: dogs", "name: cats", "toy.yaml:3: data: two sources are called 'cats'; names must differ"),
         ("400", "450", "training.tokens_per_step 450 is not a whole number of packs of 100 tokens"),
         ("400", "400\n  micro_batch_packs: 3", "training.micro_batch_packs 3 does not divide the 4 packs of a step"),
+        (
+            "output_dir: run",
+            "output_dir: run\nevaluation: {protocol: card, ranks: [text]}",
+            "toy.yaml:19: evaluation: protocol card ranks letters; set ranks: [letter]",
+        ),
         ("400", "400\n  warmup_steps: 10", "training.warmup_steps must be less than training.max_steps"),
     ],
 )

@@ -216,7 +216,11 @@ def trained(tmp_path_factory) -> Path:
     with (folder / "colours.tsv").open("a") as file:
         file.writelines("\t".join(map(str, row.values())) + "\n" for row in rows[1:])
     values = yaml.safe_load(recipe.read_text())
-    values["evaluation"] = {"benchmark": str(folder / "colours.tsv"), "protocol": "vanilla"}
+    values["evaluation"] = {
+        "benchmark": str(folder / "colours.tsv"),
+        "protocol": "vanilla",
+        "ranks": ["text", "letter"],
+    }
     values["training"]["max_steps"] = 2
     values["checkpoints"]["every_steps"] = 1
     recipe.write_text(yaml.safe_dump(values))
@@ -261,14 +265,18 @@ def test_a_run_is_selected_again_after_its_questions_changed(copied, capsys):
     assert sum(printed(capsys, "select", copied)[0]["questions"]) == 6
 
 
-def test_evaluation_is_by_the_recipe_and_on_the_half_that_does_not_choose(copied, capsys):
+def test_evaluation_is_by_the_recipe_and_on_the_half_that_does_not_choose(copied, capsys, monkeypatch):
     chosen_on, reported = printed(capsys, "select", copied)[0]["questions"]
     assert chosen_on and reported
-    summaries, said = printed(capsys, "evaluate", copied)
-    assert summaries.keys() == {"text", "letter"}
-    for rank, summary in summaries.items():
+    first, _ = printed(capsys, "evaluate", copied)
+    assert first["by_rank"].keys() == {"text", "letter"}
+    for rank, summary in first["by_rank"].items():
         assert (summary["rank"], summary["protocol"], summary["questions"]) == (rank, "vanilla", reported)
-    assert "asking" not in said, "select has asked already"
+        assert summary["blind"] is not None
+    assert first["rank"] == "text" and first["accuracy"] == first["by_rank"]["text"]["accuracy"]
+    with monkeypatch.context() as patched:
+        patched.setattr("sft.scoring.evaluate", None)  # whoever asks again, fails
+        assert printed(capsys, "evaluate", copied)[0] == first
 
     letters, _ = printed(capsys, "evaluate", copied, "--rank", "letter", "--protocol", "circular")
     assert (letters["rank"], letters["protocol"], letters["questions"]) == ("letter", "circular", reported)
@@ -281,7 +289,7 @@ def test_a_model_without_a_run_is_asked_everything(trained, tmp_path, capsys):
 
 
 def test_the_base_of_a_run_has_a_name(trained, copied, capsys):
-    summary, said = printed(capsys, "evaluate", f"{copied}@base", "--rank", "text")
+    summary, said = printed(capsys, "evaluate", f"{copied}@base", "--rank", "text", "--no-baseline")
     (base,) = (trained.parent / "stores" / "bases").iterdir()
     assert f"model: {base}\n" in said
     assert [file.name for file in (copied / "evaluations").rglob("base.json")] == ["base.json"]

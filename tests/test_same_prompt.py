@@ -7,7 +7,8 @@ from conftest import conversation
 
 from sft.chat import Conversation
 from sft.datasets import Adapter
-from sft.evaluation.mmbench import Row, prompt
+from sft.evaluation.mmbench import Row
+from sft.evaluation.protocols import query
 from sft.sample import ImageRef
 
 RAW = str(Path(__file__).parent / "data" / "easy_vqa")
@@ -34,7 +35,9 @@ def test_a_multiple_choice_sample_is_trained_as_mmbench_asks_it(template):
         image=ImageRef(source=b""),
         image_sha256="",
     )
-    assert starts_with(template.encode(sample).input_ids, template.encode_prompt(prompt(asked)).input_ids)
+    assert starts_with(
+        template.encode(sample).input_ids, template.encode_prompt(query(asked, "circular", "letter").messages).input_ids
+    )
 
 
 def test_a_chat_continues_as_a_trained_conversation_does(template):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from sft.errors import UserError
 from sft.evaluation.results import (
     Asked,
     QuestionResult,
@@ -49,6 +50,39 @@ def test_a_question_is_hit_only_when_every_rotation_is_right():
 def test_categories_have_their_own_accuracy():
     toy = result(question(1, "x", "AB", category="b"), question(2, "x", "AA", category="b"), question(3, "y", "AB"))
     assert toy.categories == {"b": {"questions": 2, "accuracy": 0.5}, "toy": {"questions": 1, "accuracy": 1.0}}
+
+
+def test_guessing_anew_in_every_rotation_is_less_than_staying_with_an_option():
+    toy = result(question(1, "x", "AB"), question(2, "y", "A", answers="A"))
+    assert (toy.chance, toy.independent_chance) == (0.5, (1 / 4 + 1 / 2) / 2)
+
+
+def test_without_answers_there_is_no_score():
+    toy = result(question(1, "x", "AB", answers=("", "")))
+    summary = toy.summary()
+    assert not toy.has_answers
+    assert [summary[key] for key in ("accuracy", "standard_error", "interval", "categories")] == [None, None, None, {}]
+    assert (summary["questions"], summary["rows"], summary["letters"]) == (1, 2, {"A": 0.5, "B": 0.5})
+
+
+def test_an_empty_half_is_refused_rather_than_scored():
+    toy = result(question(1, "x", "AB"))
+    with pytest.raises(UserError, match="toy: a half of its images has no questions"):
+        toy.on_half(1 - half_of("x", seed=0), seed=0)
+
+
+def test_rows_asked_by_themselves_have_the_error_of_their_question():
+    rows = [question(n, f"image {n}", p, answers="A") for n in range(4) for p in ("AAA" if n < 2 else "BBB")]
+    toy = result(*rows, protocol="card")
+    assert toy.accuracy == 0.5
+    assert toy.standard_error == pytest.approx(math.sqrt(0.25 / 4))  # of four questions, not of twelve rows
+    assert (toy.summary()["questions"], toy.summary()["rows"]) == (4, 12)
+
+
+def test_a_summary_compares_with_the_same_rows_without_images():
+    seen, blind = result(question(1, "x", "AB")), result(question(1, "x", "AB"), question(2, "y", "AA"), blind=True)
+    assert blind.accuracy == 0.5
+    assert blind.on_questions_of(seen).accuracy == 1
 
 
 def test_standard_error_of_single_clusters_is_the_binomial_one():
@@ -103,7 +137,7 @@ def test_random_order_depends_on_content_and_seed_alone():
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    toy = result(question(1, "x", "AB"), question(2, "y", "AA"), weights="w1")
+    toy = result(question(1, "x", "AB"), question(2, "y", "AA"), weights="w1", filtered={"too long": (3,)}, shots=2)
     file = write_result(toy, tmp_path, "checkpoint-20")
     assert file == tmp_path / "evaluations" / "toy" / "abc" / "checkpoint-20.json"
     assert sorted(path.name for path in file.parent.iterdir()) == ["checkpoint-20.json", "checkpoint-20.jsonl"]

@@ -1,12 +1,22 @@
 """`idefics-sft evaluate MODEL`: ask a model a benchmark of MMBench layout."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+
+if TYPE_CHECKING:
+    from sft.evaluation.results import Result
+    from sft.evaluation.score import Benchmark
+    from sft.recipe import EvaluationConfig
+
+PROTOCOLS = ("card", "vanilla", "circular")
+RANKS = ("letter", "text", "generate")
 
 
 def run(
@@ -14,57 +24,90 @@ def run(
         str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
     ],
     benchmark: Annotated[str | None, typer.Option(help="A TSV of MMBench layout, or easy_vqa.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="circular (default) or vanilla.")] = None,
-    rank: Annotated[str | None, typer.Option(help="What is ranked: text or letter; both, if left out.")] = None,
-    blind: Annotated[bool, typer.Option(help="Ask without the images.")] = False,
+    protocol: Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is written.")] = False,
+    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
+    support: Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Ask without the images.")] = False,
+    baseline: Annotated[bool, typer.Option(help="Ask without the images too, to compare.")] = True,
     max_questions: Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")] = None,
+    details: Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")] = None,
+    submission: Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")] = None,
     json: Json = False,
 ) -> None:
-    """Score a model on multiple-choice questions by the likelihood of the options.
+    """Score a model on multiple-choice questions: overall, by category, and beside what it scores without images.
 
-    What is left out comes from the recipe of the model's run. For a model of a run, figures come from the half of the
-    images that does not choose its checkpoint.
+    What is left out comes from the recipe of the model's run. On the benchmark of that recipe, figures come from the
+    half of the images that does not choose the checkpoint.
     """
     from sft.errors import UserError
     from sft.naming import find_model, recipe_of_model
     from sft.recipe import EvaluationConfig
 
-    for option, value, allowed in (("protocol", protocol, ("circular", "vanilla")), ("rank", rank, ("text", "letter"))):
+    for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, RANKS)):
         if value not in (None, *allowed):
-            raise UserError(f"--{option} {value}: expected {' or '.join(allowed)}")
+            raise UserError(f"--{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
+    if generate and rank not in (None, "generate"):
+        raise UserError(f"--generate and --rank {rank} exclude each other")
     path = _base_of(model) or find_model(model)
     recipe = recipe_of_model(model)
-    settings = recipe.evaluation if recipe else EvaluationConfig()
-    given: dict[str, Any] = {"benchmark": benchmark, "protocol": protocol, "max_questions": max_questions}
-    given["ranks"] = (rank,) if rank else None
-    settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
-    if settings.benchmark is None:
-        raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none)")
+    chooses = recipe is not None and benchmark in (None, recipe.evaluation.benchmark)
+    settings = _settings(
+        recipe.evaluation if recipe else EvaluationConfig(),
+        chooses,
+        benchmark=benchmark,
+        protocol=protocol,
+        ranks=("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None,
+        shots=shots,
+        support=support,
+        max_questions=max_questions,
+    )
     quiet_libraries()
-    from sft.scoring import load_settings, score_model
+    from sft.evaluation.processes import is_main_process, leave
+    from sft.scoring import ScoredModel, load_settings
 
-    out = console(to_stderr=json)
-    out.print(f"model: {path}")
+    out = console(to_stderr=json) if is_main_process() else Console(quiet=True)
     questions = load_settings(settings, Path(recipe.data.store) if recipe else Path("stores"))
-    with progress("asking", None, out) as update:
-        results = score_model(
-            Path(path),
-            questions,
-            run_dir=Path(recipe.output_dir) if recipe else None,
-            name="base" if model.endswith("@base") else Path(path).name,
-            ranks=settings.ranks,
-            blind=blind,
-            on_progress=lambda done, total: update(done, f"of {total} tokens"),
-        )
-    if recipe:
-        results = {name: result.on_half(1, settings.seed) for name, result in results.items()}
-    summaries = {name: result.summary() for name, result in results.items()}
-    if json:
-        print_json(next(iter(summaries.values())) if len(summaries) == 1 else {str(n): s for n, s in summaries.items()})
+    _check(questions, settings, submission)
+    out.print(f"model: {path}")
+    run_dir = Path(recipe.output_dir) if recipe else None
+    scored = ScoredModel(path, run_dir=run_dir, name="base" if model.endswith("@base") else Path(path).name)
+
+    def ask(blind: bool) -> dict[Any, Result]:
+        with progress(f"asking{' without images' if blind else ''}", None, out) as update:
+            results = scored.score(
+                questions, settings.ranks, blind=blind, on_progress=lambda done, total: update(done, f"of {total}")
+            )
+        if chooses and not submission:
+            return {rank: result.on_half(1, settings.seed) for rank, result in results.items()}
+        return dict(results)
+
+    results = ask(blind)
+    without = ask(True) if baseline and not blind and questions.has_answers else {}
+    leave()
+    if not is_main_process():
         return
-    for name, summary in summaries.items():
-        _show(f"{questions.name}, {summary['protocol']}, by {name}{', without images' if blind else ''}", summary, out)
-    if recipe:
+    summaries = [
+        result.summary(blind_accuracy=without[rank].on_questions_of(result).accuracy if without else None)
+        for rank, result in results.items()
+    ]
+    if details:
+        _write_details(details, results)
+    if submission:
+        from sft.evaluation.submission import write_submission
+
+        write_submission(submission, questions.rows, results[settings.ranks[0]])
+        summaries[0]["submission"] = str(submission)
+    if json:
+        by_rank = {summary["rank"]: summary for summary in summaries}
+        print_json(summaries[0] | ({"by_rank": by_rank} if len(by_rank) > 1 else {}))
+        return
+    for summary in summaries:
+        _show(summary, out)
+    if chooses and not submission:
         out.print("figures come from the half of the images that does not choose the checkpoint")
 
 
@@ -78,10 +121,65 @@ def _base_of(model: str) -> Path | None:
     return prepare_base(find_recipe(model.removesuffix("@base")))
 
 
-def _show(title: str, summary: dict[str, Any], out: Console) -> None:
-    rows = [(name, str(part["questions"]), percent(part["accuracy"])) for name, part in summary["categories"].items()]
-    error = f"± {summary['standard_error'] * 100:.1f}"
-    rows.append(("all", str(summary["questions"]), f"{percent(summary['accuracy'])} {error}"))
-    out.print(table(title, ("category", "questions", "accuracy"), rows))
+def _settings(settings: EvaluationConfig, of_this_benchmark: bool, **given: Any) -> EvaluationConfig:
+    """What the recipe says, and what is given in its place. How much of its benchmark a recipe asks says nothing about
+    another one."""
+    from sft.errors import UserError
+    from sft.evaluation.protocols import check_protocol
+
+    if not of_this_benchmark:
+        settings = settings.model_copy(update={"max_questions": None})
+    settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
+    if settings.benchmark is None:
+        raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none)")
+    check_protocol(settings.protocol, settings.ranks)
+    return settings
+
+
+def _check(questions: Benchmark, settings: EvaluationConfig, submission: Path | None) -> None:
+    """Whether there will be something to say at the end."""
+    from sft.errors import UserError
+    from sft.evaluation.submission import check_submission
+
+    if submission:
+        check_submission(submission, questions, settings.ranks)
+    elif not questions.has_answers:
+        raise UserError(f"{settings.benchmark}: a test split, without answers to score by; give --submission FILE.xlsx")
+
+
+def _write_details(file: Path, results: dict[Any, Result]) -> None:
+    """One file, or one for each ranking with its name before the suffix."""
+    from sft.evaluation.results import write_questions
+
+    for rank, result in results.items():
+        write_questions(result, file if len(results) == 1 else file.with_suffix(f".{rank}{file.suffix}"))
+
+
+def _show(summary: dict[str, Any], out: Console) -> None:
+    """One ranking: by category, over all, and what to compare it with."""
+    shots = f", {summary['shots']} shots" if summary["shots"] else ""
+    blind = "" if summary["with_images"] else ", without images"
+    title = f"{summary['benchmark']}, {summary['protocol']}, by {summary['rank']}{shots}{blind}"
+    if summary["accuracy"] is None:
+        out.print(f"{title}: {summary['rows']} rows, answers not scored here, in {summary['submission']}")
+    else:
+        parts = [(*part, "") for part in summary["categories"].items()]
+        if summary["l2_categories"] != summary["categories"]:
+            parts += [(*part, " (l2)") for part in summary["l2_categories"].items()]
+        rows = [(f"{name}{kind}", str(part["questions"]), percent(part["accuracy"])) for name, part, kind in parts]
+        low, high = summary["interval"]
+        figure = f"{percent(summary['accuracy'])} ± {summary['standard_error'] * 100:.1f}"
+        rows.append(("all", str(summary["questions"]), figure))
+        out.print(table(title, ("category", "questions", "accuracy"), rows))
+        out.print(f"95 % interval {percent(low)} to {percent(high)}, over images as clusters")
+        if summary["blind"] is not None and summary["with_images"]:
+            out.print(f"without images {percent(summary['blind'])}")
+        again = f" ({percent(summary['independent_chance'])} guessing anew in each rotation)"
+        anew = again if summary["protocol"] == "circular" else ""
+        out.print(f"chance {percent(summary['chance'])}{anew}")
+    for reason, number in summary["filtered"].items():
+        out.print(f"{number} questions were not asked: {reason}")
+    for deviation in summary["deviations"]:
+        out.print(f"differs from its source: {deviation}")
     letters = ", ".join(f"{letter} {percent(share)}" for letter, share in summary["letters"].items())
-    out.print(f"chance {percent(summary['chance'])}; letters predicted: {letters}\n")
+    out.print(f"letters predicted: {letters}; protocol {summary['protocol_hash']}\n")

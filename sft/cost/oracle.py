@@ -34,6 +34,7 @@ from sft.attention import Groups, group_tokens
 from sft.cost.setting import Setting
 from sft.models import idefics
 from sft.optim import parameter_groups
+from sft.recipe import TrainingConfig
 from sft.sample import Batch
 
 
@@ -241,7 +242,8 @@ def _add_adapters(model: Any, setting: Setting) -> None:
 
 
 def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, weight_decay=0.1)
+    training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-5)
+    groups = parameter_groups(model, training, idefics.group_of)
     if setting.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     from bitsandbytes.optim import AdamW8bit

@@ -1,35 +1,28 @@
 """MMBench's file format and the questions in it.
 
 A TSV has one line per (question, pass): pass k of question i has `index` = i + k * 1,000,000, with options and answer
-shifted by k. Files come with all passes, or with pass 0 only. An image is base64, or the index of the row that holds
-it. Read with the csv module: pandas would turn the options `None` and `NA` into holes.
+shifted by k. Files come with all passes, or with pass 0 only; a test split comes without answers. An image is base64,
+or the index of the row that holds it. Read with the csv module: pandas would turn the options `None` and `NA` into
+holes.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 from sft import images
 from sft.errors import UserError
-from sft.sample import ImageRef, Message, SkipSample
-
-Protocol = Literal[
-    "circular",  # every rotation of the options has to be answered right (MMBench's CircularEval)
-    "vanilla",  # pass 0 only
-]
+from sft.sample import ImageRef, SkipSample
 
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
            "comment", "split")  # fmt: skip
-"""Columns of an official file, in its order."""
+"""Columns of an official file with answers, in its order."""
 
-REQUIRED = ("index", "question", "A", "B", "answer", "image")
+REQUIRED = ("index", "question", "A", "B", "image")
 LETTERS = "ABCDE"
 """E is tolerated, as by other readers; no official v1.0 file has it."""
 
@@ -51,7 +44,7 @@ class Row:
     options: tuple[str, ...]
     """Their texts, in the same order."""
     answer: str
-    """The right letter."""
+    """The right letter; empty where the file keeps the answers back."""
     category: str
     l2_category: str
     image: ImageRef
@@ -66,9 +59,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A question with the rows that a protocol asks about it, pass 0 first."""
+    """What counts as one: a question with the rows that are asked about it, pass 0 first, or a single row."""
 
     rotations: tuple[Row, ...]
+    cluster: str
+    """Questions about one image are not independent: the image's hash."""
 
     @property
     def first(self) -> Row:
@@ -83,67 +78,78 @@ def read_tsv(path: Path) -> list[Row]:
         UserError: the file or a column is missing, or a row is wrong; the message names file and line.
     """
     encoded: dict[int, str] = {}  # the image field of each row
+    distinct: dict[str, str] = {}  # legacy files repeat the image in every pass; one copy is kept
     fields: list[tuple[str, dict[str, str]]] = []
     for where, row in _read_fields(path):
         index = _index(row, where)
         if index in encoded:
             raise UserError(f"{where}: index {index} appears twice")
-        encoded[index] = row["image"].strip()
+        image = row.pop("image").strip()
+        encoded[index] = distinct.setdefault(image, image)
         fields.append((where, row))
+    has_answers = any(row.get("answer", "").strip() for _, row in fields)
     pictures: dict[str, tuple[ImageRef, str]] = {}
-    return [_row(row, _image(row["image"].strip(), encoded, pictures, where), where) for where, row in fields]
+    rows = []
+    for where, row in fields:
+        picture = _image(encoded[_index(row, where)], encoded, pictures, where)
+        rows.append(_row(row, picture, has_answers, where))
+    return rows
 
 
-def group_rotations(rows: Sequence[Row], protocol: Protocol) -> list[Question]:
-    """The questions of a file, in the order in which they first appear.
+def single_rows(rows: Sequence[Row]) -> list[Question]:
+    """Every row by itself, in the file's order."""
+    clusters = _clusters(rows)
+    return [Question(rotations=(row,), cluster=clusters[row.question_index]) for row in rows]
 
-    Under `circular` a question that has fewer rows than options gets its rotations made from its first row.
 
-    Raises:
-        UserError: there is no such protocol.
-    """
-    if protocol not in get_args(Protocol):
-        raise UserError(f"protocol: unknown {protocol!r} (known: {', '.join(get_args(Protocol))})")
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.question_index, []).append(row)
+def first_rows(rows: Sequence[Row]) -> list[Question]:
+    """Pass 0 of each question, in the order in which the questions first appear."""
+    return [replace(question, rotations=(question.first,)) for question in _grouped(rows)]
+
+
+def all_rotations(rows: Sequence[Row]) -> list[Question]:
+    """Every question with all its rotations: those of the file, or made from its first row where the file has others
+    than one an option."""
     questions = []
-    for group in groups.values():
-        group.sort(key=lambda row: row.index)
-        if protocol == "vanilla":
-            group = group[:1]
-        elif len(group) != len(group[0].options):
-            group = [rotate(group[0], by) for by in range(len(group[0].options))]
-        questions.append(Question(rotations=tuple(group)))
+    for question in _grouped(rows):
+        first = question.first
+        if len(question.rotations) != len(first.options):
+            made = [rotate(first, by) for by in range(len(first.options))]
+            question = replace(question, rotations=tuple(sorted(made, key=lambda row: row.index)))
+        questions.append(question)
     return questions
 
 
 def rotate(row: Row, by: int) -> Row:
-    """Pass `by` of a row of pass 0: option texts move up by `by` letters, the right answer with them."""
-    right = row.letters.index(row.answer)
+    """The row `by` passes on: option texts move up by `by` letters, the right answer with them."""
+    num_options = len(row.options)
+    by_pass = (row.index // PASS + by) % num_options
+    answer = row.letters[(row.letters.index(row.answer) - by) % num_options] if row.answer else ""
     return replace(
         row,
-        index=row.index + by * PASS,
+        index=row.question_index + by_pass * PASS,
         options=row.options[by:] + row.options[:by],
-        answer=row.letters[(right - by) % len(row.letters)],
+        answer=answer,
     )
 
 
-def prompt_text(row: Row) -> str:
-    """What is asked, word for word as for the released instruct checkpoints (m4, make_mmbench.py).
+def _grouped(rows: Sequence[Row]) -> list[Question]:
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.question_index, []).append(row)
+    clusters = _clusters(rows)
+    return [
+        Question(rotations=tuple(sorted(group, key=lambda row: row.index)), cluster=clusters[number])
+        for number, group in groups.items()
+    ]
 
-    Only existing options are named. Without the space that stood at its end: it belongs to the answer.
-    """
-    lines = [f"Context: {row.hint}"] if row.hint else []
-    lines += [f"Question: {row.question}", "Possible answers:"]
-    lines += [f"{letter}: {option}" for letter, option in zip(row.letters, row.options, strict=True)]
-    return "\n".join([*lines, "Correct answer:"])
 
-
-def prompt(row: Row, *, blind: bool = False) -> tuple[Message, ...]:
-    """The user's turn that asks `row`: the image, then the text; `blind` leaves the image out."""
-    text = prompt_text(row)
-    return (Message(role="user", content=(text,) if blind else (row.image, text)),)
+def _clusters(rows: Sequence[Row]) -> dict[int, str]:
+    """The image of each question; that of its first row where copies of it differ in their bytes."""
+    clusters: dict[int, str] = {}
+    for row in sorted(rows, key=lambda row: row.index):
+        clusters.setdefault(row.question_index, row.image_sha256)
+    return clusters
 
 
 def _read_fields(path: Path) -> list[tuple[str, dict[str, str]]]:
@@ -170,22 +176,28 @@ def _read_fields(path: Path) -> list[tuple[str, dict[str, str]]]:
 
 
 def _index(row: dict[str, str], where: str) -> int:
-    try:
-        return int(row["index"])
-    except ValueError as error:
-        raise UserError(f"{where}: index is {row['index'][:40]!r}, expected a whole number") from error
+    index = _number(row["index"])
+    if index is None:
+        raise UserError(f"{where}: index is {row['index'][:40]!r}, expected a whole number")
+    return index
 
 
-def _row(row: dict[str, str], picture: tuple[ImageRef, str], where: str) -> Row:
+def _number(text: str) -> int | None:
+    """A whole number, or None for anything else."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+
+def _row(row: dict[str, str], picture: tuple[ImageRef, str], has_answers: bool, where: str) -> Row:
     letters = tuple(letter for letter in LETTERS if row.get(letter, "").strip())
-    answer = row["answer"].strip()
+    answer = row.get("answer", "").strip()
     if len(letters) < 2:
         raise UserError(f"{where}: found {len(letters)} options, expected at least A and B")
-    if answer not in letters:
+    if has_answers and answer not in letters:
         raise UserError(f"{where}: answer is {answer[:40]!r}, expected one of {', '.join(letters)}")
     image, sha256 = picture
     return Row(
-        index=int(row["index"]),
+        index=_index(row, where),
         question=row["question"].strip(),
         hint=row.get("hint", "").strip(),
         letters=letters,
@@ -202,17 +214,19 @@ def _image(
     field: str, encoded: dict[int, str], pictures: dict[str, tuple[ImageRef, str]], where: str
 ) -> tuple[ImageRef, str]:
     """The image that a row's field holds or points to, checked when first met."""
-    if field.isdigit():  # no encoded image is digits only
-        if int(field) not in encoded or encoded[int(field)].isdigit():
+    index = _number(field)  # no encoded image is so short
+    if index is not None:
+        if index not in encoded or _number(encoded[index]) is not None:
             raise UserError(f"{where}: image is {field[:40]!r}, but no row of that index holds an image")
-        field = encoded[int(field)]
+        field = encoded[index]
     if field not in pictures:
         try:
-            content = base64.b64decode(field, validate=True)
+            image = images.base64_image(field)
+            content = images.read_bytes(image)
             images.decode_rgb(content)
-        except (binascii.Error, ValueError) as error:
-            raise UserError(f"{where}: image is neither base64 nor the index of a row") from error
         except SkipSample as skip:
+            if "base64" in skip.reason:
+                raise UserError(f"{where}: image is neither base64 nor the index of a row") from skip
             raise UserError(f"{where}: {skip.reason}") from skip
-        pictures[field] = (ImageRef(source=content), hashlib.sha256(content).hexdigest())
+        pictures[field] = (image, hashlib.sha256(content).hexdigest())
     return pictures[field]

@@ -12,19 +12,21 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sft.errors import UserError
 from sft.files import write_atomically
 
 Rank = Literal[
-    "text",  # the option whose full text is most likely as the answer
-    "letter",  # the option whose letter is
+    "letter",  # the option whose letter is the likeliest answer
+    "text",  # the option whose full text is
+    "generate",  # the option that the written answer names
 ]
 
 _Z_95 = 1.959963984540054
@@ -37,11 +39,17 @@ class Asked:
 
     index: int
     answer: str
+    """Empty where the file keeps the answers back."""
     prediction: str
+    """Empty where a written answer names no option."""
     log_probs: dict[str, float]
-    """Summed log-probability (natural logarithm) of each letter's option."""
+    """Summed log-probability (natural logarithm) of each letter's option; empty where answers are written."""
     num_tokens: dict[str, int]
     """How many tokens were summed."""
+    letters: tuple[str, ...] = ()
+    """Where answers are written: the letters of the options."""
+    text: str = ""
+    """The written answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +62,7 @@ class QuestionResult:
     image_sha256: str
     category: str
     rotations: tuple[Asked, ...]
+    l2_category: str = ""
 
     @property
     def hit(self) -> bool:
@@ -62,8 +71,8 @@ class QuestionResult:
 
     @property
     def num_options(self) -> int:
-        """Options of the question."""
-        return len(self.rotations[0].log_probs)
+        """Options that could be chosen."""
+        return len(self.rotations[0].log_probs or self.rotations[0].letters)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +88,17 @@ class Result:
     questions: tuple[QuestionResult, ...]
     weights: str = ""
     """What identifies the weights, where the caller gave it: a result of other weights is not reused."""
+    shots: int = 0
+    """Answered questions before each."""
+    filtered: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Questions that were not asked, by reason."""
+    deviations: tuple[str, ...] = ()
+    """Where the protocol differs from its source."""
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether it can be scored: test splits cannot."""
+        return all(asked.answer for question in self.questions for asked in question.rotations)
 
     @property
     def accuracy(self) -> float:
@@ -98,6 +118,11 @@ class Result:
         return _mean([1 / question.num_options for question in self.questions])
 
     @property
+    def independent_chance(self) -> float:
+        """What guessing anew in every rotation scores."""
+        return _mean([question.num_options ** -len(question.rotations) for question in self.questions])
+
+    @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the accuracy, on the number of independent questions that its error stands for."""
         num_clusters = len({question.cluster for question in self.questions})
@@ -106,38 +131,67 @@ class Result:
     @property
     def categories(self) -> dict[str, dict[str, float]]:
         """Number of questions and accuracy of each category, in alphabetical order."""
-        by_category: dict[str, list[bool]] = {}
+        return self._parts(lambda question: question.category)
+
+    @property
+    def l2_categories(self) -> dict[str, dict[str, float]]:
+        """The same by the wider categories."""
+        return self._parts(lambda question: question.l2_category)
+
+    def _parts(self, name: Callable[[QuestionResult], str]) -> dict[str, dict[str, float]]:
+        hits: dict[str, list[bool]] = {}
         for question in self.questions:
-            by_category.setdefault(question.category, []).append(question.hit)
-        return {name: {"questions": len(hits), "accuracy": _mean(hits)} for name, hits in sorted(by_category.items())}
+            hits.setdefault(name(question), []).append(question.hit)
+        return {part: {"questions": len(hits[part]), "accuracy": _mean(hits[part])} for part in sorted(hits) if part}
 
     @property
     def letters(self) -> dict[str, float]:
-        """How often each letter was predicted, over all rows: far from level means that letters are preferred."""
-        counts = Counter(asked.prediction for question in self.questions for asked in question.rotations)
+        """How often each letter was predicted, over all rows: far from level means that letters are preferred. `none`
+        for written answers that name no option."""
+        counts = Counter(asked.prediction or "none" for question in self.questions for asked in question.rotations)
         total = sum(counts.values())
         return {letter: counts[letter] / total for letter in sorted(counts)}
 
     def on_half(self, half: Literal[0, 1], seed: int) -> Result:
-        """The same result on one half of the images."""
-        return replace(self, questions=tuple(q for q in self.questions if half_of(q.image_sha256, seed) == half))
+        """The same result on one half of the images.
+
+        Raises:
+            UserError: none of the questions is about them.
+        """
+        questions = tuple(q for q in self.questions if half_of(q.image_sha256, seed) == half)
+        if not questions:
+            raise UserError(f"{self.benchmark}: a half of its images has no questions; it needs more images")
+        return replace(self, questions=questions)
+
+    def on_questions_of(self, other: Result) -> Result:
+        """The same result on the rows that another one asked."""
+        asked = {row.index for question in other.questions for row in question.rotations}
+        return replace(self, questions=tuple(q for q in self.questions if q.rotations[0].index in asked))
 
     def summary(self, *, blind_accuracy: float | None = None) -> dict[str, Any]:
-        """The keys of design.md section 5. `blind` there is the accuracy of the same questions without images."""
+        """The keys of design.md section 5, scores None where there are no answers. `blind` there is the accuracy of
+        the same questions without images."""
+        scored = self.has_answers
         return {
             "benchmark": self.benchmark,
             "protocol": self.protocol,
             "protocol_hash": self.protocol_hash,
             "rank": self.rank,
-            "shots": 0,
+            "shots": self.shots,
+            "deviations": list(self.deviations),
             "with_images": not self.blind,
-            "questions": len(self.questions),
-            "accuracy": self.accuracy,
-            "standard_error": self.standard_error,
-            "interval": list(self.interval),
+            "questions": len({question.question for question in self.questions}),
+            "rows": sum(len(question.rotations) for question in self.questions),
+            "filtered": {reason: len(questions) for reason, questions in self.filtered.items()},
+            "filtered_questions": {reason: list(questions) for reason, questions in self.filtered.items()},
+            "accuracy": self.accuracy if scored else None,
+            "standard_error": self.standard_error if scored else None,
+            "interval": list(self.interval) if scored else None,
             "chance": self.chance,
-            "blind": self.accuracy if self.blind else blind_accuracy,
-            "categories": self.categories,
+            "independent_chance": self.independent_chance,
+            "blind": self.accuracy if self.blind and scored else blind_accuracy,
+            "categories": self.categories if scored else {},
+            "l2_categories": self.l2_categories if scored else {},
             "letters": self.letters,
         }
 
@@ -205,11 +259,18 @@ def write_result(result: Result, run: Path, checkpoint: str) -> Path:
     `checkpoint` is the file's name: `checkpoint-<step>`, or `base`.
     """
     file = result_file(run, result.benchmark, result.protocol_hash, checkpoint)
-    lines = [json.dumps(asdict(question) | {"hit": question.hit}) + "\n" for question in result.questions]
-    write_atomically(file.with_suffix(".jsonl"), "".join(lines))
+    write_questions(result, file.with_suffix(".jsonl"))
     head = {"checkpoint": checkpoint, "weights": result.weights}
     write_atomically(file, json.dumps(head | result.summary(), indent=2) + "\n")
     return file
+
+
+def write_questions(result: Result, file: Path) -> None:
+    """One line of JSON a question: its id, cluster, what was asked and answered, and whether it is a hit; null where
+    there are no answers."""
+    hit = (lambda question: question.hit) if result.has_answers else (lambda question: None)
+    lines = [json.dumps(asdict(question) | {"hit": hit(question)}) + "\n" for question in result.questions]
+    write_atomically(file, "".join(lines))
 
 
 def read_result(file: Path) -> Result:
@@ -225,6 +286,9 @@ def read_result(file: Path) -> Result:
         blind=not summary["with_images"],
         questions=questions,
         weights=summary["weights"],
+        shots=summary["shots"],
+        filtered={reason: tuple(questions) for reason, questions in summary.get("filtered_questions", {}).items()},
+        deviations=tuple(summary.get("deviations", ())),
     )
 
 
@@ -239,4 +303,5 @@ def find_result(run: Path, benchmark: str, protocol_hash: str, checkpoint: str, 
 
 def _question_result(line: dict[str, Any]) -> QuestionResult:
     del line["hit"]
-    return QuestionResult(**line | {"rotations": tuple(Asked(**asked) for asked in line["rotations"])})
+    rotations = tuple(Asked(**asked | {"letters": tuple(asked.get("letters", ()))}) for asked in line["rotations"])
+    return QuestionResult(**line | {"rotations": rotations})

@@ -1,28 +1,35 @@
 """Asking a model a benchmark: which questions, under which protocol, and what came of it.
 
 Every figure is named by a hash over all it depends on but the weights: prompt text, template and tokenizer, protocol,
-ranking, image or not, the file, and which of its questions.
+ranking, shots, image or not, the file, and which of its questions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from sft.chat_template import ChatTemplate
-from sft.errors import UserError
-from sft.evaluation.mmbench import Protocol, Question, Row, group_rotations, prompt, prompt_text, read_tsv
+from sft.errors import RunError, UserError
+from sft.evaluation.extraction import MAX_NEW_TOKENS, find_letter
+from sft.evaluation.mmbench import Question, Row, first_rows, read_tsv
+from sft.evaluation.protocols import DEVIATIONS, Protocol, answers, check_protocol, group_rows, letters, query
 from sft.evaluation.ranking import TOKENS_PER_FORWARD, AnswerRequest, AnswerScore, score_answers
 from sft.evaluation.results import Asked, QuestionResult, Rank, Result, in_random_order
-from sft.sample import ImageRef
+from sft.evaluation.shots import draw_shots, split_support
+from sft.evaluation.writing import write_answers
+from sft.models.idefics import PackedIdefics
+from sft.sample import ImageRef, Message, Sample
 
-ClusterBy = Literal["image", "question"]
+Progress = Callable[[int, int], None]
+
+TOO_LONG = "longer than the model's positions"
+"""Why a question is not asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,30 +40,65 @@ class Benchmark:
     """The file's name without its suffix: the folder of its results."""
     protocol: Protocol
     fingerprint: str
-    """Of the file's bytes and of which questions were chosen."""
+    """Of the file's bytes, of which questions were chosen, and of what is shown before them."""
     questions: tuple[Question, ...]
+    rows: tuple[Row, ...] = ()
+    """All rows of the file, in its order."""
+    shots: int = 0
+    support: tuple[Row, ...] = ()
+    """Rows with answers that may be shown before a question about something else."""
+    seed: int = 0
+    """Draws the shots."""
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether it can be scored here."""
+        return bool(self.questions[0].first.answer)
 
 
 def load_benchmark(
-    path: Path, *, protocol: Protocol = "circular", max_questions: int | None = None, seed: int = 0
+    path: Path,
+    *,
+    protocol: Protocol = "circular",
+    max_questions: int | None = None,
+    shots: int = 0,
+    support: Path | None = None,
+    seed: int = 0,
 ) -> Benchmark:
     """Read a TSV of MMBench layout; with `max_questions`, a seeded part of it made of whole images.
 
+    `shots` questions are shown before each, from the TSV `support`, or from a part of `path` that is then not asked.
+
     Raises:
-        UserError: see `read_tsv`; or the file has no questions.
+        UserError: see `read_tsv`; the file has no questions; there are no answers to show.
     """
-    questions = group_rotations(read_tsv(path), protocol)
+    rows = read_tsv(path)
+    questions = group_rows(rows, protocol)
     if not questions:
         raise UserError(f"{path}: no questions found")
+    shown: Sequence[Question] = ()
+    if shots and support:
+        shown = first_rows(read_tsv(support))
+    elif shots:
+        questions, shown = split_support(questions, num_shots=shots, seed=seed)
+    if not questions:
+        raise UserError(f"{path}: no questions are left to ask beside those set aside for {shots} shots")
+    if shots and not all(question.first.answer for question in shown):
+        raise UserError(f"{support or path}: has no answers to show as shots; give a TSV with answers as support")
     if max_questions is not None:
         questions = choose_questions(questions, max_questions, seed)
-    chosen = ",".join(str(question.first.index) for question in questions)
-    file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+    parts = [_hash_of(path), ",".join(str(question.first.index) for question in questions)]
+    if shots:
+        parts += [str(seed), _hash_of(support or path), ",".join(str(question.first.index) for question in shown)]
     return Benchmark(
         name=path.stem,
         protocol=protocol,
-        fingerprint=hashlib.sha256(f"{file_hash} {chosen}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(" ".join(parts).encode()).hexdigest(),
         questions=tuple(questions),
+        rows=tuple(rows),
+        shots=shots,
+        support=tuple(row for question in shown for row in question.rotations),
+        seed=seed,
     )
 
 
@@ -67,7 +109,7 @@ def choose_questions(questions: Sequence[Question], max_questions: int, seed: in
     """
     by_image: dict[str, list[Question]] = {}
     for question in questions:
-        by_image.setdefault(question.first.image_sha256, []).append(question)
+        by_image.setdefault(question.cluster, []).append(question)
     chosen: set[str] = set()
     num_questions = 0
     for image in in_random_order(list(by_image), seed):
@@ -75,7 +117,7 @@ def choose_questions(questions: Sequence[Question], max_questions: int, seed: in
         if chosen and num_questions > max_questions:
             break
         chosen.add(image)
-    return [question for question in questions if question.first.image_sha256 in chosen]
+    return [question for question in questions if question.cluster in chosen]
 
 
 def evaluate(
@@ -84,74 +126,98 @@ def evaluate(
     benchmark: Benchmark,
     *,
     image_size: int,
-    ranks: Sequence[Rank] = ("text", "letter"),
+    ranks: Sequence[Rank] = ("letter",),
     blind: bool = False,
-    cluster_by: ClusterBy = "image",
     autocast: bool = False,
     weights: str = "",
     tokens_per_forward: int = TOKENS_PER_FORWARD,
-    on_progress: Callable[[int, int], None] | None = None,
+    max_positions: int | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[Rank, Result]:
-    """Ask every row of the benchmark and rank its options; one result for each ranking.
+    """Ask every row of the benchmark; one result for each ranking. Those by likelihood share their forwards.
 
-    Rankings asked for together share their forwards. `cluster_by` says which questions depend on each other in the
-    standard error: those about one image (default), or none (each question is its own cluster). `weights` is kept in
-    the result to tell whether it can be reused. For `image_size` see `ModelFamily.image_size`, for the rest
+    A question that has more than `max_positions` tokens in one of its rotations is left out and counted. `weights` is
+    kept in the result to tell whether it can be reused. For `image_size` see `ModelFamily.image_size`, for the rest
     `score_answers`.
+
+    Raises:
+        UserError: the protocol has no such ranking.
+        RunError: all questions are too long.
     """
-    rows = [row for question in benchmark.questions for row in question.rotations]
-    requests = [
-        AnswerRequest(prompt(row, blind=blind), tuple(answer for rank in ranks for answer in _answers(row, rank)))
-        for row in rows
-    ]
-    scores = score_answers(
-        model,
-        template,
-        requests,
-        image_size=image_size,
-        autocast=autocast,
-        tokens_per_forward=tokens_per_forward,
-        on_progress=on_progress,
-    )
-    results: dict[Rank, Result] = {}
-    for place, rank in enumerate(ranks):
-        asked = {
-            row.index: _asked(row, answers[place * len(row.letters) : (place + 1) * len(row.letters)])
-            for row, answers in zip(rows, scores, strict=True)
-        }
-        results[rank] = Result(
-            benchmark=benchmark.name,
-            protocol=benchmark.protocol,
-            protocol_hash=protocol_hash(template, benchmark, rank=rank, blind=blind),
-            rank=rank,
-            blind=blind,
-            questions=tuple(_question_result(question, asked, cluster_by) for question in benchmark.questions),
-            weights=weights,
+    check_protocol(benchmark.protocol, ranks)
+    ranked: list[Rank] = [rank for rank in ranks if rank != "generate"]
+    asked: dict[Rank, list[Asked | None]] = {}
+    if ranked:
+        samples = {rank: list(_samples(benchmark, rank, blind)) for rank in ranked}
+        scores = score_answers(
+            model,
+            template,
+            [
+                AnswerRequest(sample, answers(row, benchmark.protocol, rank))
+                for rank in ranked
+                for row, sample in samples[rank]
+            ],
+            image_size=image_size,
+            autocast=autocast,
+            tokens_per_forward=tokens_per_forward,
+            max_positions=max_positions,
+            on_progress=on_progress,
         )
-    return results
+        found = iter(scores)
+        for rank in ranked:
+            asked[rank] = [_ranked(row, letters(row, benchmark.protocol), next(found)) for row, _ in samples[rank]]
+    if "generate" in ranks:
+        rows, prompts = zip(*_samples(benchmark, "generate", blind), strict=True)
+        assert isinstance(model, PackedIdefics)
+        texts = write_answers(
+            model,
+            template,
+            prompts,
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_positions=max_positions,
+            autocast=autocast,
+            on_progress=on_progress,
+        )
+        asked["generate"] = [_written(row, text) for row, text in zip(rows, texts, strict=True)]
+    return {
+        rank: _result(
+            benchmark, asked[rank], rank=rank, blind=blind, weights=weights,
+            protocol_hash=protocol_hash(template, benchmark, rank=rank, blind=blind),
+        )
+        for rank in ranks
+    }  # fmt: skip
 
 
 def protocol_hash(template: ChatTemplate, benchmark: Benchmark, *, rank: Rank, blind: bool) -> str:
     """16 hexadecimal digits that change with anything but the weights that a score depends on."""
+    example = query(_EXAMPLE, benchmark.protocol, rank, shots=[_EXAMPLE] * bool(benchmark.shots), blind=blind)
     parts = {
-        "prompt": prompt_text(_EXAMPLE),
+        "prompt": [_text_of(message) for message in example.messages],
         "template": template.fingerprint,
         "protocol": benchmark.protocol,
         "rank": rank,
+        "max_new_tokens": MAX_NEW_TOKENS if rank == "generate" else 0,
         "blind": blind,
-        "shots": 0,
+        "shots": benchmark.shots,
         "questions": benchmark.fingerprint,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _answers(row: Row, rank: Rank) -> tuple[str, ...]:
-    return row.options if rank == "text" else row.letters
+def _samples(benchmark: Benchmark, rank: Rank, blind: bool) -> Iterator[tuple[Row, Sample]]:
+    """Every row that is asked, with its conversation: shots and query."""
+    for question in benchmark.questions:
+        shots = draw_shots(question, benchmark.support, num_shots=benchmark.shots, seed=benchmark.seed)
+        for row in question.rotations:
+            key = f"{benchmark.name}/{row.index}"
+            yield row, query(row, benchmark.protocol, rank, shots=shots, blind=blind, key=key)
 
 
-def _asked(row: Row, scores: Sequence[AnswerScore]) -> Asked:
+def _ranked(row: Row, letters_: Sequence[str], scores: Sequence[AnswerScore] | None) -> Asked | None:
     """What was predicted for a row: the likeliest option, the first of equals."""
-    by_letter = dict(zip(row.letters, scores, strict=True))
+    if scores is None:
+        return None
+    by_letter = dict(zip(letters_, scores, strict=True))
     return Asked(
         index=row.index,
         answer=row.answer,
@@ -161,15 +227,66 @@ def _asked(row: Row, scores: Sequence[AnswerScore]) -> Asked:
     )
 
 
-def _question_result(question: Question, asked: dict[int, Asked], cluster_by: ClusterBy) -> QuestionResult:
-    first = question.first
-    return QuestionResult(
-        question=first.question_index,
-        cluster=first.image_sha256 if cluster_by == "image" else str(first.question_index),
-        image_sha256=first.image_sha256,
-        category=first.category,
-        rotations=tuple(asked[row.index] for row in question.rotations),
+def _written(row: Row, text: str | None) -> Asked | None:
+    if text is None:
+        return None
+    prediction = find_letter(text, row.letters, row.options)
+    return Asked(
+        index=row.index,
+        answer=row.answer,
+        prediction=prediction,
+        log_probs={},
+        num_tokens={},
+        letters=row.letters,
+        text=text,
     )
+
+
+def _result(
+    benchmark: Benchmark, asked: Sequence[Asked | None], *, rank: Rank, blind: bool, weights: str, protocol_hash: str
+) -> Result:
+    """The rows put together to questions; those with a row that could not be asked are counted."""
+    rows = iter(asked)
+    questions: list[QuestionResult] = []
+    too_long: list[int] = []
+    for question in benchmark.questions:
+        rotations = [next(rows) for _ in question.rotations]
+        whole = tuple(row for row in rotations if row is not None)
+        if len(whole) < len(rotations):
+            too_long.append(question.first.index)
+            continue
+        questions.append(
+            QuestionResult(
+                question=question.first.question_index,
+                cluster=question.cluster,
+                image_sha256=question.cluster,
+                category=question.first.category,
+                l2_category=question.first.l2_category,
+                rotations=whole,
+            )
+        )
+    if not questions:
+        raise RunError(f"{benchmark.name}: all {len(too_long)} questions are {TOO_LONG}")
+    return Result(
+        benchmark=benchmark.name,
+        protocol=benchmark.protocol,
+        protocol_hash=protocol_hash,
+        rank=rank,
+        blind=blind,
+        questions=tuple(questions),
+        weights=weights,
+        shots=benchmark.shots,
+        filtered={TOO_LONG: tuple(too_long)} if too_long else {},
+        deviations=DEVIATIONS.get(benchmark.protocol, ()),
+    )
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _text_of(message: Message) -> list[str]:
+    return [message.role, *(item if isinstance(item, str) else "<image>" for item in message.content)]
 
 
 _EXAMPLE = Row(

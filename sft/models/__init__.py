@@ -38,7 +38,8 @@ class ModelFamily(Protocol):
         quantised: bool = False,
         device: torch.device | str = "cpu",
     ) -> nn.Module:
-        """Load with float32 weights, or frozen groups smaller; its `forward(batch=Batch)` returns a `PackedOutput`."""
+        """Load with float32 weights, or frozen groups smaller; its `forward(batch=Batch)` returns a `PackedOutput`, and
+        with `read_P=positions` the logits (P, V) there."""
 
     def group_of(self, name: str) -> str:
         """The group of `sft.recipe.GROUPS` that a parameter belongs to; of an adapter, that of its layer."""

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, IdeficsConf
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 from transformers.masking_utils import sdpa_mask
 
-from sft.attention import group_tokens, grouped_attention
+from sft.attention import group_sequences, group_tokens, grouped_attention
 from sft.errors import UserError
 from sft.loss import token_losses, trained_positions, z_losses
 from sft.recipe import GROUPS
@@ -108,14 +108,24 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
     """IDEFICS with a forward for packed micro-batches: `model(batch=batch)`. Anything else goes to transformers."""
 
     @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
-    def forward(self, *args: Any, batch: Batch | None = None, z_loss: float = 0.0, **kwargs: Any) -> Any:
-        """Summed next-token loss of a packed micro-batch, or transformers' forward when no `batch` is given.
+    def forward(
+        self,
+        *args: Any,
+        batch: Batch | None = None,
+        read_P: Tensor | None = None,
+        z_loss: float = 0.0,
+        **kwargs: Any,
+    ) -> Any:
+        """Summed next-token loss of a packed micro-batch; its logits (P, V) at the positions `read_P`, if those are
+        given; transformers' forward when no `batch` is.
 
-        `z_loss` is the weight of `sft.loss.z_losses` beside it.
+        `z_loss` is the weight of `sft.loss.z_losses` beside the loss.
         """
         if batch is None:
             return super().forward(*args, **kwargs)
         hidden_TD = self._hidden_states(batch)
+        if read_P is not None:
+            return self._logits(hidden_TD[read_P])
         positions_P = trained_positions(batch.labels_T)
         logits_PV = self._logits(hidden_TD[positions_P])
         losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
@@ -157,7 +167,11 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         """Final hidden states (T, D). The walk through the layers is that of `IdeficsModel.forward`."""
         decoder = self.model
         states_NLD = self._image_states(batch)
-        samples = group_tokens(batch.segment_ids_T)
+        samples = (
+            group_sequences(batch.sequences, len(batch.input_ids_T), batch.input_ids_T.device)
+            if batch.sequences
+            else group_tokens(batch.segment_ids_T)
+        )
         lookers = group_tokens(batch.image_ids_T)
         sees_image_1T = (batch.image_ids_T >= 0)[None]
         position_ids_1T = batch.position_ids_T[None]
