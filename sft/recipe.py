@@ -26,6 +26,15 @@ Share = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
 Rank = Literal["text", "letter"]
+By = Literal[
+    "mmbench",  # multiple-choice questions of MMBench's layout
+    "exact_match",  # questions of your own with short answers
+    "loss",  # of what data.validation holds out
+]
+Rule = Literal[
+    "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
+    "earliest_not_worse",  # the earliest that cannot be told apart from the best
+]
 
 
 class _Part(BaseModel):
@@ -167,11 +176,23 @@ class TrainingConfig(_Part):
 class CheckpointsConfig(_Part):
     every_steps: Positive = 1000
     """A checkpoint is written every so many steps, and at the end."""
+    keep_weights: Literal["all", "best+last"] = "all"
+    """Which weights stay. `best+last`: once they are evaluated, those of the best, the selected and the newest one."""
 
 
 class EvaluationConfig(_Part):
     benchmark: str | None = None
-    """What chooses the checkpoint: an MMBench TSV, or `easy_vqa`, which is built from the package's test images."""
+    """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; or `easy_vqa`,
+    which is built from the package's test images."""
+    by: By | None = None
+    """What a benchmark is scored by. Left out: `exact_match` for a .jsonl, `mmbench` for other benchmarks, `loss`
+    without one."""
+    rule: Rule = "best"
+    """Which checkpoint is selected."""
+    every_steps: Positive | None = None
+    """Training evaluates the newest checkpoint every so many steps. Left out: `idefics-sft select` does it."""
+    patience: Positive | None = None
+    """Training stops when so many evaluations, one after another, bring no better score."""
     protocol: Literal["circular", "vanilla"] = "circular"
     """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one."""
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("text", "letter")

@@ -22,8 +22,8 @@ def run(
 ) -> None:
     """Score a model on multiple-choice questions by the likelihood of the options.
 
-    What is left out comes from the recipe of the model's run. For a model of a run, figures come from the half of the
-    images that does not choose its checkpoint.
+    What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
+    images, figures come from the other.
     """
     from sft.errors import UserError
     from sft.naming import find_model, recipe_of_model
@@ -42,6 +42,7 @@ def run(
         raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none)")
     quiet_libraries()
     from sft.scoring import load_settings, score_model
+    from sft.selection.choice import is_chosen_on_half
 
     out = console(to_stderr=json)
     out.print(f"model: {path}")
@@ -56,7 +57,8 @@ def run(
             blind=blind,
             on_progress=lambda done, total: update(done, f"of {total} tokens"),
         )
-    if recipe:
+    is_half = recipe is not None and is_chosen_on_half(Path(recipe.output_dir))
+    if is_half:
         results = {name: result.on_half(1, settings.seed) for name, result in results.items()}
     summaries = {name: result.summary() for name, result in results.items()}
     if json:
@@ -64,7 +66,7 @@ def run(
         return
     for name, summary in summaries.items():
         _show(f"{questions.name}, {summary['protocol']}, by {name}{', without images' if blind else ''}", summary, out)
-    if recipe:
+    if is_half:
         out.print("figures come from the half of the images that does not choose the checkpoint")
 
 

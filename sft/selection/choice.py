@@ -1,0 +1,264 @@
+"""The choice of a checkpoint: the rule, the card's own rule beside it, and how sure either is.
+
+Shape letters: K checkpoints, Q questions, R bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.checkpoint import checkpoint_name
+from sft.errors import UserError
+from sft.files import write_atomically
+from sft.recipe import By, Rule
+from sft.selection.outcomes import Outcomes
+from sft.statistics import (
+    NUM_DRAWS,
+    Array,
+    bootstrap_scores,
+    choose_best,
+    cross_fitted,
+    detectable_difference,
+    intervals,
+    mean_scores,
+    not_worse,
+    share_best,
+    standard_errors,
+)
+
+FILE = "selection.json"
+
+MIN_IMAGES = 50
+"""Of a benchmark whose intervals can be relied on: from 25 images, 95 % intervals of a score near 90 % hold the truth
+in 89 % of cases, from 15 in 81 % (scripts/simulate_selection.py)."""
+
+ChosenOn = Literal[
+    "all",  # all questions; the winner's own figure is then optimistic, the cross-fitted one is not
+    "half",  # one half of the images; all other figures come from the other half
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointScore:
+    """One checkpoint. A score is a share of right answers, or a loss; what only questions tell is None without them."""
+
+    checkpoint: str
+    step: int
+    score: float
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    """95 %"""
+    p_best: float | None = None
+    """Share of bootstrap draws in which it is the best; equals share."""
+    has_weights: bool = True
+    """Whether its weights are still there to be chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CategoryScores:
+    """The questions of one category: score and 95 % interval of each checkpoint, in the order of `Selection.scores`."""
+
+    questions: int
+    scores: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """What `selection.json` holds (design.md section 5)."""
+
+    by: By
+    rule: Rule
+    selected: str
+    best: str
+    """The highest score, or lowest loss, whatever the rule: how the card chose."""
+    scores: tuple[CheckpointScore, ...]
+    tied: tuple[str, ...]
+    """Checkpoints that cannot be told apart from the best: they hold the truly best one with 95 % confidence."""
+    cross_fitted: float | None
+    """What choosing is worth: chosen on one half of the images, scored on the other, both ways."""
+    cross_fitted_interval: tuple[float, float] | None = None
+    detectable_difference: float | None = None
+    """Smallest difference to the best one that is told apart in 80 % of such comparisons."""
+    categories: dict[str, CategoryScores]
+    benchmark: str
+    ranks: tuple[str, ...] = ()
+    seed: int = 0
+    chosen_on: ChosenOn = "all"
+    questions: tuple[int, int] = (0, 0)
+    """Number of questions it was chosen on, and number that the figures come from."""
+    images: int = 0
+    """Clusters of questions that the figures come from."""
+    warnings: tuple[str, ...] = ()
+
+
+def choose(
+    outcomes: Outcomes,
+    *,
+    by: By,
+    rule: Rule = "best",
+    seed: int = 0,
+    chosen_on: ChosenOn = "all",
+    with_weights: Collection[str] | None = None,
+    num_draws: int = NUM_DRAWS,
+) -> Selection:
+    """Choose among the evaluated checkpoints of a run that have their weights (`with_weights`; all, if left out).
+
+    Raises:
+        UserError: a half of the images has no questions.
+    """
+    sizes = tuple(int((outcomes.halves_Q == half).sum()) for half in (0, 1))
+    if not all(sizes):
+        raise UserError(f"{outcomes.benchmark}: a half of its images has no questions; selection needs more images")
+    everything_K = np.full(len(outcomes.steps), True)
+    has_weights_K = np.array([with_weights is None or name in with_weights for name in outcomes.checkpoints])
+    is_half = chosen_on == "half"
+    chooses, reports = (outcomes.only(outcomes.halves_Q == half) if is_half else outcomes for half in (0, 1))
+    selected = _pick(chooses, has_weights_K, rule, seed, num_draws)
+    best = _pick(chooses, everything_K, "best", seed, num_draws)
+    # Over all that were evaluated: those that were pruned are gone because of how they answered these very questions.
+    fitted_Q = cross_fitted(
+        outcomes.values_KQ,
+        outcomes.halves_Q,
+        lambda mask: _pick(outcomes.only(mask), everything_K, rule, seed, num_draws),
+    )
+    scores_K, draws_RK = _scored(reports, seed, num_draws)
+    fitted_R1 = bootstrap_scores(
+        fitted_Q[None], outcomes.clusters_Q, weights_Q=outcomes.weights_Q, seed=seed, num_draws=num_draws
+    )
+    tied_K = not_worse(scores_K, draws_RK)
+    sign = -1 if by == "loss" else 1
+    limits_K2 = intervals(draws_RK)
+    selection = Selection(
+        by=by,
+        rule=rule,
+        selected=outcomes.checkpoints[selected],
+        best=outcomes.checkpoints[best],
+        scores=tuple(
+            CheckpointScore(
+                checkpoint=name,
+                step=step,
+                score=sign * float(score),
+                standard_error=float(error),
+                interval=_interval(limits, sign),
+                p_best=float(p),
+                has_weights=bool(has_weights),
+            )
+            for name, step, score, error, limits, p, has_weights in zip(
+                outcomes.checkpoints,
+                outcomes.steps,
+                scores_K,
+                standard_errors(draws_RK),
+                limits_K2,
+                share_best(draws_RK),
+                has_weights_K,
+                strict=True,
+            )
+        ),
+        tied=tuple(name for name, is_tied in zip(outcomes.checkpoints, tied_K, strict=True) if is_tied),
+        cross_fitted=sign * float(np.average(fitted_Q, weights=outcomes.weights_Q)),
+        cross_fitted_interval=_interval(intervals(fitted_R1)[0], sign),
+        detectable_difference=detectable_difference(scores_K, draws_RK),
+        categories=_categories(reports, sign, seed, num_draws),
+        benchmark=outcomes.benchmark,
+        ranks=outcomes.ranks,
+        seed=seed,
+        chosen_on=chosen_on,
+        questions=(chooses.num_questions, reports.num_questions),
+        images=len(np.unique(reports.clusters_Q)),
+    )
+    return replace(selection, warnings=_warnings(selection))
+
+
+def _pick(outcomes: Outcomes, allowed_K: NDArray[np.bool_], rule: Rule, seed: int, num_draws: int) -> int:
+    """The number of the checkpoint that a rule chooses among those that are allowed."""
+    if rule == "earliest_not_worse":
+        candidates = np.flatnonzero(not_worse(*_scored(outcomes, seed, num_draws)) & allowed_K)
+        if len(candidates):  # none where the weights of the best ones were deleted by hand
+            return int(candidates[0])
+    scores_K = mean_scores(outcomes.values_KQ, outcomes.weights_Q)
+    return choose_best(np.where(allowed_K, scores_K, -np.inf))
+
+
+def _warnings(selection: Selection) -> tuple[str, ...]:
+    """What to know before believing a selection."""
+    found = []
+    num_questions, difference = selection.questions[1], selection.detectable_difference or 0.0
+    if len(selection.tied) > 1:
+        size = f"{difference:.3f} nats" if selection.by == "loss" else f"{100 * difference:.1f} points"
+        found.append(
+            f"{num_questions} questions cannot tell {len(selection.tied)} of {len(selection.scores)} checkpoints "
+            f"apart; the smallest difference that they could detect at 80 % power is {size}"
+        )
+    if selection.images < MIN_IMAGES:
+        found.append(f"intervals from {selection.images} images are too narrow; {MIN_IMAGES} and more can be relied on")
+    return tuple(found)
+
+
+def _scored(outcomes: Outcomes, seed: int, num_draws: int) -> tuple[Array, Array]:
+    """Scores (K,) and their bootstrap draws (R, K)."""
+    scores_K = mean_scores(outcomes.values_KQ, outcomes.weights_Q)
+    draws_RK = bootstrap_scores(
+        outcomes.values_KQ, outcomes.clusters_Q, weights_Q=outcomes.weights_Q, seed=seed, num_draws=num_draws
+    )
+    return scores_K, draws_RK
+
+
+def _categories(outcomes: Outcomes, sign: int, seed: int, num_draws: int) -> dict[str, CategoryScores]:
+    found = {}
+    for category in np.unique(outcomes.categories_Q).tolist():
+        part = outcomes.only(outcomes.categories_Q == category)
+        scores_K, draws_RK = _scored(part, seed, num_draws)
+        found[category] = CategoryScores(
+            questions=part.num_questions,
+            scores=tuple((sign * scores_K).tolist()),
+            intervals=tuple(_interval(limits, sign) for limits in intervals(draws_RK)),
+        )
+    return found
+
+
+def _interval(limits_2: Array, sign: int) -> tuple[float, float]:
+    low, high = sorted((sign * limits_2).tolist())
+    return low, high
+
+
+def write_selection(selection: Selection, run_dir: Path) -> None:
+    """Write `selection.json`, whole or not at all."""
+    write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")
+
+
+def is_chosen_on_half(run_dir: Path) -> bool:
+    """Whether the checkpoint of a run was chosen on one half of the images, so that figures come from the other."""
+    file = run_dir / FILE
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chosen_on") == "half")
+
+
+def as_json(selection: Selection) -> dict[str, Any]:
+    """The keys of `selection.json`."""
+    return asdict(selection)
+
+
+def choose_by_recorded_loss(losses: dict[int, float]) -> Selection:
+    """The checkpoint of the lowest held-out loss that training wrote down: means only, so nothing says how sure."""
+    steps = sorted(losses)
+    best = checkpoint_name(steps[choose_best(np.array([-losses[step] for step in steps]))])
+    return Selection(
+        by="loss",
+        rule="best",
+        selected=best,
+        best=best,
+        scores=tuple(
+            CheckpointScore(checkpoint=checkpoint_name(step), step=step, score=losses[step]) for step in steps
+        ),
+        tied=(),
+        cross_fitted=None,
+        categories={},
+        benchmark="metrics.jsonl",
+    )
