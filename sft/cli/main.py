@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sft.cli import chat, evaluate, export, inspect, mix, prepare, quickstart, select, stats, train, validate
+from sft.cli import chat, evaluate, export, inspect, leaks, mix, prepare, quickstart, select, stats, train, validate
 from sft.errors import RunError, UserError, printable
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (quickstart, validate, prepare, mix, inspect, train, evaluate, select, chat, stats, export):
+for command in (quickstart, validate, prepare, mix, inspect, train, evaluate, select, chat, stats, export, leaks):
     app.command(name=command.__name__.rsplit(".", 1)[-1])(command.run)
 
 

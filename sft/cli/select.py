@@ -144,4 +144,5 @@ def _title(selection: Selection) -> str:
     name = f"{selection.benchmark} by {' and '.join(selection.ranks) or selection.by}"
     if selection.chosen_on == "half":
         return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
-    return f"{name}: {reported} questions, {selection.images} of them independent"
+    what = "samples" if selection.by == "loss" else "questions"
+    return f"{name}: {reported} {what} about {selection.images} images or texts"
