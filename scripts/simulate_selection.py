@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """How well sft/statistics.py tells checkpoints apart, on simulated runs whose truth is known.
 
-    python scripts/simulate_selection.py [--runs 400] [--json]
+scripts/simulate_selection.py [--json] [--runs 400]
 
 A question is answered right when  quality of the checkpoint + what its image and the question itself do to every
 checkpoint + what the image and the question do to this one  is over 0, all normal, variances 1 in sum. So checkpoints
@@ -8,14 +9,16 @@ agree on most questions, questions about one image depend on each other, and a c
 distribution function of its quality.
 
 For each kind of run, over all simulated runs:
-    coverage       share of 95 % intervals that hold the true score
-    left_out       share of sets that leave the truly best checkpoint out (at most 5 % is promised); where several are
-                   equally good, the mean over them
-    left_out_naive the same when each checkpoint is compared with the winner alone
-    set_size       mean number of checkpoints in the set
-    optimism       mean of (the winner's score - its true score), naive and cross-fitted, in points
-    detected       share of checkpoints told apart from a single best one that is ahead of all others by
-                   `detectable_difference` (80 % is promised)
+    coverage          share of 95 % intervals that hold the true score
+    left out          how often the set leaves the truly best checkpoint out, 5 % at most is promised; where several are
+                      best, the mean over them
+    left out (naive)  the same when each checkpoint is compared with the winner alone, by its own 95 % interval
+    set size          mean number of checkpoints in the set
+    optimism          mean of the winner's score - its true score, in points
+    cross-fitted      mean of the cross-fitted figure - the winner's true score, in points
+    detectable        mean of `detectable_difference`, in points
+    detected          share of checkpoints told apart from a single best one that is ahead of all others by that
+                      difference; 80 % is promised
 """
 
 import argparse
@@ -58,6 +61,7 @@ KINDS = {
     "11 rising, 300 questions, 2 an image": Kind(RISING, 300, 2),
     "4 rising, 150 questions": Kind((0.75, 0.90, 0.95, 0.96), 150, 2),
     "4 equal, 60 questions": Kind((0.9,) * 4, 60, 1),
+    "4 equal, 25 questions": Kind((0.9,) * 4, 25, 1),
 }
 
 
@@ -100,16 +104,16 @@ def figures(kind: Kind, num_runs: int, seed: int) -> dict[str, float]:
         rows.append(
             {
                 "coverage": ((low_K <= truth_K) & (truth_K <= high_K)).mean(),
-                "left_out": 1 - kept_K[is_best_K].mean(),
-                "left_out_naive": 1 - naive_set(scores_K, draws_RK)[is_best_K].mean(),
-                "set_size": kept_K.sum(),
+                "left out": 1 - kept_K[is_best_K].mean(),
+                "left out (naive)": 1 - naive_set(scores_K, draws_RK)[is_best_K].mean(),
+                "set size": kept_K.sum(),
                 "optimism": 100 * (scores_K[best] - truth_K[best]),
-                "optimism_cross_fitted": 100 * (fitted_Q.mean() - truth_K[best]),
-                "detectable_difference": 100 * detectable_difference(scores_K, draws_RK),
+                "cross-fitted": 100 * (fitted_Q.mean() - truth_K[best]),
+                "detectable": 100 * detectable_difference(scores_K, draws_RK),
             }
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    return means | {"detected": detected(kind, means["detectable_difference"] / 100, num_runs, seed)}
+    return means | {"detected": detected(kind, means["detectable"] / 100, num_runs, seed)}
 
 
 def detected(kind: Kind, difference: float, num_runs: int, seed: int) -> float:
@@ -136,9 +140,12 @@ def main() -> None:
         print(json.dumps({"runs": arguments.runs, "kinds": found}))
         return
     names = list(next(iter(found.values())))
-    print(f"{'':40}" + "".join(f"{name.replace('_', ' '):>24}" for name in names))
+    shares = {"coverage", "left out", "left out (naive)", "detected"}
+    print("| checkpoints, questions | " + " | ".join(names) + " |")
+    print("|---|" + "---:|" * len(names))
     for kind, row in found.items():
-        print(f"{kind:40}" + "".join(f"{row[name]:24.3f}" for name in names))
+        cells = [f"{100 * row[name]:.0f} %" if name in shares else f"{row[name]:.1f}" for name in names]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

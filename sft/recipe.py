@@ -221,6 +221,14 @@ class Recipe(_Part):
             raise ValueError(f"training.tokens_per_step {step} is not a whole number of packs of {pack} tokens")
         if (step // pack) % micro:
             raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
+        every, patience = self.evaluation.every_steps, self.evaluation.patience
+        if every and every % self.checkpoints.every_steps:
+            raise ValueError(
+                f"evaluation.every_steps {every} is not a multiple of checkpoints.every_steps "
+                f"{self.checkpoints.every_steps}: what is evaluated is a checkpoint"
+            )
+        if patience and not every:
+            raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
         if self.training.warmup_steps >= self.training.max_steps:
             raise ValueError("training.warmup_steps must be less than training.max_steps")
         return self

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from test_store import Toys, prepared, shown
 
 from sft import leaks
 from sft.evaluation.mmbench import read_tsv
+from sft.images import decode_rgb
 from sft.leaks import MAX_DISTANCE, benchmark_images, find_leaks, perceptual_hash, summary
 
 
@@ -84,6 +87,19 @@ def test_images_are_found_by_their_bytes_and_by_sight_with_their_questions_and_s
     counts = summary("toy", images, [find_leaks(images, store)])
     assert (counts["leaked_images"], counts["leaked_questions"], counts["images_without_features"]) == (2, 3, 1)
     assert (counts["stores"][0]["by_content"], counts["stores"][0]["by_sight"]) == (1, 1)
+
+
+@pytest.mark.skipif("IDEFICS_SFT_SAMPLES" not in os.environ, reason="IDEFICS_SFT_SAMPLES names no real samples")
+def test_real_photographs_are_found_in_every_size_and_no_two_are_alike(tmp_path):
+    rows = read_tsv(Path(os.environ["IDEFICS_SFT_SAMPLES"]) / "mmbench_samples" / "mmbench_samples.tsv")
+    samples = [
+        shown(f"{row.index}/{width}", saved(decode_rgb(row.image.source).resize((width, 200)), "JPEG", quality=60))
+        for row in rows
+        for width in (160, 300)
+    ]
+    found = find_leaks(benchmark_images(rows), prepared(tmp_path, Toys(*samples)).path).leaks
+    expected = sorted((row.question_index, f"{row.index}/{width}") for row in rows for width in (160, 300))
+    assert sorted((leak.questions[0], leak.samples[0]) for leak in found) == expected
 
 
 def test_pieces_and_processes_change_nothing(leaking, monkeypatch):

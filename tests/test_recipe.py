@@ -94,6 +94,8 @@ def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
         ("400", "450", "training.tokens_per_step 450 is not a whole number of packs of 100 tokens"),
         ("400", "400\n  micro_batch_packs: 3", "training.micro_batch_packs 3 does not divide the 4 packs of a step"),
         ("400", "400\n  warmup_steps: 10", "training.warmup_steps must be less than training.max_steps"),
+        ("output_dir: run", "output_dir: run\nevaluation: {every_steps: 30}", "is not a multiple of checkpoints"),
+        ("output_dir: run", "output_dir: run\nevaluation: {patience: 3}", "set evaluation.every_steps too"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected):

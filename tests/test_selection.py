@@ -1,6 +1,8 @@
 """Choosing among the evaluated checkpoints of a run, and what is asked of them."""
 
 import json
+import os
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -178,9 +180,12 @@ def test_the_loss_that_training_wrote_down_is_the_mean_over_trained_tokens(tmp_p
     assert recorded_losses(tmp_path / "nowhere") == {}
 
 
-def test_a_half_without_questions_is_refused(tmp_path):
+def test_one_image_cannot_be_halved(tmp_path):
+    table = outcomes(tmp_path, {10: "-", 20: "x"})
+    selection = choose(table, by="mmbench")
+    assert selection.selected == "checkpoint-20" and selection.cross_fitted is None
     with pytest.raises(UserError, match="a half of its images has no questions"):
-        choose(outcomes(tmp_path, {10: "x"}), by="mmbench")
+        choose(table, by="mmbench", chosen_on="half")
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,21 @@ def test_answers_are_normalised_as_vqa_does(said, normalised):
 def test_an_answer_matches_any_of_those_given():
     assert is_match("A Dark-red.", ("red", "dark red")) and is_match("ten", ("10",))
     assert not is_match("reddish", ("red",)) and not is_match("", ("red",))
+
+
+@pytest.mark.skipif("IDEFICS_SFT_SAMPLES" not in os.environ, reason="IDEFICS_SFT_SAMPLES names no real samples")
+def test_real_answers_match_where_m4s_score_is_not_zero():
+    """With ten human answers, m4's VQA accuracy is over 0 as soon as one of them is the answer."""
+    folder = Path(os.environ["IDEFICS_SFT_SAMPLES"]) / "vqa_accuracy"
+    said, scored = (json.loads((folder / f"textvqa_{name}.json").read_text()) for name in
+                    ("predictions_400", "per_question_scores"))  # fmt: skip
+    annotations = json.loads((folder / "textvqa_annotations_400.json").read_text())["annotations"]
+    answers = {line["question_id"]: tuple(answer["answer"] for answer in line["answers"]) for line in annotations}
+    scores = {line["question_id"]: line["m4_gt_vision_lab_oe"] for line in scored}
+    assert len(said) == 400
+    for line in said:
+        number = line["question_id"]
+        assert is_match(line["answer"], answers[number]) == (scores[number] > 0), line
 
 
 def test_questions_are_read_and_mistakes_are_named(tmp_path):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,61 +112,29 @@ def choose(
     """Choose among the evaluated checkpoints of a run that have their weights (`with_weights`; all, if left out).
 
     Raises:
-        UserError: a half of the images has no questions.
+        UserError: it is to choose on half of the images, and one of the halves has no questions.
     """
-    sizes = tuple(int((outcomes.halves_Q == half).sum()) for half in (0, 1))
-    if not all(sizes):
-        raise UserError(f"{outcomes.benchmark}: a half of its images has no questions; selection needs more images")
-    everything_K = np.full(len(outcomes.steps), True)
+    draws = _Draws(seed, num_draws)
+    chooses, reports = _chooses_and_reports(outcomes, chosen_on)
+    evaluated_K = np.full(len(outcomes.steps), True)
     has_weights_K = np.array([with_weights is None or name in with_weights for name in outcomes.checkpoints])
-    is_half = chosen_on == "half"
-    chooses, reports = (outcomes.only(outcomes.halves_Q == half) if is_half else outcomes for half in (0, 1))
-    selected = _pick(chooses, has_weights_K, rule, seed, num_draws)
-    best = _pick(chooses, everything_K, "best", seed, num_draws)
-    # Over all that were evaluated: those that were pruned are gone because of how they answered these very questions.
-    fitted_Q = cross_fitted(
-        outcomes.values_KQ,
-        outcomes.halves_Q,
-        lambda mask: _pick(outcomes.only(mask), everything_K, rule, seed, num_draws),
-    )
-    scores_K, draws_RK = _scored(reports, seed, num_draws)
-    fitted_R1 = bootstrap_scores(
-        fitted_Q[None], outcomes.clusters_Q, weights_Q=outcomes.weights_Q, seed=seed, num_draws=num_draws
-    )
-    tied_K = not_worse(scores_K, draws_RK)
+    selected = draws.pick(chooses, has_weights_K, rule)
+    best = draws.pick(chooses, evaluated_K, "best")
     sign = -1 if by == "loss" else 1
-    limits_K2 = intervals(draws_RK)
+    scores_K, draws_RK = draws.score(reports)
+    is_tied_K = not_worse(scores_K, draws_RK)
+    worth, worth_interval = draws.cross_fit(outcomes, rule, sign)
     selection = Selection(
         by=by,
         rule=rule,
         selected=outcomes.checkpoints[selected],
         best=outcomes.checkpoints[best],
-        scores=tuple(
-            CheckpointScore(
-                checkpoint=name,
-                step=step,
-                score=sign * float(score),
-                standard_error=float(error),
-                interval=_interval(limits, sign),
-                p_best=float(p),
-                has_weights=bool(has_weights),
-            )
-            for name, step, score, error, limits, p, has_weights in zip(
-                outcomes.checkpoints,
-                outcomes.steps,
-                scores_K,
-                standard_errors(draws_RK),
-                limits_K2,
-                share_best(draws_RK),
-                has_weights_K,
-                strict=True,
-            )
-        ),
-        tied=tuple(name for name, is_tied in zip(outcomes.checkpoints, tied_K, strict=True) if is_tied),
-        cross_fitted=sign * float(np.average(fitted_Q, weights=outcomes.weights_Q)),
-        cross_fitted_interval=_interval(intervals(fitted_R1)[0], sign),
+        scores=_checkpoint_scores(outcomes, scores_K, draws_RK, has_weights_K, sign),
+        tied=tuple(name for name, is_tied in zip(outcomes.checkpoints, is_tied_K, strict=True) if is_tied),
+        cross_fitted=worth,
+        cross_fitted_interval=worth_interval,
         detectable_difference=detectable_difference(scores_K, draws_RK),
-        categories=_categories(reports, sign, seed, num_draws),
+        categories=_categories(reports, draws, sign),
         benchmark=outcomes.benchmark,
         ranks=outcomes.ranks,
         seed=seed,
@@ -177,14 +145,72 @@ def choose(
     return replace(selection, warnings=_warnings(selection))
 
 
-def _pick(outcomes: Outcomes, allowed_K: NDArray[np.bool_], rule: Rule, seed: int, num_draws: int) -> int:
-    """The number of the checkpoint that a rule chooses among those that are allowed."""
-    if rule == "earliest_not_worse":
-        candidates = np.flatnonzero(not_worse(*_scored(outcomes, seed, num_draws)) & allowed_K)
-        if len(candidates):  # none where the weights of the best ones were deleted by hand
-            return int(candidates[0])
-    scores_K = mean_scores(outcomes.values_KQ, outcomes.weights_Q)
-    return choose_best(np.where(allowed_K, scores_K, -np.inf))
+class _Draws(NamedTuple):
+    """The draws of the bootstrap: the same ones wherever the same questions are asked."""
+
+    seed: int
+    number: int
+
+    def score(self, outcomes: Outcomes) -> tuple[Array, Array]:
+        """Scores (K,) and their draws (R, K)."""
+        values_KQ, weights_Q = outcomes.values_KQ, outcomes.weights_Q
+        draws_RK = bootstrap_scores(
+            values_KQ, outcomes.clusters_Q, weights_Q=weights_Q, seed=self.seed, num_draws=self.number
+        )
+        return mean_scores(values_KQ, weights_Q), draws_RK
+
+    def pick(self, outcomes: Outcomes, allowed_K: NDArray[np.bool_], rule: Rule) -> int:
+        """The number of the checkpoint that a rule chooses among those that are allowed."""
+        if rule == "earliest_not_worse":
+            candidates = np.flatnonzero(not_worse(*self.score(outcomes)) & allowed_K)
+            if len(candidates):  # none where the weights of the best ones were deleted by hand
+                return int(candidates[0])
+        scores_K = mean_scores(outcomes.values_KQ, outcomes.weights_Q)
+        return choose_best(np.where(allowed_K, scores_K, -np.inf))
+
+    def cross_fit(
+        self, outcomes: Outcomes, rule: Rule, sign: int
+    ) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+        """What choosing by a rule is worth, with its interval; None where a half has no questions.
+
+        Chosen among all that were evaluated, whether or not their weights are there: those that were pruned are gone
+        because of how they answered these very questions.
+        """
+        if len(np.unique(outcomes.halves_Q)) < 2:
+            return None, None
+        evaluated_K = np.full(len(outcomes.steps), True)
+        fitted_Q = cross_fitted(
+            outcomes.values_KQ, outcomes.halves_Q, lambda mask: self.pick(outcomes.only(mask), evaluated_K, rule)
+        )
+        (worth,), draws_R1 = self.score(replace(outcomes, values_KQ=fitted_Q[None]))
+        return sign * float(worth), _interval(intervals(draws_R1)[0], sign)
+
+
+def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outcomes, Outcomes]:
+    """The questions that choose, and those that figures come from."""
+    if chosen_on == "all":
+        return outcomes, outcomes
+    if len(np.unique(outcomes.halves_Q)) < 2:
+        raise UserError(f"{outcomes.benchmark}: a half of its images has no questions; this needs more images")
+    return outcomes.only(outcomes.halves_Q == 0), outcomes.only(outcomes.halves_Q == 1)
+
+
+def _checkpoint_scores(
+    outcomes: Outcomes, scores_K: Array, draws_RK: Array, has_weights_K: NDArray[np.bool_], sign: int
+) -> tuple[CheckpointScore, ...]:
+    errors_K, limits_K2, p_best_K = standard_errors(draws_RK), intervals(draws_RK), share_best(draws_RK)
+    return tuple(
+        CheckpointScore(
+            checkpoint=name,
+            step=outcomes.steps[k],
+            score=sign * float(scores_K[k]),
+            standard_error=float(errors_K[k]),
+            interval=_interval(limits_K2[k], sign),
+            p_best=float(p_best_K[k]),
+            has_weights=bool(has_weights_K[k]),
+        )
+        for k, name in enumerate(outcomes.checkpoints)
+    )
 
 
 def _warnings(selection: Selection) -> tuple[str, ...]:
@@ -202,20 +228,11 @@ def _warnings(selection: Selection) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _scored(outcomes: Outcomes, seed: int, num_draws: int) -> tuple[Array, Array]:
-    """Scores (K,) and their bootstrap draws (R, K)."""
-    scores_K = mean_scores(outcomes.values_KQ, outcomes.weights_Q)
-    draws_RK = bootstrap_scores(
-        outcomes.values_KQ, outcomes.clusters_Q, weights_Q=outcomes.weights_Q, seed=seed, num_draws=num_draws
-    )
-    return scores_K, draws_RK
-
-
-def _categories(outcomes: Outcomes, sign: int, seed: int, num_draws: int) -> dict[str, CategoryScores]:
+def _categories(outcomes: Outcomes, draws: _Draws, sign: int) -> dict[str, CategoryScores]:
     found = {}
     for category in np.unique(outcomes.categories_Q).tolist():
         part = outcomes.only(outcomes.categories_Q == category)
-        scores_K, draws_RK = _scored(part, seed, num_draws)
+        scores_K, draws_RK = draws.score(part)
         found[category] = CategoryScores(
             questions=part.num_questions,
             scores=tuple((sign * scores_K).tolist()),
