@@ -6,7 +6,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import status_of
+from conftest import REPOSITORY, status_of
+from PIL import Image
 from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.checkpoint import checkpoints, write_folder
@@ -14,6 +15,7 @@ from sft.errors import UserError
 from sft.evaluation.results import Asked, QuestionResult, Result, half_of, write_result
 from sft.recipe import EvaluationConfig
 from sft.run_status import RunStatus
+from sft.sample import ImageRef
 from sft.selection import plot, questionnaire, session
 from sft.selection.choice import choose, choose_by_recorded_loss, is_chosen_on_half, write_selection
 from sft.selection.held_out_loss import recorded_losses
@@ -335,6 +337,18 @@ def test_questions_are_read_and_mistakes_are_named(tmp_path):
         read_questions(tmp_path / "nowhere.jsonl")
 
 
+def test_the_examples_of_the_documentation_are_read(tmp_path):
+    page = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text(page.partition("```json\n")[2].partition("```")[0])
+    for name in ("photos/bus.jpg", "street.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name)
+    bus, street = read_questions(tmp_path / "own.jsonl")
+    assert bus.answers == ("red", "dark red") and len(bus.images) == 1
+    assert (street.id, street.category, street.image_sha256) == ("rain-1", "yes/no", bus.image_sha256)
+    assert [type(item) for item in bus.prompt[0].content] == [ImageRef, str]
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 
@@ -408,6 +422,13 @@ def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, ca
     assert "could not be evaluated: checkpoint-2 (RuntimeError: out of memory)" in said.err
     assert "checkpoint-2: the evaluation failed" in said.out
     assert json.loads((copied / "selection.json").read_text())["selected"] == "checkpoint-1"
+
+
+def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):  # noqa: F811
+    before = printed(capsys, "select", copied)[0]["scores"]
+    for file in [*(copied / "evaluations").rglob("checkpoint-1.json*")]:
+        (file.parent / file.name.replace("-1.", "-9.")).write_bytes(file.read_bytes())
+    assert printed(capsys, "select", copied)[0]["scores"] == before, "of a run that was resumed before step 9"
 
 
 def test_weights_go_when_the_recipe_says_so(copied, capsys):  # noqa: F811

@@ -9,7 +9,7 @@ Shape letters: K checkpoints, Q questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,18 +66,23 @@ class Outcomes:
 
 
 def read_outcomes(
-    run_dir: Path, benchmark: str, *, seed: int, protocol_hashes: Collection[str] | None = None
+    run_dir: Path,
+    benchmark: str,
+    *,
+    seed: int,
+    protocol_hashes: Collection[str] | None = None,
+    counts: Callable[[str], bool] = lambda checkpoint: True,
 ) -> Outcomes:
     """All evaluations of checkpoints in RUN/evaluations/<benchmark> that were asked with images.
 
     A checkpoint's value for a question is the mean over the rankings. `protocol_hashes` names the evaluations that
-    count, where there are others; `seed` draws the halves.
+    count, where there are others, `counts` tells the checkpoints that do; `seed` draws the halves.
 
     Raises:
         UserError: there are none, they are of several protocols, or checkpoints were asked different questions.
     """
     folder = run_dir / "evaluations" / benchmark
-    by_step = _files(folder, protocol_hashes)
+    by_step = _files(folder, protocol_hashes, counts)
     ranks = _ranks(folder, by_step)
     tables = {step: [_lines(file) for _, file in sorted(ranked.items())] for step, ranked in sorted(by_step.items())}
     first = next(iter(tables.values()))[0]
@@ -104,7 +109,9 @@ def _value(line: dict[str, Any]) -> float:
     return float(line["hit"]) if "hit" in line else -float(line["loss"])
 
 
-def _files(folder: Path, protocol_hashes: Collection[str] | None) -> dict[int, dict[str, Path]]:
+def _files(
+    folder: Path, protocol_hashes: Collection[str] | None, counts: Callable[[str], bool]
+) -> dict[int, dict[str, Path]]:
     """Step -> the questions' file of each ranking.
 
     Raises:
@@ -114,8 +121,8 @@ def _files(folder: Path, protocol_hashes: Collection[str] | None) -> dict[int, d
     protocols: dict[str, str] = {}
     for file in sorted(folder.glob("*/checkpoint-*.json")):
         summary = json.loads(file.read_text(encoding="utf-8"))
-        counts = protocol_hashes is None or summary["protocol_hash"] in protocol_hashes
-        if not counts or not summary.get("with_images", True):
+        is_other = protocol_hashes is not None and summary["protocol_hash"] not in protocol_hashes
+        if is_other or not summary.get("with_images", True) or not counts(file.stem):
             continue
         rank = summary.get("rank", "")
         if protocols.setdefault(rank, summary["protocol_hash"]) != summary["protocol_hash"]:

@@ -147,11 +147,21 @@ class Session:
     def _choose(self) -> Selection:
         assert self._questionnaire is not None
         settings = self.recipe.evaluation
+        present = {path.name: step_of(path) for path in run_checkpoints(self.run_dir)}
+
+        def counts(checkpoint: str) -> bool:
+            """Whether it was asked now, or its weights were pruned after it was: then it is older than the newest.
+            What an interrupted run has left beyond that is of weights that are no more."""
+            if checkpoint in present:
+                return checkpoint in self._asked
+            return step_of(Path(checkpoint)) < max(present.values())
+
         outcomes = read_outcomes(
             self.run_dir,
             self._questionnaire.benchmark,
             seed=settings.seed,
             protocol_hashes=set().union(*self._asked.values()),
+            counts=counts,
         )
         selection = self._write(
             choose(
@@ -160,7 +170,7 @@ class Session:
                 rule=settings.rule,
                 seed=settings.seed,
                 chosen_on=self._chosen_on,
-                with_weights=[path.name for path in run_checkpoints(self.run_dir)],
+                with_weights=present,
             )
         )
         if self.recipe.checkpoints.keep_weights == "best+last" and (gone := prune_weights(self.run_dir, selection)):
