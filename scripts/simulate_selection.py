@@ -34,6 +34,7 @@ from sft.statistics import (
     choose_best,
     cross_fitted,
     detectable_difference,
+    disagreements,
     intervals,
     mean_scores,
     not_worse,
@@ -109,7 +110,7 @@ def figures(kind: Kind, num_runs: int, seed: int) -> dict[str, float]:
                 "set size": kept_K.sum(),
                 "optimism": 100 * (scores_K[best] - truth_K[best]),
                 "cross-fitted": 100 * (fitted_Q.mean() - truth_K[best]),
-                "detectable": 100 * detectable_difference(scores_K, draws_RK),
+                "detectable": 100 * detectable_difference(scores_K, draws_RK, disagreements_K=disagreements(hits_KQ)),
             }
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -9,6 +9,7 @@ Shape letters: K models, Q questions, C clusters, R bootstrap draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
@@ -98,19 +99,46 @@ def not_worse(scores_K: Array, draws_RK: Array) -> NDArray[np.bool_]:
     )
 
 
-def detectable_difference(scores_K: Array, draws_RK: Array, power: float = POWER) -> float:
+def detectable_difference(
+    scores_K: Array, draws_RK: Array, *, disagreements_K: Array | None = None, power: float = POWER
+) -> float:
     """How far a model has to be behind the best one to be told apart by `not_worse` with this probability.
 
     (critical lead + normal quantile of the power) x standard error of the difference; the median over all others. 0 for
-    one model, and where all answer alike.
+    one model, and where all answer alike. `disagreements_K` are the shares of questions that each model and the best
+    one answer differently: with them it is taken into account that a model which is further behind disagrees more.
     """
     best = choose_best(scores_K)
     quantile = NormalDist().inv_cdf(power)
-    others = [k for k in _all(scores_K) if k != best]
-    found = [
-        (_critical_lead(scores_K, draws_RK, k) + quantile) * float(_lead_errors(draws_RK, k)[best]) for k in others
-    ]
+    found = []
+    for k in (k for k in _all(scores_K) if k != best):
+        factor, error = _critical_lead(scores_K, draws_RK, k) + quantile, float(_lead_errors(draws_RK, k)[best])
+        disagreement = 0.0 if disagreements_K is None else float(disagreements_K[k])
+        found.append(_difference_of(factor, error, disagreement))
     return float(np.median(found)) if found else 0.0
+
+
+def _difference_of(factor: float, error: float, disagreement: float) -> float:
+    """The difference that is `factor` times its own standard error.
+
+    Two models that differ by D on average and disagree on a share d of n questions: error^2 = (d - D^2) / n. As D
+    grows, d does, from what it is now, d0, to about sqrt(d0^2 + D^2): seen in scripts/simulate_selection.py, where
+    without it 51 % in place of 80 % are detected by 60 questions.
+    """
+    difference = factor * error
+    if disagreement == 0 or error <= _EQUAL:
+        return difference
+    num_questions = disagreement / error**2
+    for _ in range(50):  # it converges from below in a few rounds
+        grown = math.hypot(disagreement, difference)
+        difference = factor * math.sqrt((grown - min(difference, grown) ** 2) / num_questions)
+    return difference
+
+
+def disagreements(values_KQ: Array, weights_Q: Array | None = None) -> Array:
+    """Mean squared difference of each model to the best one (K,): for hits, the share answered differently."""
+    best = choose_best(mean_scores(values_KQ, weights_Q))
+    return mean_scores((values_KQ - values_KQ[best]) ** 2, weights_Q)
 
 
 def _all(scores_K: Array) -> range:

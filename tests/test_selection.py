@@ -405,7 +405,7 @@ def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys,
     monkeypatch.setattr(session.time, "sleep", training_goes_on)
     selection, said = printed(capsys, "select", copied, "--watch")
     assert [score["step"] for score in selection["scores"]] == [1, 2]
-    assert said.count("running at step 1 of 2; waiting for checkpoints") == 1
+    assert said.count("running; waiting for checkpoints") == 1
 
 
 def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, capsys, monkeypatch):  # noqa: F811

@@ -12,6 +12,7 @@ from sft.statistics import (
     choose_best,
     cross_fitted,
     detectable_difference,
+    disagreements,
     intervals,
     mean_scores,
     not_worse,
@@ -139,6 +140,15 @@ def test_the_detectable_difference_of_two_is_that_of_a_one_sided_z_test():
     difference = detectable_difference(mean_scores(values), draws)
     assert difference == pytest.approx((stats.norm.ppf(0.95) + stats.norm.ppf(0.8)) * error, rel=0.04)
     assert stats.norm.sf(stats.norm.ppf(0.95) - difference / error) == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_model_that_is_further_behind_disagrees_more():
+    values = discordant(30, 30, both=540)  # a share of 0.1 of 600 questions
+    assert disagreements(values).tolist() == pytest.approx([0, 0.1])
+    draws = bootstrap_scores(values, single(600), seed=0)
+    difference = detectable_difference(mean_scores(values), draws, disagreements_K=disagreements(values))
+    error = np.sqrt((np.hypot(0.1, difference) - difference**2) / 600)
+    assert difference == pytest.approx((stats.norm.ppf(0.95) + stats.norm.ppf(0.8)) * error, rel=0.04)
 
 
 # ------------------------------------------------------------------------------------------ what choosing is worth

@@ -26,6 +26,7 @@ from sft.statistics import (
     choose_best,
     cross_fitted,
     detectable_difference,
+    disagreements,
     intervals,
     mean_scores,
     not_worse,
@@ -133,7 +134,7 @@ def choose(
         tied=tuple(name for name, is_tied in zip(outcomes.checkpoints, is_tied_K, strict=True) if is_tied),
         cross_fitted=worth,
         cross_fitted_interval=worth_interval,
-        detectable_difference=detectable_difference(scores_K, draws_RK),
+        detectable_difference=detectable_difference(scores_K, draws_RK, disagreements_K=_disagreements(reports, by)),
         categories=_categories(reports, draws, sign),
         benchmark=outcomes.benchmark,
         ranks=outcomes.ranks,
@@ -193,6 +194,11 @@ def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outco
     if len(np.unique(outcomes.halves_Q)) < 2:
         raise UserError(f"{outcomes.benchmark}: a half of its images has no questions; this needs more images")
     return outcomes.only(outcomes.halves_Q == 0), outcomes.only(outcomes.halves_Q == 1)
+
+
+def _disagreements(outcomes: Outcomes, by: By) -> Array | None:
+    """Share of questions that each checkpoint and the best one answer differently (K,); a loss is not an answer."""
+    return None if by == "loss" else disagreements(outcomes.values_KQ, outcomes.weights_Q)
 
 
 def _checkpoint_scores(

@@ -89,7 +89,7 @@ class Session:
                     yield self._choose()
                 if status and status.status in ENDED:
                     break
-                state = f"{status.status} at step {status.step} of {status.max_steps}" if status else "not begun"
+                state = status.status if status else "not begun"
                 if state != said:
                     self._say(f"{self.run_dir}: {state}; waiting for checkpoints (Ctrl-C ends)")
                     said = state
