@@ -6,13 +6,16 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import REPOSITORY, status_of
+import torch
+import yaml
+from conftest import REPOSITORY, batch_of, conversation, place, status_of
 from PIL import Image
 from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.checkpoint import checkpoints, write_folder
 from sft.errors import UserError
 from sft.evaluation.results import Asked, QuestionResult, Result, half_of, write_result
+from sft.inference import load_for_inference
 from sft.recipe import EvaluationConfig
 from sft.run_status import RunStatus
 from sft.sample import ImageRef
@@ -383,6 +386,29 @@ def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):  # n
     assert kept(copied) == before
     (file,) = (copied / "evaluations" / "own").glob("*/checkpoint-1.jsonl")
     assert json.loads(file.read_text().splitlines()[0]).keys() >= {"question", "cluster", "prediction", "hit"}
+
+
+def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp_path, capsys):  # noqa: F811
+    chats = [[f"Say {n}.", "one two three"[: 3 + 2 * n]] for n in range(6)]
+    lines = [{"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]} for u, a in chats]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = yaml.safe_load((copied / "recipe.yaml").read_text())
+    values["data"]["validation"] = {"path": str(tmp_path / "own")}
+    values["evaluation"]["rule"] = "earliest_not_worse"  # for which recorded means are not enough
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert status_of("prepare", copied) == 0
+    selection, _ = printed(capsys, "select", copied, "--by", "loss")
+    assert (selection["by"], selection["questions"]) == ("loss", [6, 6])
+
+    loaded = load_for_inference(copied / "checkpoints" / "checkpoint-2", precision="float32")
+    (file,) = (copied / "evaluations" / "held_out_loss").glob("*/checkpoint-2.jsonl")
+    kept_lines = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["question"])
+    for (user, assistant), line in zip(chats, kept_lines, strict=True):
+        alone = place(loaded.template, conversation(user, assistant))
+        with torch.inference_mode():
+            loss = loaded.model(batch=batch_of([alone], train_on="assistant")).loss
+        assert line["loss"] == pytest.approx(float(loss), rel=0.02), "in bfloat16 where the processor has it"
 
 
 def test_what_does_not_go_together_is_refused(copied, refusal):  # noqa: F811
