@@ -151,7 +151,7 @@ def _lead_errors(draws_RK: Array, k: int) -> Array:
 
 
 def _largest_lead(scores_K: Array, draws_RK: Array, k: int) -> float:
-    """Of any model over model k, in standard errors; endless where every question says the same."""
+    """Of any model over model k, in standard errors; infinite where every draw says the same."""
     leads_K, errors_K = scores_K - scores_K[k], _lead_errors(draws_RK, k)
     is_certain_K = errors_K <= _EQUAL
     if (leads_K[is_certain_K] > _EQUAL).any():

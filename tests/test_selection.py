@@ -137,7 +137,7 @@ def test_a_benchmark_that_is_too_small_to_tell_is_warned_of(tmp_path):
     clear = outcomes(tmp_path / "clear", {10: "x" * 10 + "-" * 90, 20: "x" * 90 + "-" * 10})
     assert choose(clear, by="mmbench").warnings == ()
     few = choose(outcomes(tmp_path / "few", {10: "x" * 20 + "-" * 10}), by="mmbench").warnings
-    assert few == ("intervals from 30 images are too narrow; 50 and more can be relied on",)
+    assert few == ("figures from 30 images are less sure than they say; from 50 on they can be relied on",)
 
 
 def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):
