@@ -255,6 +255,12 @@ def _interval(limits_2: Array, sign: int) -> tuple[float, float]:
     return low, high
 
 
+def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
+    """The same after the weights of some checkpoints were removed."""
+    scores = (replace(s, has_weights=False) if s.checkpoint in gone else s for s in selection.scores)
+    return replace(selection, scores=tuple(scores))
+
+
 def write_selection(selection: Selection, run_dir: Path) -> None:
     """Write `selection.json`, whole or not at all."""
     write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")

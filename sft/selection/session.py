@@ -16,7 +16,7 @@ from sft.prepared import Sources
 from sft.recipe import Recipe
 from sft.run_status import RunStatus
 from sft.selection import plot, questionnaire
-from sft.selection.choice import ChosenOn, Selection, choose, choose_by_recorded_loss, write_selection
+from sft.selection.choice import ChosenOn, Selection, choose, choose_by_recorded_loss, without_weights, write_selection
 from sft.selection.held_out_loss import recorded_losses
 from sft.selection.outcomes import read_outcomes
 from sft.selection.pruning import prune_weights
@@ -175,6 +175,7 @@ class Session:
         )
         if self.recipe.checkpoints.keep_weights == "best+last" and (gone := prune_weights(self.run_dir, selection)):
             self._say(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
+            return self._write(without_weights(selection, gone))
         return selection
 
     def _write(self, selection: Selection) -> Selection:
