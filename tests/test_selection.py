@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, batch_of, conversation, place, status_of
 from PIL import Image
+from scipy import stats
 from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.checkpoint import checkpoints, write_folder
@@ -138,6 +139,14 @@ def test_a_benchmark_that_is_too_small_to_tell_is_warned_of(tmp_path):
     assert choose(clear, by="mmbench").warnings == ()
     few = choose(outcomes(tmp_path / "few", {10: "x" * 20 + "-" * 10}), by="mmbench").warnings
     assert few == ("figures from 30 images are less sure than they say; from 50 on they can be relied on",)
+
+
+def test_what_is_always_right_is_not_certain(tmp_path):
+    selection = choose(outcomes(tmp_path, {10: "x" * 60, 20: "x" * 60}), by="mmbench")
+    wilson = stats.binomtest(60, 60).proportion_ci(method="wilson")
+    assert selection.scores[0].interval == pytest.approx((wilson.low, 1))
+    assert selection.cross_fitted == 1 and selection.cross_fitted_interval == selection.scores[0].interval
+    assert selection.warnings == ("60 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
 
 
 def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):

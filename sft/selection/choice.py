@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sft.checkpoint import checkpoint_name
 from sft.errors import UserError
+from sft.evaluation.results import wilson_interval
 from sft.files import write_atomically
 from sft.recipe import By, Rule
 from sft.selection.outcomes import Outcomes
@@ -130,7 +131,7 @@ def choose(
         rule=rule,
         selected=outcomes.checkpoints[selected],
         best=outcomes.checkpoints[best],
-        scores=_checkpoint_scores(outcomes, scores_K, draws_RK, has_weights_K, sign),
+        scores=_checkpoint_scores(reports, scores_K, draws_RK, has_weights_K, sign),
         tied=tuple(name for name, is_tied in zip(outcomes.checkpoints, is_tied_K, strict=True) if is_tied),
         cross_fitted=worth,
         cross_fitted_interval=worth_interval,
@@ -183,8 +184,9 @@ class _Draws(NamedTuple):
         fitted_Q = cross_fitted(
             outcomes.values_KQ, outcomes.halves_Q, lambda mask: self.pick(outcomes.only(mask), evaluated_K, rule)
         )
-        (worth,), draws_R1 = self.score(replace(outcomes, values_KQ=fitted_Q[None]))
-        return sign * float(worth), _interval(intervals(draws_R1)[0], sign)
+        fitted = replace(outcomes, values_KQ=fitted_Q[None])
+        scores_1, draws_R1 = self.score(fitted)
+        return sign * float(scores_1[0]), _intervals(fitted, scores_1, draws_R1, sign)[0]
 
 
 def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outcomes, Outcomes]:
@@ -204,14 +206,15 @@ def _disagreements(outcomes: Outcomes, by: By) -> Array | None:
 def _checkpoint_scores(
     outcomes: Outcomes, scores_K: Array, draws_RK: Array, has_weights_K: NDArray[np.bool_], sign: int
 ) -> tuple[CheckpointScore, ...]:
-    errors_K, limits_K2, p_best_K = standard_errors(draws_RK), intervals(draws_RK), share_best(draws_RK)
+    errors_K, p_best_K = standard_errors(draws_RK), share_best(draws_RK)
+    limits_K = _intervals(outcomes, scores_K, draws_RK, sign)
     return tuple(
         CheckpointScore(
             checkpoint=name,
             step=outcomes.steps[k],
             score=sign * float(scores_K[k]),
             standard_error=float(errors_K[k]),
-            interval=_interval(limits_K2[k], sign),
+            interval=limits_K[k],
             p_best=float(p_best_K[k]),
             has_weights=bool(has_weights_K[k]),
         )
@@ -225,9 +228,10 @@ def _warnings(selection: Selection) -> tuple[str, ...]:
     num_questions, difference = selection.questions[1], selection.detectable_difference or 0.0
     if len(selection.tied) > 1:
         size = f"{difference:.3f} nats" if selection.by == "loss" else f"{100 * difference:.1f} points"
+        detectable = f"the smallest difference that they could detect at 80 % power is {size}"
         found.append(
             f"{num_questions} questions cannot tell {len(selection.tied)} of {len(selection.scores)} checkpoints "
-            f"apart; the smallest difference that they could detect at 80 % power is {size}"
+            f"apart; {detectable if difference else 'all of them are answered alike'}"
         )
     if selection.images < MIN_IMAGES:
         found.append(
@@ -245,14 +249,20 @@ def _categories(outcomes: Outcomes, draws: _Draws, sign: int) -> dict[str, Categ
         found[category] = CategoryScores(
             questions=part.num_questions,
             scores=tuple((sign * scores_K).tolist()),
-            intervals=tuple(_interval(limits, sign) for limits in intervals(draws_RK)),
+            intervals=_intervals(part, scores_K, draws_RK, sign),
         )
     return found
 
 
-def _interval(limits_2: Array, sign: int) -> tuple[float, float]:
-    low, high = sorted((sign * limits_2).tolist())
-    return low, high
+def _intervals(outcomes: Outcomes, scores_K: Array, draws_RK: Array, sign: int) -> tuple[tuple[float, float], ...]:
+    """The 95 % interval of each score. Where all clusters of hits and misses are alike, so are all draws, and nothing
+    is known of their spread: then it is Wilson's, in which each cluster counts once."""
+    num_clusters = len(np.unique(outcomes.clusters_Q))
+    found = []
+    for score, (low, high) in zip(scores_K.tolist(), (sign * intervals(draws_RK)).tolist(), strict=True):
+        is_known = sign < 0 or abs(high - low) > 1e-12
+        found.append((min(low, high), max(low, high)) if is_known else wilson_interval(score, num_clusters))
+    return tuple(found)
 
 
 def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
