@@ -47,6 +47,15 @@ LoraTarget = Literal[
 """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
+By = Literal[
+    "mmbench",  # multiple-choice questions of MMBench's layout
+    "exact_match",  # questions of your own with short answers
+    "loss",  # of what data.validation holds out
+]
+Rule = Literal[
+    "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
+    "earliest_not_worse",  # the earliest that cannot be told apart from the best
+]
 
 
 class _Part(BaseModel):
@@ -274,11 +283,23 @@ class TrainingConfig(_Part):
 class CheckpointsConfig(_Part):
     every_steps: Positive = 1000
     """A checkpoint is written every so many steps, and at the end."""
+    keep_weights: Literal["all", "best+last"] = "all"
+    """Which weights stay. `best+last`: once they are evaluated, those of the best, the selected and the newest one."""
 
 
 class EvaluationConfig(_Part):
     benchmark: str | None = None
-    """What chooses the checkpoint: an MMBench TSV, or `easy_vqa`, which is built from the package's test images."""
+    """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; or `easy_vqa`,
+    which is built from the package's test images."""
+    by: By | None = None
+    """What a benchmark is scored by. Left out: `exact_match` for a .jsonl, `mmbench` for other benchmarks, `loss`
+    without one."""
+    rule: Rule = "best"
+    """Which checkpoint is selected."""
+    every_steps: Positive | None = None
+    """Training evaluates the newest checkpoint every so many steps. Left out: `idefics-sft select` does it."""
+    patience: Positive | None = None
+    """Training stops when so many evaluations, one after another, bring no better score."""
     protocol: Literal["card", "vanilla", "circular"] = "circular"
     """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one.
     `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
@@ -318,6 +339,14 @@ class Recipe(_Part):
             raise ValueError(f"training.tokens_per_step {step} is not a whole number of packs of {pack} tokens")
         if (step // pack) % micro:
             raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
+        every, patience = self.evaluation.every_steps, self.evaluation.patience
+        if every and every % self.checkpoints.every_steps:
+            raise ValueError(
+                f"evaluation.every_steps {every} is not a multiple of checkpoints.every_steps "
+                f"{self.checkpoints.every_steps}: what is evaluated is a checkpoint"
+            )
+        if patience and not every:
+            raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
         if self.training.warmup_steps >= self.training.max_steps:
             raise ValueError("training.warmup_steps must be less than training.max_steps")
         untrained = sorted(self.training.groups.keys() - self.model.trained_groups)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 VALIDATION = "validation"
 """What the user's own held-out conversations are called in tables."""
 
-OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json")
+OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json", "selection.svg")
 """What a run writes beside run.json."""
 
 VERSIONED = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")

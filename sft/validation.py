@@ -30,7 +30,8 @@ def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
     if benchmark is not None and benchmark not in BUILT_BENCHMARKS and not resolve(benchmark).is_file():
         known = ", ".join(BUILT_BENCHMARKS)
         raise UserError(
-            f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}"
+            f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}, "
+            "or a .jsonl of questions with short answers"
         )
     support = recipe.evaluation.support
     if support is not None and not resolve(support).is_file():

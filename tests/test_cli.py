@@ -17,21 +17,9 @@ from sft.naming import find_model, find_recipe, recipe_of_model, run_checkpoints
 from sft.recipe import load_recipe
 from sft.shipped import recipe_path, shipped_root
 
-COMMANDS = tuple(
-    [
-        "quickstart",
-        "validate",
-        "prepare",
-        "mix",
-        "inspect",
-        "plan",
-        "train",
-        "evaluate",
-        "select",
-        "chat",
-        "stats",
-        "export",
-    ]
+COMMANDS = (
+    *("quickstart", "validate", "prepare", "mix", "inspect", "plan", "train", "evaluate", "select", "merge", "chat"),
+    *("stats", "export", "leaks"),
 )
 
 

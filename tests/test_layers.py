@@ -9,14 +9,16 @@ import sft
 
 LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what needs nothing but them
     "errors sample",
-    "recipe shipped attention loss locking files parallel images",
+    "recipe shipped attention loss locking files parallel images statistics",
     "sources pixels image_keys chat_template models optim lora distributed checkpoint precision",
     "fitting",
     "datasets store encoding mixture packing dealing collate generation bases naming run_status held_out",
     "prepared planner stated validation inference",
     "plans",
     "data_loader trainer checks evaluation",
-    "run mix inspection scoring selection export merge stats chat report cost",
+    "scoring",
+    "selection leaks",
+    "run mix inspection export merge stats chat report cost",
     "cli",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

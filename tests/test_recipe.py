@@ -101,6 +101,8 @@ def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
             "toy.yaml:19: evaluation: protocol card ranks letters; set ranks: [letter]",
         ),
         ("400", "400\n  warmup_steps: 10", "training.warmup_steps must be less than training.max_steps"),
+        ("output_dir: run", "output_dir: run\nevaluation: {every_steps: 30}", "is not a multiple of checkpoints"),
+        ("output_dir: run", "output_dir: run\nevaluation: {patience: 3}", "set evaluation.every_steps too"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected):

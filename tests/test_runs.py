@@ -16,10 +16,12 @@ from test_store import encoded
 from test_trainer import write_recipe
 
 from sft.cli.quickstart import REPORT, _delete_run
+from sft.cli.select import select
+from sft.cli.terminal import console
 from sft.errors import UserError
 from sft.locking import locked
 from sft.models import idefics
-from sft.naming import find_model
+from sft.naming import find_model, find_recipe
 from sft.run import OUTPUTS, delete_outputs
 from sft.run_status import RunStatus
 from sft.shipped import resolve
@@ -258,16 +260,16 @@ def test_a_copied_run_is_the_one_that_is_used(trained, copied, capsys):
 
 
 def test_a_run_is_selected_again_after_its_questions_changed(copied, capsys):
-    assert sum(printed(capsys, "select", copied)[0]["questions"]) == 8
+    assert printed(capsys, "select", copied)[0]["questions"] == [8, 8]
     values = yaml.safe_load((copied / "recipe.yaml").read_text())
     values["evaluation"]["max_questions"] = 6
     (copied / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert sum(printed(capsys, "select", copied)[0]["questions"]) == 6
+    assert printed(capsys, "select", copied)[0]["questions"] == [6, 6]
 
 
-def test_evaluation_is_by_the_recipe_and_on_the_half_that_does_not_choose(copied, capsys, monkeypatch):
-    chosen_on, reported = printed(capsys, "select", copied)[0]["questions"]
-    assert chosen_on and reported
+def test_evaluation_is_by_the_recipe_and_on_the_half_that_did_not_choose(copied, capsys, monkeypatch):
+    chosen_on, reported = select(find_recipe(str(copied)), console(to_stderr=True), chosen_on="half").questions
+    assert chosen_on and reported and chosen_on + reported == 8
     first, _ = printed(capsys, "evaluate", copied)
     assert first["by_rank"].keys() == {"text", "letter"}
     for rank, summary in first["by_rank"].items():

@@ -40,8 +40,8 @@ def run(
 ) -> None:
     """Score a model on multiple-choice questions: overall, by category, and beside what it scores without images.
 
-    What is left out comes from the recipe of the model's run. On the benchmark of that recipe, figures come from the
-    half of the images that does not choose the checkpoint.
+    What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
+    images of that recipe's benchmark, figures come from the other.
     """
     from sft.errors import UserError
     from sft.naming import find_model, recipe_of_model
@@ -68,12 +68,14 @@ def run(
     quiet_libraries()
     from sft.evaluation.processes import is_main_process, leave
     from sft.scoring import ScoredModel, load_settings
+    from sft.selection.choice import is_chosen_on_half
 
     out = console(to_stderr=json) if is_main_process() else Console(quiet=True)
     questions = load_settings(settings, Path(recipe.data.store) if recipe else Path("stores"))
     _check(questions, settings, submission)
     out.print(f"model: {path}")
     run_dir = Path(recipe.output_dir) if recipe else None
+    is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
     scored = ScoredModel(path, run_dir=run_dir, name="base" if model.endswith("@base") else Path(path).name)
 
     def ask(blind: bool) -> dict[Any, Result]:
@@ -81,7 +83,7 @@ def run(
             results = scored.score(
                 questions, settings.ranks, blind=blind, on_progress=lambda done, total: update(done, f"of {total}")
             )
-        if chooses and not submission:
+        if is_half:
             return {rank: result.on_half(1, settings.seed) for rank, result in results.items()}
         return dict(results)
 
@@ -107,7 +109,7 @@ def run(
         return
     for summary in summaries:
         _show(summary, out)
-    if chooses and not submission:
+    if is_half:
         out.print("figures come from the half of the images that does not choose the checkpoint")
 
 

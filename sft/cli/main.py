@@ -17,6 +17,7 @@ from sft.cli import (
     evaluate,
     export,
     inspect,
+    leaks,
     merge,
     mix,
     plan,
@@ -36,7 +37,23 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (quickstart, validate, prepare, mix, inspect, plan, train, evaluate, select, merge, chat, stats, export):
+COMMANDS = (
+    quickstart,
+    validate,
+    prepare,
+    mix,
+    inspect,
+    plan,
+    train,
+    evaluate,
+    select,
+    merge,
+    chat,
+    stats,
+    export,
+    leaks,
+)
+for command in COMMANDS:
     app.command(name=command.__name__.rsplit(".", 1)[-1])(command.run)
 
 

@@ -70,7 +70,7 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     mix.show(mixture(recipe, sources.sources), out)
     out.print()
     status = train(recipe, out)
-    selection = select.select(recipe, out)
+    selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)
     conversation = _ask(recipe, output_dir / "checkpoints" / selection.selected)
     return figures | {

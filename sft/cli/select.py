@@ -1,80 +1,148 @@
-"""`idefics-sft select RUN`: score every checkpoint and choose one."""
+"""`idefics-sft select RUN`: evaluate every checkpoint and choose one, saying how sure one can be."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
 
+if TYPE_CHECKING:
+    from sft.recipe import Recipe
+    from sft.selection.choice import CheckpointScore, ChosenOn, Selection
+    from sft.selection.session import Session
+
 
 def run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")], json: Json = False
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
+    by: Annotated[str | None, typer.Option(help="mmbench, exact_match or loss; told from the benchmark.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A TSV of MMBench layout, or a .jsonl of short answers.")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="best (default) or earliest_not_worse.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
+    ] = False,
+    json: Json = False,
 ) -> None:
-    """Score every checkpoint of a run on its benchmark and choose one; writes selection.json."""
+    """Evaluate every checkpoint of a run that is not evaluated yet, and choose one; writes selection.json and a plot.
+
+    What is left out comes from the recipe. Without a benchmark, the loss on what data.validation holds out chooses.
+    """
     from sft.naming import find_recipe
 
-    recipe = find_recipe(run)
+    recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, rule=rule)
     out = console(to_stderr=json)
-    selection = select(recipe, out)
+    selection = None
+    if watch:
+        for selection in _session(recipe, out).watch():
+            show(selection, out)
+    if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
+        selection = select(recipe, out)
+        show(selection, out)
     if json:
-        from dataclasses import asdict
+        from sft.selection.choice import as_json
 
-        print_json(asdict(selection))
+        print_json(as_json(selection))
         return
-    show(selection, out)
-    out.print(f"Next: idefics-sft chat {run}")
+    out.print(f"Plot: {Path(recipe.output_dir) / 'selection.svg'}. Next: idefics-sft chat {run}")
 
 
-def select(recipe: Any, out: Console) -> Any:
-    """Evaluate what is not evaluated yet, and choose."""
+def _with_options(recipe: Recipe, *, by: str | None, benchmark: str | None, rule: str | None) -> Recipe:
+    """The recipe with what the command line says about its evaluation.
+
+    Raises:
+        UserError: an option has no such value, or two of them do not go together.
+    """
     from sft.errors import UserError
+    from sft.recipe import By, Rule
+
+    for option, value, known in (("by", by, get_args(By)), ("rule", rule, get_args(Rule))):
+        if value not in (None, *known):
+            raise UserError(f"--{option} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
+    if by == "loss" and benchmark:
+        raise UserError("--by loss takes no --benchmark: it is the loss on what data.validation holds out")
+    given: dict[str, Any] = {"rule": rule} if rule else {}
+    if by or benchmark:
+        given["by"] = by
+    if benchmark or by == "loss":
+        given["benchmark"] = benchmark
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=given)})
+
+
+def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Selection:
+    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot."""
     from sft.naming import run_checkpoints
 
-    checkpoints = run_checkpoints(Path(recipe.output_dir))
+    run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
+    return _session(recipe, out, chosen_on).select()
+
+
+def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
     quiet_libraries()
-    from sft import selection
-    from sft.scoring import recipe_benchmark, score_model
+    from sft.inference import load_template
+    from sft.models import get_family
+    from sft.run import open_sources, prepare_base
+    from sft.selection.session import Session
 
-    benchmark = recipe_benchmark(recipe)
-    if benchmark is None:
-        raise UserError(f"{recipe.output_dir}: the recipe names no evaluation.benchmark to choose by")
-    hashes: set[str] = set()
-    for path in checkpoints:
-        with progress(f"asking {path.name}", None, out) as update:
-            results = score_model(
-                path,
-                benchmark,
-                run_dir=Path(recipe.output_dir),
-                name=path.name,
-                ranks=recipe.evaluation.ranks,
-                on_progress=lambda done, total, update=update: update(done, f"of {total} tokens"),  # type: ignore[misc]
-            )
-        hashes |= {result.protocol_hash for result in results.values()}
-    return selection.select(
-        Path(recipe.output_dir),
-        benchmark=benchmark.name,
-        seed=recipe.evaluation.seed,
-        protocol_hashes=hashes,
+    def held_out() -> Any:
+        template = load_template(get_family(recipe.model.family), prepare_base(recipe))
+        return open_sources(recipe, template).held_out(), template
+
+    return Session(
+        recipe,
+        held_out=held_out,
+        say=out.print,
+        progress=lambda name: progress(name, None, out),
+        chosen_on=chosen_on,
     )
 
 
-def show(selection: Any, out: Console) -> None:
-    """The choice as a table."""
-    rows = [
-        (
-            ("* " if score.checkpoint == selection.selected else "  ") + score.checkpoint,
-            f"{percent(score.score)} ± {score.standard_error * 100:.1f}",
-            percent(score.p_best),
-            "yes" if score.checkpoint in selection.tied else "no",
+def show(selection: Selection, out: Console) -> None:
+    """The choice as a table, and what to know before believing it."""
+    rows = [_row(score, selection) for score in selection.scores]
+    header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
+    out.print(table(_title(selection), header, rows))
+    out.print(
+        f"* selected, by the rule {selection.rule}: {selection.selected}; the card's rule, best: {selection.best}"
+    )
+    if selection.tied:
+        out.print(f"= not to be told apart from the best: {', '.join(selection.tied)}")
+    if selection.cross_fitted is not None:
+        worth, limits = selection.cross_fitted, selection.cross_fitted_interval
+        out.print(
+            "what choosing is worth, chosen on one half and scored on the other: "
+            f"{_figure(worth, selection)} ({_between(limits, selection)})"
         )
-        for score in selection.scores
-    ]
-    ranks = " and ".join(selection.ranks)
-    title = (
-        f"{selection.benchmark} by {ranks}: chosen on {selection.questions[0]} questions, "
-        f"figures from {selection.questions[1]} others"
-    )
-    out.print(table(title, ("checkpoint", "score", "P(best)", "tied"), rows))
-    out.print(f"selected: {selection.selected}; cross-fitted figure {percent(selection.cross_fitted)}")
+    for warning in selection.warnings:
+        out.print(f"warning: {warning}")
+
+
+def _row(score: CheckpointScore, selection: Selection) -> tuple[str, ...]:
+    marks = ("*" if score.checkpoint == selection.selected else " ") + "= "[score.checkpoint not in selection.tied]
+    p_best = "" if score.p_best is None else percent(score.p_best)
+    notes = "weights removed" if not score.has_weights else "best" if score.checkpoint == selection.best else ""
+    figure = _figure(score.score, selection)
+    return f"{marks} {score.checkpoint}", figure, _between(score.interval, selection), p_best, notes
+
+
+def _figure(value: float, selection: Selection) -> str:
+    return f"{value:.4f}" if selection.by == "loss" else percent(value)
+
+
+def _between(limits: tuple[float, float] | None, selection: Selection) -> str:
+    return f"{_figure(limits[0], selection)} to {_figure(limits[1], selection)}" if limits else ""
+
+
+def _title(selection: Selection) -> str:
+    chosen_on, reported = selection.questions
+    if not reported:
+        return "held-out loss as training wrote it down: only means, so nothing says how sure the choice is"
+    name = f"{selection.benchmark} by {' and '.join(selection.ranks) or selection.by}"
+    if selection.chosen_on == "half":
+        return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
+    what = "samples" if selection.by == "loss" else "questions"
+    return f"{name}: {reported} {what} about {selection.images} images or texts"

@@ -24,7 +24,7 @@ def run(
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
         return
-    command = "select" if found.evaluation.benchmark else "chat"
+    command = "select" if found.evaluation.benchmark or found.data.validation else "chat"
     out.print(
         f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft {command} {found.output_dir}"
     )

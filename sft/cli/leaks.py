@@ -1,0 +1,60 @@
+"""`idefics-sft leaks TSV STORE...`: images of a benchmark that stand in prepared datasets."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sft.cli.terminal import Json, console, percent, print_json, progress, table
+from sft.errors import printable
+
+NUM_SHOWN = 20
+"""Leaks that are listed; --json has all of them."""
+
+
+def run(
+    benchmark: Annotated[Path, typer.Argument(metavar="TSV", help="A benchmark of MMBench layout.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of prepared datasets.")],
+    num_proc: Annotated[int, typer.Option(min=1, help="Processes that work side by side.")] = 1,
+    json: Json = False,
+) -> None:
+    """Find the images of a benchmark in prepared datasets: the same bytes, or the same picture scaled or compressed."""
+    from sft import leaks
+    from sft.evaluation.mmbench import read_tsv
+    from sft.store import Store
+
+    leaks.check_imagehash()
+    out = console(to_stderr=json)
+    opened = [Store(path) for path in stores]  # a wrong one is told before hours of work on the others
+    shown = leaks.benchmark_images(read_tsv(benchmark))
+    found = []
+    for store in opened:
+        with progress(f"comparing {printable(store.path)}", store.num_images, out) as update:
+            found.append(leaks.find_leaks(shown, store.path, num_proc=num_proc, on_progress=update))
+    summary = leaks.summary(str(benchmark), shown, found)
+    if json:
+        print_json(summary)
+    else:
+        show(summary, out)
+
+
+def show(summary: dict[str, Any], out: Console) -> None:
+    """Counts by store, then the leaks themselves."""
+    rows = [
+        (printable(store["store"]), *(f"{store[key]:,}" for key in ("images", "by_content", "by_sight", "unreadable")))
+        for store in summary["stores"]
+    ]
+    title = f"{printable(summary['benchmark'])}: {summary['images']:,} images, {summary['questions']:,} questions"
+    out.print(table(title, ("store", "its images", "same bytes", "same picture", "unreadable"), rows))
+    share = percent(summary["leaked_questions"] / max(summary["questions"], 1))
+    out.print(f"{summary['leaked_images']:,} images are in them; {summary['leaked_questions']:,} questions ({share})")
+    if summary["images_without_features"]:
+        out.print(f"{summary['images_without_features']:,} images without features were compared by their bytes only")
+    every = [(store["store"], leak) for store in summary["stores"] for leak in store["leaks"]]
+    for store, leak in every[:NUM_SHOWN]:
+        how = "same bytes" if leak["by"] == "content" else f"same picture ({leak['distance']} bits differ)"
+        questions, samples = (", ".join(map(str, leak[key][:3])) for key in ("questions", "samples"))
+        out.print(f"question {questions}: {how} as {printable(store)} image {leak['row']}, in {printable(samples)}")
+    if len(every) > NUM_SHOWN:
+        out.print(f"and {len(every) - NUM_SHOWN:,} more; --json names all of them")

@@ -1,0 +1,152 @@
+"""What all evaluated checkpoints of a run answered, as one table.
+
+Read from the files of sft.evaluation.results, one line per question, of which only this much is looked at:
+`question`, `cluster`, `category`, `image_sha256`, and `hit`, or `loss` with `trained_tokens`.
+
+Shape letters: K checkpoints, Q questions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.checkpoint import checkpoint_name, step_of
+from sft.errors import UserError
+from sft.evaluation.results import half_of
+from sft.statistics import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """The same questions for all checkpoints."""
+
+    benchmark: str
+    """The folder of RUN/evaluations that they were read from."""
+    ranks: tuple[str, ...]
+    """The rankings over which values are averaged; empty where nothing is ranked."""
+    steps: tuple[int, ...]
+    """Of the checkpoints, rising."""
+    values_KQ: Array
+    """Higher is better: hits, or losses with their sign turned."""
+    weights_Q: Array
+    """What a question counts: 1, or trained tokens."""
+    clusters_Q: NDArray[np.str_]
+    """Questions of one cluster depend on each other."""
+    halves_Q: NDArray[np.int64]
+    """0 or 1, at random by image."""
+    categories_Q: NDArray[np.str_]
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of the checkpoints."""
+        return tuple(checkpoint_name(step) for step in self.steps)
+
+    @property
+    def num_questions(self) -> int:
+        """Q"""
+        return len(self.weights_Q)
+
+    def only(self, mask_Q: NDArray[np.bool_]) -> Outcomes:
+        """The same for some of the questions."""
+        return replace(
+            self,
+            values_KQ=self.values_KQ[:, mask_Q],
+            weights_Q=self.weights_Q[mask_Q],
+            clusters_Q=self.clusters_Q[mask_Q],
+            halves_Q=self.halves_Q[mask_Q],
+            categories_Q=self.categories_Q[mask_Q],
+        )
+
+
+def read_outcomes(
+    run_dir: Path,
+    benchmark: str,
+    *,
+    seed: int,
+    protocol_hashes: Collection[str] | None = None,
+    counts: Callable[[str], bool] = lambda checkpoint: True,
+) -> Outcomes:
+    """All evaluations of checkpoints in RUN/evaluations/<benchmark> that were asked with images.
+
+    A checkpoint's value for a question is the mean over the rankings. `protocol_hashes` names the evaluations that
+    count, where there are others, `counts` tells the checkpoints that do; `seed` draws the halves.
+
+    Raises:
+        UserError: there are none, they are of several protocols, or checkpoints were asked different questions.
+    """
+    folder = run_dir / "evaluations" / benchmark
+    by_step = _files(folder, protocol_hashes, counts)
+    ranks = _ranks(folder, by_step)
+    tables = {step: [_lines(file) for _, file in sorted(ranked.items())] for step, ranked in sorted(by_step.items())}
+    first = next(iter(tables.values()))[0]
+    asked = [line["question"] for line in first]
+    for step, ranked in tables.items():
+        if any([line["question"] for line in lines] != asked for lines in ranked):
+            raise UserError(f"{checkpoint_name(step)}: was asked other questions than the others; evaluate it again")
+    return Outcomes(
+        benchmark=benchmark,
+        ranks=ranks,
+        steps=tuple(tables),
+        values_KQ=np.array(
+            [np.mean([[_value(line) for line in lines] for lines in ranked], axis=0) for ranked in tables.values()],
+            dtype=np.float64,
+        ),
+        weights_Q=np.array([line.get("trained_tokens", 1) for line in first], dtype=np.float64),
+        clusters_Q=np.array([line["cluster"] for line in first]),
+        halves_Q=np.array([half_of(line["image_sha256"] or line["cluster"], seed) for line in first]),
+        categories_Q=np.array([line["category"] for line in first]),
+    )
+
+
+def _value(line: dict[str, Any]) -> float:
+    return float(line["hit"]) if "hit" in line else -float(line["loss"])
+
+
+def _files(
+    folder: Path, protocol_hashes: Collection[str] | None, counts: Callable[[str], bool]
+) -> dict[int, dict[str, Path]]:
+    """Step -> the questions' file of each ranking.
+
+    Raises:
+        UserError: there are none, or a ranking was asked under several protocols or parts of the benchmark.
+    """
+    by_step: dict[int, dict[str, Path]] = {}
+    protocols: dict[str, str] = {}
+    for file in sorted(folder.glob("*/checkpoint-*.json")):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        is_other = protocol_hashes is not None and summary["protocol_hash"] not in protocol_hashes
+        if is_other or not summary.get("with_images", True) or not counts(file.stem):
+            continue
+        rank = summary.get("rank", "")
+        if protocols.setdefault(rank, summary["protocol_hash"]) != summary["protocol_hash"]:
+            raise UserError(f"{folder}: evaluations by {rank} of several protocols found; keep one of its folders")
+        by_step.setdefault(step_of(file.with_suffix("")), {})[rank] = file.with_suffix(".jsonl")
+    if not by_step:
+        raise UserError(f"{folder}: no evaluations of checkpoints found; run `idefics-sft select` first")
+    return by_step
+
+
+def _ranks(folder: Path, by_step: dict[int, dict[str, Path]]) -> tuple[str, ...]:
+    """The rankings, of which every checkpoint must have all.
+
+    Raises:
+        UserError: one lacks some.
+    """
+    ranks = sorted({rank for ranked in by_step.values() for rank in ranked})
+    for step, ranked in sorted(by_step.items()):
+        if len(ranked) < len(ranks):
+            name = checkpoint_name(step)
+            raise UserError(f"{folder}: {name} lacks some of the rankings {', '.join(ranks)}; evaluate it")
+    return tuple(rank for rank in ranks if rank)
+
+
+def _lines(file: Path) -> Sequence[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

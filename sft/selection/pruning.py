@@ -1,0 +1,68 @@
+"""Which parts of which checkpoints may go, and removing them so that a kill leaves nothing that looks whole.
+
+A checkpoint folder holds two parts, each complete by its own manifest (design.md section 7): the weights, which are
+everything outside `state/`, and the resume state in `state/`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+from sft.checkpoint import MANIFEST, checkpoints
+from sft.files import discard
+from sft.selection.choice import Selection
+
+STATE = "state"
+Part = Literal["weights", "state"]
+
+
+def weights_to_prune(selection: Selection, present: Collection[str]) -> list[str]:
+    """Of the checkpoints whose weights are `present`, by step, those that `keep_weights: best+last` lets go.
+
+    Only what is evaluated; never the selected one, the best one or the newest one.
+    """
+    steps = {score.checkpoint: score.step for score in selection.scores}
+    evaluated = [name for name in present if name in steps]
+    last = max(present, key=lambda name: int(name.rpartition("-")[2]), default=None)
+    kept = {selection.selected, selection.best, last}
+    return sorted((name for name in evaluated if name not in kept), key=steps.__getitem__)
+
+
+def prune_weights(run_dir: Path, selection: Selection) -> list[str]:
+    """Remove the weights that `keep_weights: best+last` lets go; returns the names of their checkpoints."""
+    folder = run_dir / "checkpoints"
+    _finish_pruning(folder)
+    names = weights_to_prune(selection, [path.name for path in checkpoints(folder)])
+    for name in names:
+        prune(folder / name, "weights")
+    return names
+
+
+def prune(checkpoint: Path, part: Part) -> None:
+    """Remove one part of a checkpoint, and the folder with its last part. The other part stays whole at any moment."""
+    if part == "state":
+        discard(checkpoint / STATE)
+        if not (checkpoint / MANIFEST).exists():
+            discard(checkpoint)
+        return
+    if not (checkpoint / STATE).is_dir():
+        discard(checkpoint)
+        return
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # first: from here on there are no weights to be found
+    for path in checkpoint.iterdir():
+        if path.name == STATE:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _finish_pruning(folder: Path) -> None:
+    """Remove what a kill has left of weights whose manifest is gone. Checkpoints get their names with the manifest."""
+    for path in folder.glob("checkpoint-*"):
+        if (path / STATE).is_dir() and not (path / MANIFEST).exists():
+            prune(path, "weights")

@@ -1,0 +1,184 @@
+"""Asking the checkpoints of a run what they were not asked yet, and choosing among them; once, or as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from sft.chat_template import ChatTemplate
+from sft.checkpoint import checkpoints, step_of
+from sft.errors import RunError, UserError
+from sft.locking import locked
+from sft.naming import run_checkpoints
+from sft.prepared import Sources
+from sft.recipe import Recipe
+from sft.run_status import RunStatus
+from sft.selection import plot, questionnaire
+from sft.selection.choice import ChosenOn, Selection, choose, choose_by_recorded_loss, without_weights, write_selection
+from sft.selection.held_out_loss import recorded_losses
+from sft.selection.outcomes import read_outcomes
+from sft.selection.pruning import prune_weights
+from sft.selection.questionnaire import Questionnaire, scored_by
+
+POLL_SECONDS = 20.0
+"""How often `watch` looks for a new checkpoint."""
+
+ENDED = ("finished", "failed")
+"""After these no checkpoint is written. A run that is `stopped` can be resumed."""
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, str], None]]]
+"""Opens a bar of some name; it is told how much is done, and of what."""
+
+
+class Session:
+    """One questionnaire, asked of the checkpoints of a run as often as there are new ones. Holds RUN/evaluations."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        held_out: Callable[[], tuple[Sources | None, ChatTemplate]],
+        say: Callable[[str], None],
+        progress: Progress,
+        chosen_on: ChosenOn = "all",
+    ) -> None:
+        """`held_out` opens what `data.validation` holds out, and the template it is encoded by; asked only where the
+        loss chooses."""
+        self.recipe = recipe
+        self.run_dir = Path(recipe.output_dir)
+        self.failed: dict[str, str] = {}
+        """Checkpoints whose evaluation failed while the run was watched, and why."""
+        self._held_out = held_out
+        self._say = say
+        self._progress = progress
+        self._chosen_on: ChosenOn = chosen_on
+        self._asked: dict[str, set[str]] = {}
+        self._questionnaire: Questionnaire | None = None
+
+    def select(self) -> Selection:
+        """Ask every checkpoint, choose, and write selection.json and the plot.
+
+        Raises:
+            UserError: there is nothing to choose from or by.
+        """
+        paths = run_checkpoints(self.run_dir)
+        with locked(self.run_dir / "evaluations"):
+            if losses := self._recorded_losses(paths):
+                return self._write(choose_by_recorded_loss(losses))
+            for path in paths:
+                self._ask(path)
+            return self._choose()
+
+    def watch(self) -> Iterator[Selection]:
+        """Choose anew whenever training has written a checkpoint, until it has ended and all are evaluated.
+
+        An evaluation that fails is told of, and its checkpoint left out.
+
+        Raises:
+            UserError: there is nothing to choose by.
+            RunError: at the end, when an evaluation failed.
+        """
+        said = ""
+        with locked(self.run_dir / "evaluations"):
+            while True:
+                # Before looking for checkpoints: the last one is written before the run is said to have ended.
+                status = RunStatus.read(self.run_dir)
+                if self._ask_new():
+                    yield self._choose()
+                if status and status.status in ENDED:
+                    break
+                state = status.status if status else "not begun"
+                if state != said:
+                    self._say(f"{self.run_dir}: {state}; waiting for checkpoints (Ctrl-C ends)")
+                    said = state
+                time.sleep(POLL_SECONDS)
+        if self.failed:
+            named = "; ".join(f"{name} ({reason})" for name, reason in self.failed.items())
+            raise RunError(f"{self.run_dir}: could not be evaluated: {named}")
+
+    def _ask_new(self) -> bool:
+        """Ask the checkpoints that were not asked; whether there is something new to choose from."""
+        present = checkpoints(self.run_dir / "checkpoints")
+        new = [path for path in present if path.name not in self._asked and path.name not in self.failed]
+        for path in new:
+            try:
+                self._ask(path)
+            except UserError:
+                raise
+            except Exception as error:  # whatever it is, the next checkpoint may do better
+                self.failed[path.name] = f"{type(error).__name__}: {error}"
+                self._say(f"{path.name}: the evaluation failed, it is left out: {self.failed[path.name]}")
+        return any(path.name in self._asked for path in new)
+
+    def _ask(self, path: Path) -> None:
+        self._questionnaire = self._questionnaire or self._make_questionnaire()
+        with self._progress(f"asking {path.name}") as update:
+            unit = self._questionnaire.unit
+            self._asked[path.name] = self._questionnaire.ask(
+                path, lambda done, total: update(done, f"of {total} {unit}")
+            )
+
+    def _make_questionnaire(self) -> Questionnaire:
+        by = scored_by(self.recipe.evaluation)
+        if by == "mmbench":
+            return questionnaire.multiple_choice(self.recipe)
+        if by == "exact_match":
+            return questionnaire.short_answers(self.recipe)
+        if self.recipe.data.validation is None:
+            raise UserError(
+                f"{self.run_dir}: nothing to choose by: the recipe has no evaluation.benchmark and no data.validation; "
+                "give --benchmark FILE"
+            )
+        self._say("choosing by the loss on what data.validation holds out, computed for every checkpoint")
+        held_out, template = self._held_out()
+        assert held_out is not None
+        return questionnaire.held_out_loss(self.recipe, held_out, template)
+
+    def _recorded_losses(self, paths: list[Path]) -> dict[int, float]:
+        """What training wrote down, where that is enough: for the rule `best`, and every checkpoint has it."""
+        settings = self.recipe.evaluation
+        if scored_by(settings) != "loss" or settings.rule != "best":
+            return {}
+        losses, steps = recorded_losses(self.run_dir), [step_of(path) for path in paths]
+        return {step: losses[step] for step in steps} if all(step in losses for step in steps) else {}
+
+    def _choose(self) -> Selection:
+        assert self._questionnaire is not None
+        settings = self.recipe.evaluation
+        present = {path.name: step_of(path) for path in run_checkpoints(self.run_dir)}
+
+        def counts(checkpoint: str) -> bool:
+            """Whether it was asked now, or its weights were pruned after it was: then it is older than the newest.
+            What an interrupted run has left beyond that is of weights that are no more."""
+            if checkpoint in present:
+                return checkpoint in self._asked
+            return step_of(Path(checkpoint)) < max(present.values())
+
+        outcomes = read_outcomes(
+            self.run_dir,
+            self._questionnaire.benchmark,
+            seed=settings.seed,
+            protocol_hashes=set().union(*self._asked.values()),
+            counts=counts,
+        )
+        selection = self._write(
+            choose(
+                outcomes,
+                by=self._questionnaire.by,
+                rule=settings.rule,
+                seed=settings.seed,
+                chosen_on=self._chosen_on,
+                with_weights=present,
+            )
+        )
+        if self.recipe.checkpoints.keep_weights == "best+last" and (gone := prune_weights(self.run_dir, selection)):
+            self._say(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
+            return self._write(without_weights(selection, gone))
+        return selection
+
+    def _write(self, selection: Selection) -> Selection:
+        write_selection(selection, self.run_dir)
+        plot.plot(selection, self.run_dir / plot.FILE)
+        return selection
