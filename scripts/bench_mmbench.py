@@ -106,7 +106,7 @@ def make_rows(num_questions: int) -> list[Row]:
 def ours(model: idefics.PackedIdefics, template: ChatTemplate, rows: Sequence[Row], rank: Any) -> list[list[float]]:
     """By `score_answers`: the mean log-probability of the answer's tokens."""
     requests = [AnswerRequest(query(row, "circular", rank), answers(row, "circular", rank)) for row in rows]
-    scores = score_answers(model, template, requests, image_size=idefics.image_size(model))
+    scores = score_answers(model, template, requests, image_size=idefics.image_size(model.config))
     return [[score.log_prob / score.num_tokens for score in row or ()] for row in scores]
 
 
@@ -123,7 +123,9 @@ def forward_per_option(
         image_mask_BTN = torch.zeros(*ids_BT.shape, 1)
         image_mask_BTN[:, encoded[0][0].image_positions[0] :] = 1
         assert isinstance(row.image.source, bytes)
-        pixels = idefics.normalise(torch.from_numpy(load_pixels(row.image.source, idefics.image_size(model)))[None])
+        pixels = idefics.normalise(
+            torch.from_numpy(load_pixels(row.image.source, idefics.image_size(model.config)))[None]
+        )
         with torch.inference_mode():
             logits_BTV = model(
                 input_ids=ids_BT,

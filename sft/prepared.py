@@ -65,8 +65,13 @@ class PreparedSource:
         self.sides = None if hold_out is None else np.concatenate([_sides(part, hold_out) for part in parts])
         self._kept = None if self.sides is None else np.flatnonzero(self.sides == side)
         if not len(self):
-            why = "data.validation leaves none of" if self._starts[-1] else "no pack holds any of"
-            raise UserError(f"source {self.name!r}: {why} {sum(len(part.store) for part in parts):,} samples")
+            samples = f"{sum(len(part.store) for part in parts):,} samples"
+            if self._starts[-1]:
+                raise UserError(f"source {self.name!r}: data.validation leaves none of {samples}")
+            raise UserError(
+                f"source {self.name!r}: none of {samples} fits into data.sequence_length, into the positions of the "
+                "model and into data.max_images_per_pack"
+            )
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
