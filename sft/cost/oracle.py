@@ -80,7 +80,7 @@ def measure(config: IdeficsConfig, setting: Setting) -> Measured:
         memory.track_external(model, optimizer, batch.pixel_values_NCHW)
         autocast = torch.autocast("cpu", getattr(torch, setting.precision), enabled=setting.precision != "float32")
         # Memory is the inner one: counting takes operations apart, and their parts would be held at once.
-        with flops, memory, _GpuTypes(), patch.object(torch, "is_autocast_enabled", lambda *device: True):
+        with flops, memory, _GpuTypes(), _as_if_autocast():
             with autocast:
                 loss = model(batch=batch).loss
             loss.backward()
@@ -125,6 +125,17 @@ def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
         pixel_values_NCHW=torch.zeros(setting.images, 3, size, size, dtype=torch.uint8),
         num_trained_tokens=setting.trained_tokens,
     )
+
+
+@contextmanager
+def _as_if_autocast() -> Iterator[None]:
+    """What asks is told that autocast is on. Autocast itself asks too, to set back on leaving what it found."""
+    before = torch.is_autocast_enabled("cpu")
+    try:
+        with patch.object(torch, "is_autocast_enabled", lambda *device: True):
+            yield
+    finally:
+        torch.set_autocast_enabled("cpu", before)
 
 
 class _GpuTypes(TorchFunctionMode):
