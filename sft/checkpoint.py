@@ -1,7 +1,9 @@
 """Complete checkpoints only: staged, listed with their hashes, renamed once.
 
-A folder `checkpoint-<step>` exists only after everything in it is on disk; its manifest.json lists each file with its
-size and xxh3 hash. Whatever a killed process left is in a hidden staging folder and is never found.
+A folder `checkpoint-<step>` exists only after everything in it is on disk. It has two parts, each complete by its own
+manifest.json, which lists each file with its size and xxh3 hash: the weights, which are everything outside `state/`,
+and in `state/` what training needs to go on. Whatever a killed process left is in a hidden staging folder and is never
+found.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft.errors import UserError
-from sft.files import hash_file, staged
+from sft.files import discard, hash_file, staged
 
 MANIFEST = "manifest.json"
+STATE = "state"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -31,13 +34,22 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder, hash it, sync it to disk and give it its name in one rename."""
+def write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None = None) -> None:
+    """Have `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
+    name in one rename."""
     with staged(path) as staging:
         write(staging)
-        files = sorted(file for file in staging.rglob("*") if file.is_file())
-        manifest = {str(f.relative_to(staging)): {"bytes": f.stat().st_size, "xxh3": hash_file(f)} for f in files}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_manifest(staging)
+        if write_state:
+            (staging / STATE).mkdir()
+            write_state(staging / STATE)
+            _write_manifest(staging / STATE)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    manifest = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "xxh3": hash_file(f)} for f in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def is_complete(path: Path) -> bool:
@@ -59,3 +71,45 @@ def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in a folder, by step."""
     found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=step_of)
+
+
+def newest_state(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose state is complete and as it was written, None where there is none; `say` is told
+    why newer ones are passed over."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    for path in sorted(found, key=step_of, reverse=True):
+        problem = _problem_of_state(path)
+        if problem is None:
+            return path
+        say(f"{path}: not gone on from: {problem}")
+    return None
+
+
+def check_state(path: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds no state, or not all of it, or some that is not as it was written.
+    """
+    problem = _problem_of_state(path)
+    if problem is not None:
+        raise UserError(f"{path}: cannot be gone on from: {problem}")
+
+
+def _problem_of_state(path: Path) -> str | None:
+    state = path / STATE
+    if not state.is_dir():
+        return "it holds weights alone, without state/"
+    if not is_complete(state):
+        return "files of state/ are missing or cut off"
+    if broken := broken_files(state):
+        return f"{STATE}/{broken[0]} is not what its hash says"
+    return None
+
+
+def keep_newest_states(directory: Path, number: int) -> None:
+    """Remove the state of all checkpoints but the newest, and what is left of weights that were removed before."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / STATE).is_dir()]
+    for path in sorted(found, key=step_of)[:-number]:
+        discard(path / STATE)
+        if not (path / MANIFEST).exists():
+            discard(path)

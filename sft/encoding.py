@@ -45,6 +45,7 @@ class EncodedSamples:
         index = json.loads((path / INDEX).read_text())
         self.changes: dict[str, int] = index["changes"]
         """How many samples were not used as they are, by what was done, since they do not fit a pack."""
+        self.total_tokens: int = index["tokens"]
         self._array = {name: _open(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in index["dtypes"].items()}
         self._array["trained_spans"] = self._array["trained_spans"].reshape(-1, 2)
 

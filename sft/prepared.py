@@ -6,6 +6,7 @@ the memory-mapped arrays of the stores when it is asked for.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from sft.collate import PlacedSample
@@ -287,6 +289,16 @@ class Sources:
         """Tokens of the longest sample."""
         lengths = (part.encoded.num_tokens(part.encoded.all_rows) for own in self.parts for part in own)
         return max(int(own.max(initial=0)) for own in lengths)
+
+    def fingerprint(self) -> str:
+        """Changes when what is prepared does, and with it the order of the data."""
+        of_parts = [
+            [part.encoded.path.name, len(part.encoded), part.encoded.total_tokens]
+            + [file["xxh3"] for file in part.store.manifest["files"]]
+            for own in [*self.parts, [self.validation] if self.validation else []]
+            for part in own
+        ]
+        return xxhash.xxh3_64_hexdigest(json.dumps(of_parts).encode())
 
     def _hold_out(self) -> HoldOut | None:
         validation = self.data.validation

@@ -263,6 +263,9 @@ class TrainingConfig(_Part):
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What is computed in; what is trained stays float32. `auto`: bfloat16 where the processor has it, else float16
     with a gradient scaler on a GPU, else float32."""
+    max_nonfinite_steps: Positive = 3
+    """Training stops when so many steps in a row have a loss or gradient that is not finite. Up to there such a step
+    changes nothing, and its samples are listed in nonfinite.jsonl."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
 
@@ -283,6 +286,8 @@ class TrainingConfig(_Part):
 class CheckpointsConfig(_Part):
     every_steps: Positive = 1000
     """A checkpoint is written every so many steps, and at the end."""
+    keep_state: Positive = 2
+    """How many of the newest checkpoints keep what is needed to go on from them."""
     keep_weights: Literal["all", "best+last"] = "all"
     """Which weights stay. `best+last`: once they are evaluated, those of the best, the selected and the newest one."""
 

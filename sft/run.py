@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from sft.bases import base_path as base_path
 from sft.bases import prepare_base as prepare_base
 from sft.chat_template import ChatTemplate
-from sft.checkpoint import checkpoint_name, write_folder
+from sft.checkpoint import STATE, check_state, checkpoint_name, keep_newest_states, step_of, write_folder
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
+from sft.files import discard
 from sft.fitting import Limits
 from sft.inference import load_template
 from sft.locking import locked
@@ -36,7 +37,9 @@ from sft.precision import choose_precision, device, torch_dtype
 from sft.prepared import Part, Sources
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 from sft.run_status import RunStatus
+from sft.stopping import StopRequest
 from sft.store import MANIFEST, Settings, Store, is_store_folder, prepare_store
+from sft.training_state import read_progress
 from sft.validation import check_recipe
 
 if TYPE_CHECKING:
@@ -45,7 +48,15 @@ if TYPE_CHECKING:
 VALIDATION = "validation"
 """What the user's own held-out conversations are called in tables."""
 
-OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json", "selection.svg")
+OUTPUTS = (
+    "nonfinite.jsonl",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "evaluations",
+    "selection.json",
+    "selection.svg",
+)
 """What a run writes beside run.json."""
 
 VERSIONED = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
@@ -247,17 +258,21 @@ def train(
     sources: Sources,
     on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None,
     say: Callable[[str], None] = lambda line: None,
+    resume_from: Path | None = None,
 ) -> RunStatus:
     """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first.
 
-    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides.
+    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides. With
+    `resume_from`, a checkpoint of the run, training goes on after its step, and later checkpoints go. A signal, or a
+    file `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then.
 
     Raises:
-        UserError: the folder is in use or holds other things, or samples are too long for the model.
+        UserError: the folder is in use or holds other things, or the pack is too long for the model; or the checkpoint
+            is not complete, or of other data.
     """
     run_dir = Path(recipe.output_dir)
-    with locked(run_dir):
-        return _train(recipe, sources, run_dir, on_step, say)
+    with locked(run_dir), StopRequest(run_dir) as stop:
+        return _train(recipe, sources, run_dir, on_step, say, resume_from, stop)
 
 
 def _train(
@@ -266,6 +281,8 @@ def _train(
     run_dir: Path,
     on_step: Callable[[int, dict[str, Any]], None],
     say: Callable[[str], None],
+    resume_from: Path | None,
+    stop: StopRequest,
 ) -> RunStatus:
     from transformers import set_seed
 
@@ -274,9 +291,13 @@ def _train(
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
     set_seed(recipe.seed)
+    before = _progress_of(resume_from, sources) if resume_from else None
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
-    _take_over(run_dir, recipe.training.max_steps)
+    if resume_from:
+        _go_back_to(resume_from)
+    else:
+        _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
@@ -290,24 +311,36 @@ def _train(
         micro_batch_packs=recipe.training.micro_batch_packs,
         image_cost=family.image_cost_in_tokens(model.config),
     )
+    micro_batches = MicroBatches(plans, image_size=family.image_size(model.config))
+    if before:
+        micro_batches.restore(before["data"])
+    started, cpu_started = time.perf_counter(), time.process_time()
+    spent = {name: before["spent"][name] if before else 0 for name in ("tokens", "seconds", "cpu_seconds")}
 
-    def write_checkpoint(trained: torch.nn.Module, step: int) -> None:
-        path = run_dir / "checkpoints" / checkpoint_name(step)
-        write_folder(path, lambda folder: save_snapshot(family, trained, template, recipe, folder))
+    def spent_so_far() -> dict[str, float]:
+        now = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+        return spent | {name: spent[name] + value for name, value in now.items()}
 
-    tokens = 0
+    def write_checkpoint(trainer: Trainer) -> None:
+        def write_state(folder: Path) -> None:
+            trainer.save_state(folder, {"spent": spent_so_far(), "sources": sources.fingerprint()})
+
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        path = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
+        write_folder(path, lambda folder: save_snapshot(family, trained, template, recipe, folder), write_state)
+        keep_newest_states(path.parent, recipe.checkpoints.keep_state)
 
     def count(step: int, line: dict[str, Any]) -> None:
-        nonlocal tokens
-        tokens += line["tokens"]
+        spent["tokens"] += line["tokens"]
         on_step(step, line)
 
     trainer = Trainer(
         model,
         group_of=family.group_of,
         tokenizer=template.tokenizer,
-        micro_batches=MicroBatches(plans, image_size=family.image_size(model.config)),
+        micro_batches=micro_batches,
         micro_batches_per_step=plans.micro_batches_per_step,
+        data_state=micro_batches.state,
         settings=recipe.training,
         checkpoint_every=recipe.checkpoints.every_steps,
         write_checkpoint=write_checkpoint,
@@ -315,28 +348,61 @@ def _train(
         seed=recipe.seed,
         source_names=[source.name for source in recipe.data.mixture],
         on_step=count,
+        should_stop=lambda: stop.why is not None,
+        resume_from=resume_from / STATE if resume_from else None,
     )
-    started, cpu_started = time.perf_counter(), time.process_time()
 
     def status(state: str) -> RunStatus:
         return RunStatus(
             status=state,
-            step=int(trainer.state.global_step),
+            step=max(int(trainer.state.global_step), before["step"] if before else 0),
             max_steps=recipe.training.max_steps,
-            seconds=time.perf_counter() - started,
-            cpu_seconds=time.process_time() - cpu_started,
-            tokens=tokens,
             precision=trainer.precision,
             versions=_versions(),
+            **spent_so_far(),  # type: ignore[arg-type]
         )
 
-    with _recorded(run_dir, status):
+    def is_short() -> bool:
+        return int(trainer.state.global_step) < recipe.training.max_steps
+
+    def outcome() -> str:
+        return "stopped" if stop.why and is_short() else "finished"
+
+    with _recorded(run_dir, status, outcome):
         trainer.train()
+        if is_short() and not stop.why:
+            write_checkpoint(trainer)
     model.eval()
-    ended = planner.mixture.ended()
-    if ended and trainer.state.global_step < recipe.training.max_steps:
+    if outcome() == "stopped":
+        say(f"stopped after step {trainer.state.global_step:,} ({stop.why})")
+    elif is_short():
+        ended = planner.mixture.ended()
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
-    return status("finished")
+    return status(outcome())
+
+
+def _progress_of(checkpoint: Path, sources: Sources) -> dict[str, Any]:
+    """What the state of a checkpoint says.
+
+    Raises:
+        UserError: the state is not complete, or the prepared data are others now, so that they would come in another
+            order.
+    """
+    check_state(checkpoint)
+    progress = read_progress(checkpoint / STATE)
+    if progress["sources"] != sources.fingerprint():
+        raise UserError(
+            f"{checkpoint}: its run was trained on other prepared data (raw files, tokenizer or limits changed); "
+            "--resume none starts anew"
+        )
+    return progress
+
+
+def _go_back_to(checkpoint: Path) -> None:
+    """Remove later checkpoints: their steps come again."""
+    for path in checkpoint.parent.glob("checkpoint-*"):
+        if step_of(path) > step_of(checkpoint):
+            discard(path)
 
 
 def _check_positions(recipe: Recipe, max_positions: int) -> None:
@@ -402,7 +468,9 @@ def delete_outputs(run_dir: Path) -> None:
 
 
 @contextmanager
-def _recorded(run_dir: Path, status: Callable[[str], RunStatus]) -> Iterator[None]:
+def _recorded(
+    run_dir: Path, status: Callable[[str], RunStatus], outcome: Callable[[], str] = lambda: "finished"
+) -> Iterator[None]:
     """Keep run.json true: running, then finished, stopped or failed."""
 
     status("running").write(run_dir)
@@ -411,7 +479,7 @@ def _recorded(run_dir: Path, status: Callable[[str], RunStatus]) -> Iterator[Non
     except BaseException as error:
         status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
         raise
-    status("finished").write(run_dir)
+    status(outcome()).write(run_dir)
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -24,11 +25,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft.errors import RunError
+from sft.files import write_atomically
 from sft.loss import trained_positions
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
 from sft.recipe import TrainingConfig
 from sft.sample import NO_SOURCE, Batch
+from sft.training_state import load_state, read_progress, save_state
+
+METRICS, NONFINITE = "metrics.jsonl", "nonfinite.jsonl"
 
 
 class StepMetrics:
@@ -45,11 +50,14 @@ class StepMetrics:
         self.loss_sums = torch.zeros(len(self.names))
         self.dirty_samples = 0
         self.images = 0
+        self.keys: list[tuple[str, ...]] = []
+        """The samples of each micro-batch."""
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
         num = len(self.names)
         self.images += len(batch.pixel_values_NCHW)
+        self.keys.append(batch.keys)
         sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
         sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
         self.tokens += torch.bincount(sources_T[sources_T != NO_SOURCE], minlength=num).cpu()
@@ -108,21 +116,31 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         tokenizer: PreTrainedTokenizerBase,
         micro_batches: IterableDataset[dict[str, Batch]],
         micro_batches_per_step: int,
+        data_state: Callable[[int], dict[str, Any]],
         settings: TrainingConfig,
         checkpoint_every: int,
-        write_checkpoint: Callable[[nn.Module, int], None],
+        write_checkpoint: Callable[[Trainer], None],
         run_dir: Path,
         seed: int,
         source_names: Sequence[str],
         on_step: Callable[[int, dict[str, Any]], None],
+        should_stop: Callable[[], bool] = lambda: False,
+        resume_from: Path | None = None,
     ) -> None:
+        """`data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
+        `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already."""
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
         self.group_of = group_of
         self.micro_batches = micro_batches
         self.micro_batches_per_step = micro_batches_per_step
         self.settings = settings
+        self.data_state = data_state
         self.write_checkpoint = write_checkpoint
+        self.seed = seed
+        self.resume_from = resume_from
+        self.nonfinite_steps = 0
+        """In a row, up to now."""
         self.step_metrics = StepMetrics(source_names)
         self.precision = choose_precision(settings.precision, device())
         arguments = SFTConfig(
@@ -158,7 +176,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             train_dataset=numbers,
             data_collator=lambda batch: batch,
             processing_class=tokenizer,
-            callbacks=[_WriteMetrics(self, run_dir / "metrics.jsonl", on_step), _CheckGradients(self)],
+            callbacks=[
+                _Resume(self),
+                _WriteMetrics(self, run_dir, on_step),
+                _CheckGradients(self),
+                _Stop(should_stop),
+            ],
         )
         for parameter, data in trained:
             # SFTTrainer rounds what is trained of a quantised model to bfloat16, in which small updates are lost.
@@ -184,6 +207,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     ) -> Any:
         """This micro-batch's part of the step's mean loss."""
         batch = self._normalised(inputs["batch"]).to(self.args.device)
+        self._seed_micro_step()
         with self.compute_loss_context_manager():
             output = model(batch=batch, z_loss=self.settings.z_loss)
         self.step_metrics.add(batch, output.token_losses_P, output.source_ids_P)
@@ -216,30 +240,98 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         """Whether the last step was left out because a float16 gradient was too large; the scaler then scales less."""
         return bool(self.accelerator.optimizer_step_was_skipped)
 
+    def _seed_micro_step(self) -> None:
+        """Random numbers (of dropout) are a function of seed, step and micro-step: a resumed run has the same."""
+        micro_step = len(self.step_metrics.keys)
+        entropy = [self.seed, self.state.global_step, micro_step, self.args.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The norm of the gradient, which is clipped; one that is not finite is thrown away, so that the step changes
+        nothing. Under float16 the scaler does that."""
+        norm = super()._clip_grad_norm(model)
+        is_finite = math.isfinite(float(norm)) or self.precision == "float16"
+        self.nonfinite_steps = 0 if is_finite else self.nonfinite_steps + 1
+        if not is_finite:
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
+
+    def save_state(self, folder: Path, more: dict[str, Any]) -> None:
+        """Write what the next step needs, and `more` for whoever restores the rest."""
+        progress = {
+            "step": self.state.global_step,
+            "schedule": self.lr_scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "data": self.data_state(self.state.global_step),
+            **more,
+        }
+        save_state(folder, self.accelerator.unwrap_model(self.model), self.optimizer, progress)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on after the step of a state. The data have their own (`MicroBatches.restore`)."""
+        progress = read_progress(folder)
+        load_state(folder, self.accelerator.unwrap_model(self.model), self.optimizer)
+        self.lr_scheduler.load_state_dict(progress["schedule"])
+        if self.accelerator.scaler and progress["scaler"]:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self.state.global_step = self._globalstep_last_logged = progress["step"]
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.write_checkpoint(self.accelerator.unwrap_model(model), self.state.global_step)
+        self.write_checkpoint(self)
+
+
+class _Resume(TrainerCallback):  # type: ignore[misc]
+    """Begins where a state was saved."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Transformers has made optimizer and schedule by now."""
+        if self.trainer.resume_from:
+            self.trainer.load_state(self.trainer.resume_from)
+
+
+class _Stop(TrainerCallback):  # type: ignore[misc]
+    """Stops after a step, with a checkpoint, when asked to."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop = should_stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask."""
+        if self.should_stop():
+            control.should_save = control.should_training_stop = True
 
 
 class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
-    """A line of metrics.jsonl a step; stops the run when the loss is no longer a number."""
+    """A line of metrics.jsonl a step; stops the run when too many in a row are not finite."""
 
-    def __init__(self, trainer: Trainer, file: Path, on_step: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(self, trainer: Trainer, run_dir: Path, on_step: Callable[[int, dict[str, Any]], None]) -> None:
         self.trainer = trainer
-        self.file = file
+        self.file = run_dir / METRICS
         self.on_step = on_step
         self.last = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock, and the file anew."""
-        self.file.write_text("")
+        """Start the clock; lines of steps that come again go."""
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        write_atomically(self.file, "".join(kept))
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Write the step that just ended."""
+        """Write the step that just ended.
+
+        Raises:
+            RunError: it is the last of too many that are not finite.
+        """
         if logs is None or "grad_norm" not in logs:
             return
         now = time.perf_counter()
-        line = {"step": state.global_step, "time": time.time()} | self.trainer.step_metrics.line()
+        metrics = self.trainer.step_metrics
+        line = {"step": state.global_step, "time": time.time()} | metrics.line()
         line |= {
             "learning_rate": logs["learning_rate"],
             "grad_norm": None if self.trainer.overflowed else float(logs["grad_norm"]),
@@ -247,12 +339,34 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self.last = now
-        self.trainer.step_metrics.reset()
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"] or 0.0):
-            raise RunError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite")
-        self.on_step(state.global_step, line)
+        _append(self.file, _finite(line))
+        if self.trainer.nonfinite_steps:
+            self._not_finite(line, metrics.keys)
+        metrics.reset()
+        self.on_step(state.global_step, _finite(line))
+
+    def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
+        file = self.file.with_name(NONFINITE)
+        found = {name: str(line[name]) for name in ("loss", "grad_norm")}
+        _append(file, {"step": line["step"], **found, "micro_batches": keys})
+        in_a_row = self.trainer.nonfinite_steps
+        if in_a_row >= self.trainer.settings.max_nonfinite_steps:
+            raise RunError(
+                f"step {line['step']}: loss {found['loss']}, gradient norm {found['grad_norm']}: not finite, as in "
+                f"{in_a_row} steps in a row (training.max_nonfinite_steps); {file} lists their samples"
+            )
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """A line of metrics with null in place of what is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]
@@ -268,7 +382,7 @@ class _CheckGradients(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""
-        if self.checked or not self.trainer.step_metrics.images:
+        if self.checked or not self.trainer.step_metrics.images or self.trainer.nonfinite_steps:
             return
         trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
         without = [name for name, parameter in trained if parameter.grad is None]
@@ -287,7 +401,8 @@ class _CheckGradients(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every B whose gradient is not zero has moved from zero."""
-        if self.checked or not self.trainer.step_metrics.images or self.trainer.overflowed:
+        skipped = self.trainer.overflowed or self.trainer.nonfinite_steps
+        if self.checked or not self.trainer.step_metrics.images or skipped:
             return
         stuck = [name for name, parameter in self.should_move.items() if not parameter.any()]
         if stuck:

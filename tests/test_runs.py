@@ -55,7 +55,7 @@ def fill(folder: Path) -> dict[str, bytes]:
     return contents(folder)
 
 
-@pytest.mark.parametrize("options", [(), ("--fresh",)], ids=["train", "fresh"])
+@pytest.mark.parametrize("options", [(), ("--resume", "none")], ids=["train", "anew"])
 @pytest.mark.parametrize("status", [None, "", "[]", '{"kilometres": 5}'], ids=["none", "empty", "list", "of a jogger"])
 def test_training_never_deletes_what_is_not_of_a_run(recipe, refusal, options, status):
     run_dir = recipe.parent / "run"
@@ -94,30 +94,16 @@ def test_outputs_are_deleted_and_nothing_else(tmp_path):
 # ------------------------------------------------------------------------------------------------- runs in the way
 
 
-def test_an_unfinished_run_is_begun_anew_only_when_asked(recipe, refusal, capsys):
-    run_dir = recipe.parent / "run"
-    assert status_of("train", recipe, *SHORT) == 0
-    capsys.readouterr()
-    RunStatus(status="stopped", step=1, max_steps=2).write(run_dir)
-    before = contents(run_dir)
-    assert "an unfinished run (stopped at step 1 of 2); runs cannot be resumed yet, --fresh starts it anew" in refusal(
-        "train", recipe, *SHORT
-    )
-    assert contents(run_dir) == before
-    assert status_of("train", recipe, *SHORT, "--fresh") == 0
-    assert RunStatus.read(run_dir).status == "finished"
-
-
 def test_a_run_of_another_recipe_is_left_alone(recipe, refusal, capsys):
     run_dir = recipe.parent / "run"
     assert status_of("train", recipe, *SHORT) == 0
     capsys.readouterr()
     before = contents(run_dir)
-    expected = "holds a run of another recipe (training differ); choose another output_dir"
+    expected = "holds a run of another recipe (training.learning_rate differ); choose another output_dir"
     assert expected in refusal("train", recipe, *SHORT, "training.learning_rate=2e-3")
     assert contents(run_dir) == before
     (run_dir / "recipe.yaml").unlink()
-    assert "has a run.json but no recipe.yaml; --fresh starts anew" in refusal("train", recipe, *SHORT)
+    assert "has a run.json but no recipe.yaml; --resume none starts anew" in refusal("train", recipe, *SHORT)
 
 
 @pytest.mark.parametrize(

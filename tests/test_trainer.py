@@ -53,9 +53,10 @@ def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, **opt
         tokenizer=template.tokenizer,
         micro_batches=[{"batch": batch} for batch in batches],
         micro_batches_per_step=micro_batches_per_step,
+        data_state=lambda step: {},
         settings=settings(**options),
         checkpoint_every=1000,
-        write_checkpoint=lambda trained, step: None,
+        write_checkpoint=lambda trainer: None,
         run_dir=tmp_path,
         seed=0,
         source_names=["toy"],
@@ -241,10 +242,12 @@ def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model):
     idefics.select_trainable(model)
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
-    trainer = trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
+    batch = batch_of([place(template, SAMPLES[0])])
+    trainer = trainer_of(model, template, [batch], tmp_path, 1, max_nonfinite_steps=1)
     with pytest.raises(RunError, match=r"step 1: loss nan.*not finite"):
         trainer.train()
-    assert "NaN" in (tmp_path / "metrics.jsonl").read_text(), "the line that shows it is written"
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["loss"] is line["grad_norm"] is None, "the line that shows it is written, as JSON"
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -444,7 +447,8 @@ def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
 
 def test_a_run_that_fails_says_so(finished, tmp_path):
     recipe = load_recipe(
-        Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path}", "training.learning_rate=1e30")
+        Path(finished.output_dir) / "recipe.yaml",
+        (f"output_dir={tmp_path}", "training.learning_rate=1e30", "training.max_nonfinite_steps=1"),
     )
     with pytest.raises(RunError, match="not finite"):
         run.train(recipe, run.prepare(recipe))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sft.cli import mix, select
 from sft.cli.terminal import Json, console, percent, preparation, print_json, progress, quiet_libraries, table
-from sft.cli.train import train
+from sft.cli.train import STOPPED, train
 
 REPORT = "quickstart.json"
 
@@ -70,6 +70,9 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     mix.show(mixture(recipe, sources.sources), out)
     out.print()
     status = train(recipe, out)
+    if status.status == "stopped":
+        out.print("Go on with: idefics-sft quickstart")
+        raise typer.Exit(STOPPED)
     selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)
     conversation = _ask(recipe, output_dir / "checkpoints" / selection.selected)

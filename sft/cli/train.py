@@ -1,5 +1,6 @@
 """`idefics-sft train RECIPE`: fine-tune, writing checkpoints."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,49 +8,68 @@ import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, Overrides, RecipeName, console, preparation, print_json, progress, quiet_libraries
+from sft.errors import UserError
+
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: try again, and it goes on."""
 
 
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start an unfinished run anew.")] = False,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|none|PATH", help="Go on with an unfinished run, start anew, or a checkpoint.")
+    ] = "auto",
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Go on although settings of the recipe changed.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Fine-tune as a recipe says; prepares what is missing."""
+    """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
     from sft.naming import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     out = console(to_stderr=json)
-    status = train(found, out, fresh=fresh)
+    status = train(found, out, resume=resume, allow_changed=allow_changed)
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
-        return
-    command = "select" if found.evaluation.benchmark or found.data.validation else "chat"
-    out.print(
-        f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft {command} {found.output_dir}"
-    )
+    if status.status == "stopped":
+        arguments = shlex.join([recipe, *(overrides or ())])
+        out.print(f"Go on with: idefics-sft train {arguments}", markup=False, soft_wrap=True)
+        raise typer.Exit(STOPPED)
+    if not json:
+        command = "select" if found.evaluation.benchmark or found.data.validation else "chat"
+        out.print(
+            f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft {command} {found.output_dir}"
+        )
 
 
-def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
+def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: bool = False) -> Any:
     """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
 
     Raises:
-        UserError: a run of another recipe is in the folder, or an unfinished one and not `fresh`.
+        UserError: a run of another recipe is in the folder, or the checkpoint to go on from is not whole.
     """
-    from sft.errors import UserError
     from sft.run_status import RunStatus
 
     run_dir = Path(recipe.output_dir)
-    status = None if fresh else RunStatus.read(run_dir)
+    status = None if resume == "none" else RunStatus.read(run_dir)
+    resume_from = None
     if status:
-        _refuse_other_recipe(recipe, run_dir)
-        if status.status != "finished":
+        changed = changed_settings(recipe, run_dir)
+        if changed and not allow_changed:
             raise UserError(
-                f"{run_dir}: holds an unfinished run ({status.status} at step {status.step} of {status.max_steps}); "
-                "runs cannot be resumed yet, --fresh starts it anew"
+                f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir, "
+                "or --allow-changed goes on with these, not as it would have without a break"
             )
-        out.print(f"{run_dir}: a finished run is here already; nothing is trained")
-        return status
+        if changed:
+            out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
+        if status.status == "finished" and resume == "auto" and status.step >= recipe.training.max_steps:
+            out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
+            return status
+        resume_from = _checkpoint(resume, run_dir, out)
+    elif resume not in ("auto", "none"):
+        raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
     quiet_libraries()
     from sft import run as runs
 
@@ -58,24 +78,60 @@ def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
-            update(step, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
+            loss = "not finite" if line["loss"] is None else f"{line['loss']:.3f}"
+            update(step, f"loss {loss}  {line['tokens_per_second']:,.0f} tokens/s")
 
-        return runs.train(recipe, sources, on_step, out.print)
+        return runs.train(recipe, sources, on_step, out.print, resume_from)
 
 
-def _refuse_other_recipe(recipe: Any, run_dir: Path) -> None:
-    from sft.errors import UserError
+def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
+    """Where to go on; None where no step of the run is kept.
+
+    Raises:
+        UserError: the one that is asked for is none of this run, or not whole.
+    """
+    from sft.checkpoint import check_state, newest_state
+
+    folder = run_dir / "checkpoints"
+    if resume != "auto":
+        found: Path | None = Path(resume)
+        assert found is not None
+        if found.absolute().parent != folder.absolute():
+            raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
+        check_state(found)
+    else:
+        found = newest_state(folder, lambda line: out.print(line, markup=False))
+    out.print(
+        f"going on from {found}" if found else f"{run_dir}: no checkpoint to go on from; starting anew", markup=False
+    )
+    return found
+
+
+FREE = {
+    "data": {"store", "num_workers", "worker_timeout", "max_dirty_samples"},
+    "training": {"report_to", "max_nonfinite_steps"},
+}
+"""Settings that change nothing of what is trained."""
+
+
+def changed_settings(recipe: Any, run_dir: Path) -> list[str]:
+    """Dotted names of settings that differ from those of the run in a folder, and change what it trains.
+
+    Raises:
+        UserError: the run has no recipe.
+    """
     from sft.recipe import load_recipe
 
     file = run_dir / "recipe.yaml"
     if not file.is_file():
-        raise UserError(f"{run_dir}: has a run.json but no recipe.yaml; --fresh starts anew")
-    before, now = (
-        r.model_dump(include={"model", "data", "training", "checkpoints", "seed"}) for r in (load_recipe(file), recipe)
-    )
-    now["data"]["store"] = before["data"]["store"]  # where prepared data stands changes nothing
-    changed = [part for part in before if before[part] != now[part]]
-    if changed:
-        raise UserError(
-            f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir"
-        )
+        raise UserError(f"{run_dir}: has a run.json but no recipe.yaml; --resume none starts anew")
+    parts = {"model", "data", "training", "seed"}
+    before, now = (r.model_dump(include=parts) for r in (load_recipe(file), recipe))
+    changed = []
+    for part in sorted(parts):
+        if not isinstance(now[part], dict):
+            changed += [part] if before[part] != now[part] else []
+            continue
+        names = sorted(now[part].keys() - FREE.get(part, set()))
+        changed += [f"{part}.{name}" for name in names if before[part][name] != now[part][name]]
+    return changed

@@ -11,11 +11,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from sft.checkpoint import MANIFEST, checkpoints
+from sft.checkpoint import MANIFEST, STATE, checkpoints
 from sft.files import discard
 from sft.selection.choice import Selection
 
-STATE = "state"
 Part = Literal["weights", "state"]
 
 

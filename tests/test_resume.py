@@ -1,0 +1,229 @@
+"""A run that is stopped or killed goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import status_of
+from safetensors.torch import load_file
+from test_trainer import write_recipe
+
+from sft import run
+from sft.checkpoint import STATE, checkpoints, newest_state, step_of
+from sft.cli.train import changed_settings
+from sft.errors import RunError, UserError
+from sft.recipe import load_recipe
+from sft.run_status import RunStatus
+from sft.training_state import read_progress
+
+STEPS = ("training.max_steps=4", "training.warmup_steps=1", "checkpoints.every_steps=1", "data.validation=null")
+
+
+def recipe_of(folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    return load_recipe(write_recipe(folder), (*STEPS, *overrides))
+
+
+def trained(recipe, *, until=None, resume_from=None):
+    """Train; with `until`, stop after that step as a person would who lays a file there."""
+
+    def on_step(step, line):
+        if until and step == until - 1:
+            (Path(recipe.output_dir) / "stop").touch()
+
+    return run.train(recipe, run.prepare(recipe), on_step, resume_from=resume_from)
+
+
+def folder_of(recipe, step):
+    return Path(recipe.output_dir) / "checkpoints" / f"checkpoint-{step}"
+
+
+def metrics(recipe):
+    """What was computed at each step, without what it took."""
+    lines = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    took = ("time", "tokens_per_second", "peak_memory_bytes")
+    return [{key: value for key, value in line.items() if key not in took} for line in lines]
+
+
+def assert_same_state(one, other):
+    """Weights, optimizer, schedule and place in the data, to the bit."""
+    found, expected = (load_file(folder / STATE / "trained.safetensors") for folder in (one, other))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    found, expected = (torch.load(folder / STATE / "optimizer.pt", weights_only=True) for folder in (one, other))
+    torch.testing.assert_close(found["state"], expected["state"], rtol=0, atol=0)
+    assert found["param_groups"] == expected["param_groups"]
+    found, expected = (read_progress(folder / STATE) for folder in (one, other))
+    assert {key: found[key] for key in ("step", "schedule", "data")} == {
+        key: expected[key] for key in ("step", "schedule", "data")
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.tokens_per_step=512",),
+        ("model.mode=lora", "model.lora.dropout=0.1", "data.num_workers=1", "data.augment=crop"),
+        ("model.mode=qlora", "training.optimizer=adamw_8bit"),
+        ("training.optimizer=paged_adamw_8bit", "training.precision=float32"),
+    ],
+    ids=["full", "lora, dropout, crops, worker", "qlora, 8 bits", "full, paged, float32"],
+)
+def test_a_run_with_a_break_is_the_run_without_to_the_bit(tmp_path, overrides):
+    whole, broken = recipe_of(tmp_path / "whole", *overrides), recipe_of(tmp_path / "broken", *overrides)
+    assert trained(whole).status == "finished"
+    stopped = trained(broken, until=2)
+    assert (stopped.status, stopped.step) == ("stopped", 2)
+    assert not (Path(broken.output_dir) / "stop").exists()
+    finished = trained(broken, resume_from=folder_of(broken, 2))
+    assert (finished.status, finished.step, finished.tokens) == (
+        "finished",
+        4,
+        RunStatus.read(Path(whole.output_dir)).tokens,
+    )
+    assert metrics(broken) == metrics(whole)
+    assert_same_state(folder_of(broken, 4), folder_of(whole, 4))
+
+
+def test_only_the_newest_states_are_kept_and_all_weights(tmp_path):
+    recipe = recipe_of(tmp_path / "run")
+    trained(recipe)
+    found = checkpoints(folder_of(recipe, 4).parent)
+    assert [step_of(path) for path in found] == [1, 2, 3, 4]
+    assert [step_of(path) for path in found if (path / STATE).is_dir()] == [3, 4]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after step 3."""
+    recipe = recipe_of(tmp_path_factory.mktemp("stopped") / "run", "checkpoints.keep_state=3")
+    trained(recipe, until=3)
+    return recipe
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    """A copy of it, which may be damaged."""
+    import shutil
+
+    shutil.copytree(stopped.output_dir, tmp_path / "run")
+    return stopped.model_copy(update={"output_dir": str(tmp_path / "run")})
+
+
+def damage(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_state_that_is_not_whole_is_passed_over_and_it_is_said_why(copied):
+    said = []
+    folder = folder_of(copied, 3).parent
+    assert newest_state(folder, said.append) == folder_of(copied, 3) and not said
+    damage(folder_of(copied, 3) / STATE / "optimizer.pt")
+    (folder_of(copied, 2) / STATE / "trained.safetensors").unlink()
+    assert newest_state(folder, said.append) == folder_of(copied, 1)
+    assert "checkpoint-3: not gone on from: state/optimizer.pt is not what its hash says" in said[0]
+    assert "checkpoint-2: not gone on from: files of state/ are missing or cut off" in said[1]
+    with pytest.raises(UserError, match=r"checkpoint-3: cannot be gone on from: state/optimizer\.pt is not"):
+        trained(copied, resume_from=folder_of(copied, 3))
+
+
+def test_going_back_removes_what_comes_again(copied):
+    there = []
+
+    def on_step(step, line):
+        steps = [step_of(path) for path in checkpoints(folder_of(copied, 1).parent)]
+        there.append((steps, [line["step"] for line in metrics(copied)]))
+
+    run.train(copied, run.prepare(copied), on_step, resume_from=folder_of(copied, 1))
+    assert there == [([1], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2, 3, 4])]
+
+
+def test_other_data_are_refused(copied, monkeypatch):
+    monkeypatch.setattr("sft.prepared.Sources.fingerprint", lambda self: "other")
+    with pytest.raises(UserError, match="was trained on other prepared data"):
+        trained(copied, resume_from=folder_of(copied, 3))
+
+
+def test_settings_that_change_what_is_trained_are_named(copied):
+    def changed(*overrides):
+        return changed_settings(
+            load_recipe(Path(copied.output_dir) / "recipe.yaml", overrides), Path(copied.output_dir)
+        )
+
+    assert changed("data.num_workers=2", "checkpoints.every_steps=7", "evaluation.seed=3") == []
+    assert changed("training.learning_rate=1e-9", "data.augment=crop", "seed=5") == [
+        "data.augment",
+        "seed",
+        "training.learning_rate",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_stops_with_75_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, number):
+    path = write_recipe(tmp_path)
+    real = run.train
+
+    def interrupted(recipe, sources, on_step, *others):
+        def then(step, line):
+            on_step(step, line)
+            if step == 1:
+                os.kill(os.getpid(), number)
+
+        return real(recipe, sources, then, *others)
+
+    monkeypatch.setattr(run, "train", interrupted)
+    before = signal.getsignal(number)
+    assert status_of("train", path, *STEPS) == 75
+    assert signal.getsignal(number) == before
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"stopped after step 2 ({number.name})" in said and f"Go on with: idefics-sft train {path}" in said
+    monkeypatch.setattr(run, "train", real)
+    assert status_of("train", path, *STEPS) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "checkpoint-2" in said and "finished at step 4" in said
+    assert status_of("train", path, *STEPS) == 0
+    assert "nothing is trained" in capsys.readouterr().out.replace("\n", " ")
+
+
+# --------------------------------------------------------------------------------------------------- not finite
+
+
+def poisoned(monkeypatch, steps):
+    """Gradients that are not finite at some steps."""
+    from sft.trainer import Trainer
+
+    compute = Trainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step + 1 in steps else loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_lists_its_samples(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path / "run")
+    poisoned(monkeypatch, {2})
+    trained(recipe)
+    first, second = (load_file(folder_of(recipe, step) / "model.safetensors") for step in (1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [line["grad_norm"] is None for line in metrics(recipe)] == [False, True, False, False]
+    (line,) = map(json.loads, (Path(recipe.output_dir) / "nonfinite.jsonl").read_text().splitlines())
+    assert line["step"] == 2 and line["grad_norm"] == "nan" and all(keys for keys in line["micro_batches"])
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path / "run", "training.max_nonfinite_steps=2")
+    poisoned(monkeypatch, {2, 3, 4})
+    with pytest.raises(RunError, match=r"step 3: .* not finite, as in 2 steps in a row"):
+        trained(recipe)
+    assert RunStatus.read(Path(recipe.output_dir)).status == "failed"
