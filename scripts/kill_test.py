@@ -25,8 +25,10 @@ from typing import Any
 import yaml
 
 REPOSITORY = Path(__file__).parent.parent
-SETTLE_SECONDS = 0.3
-"""A kill that waits for a checkpoint comes up to so long after its staging folder was seen."""
+STEPS_A_KILL = 10
+"""So many more steps are trained for each kill, since a step takes a tenth of a second or two."""
+SECONDS = 0.3
+"""A kill comes up to so long after the first checkpoint of a start, or after the staging folder of one was seen."""
 
 
 def write_recipe(folder: Path, stores: Path, steps: int) -> Path:
@@ -72,7 +74,7 @@ def newest_step(run_dir: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in run_dir.glob("checkpoints/checkpoint-*")), default=0)
 
 
-def kill_once(recipe: Path, run_dir: Path, random_: random.Random, step_seconds: float, aimed: bool) -> int | None:
+def kill_once(recipe: Path, run_dir: Path, random_: random.Random, aimed: bool) -> int | None:
     """Train until the kill; the steps that were done and are lost by it, None where training ended before."""
     process = start(recipe)
     begun = newest_step(run_dir)
@@ -81,9 +83,7 @@ def kill_once(recipe: Path, run_dir: Path, random_: random.Random, step_seconds:
     if aimed:
         while not [*run_dir.glob("checkpoints/.*.staging")] and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(random_.uniform(0, SETTLE_SECONDS))
-    else:
-        time.sleep(random_.uniform(0, 2 * step_seconds))
+    time.sleep(random_.uniform(0, SECONDS / 10 if aimed else SECONDS))
     if process.poll() is not None:
         return None
     os.killpg(process.pid, signal.SIGKILL)
@@ -128,18 +128,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    steps = 2 * options.kills + 2
+    steps = STEPS_A_KILL * (options.kills + 1)
     with tempfile.TemporaryDirectory(prefix="idefics-sft-kill-") as name:
         folder = Path(name)
         whole, killed = folder / "whole", folder / "killed"
         recipes = [write_recipe(run_dir, folder / "stores", steps) for run_dir in (whole, killed)]
-        begun = time.perf_counter()
         finish(recipes[0])
-        step_seconds = (time.perf_counter() - begun) / steps
         random_ = random.Random(options.seed)
         lost = []
         for number in range(options.kills):
-            found = kill_once(recipes[1], killed, random_, step_seconds, aimed=number % 2 == 1)
+            found = kill_once(recipes[1], killed, random_, aimed=number % 2 == 1)
             if found is None:
                 break
             lost.append(found)
