@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,16 @@ def test_a_signal_stops_with_75_and_the_same_command_goes_on(tmp_path, monkeypat
     assert "checkpoint-2" in said and "finished at step 4" in said
     assert status_of("train", path, *STEPS) == 0
     assert "nothing is trained" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_killed_runs_end_like_one_that_was_left_alone():
+    """Really killed, in processes of their own; `scripts/kill_test.py --kills 20` is the long form."""
+    script = Path(__file__).parent.parent / "scripts" / "kill_test.py"
+    command = [sys.executable, str(script), "--kills", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["kills"], result["equal"]) == (1, True)
 
 
 # --------------------------------------------------------------------------------------------------- not finite
