@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 
 from sft.encoding import EncodedSamples
 from sft.held_out import Side
+from sft.image_keys import read_numbers
 from sft.mixture import Cursor, Mixture, mix64
 from sft.planner import Planner
 from sft.prepared import Part, PreparedSource
@@ -135,9 +137,7 @@ def _memory(folder: Path) -> dict[str, int]:
         Mixture(stated_sources(recipe.data), unit="tokens", seed=recipe.seed, caps=Caps(2048, 24, 1)).streams[0].order
     )
     write_arrays(folder, order.take(Cursor(), ROWS_WRITTEN).rows)
-    store = SimpleNamespace(
-        path=folder, num_images=NUM_IMAGES, image_keys=np.memmap(folder / "image_keys.bin", np.int64, "r")
-    )
+    store = SimpleNamespace(path=folder, num_images=NUM_IMAGES, image_keys=read_numbers(folder / "image_keys.bin"))
     part = Part(store, EncodedSamples(folder))
     source = PreparedSource(recipe.data.mixture[0], 1.0, [part], recipe.data, None, Side.TRAIN)
     planner = Planner([source], recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
@@ -169,6 +169,7 @@ def write_arrays(folder: Path, rows: NDArray[np.int64]) -> None:
         "num_trained": (NUM_SAMPLES, rows, np.full(len(rows), 700)),
         "image_rows": (NUM_IMAGES, images, images),
         "image_keys": (NUM_IMAGES, images, (mix64(images, 2) >> np.uint64(1)).astype(np.int64)),
+        "samples": (NUM_SAMPLES, rows, rows),
         "trained_spans": (0, rows[:0], rows[:0]),
     }
     for name, (size, places, values) in arrays.items():
@@ -178,8 +179,11 @@ def write_arrays(folder: Path, rows: NDArray[np.int64]) -> None:
             array = np.memmap(folder / f"{name}.bin", np.int64, "r+")
             array[places] = values
             array.flush()
+            del array
+            with (folder / f"{name}.bin").open("rb") as file:  # read from disk, as after a day
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     dtypes = {name: "<i8" for name in arrays if name != "image_keys"}
-    (folder / "index.json").write_text(json.dumps({"dtypes": dtypes}))
+    (folder / "index.json").write_text(json.dumps({"dtypes": dtypes, "changes": {}}))
 
 
 def main() -> None:

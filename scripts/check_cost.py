@@ -22,28 +22,37 @@ from sft.cost.configs import read_config
 from sft.cost.devices import GIB
 from sft.cost.formula import cost
 from sft.cost.oracle import measure
-from sft.cost.setting import Setting
+from sft.cost.setting import PARTS, Setting
 from sft.cost.shapes import shape_of
 
 TOLERANCE = 0.10
 PACK = {"tokens": 2048, "images": 24, "trained_tokens": 2047}
 AGAIN: dict[str, Any] = {"checkpointing": True}
-TEXT_SIDE: dict[str, Any] = {"lora_parts": ("language", "cross_attention"), "lora_rank": 64}
+LAYERS_OF = shape_of(read_config("HuggingFaceM4/idefics-9b")).layers_of
+TEXT_SIDE: dict[str, Any] = {"lora_layers": LAYERS_OF(("language", "cross_attention"))}
+EVERYWHERE: dict[str, Any] = {"lora_layers": LAYERS_OF(PARTS)}
+BESIDE: dict[str, Any] = {"trainable": ("gates", "resampler", "extra_rows")}
 
 CONFIGURATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("9b", "full", {}),
     ("9b", "full, checkpointing", AGAIN),
     ("9b", "full, checkpointing, one micro-batch a step", AGAIN | {"accumulates": False}),
     ("9b", "full, checkpointing, 8-bit optimizer", AGAIN | {"optimizer": "adamw_8bit"}),
-    ("9b", "lora", {"mode": "lora"}),
-    ("9b", "lora, checkpointing", {"mode": "lora"} | AGAIN),
-    ("9b", "lora of the text side, r = 64, checkpointing", {"mode": "lora"} | AGAIN | TEXT_SIDE),
-    ("9b", "qlora", {"mode": "qlora"}),
-    ("9b", "qlora, checkpointing", {"mode": "qlora"} | AGAIN),
-    ("9b", "qlora, 512 tokens, 2 images", {"mode": "qlora", "tokens": 512, "trained_tokens": 511, "images": 2}),
+    ("9b", "only cross-attention, gates and resampler", {"trainable": ("cross_attention", "gates", "resampler")}),
+    ("9b", "lora", {"mode": "lora"} | TEXT_SIDE),
+    ("9b", "lora, checkpointing", {"mode": "lora"} | TEXT_SIDE | AGAIN),
+    ("9b", "lora everywhere, r = 64, checkpointing", {"mode": "lora", "lora_rank": 64} | EVERYWHERE | AGAIN),
+    ("9b", "qlora", {"mode": "qlora"} | TEXT_SIDE),
+    ("9b", "qlora, checkpointing", {"mode": "qlora"} | TEXT_SIDE | AGAIN),
+    ("9b", "qlora, gates and resampler trained, checkpointing", {"mode": "qlora"} | TEXT_SIDE | BESIDE | AGAIN),
+    (
+        "9b",
+        "qlora, 512 tokens, 2 images",
+        {"mode": "qlora", "tokens": 512, "trained_tokens": 511, "images": 2} | TEXT_SIDE,
+    ),
     ("80b", "full, checkpointing", AGAIN),
-    ("80b", "lora", {"mode": "lora"}),
-    ("80b", "qlora, checkpointing", {"mode": "qlora"} | AGAIN),
+    ("80b", "lora", {"mode": "lora"} | TEXT_SIDE),
+    ("80b", "qlora, checkpointing", {"mode": "qlora"} | TEXT_SIDE | AGAIN),
 )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.chat_template import ChatTemplate
-from sft.files import discard, staged, whole_file
+from sft.files import discard, mapped, read_ahead, staged, whole_file
 from sft.fitting import Fitter, Limits
 from sft.parallel import ordered_map
 from sft.sample import EncodedSample, Sample, TrainOn
@@ -46,7 +46,7 @@ class EncodedSamples:
         self.changes: dict[str, int] = index["changes"]
         """How many samples were not used as they are, by what was done, since they do not fit a pack."""
         self.total_tokens: int = index["tokens"]
-        self._array = {name: _open(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in index["dtypes"].items()}
+        self._array = {name: mapped(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in index["dtypes"].items()}
         self._array["trained_spans"] = self._array["trained_spans"].reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -80,8 +80,14 @@ class EncodedSamples:
 
     @property
     def all_rows(self) -> NDArray[np.int64]:
-        """0, 1, 2, …"""
+        """0, 1, 2, …, for whoever is about to look at all of them."""
+        self.read_ahead()
         return np.arange(len(self))
+
+    def read_ahead(self) -> None:
+        """All rows are about to be looked at."""
+        for numbers in self._array.values():
+            read_ahead(numbers)
 
     def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of some samples."""
@@ -223,11 +229,6 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "samples": np.array([row for row, _ in pieces], np.int64),
         "changes": np.array(json.dumps(fitter.changes)),
     }
-
-
-def _open(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A file of numbers, mapped into memory; an empty one cannot be."""
-    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
 
 
 def fingerprint(template: ChatTemplate, limits: Limits | None = None) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 
 def hash_file(path: Path) -> str:
@@ -76,6 +79,29 @@ def staged(path: Path) -> Iterator[Path]:
     discard(path)
     staging.rename(path)
     _sync(path.parent)
+
+
+def mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A file of numbers, mapped into memory to be read here and there; an empty one cannot be.
+
+    Without advice the system reads ahead around every number that is looked at.
+    """
+    if not file.stat().st_size:
+        return np.empty(0, dtype)
+    numbers = np.memmap(file, dtype, "r")
+    _advise(numbers, "MADV_RANDOM")
+    return numbers
+
+
+def read_ahead(numbers: NDArray[Any]) -> None:
+    """Let the system read ahead after all in a file that is `mapped`: all of it is about to be looked at."""
+    if isinstance(numbers, np.memmap):
+        _advise(numbers, "MADV_NORMAL")
+
+
+def _advise(numbers: np.memmap[Any, Any], advice: str) -> None:
+    if hasattr(mmap, advice):  # not on Windows
+        numbers._mmap.madvise(getattr(mmap, advice))  # type: ignore[attr-defined]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.files import mapped
+
 KEYS, ORDER = "image_keys.bin", "image_order.bin"
 NUM_KEYS = 2**63
 
@@ -28,5 +30,5 @@ def write_image_keys(folder: Path, first_words: NDArray[np.uint64]) -> None:
 
 
 def read_numbers(file: Path) -> NDArray[np.int64]:
-    """A file of numbers, mapped into memory; an empty one cannot be."""
-    return np.memmap(file, np.int64, "r") if file.stat().st_size else np.empty(0, np.int64)
+    """A file of numbers, mapped into memory."""
+    return mapped(file, np.dtype(np.int64))

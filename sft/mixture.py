@@ -207,6 +207,17 @@ class _Chunk(NamedTuple):
     encodes_before: Ints
 
 
+class Coming(NamedTuple):
+    """Samples that may be drawn next, in their order."""
+
+    middles: NDArray[np.float64]
+    """What the target of the source has to reach for each to be drawn."""
+    tokens: Ints
+    encodes: Ints
+    """The images to be placed for them, one sample after another."""
+    num_encodes: Ints
+
+
 class Stream:
     """One source: endless, or up to its last epoch."""
 
@@ -238,12 +249,17 @@ class Stream:
         """How often the source was gone through."""
         return self.passed / len(self.sizes)
 
-    def upto(self, target: float) -> tuple[int, Ints]:
-        """Tokens of the samples that would come nearest to a target, and the images to be placed for them."""
+    def upto(self, target: float) -> Coming:
+        """The samples that would come nearest to a target."""
         chunk = self._reach(target)
-        stop = self._stop(chunk, target)
-        tokens = int(chunk.tokens_before[stop] - chunk.tokens_before[self._start])
-        return tokens, chunk.encodes[chunk.encodes_before[self._start] : chunk.encodes_before[stop]]
+        start, stop = self._start, self._stop(chunk, target)
+        encodes, borders = chunk.encodes_before, (chunk.encodes_before[start], chunk.encodes_before[stop])
+        return Coming(
+            middles=chunk.middles[start:stop],
+            tokens=np.diff(chunk.tokens_before[start : stop + 1]),
+            encodes=chunk.encodes[borders[0] : borders[1]],
+            num_encodes=np.diff(encodes[start : stop + 1]),
+        )
 
     def take(self, target: float) -> Draw:
         """Those samples; what no pack can hold is left out and counted."""
@@ -383,11 +399,15 @@ class Mixture:
         if not any(shares):
             return [stream.take(stream.target) for stream in self.streams]
 
+        ahead = _Ahead(self.streams, shares, float(num_tokens))
+
         def is_too_much(rise: float) -> bool:
-            found = [s.upto(s.target + share * rise) for s, share in zip(self.streams, shares, strict=True)]
-            if sum(tokens for tokens, _ in found) > num_tokens:
+            nonlocal ahead
+            if rise > ahead.rise:
+                ahead = _Ahead(self.streams, shares, rise)
+            tokens, images = ahead.upto(rise)
+            if tokens > num_tokens:
                 return True
-            images = np.concatenate([images for _, images in found])
             if len(images) <= min(num_images, most_of_one_image):
                 return False
             return len(images) > num_images or int(np.unique(images, return_counts=True)[1].max()) > most_of_one_image
@@ -416,6 +436,23 @@ class Mixture:
         """Go on where `state` was taken."""
         for stream, own in zip(self.streams, state, strict=True):
             stream.restore(own)
+
+
+class _Ahead:
+    """What all sources would give up to a rise of the level: laid end to end, so that a search asks them at once."""
+
+    def __init__(self, streams: Sequence[Stream], shares: Sequence[float], rise: float) -> None:
+        self.rise = rise
+        self.targets, self.shares = np.array([stream.target for stream in streams]), np.array(shares)
+        coming = [s.upto(s.target + share * rise) for s, share in zip(streams, shares, strict=True)]
+        self.numbers = [len(source.middles) for source in coming]
+        self.all = Coming(*map(np.concatenate, zip(*coming, strict=True)))
+
+    def upto(self, rise: float) -> tuple[int, Ints]:
+        """Tokens of the samples up to a lower rise, and the images to be placed for them."""
+        is_drawn = self.all.middles <= np.repeat(self.targets + self.shares * rise, self.numbers)
+        images = self.all.encodes[np.repeat(is_drawn, self.all.num_encodes)]
+        return int(self.all.tokens[is_drawn].sum()), images
 
 
 _STEPS_OF_SEARCH = 24

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sft.collate import PlacedSample
 from sft.encoding import EncodedSamples
 from sft.errors import UserError
+from sft.files import read_ahead
 from sft.held_out import HoldOut, Side, texts_of
 from sft.images import size_of
 from sft.mixture import Groups, Ints, mix64
@@ -107,6 +108,9 @@ class PreparedSource:
         if self.data.max_samples_per_image_per_pack == 1 or self._shows_each_image_once():
             return None
         rows = np.arange(len(self))
+        for part in self.parts:
+            part.encoded.read_ahead()
+            read_ahead(part.store.image_keys)
         keys, numbers = self.images(rows)
         # Equal for equal sets of images; samples without any have a group each.
         of = np.repeat(rows, numbers)
@@ -181,6 +185,7 @@ class PreparedSource:
 
 def _sides(part: Part, hold_out: HoldOut) -> NDArray[np.int8]:
     """The side of each row: that of the whole sample it comes from."""
+    read_ahead(part.store.image_keys)
     image_keys, numbers = part.image_keys(part.encoded.all_rows)
     samples = part.encoded.samples
     num_images = np.bincount(samples, weights=numbers, minlength=len(part.store)).astype(np.int64)

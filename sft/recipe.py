@@ -395,6 +395,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError("\n".join(_explain(path, node, problem) for problem in error.errors())) from error
 
 
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some dotted overrides; what it left out is filled in anew.
+
+    Raises:
+        UserError: it would not be a recipe.
+    """
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{' '.join(overrides)}: {error.errors()[0]['msg']}") from error
+
+
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """ValueError: not UTF-8, or a date like 2026-13-41. RecursionError: brackets thousands deep."""
 

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,8 @@ from sft.cost.devices import DEVICES, GIB
 from sft.cost.formula import FOUR_BIT_BYTES, cost, trained_parameters
 from sft.cost.oracle import measure
 from sft.cost.planning import plan
-from sft.cost.setting import Setting
+from sft.cost.setting import PARTS, Setting
 from sft.cost.shapes import shape_of
-from sft.errors import UserError
 from sft.recipe import load_recipe
 
 SMALL = Setting(tokens=256, images=2, trained_tokens=255)
@@ -71,10 +70,28 @@ def test_nf4_with_double_quantisation_takes_4_127_bits():
 # --------------------------------------------------------------------------------------- the formula and the oracle
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
-def test_the_formula_agrees_with_the_real_model_under_fake_tensors(mode, checkpointing):
-    setting = replace(SMALL, mode=mode, checkpointing=checkpointing)
+LAYERS = shape_of(middling_config()).layers_of
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "8-bit states": {"optimizer": "adamw_8bit"},
+    "not the language model": {"trainable": ("cross_attention", "gates", "resampler", "vision")},
+    "lora": {"mode": "lora", "lora_layers": LAYERS(("language", "cross_attention"))},
+    "lora everywhere": {"mode": "lora", "lora_layers": LAYERS(PARTS)},
+    "qlora": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention"))},
+    "qlora and gates": {
+        "mode": "qlora",
+        "trainable": ("gates", "resampler", "extra_rows"),
+        "lora_layers": LAYERS(["language.mlp"]),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "checkpointing"),
+    [(way, False) for way in WAYS] + [(way, True) for way in ("full", "lora everywhere", "qlora and gates")],
+)
+def test_the_formula_agrees_with_the_real_model_under_fake_tensors(way, checkpointing):
+    setting = replace(SMALL, checkpointing=checkpointing, **WAYS[way])
     config = middling_config()
     measured, quick = measure(IdeficsConfig.from_dict(config), setting), cost(shape_of(config), setting)
     assert measured.trainable_parameters == trained_parameters(shape_of(config), setting)
@@ -130,17 +147,33 @@ def test_80b_instruct_fits_384_a100_and_takes_about_the_three_days_of_its_card()
 
 
 def test_a_qlora_recipe_is_planned_by_its_keys_and_checkpointing_brings_it_onto_a_t4():
-    lora = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=("language", "q_proj", "v_proj"))
-    recipe = load_recipe(CARD, ["training.gradient_checkpointing=false"])
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"mode": "qlora", "lora": lora})})
-    planned = plan(recipe, DEVICES["t4-16"], 1, 0.35, None)
-    assert planned.report["trainable_parameters"] == 32 * 2 * 8 * (4096 + 4096) + 2 * 3 * 4096
+    overrides = ["model.mode=qlora", "model.lora.r=8", "training.gradient_checkpointing=false"]
+    planned = plan(load_recipe(CARD, overrides), DEVICES["t4-16"], 1, 0.35, None)
+    D, F, E = 4096, 11008, 1280
+    a_layer = 8 * (4 * (D + D) + 3 * (D + F))
+    looking = 8 * (2 * (D + D) + 2 * (E + D) + 3 * (D + F))
+    assert planned.report["trainable_parameters"] == 32 * a_layer + 8 * looking + 2 * 3 * D
     assert planned.setting.precision == "float16" and not planned.report["fits"]
     assert planned.report["advice"][0].startswith("training.gradient_checkpointing=true: ")
     assert not any("--gpus" in line for line in planned.report["advice"])
-    lora.targets = "all-linear"
-    with pytest.raises(UserError, match="found 'all-linear'"):
-        plan(recipe, DEVICES["t4-16"], 1, 0.35, None)
+
+
+def test_targets_trainable_groups_and_the_optimizer_of_a_recipe_count():
+    def report(*overrides):
+        return plan(load_recipe(CARD, ["model.mode=lora", *overrides]), DEVICES["a100-80"], 1, 0.35, None).report
+
+    text = report("model.lora.targets=[language.attention]")
+    assert text["trainable_parameters"] == 32 * 16 * 4 * (4096 + 4096) + 2 * 3 * 4096
+    gated = report("model.lora.targets=[language.attention]", "model.trainable=[gates, resampler]")
+    resampler = released("9b").part_parameters("resampler")
+    assert gated["trainable_parameters"] == text["trainable_parameters"] + resampler + 8 * 2
+    by_target = ("attention", "mlp")
+    assert report()["trainable_parameters"] == sum(
+        report(f"model.lora.targets=[{group}.{target}]")["trainable_parameters"]
+        for group in ("language", "cross_attention")
+        for target in by_target
+    ) - 3 * (2 * 3 * 4096)
+    assert report("training.optimizer=adamw_8bit")["bytes"]["optimizer"] < text["bytes"]["optimizer"]
 
 
 # --------------------------------------------------------------------------------------------------- the command

@@ -4,9 +4,10 @@ Memory is taken at every moment at which it can be largest: when the loss is com
 each part of the model, and when the optimizer updates. What each operation keeps for its backward pass is listed layer
 by layer below. scripts/check_cost.py holds the result against the real model under fake tensors.
 
-Types of numbers. On one GPU, or several with a copy each (`ddp`), full training keeps float32 weights and autocast
-computes in half precision: norms and the residual stream stay float32, and each linear layer keeps its own half copy of
-its input and of its weight. Frozen weights (LoRA), ZeRO-3 and FSDP2 are half precision throughout ("native").
+Types of numbers. On one GPU, or several with a copy each (`ddp`), what is trained is float32 and autocast computes in
+half precision: norms and the residual stream stay float32, and each linear layer keeps its own half copy of its input
+and of its weight. Frozen matrices are half precision or, in QLoRA, those of QUANTISED 4 bits; all else that is frozen
+is float32 (`sft.models.idefics.load_model`). ZeRO-3 and FSDP2 are half precision throughout ("native").
 
 Shape letters: D, F hidden and intermediate size of the language model; E, I of the vision tower. All sizes in bytes.
 """
@@ -17,12 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sft.cost.setting import Setting
+from sft.cost.setting import PARTS, Setting
 from sft.cost.shapes import Linear, Part, Shape
 
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in nf4 with double quantisation: an 8-bit scale for 64 weights, a float32 one for 256 of those:
 4.127 bits (QLoRA, Dettmers and others, 2023, section 3)."""
+
+QUANTISED: tuple[Part, ...] = ("language", "cross_attention")
+"""Parts whose frozen matrices are stored in 4 bits in QLoRA (`sft.models.idefics.QUANTISED`)."""
 
 EIGHT_BIT_STATE_BYTES = 1 + 4 / 256
 """Of one of Adam's two states in 8 bits: a float32 scale for 256 numbers (bitsandbytes' blockwise optimizers)."""
@@ -76,26 +80,30 @@ def _targets(shape: Shape, setting: Setting, part: Part | None = None) -> list[L
     return [
         linear
         for linear in shape.linears
-        if setting.mode != "full" and linear.name in setting.lora_targets and linear.part in setting.lora_parts
+        if setting.mode != "full" and f"{linear.part}.{linear.name}" in setting.lora_layers
         if part in (None, linear.part)
     ]
 
 
 def _trained(shape: Shape, setting: Setting) -> dict[str, int]:
-    """Trained parameters by part of the model; under LoRA the adapters, and the extra rows of embedding and head."""
-    parts: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
-    if setting.mode == "full":
-        trained: dict[str, int] = {part: shape.part_parameters(part) for part in parts}
-        trained["vision"] -= shape.never_trained
-        return trained | dict.fromkeys(("embedding", "head"), shape.embedding_parameters)
-    adapters = {
-        part: sum(
-            setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
-            for linear in _targets(shape, setting, part)
-        )
-        for part in parts
+    """Trained parameters by part of the model: weights of the groups that are trained, adapters of the others."""
+    groups = setting.trained
+    weights = {part: shape.part_parameters(part) for part in PARTS}
+    weights["cross_attention"] -= shape.gates
+    weights["vision"] -= shape.never_trained
+    trained: dict[str, int] = {
+        part: weights[part] if part in groups else _adapter_parameters(shape, setting, part) for part in PARTS
     }
-    return adapters | dict.fromkeys(("embedding", "head"), shape.extra_rows * shape.hidden)
+    trained["cross_attention"] += shape.gates * ("gates" in groups)
+    extra = shape.extra_rows * shape.hidden * ("extra_rows" in groups)
+    for name, group in (("embedding", "embeddings"), ("head", "head")):
+        trained[name] = shape.vocabulary * shape.hidden * (group in groups) + extra
+    return trained
+
+
+def _adapter_parameters(shape: Shape, setting: Setting, part: Part) -> int:
+    adapted = _targets(shape, setting, part)
+    return sum(setting.lora_rank * (linear.inputs + linear.outputs) * linear.count for linear in adapted)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
@@ -107,8 +115,7 @@ class _Memory:
     def __init__(self, shape: Shape, setting: Setting) -> None:
         self.shape, self.setting = shape, setting
         self.half = 4 if setting.precision == "float32" else 2
-        self.full = setting.mode == "full"
-        self.autocast = self.full and setting.engine == "ddp" and self.half == 2
+        self.autocast = setting.engine == "ddp" and self.half == 2
         self.stream = 4 if self.autocast else self.half
         self.shards = 1 if setting.engine == "ddp" else setting.gpus
         self.trained = _trained(shape, setting)
@@ -121,7 +128,7 @@ class _Memory:
         """The parts at each moment that can be the largest."""
         stages, logits = self.stages(), self.setting.trained_tokens * self.shape.vocabulary_rows
         copies = sum(stage.copies for stage in stages)
-        head_copy = self.half * self.trained["head"] * self.autocast
+        head_copy = self.half * self.shape.embedding_parameters * self.autocast
         done = 0.0
         # The logits in half and in float32, and their logarithms; autocast still holds a copy of every weight.
         yield self.at(done, stages, logits * (self.half + 8), self.weight_copies())
@@ -158,15 +165,27 @@ class _Memory:
 
     def weights(self) -> float:
         """Weights, and the float32 masters where the weights themselves are half precision."""
-        trained, everything = sum(self.trained.values()), self.shape.parameters
-        if self.full:
-            size = (6.0 if self.setting.engine == "zero3" and self.half == 2 else 4.0) * everything
-        else:
-            frozen = everything - 2 * self.shape.extra_rows * self.shape.hidden
-            linears = sum(linear.weights * linear.count for linear in self.shape.linears)
-            quantised = linears if self.setting.mode == "qlora" else 0
-            size = 4 * trained + self.half * (frozen - quantised) + FOUR_BIT_BYTES * quantised
-        return size / self.shards
+        trained = sum(self.trained.values())
+        master = 6 if self.setting.engine == "zero3" and self.half == 2 else 4
+        adapters = sum(_adapter_parameters(self.shape, self.setting, part) for part in PARTS if self.frozen(part))
+        frozen = self.shape.parameters - (trained - adapters)
+        frozen_linears = {part: self.linear_weights(part) for part in PARTS if self.frozen(part)}
+        quantised = sum(size for part, size in frozen_linears.items() if self.quantised(part))
+        matrices = sum(frozen_linears.values()) - quantised + self.shape.pixel_weights * self.frozen("vision")
+        exact = (4 if self.autocast else self.half) * (frozen - quantised - matrices)
+        return (master * trained + self.half * matrices + FOUR_BIT_BYTES * quantised + exact) / self.shards
+
+    def frozen(self, part: Part) -> bool:
+        """Whether the weights of a part are not trained."""
+        return part not in self.setting.trained
+
+    def quantised(self, part: Part) -> bool:
+        """Whether the matrices of a part are stored in 4 bits."""
+        return self.setting.mode == "qlora" and part in QUANTISED and self.frozen(part)
+
+    def linear_weights(self, part: Part) -> int:
+        """Of all linear layers of a part."""
+        return sum(linear.weights * linear.count for linear in self.shape.of_part(part))
 
     @property
     def gradient_bytes(self) -> int:
@@ -179,13 +198,16 @@ class _Memory:
         return 4 * sum(self.trained.values()) * several
 
     def optimizer(self) -> float:
-        """Adam's two states; paged ones lie in the machine's memory when the GPU's is short."""
+        """Adam's two states, of embeddings never in 8 bits; paged ones lie in the machine's memory when the GPU's is
+        short."""
+        trained, embedding = sum(self.trained.values()), self.trained["embedding"]
         state = {"adamw": 4, "adamw_8bit": EIGHT_BIT_STATE_BYTES, "paged_adamw_8bit": 0}[self.setting.optimizer]
-        return 2 * state * sum(self.trained.values()) / self.shards
+        of_embedding = 0 if self.setting.optimizer == "paged_adamw_8bit" else 4
+        return 2 * (state * (trained - embedding) + of_embedding * embedding) / self.shards
 
     def pixels(self) -> float:
         """The images themselves, uint8, and what the tower's first layer keeps of them."""
-        kept = self.half if self.full else 0
+        kept = 0 if self.frozen("vision") else self.half
         return self.setting.images * 3 * self.shape.image_size**2 * (1 + kept)
 
     def gathered(self) -> float:
@@ -205,16 +227,11 @@ class _Memory:
 
     def weight_copies(self) -> float:
         """Half-precision copies of every float32 weight of a linear layer, held by autocast during the forward pass."""
-        return sum(self.copies_of(part) for part in _PARTS) + self.half * self.trained["head"] * self.casts
-
-    @property
-    def casts(self) -> bool:
-        """Whether trained float32 weights are computed with in half precision."""
-        return self.half == 2 and (self.autocast or not self.full)
+        return sum(self.copies_of(part) for part in PARTS) + self.half * self.shape.embedding_parameters * self.autocast
 
     def copies_of(self, part: Part) -> float:
-        linears = sum(linear.weights * linear.count for linear in self.shape.of_part(part))
-        return self.half * self.casts * (linears if self.full else self.trained[part])
+        adapters = _adapter_parameters(self.shape, self.setting, part)
+        return self.half * self.autocast * (adapters if self.frozen(part) else self.linear_weights(part))
 
     def layer_parameters(self, part: Part) -> int:
         return sum(linear.weights for linear in self.shape.of_part(part))
@@ -243,7 +260,9 @@ class _Memory:
         both = inputs["language"] if setting.checkpointing else None
         result.append(self.stage("cross_attention", shape.cross_layers, both or cross, cross, tokens))
         result.append(self.stage("language", shape.layers, both or text, text, tokens))
-        last_norm = self.rms_norm(shape.hidden, self.stream) + shape.hidden * self.half  # and the input of the head
+        last_norm = (
+            self.rms_norm("language", shape.hidden, self.stream) + shape.hidden * self.half
+        )  # and the input of the head
         result[-1] = replace(result[-1], kept=result[-1].kept + tokens * last_norm)
         return result
 
@@ -254,12 +273,12 @@ class _Memory:
         largest = max((linear.weights for linear in self.shape.of_part(part)), default=0)
         wide = {"vision": self.shape.vision_intermediate}.get(part, self.shape.intermediate)
         working = 2.0 * rows * wide * self.half  # gradients on their way through the widest part of the layer
-        if self.full:
+        if not self.frozen(part):
             working += (self.half + 4) * largest  # the gradient of a weight, in half and in float32
-        if self.setting.mode == "qlora":
+        if self.quantised(part):
             working += self.half * largest  # a weight unpacked
         if again:
-            working += layer + self.half * weights * self.autocast
+            working += layer + self.half * weights * (self.autocast and not self.frozen(part))
         return Stage(
             part=part,
             kept=kept * layers,
@@ -275,53 +294,60 @@ class _Memory:
         Where the input comes in float32 (`stream`) autocast makes a copy for each; so does PEFT's layer, but for
         bitsandbytes.
         """
-        kept = len(names) if self.full else len({linear.name for linear in self.targets(part)} & set(names))
-        dropped = 0 if self.full else self.setting.lora_dropout > 0  # its result, and a byte that says what was kept
-        own_copies = (self.half == 2 and ((stream or self.stream) == 4 or self.setting.mode == "lora")) or dropped
+        frozen = self.frozen(part)
+        kept = len({linear.name for linear in self.targets(part)} & set(names)) if frozen else len(names)
+        dropped = frozen and self.setting.lora_dropout > 0  # its result, and a byte that says what was kept
+        by_peft = frozen and not self.quantised(part)
+        own_copies = (self.half == 2 and ((stream or self.stream) == 4 or by_peft)) or dropped
         return width * (self.half * (kept if own_copies else min(kept, 1)) + kept * dropped)
 
     def targets(self, part: Part) -> list[Linear]:
         return _targets(self.shape, self.setting, part)
 
-    def rms_norm(self, width: int, stream: int) -> float:
+    def rms_norm(self, part: Part, width: int, stream: int) -> float:
         """Its input, the input in float32, and, where its weight is trained, what the weight is multiplied with."""
-        return width * (stream + (4 if stream < 4 else 0) + self.stream * self.full)
+        return width * (stream + (4 if stream < 4 else 0) + self.stream * (not self.frozen(part)))
+
+    def result(self, part: Part) -> int:
+        """Size of a number that a linear layer on the residual stream returns: bitsandbytes' is of the type of its
+        input."""
+        return self.stream if self.quantised(part) else self.half
 
     def mlp(self, part: Part) -> float:
         """A gated MLP of the language model, for each token."""
         D, F = self.shape.hidden, self.shape.intermediate
         return (
-            self.rms_norm(D, self.stream)
+            self.rms_norm(part, D, self.stream)
             + self.inputs(part, D, "gate_proj", "up_proj")
-            + 3 * F * self.half  # gate before and after SiLU, up
-            + self.inputs(part, F, "down_proj")
+            + 3 * F * self.result(part)  # gate before and after SiLU, up
+            + self.inputs(part, F, "down_proj", stream=self.result(part))
         )
 
     def text_layer(self) -> float:
         """A layer of the language model, for each token."""
         D = self.shape.hidden
         return (
-            self.rms_norm(D, self.stream)
+            self.rms_norm("language", D, self.stream)
             + self.inputs("language", D, "q_proj", "k_proj", "v_proj")
             + 4 * D * self.half  # query, key, value and output of the attention
             + 2 * (D // self.shape.heads) * self.half  # cosines and sines
-            + self.inputs("language", D, "o_proj")
+            + self.inputs("language", D, "o_proj", stream=self.half)
             + self.mlp("language")
         )
 
     def qk_norm(self) -> float:
-        return self.rms_norm(self.shape.hidden, self.half) * self.shape.qk_norms
+        return self.rms_norm("cross_attention", self.shape.hidden, self.result("cross_attention")) * self.shape.qk_norms
 
     def cross_layer(self) -> float:
         """A gated cross-attention layer, for each token."""
         D = self.shape.hidden
         return (
-            self.rms_norm(D, self.stream)
+            self.rms_norm("cross_attention", D, self.stream)
             + self.inputs("cross_attention", D, "q_proj")
             + self.qk_norm()
             + 2 * D * self.half  # query and output of the attention
-            + self.inputs("cross_attention", D, "o_proj")
-            + 2 * D * self.half * self.full  # what the gates are multiplied with
+            + self.inputs("cross_attention", D, "o_proj", stream=self.half)
+            + D * (self.half + self.result("cross_attention")) * ("gates" in self.setting.trained)  # what they multiply
             + self.mlp("cross_attention")
         )
 
@@ -333,15 +359,15 @@ class _Memory:
     def vision_layer(self) -> float:
         """A layer of the tower, for each patch. Norms are computed in float32."""
         E, I = self.shape.vision_hidden, self.shape.vision_intermediate  # noqa: E741
-        gelu = 4 if self.setting.mode == "qlora" else self.half  # bitsandbytes returns the type of its input
         return (
             4 * E
             + self.inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=4)
             + 4 * E * self.half
+            + self.inputs("vision", E, "out_proj", stream=self.half) * self.frozen("vision")
             + 4 * E
             + self.inputs("vision", E, "fc1")
-            + I * gelu
-            + self.inputs("vision", I, "fc2")
+            + I * self.half
+            + self.inputs("vision", I, "fc2", stream=self.half)
         )
 
     def resampler_block(self) -> float:
@@ -349,18 +375,15 @@ class _Memory:
         shape, half = self.shape, self.half
         E, heads, C = shape.vision_hidden, shape.resampler_heads, shape.resampler_heads * shape.resampler_head
         latents, context = shape.resampler_latents, shape.resampler_latents + shape.patches
-        relu = 4 if self.setting.mode == "qlora" else half
         normed = (4 + half) * shape.resampler_qk_norms  # a norm's input in float32, and its output for the product
         attention = (
             latents * (4 * E + self.inputs("resampler", E, "q_proj") + C * normed)
             + context * (self.inputs("resampler", E, "k_proj", "v_proj", stream=4) + C * (normed + half))
             + latents * context * heads * (4 + half)
-            + latents * self.inputs("resampler", C, "output_proj")
+            + latents * self.inputs("resampler", C, "output_proj", stream=half)
         )
-        return attention + latents * (4 * E + self.inputs("resampler", E, "fc") + 4 * E * relu)
-
-
-_PARTS: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
+        mlp = self.inputs("resampler", E, "fc") + self.inputs("resampler", 4 * E, "c_proj", stream=half)
+        return attention + latents * (4 * E + mlp + 4 * E * half)
 
 
 # ------------------------------------------------------------------------------------- floating-point operations
@@ -380,8 +403,9 @@ def _flop(shape: Shape, setting: Setting) -> int:
     total = 0.0
     for linear in shape.linears:
         forward = 2.0 * rows[linear.rows] * linear.weights * linear.count
-        total += forward * _passes(linear.part, setting, weight_trained=setting.mode == "full")
-        if (linear.part, linear.name) in _LAST and _computed_again(linear.part, setting):
+        total += forward * _passes(linear.part, setting, weight_trained=linear.part in setting.trained)
+        last = (linear.part, linear.name) in _LAST and (linear.part, linear.name) not in adapted
+        if last and _computed_again(linear.part, setting):
             total -= forward
         if (linear.part, linear.name) in adapted:
             forward = 2.0 * rows[linear.rows] * setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
@@ -389,13 +413,13 @@ def _flop(shape: Shape, setting: Setting) -> int:
     for part, forward in _attention_flop(shape, setting).items():
         fused = part != "resampler"  # a fused kernel computes the scores again: five products backward for two forward
         total += forward * (_passes(part, setting, weight_trained=True) + 0.5 * fused)
-    total += 2 * setting.trained_tokens * shape.embedding_parameters * (3 if setting.mode == "full" else 2)
-    pixels = 2 * images * (shape.patches - 1) * 3 * shape.patch_size**2 * shape.vision_hidden
-    return round(total + pixels * (2 if setting.mode == "full" else 1))
+    total += 2 * setting.trained_tokens * shape.embedding_parameters * (3 if "head" in setting.trained else 2)
+    pixels = 2 * images * (shape.patches - 1) * shape.pixel_weights
+    return round(total + pixels * (2 if "vision" in setting.trained else 1))
 
 
 _LAST = (("language", "down_proj"), ("vision", "fc2"))
-"""What a layer ends with is not computed again: nothing behind it in the layer needs its result."""
+"""What a layer ends with is not computed again: nothing behind it in the layer needs its result, but an adapter."""
 
 
 def _passes(part: Part, setting: Setting, *, weight_trained: bool) -> int:
@@ -405,10 +429,11 @@ def _passes(part: Part, setting: Setting, *, weight_trained: bool) -> int:
 
 
 def _has_backward(part: Part, setting: Setting) -> bool:
-    """Whether gradients flow through the part: to adapters in it or before it, and always to the extra rows."""
-    if setting.mode == "full" or part in ("language", "cross_attention"):
+    """Whether gradients flow through the part, to what is trained in it or before it; through the text side always."""
+    if part in ("language", "cross_attention") or part in setting.trained:
         return True
-    return part in setting.lora_parts or (part == "resampler" and "vision" in setting.lora_parts)
+    adapted = setting.mode != "full" and any(layer.startswith(f"{part}.") for layer in setting.lora_layers)
+    return adapted or (part == "resampler" and _has_backward("vision", setting))
 
 
 def _computed_again(part: Part, setting: Setting) -> bool:

@@ -12,7 +12,7 @@ padding. They run as CPU tensors, so short attention is sent to the fused kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -33,7 +33,7 @@ from sft import attention
 from sft.attention import Groups, group_tokens
 from sft.cost.setting import Setting
 from sft.models import idefics
-from sft.optim import parameter_groups
+from sft.optim import make_optimizer, parameter_groups
 from sft.recipe import TrainingConfig
 from sft.sample import Batch
 
@@ -175,30 +175,29 @@ def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
 def _build(config: IdeficsConfig, setting: Setting) -> nn.Module:
     """The model as training has it: the types of its weights, what is frozen, adapters, checkpointing."""
     half = getattr(torch, setting.precision)
-    with _default_dtype(torch.float32 if setting.mode == "full" else half):
-        model = idefics.PackedIdefics(config)
+    model = idefics.PackedIdefics(config)
     idefics.use_grouped_attention(model)
-    if setting.mode == "full":
-        idefics.select_trainable(model)
-    else:
-        model.requires_grad_(False)
-        if setting.mode == "qlora":
-            _quantise(model)
+    model.requires_grad_(False)
+    if setting.has_frozen:
+        _round_frozen(model, half, set(idefics._exact(model, setting.trained)))
+    if setting.mode == "qlora":
+        _quantise(model, [group for group in idefics.QUANTISED if group not in setting.trained])
+    if setting.mode != "full":
         _add_adapters(model, setting)
+    idefics.select_trainable(model, setting.trained)
     model.train()
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _round_frozen(model: nn.Module, dtype: torch.dtype, exact: Collection[str]) -> None:
+    """Store parameters in `dtype`, but for those that are to be `exact`."""
+    for name, parameter in list(model.named_parameters()):
+        if name not in exact:
+            parent, _, own = name.rpartition(".")
+            rounded = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            setattr(model.get_submodule(parent), own, rounded)
 
 
 class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -221,10 +220,10 @@ class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
         return torch.as_tensor(result.to(x.dtype))
 
 
-def _quantise(model: Any) -> None:
-    """Every linear layer but the head in nf4 with double quantisation."""
+def _quantise(model: Any, groups: Collection[str]) -> None:
+    """The linear layers of some groups in nf4 with double quantisation."""
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and not name.startswith("lm_head"):
+        if type(linear) is nn.Linear and idefics.group_of(f"{name}.weight") in groups:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _FourBitLinear(linear))
     model.is_loaded_in_4bit = True  # so PEFT takes its layer for these
@@ -239,28 +238,20 @@ _PARTS = {
 
 
 def _add_adapters(model: Any, setting: Setting) -> None:
-    """LoRA on the named layers, and the extra rows of embedding and head, all in float32."""
+    """LoRA on the named layers, in float32."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    parts = "|".join(_PARTS[part] for part in setting.lora_parts)
-    targets = rf"({parts})\.({'|'.join(setting.lora_targets)})"
+    layers = (layer.split(".") for layer in setting.lora_layers)
+    targets = "|".join(rf"({_PARTS[part]}\.{name})" for part, name in layers)
     adapters = LoraConfig(r=setting.lora_rank, lora_dropout=setting.lora_dropout, target_modules=targets)
     # Fake tensors cannot be moved; these are where they should be.
     with patch.object(nn.Module, "to", lambda self, *args, **kwargs: self):
         inject_adapter_in_model(adapters, model)
-    for layer in (model.model.embed_tokens.additional_embedding, model.lm_head.additional_fc):
-        layer.weight = nn.Parameter(layer.weight.detach().float())
 
 
 def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
-    training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-5)
-    groups = parameter_groups(model, training, idefics.group_of)
-    if setting.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups)
-    return optimizer
+    training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-5, optimizer=setting.optimizer)
+    return make_optimizer(parameter_groups(model, training, idefics.group_of), training, model)
 
 
 def _four_bit_flop(x: Sequence[int], packed: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:

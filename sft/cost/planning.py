@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from sft.cost.configs import read_config
 from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.formula import Cost, cost, trained_parameters
-from sft.cost.setting import Engine, Mode, Optimizer, Precision, Setting
+from sft.cost.setting import Precision, Setting
 from sft.cost.shapes import Shape, shape_of
 from sft.errors import UserError
-from sft.recipe import ModelConfig, Recipe, TrainingConfig
+from sft.recipe import LoraSettings, ModelConfig, Recipe, with_overrides
 
 MAX_GPUS = 1024
 """More are not suggested."""
@@ -59,62 +58,41 @@ def plan(recipe: Recipe, device: Device, gpus: int, utilisation: float, price_pe
         "seconds": seconds,
         "gpus": gpus,
         "cost": money,
-        "advice": [] if fits else list(_advice(recipe, shape, setting, device)),
+        "advice": [] if fits else list(_advice(recipe, shape, device, gpus)),
     }
     return Plan(shape, setting, device, needed, micro_batches, report)
 
 
 def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setting:
-    """The recipe's way to train. Keys that a recipe does not have yet stand at what training does today.
+    """The recipe's way to train.
 
     Raises:
-        UserError: bfloat16 is asked of a GPU that has none, or a LoRA target is not known.
+        UserError: bfloat16 is asked of a GPU that has none.
     """
-    training, packs = recipe.training, recipe.training.micro_batch_packs
-    mode: Mode = recipe.model.mode
+    model, training, packs = recipe.model, recipe.training, recipe.training.micro_batch_packs
     tokens = packs * recipe.data.sequence_length
-    optimizer: Optimizer = getattr(training, "optimizer", "adamw")
-    setting = Setting(
+    lora = model.lora or LoraSettings()
+    return Setting(
         tokens=tokens,
         images=packs * recipe.data.max_images_per_pack,
         trained_tokens=tokens,
-        mode=mode,
-        optimizer=optimizer,
-        engine=_engine(recipe, mode, gpus),
+        mode=model.mode,
+        trainable=model.trainable,
+        lora_rank=lora.r,
+        lora_layers=shape.layers_of(lora.targets),
+        lora_dropout=lora.dropout,
+        optimizer=training.optimizer,
+        engine="zero3" if _is_sharded(model, gpus) else "ddp",
         gpus=gpus,
         checkpointing=training.gradient_checkpointing,
         accumulates=recipe.packs_per_step > packs * gpus,
         precision=_precision(training.precision, device),
     )
-    lora = getattr(recipe.model, "lora", None)
-    return setting if mode == "full" or lora is None else _with_lora(setting, lora, shape)
 
 
-def _with_lora(setting: Setting, lora: Any, shape: Shape) -> Setting:
-    """Rank, dropout and targets of `model.lora`; a target is a part of the model or the name of a layer in it."""
-    targets = getattr(lora, "targets", None) or ()
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    every_part = setting.lora_parts
-    known = {*every_part, *(linear.name for linear in shape.linears)}
-    for target in targets:
-        if target not in known:
-            raise UserError(f"model.lora.targets: plan knows {', '.join(sorted(known))}; found {target!r}")
-    return replace(
-        setting,
-        lora_rank=getattr(lora, "r", setting.lora_rank),
-        lora_dropout=getattr(lora, "dropout", setting.lora_dropout),
-        lora_parts=tuple(part for part in every_part if part in targets) or every_part,
-        lora_targets=tuple(name for name in targets if name not in every_part) or setting.lora_targets,
-    )
-
-
-def _engine(recipe: Recipe, mode: Mode, gpus: int) -> Engine:
-    """`auto`: a copy on each GPU where little is trained or there is but one, else ZeRO-3, as the card."""
-    asked = getattr(getattr(recipe, "distributed", None), "engine", "auto")
-    if asked == "auto":
-        return "zero3" if mode == "full" and gpus > 1 else "ddp"
-    engine: Engine = asked  # type: ignore[assignment]
-    return engine
+def _is_sharded(model: ModelConfig, gpus: int) -> bool:
+    """A copy on each GPU where adapters are trained or there is but one GPU, else ZeRO-3, as the card."""
+    return model.mode == "full" and gpus > 1
 
 
 def _precision(asked: str, device: Device) -> Precision:
@@ -128,88 +106,77 @@ def _precision(asked: str, device: Device) -> Precision:
 
 
 class _Change(NamedTuple):
-    """Something to set, and what becomes of the setting."""
+    """Something else to ask for: a GPU, a number of them, overrides of the recipe."""
 
-    text: str
-    setting: Setting
     device: Device
+    gpus: int
+    overrides: tuple[str, ...] = ()
+    options: str = ""
+    """Of the command line, where the GPUs are others."""
+
+    @property
+    def text(self) -> str:
+        """As it is typed."""
+        return " ".join(filter(None, (self.options, *self.overrides)))
 
 
-def _advice(recipe: Recipe, shape: Shape, setting: Setting, device: Device) -> Iterator[str]:
-    """Changes after which it fits, each by itself, as far as there are any: each was computed."""
-    for change in _changes(recipe, setting, device):
-        found = _eased_until_it_fits(recipe, shape, change)
-        if found:
-            yield f"{found.text}: {cost(shape, found.setting).peak_bytes / GIB:.1f} GiB"
+def _advice(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Iterator[str]:
+    """Changes after which it fits, each by itself, as far as there are any: each was planned."""
+    for attempts in _changes(recipe, device, gpus):
+        for change in attempts:
+            peak = _peak_bytes(recipe, shape, change)
+            if peak is not None and change.text and peak <= change.device.usable_bytes:
+                yield f"{change.text}: {peak / GIB:.1f} GiB"
+                break
 
 
-def _changes(recipe: Recipe, setting: Setting, device: Device) -> Iterator[_Change]:
-    """Nothing, fewer images, another mode, a larger GPU. More GPUs come at once with the number that is enough."""
-    yield _Change("", setting, device)
+def _changes(recipe: Recipe, device: Device, gpus: int) -> Iterator[Iterator[_Change]]:
+    """Nothing, fewer images, another mode, a larger GPU, more GPUs: of each what to try, the least first."""
+    here = _Change(device, gpus)
+    yield _eased(recipe, here)
     for cap in (12, 6):
         if cap < recipe.data.max_images_per_pack:
-            fewer = replace(setting, images=recipe.training.micro_batch_packs * cap)
-            yield _Change(f"data.max_images_per_pack={cap}", fewer, device)
+            yield _eased(recipe, here._replace(overrides=(f"data.max_images_per_pack={cap}",)))
             break
-    modes = get_args(ModelConfig.model_fields["mode"].annotation)
-    for mode in ("lora", "qlora"):
-        if mode in modes and setting.mode == "full":
-            other = replace(setting, mode=mode, engine=_engine(recipe, mode, setting.gpus))
-            yield _Change(f"model.mode={mode}", other, device)
+    for mode in _MODES[_MODES.index(recipe.model.mode) + 1 :]:
+        yield _eased(recipe, here._replace(overrides=(f"model.mode={mode}",)))
     for name, larger in sorted(DEVICES.items(), key=lambda item: item[1].usable_gib):
         if larger.usable_gib > device.usable_gib:
-            precision: Precision = setting.precision if setting.precision == "float32" else larger.half
-            yield _Change(f"--gpu {name}", replace(setting, precision=precision), larger)
+            yield _eased(recipe, here._replace(device=larger, options=f"--gpu {name}"))
             break
-    yield _Change("--gpus", setting, device)
+    yield (more for eased in _eased(recipe, here) for more in _more_gpus(recipe, eased))
 
 
-def _eased_until_it_fits(recipe: Recipe, shape: Shape, change: _Change) -> _Change | None:
-    """The change and, one after another, what makes no difference to the result, until it fits."""
-    texts, setting = [change.text] if change.text else [], change.setting
-    for text, eased in ((None, setting), *_easings(recipe, setting)):
-        setting = eased
-        texts += [text] if text else []
-        if change.text == "--gpus":
-            enough = _enough_gpus(recipe, shape, setting, change.device)
-            if enough:
-                return _Change(" ".join([enough.text, *texts[1:]]), enough.setting, change.device)
-        elif texts and cost(shape, setting).peak_bytes <= change.device.usable_bytes:
-            return _Change(" ".join(texts), setting, change.device)
-    return None
+_MODES = ("full", "lora", "qlora")
+"""Each takes less memory than the one before."""
 
 
-def _easings(recipe: Recipe, setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """Checkpointing, one pack at a time, an optimizer with 8-bit states; each on top of those before."""
-    if not setting.checkpointing:
-        setting = replace(setting, checkpointing=True)
-        yield "training.gradient_checkpointing=true", setting
-    packs = recipe.training.micro_batch_packs
-    if packs > 1:
-        setting = replace(
-            setting,
-            tokens=setting.tokens // packs,
-            images=setting.images // packs,
-            trained_tokens=setting.trained_tokens // packs,
-            accumulates=True,
-        )
-        yield "training.micro_batch_packs=1", setting
-    if "optimizer" in TrainingConfig.model_fields and setting.optimizer == "adamw":
-        yield "training.optimizer=adamw_8bit", replace(setting, optimizer="adamw_8bit")
+def _eased(recipe: Recipe, change: _Change) -> Iterator[_Change]:
+    """The change, and on top of it one after another what makes little or no difference to the result."""
+    training, overrides = recipe.training, change.overrides
+    yield change
+    for is_open, override in (
+        (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
+        (training.micro_batch_packs > 1, "training.micro_batch_packs=1"),
+        (training.optimizer == "adamw", "training.optimizer=adamw_8bit"),
+    ):
+        if is_open:
+            overrides += (override,)
+            yield change._replace(overrides=overrides)
 
 
-def _enough_gpus(recipe: Recipe, shape: Shape, setting: Setting, device: Device) -> _Change | None:
-    """Sharded over as few GPUs, in powers of two, as it fits on; no more than there are packs in a step."""
-    engine, text = _engine(recipe, setting.mode, 2 * setting.gpus), ""
-    if engine == "ddp":
-        if setting.mode == "qlora" or "distributed" not in Recipe.model_fields:
-            return None
-        engine, text = "zero3", " distributed.engine=zero3"
-    gpus = 2 * setting.gpus
-    while gpus <= min(MAX_GPUS, recipe.packs_per_step):
-        packs = setting.tokens // recipe.data.sequence_length * gpus
-        sharded = replace(setting, gpus=gpus, engine=engine, accumulates=recipe.packs_per_step > packs)
-        if cost(shape, sharded).peak_bytes <= device.usable_bytes:
-            return _Change(f"--gpus {gpus}{text or f' ({engine})'}", sharded, device)
+def _more_gpus(recipe: Recipe, change: _Change) -> Iterator[_Change]:
+    """Sharded over more GPUs, in powers of two, no more than there are packs in a step."""
+    gpus = 2 * change.gpus
+    while _is_sharded(recipe.model, gpus) and gpus <= min(MAX_GPUS, recipe.packs_per_step):
+        yield change._replace(gpus=gpus, options=f"--gpus {gpus} (zero3)")
         gpus *= 2
-    return None
+
+
+def _peak_bytes(recipe: Recipe, shape: Shape, change: _Change) -> int | None:
+    """What the changed recipe would take; None where it would be refused."""
+    try:
+        changed = with_overrides(recipe, change.overrides)
+        return cost(shape, setting_of(changed, shape, change.device, change.gpus)).peak_bytes
+    except UserError:
+        return None

@@ -5,7 +5,7 @@ Shape letters: D hidden size of the language model, E size of the vision tower, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -32,6 +32,12 @@ class Linear:
     def weights(self) -> int:
         """Of one, without the bias."""
         return self.inputs * self.outputs
+
+    @property
+    def target(self) -> str:
+        """What `model.lora.targets` calls it."""
+        in_mlp = self.name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "fc", "c_proj")
+        return f"{self.part}.{'mlp' if in_mlp else 'attention'}"
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,11 @@ class Shape:
         yield Linear("resampler", "fc", E, 4 * E, "latents", self.resampler_layers)
         yield Linear("resampler", "c_proj", 4 * E, E, "latents", self.resampler_layers)
 
+    def layers_of(self, targets: Collection[str]) -> tuple[str, ...]:
+        """Names, with their parts, of the linear layers that `model.lora.targets` names."""
+        asked = (linear for linear in self.linears if {linear.part, linear.target} & set(targets))
+        return tuple(f"{linear.part}.{linear.name}" for linear in asked)
+
     def of_part(self, part: Part) -> tuple[Linear, ...]:
         """The linear layers of a part."""
         return tuple(linear for linear in self.linears if linear.part == part)
@@ -117,8 +128,7 @@ class Shape:
             return (2 * D + 2 * self.gate_size + 2 * self.qk_norms * (D // self.heads)) * self.cross_layers
         if part == "vision":
             biases = sum(linear.outputs * linear.count for linear in self.of_part("vision"))
-            pixels = 3 * self.patch_size**2 * E
-            return biases + 4 * E * self.vision_layers + 4 * E + pixels + E + self.patches * E
+            return biases + 4 * E * self.vision_layers + 4 * E + self.pixel_weights + E + self.patches * E
         norms = 6 * E + 4 * self.resampler_qk_norms * self.resampler_head
         return (norms * self.resampler_layers + self.resampler_latents * E + 2 * E) if self.resampler_layers else 0
 
@@ -136,6 +146,16 @@ class Shape:
         """Of everything."""
         parts: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
         return sum(map(self.part_parameters, parts)) + 2 * self.embedding_parameters
+
+    @property
+    def gates(self) -> int:
+        """Parameters of all gates, which count as a part of cross-attention."""
+        return 2 * self.gate_size * self.cross_layers
+
+    @property
+    def pixel_weights(self) -> int:
+        """Of the convolution by which the tower begins."""
+        return 3 * self.patch_size**2 * self.vision_hidden
 
     @property
     def never_trained(self) -> int:
