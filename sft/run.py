@@ -20,6 +20,7 @@ from sft.bases import base_path as base_path
 from sft.bases import prepare_base as prepare_base
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
+from sft.checks import LIBRARIES, before_training
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
@@ -42,14 +43,13 @@ from sft.validation import check_recipe
 if TYPE_CHECKING:
     import torch
 
+    from sft.dry_run import Measured
+
 VALIDATION = "validation"
 """What the user's own held-out conversations are called in tables."""
 
 OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json", "selection.svg")
 """What a run writes beside run.json."""
-
-VERSIONED = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
-"""The libraries whose versions run.json keeps."""
 
 SNAPSHOT_DTYPE = "bfloat16"
 """Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
@@ -275,6 +275,8 @@ def _train(
     set_seed(recipe.seed)
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
+    for warning in before_training(recipe, family, model, load_template(family, base), run_dir):
+        say(f"warning: {warning}")
     _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model, recipe.model.trainable)
@@ -336,6 +338,35 @@ def _train(
     if ended and trainer.state.global_step < recipe.training.max_steps:
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     return status("finished")
+
+
+def dry_run(recipe: Recipe, sources: Sources, say: Callable[[str], None] = lambda line: None) -> list[Measured]:
+    """Everything up to the first steps of `train`, and two steps measured; nothing is written into output_dir.
+
+    Raises:
+        UserError: as `train`, or a check of `sft.checks` fails.
+        RunError: a check fails, or there is not enough memory.
+    """
+    from transformers import set_seed
+
+    from sft.dry_run import measure
+
+    family, base = get_family(recipe.model.family), prepare_base(recipe)
+    set_seed(recipe.seed)
+    model = load_for_training(recipe, family, base)
+    _check_positions(recipe, family.max_positions(model.config))
+    template = load_template(family, base)
+    for warning in before_training(recipe, family, model, template, Path(recipe.output_dir)):
+        say(f"warning: {warning}")
+    family.select_trainable(model, recipe.model.trainable)
+    say(table_of(what_is_trained(model, recipe.training, family.group_of)))
+    plans = Plans(
+        sources,
+        Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed),
+        micro_batch_packs=recipe.training.micro_batch_packs,
+        image_cost=family.image_cost_in_tokens(model.config),
+    )
+    return measure(recipe, family, model, template, plans)
 
 
 def _check_positions(recipe: Recipe, max_positions: int) -> None:
@@ -416,7 +447,7 @@ def _recorded(run_dir: Path, status: Callable[[str], RunStatus]) -> Iterator[Non
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in VERSIONED}
+    return {name: version(name) for name in LIBRARIES}
 
 
 def save_snapshot(
