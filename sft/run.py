@@ -20,7 +20,8 @@ from sft.bases import base_path as base_path
 from sft.bases import prepare_base as prepare_base
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
-from sft.checks import LIBRARIES, before_training
+from sft.checks.before_training import before_training
+from sft.checks.environment import LIBRARIES as VERSIONED
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
@@ -447,7 +448,7 @@ def _recorded(run_dir: Path, status: Callable[[str], RunStatus]) -> Iterator[Non
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in LIBRARIES}
+    return {name: version(name) for name in VERSIONED}
 
 
 def save_snapshot(

@@ -10,7 +10,7 @@ import typer
 from sft.cli.terminal import Json, console, print_json, quiet_libraries
 
 if TYPE_CHECKING:
-    from sft.checks import Finding
+    from sft.checks.finding import Finding
 
 
 def run(
@@ -39,16 +39,18 @@ def run(
 
 
 def _findings(path: Path | str | None) -> "Iterator[Finding]":
-    from sft import checks
+    from sft.checks.environment import environment
+    from sft.checks.finding import Finding
+    from sft.checks.model import check_model, load_subject
     from sft.errors import UserError
 
-    yield from checks.environment(Path.cwd())
+    yield from environment(Path.cwd())
     if path is None:
         return
     try:
-        subject = checks.load_subject(path)
+        subject = load_subject(path)
     except UserError as error:
-        yield checks.Finding(name="model loads", result="failed", found=str(error))
+        yield Finding(name="model loads", result="failed", found=str(error))
         return
-    yield checks.Finding(name="model loads", result="ok", found=f"{path}, in {subject.precision}")
-    yield from checks.check_model(subject)
+    yield Finding(name="model loads", result="ok", found=f"{path}, in {subject.precision}")
+    yield from check_model(subject)

@@ -49,7 +49,7 @@ def run(
 
 def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
     from sft import run as runs
-    from sft.checks import check_writable
+    from sft.checks.before_training import check_writable
     from sft.precision import choose_precision, device
 
     check_writable(Path(recipe.output_dir))
@@ -100,7 +100,7 @@ def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
         return status
     quiet_libraries()
     from sft import run as runs
-    from sft.checks import check_writable
+    from sft.checks.before_training import check_writable
 
     check_writable(run_dir)
     with preparation(out) as update:

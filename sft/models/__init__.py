@@ -69,7 +69,7 @@ class ModelFamily(Protocol):
         """Tokens of the vocabulary: base and extra rows."""
 
     def golden_ids(self, config: PreTrainedConfig) -> list[int] | None:
-        """The ids of `sft.checks.CHAT` under the vocabulary of the released models; None for another vocabulary."""
+        """The ids of `sft.checks.model.CHAT` under the vocabulary of the released models; None for another."""
 
     def plain_logits(
         self, model: nn.Module, input_ids_T: Tensor, image_ids_T: Tensor, pixel_values_NCHW: Tensor

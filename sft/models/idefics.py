@@ -399,7 +399,7 @@ def num_rows(config: IdeficsConfig) -> int:
 
 
 def golden_ids(config: IdeficsConfig) -> list[int] | None:
-    """The ids of `sft.checks.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the prompt of
+    """The ids of `sft.checks.model.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the prompt of
     transformers#28591 and the rules of its released processor); None for another vocabulary."""
     return list(GOLDEN_IDS) if config.vocab_size == LLAMA_VOCABULARY else None
 
@@ -576,12 +576,23 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _local_folder(path: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a hub id."""
+    """The folder itself, or the local snapshot of a hub id.
+
+    Raises:
+        UserError: there is no such folder, nor is it in the local cache or on a hub that can be reached.
+    """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: no such folder, not in the local cache, and not to be had of the hub ({reason})"
+        ) from error
 
 
 def _read_config(path: str | Path) -> dict[str, Any]:
