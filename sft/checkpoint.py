@@ -7,12 +7,16 @@ size and xxh3 hash. Whatever a killed process left is in a hidden staging folder
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
-from sft.errors import UserError
-from sft.files import hash_file, staged
+from safetensors import SafetensorError
+
+from sft.errors import RunError, UserError
+from sft.files import hash_file, remove_leftovers, staged
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -32,7 +36,26 @@ def step_of(path: Path) -> int:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder, hash it, sync it to disk and give it its name in one rename."""
+    """Have `write` fill a folder, hash it, sync it to disk and give it its name in one rename.
+
+    Raises:
+        RunError: the disk is full. Nothing is left of the folder then.
+    """
+    try:
+        _write_folder(path, write)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        remove_leftovers(path)
+        raise RunError(f"{path}: the disk is full; checkpoints before it are whole") from error
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """safetensors tells of it in words only."""
+    return getattr(error, "errno", None) in (ENOSPC, EDQUOT) or os.strerror(ENOSPC) in str(error)
+
+
+def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
     with staged(path) as staging:
         write(staging)
         files = sorted(file for file in staging.rglob("*") if file.is_file())

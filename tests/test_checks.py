@@ -1,6 +1,7 @@
 """A sound model passes all checks, each defect fails the check that is there for it, and training stops for it."""
 
 import json
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
-from conftest import make_tiny_model, status_of
+from conftest import REPOSITORY, make_tiny_model, status_of
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_golden_ids import A_DOG, CHAT_IDS
 from test_trainer import write_recipe
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft import attention, run
 from sft.chat_template import ChatTemplate
+from sft.checkpoint import write_folder
 from sft.checks import before_training, environment, model
 from sft.checks.finding import raise_failed
 from sft.checks.model import Subject, check_model, check_tokens
@@ -125,7 +128,7 @@ def test_ids_that_differ_from_the_golden_ones_are_shown(subject, monkeypatch):
     ("old", "new", "found"),
     [
         ('"prepend":"▁"', '"prepend":"x"', "text after a special token begins with 'x"),
-        ('[{"type":"Prepend"', '[{"type":"Lowercase"},{"type":"Prepend"', "a chat comes back as '<s>user:"),
+        ('[{"type":"Prepend"', '[{"type":"Lowercase"},{"type":"Prepend"', "a chat comes back with 'user:<fake_token"),
     ],
 )
 def test_a_tokenizer_by_other_rules_is_found(subject, old, new, found):
@@ -320,3 +323,26 @@ def test_the_costliest_micro_batch_is_that_of_the_first_window_and_the_caps_exce
     assert (len(batch.input_ids_T), len(batch.pixel_values_NCHW)) == (256, 6)
     assert batch.segment_ids_T.tolist() == [0] * 128 + [1] * 128
     assert sorted(set(batch.image_ids_T.tolist())) == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_messages_of_the_troubleshooting_page_are_in_the_code():
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    code = "".join(file.read_text(encoding="utf-8") for file in (REPOSITORY / "sft").rglob("*.py"))
+    messages = re.findall(r"^### `(.*)`$", page, flags=re.MULTILINE)
+    assert [message for message in messages if message not in code] == [] and len(messages) > 20
+    checks = re.findall(r"^\| `(.*?)` \|", page, flags=re.MULTILINE)
+    assert checks == [*CHECKS, "grouped attention"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_disk_that_fills_up_leaves_nothing_of_the_checkpoint(tmp_path, error):
+    def write(folder):
+        (folder / "half").write_text("")
+        raise error
+
+    with pytest.raises(RunError, match="checkpoint-2: the disk is full; checkpoints before it are whole"):
+        write_folder(tmp_path / "checkpoint-2", write)
+    assert list(tmp_path.iterdir()) == []

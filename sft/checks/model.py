@@ -169,8 +169,10 @@ def _wrong_with_tokens(template: ChatTemplate, ids: Sequence[int], text: str, nu
         if before in special and index not in special and not token.startswith("▁"):
             return f"text after a special token begins with {token!r}, not with '▁'"
     written = "".join(tokens).replace("▁", "").replace("<0x0A>", "").replace("\n", "")
-    if written != "".join(text.split()):
-        return f"a chat comes back as {written!r}"
+    rendered = "".join(text.split())
+    if written != rendered:
+        at = next(i for i in range(len(rendered) + 1) if written[: i + 1] != rendered[: i + 1])
+        return f"a chat comes back with {written[at : at + 20]!r} where {rendered[at : at + 20]!r} was written"
     return ""
 
 
@@ -215,7 +217,8 @@ def check_image(subject: Subject) -> Finding:
     by_image, by_rounding = float((first - other).abs().max()), float((first - again).abs().max())
     if by_image <= 2 * by_rounding:
         found = f"two images give logits {by_image:.2g} apart, one image twice {by_rounding:.2g}"
-        return Finding(name=name, result="failed", found=found, advice="the base does not see; is it one of IDEFICS?")
+        advice = "the base does not see; is it one of IDEFICS?"
+        return Finding(name=name, result="failed", found=found, advice=advice, of_input=True)
     return Finding(name=name, result="ok", found=f"by up to {by_image:.2g}")
 
 
