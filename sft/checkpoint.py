@@ -9,12 +9,16 @@ found.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
-from sft.errors import UserError
-from sft.files import discard, hash_file, staged
+from safetensors import SafetensorError
+
+from sft.errors import RunError, UserError
+from sft.files import discard, hash_file, remove_leftovers, staged
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -36,7 +40,26 @@ def step_of(path: Path) -> int:
 
 def write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None = None) -> None:
     """Have `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
-    name in one rename."""
+    name in one rename.
+
+    Raises:
+        RunError: the disk is full. Nothing is left of the folder then.
+    """
+    try:
+        _write_folder(path, write, write_state)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        remove_leftovers(path)
+        raise RunError(f"{path}: the disk is full; checkpoints before it are whole") from error
+
+
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """safetensors tells of it in words only."""
+    return getattr(error, "errno", None) in (ENOSPC, EDQUOT) or os.strerror(ENOSPC) in str(error)
+
+
+def _write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None) -> None:
     with staged(path) as staging:
         write(staging)
         _write_manifest(staging)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sft.checkpoint import broken_files, checkpoint_name, checkpoints, is_complete
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
-from sft.shipped import recipe_path
+from sft.shipped import is_local, recipe_path
 
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -64,7 +64,7 @@ def find_model(name: str) -> Path | str:
         recipe = _recipe_if_any(text)
         run_dir = Path(recipe.output_dir) if recipe else None
     if run_dir is None:
-        if path.exists() or text.count("/") != 1:
+        if is_local(text):
             raise UserError(f"{name}: neither a model folder (no config.json), nor a run, a recipe or a hub id")
         return text
     if step:

@@ -20,6 +20,8 @@ from sft.bases import base_path as base_path
 from sft.bases import prepare_base as prepare_base
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import STATE, check_state, checkpoint_name, keep_newest_states, step_of, write_folder
+from sft.checks.before_training import before_training
+from sft.checks.environment import LIBRARIES as VERSIONED
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
@@ -45,6 +47,8 @@ from sft.validation import check_recipe
 if TYPE_CHECKING:
     import torch
 
+    from sft.dry_run import Measured
+
 VALIDATION = "validation"
 """What the user's own held-out conversations are called in tables."""
 
@@ -58,9 +62,6 @@ OUTPUTS = (
     "selection.svg",
 )
 """What a run writes beside run.json."""
-
-VERSIONED = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
-"""The libraries whose versions run.json keeps."""
 
 SNAPSHOT_DTYPE = "bfloat16"
 """Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
@@ -294,6 +295,9 @@ def _train(
     before = _progress_of(resume_from, sources) if resume_from else None
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
+    template = load_template(family, base)
+    for warning in before_training(recipe, family, model, template, run_dir):
+        say(f"warning: {warning}")
     if resume_from:
         _go_back_to(resume_from)
     else:
@@ -303,7 +307,6 @@ def _train(
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
     if frozen:
         say(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
-    template = load_template(family, base)
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     plans = Plans(
         sources,
@@ -403,6 +406,35 @@ def _go_back_to(checkpoint: Path) -> None:
     for path in checkpoint.parent.glob("checkpoint-*"):
         if step_of(path) > step_of(checkpoint):
             discard(path)
+
+
+def dry_run(recipe: Recipe, sources: Sources, say: Callable[[str], None] = lambda line: None) -> list[Measured]:
+    """Everything up to the first steps of `train`, and two steps measured; nothing is written into output_dir.
+
+    Raises:
+        UserError: as `train`, or a check of `sft.checks` fails.
+        RunError: a check fails, or there is not enough memory.
+    """
+    from transformers import set_seed
+
+    from sft.dry_run import measure
+
+    family, base = get_family(recipe.model.family), prepare_base(recipe)
+    set_seed(recipe.seed)
+    model = load_for_training(recipe, family, base)
+    _check_positions(recipe, family.max_positions(model.config))
+    template = load_template(family, base)
+    for warning in before_training(recipe, family, model, template, Path(recipe.output_dir)):
+        say(f"warning: {warning}")
+    family.select_trainable(model, recipe.model.trainable)
+    say(table_of(what_is_trained(model, recipe.training, family.group_of)))
+    plans = Plans(
+        sources,
+        Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed),
+        micro_batch_packs=recipe.training.micro_batch_packs,
+        image_cost=family.image_cost_in_tokens(model.config),
+    )
+    return measure(recipe, family, model, template, plans)
 
 
 def _check_positions(recipe: Recipe, max_positions: int) -> None:

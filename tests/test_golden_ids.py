@@ -1,9 +1,11 @@
 """The ids that idefics-9b-instruct was trained with, under the real LLaMA-1 vocabulary (transformers#28591)."""
 
 import base64
+import copy
 import json
 import re
 import struct
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, conversation
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.chat_template import ChatTemplate, load_chat_template
+from sft.checks.model import Subject, check_tokens
 from sft.models import idefics
 
 VOCABULARY = REPOSITORY / ".cache" / "llama-tokenizer-js" / "llama-tokenizer.js"
@@ -140,3 +143,13 @@ def test_a_tokenizer_without_legacy_rules_is_refused(saved, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
     with pytest.raises(idefics.UserError, match="legacy LLaMA rules"):
         idefics.load_tokenizer(tmp_path)
+
+
+def test_the_check_of_doctor_and_of_every_training_tells_them_from_drifted_ones(llama):
+    config = SimpleNamespace(config=SimpleNamespace(vocab_size=32000, additional_vocab_size=3))
+    assert check_tokens(Subject(idefics, config, chat_template(llama), "float32")).result == "ok"
+    drifted = copy.deepcopy(llama)
+    drifted.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")  # no "▁" in front
+    finding = check_tokens(Subject(idefics, config, chat_template(drifted), "float32"))
+    assert (finding.result, finding.of_input) == ("failed", True)
+    assert finding.found.startswith("[2659, 29901, 32000] ['User', ':', '<fake_token_around_image>'] at 1 of a chat")

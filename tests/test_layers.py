@@ -16,7 +16,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "prepared planner stated validation inference",
     "plans",
     "data_loader trainer checks evaluation",
-    "scoring",
+    "scoring dry_run",
     "selection leaks",
     "run mix inspection export merge stats chat report cost",
     "cli",

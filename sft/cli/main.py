@@ -14,6 +14,7 @@ import typer
 
 from sft.cli import (
     chat,
+    doctor,
     evaluate,
     export,
     inspect,
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     quickstart,
+    doctor,
     validate,
     prepare,
     mix,

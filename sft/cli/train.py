@@ -1,13 +1,24 @@
 """`idefics-sft train RECIPE`: fine-tune, writing checkpoints."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sft.cli.terminal import Json, Overrides, RecipeName, console, preparation, print_json, progress, quiet_libraries
+from sft.cli.terminal import (
+    Json,
+    Overrides,
+    RecipeName,
+    console,
+    preparation,
+    print_json,
+    progress,
+    quiet_libraries,
+    table,
+)
 from sft.errors import UserError
 
 STOPPED = 75
@@ -23,6 +34,9 @@ def run(
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Go on although settings of the recipe changed.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, measure memory and time of a step, write nothing to output_dir.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
@@ -30,6 +44,9 @@ def run(
 
     found = find_recipe(recipe, overrides or ())
     out = console(to_stderr=json)
+    if dry_run:
+        _rehearse(found, out, json=json)
+        return
     status = train(found, out, resume=resume, allow_changed=allow_changed)
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
@@ -42,6 +59,37 @@ def run(
         out.print(
             f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft {command} {found.output_dir}"
         )
+
+
+def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
+    from sft import run as runs
+    from sft.checks.before_training import check_writable
+    from sft.precision import choose_precision, device
+
+    check_writable(Path(recipe.output_dir))
+    quiet_libraries()
+    with preparation(out) as update:
+        sources = runs.prepare(recipe, update)
+    measured = runs.dry_run(recipe, sources, out.print)
+    precision = choose_precision(recipe.training.precision, device())
+    if json:
+        batches = [asdict(one) for one in measured]
+        print_json({"device": device().type, "precision": precision, "micro_batches": batches})
+        return
+    rows = [
+        (
+            one.what,
+            f"{one.tokens:,}",
+            f"{one.images:,}",
+            f"{one.seconds:.2f}",
+            f"{one.tokens_per_second:,.0f}",
+            f"{one.peak_memory_bytes / 2**30:.2f}",
+        )
+        for one in measured
+    ]
+    header = ("micro-batch", "tokens", "images", "seconds", "tokens/s", "peak GiB")
+    out.print(table(f"On {device().type} in {precision}", header, rows))
+    out.print(f"nothing was written to {recipe.output_dir}")
 
 
 def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: bool = False) -> Any:
@@ -72,7 +120,9 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
         raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
     quiet_libraries()
     from sft import run as runs
+    from sft.checks.before_training import check_writable
 
+    check_writable(run_dir)
     with preparation(out) as update:
         sources = runs.prepare(recipe, update)
     with progress("training", recipe.training.max_steps, out) as update:

@@ -13,7 +13,7 @@ from sft.recipe import GROUPS
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 
@@ -64,6 +64,17 @@ class ModelFamily(Protocol):
 
     def load_config(self, path: str | Path) -> PreTrainedConfig:
         """The config of a model, without its weights."""
+
+    def num_rows(self, config: PreTrainedConfig) -> int:
+        """Tokens of the vocabulary: base and extra rows."""
+
+    def golden_ids(self, config: PreTrainedConfig) -> list[int] | None:
+        """The ids of `sft.checks.model.CHAT` under the vocabulary of the released models; None for another."""
+
+    def plain_logits(
+        self, model: nn.Module, input_ids_T: Tensor, image_ids_T: Tensor, pixel_values_NCHW: Tensor
+    ) -> Tensor:
+        """Logits (T, V) of one sample by transformers' own forward and attention."""
 
     def image_size(self, config: PreTrainedConfig) -> int:
         """Height and width in pixels that the vision tower takes."""

@@ -76,6 +76,16 @@ QUANTISED = ("language", "cross_attention")
 """Groups whose weight matrices are stored in 4 bits: 7.8 of the 8.9 billion parameters of idefics-9b. The tower, the
 resampler, the embedding and the head stay unquantised; 4 bits would save another 0.5 GB."""
 
+LLAMA_VOCABULARY = 32000
+"""Tokens of LLaMA-1, on which the released models are built."""
+GOLDEN_IDS = (
+    *(1, 4911, 29901, 32000, 32001, 32000, 20355, 915, 445, 1967, 29889, 32002),  # User:<image>Describe this image.
+    *(29871, 13, 7900, 22137, 29901, 319, 11203, 29889, 32002),  # \nAssistant: A dog.
+    *(29871, 13, 2659, 29901, 1724, 338, 372, 29973, 32002),  # \nUser: What is it?
+    *(29871, 13, 7900, 22137, 29901, 319, 11203, 29889, 32002, 2),
+)
+"""See `golden_ids`."""
+
 EXTRA_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
 EXTRA_HEAD = "lm_head.additional_fc.weight"
 BASE_EMBEDDING = "model.embed_tokens.weight"
@@ -383,6 +393,38 @@ def load_config(path: str | Path) -> IdeficsConfig:
     return IdeficsConfig.from_dict(_read_config(path))
 
 
+def num_rows(config: IdeficsConfig) -> int:
+    """Tokens of the vocabulary: base and extra rows."""
+    return int(config.vocab_size + config.additional_vocab_size)
+
+
+def golden_ids(config: IdeficsConfig) -> list[int] | None:
+    """The ids of `sft.checks.model.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the prompt of
+    transformers#28591 and the rules of its released processor); None for another vocabulary."""
+    return list(GOLDEN_IDS) if config.vocab_size == LLAMA_VOCABULARY else None
+
+
+def plain_logits(model: nn.Module, input_ids_T: Tensor, image_ids_T: Tensor, pixel_values_NCHW: Tensor) -> Tensor:
+    """Logits (T, V) of one sample by transformers' own forward and attention: what the packed forward must agree with.
+
+    A token looks at the image of its `image_ids_T`, at none where that is -1.
+    """
+    assert isinstance(model, PackedIdefics)
+    looks_TN = image_ids_T[:, None] == torch.arange(len(pixel_values_NCHW), device=image_ids_T.device)
+    model.config._attn_implementation = model.config.vision_config._attn_implementation = "sdpa"
+    try:
+        output = model(
+            input_ids=input_ids_T[None],
+            attention_mask=torch.ones_like(input_ids_T)[None],
+            pixel_values=normalise(pixel_values_NCHW).to(model.dtype)[None],
+            image_attention_mask=looks_TN.long()[None],
+            use_cache=False,
+        )
+    finally:
+        use_grouped_attention(model)
+    return torch.as_tensor(output.logits[0])
+
+
 def image_size(config: IdeficsConfig) -> int:
     """Height and width in pixels that the vision tower takes."""
     return int(config.vision_config.image_size)
@@ -534,12 +576,23 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _local_folder(path: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a hub id."""
+    """The folder itself, or the local snapshot of a hub id.
+
+    Raises:
+        UserError: there is no such folder, nor is it in the local cache or on a hub that can be reached.
+    """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: no such folder, not in the local cache, and not to be had of the hub ({reason})"
+        ) from error
 
 
 def _read_config(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,173 @@
+"""Checks that need no model: library versions, the device and what it computes, the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from torch import nn
+
+from sft.checks.finding import Finding
+from sft.precision import choose_precision, device, has_bfloat16
+from sft.shipped import shipped_root
+
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
+"""Whose versions can change what is trained."""
+
+GIB = 1024**3
+LITTLE_DISK = GIB
+"""Less than this is free: not even the quickstart's stores and checkpoints fit."""
+
+
+def environment(folder: Path) -> list[Finding]:
+    """Everything that needs no model. `folder`: where runs are to be written."""
+    return [*check_versions(), check_device(), check_precision(), check_bitsandbytes(), check_free_disk(folder)]
+
+
+def tested_versions() -> dict[str, str]:
+    """Library -> the version that this toolkit is tested with, by constraints.txt."""
+    lines = (shipped_root() / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def check_versions() -> list[Finding]:
+    """Each library beside the tested version, and beside the lowest that this package allows."""
+    tested = tested_versions()
+    allowed = {r.name: r.specifier for r in map(Requirement, requires("idefics-sft") or ()) if r.marker is None}
+    findings = []
+    for name in LIBRARIES:
+        pinned, specifier = tested[name], allowed[name]
+        advice = f'pip install "{name}=={pinned}"'
+        try:
+            installed = Version(version(name))
+        except PackageNotFoundError:
+            findings.append(Finding(name=name, result="failed", found="not installed", advice=advice))
+            continue
+        if not specifier.contains(installed.base_version, prereleases=True):
+            findings.append(Finding(name=name, result="failed", found=f"{installed}, needs {specifier}", advice=advice))
+        elif installed.public != pinned:
+            findings.append(
+                Finding(name=name, result="warning", found=f"{installed}, tested with {pinned}", advice=advice)
+            )
+        else:
+            findings.append(Finding(name=name, result="ok", found=str(installed)))
+    return findings
+
+
+def versions_in_a_line() -> Finding:
+    """The versions of all libraries as one finding."""
+    findings = check_versions()
+    failed = [finding for finding in findings if finding.result == "failed"]
+    others = [finding for finding in findings if finding.result == "warning"]
+    told = "; ".join(f"{finding.name} {finding.found}" for finding in failed or others)
+    advice = "`idefics-sft doctor` says what to install"
+    if failed or others:
+        return Finding(name="versions", result="failed" if failed else "warning", found=told, advice=advice)
+    return Finding(name="versions", result="ok", found="those this toolkit is tested with")
+
+
+def check_device() -> Finding:
+    """What is computed on, and its memory."""
+    chosen = device()
+    if chosen.type == "cuda":
+        free, total = torch.cuda.mem_get_info(chosen)
+        others = f", 1 of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
+        name = f"{torch.cuda.get_device_name(chosen)}{others}"
+        return Finding(name="device", result="ok", found=f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB free")
+    found = f"CPU, {os.cpu_count()} cores, {free_memory(chosen) / GIB:.1f} GiB of memory free"
+    return Finding(name="device", result="ok", found=found)
+
+
+def free_memory(of: torch.device) -> int:
+    """Bytes that can be allocated: of the GPU, or of this machine."""
+    if of.type == "cuda":
+        return int(torch.cuda.mem_get_info(of)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_precision() -> Finding:
+    """Whether the device computes bfloat16 itself, and what `training.precision: auto` takes."""
+    native = "native" if has_bfloat16(device()) else "not native"
+    return Finding(
+        name="bfloat16", result="ok", found=f"{native}; precision auto takes {choose_precision('auto', device())}"
+    )
+
+
+def check_bitsandbytes() -> Finding:
+    """4-bit weights as QLoRA stores them, and an 8-bit optimizer, really computed on this device.
+
+    A forward with gradients, one without, and one with again: on CPUs with avx512_bf16 bitsandbytes 0.50.2 fails at the
+    third, if it is left to repack weights.
+    """
+    name = "bitsandbytes on this device"
+    try:
+        with torch.random.fork_rng(devices=[]):  # the seed of a training is not touched
+            wrong = _wrong_with_bitsandbytes(device())
+    except Exception as error:  # whatever a library without code for the device raises: RuntimeError, OSError, …
+        wrong = f"{type(error).__name__}: {_first_line(error)}"
+    if wrong:
+        advice = "model.mode qlora and the 8-bit optimizers do not work here; `python -m bitsandbytes` tells more"
+        return Finding(name=name, result="failed", found=wrong, advice=advice)
+    return Finding(name=name, result="ok", found=f"4-bit weights and 8-bit AdamW work on {device().type}")
+
+
+def _wrong_with_bitsandbytes(on: torch.device) -> str:
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(64, 128), torch.randn(4, 128).to(on)
+    layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer.support_avx512bf16_for_cpu = False  # as `idefics.load_model` sets it
+    layer.to(on)
+    stored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    if (stored.cpu() - weight).abs().mean() > 0.15 * weight.abs().mean():  # 0.09 of it is what nf4 rounds away
+        return "4-bit weights are not what was quantised"
+    expected = inputs @ stored.T + layer.bias
+    for training in (True, False, True):
+        layer.train(training)
+        with torch.set_grad_enabled(training):
+            given = inputs.clone().requires_grad_(training)
+            output = layer(given)
+        if (output - expected).abs().max() > 0.01 * expected.abs().max():
+            return "a product with 4-bit weights is wrong"
+        if training:
+            output.sum().backward()
+            if given.grad is None or (given.grad - stored.sum(0)).abs().max() > 0.01 * stored.sum(0).abs().max():
+                return "the gradient of a product with 4-bit weights is wrong"
+    moved = nn.Parameter(torch.ones(64, 64, device=on))  # 4,096 elements: fewer keep float32 states
+    moved.grad = torch.ones_like(moved)
+    bnb.optim.AdamW8bit([moved], lr=0.5, weight_decay=0.0).step()
+    if (moved.detach() - 0.5).abs().max() > 0.05:
+        return "a step of 8-bit AdamW is wrong"
+    return ""
+
+
+def check_free_disk(folder: Path) -> Finding:
+    """What is free where runs would be written."""
+    free = shutil.disk_usage(existing(folder)).free
+    found = f"{free / 1e9:.1f} GB; a checkpoint of idefics-9b takes 17.9 GB"
+    if free < LITTLE_DISK:
+        return Finding(
+            name="free disk", result="warning", found=found, advice="set output_dir and data.store elsewhere"
+        )
+    return Finding(name="free disk", result="ok", found=found)
+
+
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
