@@ -265,6 +265,8 @@ class TrainingConfig(_Part):
     with a gradient scaler on a GPU, else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+    """Trackers that get what metrics.jsonl gets. Their packages are installed separately."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -297,7 +299,8 @@ class EvaluationConfig(_Part):
     rule: Rule = "best"
     """Which checkpoint is selected."""
     every_steps: Positive | None = None
-    """Training evaluates the newest checkpoint every so many steps. Left out: `idefics-sft select` does it."""
+    """Training waits every so many steps while the checkpoint of that step is evaluated. Left out: `idefics-sft select`
+    does it."""
     patience: Positive | None = None
     """Training stops when so many evaluations, one after another, bring no better score."""
     protocol: Literal["card", "vanilla", "circular"] = "circular"

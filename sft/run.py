@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 VALIDATION = "validation"
 """What the user's own held-out conversations are called in tables."""
 
-OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json", "selection.svg")
+OUTPUTS = ("recipe.yaml", "metrics.jsonl", "checkpoints", "evaluations", "selection.json", "selection.svg",
+           "tensorboard")  # fmt: skip
 """What a run writes beside run.json."""
 
 VERSIONED = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
@@ -269,6 +270,7 @@ def _train(
 ) -> RunStatus:
     from transformers import set_seed
 
+    from sft.monitoring import Monitors
     from sft.trainer import Trainer
 
     family = get_family(recipe.model.family)
@@ -276,13 +278,14 @@ def _train(
     set_seed(recipe.seed)
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
+    template = load_template(family, base)
+    monitors = Monitors(recipe, sources, template, image_size=family.image_size(model.config), say=say)
     _take_over(run_dir, recipe.training.max_steps)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
     if frozen:
         say(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
-    template = load_template(family, base)
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     plans = Plans(
         sources,
@@ -300,6 +303,7 @@ def _train(
     def count(step: int, line: dict[str, Any]) -> None:
         nonlocal tokens
         tokens += line["tokens"]
+        monitors.log(line)
         on_step(step, line)
 
     trainer = Trainer(
@@ -315,6 +319,8 @@ def _train(
         seed=recipe.seed,
         source_names=[source.name for source in recipe.data.mixture],
         on_step=count,
+        validate=monitors.validate,
+        callbacks=monitors.callbacks,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
 
@@ -328,6 +334,7 @@ def _train(
             tokens=tokens,
             precision=trainer.precision,
             versions=_versions(),
+            failed_evaluations=monitors.failed,
         )
 
     with _recorded(run_dir, status):

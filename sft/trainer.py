@@ -115,7 +115,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         seed: int,
         source_names: Sequence[str],
         on_step: Callable[[int, dict[str, Any]], None],
+        validate: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {},
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        """`validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl."""
+        self.validate = validate
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
         self.group_of = group_of
@@ -158,7 +162,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             train_dataset=numbers,
             data_collator=lambda batch: batch,
             processing_class=tokenizer,
-            callbacks=[_WriteMetrics(self, run_dir / "metrics.jsonl", on_step), _CheckGradients(self)],
+            callbacks=[*callbacks, _WriteMetrics(self, run_dir / "metrics.jsonl", on_step), _CheckGradients(self)],
         )
         for parameter, data in trained:
             # SFTTrainer rounds what is trained of a quantised model to bfloat16, in which small updates are lost.
@@ -246,13 +250,18 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": line["tokens"] / (now - self.last),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        self.last = now
         self.trainer.step_metrics.reset()
+        line |= self.trainer.validate(self.trainer.model, state.global_step)
+        self.last = time.perf_counter()
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"] or 0.0):
             raise RunError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite")
         self.on_step(state.global_step, line)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
+        self.last = time.perf_counter()
 
 
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]

@@ -8,6 +8,9 @@ from rich.console import Console
 
 from sft.cli.terminal import Json, Overrides, RecipeName, console, preparation, print_json, progress, quiet_libraries
 
+BAR_WIDTH = 70
+"""Columns of a terminal that the bar, the steps and the times take."""
+
 
 def run(
     recipe: RecipeName,
@@ -52,15 +55,29 @@ def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
         return status
     quiet_libraries()
     from sft import run as runs
+    from sft.monitoring import check_trackers
 
+    check_trackers(recipe.training.report_to)  # before hours of preparation
     with preparation(out) as update:
         sources = runs.prepare(recipe, update)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
-            update(step, f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
+            update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
         return runs.train(recipe, sources, on_step, out.print)
+
+
+def note(line: dict[str, Any], width: int | None) -> str:
+    """Loss, loss of each source as far as `width` has room for them, and speed: what the bar says beside a step."""
+    parts = [f"{name} {own['loss']:.3f}" for name, own in line["sources"].items() if own["loss"] is not None]
+    head, speed = f"loss {line['loss']:.3f}", f"{line['tokens_per_second']:,.0f} tokens/s"
+    for number in range(len(parts), 0, -1):
+        sources = ", ".join(parts[:number]) + ", …" * (number < len(parts))
+        text = f"{head} ({sources})  {speed}"
+        if len(parts) > 1 and (width is None or len(text) <= width):
+            return text
+    return f"{head}  {speed}"
 
 
 def _refuse_other_recipe(recipe: Any, run_dir: Path) -> None:
