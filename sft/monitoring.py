@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
@@ -27,14 +26,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name
 from sft.errors import UserError
-from sft.evaluation.processes import deal, gathered, is_main_process
+from sft.evaluation.processes import deal, first_message, gathered, is_alone, is_main_process
 from sft.generation import generate
 from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss, sample_losses
 from sft.prepared import Sources
 from sft.recipe import EvaluationConfig, Recipe
 from sft.sample import Message
 from sft.selection.choice import Selection
-from sft.selection.questionnaire import scored_by
 from sft.selection.session import Session
 from sft.statistics import should_stop
 
@@ -176,18 +174,24 @@ class Validation:
         except Exception as error:  # whatever it is, it is no reason to end the training
             problem = _reason(error)
         by_pack = gathered(mine)
-        problems = gathered({PartialState().process_index: problem})
         samples = [sample for number in sorted(by_pack) for sample in by_pack[number]]
         by_source = {
             source.name: _mean([sample for sample in samples if sample.source == source.name])
             for source in self.packs.sources.sources
         }
-        return by_source, next(filter(None, problems.values()), "")
+        return by_source, first_message(problem)
 
     def _losses_of_pack(self, model: nn.Module, number: int) -> list[SampleLoss]:
         packs = [self.packs.packs[number]]
-        whole = PartialState().num_processes > 1  # engines that shard a model want the same calls of every process
-        return [*sample_losses(model, self.packs.sources, packs, image_size=self.image_size, always_whole=whole)]
+        return [
+            *sample_losses(
+                model,
+                self.packs.sources,
+                packs,
+                image_size=self.image_size,
+                always_whole=not is_alone(),  # engines that shard a model want the same calls of every process
+            )
+        ]
 
     def _generations(self, model: nn.Module) -> tuple[list[Line], str]:
         """The answers to a few questions, or what went wrong; every process gives the same ones."""
@@ -248,7 +252,7 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     The checkpoint is loaded from its folder: what is scored is what is shipped, rounded as it is, and `select` finds it
     answered. That takes the memory of a bfloat16 copy, where gradients and activations are let go of by then.
-    A failure is told and kept, and training goes on.
+    A failure is told and kept, and training goes on. All processes of a training call it.
     """
 
     def __init__(
@@ -265,24 +269,19 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         self.failed: dict[str, str] = {}
         """Checkpoints whose evaluation failed, and why."""
         self._say, self._log = say, log
-        # The questions of a benchmark are shared out to all processes; anything else is asked by the first one alone.
-        self._is_shared = scored_by(settings) == "mmbench"
         session.prepare()
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Evaluate the checkpoint of this step."""
         if state.global_step % self.every_steps:
             return
-        stops = False
-        if self._is_shared or is_main_process():
-            with undisturbed(model):
-                selection = self._ask(checkpoint_name(state.global_step))
-            stops = selection is not None and self._is_no_longer_better(selection)
-        if any(gathered({PartialState().process_index: stops}).values()):
-            self._say(
-                f"step {state.global_step}: {self.patience} evaluations brought no better score than "
-                f"{selection.best if selection else 'before'}; training ends (evaluation.patience)"
-            )
+        with undisturbed(model):
+            selection = self._ask(checkpoint_name(state.global_step))
+        ends = ""
+        if selection and self._is_no_longer_better(selection):
+            ends = f"{self.patience} evaluations brought no better score than {selection.best}"
+        if ends := first_message(ends):
+            self._say(f"step {state.global_step}: {ends}; training ends (evaluation.patience)")
             control.should_training_stop = True
 
     def _ask(self, checkpoint: str) -> Selection | None:
@@ -311,8 +310,8 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 def _summary(selection: Selection) -> str:
     newest = selection.scores[-1]
     unit = "held-out loss" if selection.by == "loss" else "score"
-    error = "" if newest.standard_error is None else f" ± {newest.standard_error:.3f}"
-    return f"{newest.checkpoint}: {unit} {newest.score:.3f}{error}; selected so far: {selection.selected}"
+    limits = "" if newest.interval is None else " ({:.3f} to {:.3f})".format(*newest.interval)
+    return f"{newest.checkpoint}: {unit} {newest.score:.3f}{limits}; selected so far: {selection.selected}"
 
 
 # ----------------------------------------------------------------------------------------------------------- trackers

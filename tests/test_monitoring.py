@@ -149,7 +149,7 @@ def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatc
     said = evaluated(trained, tmp_path / "run", "evaluation.every_steps=2", "training.max_steps=4")
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
     assert [score["step"] for score in selection["scores"]] == [2, 4]
-    assert re.fullmatch(r"checkpoint-2: score \d\.\d+ ± \d\.\d+; selected so far: checkpoint-2", said[-2])
+    assert re.fullmatch(r"checkpoint-2: score 0\.\d+ \(0\.\d+ to \d\.\d+\); selected so far: checkpoint-2", said[-2])
     assert RunStatus.read(tmp_path / "run").failed_evaluations == {}
     later, _ = printed(capsys, "select", tmp_path / "run")
     assert [later["scores"][1]["score"], later["scores"][3]["score"]] == [s["score"] for s in selection["scores"]]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoints, step_of
 from sft.errors import RunError, UserError
+from sft.evaluation.processes import first_message, is_main_process
 from sft.locking import locked
 from sft.naming import run_checkpoints
 from sft.prepared import Sources
@@ -82,17 +83,35 @@ class Session:
     def ask_new(self, every_steps: int) -> Selection | None:
         """While training waits: ask the checkpoints of every so many steps that were not asked, and choose.
 
-        None where nothing new was asked, since an evaluation failed (`failed`).
+        Called by all its processes. The first one chooses; the others get None, and share in asking a multiple-choice
+        benchmark. None as well where nothing new was asked, since an evaluation failed (`failed`).
 
         Raises:
-            UserError: another process evaluates this run.
+            UserError: another run of the command evaluates this run.
         """
-        paths = [path for path in run_checkpoints(self.run_dir) if step_of(path) % every_steps == 0]
-        with locked(self.run_dir / "evaluations"):
+        with self._held_by_the_first_process():
+            paths = [path for path in run_checkpoints(self.run_dir) if step_of(path) % every_steps == 0]
+            if not (is_main_process() or scored_by(self.recipe.evaluation) == "mmbench"):
+                return None
             if losses := self._recorded_losses(paths):
                 every = {step: loss for step, loss in losses.items() if step % every_steps == 0}
                 return self._choose_by_recorded(every, paths)
-            return self._choose() if self._ask_these(paths) else None
+            is_new = self._ask_these(paths)
+            return self._choose() if is_new and is_main_process() else None
+
+    @contextmanager
+    def _held_by_the_first_process(self) -> Iterator[None]:
+        """RUN/evaluations, once the first process has written what it was writing."""
+        with ExitStack() as held:
+            problem = ""
+            try:
+                if is_main_process():
+                    held.enter_context(locked(self.run_dir / "evaluations"))
+            except UserError as error:
+                problem = str(error)
+            if problem := first_message(problem):
+                raise UserError(problem)
+            yield
 
     def watch(self) -> Iterator[Selection]:
         """Choose anew whenever training has written a checkpoint, until it has ended and all are evaluated.
