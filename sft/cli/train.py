@@ -71,7 +71,8 @@ def train(recipe: Any, out: Console, *, fresh: bool = False) -> Any:
 def note(line: dict[str, Any], width: int | None) -> str:
     """Loss, loss of each source as far as `width` has room for them, and speed: what the bar says beside a step."""
     parts = [f"{name} {own['loss']:.3f}" for name, own in line["sources"].items() if own["loss"] is not None]
-    head, speed = f"loss {line['loss']:.3f}", f"{line['tokens_per_second']:,.0f} tokens/s"
+    head = "loss not finite" if line["loss"] is None else f"loss {line['loss']:.3f}"
+    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
     for number in range(len(parts), 0, -1):
         sources = ", ".join(parts[:number]) + ", …" * (number < len(parts))
         text = f"{head} ({sources})  {speed}"
