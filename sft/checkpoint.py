@@ -81,13 +81,26 @@ def is_complete(path: Path) -> bool:
     if not manifest.is_file():
         return False
     files = json.loads(manifest.read_text())
-    return all((path / n).is_file() and (path / n).stat().st_size == f["bytes"] for n, f in files.items())
+    return all(_has_size(path / name, file["bytes"]) for name, file in files.items())
 
 
 def broken_files(path: Path) -> list[str]:
     """Files whose content is not what the manifest says."""
     files = json.loads((path / MANIFEST).read_text())
     return [name for name, file in files.items() if hash_file(path / name) != file["xxh3"]]
+
+
+def listed_hashes(path: Path) -> dict[str, str]:
+    """The xxh3 hash that a checkpoint's manifest gives each file which has its size; empty for any other folder."""
+    manifest = path / MANIFEST
+    if not (_NAME.fullmatch(path.name) and manifest.is_file()):
+        return {}
+    files = json.loads(manifest.read_text())
+    return {name: file["xxh3"] for name, file in files.items() if _has_size(path / name, file["bytes"])}
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -69,7 +69,8 @@ def _generate_batch(
     num_images = max(1, *(len(pictures) for pictures in pixels))  # IDEFICS wants at least one, seen by no token
     input_ids_BT, attention_mask_BT = _left_padded(prompts, tokenizer.pad_token_id)
     device = model.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    # Not inference_mode: what a module keeps from it could not be trained with afterwards.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         output_BT = model.generate(
             input_ids=input_ids_BT.to(device),
             attention_mask=attention_mask_BT.to(device),

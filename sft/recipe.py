@@ -268,6 +268,8 @@ class TrainingConfig(_Part):
     changes nothing, and its samples are listed in nonfinite.jsonl."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
+    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+    """Trackers that get what metrics.jsonl gets. Their packages are installed separately."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -302,7 +304,8 @@ class EvaluationConfig(_Part):
     rule: Rule = "best"
     """Which checkpoint is selected."""
     every_steps: Positive | None = None
-    """Training evaluates the newest checkpoint every so many steps. Left out: `idefics-sft select` does it."""
+    """Training waits every so many steps while the checkpoint of that step is evaluated. Left out: `idefics-sft select`
+    does it."""
     patience: Positive | None = None
     """Training stops when so many evaluations, one after another, bring no better score."""
     protocol: Literal["card", "vanilla", "circular"] = "circular"

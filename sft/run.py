@@ -60,6 +60,7 @@ OUTPUTS = (
     "evaluations",
     "selection.json",
     "selection.svg",
+    "tensorboard",
 )
 """What a run writes beside run.json."""
 
@@ -287,6 +288,7 @@ def _train(
 ) -> RunStatus:
     from transformers import set_seed
 
+    from sft.monitoring import Monitors
     from sft.trainer import Trainer
 
     family = get_family(recipe.model.family)
@@ -298,6 +300,7 @@ def _train(
     template = load_template(family, base)
     for warning in before_training(recipe, family, model, template, run_dir):
         say(f"warning: {warning}")
+    monitors = Monitors(recipe, sources, template, image_size=family.image_size(model.config), say=say)
     if resume_from:
         _go_back_to(resume_from)
     else:
@@ -335,6 +338,7 @@ def _train(
 
     def count(step: int, line: dict[str, Any]) -> None:
         spent["tokens"] += line["tokens"]
+        monitors.log(line)
         on_step(step, line)
 
     trainer = Trainer(
@@ -353,6 +357,8 @@ def _train(
         on_step=count,
         should_stop=lambda: stop.why is not None,
         resume_from=resume_from / STATE if resume_from else None,
+        validate=monitors.validate,
+        callbacks=monitors.callbacks,
     )
 
     def status(state: str) -> RunStatus:
@@ -362,6 +368,7 @@ def _train(
             max_steps=recipe.training.max_steps,
             precision=trainer.precision,
             versions=_versions(),
+            failed_evaluations=monitors.failed,
             **spent_so_far(),  # type: ignore[arg-type]
         )
 
@@ -373,13 +380,13 @@ def _train(
 
     with _recorded(run_dir, status, outcome):
         trainer.train()
-        if is_short() and not stop.why:
+        last = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
+        if is_short() and not last.exists():
             write_checkpoint(trainer)
     model.eval()
     if outcome() == "stopped":
         say(f"stopped after step {trainer.state.global_step:,} ({stop.why})")
-    elif is_short():
-        ended = planner.mixture.ended()
+    elif is_short() and (ended := planner.mixture.ended()):
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     return status(outcome())
 

@@ -24,6 +24,8 @@ class RunStatus:
     tokens: int = 0
     precision: str = ""
     versions: dict[str, str] | None = None
+    failed_evaluations: dict[str, str] | None = None
+    """Checkpoints whose evaluation failed during training, and steps whose validation did, and why."""
 
     @staticmethod
     def read(run_dir: Path) -> RunStatus | None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
+from sft.checkpoint import listed_hashes
 from sft.evaluation.processes import is_main_process, wait_for_everyone
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
@@ -125,5 +126,6 @@ def score_model(
 
 
 def weights_hash(folder: Path) -> str:
-    """One hash over the weight files of a model folder."""
-    return "-".join(hash_file(file) for file in sorted(folder.glob("*.safetensors")))
+    """One hash over the weight files of a model folder: read back where a manifest lists them, 18 GB otherwise."""
+    known = listed_hashes(folder)
+    return "-".join(known.get(file.name) or hash_file(file) for file in sorted(folder.glob("*.safetensors")))

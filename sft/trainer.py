@@ -126,9 +126,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         on_step: Callable[[int, dict[str, Any]], None],
         should_stop: Callable[[], bool] = lambda: False,
         resume_from: Path | None = None,
+        validate: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {},
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
-        `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already."""
+        `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already.
+        `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl."""
+        self.validate = validate
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
         self.group_of = group_of
@@ -177,6 +181,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             data_collator=lambda batch: batch,
             processing_class=tokenizer,
             callbacks=[
+                *callbacks,
                 _Resume(self),
                 _WriteMetrics(self, run_dir, on_step),
                 _CheckGradients(self),
@@ -338,11 +343,13 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": line["tokens"] / (now - self.last),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        self.last = now
+        keys = metrics.keys
+        metrics.reset()
+        line |= self.trainer.validate(self.trainer.model, state.global_step)
+        self.last = time.perf_counter()
         _append(self.file, _finite(line))
         if self.trainer.nonfinite_steps:
-            self._not_finite(line, metrics.keys)
-        metrics.reset()
+            self._not_finite(line, keys)
         self.on_step(state.global_step, _finite(line))
 
     def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
@@ -366,7 +373,13 @@ def _finite(value: Any) -> Any:
     """A line of metrics with null in place of what is not finite, which JSON does not know."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
+        self.last = time.perf_counter()
 
 
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]

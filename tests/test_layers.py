@@ -15,9 +15,10 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "datasets store encoding mixture packing dealing collate generation bases naming run_status held_out",
     "prepared planner stated validation inference",
     "plans",
-    "data_loader trainer checks evaluation",
+    "data_loader trainer checks evaluation held_out_loss",
     "scoring dry_run",
     "selection leaks",
+    "monitoring",
     "run mix inspection export merge stats chat report cost",
     "cli",
 )

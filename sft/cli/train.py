@@ -24,6 +24,9 @@ from sft.errors import UserError
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again, and it goes on."""
 
+BAR_WIDTH = 70
+"""Columns of a terminal that the bar, the steps and the times take."""
+
 
 def run(
     recipe: RecipeName,
@@ -112,7 +115,7 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
             )
         if changed:
             out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
-        if status.status == "finished" and resume == "auto" and status.step >= recipe.training.max_steps:
+        if status.status == "finished" and resume == "auto" and not changed:
             out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
             return status
         resume_from = _checkpoint(resume, run_dir, out)
@@ -121,17 +124,31 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
     quiet_libraries()
     from sft import run as runs
     from sft.checks.before_training import check_writable
+    from sft.monitoring import check_trackers
 
     check_writable(run_dir)
+    check_trackers(recipe.training.report_to)  # before hours of preparation
     with preparation(out) as update:
         sources = runs.prepare(recipe, update)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
-            loss = "not finite" if line["loss"] is None else f"{line['loss']:.3f}"
-            update(step, f"loss {loss}  {line['tokens_per_second']:,.0f} tokens/s")
+            update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
         return runs.train(recipe, sources, on_step, out.print, resume_from)
+
+
+def note(line: dict[str, Any], width: int | None) -> str:
+    """Loss, loss of each source as far as `width` has room for them, and speed: what the bar says beside a step."""
+    parts = [f"{name} {own['loss']:.3f}" for name, own in line["sources"].items() if own["loss"] is not None]
+    head = "loss not finite" if line["loss"] is None else f"loss {line['loss']:.3f}"
+    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+    for number in range(len(parts), 0, -1):
+        sources = ", ".join(parts[:number]) + ", …" * (number < len(parts))
+        text = f"{head} ({sources})  {speed}"
+        if len(parts) > 1 and (width is None or len(text) <= width):
+            return text
+    return f"{head}  {speed}"
 
 
 def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:

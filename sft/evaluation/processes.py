@@ -30,6 +30,12 @@ def gathered(found: dict[Item, Found]) -> dict[Item, Found]:
     return dict(gather_object(list(found.items())))
 
 
+def first_message(own: str) -> str:
+    """What the first process has to say that has something to say, an error for instance; every process gets it."""
+    found = gathered({_state().process_index: own})
+    return next((found[process] for process in sorted(found) if found[process]), "")
+
+
 def is_main_process() -> bool:
     """Whether this one prints and writes."""
     return bool(_state().is_main_process)
@@ -38,6 +44,11 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Until every process is here."""
     _state().wait_for_everyone()
+
+
+def is_alone() -> bool:
+    """Whether there is no other process."""
+    return bool(_state().num_processes == 1)
 
 
 def leave() -> None:

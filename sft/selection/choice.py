@@ -287,18 +287,29 @@ def as_json(selection: Selection) -> dict[str, Any]:
     return asdict(selection)
 
 
-def choose_by_recorded_loss(losses: dict[int, float]) -> Selection:
-    """The checkpoint of the lowest held-out loss that training wrote down: means only, so nothing says how sure."""
+def choose_by_recorded_loss(losses: dict[int, float], with_weights: Collection[str] | None = None) -> Selection:
+    """The checkpoint of the lowest held-out loss that training wrote down, among those that have their weights (all, if
+    left out): means only, so nothing says how sure."""
     steps = sorted(losses)
-    best = checkpoint_name(steps[choose_best(np.array([-losses[step] for step in steps]))])
+    scores = tuple(
+        CheckpointScore(
+            checkpoint=(name := checkpoint_name(step)),
+            step=step,
+            score=losses[step],
+            has_weights=with_weights is None or name in with_weights,
+        )
+        for step in steps
+    )
+
+    def best(allowed: list[CheckpointScore]) -> str:
+        return allowed[choose_best(np.array([-score.score for score in allowed]))].checkpoint
+
     return Selection(
         by="loss",
         rule="best",
-        selected=best,
-        best=best,
-        scores=tuple(
-            CheckpointScore(checkpoint=checkpoint_name(step), step=step, score=losses[step]) for step in steps
-        ),
+        selected=best([score for score in scores if score.has_weights]),
+        best=best(list(scores)),
+        scores=scores,
         tied=(),
         cross_fitted=None,
         categories={},

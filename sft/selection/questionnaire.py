@@ -8,10 +8,11 @@ from pathlib import Path
 
 from sft.chat_template import ChatTemplate
 from sft.errors import UserError
+from sft.held_out_loss import held_out_packs
 from sft.prepared import Sources
 from sft.recipe import BUILT_BENCHMARKS, By, EvaluationConfig, Recipe
 from sft.scoring import load_settings, score_model
-from sft.selection.held_out_loss import BENCHMARK, ask_held_out_loss, held_out_packs
+from sft.selection.held_out_loss import BENCHMARK, ask_held_out_loss
 from sft.selection.short_answers import ask_short_answers, read_questions
 from sft.shipped import resolve
 
@@ -54,10 +55,12 @@ def multiple_choice(recipe: Recipe) -> Questionnaire:
     """A benchmark of MMBench's layout.
 
     Raises:
-        UserError: see `read_tsv`.
+        UserError: see `read_tsv`; it has no answers.
     """
     settings, run_dir = recipe.evaluation, Path(recipe.output_dir)
     benchmark = load_settings(settings, Path(recipe.data.store))
+    if not benchmark.has_answers:
+        raise UserError(f"{settings.benchmark}: has no answers, so it cannot choose; give a split that has them")
 
     def ask(path: Path, on_progress: OnProgress) -> set[str]:
         results = score_model(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoints, step_of
 from sft.errors import RunError, UserError
+from sft.evaluation.processes import first_message, is_main_process
 from sft.locking import locked
 from sft.naming import run_checkpoints
 from sft.prepared import Sources
@@ -66,10 +67,51 @@ class Session:
         paths = run_checkpoints(self.run_dir)
         with locked(self.run_dir / "evaluations"):
             if losses := self._recorded_losses(paths):
-                return self._write(choose_by_recorded_loss(losses))
+                return self._choose_by_recorded(losses, paths)
             for path in paths:
                 self._ask(path)
             return self._choose()
+
+    def prepare(self) -> None:
+        """Read what is to be asked, so that what is wrong with it is told before training begins.
+
+        Raises:
+            UserError: there is nothing to choose by, or it cannot be read.
+        """
+        self._questionnaire = self._questionnaire or self._make_questionnaire()
+
+    def ask_new(self, every_steps: int) -> Selection | None:
+        """While training waits: ask the checkpoints of every so many steps that were not asked, and choose.
+
+        Called by all its processes. The first one chooses; the others get None, and share in asking a multiple-choice
+        benchmark. None as well where nothing new was asked, since an evaluation failed (`failed`).
+
+        Raises:
+            UserError: another run of the command evaluates this run.
+        """
+        with self._held_by_the_first_process():
+            paths = [path for path in run_checkpoints(self.run_dir) if step_of(path) % every_steps == 0]
+            if not (is_main_process() or scored_by(self.recipe.evaluation) == "mmbench"):
+                return None
+            if losses := self._recorded_losses(paths):
+                every = {step: loss for step, loss in losses.items() if step % every_steps == 0}
+                return self._choose_by_recorded(every, paths)
+            is_new = self._ask_these(paths)
+            return self._choose() if is_new and is_main_process() else None
+
+    @contextmanager
+    def _held_by_the_first_process(self) -> Iterator[None]:
+        """RUN/evaluations, once the first process has written what it was writing."""
+        with ExitStack() as held:
+            problem = ""
+            try:
+                if is_main_process():
+                    held.enter_context(locked(self.run_dir / "evaluations"))
+            except UserError as error:
+                problem = str(error)
+            if problem := first_message(problem):
+                raise UserError(problem)
+            yield
 
     def watch(self) -> Iterator[Selection]:
         """Choose anew whenever training has written a checkpoint, until it has ended and all are evaluated.
@@ -100,7 +142,9 @@ class Session:
 
     def _ask_new(self) -> bool:
         """Ask the checkpoints that were not asked; whether there is something new to choose from."""
-        present = checkpoints(self.run_dir / "checkpoints")
+        return self._ask_these(checkpoints(self.run_dir / "checkpoints"))
+
+    def _ask_these(self, present: list[Path]) -> bool:
         new = [path for path in present if path.name not in self._asked and path.name not in self.failed]
         for path in new:
             try:
@@ -142,7 +186,12 @@ class Session:
         if scored_by(settings) != "loss" or settings.rule != "best":
             return {}
         losses, steps = recorded_losses(self.run_dir), [step_of(path) for path in paths]
-        return {step: losses[step] for step in steps} if all(step in losses for step in steps) else {}
+        if not all(step in losses for step in steps):
+            return {}
+        return {step: loss for step, loss in losses.items() if step in steps or step < max(steps)}
+
+    def _choose_by_recorded(self, losses: dict[int, float], paths: list[Path]) -> Selection:
+        return self._write_and_prune(choose_by_recorded_loss(losses, {path.name for path in paths}))
 
     def _choose(self) -> Selection:
         assert self._questionnaire is not None
@@ -163,7 +212,7 @@ class Session:
             protocol_hashes=set().union(*self._asked.values()),
             counts=counts,
         )
-        selection = self._write(
+        return self._write_and_prune(
             choose(
                 outcomes,
                 by=self._questionnaire.by,
@@ -173,6 +222,9 @@ class Session:
                 with_weights=present,
             )
         )
+
+    def _write_and_prune(self, selection: Selection) -> Selection:
+        self._write(selection)
         if self.recipe.checkpoints.keep_weights == "best+last" and (gone := prune_weights(self.run_dir, selection)):
             self._say(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
             return self._write(without_weights(selection, gone))
