@@ -514,7 +514,10 @@ def weight_files(folder: Path) -> dict[str, str]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: damaged, does not say which file holds which tensor") from error
         return weight_map
     single = folder / "model.safetensors"
     if not single.exists():
@@ -539,7 +542,10 @@ def _local_folder(path: str | Path) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: neither a folder nor a model that could be had from the hub") from error
 
 
 def _read_config(path: str | Path) -> dict[str, Any]:
@@ -555,8 +561,9 @@ def _read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(missing)  # transformers would return an empty config
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
-    except OSError as error:
-        raise UserError(missing) from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        damaged = f"{path}: config.json is damaged, not a JSON object"
+        raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
     if config.get("model_type") != "idefics":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; this family loads 'idefics'")
     return config
