@@ -87,7 +87,7 @@ class ScoredModel:
                 blind=blind,
                 autocast=self.loaded.autocast,
                 weights=self._weights,
-                max_positions=get_family("idefics").max_positions(self.loaded.model),
+                max_positions=get_family("idefics").max_positions(self.loaded.model.config),
                 on_progress=on_progress,
             )
             if self.run_dir and is_main_process():
