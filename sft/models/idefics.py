@@ -560,7 +560,7 @@ def _read_config(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(missing)  # transformers would return an empty config
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
+        config: dict[str, Any] = dict(PreTrainedConfig.get_config_dict(path)[0])
     except (OSError, ValueError, AttributeError, TypeError) as error:
         damaged = f"{path}: config.json is damaged, not a JSON object"
         raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
