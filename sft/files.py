@@ -73,8 +73,11 @@ def staged(path: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
+    readable = staging.stat().st_mode & 0o666  # what the umask leaves; safetensors writes files for their owner only
     for file in staging.rglob("*"):
         if file.is_file():
+            if file.stat().st_nlink == 1:  # not another's, by a second name
+                file.chmod(readable)
             _sync(file)
     discard(path)
     staging.rename(path)

@@ -276,14 +276,25 @@ class Stream:
         return taken
 
     def state(self) -> list[float]:
-        """All that restoring needs, as JSON."""
-        return [*self._place(), self.passed, self.target, *vars(self.given).values()]
+        """All that restoring needs, as JSON: few digits, and no zeros at the end, since there may be 1,000 sources."""
+        unit, offset = self._place()
+        given = self.given
+        tokens = given.tokens - round(self.target)  # mostly a small number
+        state = [self.passed, self.target, tokens, given.trained_tokens, given.dropped, self.passed - unit, offset]
+        while state and not state[-1]:
+            state.pop()
+        return state
 
     def restore(self, state: list[Any]) -> None:
         """Go on where `state` was taken."""
-        unit, offset, self.passed, self.target, *given = state
-        self._cursor, self._start, self._chunk = Cursor(unit, offset), 0, None
-        self.given = Given(**dict(zip(vars(self.given), given, strict=True)))
+        self.passed, self.target, tokens, trained, dropped, behind, offset = state + [0] * (7 - len(state))
+        self._cursor, self._start, self._chunk = Cursor(self.passed - behind, offset), 0, None
+        self.given = Given(
+            samples=self.passed - dropped,
+            tokens=tokens + round(self.target),
+            trained_tokens=trained,
+            dropped=dropped,
+        )
 
     def _place(self) -> Cursor:
         """The place of the next sample."""

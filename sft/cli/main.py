@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer import Abort, BadParameter
 
 from sft.cli import (
     chat,
@@ -59,6 +60,10 @@ for command in COMMANDS:
     app.command(name=command.__name__.rsplit(".", 1)[-1])(command.run)
 
 
+_UsageError: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "UsageError")
+"""Typer's own: it has no public name."""
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"idefics-sft {version('idefics-sft')}")
@@ -79,7 +84,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="idefics-sft")
+        sys.exit(app(arguments, prog_name="idefics-sft", standalone_mode=False))
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: help is wanted
+            error.show()
+        else:
+            print(f"idefics-sft: {printable(' '.join(error.format_message().split()))}", file=sys.stderr)
+        sys.exit(2)
+    except Abort:
+        print("idefics-sft: interrupted", file=sys.stderr)
+        sys.exit(130)
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise

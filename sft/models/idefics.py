@@ -556,7 +556,10 @@ def weight_files(folder: Path) -> dict[str, str]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: damaged, does not say which file holds which tensor") from error
         return weight_map
     single = folder / "model.safetensors"
     if not single.exists():
@@ -607,9 +610,10 @@ def _read_config(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(missing)  # transformers would return an empty config
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
-    except OSError as error:
-        raise UserError(missing) from error
+        config: dict[str, Any] = dict(PreTrainedConfig.get_config_dict(path)[0])
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        damaged = f"{path}: config.json is damaged, not a JSON object"
+        raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
     if config.get("model_type") != "idefics":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; this family loads 'idefics'")
     return config
