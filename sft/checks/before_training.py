@@ -96,7 +96,7 @@ def check_room(folder: Path, room: Room) -> Finding:
 def before_training(
     recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate, run_dir: Path
 ) -> list[str]:
-    """Check the model that is about to be trained, by one forward of about a hundred tokens; return the warnings.
+    """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings.
 
     The random numbers of training are not touched. Where this is the only process the model goes to its device.
 
