@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
+from sft.distributed import ALONE, Rank, as_main, choose_engine, gathered_weights, wait_for_all
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.fitting import Limits
@@ -246,17 +247,19 @@ def train(
     sources: Sources,
     on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None,
     say: Callable[[str], None] = lambda line: None,
+    rank: Rank = ALONE,
 ) -> RunStatus:
     """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first.
 
-    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides.
+    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides. `rank` says
+    which of several processes this is, all of which call this; only the main one writes.
 
     Raises:
         UserError: the folder is in use or holds other things, or samples are too long for the model.
     """
     run_dir = Path(recipe.output_dir)
-    with locked(run_dir):
-        return _train(recipe, sources, run_dir, on_step, say)
+    with locked(run_dir) if rank.is_main else nullcontext():
+        return _train(recipe, sources, run_dir, on_step, say, rank)
 
 
 def _train(
@@ -265,6 +268,7 @@ def _train(
     run_dir: Path,
     on_step: Callable[[int, dict[str, Any]], None],
     say: Callable[[str], None],
+    rank: Rank,
 ) -> RunStatus:
     from transformers import set_seed
 
@@ -272,11 +276,11 @@ def _train(
 
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
+    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank)
     set_seed(recipe.seed)
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
-    _take_over(run_dir, recipe.training.max_steps)
-    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+    as_main(rank, lambda: _take_over(recipe, run_dir))
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
     if frozen:
@@ -288,11 +292,20 @@ def _train(
         planner,
         micro_batch_packs=recipe.training.micro_batch_packs,
         image_cost=family.image_cost_in_tokens(model.config),
+        rank=rank,
     )
+    if rank.of > 1:
+        say(
+            f"{rank.of} processes, {engine}: {plans.micro_batches_per_step} micro-batches each a step, "
+            f"{plans.idle_share:.1%} of the places for packs idle"
+        )
 
     def write_checkpoint(trained: torch.nn.Module, step: int) -> None:
         path = run_dir / "checkpoints" / checkpoint_name(step)
-        write_folder(path, lambda folder: save_snapshot(family, trained, template, recipe, folder))
+        weights = gathered_weights(trainer)
+        if rank.is_main:
+            write_folder(path, lambda folder: save_snapshot(family, trained, template, recipe, folder, weights))
+        wait_for_all()
 
     tokens = 0
 
@@ -314,6 +327,9 @@ def _train(
         seed=recipe.seed,
         source_names=[source.name for source in recipe.data.mixture],
         on_step=count,
+        rank=rank,
+        engine=engine,
+        micro_batches_of_all=plans.micro_batches_of_all,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
 
@@ -329,7 +345,7 @@ def _train(
             versions=_versions(),
         )
 
-    with _recorded(run_dir, status):
+    with _recorded(run_dir, status) if rank.is_main else nullcontext():
         trainer.train()
     model.eval()
     ended = planner.mixture.ended()
@@ -375,8 +391,9 @@ def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.
     return model
 
 
-def _take_over(run_dir: Path, max_steps: int) -> None:
+def _take_over(recipe: Recipe, run_dir: Path) -> None:
     """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
+    Its recipe stands in it then.
 
     Raises:
         UserError: the folder holds files of these names that no run of ours has written.
@@ -386,8 +403,9 @@ def _take_over(run_dir: Path, max_steps: int) -> None:
         foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
         if foreign:
             raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
-    RunStatus(status="running", step=0, max_steps=max_steps).write(run_dir)
+    RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
     delete_outputs(run_dir)
+    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 
 
 def delete_outputs(run_dir: Path) -> None:
@@ -420,13 +438,21 @@ def _versions() -> dict[str, str]:
 
 
 def save_snapshot(
-    family: ModelFamily, model: torch.nn.Module, template: ChatTemplate, recipe: Recipe, folder: Path
+    family: ModelFamily,
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    recipe: Recipe,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder."""
+    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder.
+
+    `weights` are those of the model, where an engine keeps them apart.
+    """
     if has_adapters(model):
-        save_adapters(model, folder)
+        save_adapters(model, folder, weights)
     else:
-        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE))
+        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
     template.tokenizer.chat_template = template.template
     template.tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")

@@ -23,16 +23,17 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from sft.distributed import ALONE, Rank, engine_arguments, summed
 from sft.errors import RunError
 from sft.loss import trained_positions
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
-from sft.recipe import TrainingConfig
+from sft.recipe import Engine, TrainingConfig
 from sft.sample import NO_SOURCE, Batch
 
 
 class StepMetrics:
-    """Sums of the running optimizer step, by source."""
+    """Sums of the running optimizer step on this rank, by source."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -44,13 +45,13 @@ class StepMetrics:
         self.trained_tokens = torch.zeros(len(self.names))
         self.loss_sums = torch.zeros(len(self.names))
         self.dirty_samples = 0
-        self.images = 0
+        self.has_images = False
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
         num = len(self.names)
-        self.images += len(batch.pixel_values_NCHW)
         sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
+        self.has_images |= bool((batch.image_ids_T[sources_T != NO_SOURCE] >= 0).any())
         sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
         self.tokens += torch.bincount(sources_T[sources_T != NO_SOURCE], minlength=num).cpu()
         self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
@@ -58,23 +59,26 @@ class StepMetrics:
         self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
 
     def line(self) -> dict[str, Any]:
-        """The step's part of a line of metrics.jsonl."""
+        """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
+        sums = torch.cat(
+            [self.loss_sums, self.tokens, self.trained_tokens, torch.tensor([float(self.dirty_samples)])]
+        ).double()
+        sums = summed(sums)
+        loss_sums, all_tokens, all_trained_tokens = sums[:-1].view(3, -1)
         sources = {
             name: {
                 "loss": float(loss / trained) if trained else None,
                 "tokens": int(tokens),
                 "trained_tokens": int(trained),
             }
-            for name, loss, tokens, trained in zip(
-                self.names, self.loss_sums, self.tokens, self.trained_tokens, strict=True
-            )
+            for name, loss, tokens, trained in zip(self.names, loss_sums, all_tokens, all_trained_tokens, strict=True)
         }
-        total = self.trained_tokens.sum()
+        total = all_trained_tokens.sum()
         return {
-            "loss": float(self.loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
-            "tokens": int(self.tokens.sum()),
+            "loss": float(loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
+            "tokens": int(all_tokens.sum()),
             "trained_tokens": int(total),
-            "dirty_samples": self.dirty_samples,
+            "dirty_samples": int(sums[-1]),
             "sources": sources,
         }
 
@@ -115,7 +119,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         seed: int,
         source_names: Sequence[str],
         on_step: Callable[[int, dict[str, Any]], None],
+        rank: Rank = ALONE,
+        engine: Engine = "ddp",
+        micro_batches_of_all: int | None = None,
     ) -> None:
+        """`micro_batches_per_step`: of this rank. `micro_batches_of_all`: those of all ranks that have packs."""
+        self.rank = rank
+        self.engine = engine
+        self.micro_batches_of_all = micro_batches_of_all or micro_batches_per_step
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
         self.group_of = group_of
@@ -134,7 +145,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_grad_norm=settings.clip,
             bf16=self.precision == "bfloat16",
             fp16=self.precision == "float16",
-            use_cpu=device().type == "cpu",
             activation_checkpointing=settings.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
             logging_steps=1,
@@ -148,6 +158,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             accelerator_config={"dispatch_batches": False, "split_batches": False},
+            **engine_arguments(engine, clip=settings.clip, precision=self.precision),
         )
         # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
         numbers = datasets.Dataset.from_dict({"input_ids": [[step] for step in range(settings.max_steps)]})
@@ -158,7 +169,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             train_dataset=numbers,
             data_collator=lambda batch: batch,
             processing_class=tokenizer,
-            callbacks=[_WriteMetrics(self, run_dir / "metrics.jsonl", on_step), _CheckGradients(self)],
+            callbacks=[
+                _WriteMetrics(self, run_dir / "metrics.jsonl", on_step),
+                _CheckGradients(self),
+                _FillGradients(self),
+            ],
         )
         for parameter, data in trained:
             # SFTTrainer rounds what is trained of a quantised model to bfloat16, in which small updates are lost.
@@ -182,20 +197,22 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the step's mean loss."""
+        """This micro-batch's part of the step's mean loss, as often as there are ranks: engines take the mean of the
+        ranks' gradients, and what is wanted is their sum."""
         batch = self._normalised(inputs["batch"]).to(self.args.device)
         with self.compute_loss_context_manager():
             output = model(batch=batch, z_loss=self.settings.z_loss)
         self.step_metrics.add(batch, output.token_losses_P, output.source_ids_P)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss * self.rank.of
+        return (loss, output) if return_outputs else loss
 
     def _normalised(self, batch: Batch) -> Batch:
         """The batch with what its summed loss is divided by: the trained tokens of the step, as the planner counted
-        them, or under `micro_batch_mean` its own times the number of micro-batches."""
+        them, or under `micro_batch_mean` its own times the number of micro-batches on all ranks."""
         if self.settings.normalisation == "token_mean":
             return batch
         own = int((batch.source_ids_T[trained_positions(batch.labels_T) + 1] != NO_SOURCE).sum())
-        return replace(batch, num_trained_tokens=max(own, 1) * self.micro_batches_per_step)
+        return replace(batch, num_trained_tokens=max(own, 1) * self.micro_batches_of_all)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer over groups of parameters."""
@@ -231,7 +248,8 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, and the file anew."""
-        self.file.write_text("")
+        if self.trainer.rank.is_main:
+            self.file.write_text("")
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -248,8 +266,9 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
         }
         self.last = now
         self.trainer.step_metrics.reset()
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.trainer.rank.is_main:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"] or 0.0):
             raise RunError(f"step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}: not finite")
         self.on_step(state.global_step, line)
@@ -258,20 +277,30 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]
     """On the first step that has images: everything that is to be trained gets a gradient and, of adapters, moves.
 
-    A step of text alone cannot tell: the tower and the resampler are not called.
+    A step of text alone cannot tell: the tower and the resampler are not called. Where the engine keeps gradients and
+    weights to itself, it is seen whether a gradient comes by, and not whether an adapter moves.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.checked = False
+        self.came_by: set[str] = set()
         self.should_move: dict[str, nn.Parameter] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watch for gradients that the engine takes away before the optimizer step."""
+        if self.trainer.engine == "ddp":
+            return
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, name=name: self.came_by.add(name))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""
-        if self.checked or not self.trainer.step_metrics.images:
+        if self.checked or not self.trainer.step_metrics.has_images:
             return
         trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
-        without = [name for name, parameter in trained if parameter.grad is None]
+        without = [name for name, parameter in trained if parameter.grad is None and name not in self.came_by]
         if without:
             raise RunError(
                 f"step {state.global_step + 1}: {len(without)} of {len(trained)} trainable tensors got no gradient, "
@@ -282,12 +311,12 @@ class _CheckGradients(TrainerCallback):  # type: ignore[misc]
             for name, parameter in trained
             if ".lora_B." in name and parameter.grad is not None and parameter.grad.any()
         }
-        if not self.should_move and any(".lora_B." in name for name, _ in trained):
+        if self.trainer.engine == "ddp" and not self.should_move and any(".lora_B." in name for name, _ in trained):
             raise RunError(f"step {state.global_step + 1}: the gradient of every adapter is zero")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every B whose gradient is not zero has moved from zero."""
-        if self.checked or not self.trainer.step_metrics.images or self.trainer.overflowed:
+        if self.checked or not self.trainer.step_metrics.has_images or self.trainer.overflowed:
             return
         stuck = [name for name, parameter in self.should_move.items() if not parameter.any()]
         if stuck:
@@ -297,6 +326,22 @@ class _CheckGradients(TrainerCallback):  # type: ignore[misc]
             )
         self.checked = True
         self.should_move = {}
+
+
+class _FillGradients(TrainerCallback):  # type: ignore[misc]
+    """A step of text alone gives the tower no gradient on one device, and zeros on several, where a black image stands
+    in. AdamW leaves out the one and decays and moves on with the other, so both are zeros."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After `_CheckGradients` looked."""
+        if self.trainer.engine != "ddp":
+            return  # gradients are the engine's
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def peak_memory_bytes() -> int:

@@ -110,11 +110,10 @@ def _with_lora(setting: Setting, lora: Any, shape: Shape) -> Setting:
 
 def _engine(recipe: Recipe, mode: Mode, gpus: int) -> Engine:
     """`auto`: a copy on each GPU where little is trained or there is but one, else ZeRO-3, as the card."""
-    asked = getattr(getattr(recipe, "distributed", None), "engine", "auto")
+    asked = recipe.distributed.engine
     if asked == "auto":
         return "zero3" if mode == "full" and gpus > 1 else "ddp"
-    engine: Engine = asked  # type: ignore[assignment]
-    return engine
+    return asked
 
 
 def _precision(asked: str, device: Device) -> Precision:
@@ -202,7 +201,7 @@ def _enough_gpus(recipe: Recipe, shape: Shape, setting: Setting, device: Device)
     """Sharded over as few GPUs, in powers of two, as it fits on; no more than there are packs in a step."""
     engine, text = _engine(recipe, setting.mode, 2 * setting.gpus), ""
     if engine == "ddp":
-        if setting.mode == "qlora" or "distributed" not in Recipe.model_fields:
+        if setting.mode == "qlora":
             return None
         engine, text = "zero3", " distributed.engine=zero3"
     gpus = 2 * setting.gpus
