@@ -76,8 +76,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for line, own in zip(lines_of(found), lines_of(expected), strict=True):
         for key in ("step", "tokens", "trained_tokens", "dirty_samples", "learning_rate"):
             assert line[key] == own[key]
-        for key in ("loss", "grad_norm"):
-            assert line[key] == pytest.approx(own[key], rel=1e-5, abs=1e-5)
+        assert line["loss"] == pytest.approx(own["loss"], rel=1e-5, abs=1e-5)
+        # A key's bias has no gradient but rounding, and AdamW's first steps are as long for it as for the others.
+        assert line["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-5 if line["step"] == 1 else 1e-4)
         for name, source in own["sources"].items():
             assert line["sources"][name] == pytest.approx(source, rel=1e-5, abs=1e-5) or not source["trained_tokens"]
     for folder, own_folder in zip(*(checkpoints(one / "checkpoints") for one in (found, expected)), strict=True):
