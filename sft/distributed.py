@@ -307,20 +307,29 @@ def choose_engine(asked: Engine, mode: str, rank: Rank) -> Engine:
     return asked
 
 
-def engine_arguments(engine: Engine, *, clip: float, precision: str) -> dict[str, Any]:
-    """The engine's part of transformers' TrainingArguments.
-
-    Raises:
-        UserError: a precision that the engine is not run in.
+def check_precision(engine: Engine, precision: str) -> None:
     """
+    Raises:
+        UserError: the engine does not train in it here.
+    """
+    import torch
+
+    if engine != "zero3" or precision == "float32":
+        return
+    if precision == "float16":
+        raise UserError("training.precision: zero3 trains in bfloat16 or float32, not in float16; set float32, or ddp")
+    if not torch.cuda.is_available():  # transformers refuses it
+        raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
+
+
+def engine_arguments(engine: Engine, *, clip: float, precision: str) -> dict[str, Any]:
+    """The engine's part of transformers' TrainingArguments."""
     import torch
 
     common: dict[str, Any] = {"ddp_timeout": int(TIMEOUT.total_seconds())}
     if engine == "ddp":
         # Every parameter gets a gradient on every rank: sft.collate's dummies see to it.
         return common | {"use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False}
-    if precision == "float16":
-        raise UserError("training.precision: zero3 trains in bfloat16 or float32, not in float16; set float32, or ddp")
     return common | {"deepspeed": _zero3(clip, precision == "bfloat16")}
 
 

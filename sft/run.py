@@ -22,7 +22,7 @@ from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name, write_folder
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
-from sft.distributed import ALONE, Rank, as_main, choose_engine, gathered_weights, wait_for_all
+from sft.distributed import ALONE, Rank, as_main, check_precision, choose_engine, gathered_weights, wait_for_all
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.fitting import Limits
@@ -277,6 +277,7 @@ def _train(
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
     engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank)
+    check_precision(engine, choose_precision(recipe.training.precision, device()))
     set_seed(recipe.seed)
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
