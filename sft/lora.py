@@ -67,12 +67,15 @@ def has_adapters(model: nn.Module) -> bool:
     return next(adapter_parameters(model), None) is not None
 
 
-def save_adapters(model: Any, directory: Path) -> None:
-    """Write everything that is trained as a PEFT folder: the adapters, and the weights trained beside them."""
+def save_adapters(model: Any, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write everything that is trained as a PEFT folder: the adapters, and the weights trained beside them.
+
+    `weights` are those of the model, where its parameters hold but a share of them.
+    """
     from safetensors.torch import save_file
 
     trained = {
-        _PREFIX + name.replace(_ADAPTER, "."): parameter.detach().contiguous().cpu()
+        _PREFIX + name.replace(_ADAPTER, "."): (weights[name] if weights else parameter).detach().contiguous().cpu()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

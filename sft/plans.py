@@ -14,20 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sft.dealing import deal
+from sft.distributed import ALONE, Rank
 from sft.parallel import ahead
 from sft.planner import Planner
 from sft.prepared import Place, Sources
 from sft.sample import Pack
-
-
-class Rank(NamedTuple):
-    """One of the processes that train together."""
-
-    number: int = 0
-    of: int = 1
-
-
-ALONE = Rank()
 
 
 class Plan(NamedTuple):
@@ -76,6 +67,12 @@ class Plans:
     def micro_batches_per_step(self) -> int:
         """On each rank."""
         return -(-self.planner.packs_per_step // (self.micro_batch_packs * self.rank.of))
+
+    @property
+    def micro_batches_of_all(self) -> int:
+        """Those of a step on all ranks that have packs."""
+        whole, rest = divmod(self.planner.packs_per_step, self.micro_batch_packs * self.rank.of)
+        return whole * self.rank.of + min(rest, self.rank.of)
 
     @property
     def idle_share(self) -> float:

@@ -47,6 +47,12 @@ LoraTarget = Literal[
 """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
+Engine = Literal[
+    "auto",  # zero3 where model.mode is full and there are several processes, else ddp
+    "ddp",  # the whole model in each process
+    "zero3",  # weights, gradients and optimizer states shared out by DeepSpeed, as the idefics-9b-instruct card says
+    "fsdp2",  # the same by torch's fully_shard
+]
 By = Literal[
     "mmbench",  # multiple-choice questions of MMBench's layout
     "exact_match",  # questions of your own with short answers
@@ -285,6 +291,12 @@ class TrainingConfig(_Part):
         return self
 
 
+class DistributedConfig(_Part):
+    engine: Engine = "auto"
+    """What several processes do with the model. `ddp`: each has all of it. `zero3`, `fsdp2`: each keeps a share.
+    `auto`: zero3 where `model.mode` is full, else ddp."""
+
+
 class CheckpointsConfig(_Part):
     every_steps: Positive = 1000
     """A checkpoint is written every so many steps, and at the end."""
@@ -333,6 +345,7 @@ class Recipe(_Part):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    distributed: DistributedConfig = DistributedConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output_dir: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,16 @@ from sft.checks.before_training import before_training
 from sft.checks.environment import LIBRARIES as VERSIONED
 from sft.data_loader import MicroBatches
 from sft.datasets import Adapter
+from sft.distributed import (
+    ALONE,
+    Rank,
+    any_process,
+    as_main,
+    check_precision,
+    choose_engine,
+    gathered_weights,
+    wait_for_all,
+)
 from sft.encoding import INDEX, EncodedSamples, encode_samples, fingerprint
 from sft.errors import UserError
 from sft.files import discard
@@ -261,20 +271,22 @@ def train(
     on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None,
     say: Callable[[str], None] = lambda line: None,
     resume_from: Path | None = None,
+    rank: Rank = ALONE,
 ) -> RunStatus:
     """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first.
 
     `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides. With
-    `resume_from`, a checkpoint of the run, training goes on after its step, and later checkpoints go. A signal, or a
-    file `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then.
+    `resume_from`, a checkpoint of the run, training goes on after its step, and later checkpoints go. `rank` says which
+    of several processes this is, all of which call this; only the main one writes. A signal, or a file `stop` in the
+    folder, ends training after a step with a checkpoint; the status is `stopped` then.
 
     Raises:
         UserError: the folder is in use or holds other things, or the pack is too long for the model; or the checkpoint
             is not complete, or of other data.
     """
     run_dir = Path(recipe.output_dir)
-    with locked(run_dir), StopRequest(run_dir) as stop:
-        return _train(recipe, sources, run_dir, on_step, say, resume_from, stop)
+    with locked(run_dir) if rank.is_main else nullcontext(), StopRequest(run_dir) as stop:
+        return _train(recipe, sources, run_dir, on_step, say, resume_from, stop, rank)
 
 
 def _train(
@@ -285,6 +297,7 @@ def _train(
     say: Callable[[str], None],
     resume_from: Path | None,
     stop: StopRequest,
+    rank: Rank,
 ) -> RunStatus:
     from transformers import set_seed
 
@@ -293,6 +306,8 @@ def _train(
 
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
+    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank)
+    check_precision(engine, choose_precision(recipe.training.precision, device()))
     set_seed(recipe.seed)
     before = _progress_of(resume_from, sources) if resume_from else None
     model = load_for_training(recipe, family, base)
@@ -301,11 +316,7 @@ def _train(
     for warning in before_training(recipe, family, model, template, run_dir):
         say(f"warning: {warning}")
     monitors = Monitors(recipe, sources, template, image_size=family.image_size(model.config), say=say)
-    if resume_from:
-        _go_back_to(resume_from)
-    else:
-        _take_over(run_dir, recipe.training.max_steps)
-    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+    as_main(rank, lambda: _go_back_to(recipe, resume_from) if resume_from else _take_over(recipe, run_dir))
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
     if frozen:
@@ -316,10 +327,16 @@ def _train(
         planner,
         micro_batch_packs=recipe.training.micro_batch_packs,
         image_cost=family.image_cost_in_tokens(model.config),
+        rank=rank,
     )
     micro_batches = MicroBatches(plans, image_size=family.image_size(model.config))
     if before:
         micro_batches.restore(before["data"])
+    if rank.of > 1:
+        say(
+            f"{rank.of} processes, {engine}: {plans.micro_batches_per_step} micro-batches each a step, "
+            f"{plans.idle_share:.1%} of the places for packs idle"
+        )
     started, cpu_started = time.perf_counter(), time.process_time()
     spent = {name: before["spent"][name] if before else 0 for name in ("tokens", "seconds", "cpu_seconds")}
 
@@ -333,8 +350,15 @@ def _train(
 
         trained = trainer.accelerator.unwrap_model(trainer.model)
         path = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
-        write_folder(path, lambda folder: save_snapshot(family, trained, template, recipe, folder), write_state)
-        keep_newest_states(path.parent, recipe.checkpoints.keep_state)
+        weights = gathered_weights(trainer)
+        if rank.is_main:
+            write_folder(
+                path,
+                lambda folder: save_snapshot(family, trained, template, recipe, folder, weights),
+                write_state if engine == "ddp" else None,  # what is shared out is not kept as yet
+            )
+            keep_newest_states(path.parent, recipe.checkpoints.keep_state)
+        wait_for_all()
 
     def count(step: int, line: dict[str, Any]) -> None:
         spent["tokens"] += line["tokens"]
@@ -355,10 +379,13 @@ def _train(
         seed=recipe.seed,
         source_names=[source.name for source in recipe.data.mixture],
         on_step=count,
-        should_stop=lambda: stop.why is not None,
+        should_stop=lambda: stop.is_agreed(any_process),
         resume_from=resume_from / STATE if resume_from else None,
-        validate=monitors.validate,
+        validate=monitors.validate if engine == "ddp" else lambda model, step: {},
         callbacks=monitors.callbacks,
+        rank=rank,
+        engine=engine,
+        micro_batches_of_all=plans.micro_batches_of_all,
     )
 
     def status(state: str) -> RunStatus:
@@ -378,7 +405,7 @@ def _train(
     def outcome() -> str:
         return "stopped" if stop.why and is_short() else "finished"
 
-    with _recorded(run_dir, status, outcome):
+    with _recorded(run_dir, status, outcome) if rank.is_main else nullcontext():
         trainer.train()
         last = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
         if is_short() and not last.exists():
@@ -408,8 +435,9 @@ def _progress_of(checkpoint: Path, sources: Sources) -> dict[str, Any]:
     return progress
 
 
-def _go_back_to(checkpoint: Path) -> None:
-    """Remove later checkpoints: their steps come again."""
+def _go_back_to(recipe: Recipe, checkpoint: Path) -> None:
+    """Remove later checkpoints, for their steps come again; the recipe is the one of now."""
+    (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     for path in checkpoint.parent.glob("checkpoint-*"):
         if step_of(path) > step_of(checkpoint):
             discard(path)
@@ -481,8 +509,9 @@ def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.
     return model
 
 
-def _take_over(run_dir: Path, max_steps: int) -> None:
+def _take_over(recipe: Recipe, run_dir: Path) -> None:
     """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
+    Its recipe stands in it then.
 
     Raises:
         UserError: the folder holds files of these names that no run of ours has written.
@@ -492,8 +521,9 @@ def _take_over(run_dir: Path, max_steps: int) -> None:
         foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
         if foreign:
             raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
-    RunStatus(status="running", step=0, max_steps=max_steps).write(run_dir)
+    RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
     delete_outputs(run_dir)
+    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 
 
 def delete_outputs(run_dir: Path) -> None:
@@ -528,13 +558,21 @@ def _versions() -> dict[str, str]:
 
 
 def save_snapshot(
-    family: ModelFamily, model: torch.nn.Module, template: ChatTemplate, recipe: Recipe, folder: Path
+    family: ModelFamily,
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    recipe: Recipe,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder."""
+    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder.
+
+    `weights` are those of the model, where an engine keeps them apart.
+    """
     if has_adapters(model):
-        save_adapters(model, folder)
+        save_adapters(model, folder, weights)
     else:
-        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE))
+        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
     template.tokenizer.chat_template = template.template
     template.tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")

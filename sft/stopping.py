@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -19,13 +20,17 @@ class StopRequest:
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / FILE
-        self.signal: str | None = None
+        self.why: str | None = None
+        """What asks to stop, None where nothing does."""
         self._before: dict[signal.Signals, object] = {}
 
-    @property
-    def why(self) -> str | None:
-        """What asks to stop, None where nothing does."""
-        return self.signal or (f"{self.file} is there" if self.file.exists() else None)
+    def is_agreed(self, any_process: Callable[[bool], bool]) -> bool:
+        """Whether this process or one of those that train with it was asked to; all of them call this."""
+        if self.why is None and self.file.exists():
+            self.why = f"{self.file} is there"
+        if any_process(self.why is not None):
+            self.why = self.why or "another process was asked to"
+        return self.why is not None
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
@@ -34,10 +39,10 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
-        if kind is None:
+        if kind is None and self.why is not None:
             self.file.unlink(missing_ok=True)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.why:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.why = signal.Signals(number).name

@@ -24,12 +24,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from sft.distributed import ALONE, Rank, engine_arguments, summed
 from sft.errors import RunError
 from sft.files import write_atomically
 from sft.loss import trained_positions
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
-from sft.recipe import TrainingConfig
+from sft.recipe import Engine, TrainingConfig
 from sft.sample import NO_SOURCE, Batch
 from sft.training_state import load_state, read_progress, save_state
 
@@ -37,7 +38,7 @@ METRICS, NONFINITE = "metrics.jsonl", "nonfinite.jsonl"
 
 
 class StepMetrics:
-    """Sums of the running optimizer step, by source."""
+    """Sums of the running optimizer step on this rank, by source."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -49,16 +50,16 @@ class StepMetrics:
         self.trained_tokens = torch.zeros(len(self.names))
         self.loss_sums = torch.zeros(len(self.names))
         self.dirty_samples = 0
-        self.images = 0
+        self.has_images = False
         self.keys: list[tuple[str, ...]] = []
         """The samples of each micro-batch."""
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
         num = len(self.names)
-        self.images += len(batch.pixel_values_NCHW)
         self.keys.append(batch.keys)
         sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
+        self.has_images |= bool((batch.image_ids_T[sources_T != NO_SOURCE] >= 0).any())
         sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
         self.tokens += torch.bincount(sources_T[sources_T != NO_SOURCE], minlength=num).cpu()
         self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
@@ -66,23 +67,26 @@ class StepMetrics:
         self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
 
     def line(self) -> dict[str, Any]:
-        """The step's part of a line of metrics.jsonl."""
+        """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
+        sums = torch.cat(
+            [self.loss_sums, self.tokens, self.trained_tokens, torch.tensor([float(self.dirty_samples)])]
+        ).double()
+        sums = summed(sums)
+        loss_sums, all_tokens, all_trained_tokens = sums[:-1].view(3, -1)
         sources = {
             name: {
                 "loss": float(loss / trained) if trained else None,
                 "tokens": int(tokens),
                 "trained_tokens": int(trained),
             }
-            for name, loss, tokens, trained in zip(
-                self.names, self.loss_sums, self.tokens, self.trained_tokens, strict=True
-            )
+            for name, loss, tokens, trained in zip(self.names, loss_sums, all_tokens, all_trained_tokens, strict=True)
         }
-        total = self.trained_tokens.sum()
+        total = all_trained_tokens.sum()
         return {
-            "loss": float(self.loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
-            "tokens": int(self.tokens.sum()),
+            "loss": float(loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
+            "tokens": int(all_tokens.sum()),
             "trained_tokens": int(total),
-            "dirty_samples": self.dirty_samples,
+            "dirty_samples": int(sums[-1]),
             "sources": sources,
         }
 
@@ -128,11 +132,18 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         resume_from: Path | None = None,
         validate: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {},
         callbacks: Sequence[TrainerCallback] = (),
+        rank: Rank = ALONE,
+        engine: Engine = "ddp",
+        micro_batches_of_all: int | None = None,
     ) -> None:
-        """`data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
+        """`micro_batches_per_step`: of this rank. `micro_batches_of_all`: those of all ranks that have packs.
+        `data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
         `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already.
         `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl."""
         self.validate = validate
+        self.rank = rank
+        self.engine = engine
+        self.micro_batches_of_all = micro_batches_of_all or micro_batches_per_step
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
         self.group_of = group_of
@@ -156,7 +167,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_grad_norm=settings.clip,
             bf16=self.precision == "bfloat16",
             fp16=self.precision == "float16",
-            use_cpu=device().type == "cpu",
             activation_checkpointing=settings.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
             logging_steps=1,
@@ -170,6 +180,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             accelerator_config={"dispatch_batches": False, "split_batches": False},
+            **engine_arguments(engine, clip=settings.clip, precision=self.precision),
         )
         # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
         numbers = datasets.Dataset.from_dict({"input_ids": [[step] for step in range(settings.max_steps)]})
@@ -185,6 +196,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
                 _Resume(self),
                 _WriteMetrics(self, run_dir, on_step),
                 _CheckGradients(self),
+                _FillGradients(self),
                 _Stop(should_stop),
             ],
         )
@@ -210,21 +222,23 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the step's mean loss."""
+        """This micro-batch's part of the step's mean loss, as often as there are ranks: engines take the mean of the
+        ranks' gradients, and what is wanted is their sum."""
         batch = self._normalised(inputs["batch"]).to(self.args.device)
         self._seed_micro_step()
         with self.compute_loss_context_manager():
             output = model(batch=batch, z_loss=self.settings.z_loss)
         self.step_metrics.add(batch, output.token_losses_P, output.source_ids_P)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss * self.rank.of
+        return (loss, output) if return_outputs else loss
 
     def _normalised(self, batch: Batch) -> Batch:
         """The batch with what its summed loss is divided by: the trained tokens of the step, as the planner counted
-        them, or under `micro_batch_mean` its own times the number of micro-batches."""
+        them, or under `micro_batch_mean` its own times the number of micro-batches on all ranks."""
         if self.settings.normalisation == "token_mean":
             return batch
         own = int((batch.source_ids_T[trained_positions(batch.labels_T) + 1] != NO_SOURCE).sum())
-        return replace(batch, num_trained_tokens=max(own, 1) * self.micro_batches_per_step)
+        return replace(batch, num_trained_tokens=max(own, 1) * self.micro_batches_of_all)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer over groups of parameters."""
@@ -321,9 +335,10 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; lines of steps that come again go."""
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        write_atomically(self.file, "".join(kept))
+        if self.trainer.rank.is_main:
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            write_atomically(self.file, "".join(kept))
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -347,7 +362,8 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
         metrics.reset()
         line |= self.trainer.validate(self.trainer.model, state.global_step)
         self.last = time.perf_counter()
-        _append(self.file, _finite(line))
+        if self.trainer.rank.is_main:
+            _append(self.file, _finite(line))
         if self.trainer.nonfinite_steps:
             self._not_finite(line, keys)
         self.on_step(state.global_step, _finite(line))
@@ -355,7 +371,7 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
     def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
         file = self.file.with_name(NONFINITE)
         found = {name: str(line[name]) for name in ("loss", "grad_norm")}
-        _append(file, {"step": line["step"], **found, "micro_batches": keys})
+        _append(file, {"step": line["step"], "rank": self.trainer.rank.number, **found, "micro_batches": keys})
         in_a_row = self.trainer.nonfinite_steps
         if in_a_row >= self.trainer.settings.max_nonfinite_steps:
             raise RunError(
@@ -385,20 +401,30 @@ def _finite(value: Any) -> Any:
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]
     """On the first step that has images: everything that is to be trained gets a gradient and, of adapters, moves.
 
-    A step of text alone cannot tell: the tower and the resampler are not called.
+    A step of text alone cannot tell: the tower and the resampler are not called. Where the engine keeps gradients and
+    weights to itself, it is seen whether a gradient comes by, and not whether an adapter moves.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.checked = False
+        self.came_by: set[str] = set()
         self.should_move: dict[str, nn.Parameter] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watch for gradients that the engine takes away before the optimizer step."""
+        if self.trainer.engine == "ddp":
+            return
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, name=name: self.came_by.add(name))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""
-        if self.checked or not self.trainer.step_metrics.images or self.trainer.nonfinite_steps:
+        if self.checked or not self.trainer.step_metrics.has_images or self.trainer.nonfinite_steps:
             return
         trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
-        without = [name for name, parameter in trained if parameter.grad is None]
+        without = [name for name, parameter in trained if parameter.grad is None and name not in self.came_by]
         if without:
             raise RunError(
                 f"step {state.global_step + 1}: {len(without)} of {len(trained)} trainable tensors got no gradient, "
@@ -409,13 +435,13 @@ class _CheckGradients(TrainerCallback):  # type: ignore[misc]
             for name, parameter in trained
             if ".lora_B." in name and parameter.grad is not None and parameter.grad.any()
         }
-        if not self.should_move and any(".lora_B." in name for name, _ in trained):
+        if self.trainer.engine == "ddp" and not self.should_move and any(".lora_B." in name for name, _ in trained):
             raise RunError(f"step {state.global_step + 1}: the gradient of every adapter is zero")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every B whose gradient is not zero has moved from zero."""
         skipped = self.trainer.overflowed or self.trainer.nonfinite_steps
-        if self.checked or not self.trainer.step_metrics.images or skipped:
+        if self.checked or not self.trainer.step_metrics.has_images or skipped:
             return
         stuck = [name for name, parameter in self.should_move.items() if not parameter.any()]
         if stuck:
@@ -425,6 +451,22 @@ class _CheckGradients(TrainerCallback):  # type: ignore[misc]
             )
         self.checked = True
         self.should_move = {}
+
+
+class _FillGradients(TrainerCallback):  # type: ignore[misc]
+    """A step of text alone gives the tower no gradient on one device, and zeros on several, where a black image stands
+    in. AdamW leaves out the one and decays and moves on with the other, so both are zeros."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After `_CheckGradients` looked."""
+        if self.trainer.engine != "ddp" or self.trainer.nonfinite_steps:
+            return  # gradients are the engine's, or are to change nothing
+        for parameter in self.trainer.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def peak_memory_bytes() -> int:

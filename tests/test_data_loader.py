@@ -13,9 +13,10 @@ from test_prepared import BLUE, RED, key_of
 from test_prepared import sources as sources  # a fixture
 
 from sft.data_loader import MicroBatches
+from sft.distributed import ALONE
 from sft.errors import RunError
 from sft.planner import Planner
-from sft.plans import ALONE, Plans
+from sft.plans import Plans
 from sft.prepared import Reader, Sources, _open_reader
 from sft.sample import IGNORE_INDEX, SkipSample
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from test_planner import mixtures, settings
 from test_prepared import sources as sources  # a fixture
 
+from sft.distributed import ALONE, Rank
 from sft.planner import Planner
-from sft.plans import ALONE, Plans, Rank
+from sft.plans import Plans
 from sft.prepared import Place
 
 

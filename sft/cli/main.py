@@ -30,6 +30,7 @@ from sft.cli import (
     train,
     validate,
 )
+from sft.distributed import speaks
 from sft.errors import RunError, UserError, printable
 
 app = typer.Typer(
@@ -97,7 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise
-        print(f"idefics-sft: {printable(error)}", file=sys.stderr)
+        if speaks():
+            print(f"idefics-sft: {printable(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
         if "--debug" in arguments or error.filename is None:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from sft.cli import mix, select
 from sft.cli.terminal import Json, console, percent, preparation, print_json, progress, quiet_libraries, table
-from sft.cli.train import STOPPED, train
+from sft.cli.train import train
+from sft.distributed import STOPPED
 
 REPORT = "quickstart.json"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +37,18 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():
+        # DeepSpeed, which accelerate imports wherever it is installed, would say on stdout that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for name in ("bitsandbytes", "accelerate.accelerator"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=name)
 
 
 def console(to_stderr: bool = False) -> Console:

@@ -1,6 +1,8 @@
 """`idefics-sft train RECIPE`: fine-tune, writing checkpoints."""
 
 import shlex
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +21,8 @@ from sft.cli.terminal import (
     quiet_libraries,
     table,
 )
+from sft.distributed import ALONE, STOPPED, Rank, as_main
 from sft.errors import UserError
-
-STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: try again, and it goes on."""
 
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
@@ -31,6 +31,7 @@ BAR_WIDTH = 70
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that train together.")] = 1,
     resume: Annotated[
         str, typer.Option(metavar="auto|none|PATH", help="Go on with an unfinished run, start anew, or a checkpoint.")
     ] = "auto",
@@ -43,14 +44,27 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
+    from sft.distributed import joined, launch, launched_as
     from sft.naming import find_recipe
 
     found = find_recipe(recipe, overrides or ())
-    out = console(to_stderr=json)
     if dry_run:
-        _rehearse(found, out, json=json)
+        if nproc > 1 or launched_as().of > 1:
+            raise UserError("--dry-run measures one process; leave --nproc and launchers out")
+        _rehearse(found, console(to_stderr=json), json=json)
         return
-    status = train(found, out, resume=resume, allow_changed=allow_changed)
+    if nproc > 1:
+        if launched_as().of > 1:
+            raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
+        _prepare_for(nproc, found, console(to_stderr=json))
+        options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
+        sys.exit(launch(nproc, ["train", recipe, *(overrides or ()), *options]))
+    with redirect_stdout(sys.stderr) if json else nullcontext(), joined() as rank:  # DeepSpeed prints
+        out = console(to_stderr=json)
+        out.quiet = not rank.is_main
+        status = train(found, out, resume=resume, allow_changed=allow_changed, rank=rank)
+    if not rank.is_main:
+        return
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
     if status.status == "stopped":
@@ -95,32 +109,18 @@ def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
     out.print(f"nothing was written to {recipe.output_dir}")
 
 
-def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: bool = False) -> Any:
+def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: bool = False, rank: Rank = ALONE) -> Any:
     """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
+
+    One of several processes, `rank` of them, prepares nothing: all would.
 
     Raises:
         UserError: a run of another recipe is in the folder, or the checkpoint to go on from is not whole.
     """
-    from sft.run_status import RunStatus
-
     run_dir = Path(recipe.output_dir)
-    status = None if resume == "none" else RunStatus.read(run_dir)
-    resume_from = None
-    if status:
-        changed = changed_settings(recipe, run_dir)
-        if changed and not allow_changed:
-            raise UserError(
-                f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir, "
-                "or --allow-changed goes on with these, not as it would have without a break"
-            )
-        if changed:
-            out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
-        if status.status == "finished" and resume == "auto" and not changed:
-            out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
-            return status
-        resume_from = _checkpoint(resume, run_dir, out)
-    elif resume not in ("auto", "none"):
-        raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
+    finished, resume_from = as_main(rank, lambda: _what_is_there(recipe, run_dir, resume, allow_changed, out))
+    if finished:
+        return finished
     quiet_libraries()
     from sft import run as runs
     from sft.checks.before_training import check_writable
@@ -128,14 +128,17 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
 
     check_writable(run_dir)
     check_trackers(recipe.training.report_to)  # before hours of preparation
-    with preparation(out) as update:
-        sources = runs.prepare(recipe, update)
+    if rank.of > 1:
+        sources, _ = runs.open_prepared(recipe)
+    else:
+        with preparation(out) as update:
+            sources = runs.prepare(recipe, update)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
-        return runs.train(recipe, sources, on_step, out.print, resume_from)
+        return runs.train(recipe, sources, on_step, out.print, resume_from, rank)
 
 
 def note(line: dict[str, Any], width: int | None) -> str:
@@ -149,6 +152,54 @@ def note(line: dict[str, Any], width: int | None) -> str:
         if len(parts) > 1 and (width is None or len(text) <= width):
             return text
     return f"{head}  {speed}"
+
+
+def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
+    """Prepare what several processes are to train on; what they would refuse is refused before.
+
+    Raises:
+        UserError: see `train`, or there are fewer GPUs than processes.
+    """
+    import torch
+
+    from sft import run as runs
+    from sft.distributed import choose_engine
+
+    if torch.cuda.is_available() and nproc > torch.cuda.device_count():
+        raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
+    choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc))
+    quiet_libraries()
+    with preparation(out) as update:
+        runs.prepare(recipe, update)
+
+
+def _what_is_there(
+    recipe: Any, run_dir: Path, resume: str, allow_changed: bool, out: Console
+) -> tuple[Any, Path | None]:
+    """The status of a run that is finished; or the checkpoint to go on from, None to start anew.
+
+    Raises:
+        UserError: see `train`.
+    """
+    from sft.run_status import RunStatus
+
+    status = None if resume == "none" else RunStatus.read(run_dir)
+    if status is None:
+        if resume not in ("auto", "none"):
+            raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
+        return None, None
+    changed = changed_settings(recipe, run_dir)
+    if changed and not allow_changed:
+        raise UserError(
+            f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir, "
+            "or --allow-changed goes on with these, not as it would have without a break"
+        )
+    if changed:
+        out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
+    if status.status == "finished" and resume == "auto" and not changed:
+        out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
+        return status, None
+    return None, _checkpoint(resume, run_dir, out)
 
 
 def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:

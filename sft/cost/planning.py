@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from sft.cost.configs import read_config
 from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.formula import Cost, cost, trained_parameters
-from sft.cost.setting import Precision, Setting
+from sft.cost.setting import Engine, Precision, Setting
 from sft.cost.shapes import Shape, shape_of
 from sft.errors import UserError
-from sft.recipe import LoraSettings, ModelConfig, Recipe, with_overrides
+from sft.recipe import LoraSettings, Recipe, with_overrides
 
 MAX_GPUS = 1024
 """More are not suggested."""
@@ -82,7 +82,7 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
         lora_layers=shape.layers_of(lora.targets),
         lora_dropout=lora.dropout,
         optimizer=training.optimizer,
-        engine="zero3" if _is_sharded(model, gpus) else "ddp",
+        engine=_engine(recipe, gpus),
         gpus=gpus,
         checkpointing=training.gradient_checkpointing,
         accumulates=recipe.packs_per_step > packs * gpus,
@@ -90,9 +90,14 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
     )
 
 
-def _is_sharded(model: ModelConfig, gpus: int) -> bool:
-    """A copy on each GPU where adapters are trained or there is but one GPU, else ZeRO-3, as the card."""
-    return model.mode == "full" and gpus > 1
+def _engine(recipe: Recipe, gpus: int) -> Engine:
+    """`auto`: a copy on each GPU where adapters are trained or there is but one GPU, else ZeRO-3, as the card."""
+    asked = recipe.distributed.engine
+    if gpus == 1:
+        return "ddp"
+    if asked == "auto":
+        return "zero3" if recipe.model.mode == "full" else "ddp"
+    return asked
 
 
 def _precision(asked: str, device: Device) -> Precision:
@@ -168,8 +173,8 @@ def _eased(recipe: Recipe, change: _Change) -> Iterator[_Change]:
 def _more_gpus(recipe: Recipe, change: _Change) -> Iterator[_Change]:
     """Sharded over more GPUs, in powers of two, no more than there are packs in a step."""
     gpus = 2 * change.gpus
-    while _is_sharded(recipe.model, gpus) and gpus <= min(MAX_GPUS, recipe.packs_per_step):
-        yield change._replace(gpus=gpus, options=f"--gpus {gpus} (zero3)")
+    while (engine := _engine(recipe, gpus)) != "ddp" and gpus <= min(MAX_GPUS, recipe.packs_per_step):
+        yield change._replace(gpus=gpus, options=f"--gpus {gpus} ({engine})")
         gpus *= 2
 
 

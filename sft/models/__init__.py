@@ -50,8 +50,10 @@ class ModelFamily(Protocol):
     def select_trainable(self, model: nn.Module, groups: Collection[str] = GROUPS) -> tuple[str, ...]:
         """Make some groups and all adapters trainable; return the names of those that never get a gradient."""
 
-    def save_model(self, model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
-        """Write weights and config as a plain transformers folder."""
+    def save_model(
+        self, model: nn.Module, directory: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write weights and config as a plain transformers folder. `weights`: those of a model that is spread."""
 
     def write_config(self, config: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
         """Write config.json for weights of `dtype`."""

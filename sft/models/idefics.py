@@ -359,10 +359,13 @@ def select_trainable(model: nn.Module, groups: Collection[str] = GROUPS) -> tupl
     return tuple(frozen)
 
 
-def save_model(model: nn.Module, directory: Path, dtype: torch.dtype) -> None:
-    """Write weights rounded once to `dtype`, and the config, as plain `IdeficsForVisionText2Text`."""
+def save_model(model: nn.Module, directory: Path, dtype: torch.dtype, weights: dict[str, Tensor] | None = None) -> None:
+    """Write weights rounded once to `dtype`, and the config, as plain `IdeficsForVisionText2Text`.
+
+    `weights` are those of the model, where its parameters hold but a share of them.
+    """
     assert isinstance(model, PackedIdefics)
-    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.to(dtype) for name, tensor in (weights or model.state_dict()).items()}
     model.save_pretrained(directory, state_dict=weights)
     write_config(json.loads((directory / "config.json").read_text()), directory, dtype)
 

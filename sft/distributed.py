@@ -1,0 +1,369 @@
+"""Several processes that train together: which of them this one is, starting them, what they tell each other.
+
+torchrun, SLURM and `launch` say in the environment which process this is. Sharding is the engines' work (DeepSpeed,
+torch, through accelerate). torch is imported only where there are several processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from sft.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sft.recipe import Engine
+
+Value = TypeVar("Value")
+
+STOPPED = 75
+"""Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
+TIMEOUT = timedelta(hours=1)
+"""How long a process waits for the others; one that writes a checkpoint of 9b lets them wait for minutes."""
+GRACE_SECONDS = 10.0
+"""How long processes have to end by themselves after one of them failed."""
+_LIFELINE = "IDEFICS_SFT_LIFELINE"
+"""Number of the file that ends when the process that started this one does."""
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+_LATE = ("Timed out waiting", "timed out")
+"""What gloo and its store say when another process has ended, or does not come."""
+
+
+class Rank(NamedTuple):
+    """One of the processes that train together."""
+
+    number: int = 0
+    of: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one prints and writes."""
+        return self.number == 0
+
+
+ALONE = Rank()
+
+
+# ------------------------------------------------------------------------------------------------ which one this is
+
+
+class _Names(NamedTuple):
+    """Environment variables of a launcher."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+
+
+_TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SRUN = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+"""Of a task of srun; the batch script itself has the first of them too, but no number of tasks of a step."""
+
+
+def launched_as() -> Rank:
+    """Which process this is, by the environment: torchrun's, else srun's.
+
+    Raises:
+        UserError: the environment is of a launcher, but damaged.
+    """
+    names = next((names for names in (_TORCHRUN, _SRUN) if names.world_size in os.environ), None)
+    if names is None:
+        return ALONE
+    found = {name: os.environ.get(name, "") for name in names}
+    if not all(value.isdigit() for value in found.values()):
+        raise UserError(f"environment: {found}; expected three numbers, as torchrun or srun set them")
+    rank = Rank(int(found[names.rank]), int(found[names.world_size]))
+    if rank.of > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            "environment: several processes, but no MASTER_ADDR and MASTER_PORT, where they meet; start them with "
+            "--nproc, torchrun or scripts/slurm/train.sbatch"
+        )
+    return rank
+
+
+@contextmanager
+def joined() -> Iterator[Rank]:
+    """Connect this process with those that train with it, if there are any, on the GPU of its own.
+
+    Raises:
+        UserError: see `launched_as`, or there are more processes than GPUs.
+        RunError: another process is gone.
+    """
+    rank = launched_as()
+    is_ours = _end_with_launcher()
+    if rank.of == 1:
+        yield rank
+        return
+    import torch
+    import torch.distributed as dist
+
+    if _TORCHRUN.rank not in os.environ:  # torch and accelerate do not know srun
+        os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_TORCHRUN, _SRUN, strict=True)}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_own_gpu())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        yield rank
+        dist.barrier()
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if is_ours and any(sign in str(error) for sign in _GONE):
+            sys.exit(1)  # the launcher sees which one it was, and says so
+        if any(sign in str(error) for sign in (*_GONE, *_LATE)):
+            raise RunError(f"process {rank.number} of {rank.of}: another one is gone or late ({error})") from error
+        raise
+
+
+def _own_gpu() -> int:
+    import torch
+
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise UserError(f"process {local} of this machine has no GPU of its own: there are {gpus}")
+    return local
+
+
+def speaks() -> bool:
+    """Whether this process is the one that says why all of them end: the first that asks. Alone, it is."""
+    if not _is_connected():
+        return "RANK" not in os.environ or os.environ["RANK"] == "0"
+    try:
+        import torch
+
+        return bool(torch.distributed.distributed_c10d._get_default_store().add("idefics-sft/ended", 1) == 1)
+    except RuntimeError:
+        return False  # the process that keeps the count has ended, and has spoken
+
+
+# ------------------------------------------------------------------------------------------------ telling each other
+
+
+def _is_connected() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def as_main(rank: Rank, call: Callable[[], Value]) -> Value:
+    """What the call returns or raises in the main process, in all of them. The others do not call it."""
+    if rank.of == 1:
+        return call()
+    import torch
+    import torch.distributed as dist
+
+    said: list[Any] = [None, None]
+    if rank.is_main:
+        try:
+            said[0] = call()
+        except (UserError, RunError) as error:
+            said[1] = error
+    dist.broadcast_object_list(said, device=torch.device("cpu"))
+    if said[1] is not None:
+        raise said[1]
+    value: Value = said[0]
+    return value
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in each of them; alone, the tensor itself."""
+    if not _is_connected():
+        return tensor
+    import torch.distributed as dist
+
+    whole = tensor.to("cpu", copy=True)  # gloo's: small things need not wait for what the GPU still computes
+    dist.all_reduce(whole)
+    return whole.to(tensor.device)
+
+
+def any_process(is_so: bool) -> bool:
+    """Whether something is so in any of them, in each."""
+    if not _is_connected():
+        return is_so
+    import torch
+
+    return bool(summed(torch.tensor([float(is_so)])).item())
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if _is_connected():
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------- starting
+
+
+def launch(number: int, arguments: Sequence[str]) -> int:
+    """Run `idefics-sft ARGUMENTS` in several processes of this machine; the exit status of them all.
+
+    Signals are handed on, once to each, and a process that fails ends all. Not torch's launcher: it prints a screen of
+    its own about a user's mistake, hides the exit status, and kills what needs more than 30 seconds to stop.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    read, write = os.pipe()
+    threads = max((os.cpu_count() or 1) // number, 1)
+    shared = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), _LIFELINE: str(read)}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(signal_number: int, _: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal_number)
+
+    before = {sign: signal.signal(sign, hand_on) for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        for rank in range(number):
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "sft.cli.main", *arguments],
+                    env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    pass_fds=(read,),
+                    start_new_session=True,  # else a terminal would interrupt them, and then we would again
+                )
+            )
+        return _status_of_all(processes)
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+        for process in processes:
+            process.kill()
+        os.close(read)
+        os.close(write)
+
+
+def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for processes to end; once one has failed the others get a little while to.
+
+    Raises:
+        RunError: one was killed.
+    """
+    deadline = None
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+        if deadline is None and any(process.returncode not in (None, 0, STOPPED) for process in processes):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    ended = {number: process.poll() for number, process in enumerate(processes)}
+    statuses = {status for status in ended.values() if status is not None}
+    killed = {number: -status for number, status in ended.items() if status is not None and status < 0}
+    if killed and 2 not in statuses:
+        number, sign = next(iter(killed.items()))
+        raise RunError(
+            f"process {number} of {len(ended)} was ended by {signal.Signals(sign).name}"
+            + (", perhaps for want of memory" if sign == signal.SIGKILL else "")
+        )
+    worst_first = (2, *sorted(status for status in statuses if status not in (0, 2, STOPPED)), STOPPED, 0)
+    return next(status for status in worst_first if status in statuses)
+
+
+def _end_with_launcher() -> bool:
+    """A process whose launcher is killed would wait for the others, or train on unseen. Whether it is `launch`."""
+    lifeline = os.environ.pop(_LIFELINE, None)
+    if lifeline is None:
+        return False
+
+    def watch() -> None:
+        os.read(int(lifeline), 1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------- engines
+
+
+def choose_engine(asked: Engine, mode: str, rank: Rank) -> Engine:
+    """What `auto` means: ZeRO-3 where everything is trained on several processes, as the card; else a copy on each.
+
+    Raises:
+        UserError: an engine that is not installed, or cannot do what is asked of it.
+    """
+    if asked == "auto":
+        asked = "zero3" if mode == "full" and rank.of > 1 else "ddp"
+    if asked == "ddp":
+        return asked
+    if rank.of == 1:
+        return "ddp"  # nothing to share
+    if mode == "qlora":
+        raise UserError(f"distributed.engine: {asked} cannot share out weights in 4 bits; set ddp, or model.mode lora")
+    if asked == "fsdp2":
+        raise UserError("distributed.engine: fsdp2 is not supported yet; set zero3 or ddp")
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "distributed.engine: zero3 needs DeepSpeed, which is not installed: `DS_BUILD_OPS=0 pip install "
+            "--no-build-isolation 'idefics-sft[deepspeed]'`; or set distributed.engine=ddp, where memory allows"
+        )
+    return asked
+
+
+def check_precision(engine: Engine, precision: str) -> None:
+    """
+    Raises:
+        UserError: the engine does not train in it here.
+    """
+    import torch
+
+    if engine != "zero3" or precision == "float32":
+        return
+    if precision == "float16":
+        raise UserError("training.precision: zero3 trains in bfloat16 or float32, not in float16; set float32, or ddp")
+    if not torch.cuda.is_available():  # transformers refuses it
+        raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
+
+
+def engine_arguments(engine: Engine, *, clip: float, precision: str) -> dict[str, Any]:
+    """The engine's part of transformers' TrainingArguments."""
+    import torch
+
+    common: dict[str, Any] = {"ddp_timeout": int(TIMEOUT.total_seconds())}
+    if engine == "ddp":
+        # Every parameter gets a gradient on every rank: sft.collate's dummies see to it.
+        return common | {"use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False}
+    return common | {"deepspeed": _zero3(clip, precision == "bfloat16")}
+
+
+def _zero3(clip: float, bfloat16: bool) -> dict[str, Any]:
+    """Settings of DeepSpeed. Its own optimizers, which would have to be compiled, are not used."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": clip,
+        "bf16": {"enabled": bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+
+
+def gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
+    """The whole weights of a model whose shares are spread over the processes, in the main one; None where they are
+    not spread. All processes call it."""
+    if trainer.engine == "ddp":
+        return None
+    weights: dict[str, torch.Tensor] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return weights

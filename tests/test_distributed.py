@@ -1,0 +1,203 @@
+"""Several processes train as one does. Each run is a command of its own, with a time limit: what may go wrong is that
+one process waits for ever for another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch_of, conversation, place
+from safetensors.torch import load_file
+from test_trainer import Watch, trainer_of, write_recipe
+
+from sft import run
+from sft.checkpoint import broken_files, checkpoints
+from sft.data_loader import MicroBatches
+from sft.distributed import ALONE, Rank, choose_engine, launched_as
+from sft.errors import UserError
+from sft.models import idefics
+from sft.planner import Planner
+from sft.plans import Plans
+from sft.recipe import load_recipe
+from sft.sample import NO_SOURCE
+
+REPOSITORY = Path(__file__).parent.parent
+SECONDS = 180
+"""More than enough even on a busy machine; DeepSpeed compiles for a minute when it is first used on a CPU."""
+
+OPTIONS = (
+    "training.tokens_per_step=640", "data.mixture.0.share=50", "data.mixture.1.share=50", "training.max_steps=3",
+    "data.mixture.1.datasets.0.path=shipped:recipes/quickstart_conversations.jsonl", "checkpoints.every_steps=3",
+)  # fmt: skip
+"""Steps of five packs, some of them without images."""
+
+
+def sft(*arguments: object, launcher: tuple[str, ...] = ("-m", "sft.cli.main"), **environment: str):
+    """A command in a process of its own, as a person starts it."""
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    own = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        command, env=own | environment, capture_output=True, text=True, timeout=SECONDS, cwd=REPOSITORY
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """Pictures, and talk without any."""
+    return write_recipe(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe) -> Path:
+    """The run of one process."""
+    return trained(recipe, "alone")
+
+
+def trained(recipe: Path, name: str, *arguments: object) -> Path:
+    run_dir = recipe.parent / name
+    done = sft("train", recipe, f"output_dir={run_dir}", *OPTIONS, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "finished"
+    return run_dir
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    for line, own in zip(lines_of(found), lines_of(expected), strict=True):
+        for key in ("step", "tokens", "trained_tokens", "dirty_samples", "learning_rate"):
+            assert line[key] == own[key]
+        assert line["loss"] == pytest.approx(own["loss"], rel=1e-5, abs=1e-5)
+        # A key's bias has no gradient but rounding, and AdamW's first steps are as long for it as for the others.
+        assert line["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-5 if line["step"] == 1 else 1e-4)
+        for name, source in own["sources"].items():
+            assert line["sources"][name] == pytest.approx(source, rel=1e-5, abs=1e-5) or not source["trained_tokens"]
+    for folder, own_folder in zip(*(checkpoints(one / "checkpoints") for one in (found, expected)), strict=True):
+        assert broken_files(folder) == []
+        weights, own_weights = (load_file(one / "model.safetensors") for one in (folder, own_folder))
+        assert weights.keys() == own_weights.keys()
+        apart = [(weights[name].float() - own_weights[name].float()).abs().max() for name in weights]
+        assert max(apart) < 0.01, "of weights rounded to bfloat16"
+        assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in own_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        pytest.param(
+            "zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+        ),
+    ],
+)
+def test_two_processes_train_as_one_does(recipe, alone, engine):
+    """Five packs: the last micro-batch of one process is a dummy."""
+    assert_same_run(trained(recipe, engine, "--nproc", 2, f"distributed.engine={engine}"), alone)
+
+
+def num_real(batch) -> tuple[int, int]:
+    """Tokens and images of a batch, without its dummies."""
+    is_real_T = batch.source_ids_T != NO_SOURCE
+    return int(is_real_T.sum()), len(set(batch.image_ids_T[is_real_T].tolist()) - {-1})
+
+
+def test_the_steps_have_what_could_make_ranks_wait(recipe):
+    """So that the test above shows something: a rank with no pack, and one without images beside one with some."""
+    recipe = load_recipe(recipe, OPTIONS)
+    sources = run.prepare(recipe)
+    of_ranks = []
+    for number in range(2):
+        planner = Planner(sources.sources, recipe.data, packs_per_step=5, seed=recipe.seed)
+        plans = Plans(sources, planner, micro_batch_packs=1, rank=Rank(number, 2))
+        batches = islice(MicroBatches(plans, image_size=64), 3 * recipe.training.max_steps)
+        of_ranks.append([num_real(batch["batch"]) for batch in batches])
+    together = list(zip(*of_ranks, strict=True))
+    assert any((0, 0) in pair for pair in together), "no pack"
+    assert any(one[0] and other[0] and (one[1] == 0) != (other[1] == 0) for one, other in together), "no image"
+
+
+def test_torchrun_starts_the_same_and_one_line_says_what_is_wrong(recipe, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sft.cli.main")
+    done = sft("train", recipe, f"data.store={tmp_path}", f"output_dir={tmp_path / 'run'}", launcher=torchrun)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("idefics-sft: ")]
+    assert len(ours) == 1, done.stderr
+    assert "run `idefics-sft prepare` first" in ours[0]
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_process_that_is_killed_ends_all_and_is_named(recipe):
+    run_dir = recipe.parent / "killed"
+    command = [sys.executable, "-m", "sft.cli.main", "train", str(recipe), f"output_dir={run_dir}", "--nproc", "2"]
+    command += ["training.max_steps=1000", "distributed.engine=ddp"]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (run_dir / "run.json").is_file() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, said = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1
+    assert "process 1 of 2 was ended by SIGKILL" in said
+    assert said.count("idefics-sft: ") == 1 and "Traceback" not in said
+
+
+# ----------------------------------------------------------------------------------------------------- which is which
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ALONE),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, ALONE),  # the batch script, and no task of srun
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, Rank(3, 8)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "1"}, Rank(1, 2)),
+    ],
+)
+def test_the_environment_says_which_process_this_is(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (environment | {"MASTER_ADDR": "here", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert launched_as() == expected
+    if expected.of > 1:
+        monkeypatch.delenv("MASTER_ADDR")
+        with pytest.raises(UserError, match="no MASTER_ADDR"):
+            launched_as()
+
+
+def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_engine("auto", "full", ALONE) == choose_engine("auto", "lora", Rank(0, 2)) == "ddp"
+    for engine, mode, expected in (
+        ("auto", "full", "needs DeepSpeed, which is not installed"),
+        ("zero3", "qlora", "cannot share out weights in 4 bits"),
+        ("fsdp2", "full", "fsdp2 is not supported yet"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            choose_engine(engine, mode, Rank(0, 2))
+
+
+def test_no_gradient_moves_weights_as_a_gradient_of_zero_does(template, tmp_path, model):
+    """A step of text alone: on one device the tower is not called, on several it looks at a black image."""
+    idefics.select_trainable(model)
+    samples = (conversation(("<dog>", "What is it?"), "A dog."), conversation("Hi.", "Hello."))
+    batches = [batch_of([place(template, sample)]) for sample in samples]
+    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)
+    weight = model.model.vision_model.encoder.layers[0].mlp.fc1.weight
+    after_steps = []
+    trainer.add_callback(Watch(lambda: after_steps.append(weight.detach().clone())))
+    trainer.train()
+    assert not torch.equal(*after_steps)
