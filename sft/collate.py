@@ -49,8 +49,9 @@ def collate(
     see each other, and positions run on. Images are isolated either way. `num_trained_tokens` is that of the whole
     optimizer step; left out, the micro-batch is taken for the step. With `forgive_images` an
     image that fails is zeros and what shows it has no labels; everything else stays as it was planned. With
-    `always_whole` a batch without packs, images or labels gets a dummy sample that shows a black image and whose loss
-    counts nothing, so that every rank makes the same calls and every parameter gets a gradient.
+    `always_whole` a batch without images or labels gets a dummy sample that shows a black image and whose loss counts
+    nothing, so that every rank makes the same calls and every parameter gets a gradient. One without samples always
+    does.
 
     Raises:
         SkipSample: an image fails, and `forgive_images` is not set.
@@ -63,7 +64,7 @@ def collate(
     labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
     num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
     keys = tuple(sample.encoded.key for sample in samples)
-    if always_whole and not (rows and num_labels):
+    if not samples or (always_whole and not (rows and num_labels)):
         samples.append(DUMMY)
         segments.append([DUMMY])
         labels.append(_labels(DUMMY.encoded, train_on, is_dirty=False))

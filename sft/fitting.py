@@ -50,7 +50,9 @@ SPLIT = "conversation split"
 DROPPED = "conversation left out"
 TURN_DROPPED = "turn left out"
 DOCUMENT_SPLIT = "document split"
+DOCUMENT_DROPPED = "document left out"
 PARAGRAPH_DROPPED = "paragraph left out"
+TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 
 
 class Fitter:
@@ -76,7 +78,7 @@ class Fitter:
             return Piece(self.template.encode(part), tuple(rows[id(image)] for image in part.images))
 
         if len(sample.messages) == 1 and sample.messages[0].role == "document":
-            return self._split_document(sample.messages[0].content, encode)
+            return self._split_document(sample.messages[0].content, encode, whole)
         if self.limits.long_conversations == "drop":
             pieces = []
         elif self.limits.long_conversations == "prefix":
@@ -84,8 +86,14 @@ class Fitter:
         else:
             pieces = self._split_conversation(sample, encode, rows)
         done = SPLIT if self.limits.long_conversations == "split" else SHORTENED
-        self.changes[done if pieces else DROPPED] += 1
+        self._count(done if pieces else DROPPED, whole)
         return pieces
+
+    def _count(self, what: str, piece: Piece) -> None:
+        """Count what was done, and for want of what: tokens, if these alone would not have fitted."""
+        assert self.limits is not None
+        is_too_long = len(piece.encoded.input_ids) > self.limits.tokens
+        self.changes[f"{what}: {TOO_LONG if is_too_long else TOO_MANY_IMAGES}"] += 1
 
     def _fits(self, piece: Piece) -> bool:
         assert self.limits is not None
@@ -107,7 +115,11 @@ class Fitter:
         pieces: list[Piece] = []
         start = 0
         while start < len(turns):
-            shown = self._shown_before(turns, start, rows)
+            before = {rows[id(image)]: image for turn in turns[:start] for image in _images(turn)}
+            shown = [image for row, image in before.items() if row not in {rows[id(i)] for i in _images(turns[start])}]
+            alone = encode([*system, *turns[start]])
+            while shown and not self._fits(encode([*system, *_with_images(shown, turns[start : start + 1])])):
+                shown = shown[1:]  # the last images stay, where the turn leaves no room for all
             longer_and_longer = (
                 encode([*system, *_with_images(shown, turns[start:stop])]) for stop in range(start + 1, len(turns) + 1)
             )
@@ -115,20 +127,11 @@ class Fitter:
             if fitting:
                 pieces.append(fitting[-1])
             else:
-                self.changes[TURN_DROPPED] += 1
+                self._count(TURN_DROPPED, alone)
             start += max(len(fitting), 1)
         return pieces
 
-    def _shown_before(self, turns: Sequence[Sequence[Message]], start: int, rows: dict[int, int]) -> list[ImageRef]:
-        """The images of earlier turns, each once: the last ones, where the turn that is next leaves no room for all."""
-        assert self.limits is not None
-        own = {rows[id(image)] for image in _images(turns[start])}
-        before = {rows[id(image)]: image for turn in turns[:start] for image in _images(turn)}
-        room = max(self.limits.images - len(own), 0)
-        kept = [image for row, image in before.items() if row not in own]
-        return kept[len(kept) - min(room, len(kept)) :]
-
-    def _split_document(self, content: Items, encode: _Encode) -> list[Piece]:
+    def _split_document(self, content: Items, encode: _Encode, whole: Piece) -> list[Piece]:
         assert self.limits is not None
         limits = self.limits
         borders = _paragraph_borders(content)
@@ -140,7 +143,7 @@ class Fitter:
             if self._fits(piece):
                 yield piece
             elif last - first == 1:
-                self.changes[PARAGRAPH_DROPPED] += 1
+                self._count(PARAGRAPH_DROPPED, piece)
             else:
                 parts = [_slice(content, start, stop) for start, stop in pairwise(borders[first : last + 1])]
                 too_long = len(piece.encoded.input_ids) / limits.tokens
@@ -150,8 +153,9 @@ class Fitter:
                 for start, stop in pairwise(_even([1e-3 + weigh(part) for part in parts], number)):
                     yield from split(first + start, first + stop)
 
-        self.changes[DOCUMENT_SPLIT] += 1
-        return list(split(0, end))
+        pieces = list(split(0, end))
+        self._count(DOCUMENT_SPLIT if pieces else DOCUMENT_DROPPED, whole)
+        return pieces
 
 
 def _with_own_images(sample: Sample) -> Sample:
@@ -192,11 +196,12 @@ def _images(messages: Sequence[Message]) -> list[ImageRef]:
 
 
 def _paragraph_borders(content: Items) -> list[_Border]:
-    """Where a document may be parted, and its two ends: after a paragraph, never between an image and what follows."""
+    """Where a document may be parted, and its two ends: after a paragraph (a line, where there is no blank one), never
+    between an image and what follows."""
     borders = [(0, 0)]
     for index, item in enumerate(content):
         if isinstance(item, str):
-            ends = [match.end() for match in re.finditer(r"\n\n+", item)]
+            ends = [match.end() for match in re.finditer(r"\n\n+" if "\n\n" in item else r"\n", item)]
             borders += [(index, end) for end in ends if end < len(item)]
             borders.append((index + 1, 0))
     return borders if borders[-1] == (len(content), 0) else [*borders, (len(content), 0)]

@@ -296,8 +296,8 @@ def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
 
 
 def _bytes_of_each(source: PreparedSource, table: str) -> float:
-    """Bytes of a row of the stores' samples/ or images/, on average."""
-    number = sum(len(part.store) if table == "samples" else part.store.num_images for part in source.parts)
+    """Bytes of a sample, or of the part of one that fits a pack, or of an image in the stores, on average."""
+    number = sum(len(part.encoded) if table == "samples" else part.store.num_images for part in source.parts)
     return sum(_size(part.store.path / table) for part in source.parts) / max(number, 1)
 
 

@@ -35,13 +35,14 @@ def pack_window(
 ) -> tuple[list[Pack], list[Bundle]]:
     """Fill `num_packs` packs; return them shuffled, and the bundles that did not fit.
 
-    Large bundles come first, for they need an empty pack; then the small ones of `first`, the carry of the window
-    before, then those of `then`; the longest first each time. No pack is empty while there is a bundle for each.
+    Large bundles come first, for they need an empty pack, then small ones; of both, those of `first`, the carry of the
+    window before, and then those of `then`; the longest first each time. No pack is empty while there is a bundle for
+    each.
     """
     large = LARGE * caps.tokens
-    is_large = [b for own in (first, then) for b in own if b.num_tokens > large]
-    is_small = [[b for b in own if b.num_tokens <= large] for own in (first, then)]
-    in_order = [b for bundles in (is_large, *is_small) for b in sorted(bundles, key=_length, reverse=True)]
+    are_large = [[b for b in own if b.num_tokens > large] for own in (first, then)]
+    are_small = [[b for b in own if b.num_tokens <= large] for own in (first, then)]
+    in_order = [b for bundles in (*are_large, *are_small) for b in sorted(bundles, key=_length, reverse=True)]
     packs, left = _fill(in_order, num_packs, caps)
     _fill_empty(packs)
     return [Pack(items=tuple(packs[number])) for number in rng.permutation(num_packs)], left

@@ -97,7 +97,7 @@ class Plans:
             first_step, state = first_step + steps_per_window, self.planner.state()
 
     def _of_step(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
-        num_trained_tokens = self.planner.num_trained(packs)
+        num_trained_tokens = max(self.planner.num_trained(packs), 1)  # what sums are divided by
         dealt = deal(self._costs(packs), self.rank.of, self.micro_batch_packs)
         for numbers in dealt[self.rank.number]:
             own = (tuple(self.sources.locate(item) for item in packs[number].items) for number in numbers)

@@ -122,18 +122,6 @@ class PreparedSource:
         starts = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1], [True])))
         return Groups(members, starts)
 
-    @cached_property
-    def bytes_per_sample(self) -> float:
-        """Of the stores, images and texts."""
-        folders = (part.store.path / name for part in self.parts for name in ("samples", "images"))
-        size = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
-        return size / max(int(self._starts[-1]), 1)
-
-    @property
-    def num_distinct_images(self) -> int:
-        """Of all its datasets; one that stands in two of them counts twice."""
-        return sum(part.store.num_images for part in self.parts)
-
     @property
     def num_held_out(self) -> dict[str, int]:
         """Samples that validate, and samples that are used for neither; empty where nothing is held out."""

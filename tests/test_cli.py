@@ -181,7 +181,7 @@ def test_a_sample_that_fits_no_pack_shows_in_the_mixture(recipe, capsys):
     assert status_of("mix", recipe, override, "--json") == 0
     pictures, talk = json.loads(capsys.readouterr().out)["sources"]
     assert pictures["filtered"] == {"yes/no question": 3}
-    assert talk["fitted"] == {"conversation left out": 1}
+    assert talk["fitted"] == {"conversation left out: too long": 1}
     assert talk["skipped"] == {}
 
 

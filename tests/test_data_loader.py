@@ -9,8 +9,10 @@ from itertools import islice
 import pytest
 import torch
 from conftest import IMAGE_SIZE
-from test_prepared import BLUE, RED, key_of
+from test_planner import settings
+from test_prepared import BLUE, RED, key_of, part
 from test_prepared import sources as sources  # a fixture
+from test_store import shown
 
 from sft.data_loader import MicroBatches
 from sft.distributed import ALONE
@@ -18,7 +20,7 @@ from sft.errors import RunError
 from sft.planner import Planner
 from sft.plans import Plans
 from sft.prepared import Reader, Sources, _open_reader
-from sft.sample import IGNORE_INDEX, SkipSample
+from sft.sample import IGNORE_INDEX, NO_SOURCE, SkipSample
 
 
 def micro_batches(sources, micro_batch_packs, rank=ALONE):
@@ -120,6 +122,17 @@ def test_too_many_dirty_samples_end_the_run_and_are_named(sources, no_red):
     assert first(40, with_data(sources, max_dirty_samples=3)), "as many different ones as there are"
     with pytest.raises(RunError, match=r"more than 2 samples.*c/1 \(image file missing\)"):
         first(40, with_data(sources, max_dirty_samples=2))
+
+
+def test_a_pack_without_samples_is_a_dummy(tmp_path, template):
+    """Three sources take turns about one image that may stand in a pack once: some packs find no sample."""
+    parts = [[part(tmp_path / name, template, shown(name, RED, "?"))] for name in "abc"]
+    sources = Sources(parts, settings("a", "b", "c", max_samples_per_image_per_pack=1))
+    batches = first(128, sources)
+    empty = [batch for batch in batches if not batch.keys]
+    assert empty, "the case is there"
+    assert {len(batch.input_ids_T) for batch in empty} == {2}
+    assert all((batch.source_ids_T == NO_SOURCE).all() for batch in empty)
 
 
 # ----------------------------------------------------------------------------------------------------------- workers
