@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(app(arguments, prog_name="idefics-sft", standalone_mode=False))
+        sys.exit(app(arguments, prog_name="idefics-sft", standalone_mode=False) or 0)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: help is wanted
             error.show()
