@@ -68,7 +68,7 @@ def run(
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
     if status.status == "stopped":
-        arguments = shlex.join([recipe, *(overrides or ())])
+        arguments = shlex.join([recipe, *(overrides or ()), *(["--nproc", str(rank.of)] if rank.of > 1 else [])])
         out.print(f"Go on with: idefics-sft train {arguments}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if not json:
