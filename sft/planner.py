@@ -45,11 +45,6 @@ class Planner:
         self.window = 0
         self.carry: list[Bundle] = []
 
-    @property
-    def num_dropped(self) -> list[int]:
-        """Samples of each source that no pack can hold, drawn and left out so far."""
-        return [stream.given.dropped for stream in self.mixture.streams]
-
     def windows(self) -> Iterator[list[Pack]]:
         """Windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn last
         may not fill a window: then it is the whole steps of packs that hold something."""

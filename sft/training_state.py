@@ -28,7 +28,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Any, progress: dict[st
     trained = {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
     save_file(trained, folder / TRAINED)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-    (folder / PROGRESS).write_text(json.dumps(progress) + "\n")
+    (folder / PROGRESS).write_text(json.dumps(progress, separators=(",", ":")) + "\n")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from test_trainer import write_recipe
 
 from sft import run
 from sft.checkpoint import STATE, checkpoints, newest_state, step_of
-from sft.cli.train import changed_settings
+from sft.cli.terminal import console
+from sft.cli.train import changed_settings, train
 from sft.errors import RunError, UserError
 from sft.recipe import load_recipe
 from sft.run_status import RunStatus
@@ -110,8 +112,6 @@ def stopped(tmp_path_factory):
 @pytest.fixture
 def copied(stopped, tmp_path):
     """A copy of it, which may be damaged."""
-    import shutil
-
     shutil.copytree(stopped.output_dir, tmp_path / "run")
     return stopped.model_copy(update={"output_dir": str(tmp_path / "run")})
 
@@ -144,6 +144,16 @@ def test_going_back_removes_what_comes_again(copied):
 
     run.train(copied, run.prepare(copied), on_step, resume_from=folder_of(copied, 1))
     assert there == [([1], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2, 3, 4])]
+
+
+def test_checkpoints_without_a_state_are_not_deleted_unasked(copied):
+    run_dir = Path(copied.output_dir)
+    found = checkpoints(run_dir / "checkpoints")
+    for path in found:
+        shutil.rmtree(path / STATE)
+    with pytest.raises(UserError, match="holds checkpoints, but none with a state to go on from"):
+        train(copied, console(to_stderr=True))
+    assert checkpoints(run_dir / "checkpoints") == found != []
 
 
 def test_other_data_are_refused(copied, monkeypatch):

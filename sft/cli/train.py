@@ -203,25 +203,29 @@ def _what_is_there(
 
 
 def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
-    """Where to go on; None where no step of the run is kept.
+    """Where to go on; None where the run has no checkpoint yet.
 
     Raises:
-        UserError: the one that is asked for is none of this run, or not whole.
+        UserError: the one that is asked for is none of this run, or not whole; or there are checkpoints, but none to go
+            on from, and starting anew would delete them.
     """
     from sft.checkpoint import check_state, newest_state
 
     folder = run_dir / "checkpoints"
     if resume != "auto":
-        found: Path | None = Path(resume)
-        assert found is not None
-        if found.absolute().parent != folder.absolute():
+        asked = Path(resume)
+        if asked.absolute().parent != folder.absolute():
             raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
-        check_state(found)
-    else:
-        found = newest_state(folder, lambda line: out.print(line, markup=False))
-    out.print(
-        f"going on from {found}" if found else f"{run_dir}: no checkpoint to go on from; starting anew", markup=False
-    )
+        check_state(asked)
+        out.print(f"going on from {asked}", markup=False)
+        return asked
+    found = newest_state(folder, lambda line: out.print(line, markup=False))
+    if found is None and any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"{run_dir}: holds checkpoints, but none with a state to go on from (sharded runs keep none as yet); "
+            "--resume none deletes them and starts anew, another output_dir leaves them"
+        )
+    out.print(f"going on from {found}" if found else f"{run_dir}: no checkpoint yet; starting anew", markup=False)
     return found
 
 
