@@ -31,11 +31,13 @@ import torch
 from measuring import print_figures
 
 from sft import run
+from sft.bases import base_path
 from sft.cli.terminal import quiet_libraries
 from sft.data_loader import MicroBatches
 from sft.inference import Loaded, load_for_inference
 from sft.planner import Planner
 from sft.precision import device
+from sft.preparation import prepare
 from sft.prepared import Sources
 from sft.recipe import Recipe, load_recipe
 from sft.sample import Batch
@@ -88,7 +90,7 @@ def held_out_losses(loaded: Loaded, held_out: list[Batch], names: list[str]) -> 
 
 def measure_run(recipe: Recipe, held_out: list[Batch]) -> dict[str, float]:
     """Train once."""
-    sources = run.prepare(recipe)
+    sources = prepare(recipe)
     lines: list[dict[str, Any]] = []
     status = run.train(recipe, sources, on_step=lambda step, line: lines.append(line))
     names = [source.name for source in recipe.data.mixture]
@@ -110,9 +112,9 @@ def measure_run(recipe: Recipe, held_out: list[Batch]) -> dict[str, float]:
 def measure(folder: Path, limits: list[int], seeds: int, steps: int) -> dict[str, Any]:
     """All figures. Seeds take turns, so that no limit has the quiet hours of a machine."""
     first = recipe_with(folder, 1, seed=0, steps=steps)
-    own = run.prepare(first).held_out()
+    own = prepare(first).held_out()
     assert own is not None
-    image_size = load_for_inference(run.base_path(first)).image_size
+    image_size = load_for_inference(base_path(first)).image_size
     num_batches = HELD_OUT_PACKS // first.training.micro_batch_packs
     held_out = [*islice(batches(first, own, image_size), num_batches)]
     runs: dict[int, list[dict[str, float]]] = {limit: [] for limit in limits}

@@ -17,7 +17,6 @@ from conftest import batch_of, conversation, place
 from safetensors.torch import load_file
 from test_trainer import Watch, trainer_of, write_recipe
 
-from sft import run
 from sft.checkpoint import broken_files, checkpoints
 from sft.data_loader import MicroBatches
 from sft.distributed import ALONE, Rank, choose_engine, launched_as
@@ -25,6 +24,7 @@ from sft.errors import UserError
 from sft.models import idefics
 from sft.planner import Planner
 from sft.plans import Plans
+from sft.preparation import prepare
 from sft.recipe import load_recipe
 from sft.sample import NO_SOURCE
 
@@ -132,7 +132,7 @@ def num_real(batch) -> tuple[int, int]:
 def test_the_steps_have_what_could_make_ranks_wait(recipe):
     """So that the test above shows something: a rank with no pack, and one without images beside one with some."""
     recipe = load_recipe(recipe, OPTIONS)
-    sources = run.prepare(recipe)
+    sources = prepare(recipe)
     of_ranks = []
     for number in range(2):
         planner = Planner(sources.sources, recipe.data, packs_per_step=5, seed=recipe.seed)

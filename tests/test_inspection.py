@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from test_trainer import write_recipe
 
-from sft import run
+from sft.bases import base_path
 from sft.cli.inspect import show
 from sft.data_loader import MicroBatches
 from sft.errors import UserError
@@ -23,6 +23,7 @@ from sft.inspection import describe, find_pack, inspect_pack, page, token_texts
 from sft.models import idefics
 from sft.planner import Planner
 from sft.plans import Plans
+from sft.preparation import prepare
 from sft.prepared import Sources
 from sft.recipe import load_recipe
 from sft.sample import Pack, PackItem, SkipSample
@@ -128,8 +129,8 @@ def test_samples_that_see_each_other_still_have_borders(template):
 def prepared(tmp_path_factory):
     """A recipe of two packs a step, its sources, and its template."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("inspect")))
-    sources = run.prepare(recipe)
-    return recipe, sources, load_template(idefics, run.base_path(recipe))
+    sources = prepare(recipe)
+    return recipe, sources, load_template(idefics, base_path(recipe))
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
@@ -205,7 +206,7 @@ def test_an_image_that_cannot_be_read_is_black_and_told(unreadable):
 
 def test_the_image_size_is_told_by_the_family_without_loading_the_model(prepared):
     recipe = prepared[0]
-    assert idefics.image_size(idefics.load_config(run.base_path(recipe))) == 64
+    assert idefics.image_size(idefics.load_config(base_path(recipe))) == 64
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal

@@ -18,7 +18,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "data_loader trainer checks evaluation held_out_loss",
     "scoring dry_run",
     "selection leaks",
-    "monitoring",
+    "monitoring preparation run_folder",
     "run mix inspection export merge stats chat report cost",
     "cli",
 )

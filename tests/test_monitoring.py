@@ -23,6 +23,7 @@ from sft.cli.train import note
 from sft.errors import UserError
 from sft.files import hash_file
 from sft.monitoring import tracked, undisturbed
+from sft.preparation import prepare
 from sft.recipe import load_recipe
 from sft.run_status import RunStatus
 from sft.selection import questionnaire
@@ -35,7 +36,7 @@ def validated(tmp_path_factory):
     """A recipe with held-out data that was trained, and what was said."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("validated")), HELD_OUT)
     said = []
-    run.train(recipe, run.prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), say=said.append)
     return recipe, said
 
 
@@ -98,7 +99,7 @@ def test_what_is_trained_is_the_same_bit_by_bit_whatever_validation_does(validat
         recipe = again(validated[0], tmp_path / name, *options, "checkpoints.every_steps=1")
         if name == "without":
             monkeypatch.setattr(monitoring.Validation, "__call__", lambda self, model, step: {})
-        run.train(recipe, run.prepare(recipe))
+        run.train(recipe, prepare(recipe))
         lines = metrics_of(recipe)
         assert all(("validation" in line) == (name == "with") for line in lines)
         weights.append(load_file(tmp_path / name / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors"))
@@ -122,7 +123,7 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(validated, tmp_pat
 
     monkeypatch.setattr(monitoring, "sample_losses", broken)
     recipe, said = again(validated[0], tmp_path / "run"), []
-    run.train(recipe, run.prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), say=said.append)
     assert "step 2: validation failed, training goes on: RuntimeError: out of memory" in said
     assert [line.get("validation_failed") for line in metrics_of(recipe)] == [None] + [
         "RuntimeError: out of memory"
@@ -141,7 +142,7 @@ STILL = ("training.learning_rate=1e-12", "evaluation.every_steps=1", "training.m
 def evaluated(trained, folder, *overrides):  # noqa: F811
     """What was said while a recipe with a benchmark was trained, and evaluated meanwhile."""
     recipe, said = load_recipe(trained, (f"output_dir={folder}", *overrides)), []
-    run.train(recipe, run.prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), say=said.append)
     return said
 
 
@@ -173,7 +174,7 @@ def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: 
 def test_of_recorded_losses_too(validated, tmp_path):
     options = ("evaluation.every_steps=1", "checkpoints.every_steps=1", "checkpoints.keep_weights=best+last")
     recipe, said = again(validated[0], tmp_path / "run", *options, "training.learning_rate=1e-2"), []
-    run.train(recipe, run.prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), say=said.append)
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
     assert [score["step"] for score in selection["scores"]] == [1, 2, 3], "those that were pruned are still compared"
     kept = [score["checkpoint"] for score in selection["scores"] if score["has_weights"]]
@@ -248,7 +249,7 @@ def test_trackers_get_every_line_until_they_fail(validated, tmp_path, monkeypatc
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
     monkeypatch.setattr(monitoring, "PACKAGES", {"wandb": ("torch",)})
     recipe, said = again(validated[0], tmp_path / "run", "training.report_to=[wandb]"), []
-    run.train(recipe, run.prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), say=said.append)
     (begin, first, second), lines = Tracker.told, metrics_of(recipe)
     assert begin == ("run", "idefics-sft")
     assert (first[0], first[1]["train/loss"]) == (1, lines[0]["loss"])
@@ -268,7 +269,7 @@ def test_a_tracker_that_refuses_at_the_start_ends_it(validated, tmp_path, monkey
     monkeypatch.setattr(monitoring, "PACKAGES", {"wandb": ("torch",)})
     recipe = again(validated[0], tmp_path / "run", "training.report_to=[wandb]")
     with pytest.raises(UserError, match=r"training\.report_to: wandb cannot be used: ValueError: no key"):
-        run.train(recipe, run.prepare(recipe))
+        run.train(recipe, prepare(recipe))
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_prepared(tmp_path, refusal, monkeypatch):
@@ -283,7 +284,7 @@ def test_tensorboard_writes_into_the_run(validated, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = again(validated[0], tmp_path / "run", "training.report_to=[tensorboard]")
-    run.train(recipe, run.prepare(recipe))
+    run.train(recipe, prepare(recipe))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
         [line["loss"] for line in metrics_of(recipe)]

@@ -19,6 +19,7 @@ from sft.checkpoint import STATE, checkpoints, newest_state, step_of
 from sft.cli.terminal import console
 from sft.cli.train import changed_settings, train
 from sft.errors import RunError, UserError
+from sft.preparation import prepare
 from sft.recipe import load_recipe
 from sft.run_status import RunStatus
 from sft.training_state import read_progress
@@ -38,7 +39,7 @@ def trained(recipe, *, until=None, resume_from=None):
         if until and step == until - 1:
             (Path(recipe.output_dir) / "stop").touch()
 
-    return run.train(recipe, run.prepare(recipe), on_step, resume_from=resume_from)
+    return run.train(recipe, prepare(recipe), on_step, resume_from=resume_from)
 
 
 def folder_of(recipe, step):
@@ -142,7 +143,7 @@ def test_going_back_removes_what_comes_again(copied):
         steps = [step_of(path) for path in checkpoints(folder_of(copied, 1).parent)]
         there.append((steps, [line["step"] for line in metrics(copied)]))
 
-    run.train(copied, run.prepare(copied), on_step, resume_from=folder_of(copied, 1))
+    run.train(copied, prepare(copied), on_step, resume_from=folder_of(copied, 1))
     assert there == [([1], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2, 3, 4])]
 
 

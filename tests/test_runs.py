@@ -22,7 +22,7 @@ from sft.errors import UserError
 from sft.locking import locked
 from sft.models import idefics
 from sft.naming import find_model, find_recipe
-from sft.run import OUTPUTS, delete_outputs
+from sft.run_folder import OUTPUTS, delete_outputs
 from sft.run_status import RunStatus
 from sft.shipped import resolve
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, IdeficsForVisionText2Text, TrainerCallback
 
 from sft import run
+from sft.bases import base_path, prepare_base
 from sft.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
+from sft.checks.environment import LIBRARIES
 from sft.collate import collate
 from sft.data_loader import MicroBatches
 from sft.errors import RunError, UserError
@@ -23,6 +25,7 @@ from sft.mix import mix
 from sft.models import idefics
 from sft.planner import Planner
 from sft.plans import Plans
+from sft.preparation import open_sources, prepare
 from sft.recipe import LoraSettings, Recipe, TrainingConfig, load_recipe
 from sft.sample import SkipSample
 from sft.trainer import Trainer
@@ -319,7 +322,7 @@ def write_recipe(folder: Path) -> Path:
 def finished(tmp_path_factory) -> Recipe:
     """A recipe that was prepared and trained."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("whole")))
-    run.train(recipe, run.prepare(recipe))
+    run.train(recipe, prepare(recipe))
     return recipe
 
 
@@ -332,7 +335,7 @@ def test_a_run_says_that_it_is_finished(finished):
     assert (values["status"], values["step"], values["max_steps"]) == ("finished", 4, 4)
     assert values["tokens"] == sum(line["tokens"] for line in metrics_of(finished))
     assert values["precision"] == "float32"
-    assert values["versions"].keys() == set(run.VERSIONED)
+    assert values["versions"].keys() == set(LIBRARIES)
     assert load_recipe(Path(finished.output_dir) / "recipe.yaml") == finished
 
 
@@ -351,17 +354,17 @@ def test_metrics_have_a_line_a_step(finished):
 
 
 def test_training_lowers_the_loss_on_what_was_trained(finished):
-    sources = run.prepare(finished)
+    sources = prepare(finished)
     planner = Planner(sources.sources, finished.data, packs_per_step=2, seed=finished.seed)
     steps = MicroBatches(Plans(sources, planner, micro_batch_packs=2), image_size=64)
     first_step = next(iter(steps))["batch"]
-    folders = run.base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
+    folders = base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
     before, after = (float(idefics.load_model(folder)(batch=first_step).loss.detach()) for folder in folders)
     assert after < 0.9 * before
 
 
 def test_the_mixture_that_was_shown_is_the_one_that_was_trained(finished):
-    report = mix(finished, run.prepare(finished).sources)
+    report = mix(finished, prepare(finished).sources)
     lines = metrics_of(finished)
     for source in report["sources"]:
         assert source["tokens"] == sum(line["sources"][source["name"]]["tokens"] for line in lines)
@@ -396,8 +399,8 @@ def test_frozen_groups_are_written_as_they_were(finished, tmp_path):
         "training.precision=bfloat16", "training.max_steps=1",
     )  # fmt: skip
     recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path / 'run'}", *overrides))
-    run.train(recipe, run.prepare(recipe))
-    before = load_file(run.base_path(recipe) / "model.safetensors")
+    run.train(recipe, prepare(recipe))
+    before = load_file(base_path(recipe) / "model.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors")
     changed = {name for name in before if not torch.equal(after[name], before[name].to(torch.bfloat16))}
     assert {idefics.group_of(name) for name in changed} == {"head", "gates"}
@@ -411,7 +414,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
         (f"output_dir={tmp_path / 'run'}", f"model.mode={mode}", *overrides),
     )
     said = []
-    run.train(recipe, run.prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), say=said.append)
     assert [line.split()[0] for line in said[0].splitlines()[1:]] == [
         "extra_rows", "language", "gates", "cross_attention", "all",
     ]  # fmt: skip
@@ -421,7 +424,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
         file.name for file in folder.iterdir()
     }
     assert not (folder / "config.json").exists(), "transformers would look for a model beside it"
-    base, loaded = idefics.load_model(run.base_path(recipe)), load_for_inference(folder, precision="float32")
+    base, loaded = idefics.load_model(base_path(recipe)), load_for_inference(folder, precision="float32")
     batch = batch_of([place(loaded.template, document("A fox."))])
     assert not torch.equal(loaded.model(batch=batch).logits_PV, base.eval()(batch=batch).logits_PV)
 
@@ -437,7 +440,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
 
 def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
     recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"output_dir={tmp_path / 'again'}",))
-    run.train(recipe, run.prepare(recipe))
+    run.train(recipe, prepare(recipe))
     first, second = (
         Path(one.output_dir) / "checkpoints" / "checkpoint-4" / "model.safetensors" for one in (finished, recipe)
     )
@@ -451,7 +454,7 @@ def test_a_run_that_fails_says_so(finished, tmp_path):
         (f"output_dir={tmp_path}", "training.learning_rate=1e30", "training.max_nonfinite_steps=1"),
     )
     with pytest.raises(RunError, match="not finite"):
-        run.train(recipe, run.prepare(recipe))
+        run.train(recipe, prepare(recipe))
     values = json.loads((tmp_path / "run.json").read_text())
     assert values["status"] == "failed"
     assert checkpoints(tmp_path / "checkpoints") == []
@@ -465,7 +468,7 @@ def test_a_run_that_is_interrupted_says_so(finished, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.train(recipe, run.prepare(recipe), interrupt)
+        run.train(recipe, prepare(recipe), interrupt)
     values = json.loads((tmp_path / "run.json").read_text())
     assert (values["status"], values["step"]) == ("stopped", 3)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2"]
@@ -474,10 +477,10 @@ def test_a_run_that_is_interrupted_says_so(finished, tmp_path):
 def test_what_is_not_encoded_for_the_model_names_the_command(finished, tmp_path):
     shutil.copytree(finished.data.store, tmp_path / "stores")
     recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"data.store={tmp_path / 'stores'}",))
-    sources = run.prepare(recipe)
+    sources = prepare(recipe)
     shutil.rmtree(sources.parts[0][0].encoded.path)
     from sft.inference import load_template
 
-    template = load_template(idefics, run.prepare_base(recipe))
+    template = load_template(idefics, prepare_base(recipe))
     with pytest.raises(UserError, match=r"not encoded for this model.*run `idefics-sft prepare` first"):
-        run.open_sources(recipe, template)
+        open_sources(recipe, template)

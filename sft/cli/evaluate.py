@@ -117,8 +117,8 @@ def _base_of(model: str) -> Path | None:
     """The prepared base of a run, for RUN@base."""
     if not model.endswith("@base"):
         return None
+    from sft.bases import prepare_base
     from sft.naming import find_recipe
-    from sft.run import prepare_base
 
     return prepare_base(find_recipe(model.removesuffix("@base")))
 

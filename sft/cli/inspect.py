@@ -29,9 +29,10 @@ def run(
 
     found = find_recipe(recipe, overrides or ())
     quiet_libraries()
+    from sft.bases import base_path
     from sft.inspection import inspect_pack, page
     from sft.models import get_family
-    from sft.run import base_path, open_prepared
+    from sft.preparation import open_prepared
 
     sources, template = open_prepared(found)
     family = get_family(found.model.family)

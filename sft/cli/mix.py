@@ -57,7 +57,7 @@ def _stated(recipe: Any) -> Sequence[Any]:
 
 
 def _prepared(recipe: Any) -> Sequence[Any]:
-    from sft.run import open_prepared
+    from sft.preparation import open_prepared
 
     return open_prepared(recipe)[0].sources
 

@@ -42,7 +42,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Prepare the datasets of a recipe and its base model, or one dataset."""
-    from sft.run import PrepareOptions
+    from sft.preparation import PrepareOptions
 
     quiet_libraries()
     out = console(to_stderr=json)
@@ -104,13 +104,13 @@ def _refuse_dataset_options(**given: Any) -> None:
 
 
 def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Part]:
-    from sft import run as runs
     from sft.naming import find_recipe
+    from sft.preparation import prepare as prepare_sources
     from sft.scoring import recipe_benchmark
 
     found = find_recipe(recipe, overrides)
     with preparation(out) as update:
-        sources = runs.prepare(found, update, options)
+        sources = prepare_sources(found, update, options)
     recipe_benchmark(found)
     return [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
 
@@ -118,10 +118,10 @@ def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> l
 def _one(
     asked: dict[str, Any], how: dict[str, str], output: Path, max_skip_share: float | None, options: Any, out: Console
 ) -> Store:
-    from sft import run as runs
+    from sft.preparation import prepare_one
 
     with preparation(out) as update:
-        return runs.prepare_one(asked, how, output, max_skip_share, options, update)
+        return prepare_one(asked, how, output, max_skip_share, options, update)
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def run(
 
 def _delete_run(output_dir: Path) -> None:
     """Delete what a run wrote, and only that; prepared data is made anew when it has to be."""
-    from sft.run import delete_outputs
+    from sft.run_folder import delete_outputs
     from sft.run_status import FILE, RunStatus
 
     if RunStatus.read(output_dir):
@@ -60,14 +60,14 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     # Layers as small as the base's: a second thread costs 1.6 to 1.9 times the CPU time and saves 6 to 20 % of the
     # clock.
     torch.set_num_threads(1)
-    from sft import run as runs
     from sft.mix import mix as mixture
+    from sft.preparation import prepare
     from sft.recipe import load_recipe
     from sft.shipped import recipe_path
 
     recipe = load_recipe(recipe_path("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}"))
     with preparation(out) as update:
-        sources = runs.prepare(recipe, update)
+        sources = prepare(recipe, update)
     mix.show(mixture(recipe, sources.sources), out)
     out.print()
     status = train(recipe, out)
@@ -89,7 +89,7 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
 
 def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
     """Accuracy of the base, every checkpoint and the selected one without images, all on the reporting half."""
-    from sft import run as runs
+    from sft.bases import base_path
     from sft.naming import run_checkpoints
     from sft.scoring import recipe_benchmark, score_model
 
@@ -113,7 +113,7 @@ def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
     def accuracies(results: dict[str, Any]) -> dict[str, float]:
         return {f"{rank}_accuracy": result.accuracy for rank, result in results.items()}
 
-    base = score(runs.base_path(recipe), "base")
+    base = score(base_path(recipe), "base")
     every = {path.name: score(path, path.name) for path in run_checkpoints(run_dir)}
     selected = run_dir / "checkpoints" / selection.selected
     return {

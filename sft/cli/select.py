@@ -83,9 +83,10 @@ def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Sele
 
 def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
     quiet_libraries()
+    from sft.bases import prepare_base
     from sft.inference import load_template
     from sft.models import get_family
-    from sft.run import open_sources, prepare_base
+    from sft.preparation import open_sources
     from sft.selection.session import Session
 
     def held_out() -> Any:

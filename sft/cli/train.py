@@ -79,15 +79,16 @@ def run(
 
 
 def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
-    from sft import run as runs
     from sft.checks.before_training import check_writable
     from sft.precision import choose_precision, device
+    from sft.preparation import prepare
+    from sft.run import dry_run
 
     check_writable(Path(recipe.output_dir))
     quiet_libraries()
     with preparation(out) as update:
-        sources = runs.prepare(recipe, update)
-    measured = runs.dry_run(recipe, sources, out.print)
+        sources = prepare(recipe, update)
+    measured = dry_run(recipe, sources, out.print)
     precision = choose_precision(recipe.training.precision, device())
     if json:
         batches = [asdict(one) for one in measured]
@@ -125,14 +126,15 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
     from sft import run as runs
     from sft.checks.before_training import check_writable
     from sft.monitoring import check_trackers
+    from sft.preparation import open_prepared, prepare
 
     check_writable(run_dir)
     check_trackers(recipe.training.report_to)  # before hours of preparation
     if rank.of > 1:
-        sources, _ = runs.open_prepared(recipe)
+        sources, _ = open_prepared(recipe)
     else:
         with preparation(out) as update:
-            sources = runs.prepare(recipe, update)
+            sources = prepare(recipe, update)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
@@ -162,15 +164,15 @@ def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
     """
     import torch
 
-    from sft import run as runs
     from sft.distributed import choose_engine
+    from sft.preparation import prepare
 
     if torch.cuda.is_available() and nproc > torch.cuda.device_count():
         raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
     choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc))
     quiet_libraries()
     with preparation(out) as update:
-        runs.prepare(recipe, update)
+        prepare(recipe, update)
 
 
 def _what_is_there(

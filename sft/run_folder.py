@@ -1,0 +1,140 @@
+"""The folder of a run: what it holds, who may take it, and what its checkpoints are made of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.chat_template import ChatTemplate
+from sft.checkpoint import STATE, check_state, step_of
+from sft.checks.environment import LIBRARIES
+from sft.errors import UserError
+from sft.files import discard
+from sft.lora import has_adapters, save_adapters
+from sft.models import ModelFamily
+from sft.precision import torch_dtype
+from sft.prepared import Sources
+from sft.recipe import Recipe
+from sft.run_status import RunStatus
+from sft.training_state import read_progress
+
+if TYPE_CHECKING:
+    import torch
+
+OUTPUTS = (
+    "nonfinite.jsonl",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "evaluations",
+    "selection.json",
+    "selection.svg",
+    "tensorboard",
+)
+"""What a run writes beside run.json."""
+
+SNAPSHOT_DTYPE = "bfloat16"
+"""Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
+
+
+def progress_of(checkpoint: Path, sources: Sources) -> dict[str, Any]:
+    """What the state of a checkpoint says.
+
+    Raises:
+        UserError: the state is not complete, or the prepared data are others now, so that they would come in another
+            order.
+    """
+    check_state(checkpoint)
+    progress = read_progress(checkpoint / STATE)
+    if progress["sources"] != sources.fingerprint():
+        raise UserError(
+            f"{checkpoint}: its run was trained on other prepared data (raw files, tokenizer or limits changed); "
+            "--resume none starts anew"
+        )
+    return progress
+
+
+def go_back_to(recipe: Recipe, checkpoint: Path) -> None:
+    """Remove later checkpoints, for their steps come again; the recipe is the one of now."""
+    (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+    for path in checkpoint.parent.glob("checkpoint-*"):
+        if step_of(path) > step_of(checkpoint):
+            discard(path)
+
+
+def take_over(recipe: Recipe, run_dir: Path) -> None:
+    """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
+    Its recipe stands in it then.
+
+    Raises:
+        UserError: the folder holds files of these names that no run of ours has written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if RunStatus.read(run_dir) is None:
+        foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
+        if foreign:
+            raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
+    RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
+    delete_outputs(run_dir)
+    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+
+
+def delete_outputs(run_dir: Path) -> None:
+    """Delete what a run has written, and nothing else."""
+    for name in OUTPUTS:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def recorded(
+    run_dir: Path, status: Callable[[str], RunStatus], outcome: Callable[[], str] = lambda: "finished"
+) -> Iterator[None]:
+    """Keep run.json true: running, then finished, stopped or failed."""
+
+    status("running").write(run_dir)
+    try:
+        yield
+    except BaseException as error:
+        status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
+        raise
+    status(outcome()).write(run_dir)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in LIBRARIES}
+
+
+def save_snapshot(
+    family: ModelFamily,
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    recipe: Recipe,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder.
+
+    `weights` are those of the model, where an engine keeps them apart.
+    """
+    if has_adapters(model):
+        save_adapters(model, folder, weights)
+    else:
+        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
+    template.tokenizer.chat_template = template.template
+    template.tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it is kept: what is written is found again from any current directory."""
+    data = recipe.data.model_copy(update={"store": str(Path(recipe.data.store).absolute())})
+    return recipe.model_copy(update={"data": data, "output_dir": str(Path(recipe.output_dir).absolute())})
