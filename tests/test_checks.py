@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sft import attention, run
+from sft.bases import prepare_base
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import write_folder
 from sft.checks import before_training, environment, model
@@ -26,9 +27,12 @@ from sft.checks.finding import raise_failed
 from sft.checks.model import Subject, check_model, check_tokens
 from sft.dry_run import batch_of_caps, costliest
 from sft.errors import RunError, UserError
+from sft.inference import load_template
 from sft.models import idefics
+from sft.models.idefics import packed
 from sft.planner import Planner
 from sft.plans import Plans
+from sft.preparation import prepare
 from sft.recipe import load_recipe
 from sft.shipped import resolve
 
@@ -93,19 +97,19 @@ def test_a_defect_of_the_model_fails_its_check(subject, change, expected):
 
 def test_a_loss_without_the_extra_vocabulary_is_found(subject, monkeypatch):
     """As a fused head computes it that reads `lm_head.weight` alone (TRL 1.16 on this model)."""
-    whole = idefics.token_losses
+    whole = packed.token_losses
 
     def base_only(logits_PV, targets_P):
         base_PV = logits_PV[:, : subject.model.config.vocab_size]
         return whole(base_PV, targets_P.clamp(max=base_PV.shape[1] - 1))
 
-    monkeypatch.setattr(idefics, "token_losses", base_only)
+    monkeypatch.setattr(packed, "token_losses", base_only)
     assert others_than(results(subject), "ok") == {"loss": "failed", "gradients of the extra rows": "failed"}
     assert model.check_own_loss(subject).result == "failed"
 
 
 def test_samples_that_see_each_other_are_found(subject, monkeypatch):
-    monkeypatch.setattr(idefics, "group_tokens", lambda ids_T: attention.group_tokens(ids_T.clamp(max=0)))
+    monkeypatch.setattr(packed, "group_tokens", lambda ids_T: attention.group_tokens(ids_T.clamp(max=0)))
     assert results(subject)["grouped attention"] == "failed"
 
 
@@ -215,11 +219,11 @@ def test_closed_gates_are_told_and_the_random_numbers_of_training_are_not_touche
                 weights[name].zero_()
 
     found = load_recipe(recipe, [f"model.path={base_with(tmp_path / 'base', close)}", "model.mode=qlora"])
-    base = run.prepare_base(found)
+    base = prepare_base(found)
     trained = run.load_for_training(found, idefics, base).train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    template = run.load_template(idefics, base)
+    template = load_template(idefics, base)
     (warning,) = before_training.before_training(found, idefics, trained, template, tmp_path / "run")
     assert warning.startswith("gates: all are 0: no image has any effect yet; ")
     assert torch.equal(torch.get_rng_state(), before) and trained.training
@@ -228,7 +232,7 @@ def test_closed_gates_are_told_and_the_random_numbers_of_training_are_not_touche
 
 def test_room_is_that_of_the_weights_that_are_written(recipe, tmp_path):
     found = load_recipe(recipe)  # 4 steps, a checkpoint every 2
-    trained = run.load_for_training(found, idefics, run.prepare_base(found))
+    trained = run.load_for_training(found, idefics, prepare_base(found))
     numbers = sum(p.numel() for p in trained.parameters())
     room = before_training.room_for(found, idefics, trained)
     assert (room.snapshot, room.state) == (2 * numbers, 12 * numbers)
@@ -279,7 +283,7 @@ def test_doctor_finds_the_environment_sound(capsys, tmp_path, monkeypatch):
 
 
 def test_doctor_goes_through_a_model_and_ends_with_1_where_it_cannot_be_used(recipe, tmp_path, capsys):
-    base = run.prepare_base(load_recipe(recipe))
+    base = prepare_base(load_recipe(recipe))
     assert status_of("doctor", "--model", base, "--json") == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert [check["name"] for check in checks][-8:] == ["model loads", *CHECKS, "grouped attention"]
@@ -306,7 +310,7 @@ def test_a_dry_run_measures_a_step_and_writes_nothing(recipe, tmp_path, capsys):
 
 def test_the_costliest_micro_batch_is_that_of_the_first_window_and_the_caps_exceed_it(recipe):
     found = load_recipe(recipe, ["training.micro_batch_packs=2", "data.max_images_per_pack=3"])
-    sources = run.prepare(found)
+    sources = prepare(found)
     planner = Planner(sources.sources, found.data, packs_per_step=2, seed=0)
     plans = Plans(sources, planner, micro_batch_packs=2, image_cost=1000.0)
 
@@ -318,8 +322,8 @@ def test_the_costliest_micro_batch_is_that_of_the_first_window_and_the_caps_exce
     again = Planner(sources.sources, found.data, packs_per_step=2, seed=0)
     other = Plans(sources, again, micro_batch_packs=2, image_cost=1000.0)
     assert images(costliest(other)) == max(map(images, first_window))
-    base = run.prepare_base(found)
-    template = run.load_template(idefics, base)
+    base = prepare_base(found)
+    template = load_template(idefics, base)
     batch = batch_of_caps(found, idefics, SimpleNamespace(config=idefics.load_config(base)), template)
     assert (len(batch.input_ids_T), len(batch.pixel_values_NCHW)) == (256, 6)
     assert batch.segment_ids_T.tolist() == [0] * 128 + [1] * 128

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.chat_template import ChatTemplate, load_chat_template
 from sft.checks.model import Subject, check_tokens
+from sft.errors import UserError
 from sft.models import idefics
 
 VOCABULARY = REPOSITORY / ".cache" / "llama-tokenizer-js" / "llama-tokenizer.js"
@@ -130,7 +131,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(saved, tmp_path):
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics", "vocab_size": 32001}))
-    with pytest.raises(idefics.UserError, match=r"with this model's vocabulary they are .*'<image>': 32002"):
+    with pytest.raises(UserError, match=r"with this model's vocabulary they are .*'<image>': 32002"):
         idefics.load_tokenizer(tmp_path)
 
 
@@ -141,7 +142,7 @@ def test_a_tokenizer_without_legacy_rules_is_refused(saved, tmp_path):
     rules = json.loads((tmp_path / "tokenizer.json").read_text())
     rules["normalizer"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
-    with pytest.raises(idefics.UserError, match="legacy LLaMA rules"):
+    with pytest.raises(UserError, match="legacy LLaMA rules"):
         idefics.load_tokenizer(tmp_path)
 
 

@@ -33,6 +33,8 @@ from sft import attention
 from sft.attention import Groups, group_tokens
 from sft.cost.setting import Setting
 from sft.models import idefics
+from sft.models.idefics import packed
+from sft.models.idefics.loading import kept_exact
 from sft.optim import make_optimizer, parameter_groups
 from sft.recipe import TrainingConfig
 from sft.sample import Batch
@@ -163,8 +165,8 @@ def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
 
     with (
         patch.object(IdeficsDecoupledEmbedding, "forward", lookup),
-        patch.object(idefics, "group_tokens", lambda ids: next(both)),
-        patch.object(idefics, "trained_positions", lambda labels: torch.arange(setting.trained_tokens)),
+        patch.object(packed, "group_tokens", lambda ids: next(both)),
+        patch.object(packed, "trained_positions", lambda labels: torch.arange(setting.trained_tokens)),
         patch.object(attention, "_SHORT", 0),
         patch.object(bnb.functional, "create_dynamic_map", lambda *args, **kwargs: torch.zeros(256)),
         patch.dict(bnb.functional.name2qmap, clear=True),  # bitsandbytes keeps such tables; not the fake ones
@@ -179,7 +181,7 @@ def _build(config: IdeficsConfig, setting: Setting) -> nn.Module:
     idefics.use_grouped_attention(model)
     model.requires_grad_(False)
     if setting.has_frozen:
-        _round_frozen(model, half, set(idefics._exact(model, setting.trained)))
+        _round_frozen(model, half, set(kept_exact(model, setting.trained)))
     if setting.mode == "qlora":
         _quantise(model, [group for group in idefics.QUANTISED if group not in setting.trained])
     if setting.mode != "full":
