@@ -77,7 +77,7 @@ def batches(recipe: Recipe, sources: Sources, image_size: int) -> Iterator[Batch
 @torch.no_grad()
 def held_out_losses(loaded: Loaded, held_out: list[Batch], names: list[str]) -> dict[str, float]:
     """Mean loss of a trained token, over all sources and of each."""
-    from sft.trainer import StepMetrics  # its libraries talk while they are imported
+    from sft.metrics import StepMetrics
 
     metrics = StepMetrics(names)
     for batch in held_out:

@@ -6,9 +6,7 @@ stream of micro-batches, and a function that writes a checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -18,77 +16,21 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from sft.distributed import ALONE, Rank, engine_arguments, summed
-from sft.errors import RunError
-from sft.files import write_atomically
+from sft.callbacks import CheckGradients, FillGradients, Resume, Stop, WriteMetrics
+from sft.distributed import ALONE, Rank, engine_arguments
 from sft.loss import trained_positions
+from sft.metrics import StepMetrics
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
 from sft.recipe import Engine, TrainingConfig
 from sft.sample import NO_SOURCE, Batch
 from sft.training_state import load_state, read_progress, save_state
-
-METRICS, NONFINITE = "metrics.jsonl", "nonfinite.jsonl"
-
-
-class StepMetrics:
-    """Sums of the running optimizer step on this rank, by source."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a step."""
-        self.tokens = torch.zeros(len(self.names))
-        self.trained_tokens = torch.zeros(len(self.names))
-        self.loss_sums = torch.zeros(len(self.names))
-        self.dirty_samples = 0
-        self.has_images = False
-        self.keys: list[tuple[str, ...]] = []
-        """The samples of each micro-batch."""
-
-    def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
-        """Count a micro-batch."""
-        num = len(self.names)
-        self.keys.append(batch.keys)
-        sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
-        self.has_images |= bool((batch.image_ids_T[sources_T != NO_SOURCE] >= 0).any())
-        sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
-        self.tokens += torch.bincount(sources_T[sources_T != NO_SOURCE], minlength=num).cpu()
-        self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
-        self.dirty_samples += len(batch.dirty)
-        self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
-
-    def line(self) -> dict[str, Any]:
-        """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
-        sums = torch.cat(
-            [self.loss_sums, self.tokens, self.trained_tokens, torch.tensor([float(self.dirty_samples)])]
-        ).double()
-        sums = summed(sums)
-        loss_sums, all_tokens, all_trained_tokens = sums[:-1].view(3, -1)
-        sources = {
-            name: {
-                "loss": float(loss / trained) if trained else None,
-                "tokens": int(tokens),
-                "trained_tokens": int(trained),
-            }
-            for name, loss, tokens, trained in zip(self.names, loss_sums, all_tokens, all_trained_tokens, strict=True)
-        }
-        total = all_trained_tokens.sum()
-        return {
-            "loss": float(loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
-            "tokens": int(all_tokens.sum()),
-            "trained_tokens": int(total),
-            "dirty_samples": int(sums[-1]),
-            "sources": sources,
-        }
 
 
 class MicroBatchesOfStep:
@@ -193,11 +135,11 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             processing_class=tokenizer,
             callbacks=[
                 *callbacks,
-                _Resume(self),
-                _WriteMetrics(self, run_dir, on_step),
-                _CheckGradients(self),
-                _FillGradients(self),
-                _Stop(should_stop),
+                Resume(self),
+                WriteMetrics(self, run_dir, on_step),
+                CheckGradients(self),
+                FillGradients(self),
+                Stop(should_stop),
             ],
         )
         for parameter, data in trained:
@@ -298,181 +240,3 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_checkpoint(self)
-
-
-class _Resume(TrainerCallback):  # type: ignore[misc]
-    """Begins where a state was saved."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Transformers has made optimizer and schedule by now."""
-        if self.trainer.resume_from:
-            self.trainer.load_state(self.trainer.resume_from)
-
-
-class _Stop(TrainerCallback):  # type: ignore[misc]
-    """Stops after a step, with a checkpoint, when asked to."""
-
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self.should_stop = should_stop
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask."""
-        if self.should_stop():
-            control.should_save = control.should_training_stop = True
-
-
-class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
-    """A line of metrics.jsonl a step; stops the run when too many in a row are not finite."""
-
-    def __init__(self, trainer: Trainer, run_dir: Path, on_step: Callable[[int, dict[str, Any]], None]) -> None:
-        self.trainer = trainer
-        self.file = run_dir / METRICS
-        self.on_step = on_step
-        self.last = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; lines of steps that come again go."""
-        if self.trainer.rank.is_main:
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            write_atomically(self.file, "".join(kept))
-        self.last = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Write the step that just ended.
-
-        Raises:
-            RunError: it is the last of too many that are not finite.
-        """
-        if logs is None or "grad_norm" not in logs:
-            return
-        now = time.perf_counter()
-        metrics = self.trainer.step_metrics
-        line = {"step": state.global_step, "time": time.time()} | metrics.line()
-        line |= {
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": None if self.trainer.overflowed else float(logs["grad_norm"]),
-            "tokens_per_second": line["tokens"] / (now - self.last),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        keys = metrics.keys
-        metrics.reset()
-        line |= self.trainer.validate(self.trainer.model, state.global_step)
-        self.last = time.perf_counter()
-        if self.trainer.rank.is_main:
-            _append(self.file, _finite(line))
-        if self.trainer.nonfinite_steps:
-            self._not_finite(line, keys)
-        self.on_step(state.global_step, _finite(line))
-
-    def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
-        file = self.file.with_name(NONFINITE)
-        found = {name: str(line[name]) for name in ("loss", "grad_norm")}
-        _append(file, {"step": line["step"], "rank": self.trainer.rank.number, **found, "micro_batches": keys})
-        in_a_row = self.trainer.nonfinite_steps
-        if in_a_row >= self.trainer.settings.max_nonfinite_steps:
-            raise RunError(
-                f"step {line['step']}: loss {found['loss']}, gradient norm {found['grad_norm']}: not finite, as in "
-                f"{in_a_row} steps in a row (training.max_nonfinite_steps); {file} lists their samples"
-            )
-
-
-def _append(file: Path, line: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(line, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """A line of metrics with null in place of what is not finite, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
-        self.last = time.perf_counter()
-
-
-class _CheckGradients(TrainerCallback):  # type: ignore[misc]
-    """On the first step that has images: everything that is to be trained gets a gradient and, of adapters, moves.
-
-    A step of text alone cannot tell: the tower and the resampler are not called. Where the engine keeps gradients and
-    weights to itself, it is seen whether a gradient comes by, and not whether an adapter moves.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.checked = False
-        self.came_by: set[str] = set()
-        self.should_move: dict[str, nn.Parameter] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Watch for gradients that the engine takes away before the optimizer step."""
-        if self.trainer.engine == "ddp":
-            return
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(lambda gradient, name=name: self.came_by.add(name))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""
-        if self.checked or not self.trainer.step_metrics.has_images or self.trainer.nonfinite_steps:
-            return
-        trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
-        without = [name for name, parameter in trained if parameter.grad is None and name not in self.came_by]
-        if without:
-            raise RunError(
-                f"step {state.global_step + 1}: {len(without)} of {len(trained)} trainable tensors got no gradient, "
-                f"{without[0]} among them"
-            )
-        self.should_move = {
-            name: parameter
-            for name, parameter in trained
-            if ".lora_B." in name and parameter.grad is not None and parameter.grad.any()
-        }
-        if self.trainer.engine == "ddp" and not self.should_move and any(".lora_B." in name for name, _ in trained):
-            raise RunError(f"step {state.global_step + 1}: the gradient of every adapter is zero")
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Every B whose gradient is not zero has moved from zero."""
-        skipped = self.trainer.overflowed or self.trainer.nonfinite_steps
-        if self.checked or not self.trainer.step_metrics.has_images or skipped:
-            return
-        stuck = [name for name, parameter in self.should_move.items() if not parameter.any()]
-        if stuck:
-            raise RunError(
-                f"step {state.global_step + 1}: {len(stuck)} adapters have a gradient but did not move, "
-                f"{stuck[0]} among them"
-            )
-        self.checked = True
-        self.should_move = {}
-
-
-class _FillGradients(TrainerCallback):  # type: ignore[misc]
-    """A step of text alone gives the tower no gradient on one device, and zeros on several, where a black image stands
-    in. AdamW leaves out the one and decays and moves on with the other, so both are zeros."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After `_CheckGradients` looked."""
-        if self.trainer.engine != "ddp" or self.trainer.nonfinite_steps:
-            return  # gradients are the engine's, or are to change nothing
-        for parameter in self.trainer.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory so far: of the GPU, or of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

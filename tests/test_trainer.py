@@ -1,9 +1,11 @@
 """The training loop, and a whole run of four steps from raw files to checkpoints that plain transformers opens."""
 
+import itertools
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +253,22 @@ def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model):
         trainer.train()
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["loss"] is line["grad_norm"] is None, "the line that shows it is written, as JSON"
+
+
+def test_writing_a_checkpoint_is_no_part_of_the_next_steps_speed(template, tmp_path, model, monkeypatch):
+    """By a clock on which only that takes time, an hour."""
+    idefics.select_trainable(model)
+    now = itertools.count()
+    saving = []
+    clock = SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: next(now) + 3600 * len(saving))
+    monkeypatch.setattr("sft.callbacks.time", clock)
+    batches = [batch_of([place(template, SAMPLES[0])]) for _ in range(2)]
+    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)
+    trainer.args.save_steps, trainer.write_checkpoint = 1, saving.append
+    trainer.state.compute_steps(trainer.args, 2)
+    trainer.train()
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert len(saving) == 2 and first["tokens_per_second"] == second["tokens_per_second"]
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
