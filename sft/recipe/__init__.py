@@ -1,0 +1,53 @@
+"""The recipe: one YAML file that says which model is trained on what, how, and what chooses the checkpoint.
+
+`fields` has every key, `reading` turns a file and overrides into a `Recipe`.
+"""
+
+from sft.recipe.fields import (
+    BUILT_BENCHMARKS,
+    GROUPS,
+    By,
+    CheckpointsConfig,
+    DataConfig,
+    DatasetConfig,
+    DistributedConfig,
+    Engine,
+    EvaluationConfig,
+    Group,
+    GroupConfig,
+    LoraSettings,
+    LoraTarget,
+    ModelConfig,
+    Rank,
+    Recipe,
+    Rule,
+    SourceConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from sft.recipe.reading import load_recipe, with_overrides
+
+__all__ = [
+    "BUILT_BENCHMARKS",
+    "GROUPS",
+    "By",
+    "CheckpointsConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DistributedConfig",
+    "Engine",
+    "EvaluationConfig",
+    "Group",
+    "GroupConfig",
+    "LoraSettings",
+    "LoraTarget",
+    "ModelConfig",
+    "Rank",
+    "Recipe",
+    "Rule",
+    "SourceConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "load_recipe",
+    "with_overrides",
+]

@@ -1,0 +1,164 @@
+"""Reads a recipe strictly: what is wrong is named with its line and what would be right.
+
+Overrides from the command line are dotted, `training.max_steps=100`, and read as YAML values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sft.errors import UserError, nearest
+from sft.recipe.fields import Recipe
+
+MAX_RECIPE_BYTES = 1024 * 1024
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply dotted overrides.
+
+    Raises:
+        UserError: with the line, what was found and what would be right.
+    """
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
+    try:
+        content = path.read_text(encoding="utf-8")
+        node = yaml.compose(content, Loader=_Loader)
+        values = yaml.load(content, Loader=_Loader)
+    except _NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: {_not_yaml(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(path, node, problem) for problem in error.errors())) from error
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some dotted overrides; what it left out is filled in anew.
+
+    Raises:
+        UserError: it would not be a recipe.
+    """
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{' '.join(overrides)}: {error.errors()[0]['msg']}") from error
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""ValueError: not UTF-8, or a date like 2026-13-41. RecursionError: brackets thousands deep."""
+
+
+def _not_yaml(error: Exception) -> str:
+    problem = str(getattr(error, "problem", None) or error)
+    return f"not readable as YAML: {' '.join(problem.split())}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases (they can expand without bound) and duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed in recipes", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"key {key.value!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in nested mappings and lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, as in training.max_steps=100")
+    place: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+        else:
+            raise UserError(f"override {override!r}: there is no {part!r} to go into")
+    try:
+        value = yaml.safe_load(text)
+    except _NOT_YAML as error:
+        raise UserError(f"override {override!r}: {_not_yaml(error)}") from error
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(f"override {override!r}: there is no {last!r} to set")
+
+
+def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
+    """One line for one pydantic error: where, what was found, what would be right."""
+    location = problem["loc"]
+    line = _line(node, location)
+    where = f"{path}:{line}" if line else str(path)
+    name = ".".join(str(part) for part in location if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {name}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: {name}: this key is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return f"{where}: {name + ': ' if name else ''}{message}{found}"
+
+
+def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+    """Line of the deepest key of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            match = [(key, value) for key, value in node.value if key.value == part]
+            if not match:
+                break
+            line, node = match[0][0].start_mark.line + 1, match[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Known keys of the part of the recipe at `location`."""
+    part: type[BaseModel] = Recipe
+    for name in location:
+        if name in part.model_fields:  # else the number of an entry, or a key of a mapping
+            part = _part_of(part.model_fields[str(name)].annotation)
+    return list(part.model_fields)
+
+
+def _part_of(annotation: Any) -> type[BaseModel]:
+    """The model inside `X`, `X | None`, `tuple[X, ...]` or `dict[key, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inside = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)
+    return next(_part_of(inner) for inner in inside if inner not in (Ellipsis, type(None)))
