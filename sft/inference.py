@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from torch import nn
 from sft.bases import prepare_base
 from sft.chat_template import ChatTemplate, load_chat_template
 from sft.errors import UserError
-from sft.lora import is_adapter_folder, load_adapters, read_config
+from sft.lora import is_adapter_folder, load_adapters, read_config, remove_adapters
 from sft.models import ModelFamily, get_family
 from sft.precision import choose_precision, device
 from sft.recipe import load_recipe
@@ -25,8 +28,14 @@ class Loaded:
     model: nn.Module
     template: ChatTemplate
     image_size: int
+    max_positions: int
+    """Longest sequence that the model has positions for."""
     autocast: bool
     """Whether to compute in bfloat16."""
+
+
+Load = Callable[[str | Path], Loaded]
+"""Loads the model at a path."""
 
 
 def load_template(family: ModelFamily, model_path: str | Path) -> ChatTemplate:
@@ -64,8 +73,57 @@ def load_for_inference(
         model=(model if load_in_4bit else model.to(device())).eval(),
         template=load_template(kind, base),
         image_size=kind.image_size(model.config),
+        max_positions=kind.max_positions(model.config),
         autocast=autocast,
     )
+
+
+@contextmanager
+def loaded_in_turn() -> Iterator[Load]:
+    """Models for inference one after another, each in the place of the one before it, which may not be used any more.
+
+    Adapters of one base are swapped on it, so that the base is loaded once for all checkpoints of a run: 18 GB for
+    idefics-9b, beside some hundred megabytes of adapters.
+    """
+    turn = _Turn()
+    try:
+        yield turn.load
+    finally:
+        turn.let_go()
+
+
+class _Turn:
+    """The base that is in memory, and what the adapters on it took the place of."""
+
+    def __init__(self) -> None:
+        self._base: Path | None = None
+        self._loaded: Loaded | None = None
+        self._replaced: dict[str, torch.Tensor] | None = None
+
+    def load(self, path: str | Path) -> Loaded:
+        """
+        Raises:
+            UserError: see `load_for_inference`.
+        """
+        if not is_adapter_folder(path):
+            self.let_go()
+            return load_for_inference(path)
+        base = find_base(Path(path)).resolve()
+        if self._loaded is None or base != self._base:
+            self.let_go()
+            self._base, self._loaded = base, load_for_inference(base)
+        if self._replaced is not None:
+            remove_adapters(self._loaded.model, self._replaced)
+            self._replaced = None
+        self._replaced = load_adapters(self._loaded.model, Path(path))
+        return self._loaded
+
+    def let_go(self) -> None:
+        """Free the memory, also of what refers to itself."""
+        self._base = self._loaded = self._replaced = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def find_base(adapters: Path) -> Path:

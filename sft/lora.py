@@ -114,14 +114,30 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def load_adapters(model: Any, folder: Path) -> None:
+def load_adapters(model: Any, folder: Path) -> dict[str, Tensor]:
     """Put trained adapters into a base model, and the weights that were trained beside them; nothing stays trainable.
 
+    Returns the base's own weights where others took their place, for `remove_adapters`.
+
     Raises:
-        UserError: they are not adapters of this model.
+        UserError: they are not adapters of this model. It is as it was then.
     """
     config = read_config(folder)
-    _add(model, config)
+    replaced: dict[str, Tensor] = {}
+    try:
+        _add(model, config)
+        _fill(model, folder, replaced)
+    except (UserError, ValueError) as error:
+        remove_adapters(model, replaced)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: {error}; was it trained on another model?") from error  # PEFT's: no such layers
+    model.requires_grad_(False)
+    return replaced
+
+
+def _fill(model: nn.Module, folder: Path, replaced: dict[str, Tensor]) -> None:
+    """Give fresh adapters, and what was trained beside them, their weights; `replaced` gets those of the base."""
     parameters = dict(model.named_parameters())
     wanted = {name.replace(_ADAPTER, "."): name for name, _ in adapter_parameters(model)}
     with open_weights(folder) as tensors:
@@ -136,8 +152,22 @@ def load_adapters(model: Any, folder: Path) -> None:
                 raise UserError(
                     f"{folder}: {short} has shape {tuple(tensor.shape)}, the base model's has {tuple(parameter.shape)}"
                 )
+            if short not in wanted:
+                replaced[short] = parameter.data
             parameter.data = tensor.to(parameter.device)
-    model.requires_grad_(False)
+
+
+def remove_adapters(model: Any, replaced: dict[str, Tensor]) -> None:
+    """Make a model the base again that it was before `load_adapters`, which returned `replaced`."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.get_base_layer())
+    for name, tensor in replaced.items():
+        model.get_parameter(name).data = tensor
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # by which transformers knows of adapters
+        vars(model).pop(name, None)
 
 
 def open_weights(folder: Path) -> Any:

@@ -12,7 +12,7 @@ from sft.evaluation.processes import is_main_process, wait_for_everyone
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
 from sft.files import hash_file
-from sft.inference import Loaded, load_for_inference, load_template
+from sft.inference import Load, Loaded, load_for_inference, load_template
 from sft.models import get_family
 from sft.recipe import BUILT_BENCHMARKS, EvaluationConfig, Recipe
 from sft.shipped import resolve
@@ -49,18 +49,21 @@ def benchmark_file(name: str, store: Path, *, seed: int) -> Path:
 
 
 class ScoredModel:
-    """A model and its results, kept in the run under `name` and read back if they are there; it is loaded when
-    something is to be asked. Without a run nothing is kept."""
+    """A model and its results, kept in the run under `name` and read back if they are there; it is loaded, by `load`,
+    when something is to be asked. Without a run nothing is kept."""
 
-    def __init__(self, path: str | Path, *, run_dir: Path | None = None, name: str = "") -> None:
+    def __init__(
+        self, path: str | Path, *, run_dir: Path | None = None, name: str = "", load: Load = load_for_inference
+    ) -> None:
         self.path = path
         self.run_dir = run_dir
         self.name = name
+        self._load = load
 
     @cached_property
     def loaded(self) -> Loaded:
         """The model on its device."""
-        return load_for_inference(self.path)
+        return self._load(self.path)
 
     @cached_property
     def _weights(self) -> str:
@@ -88,7 +91,7 @@ class ScoredModel:
                 blind=blind,
                 autocast=self.loaded.autocast,
                 weights=self._weights,
-                max_positions=get_family("idefics").max_positions(self.loaded.model.config),
+                max_positions=self.loaded.max_positions,
                 on_progress=on_progress,
             )
             if self.run_dir and is_main_process():
@@ -119,10 +122,12 @@ def score_model(
     name: str,
     ranks: Sequence[Rank],
     blind: bool = False,
+    load: Load = load_for_inference,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[Rank, Result]:
     """`ScoredModel.score` for a model that is asked once."""
-    return ScoredModel(path, run_dir=run_dir, name=name).score(benchmark, ranks, blind=blind, on_progress=on_progress)
+    model = ScoredModel(path, run_dir=run_dir, name=name, load=load)
+    return model.score(benchmark, ranks, blind=blind, on_progress=on_progress)
 
 
 def weights_hash(folder: Path) -> str:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import batch_of, conversation, document, make_tiny_model, place
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import IdeficsForVisionText2Text
 
-from sft import lora
+from sft import inference, lora
 from sft.errors import UserError
 from sft.loss import trained_positions
 from sft.models import idefics
@@ -162,6 +163,82 @@ def test_adapters_of_another_model_are_refused(base, tokenizer, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json: damaged"):
         lora.load_adapters(idefics.load_model(base), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- one base, many adapters
+
+
+def contents(model: nn.Module) -> dict[str, object]:
+    """Every module with its kind, every parameter with its type and values."""
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    return kinds | {name: (p.dtype, p.float().numpy(force=True).tobytes()) for name, p in model.named_parameters()}
+
+
+def test_adapters_swapped_on_one_base_are_those_of_a_fresh_load_and_leave_no_trace(base, template, tmp_path):
+    """The first hold gates and the resampler in place of the base's; the second, of another rank, stand elsewhere."""
+    kinds = ((("extra_rows", "gates", "resampler"), {}), (("extra_rows",), {"r": 8, "targets": ["vision.mlp"]}))
+    batch = batch_of([place(template, SAMPLES[0])])
+    for number, (trainable, settings) in enumerate(kinds):
+        trained = with_adapters(base, trainable, **settings)
+        move(trained)
+        lora.save_adapters(trained, tmp_path / str(number))
+    for precision in ("float32", "bfloat16"):
+        dtype = getattr(torch, precision)
+        model = idefics.load_model(base, trained=(), frozen_dtype=dtype)
+        before = contents(model)
+        for number in (0, 1, 0):
+            fresh = idefics.load_model(base, trained=(), frozen_dtype=dtype)
+            lora.load_adapters(fresh, tmp_path / str(number))
+            replaced = lora.load_adapters(model, tmp_path / str(number))
+            assert contents(model) == contents(fresh)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                assert torch.equal(logits(model, batch), logits(fresh, batch))
+            lora.remove_adapters(model, replaced)
+            assert contents(model) == before and not lora.has_adapters(model)
+
+
+def test_adapters_that_do_not_fit_leave_the_base_as_it_was(base, tmp_path):
+    lora.save_adapters(with_adapters(base), tmp_path)
+    tensors = load_file(tmp_path / lora.WEIGHTS)
+    last = max(tensors)
+    tensors[last] = tensors[last][:1].clone()
+    save_file(tensors, tmp_path / lora.WEIGHTS)
+    model = idefics.load_model(base)
+    before = contents(model)
+    with pytest.raises(UserError, match=r"has shape \(1, "):
+        lora.load_adapters(model, tmp_path)
+    assert contents(model) == before
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    (tmp_path / lora.CONFIG).write_text(json.dumps(config | {"target_modules": "no_such_layer"}))
+    with pytest.raises(UserError, match="was it trained on another model"):
+        lora.load_adapters(model, tmp_path)
+    assert contents(model) == before
+
+
+def test_models_in_turn_share_a_base_and_are_those_loaded_alone(base, template, tmp_path, monkeypatch):
+    loaded = []
+    for number in range(2):
+        trained = with_adapters(base)
+        move(trained)
+        for _, parameter in lora.adapter_parameters(trained):
+            parameter.data.mul_(1 + number)
+        lora.save_adapters(trained, tmp_path / str(number))
+    order = [tmp_path / "0", tmp_path / "1", base, tmp_path / "1"]
+    batch = batch_of([place(template, SAMPLES[0])])
+
+    def asked(loaded: inference.Loaded) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=loaded.autocast):
+            return logits(loaded.model, batch)
+
+    alone = [asked(inference.load_for_inference(path)) for path in order]
+    load_model = idefics.load_model
+    monkeypatch.setattr(
+        idefics, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options)
+    )
+    with inference.loaded_in_turn() as load:
+        in_turn = [asked(load(path)) for path in order]
+    assert all(torch.equal(one, other) for one, other in zip(alone, in_turn, strict=True))
+    assert loaded == [base] * 3, "for the first two, for itself, and anew"
 
 
 # ------------------------------------------------------------------------------------------------------------- 4 bits

@@ -15,11 +15,14 @@ from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.checkpoint import checkpoints, write_folder
 from sft.errors import UserError
-from sft.evaluation.results import Asked, QuestionResult, Result, half_of, write_result
+from sft.evaluation.results import Asked, QuestionResult, Result, half_of, read_result, result_file, write_result
 from sft.inference import load_for_inference
+from sft.models import idefics
+from sft.naming import find_recipe
 from sft.recipe import EvaluationConfig
 from sft.run_status import RunStatus
 from sft.sample import ImageRef
+from sft.scoring import recipe_benchmark, score_model
 from sft.selection import plot, questionnaire, session
 from sft.selection.choice import choose, choose_by_recorded_loss, is_chosen_on_half, write_selection
 from sft.selection.held_out_loss import recorded_losses
@@ -382,6 +385,22 @@ def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):
     assert kept(copied) == before
     assert status_of("select", copied) == 0
     assert "* selected, by the rule best: checkpoint-" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
+    run = tmp_path / "run"
+    options = (f"output_dir={run}", "model.mode=lora", "training.learning_rate=0.1")
+    assert status_of("train", trained, *options) == 0
+    loaded, load_model = [], idefics.load_model
+    monkeypatch.setattr(idefics, "load_model", lambda path, **kwargs: loaded.append(path) or load_model(path, **kwargs))
+    assert [score["step"] for score in printed(capsys, "select", run)[0]["scores"]] == [1, 2]
+    assert len(loaded) == 1
+    recipe = find_recipe(str(run))
+    for path in checkpoints(run / "checkpoints"):
+        alone = score_model(path, recipe_benchmark(recipe), run_dir=None, name=path.name, ranks=("text", "letter"))
+        for result in alone.values():
+            file = result_file(run, result.benchmark, result.protocol_hash, path.name)
+            assert read_result(file).questions == result.questions, "as loaded alone"
 
 
 def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):  # noqa: F811

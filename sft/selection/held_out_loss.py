@@ -14,7 +14,7 @@ from typing import Any
 from sft.chat_template import ChatTemplate
 from sft.files import hash_file
 from sft.held_out_loss import HeldOutPacks, SampleLoss, mean_loss, sample_losses
-from sft.inference import load_for_inference
+from sft.inference import Load
 from sft.scoring import weights_hash
 from sft.selection.kept import hash_of, is_kept, keep
 
@@ -42,6 +42,7 @@ def ask_held_out_loss(
     held_out: HeldOutPacks,
     template: ChatTemplate,
     run_dir: Path,
+    load: Load,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Take the loss of every held-out sample and keep it, unless it is kept already. Returns the protocol's hash.
@@ -64,7 +65,7 @@ def ask_held_out_loss(
     weights = weights_hash(path)
     if is_kept(run_dir, BENCHMARK, protocol_hash, path.name, weights=weights):
         return protocol_hash
-    loaded = load_for_inference(path)
+    loaded = load(path)
     lines = []
     for sample in sample_losses(
         loaded.model, held_out.sources, held_out.packs, image_size=loaded.image_size, autocast=loaded.autocast

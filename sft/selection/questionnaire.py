@@ -9,6 +9,7 @@ from pathlib import Path
 from sft.chat_template import ChatTemplate
 from sft.errors import UserError
 from sft.held_out_loss import held_out_packs
+from sft.inference import Load
 from sft.prepared import Sources
 from sft.recipe import BUILT_BENCHMARKS, By, EvaluationConfig, Recipe
 from sft.scoring import load_settings, score_model
@@ -29,8 +30,9 @@ class Questionnaire:
     """The folder of RUN/evaluations where answers are kept."""
     unit: str
     """What progress counts."""
-    ask: Callable[[Path, OnProgress], set[str]]
-    """Asks the checkpoint in a folder what it was not asked yet, and returns the hashes of the protocols."""
+    ask: Callable[[Path, Load, OnProgress], set[str]]
+    """Asks the checkpoint in a folder what it was not asked yet, loading it if need be, and returns the hashes of the
+    protocols."""
 
 
 def scored_by(settings: EvaluationConfig) -> By:
@@ -62,9 +64,9 @@ def multiple_choice(recipe: Recipe) -> Questionnaire:
     if not benchmark.has_answers:
         raise UserError(f"{settings.benchmark}: has no answers, so it cannot choose; give a split that has them")
 
-    def ask(path: Path, on_progress: OnProgress) -> set[str]:
+    def ask(path: Path, load: Load, on_progress: OnProgress) -> set[str]:
         results = score_model(
-            path, benchmark, run_dir=run_dir, name=path.name, ranks=settings.ranks, on_progress=on_progress
+            path, benchmark, run_dir=run_dir, name=path.name, ranks=settings.ranks, load=load, on_progress=on_progress
         )
         return {result.protocol_hash for result in results.values()}
 
@@ -81,8 +83,8 @@ def short_answers(recipe: Recipe) -> Questionnaire:
     file = resolve(recipe.evaluation.benchmark)
     questions = read_questions(file)
 
-    def ask(path: Path, on_progress: OnProgress) -> set[str]:
-        return {ask_short_answers(path, questions, file, Path(recipe.output_dir), on_progress)}
+    def ask(path: Path, load: Load, on_progress: OnProgress) -> set[str]:
+        return {ask_short_answers(path, questions, file, Path(recipe.output_dir), load, on_progress)}
 
     return Questionnaire(by="exact_match", benchmark=file.stem, unit="questions", ask=ask)
 
@@ -95,7 +97,7 @@ def held_out_loss(recipe: Recipe, held_out: Sources, template: ChatTemplate) -> 
     """
     packs = held_out_packs(held_out, seed=recipe.evaluation.seed)
 
-    def ask(path: Path, on_progress: OnProgress) -> set[str]:
-        return {ask_held_out_loss(path, packs, template, Path(recipe.output_dir), on_progress)}
+    def ask(path: Path, load: Load, on_progress: OnProgress) -> set[str]:
+        return {ask_held_out_loss(path, packs, template, Path(recipe.output_dir), load, on_progress)}
 
     return Questionnaire(by="loss", benchmark=BENCHMARK, unit="samples", ask=ask)

@@ -11,6 +11,7 @@ from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoints, step_of
 from sft.errors import RunError, UserError
 from sft.evaluation.processes import first_message, is_main_process
+from sft.inference import Load, loaded_in_turn
 from sft.locking import locked
 from sft.naming import run_checkpoints
 from sft.prepared import Sources
@@ -68,8 +69,9 @@ class Session:
         with locked(self.run_dir / "evaluations"):
             if losses := self._recorded_losses(paths):
                 return self._choose_by_recorded(losses, paths)
-            for path in paths:
-                self._ask(path)
+            with loaded_in_turn() as load:
+                for path in paths:
+                    self._ask(path, load)
             return self._choose()
 
     def prepare(self) -> None:
@@ -146,22 +148,23 @@ class Session:
 
     def _ask_these(self, present: list[Path]) -> bool:
         new = [path for path in present if path.name not in self._asked and path.name not in self.failed]
-        for path in new:
-            try:
-                self._ask(path)
-            except UserError:
-                raise
-            except Exception as error:  # whatever it is, the next checkpoint may do better
-                self.failed[path.name] = f"{type(error).__name__}: {error}"
-                self._say(f"{path.name}: the evaluation failed, it is left out: {self.failed[path.name]}")
+        with loaded_in_turn() as load:
+            for path in new:
+                try:
+                    self._ask(path, load)
+                except UserError:
+                    raise
+                except Exception as error:  # whatever it is, the next checkpoint may do better
+                    self.failed[path.name] = f"{type(error).__name__}: {error}"
+                    self._say(f"{path.name}: the evaluation failed, it is left out: {self.failed[path.name]}")
         return any(path.name in self._asked for path in new)
 
-    def _ask(self, path: Path) -> None:
+    def _ask(self, path: Path, load: Load) -> None:
         self._questionnaire = self._questionnaire or self._make_questionnaire()
         with self._progress(f"asking {path.name}") as update:
             unit = self._questionnaire.unit
             self._asked[path.name] = self._questionnaire.ask(
-                path, lambda done, total: update(done, f"of {total} {unit}")
+                path, load, lambda done, total: update(done, f"of {total} {unit}")
             )
 
     def _make_questionnaire(self) -> Questionnaire:

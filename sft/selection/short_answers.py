@@ -23,7 +23,7 @@ from sft import images
 from sft.errors import UserError
 from sft.files import hash_file
 from sft.generation import generate
-from sft.inference import load_for_inference, load_template
+from sft.inference import Load, load_template
 from sft.models import get_family
 from sft.sample import ImageRef, Message, SkipSample
 from sft.scoring import weights_hash
@@ -122,6 +122,7 @@ def ask_short_answers(
     questions: tuple[ShortQuestion, ...],
     file: Path,
     run_dir: Path,
+    load: Load,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Have the model in `path` answer all questions and keep what it said, unless it is kept already.
@@ -145,8 +146,8 @@ def ask_short_answers(
     weights = weights_hash(path)
     if is_kept(run_dir, file.stem, protocol_hash, path.name, weights=weights):
         return protocol_hash
-    loaded = load_for_inference(path)
-    room = int(loaded.model.config.max_position_embeddings) - MAX_NEW_TOKENS  # type: ignore[union-attr, arg-type]
+    loaded = load(path)
+    room = loaded.max_positions - MAX_NEW_TOKENS
     said: list[str] = []
     for first in range(0, len(questions), _BATCH):
         batch = questions[first : first + _BATCH]
