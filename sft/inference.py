@@ -1,12 +1,14 @@
-"""A model ready to be asked: weights, template and precision."""
+"""A model ready to be asked: weights, tokenizer, template and precision."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from sft.bases import prepare_base
 from sft.chat_template import ChatTemplate, load_chat_template
@@ -23,10 +25,26 @@ class Loaded:
     """A model in evaluation mode on its device."""
 
     model: nn.Module
-    template: ChatTemplate
+    family: ModelFamily
+    path: Path | str
+    """Where the weights came from; the base of adapters."""
     image_size: int
     autocast: bool
     """Whether to compute in bfloat16."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the model."""
+        return self.family.load_tokenizer(self.path)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The family's chat template.
+
+        Raises:
+            UserError: the tokenizer lacks what it prints: a base as it was released, which takes no conversation.
+        """
+        return load_template(self.family, self.path)
 
 
 def load_template(family: ModelFamily, model_path: str | Path) -> ChatTemplate:
@@ -48,8 +66,7 @@ def load_for_inference(
     `load_in_4bit` stores the weights as QLoRA training does. Where a GPU has no bfloat16, it is computed in float32.
 
     Raises:
-        UserError: it is not a model of the family, its base is missing, or its tokenizer lacks what the chat template
-            prints.
+        UserError: it is not a model of the family, or its base is missing.
     """
     kind = get_family(family)
     adapters = Path(path) if is_adapter_folder(path) else None
@@ -62,7 +79,8 @@ def load_for_inference(
         load_adapters(model, adapters)
     return Loaded(
         model=(model if load_in_4bit else model.to(device())).eval(),
-        template=load_template(kind, base),
+        family=kind,
+        path=base,
         image_size=kind.image_size(model.config),
         autocast=autocast,
     )
