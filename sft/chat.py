@@ -11,33 +11,44 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from torch import nn
+
 from sft import images
 from sft.chat_template import ChatTemplate
-from sft.errors import UserError
-from sft.generation import generate
-from sft.models import idefics
+from sft.errors import UserError, printable
+from sft.generation import prompt_of, write_on
+from sft.models import family_of
 from sft.sample import ImageRef, Message, SkipSample
 
-Respond = Callable[[Sequence[Message]], str]
+OnText = Callable[[str], None]
+"""Gets an answer piece by piece, as it is written."""
+
+Respond = Callable[[Sequence[Message], OnText | None], str]
 """The answer to a conversation whose last message is the user's."""
 
 HELP = "/image FILE shows an image with your next message, /reset forgets the conversation, /quit ends."
 
 
-def responder(
-    model: idefics.PackedIdefics, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False
-) -> Respond:
+def responder(model: nn.Module, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False) -> Respond:
     """Answers by greedy generation.
 
     The returned function raises UserError where conversation and answer do not fit the model's positions.
     """
 
-    def respond(messages: Sequence[Message]) -> str:
-        room = int(model.config.max_position_embeddings) - max_new_tokens
-        length = len(template.encode_prompt(messages).input_ids)
-        if length > room:
+    room = family_of(model).max_positions(model.config) - max_new_tokens
+
+    def respond(messages: Sequence[Message], on_text: OnText | None) -> str:
+        prompt = prompt_of(template, messages)
+        if (length := len(prompt.encoded.input_ids)) > room:
             raise UserError(f"the conversation has {length} tokens, the model takes {room}; /reset begins a new one")
-        return generate(model, template, [messages], max_new_tokens=max_new_tokens, autocast=autocast)[0]
+        return write_on(
+            model,
+            template.tokenizer,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            autocast=autocast,
+            on_text=on_text,
+        )[0]
 
     return respond
 
@@ -51,8 +62,8 @@ class Conversation:
         self.folder = (folder or Path.cwd()).resolve()
         self.messages: tuple[Message, ...] = ()
 
-    def say(self, text: str, image: str | Path | ImageRef | None = None) -> str:
-        """Say something, with an image before it if given, and return the model's answer.
+    def say(self, text: str, image: str | Path | ImageRef | None = None, on_text: OnText | None = None) -> str:
+        """Say something, with an image before it if given, and return the model's answer; `on_text` gets it on the way.
 
         What fails is not remembered: the conversation stays as it was.
 
@@ -64,7 +75,7 @@ class Conversation:
         content: tuple[str | ImageRef, ...] = (text,) if image is None else (image, text)
         messages = (*self.messages, Message(role="user", content=content))
         try:
-            answer = self.respond(messages)
+            answer = self.respond(messages, on_text)
         except SkipSample as skip:
             raise UserError(f"image: {skip.reason}") from skip
         self.messages = (*messages, Message(role="assistant", content=(answer,)))
@@ -144,9 +155,25 @@ class Repl:
         elif command.startswith("/"):
             raise UserError(f"{command}: unknown command. {HELP}")
         elif line:
-            self._print(f"Assistant: {self.conversation.say(line, self._image) or '(no answer)'}")
+            self._answer(line)
             self._image = None
         return True
+
+    def _answer(self, line: str) -> None:
+        """Print the answer as it is written. A model cannot steer the terminal."""
+        has_begun = False
+
+        def show(piece: str) -> None:
+            nonlocal has_begun
+            safe = "\n".join(map(printable, piece.split("\n")))
+            self.output.write(safe if has_begun else f"Assistant: {safe}")
+            self.output.flush()
+            has_begun = True
+
+        answer = self.conversation.say(line, self._image, show)
+        if not has_begun:
+            show(answer or "(no answer)")
+        self._print("")
 
     def _print(self, text: str) -> None:
         print(text, file=self.output, flush=True)

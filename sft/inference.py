@@ -1,4 +1,4 @@
-"""A model ready to be asked: weights, template and precision."""
+"""A model ready to be asked: weights, tokenizer, template and precision."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from sft.bases import prepare_base
 from sft.chat_template import ChatTemplate, load_chat_template
@@ -26,12 +28,28 @@ class Loaded:
     """A model in evaluation mode on its device."""
 
     model: nn.Module
-    template: ChatTemplate
+    family: ModelFamily
+    path: Path | str
+    """Where the weights came from; the base of adapters."""
     image_size: int
     max_positions: int
     """Longest sequence that the model has positions for."""
     autocast: bool
     """Whether to compute in bfloat16."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of the model."""
+        return self.family.load_tokenizer(self.path)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The family's chat template.
+
+        Raises:
+            UserError: the tokenizer lacks what it prints: a base as it was released, which takes no conversation.
+        """
+        return load_template(self.family, self.path)
 
 
 Load = Callable[[str | Path], Loaded]
@@ -57,8 +75,7 @@ def load_for_inference(
     `load_in_4bit` stores the weights as QLoRA training does. Where a GPU has no bfloat16, it is computed in float32.
 
     Raises:
-        UserError: it is not a model of the family, its base is missing, or its tokenizer lacks what the chat template
-            prints.
+        UserError: it is not a model of the family, or its base is missing.
     """
     kind = get_family(family)
     adapters = Path(path) if is_adapter_folder(path) else None
@@ -71,7 +88,8 @@ def load_for_inference(
         load_adapters(model, adapters)
     return Loaded(
         model=(model if load_in_4bit else model.to(device())).eval(),
-        template=load_template(kind, base),
+        family=kind,
+        path=base,
         image_size=kind.image_size(model.config),
         max_positions=kind.max_positions(model.config),
         autocast=autocast,

@@ -85,7 +85,7 @@ def merge(
         else:
             _write_merged(family, base, Merger(checkpoint), folder, dtype or torch.bfloat16, shard_bytes, on_progress)
         template.tokenizer.chat_template = template.template
-        family.save_processor(template.tokenizer, base or checkpoint, folder)
+        family.save_processor(template.tokenizer, family.load_config(base or checkpoint), folder)
         template.tokenizer.save_pretrained(folder)
         kind, parameters, num_bytes = _weights_of(folder)
         made = Merged(

@@ -199,7 +199,7 @@ class Validation:
             return [], ""
         try:
             answers = generate(
-                model,  # type: ignore[arg-type]
+                model,
                 self.template,
                 [question.prompt for question in self.questions],
                 max_new_tokens=MAX_NEW_TOKENS,

@@ -121,7 +121,7 @@ def save_snapshot(
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights or adapters, config, tokenizer, chat template and recipe: a plain transformers or PEFT folder.
+    """Weights or adapters, config, processor, chat template and recipe: a plain transformers or PEFT folder.
 
     `weights` are those of the model, where an engine keeps them apart.
     """
@@ -130,6 +130,7 @@ def save_snapshot(
     else:
         family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
     template.tokenizer.chat_template = template.template
+    family.save_processor(template.tokenizer, model.config, folder)
     template.tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 

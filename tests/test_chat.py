@@ -10,7 +10,7 @@ from sft.errors import UserError
 from sft.sample import ImageRef, Message
 
 
-def echo(messages):
+def echo(messages, on_text):
     """Says how many turns and images it was shown, and the last words."""
     num_images = sum(isinstance(item, ImageRef) for message in messages for item in message.content)
     return f"{len(messages)} turns, {num_images} images: {messages[-1].content[-1]}"
@@ -99,10 +99,10 @@ def test_a_wrong_line_is_answered_with_one_line_and_the_talk_goes_on(folder):
 def test_an_image_waits_for_words_that_are_answered(folder):
     failures = iter([True, False])
 
-    def fails_once(messages):
+    def fails_once(messages, on_text):
         if next(failures):
             raise UserError("too long")
-        return echo(messages)
+        return echo(messages, on_text)
 
     lines = typed(folder, "/image red shape.png", "What?", "What?", respond=fails_once)
     assert lines[2:5] == ["Error: too long", "User: What?", "Assistant: 1 turns, 1 images: What?"]
@@ -120,7 +120,7 @@ def test_an_image_can_be_shown_before_the_first_line(folder):
 
 
 def test_no_answer_is_said(folder):
-    assert typed(folder, "Hi", respond=lambda messages: "")[1] == "Assistant: (no answer)"
+    assert typed(folder, "Hi", respond=lambda messages, on_text: "")[1] == "Assistant: (no answer)"
 
 
 def test_a_model_answers_the_prompt_of_training(model, template, folder):

@@ -6,7 +6,7 @@ import torch
 from conftest import IMAGE_SIZE, image_number, picture, pixels_of
 
 from sft.collate import PlacedSample, collate
-from sft.generation import _image_attention_mask, generate
+from sft.generation import generate
 from sft.models import idefics
 from sft.sample import EncodedSample, Message
 
@@ -32,7 +32,7 @@ def load_pixels(image):
 
 
 def answers(model, template, conversations, **options):
-    return generate(model, template, conversations, load_pixels=load_pixels, max_new_tokens=8, **options)
+    return generate(model, template, conversations, load_pixels=load_pixels, **{"max_new_tokens": 8} | options)
 
 
 def greedy(model, template, messages, num_tokens, *, never, stops):
@@ -75,7 +75,7 @@ def test_each_token_looks_at_the_last_image_at_or_before_it(template):
     one, two = (template.encode_prompt(messages) for messages in (CONVERSATIONS[0], CONVERSATIONS[3]))
     first, second = two.image_positions
     longest, padding = len(two.input_ids), len(two.input_ids) - len(one.input_ids)
-    mask_BTN = _image_attention_mask([one, two], num_images=2)
+    mask_BTN = idefics.image_attention_mask([one, two], num_images=2)
     looks_at = torch.where(mask_BTN.any(-1), mask_BTN.argmax(-1), -1).tolist()
     start = padding + one.image_positions[0]
     assert mask_BTN.sum(-1).max() == 1
@@ -129,3 +129,14 @@ def test_images_are_opened_when_no_loader_is_given(model, template, tmp_path):
 
 def test_no_conversations_give_no_answers(model, template):
     assert answers(model, template, []) == []
+
+
+def test_an_answer_is_followed_word_by_word(model, template, tokenizer):
+    words = iter(tokenizer("The quick brown fox<end_of_utterance>", add_special_tokens=False)["input_ids"])
+    likeliest = torch.eye(model.config.vocab_size + model.config.additional_vocab_size)
+    model.lm_head.register_forward_hook(lambda module, args, output: likeliest[next(words)].expand_as(output))
+    pieces = []
+    (answer,) = answers(model, template, CONVERSATIONS[:1], max_new_tokens=64, on_text=pieces.append)
+    assert answer == "The quick brown fox"
+    assert "".join(pieces).strip() == answer
+    assert pieces[:2] == ["The ", "quick "]

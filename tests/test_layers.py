@@ -19,8 +19,8 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "scoring dry_run",
     "selection leaks",
     "monitoring preparation run_folder",
-    "run mix inspection export merge stats chat report cost",
-    "cli",
+    "run mix inspection export merge stats chat api report cost",
+    "cli __init__",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 

@@ -13,9 +13,10 @@ from sft.sample import ImageRef
 
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN or RUN@STEP.")],
-    image: Annotated[Path | None, typer.Option(help="An image to show with the first message.")] = None,
+    image: Annotated[str | None, typer.Option(help="An image to show with the first message.")] = None,
     allow_dir: Annotated[Path, typer.Option(help="Images are read from this folder only.")] = Path("."),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
 ) -> None:
     """Talk to a model about images: /image FILE, /reset, /quit."""
     from sft.naming import find_model
@@ -28,22 +29,24 @@ def run(
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     console().print(f"model: {path}")
-    loaded = load_for_inference(path)
-    respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)  # type: ignore[arg-type]
+    loaded = load_for_inference(path, load_in_4bit=load_4bit)
+    respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
     repl = Repl(Conversation(respond, folder=allow_dir), sys.stdin, sys.stdout)
     if image is not None:
         repl.show(_opened(image))
     repl.run()
 
 
-def _opened(file: Path) -> ImageRef:
+def _opened(file: str) -> ImageRef:
     """An image that was named on the command line: it may stand anywhere, but must be one."""
     from sft.errors import UserError
     from sft.images import open_image
     from sft.sample import SkipSample
 
+    if "://" in file:
+        raise UserError(f"{file}: addresses are not fetched; save the image and give its file name")
     try:
-        open_image(file)
+        open_image(Path(file))
     except SkipSample as skip:
         raise UserError(f"{file}: {skip.reason}; expected a JPEG, PNG, WEBP, GIF or BMP image") from skip
-    return ImageRef(source=file)
+    return ImageRef(source=Path(file))

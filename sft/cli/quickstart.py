@@ -140,7 +140,7 @@ def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
         next(row for row in rows if row["image"] == 7 and row["answer"] in ("yes", "no")),
     ]
     loaded = load_for_inference(path)
-    respond = responder(loaded.model, loaded.template, autocast=loaded.autocast)  # type: ignore[arg-type]
+    respond = responder(loaded.model, loaded.template, autocast=loaded.autocast)
     lines = []
     for row in asked:
         image, question = test.to_sample(row).messages[0].content

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from sft.chat_template import ChatTemplate
 from sft.evaluation.processes import deal, gathered
 from sft.generation import generate
-from sft.models.idefics import PackedIdefics
 from sft.sample import Sample
 
 BATCH_SIZE = 16
 
 
 def write_answers(
-    model: PackedIdefics,
+    model: nn.Module,
     template: ChatTemplate,
     samples: Sequence[Sample],
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -13,8 +13,12 @@ from sft.recipe import GROUPS
 
 if TYPE_CHECKING:
     import torch
+    from numpy import uint8
+    from numpy.typing import NDArray
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+    from sft.sample import EncodedSample, ImageRef
 
 
 class ModelFamily(Protocol):
@@ -22,6 +26,10 @@ class ModelFamily(Protocol):
 
     CHAT_TEMPLATE: str
     """File name in chat_templates/."""
+    ENDS: tuple[str, ...]
+    """Tokens that end an answer, as far as a vocabulary has them."""
+    NEVER_WRITTEN: tuple[str, ...]
+    """Tokens that no answer may have."""
 
     def prepare_base(self, path: str | Path, output: Path) -> None:
         """Write a base that has every special token of the chat template, ready for any engine to load."""
@@ -61,7 +69,7 @@ class ModelFamily(Protocol):
     def weight_files(self, folder: Path) -> dict[str, str]:
         """The safetensors file of a model folder that holds each tensor."""
 
-    def save_processor(self, tokenizer: PreTrainedTokenizerFast, model_path: str | Path, directory: Path) -> None:
+    def save_processor(self, tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, directory: Path) -> None:
         """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels."""
 
     def load_config(self, path: str | Path) -> PreTrainedConfig:
@@ -77,6 +85,14 @@ class ModelFamily(Protocol):
         self, model: nn.Module, input_ids_T: Tensor, image_ids_T: Tensor, pixel_values_NCHW: Tensor
     ) -> Tensor:
         """Logits (T, V) of one sample by transformers' own forward and attention."""
+
+    def encode_prompt(self, tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
+        """A prompt of texts and images as it stands, without roles; special tokens in a text are special."""
+
+    def generation_inputs(
+        self, prompts: Sequence[EncodedSample], pixels: Sequence[Sequence[NDArray[uint8]]], image_size: int
+    ) -> dict[str, Tensor]:
+        """What `generate` wants beside token ids and their mask, of prompts that are padded on the left."""
 
     def image_size(self, config: PreTrainedConfig) -> int:
         """Height and width in pixels that the vision tower takes."""
@@ -101,3 +117,8 @@ def get_family(name: str) -> ModelFamily:
     if name not in known:
         raise UserError(f"model.family: unknown family {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     return import_module(f"{__name__}.{name}")
+
+
+def family_of(model: nn.Module) -> ModelFamily:
+    """The family of a model that is loaded: its kind, as transformers calls it, is the family's name."""
+    return get_family(str(model.config.model_type))  # type: ignore[union-attr]

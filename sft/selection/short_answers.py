@@ -155,7 +155,7 @@ def ask_short_answers(
             if (length := len(template.encode_prompt(question.prompt).input_ids)) > room:
                 raise UserError(f"{question.where}: the question has {length} tokens, the model takes {room}")
         said += generate(
-            loaded.model,  # type: ignore[arg-type]
+            loaded.model,
             loaded.template,
             [question.prompt for question in batch],
             max_new_tokens=MAX_NEW_TOKENS,

@@ -9,6 +9,13 @@ from sft.models.idefics.loading import load_model, save_model
 from sft.models.idefics.packed import PackedIdefics, PackedOutput, plain_logits, use_grouped_attention
 from sft.models.idefics.parameters import QUANTISED, group_of, image_cost_in_tokens, lora_pattern, select_trainable
 from sft.models.idefics.pixels import CLIP_MEAN, CLIP_STD, normalise, save_processor
+from sft.models.idefics.prompts import (
+    ENDS,
+    NEVER_WRITTEN,
+    encode_prompt,
+    generation_inputs,
+    image_attention_mask,
+)
 from sft.models.idefics.tokens import (
     CHAT_TEMPLATE,
     END_OF_UTTERANCE,
@@ -25,17 +32,22 @@ __all__ = [
     "CHAT_TEMPLATE",
     "CLIP_MEAN",
     "CLIP_STD",
+    "ENDS",
     "END_OF_UTTERANCE",
     "EXTRA_EMBEDDING",
     "EXTRA_HEAD",
     "EXTRA_TOKENS",
     "FAKE",
     "IMAGE",
+    "NEVER_WRITTEN",
     "QUANTISED",
     "PackedIdefics",
     "PackedOutput",
+    "encode_prompt",
+    "generation_inputs",
     "golden_ids",
     "group_of",
+    "image_attention_mask",
     "image_cost_in_tokens",
     "image_size",
     "load_config",

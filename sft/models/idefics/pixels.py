@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
-from sft.models.idefics.folders import read_config
+from sft.models.idefics.folders import image_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
@@ -23,11 +23,11 @@ def normalise(pixels_NCHW: Tensor) -> Tensor:
     return pixels_NCHW.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
 
-def save_processor(tokenizer: PreTrainedTokenizerFast, model_path: str | Path, directory: Path) -> None:
+def save_processor(tokenizer: PreTrainedTokenizerFast, config: IdeficsConfig, directory: Path) -> None:
     """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels of the size that the
-    config of the model in `model_path` says."""
+    model takes."""
     from transformers import IdeficsImageProcessor, IdeficsProcessor
 
-    size = int(read_config(model_path)["vision_config"]["image_size"])
+    size = image_size(config)
     images = IdeficsImageProcessor(image_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
     IdeficsProcessor(image_processor=images, tokenizer=tokenizer, image_size=size).save_pretrained(directory)
