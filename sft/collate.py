@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,17 @@ from numpy.typing import NDArray
 from sft.sample import IGNORE_INDEX, NO_SOURCE, Batch, EncodedSample, SkipSample, TrainOn
 
 Pixels = NDArray[np.uint8]
+
+
+class KnownFeatures(Protocol):
+    """What is known of images that need not be encoded any more; `sft.feature_cache` has it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """States of an image, and their size."""
+
+    def read(self, key: int, out: NDArray[np.float16], /) -> bool:
+        """Copy the features of an image; false where they are not known."""
 
 
 class PlacedSample(NamedTuple):
@@ -42,6 +53,7 @@ def collate(
     num_trained_tokens: int | None = None,
     forgive_images: bool = False,
     always_whole: bool = False,
+    features: KnownFeatures | None = None,
 ) -> Batch:
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 
@@ -51,7 +63,7 @@ def collate(
     image that fails is zeros and what shows it has no labels; everything else stays as it was planned. With
     `always_whole` a batch without images or labels gets a dummy sample that shows a black image and whose loss counts
     nothing, so that every rank makes the same calls and every parameter gets a gradient. One without samples always
-    does.
+    does. With `features` only images of which these know nothing are decoded; a dummy's and one that fails have zeros.
 
     Raises:
         SkipSample: an image fails, and `forgive_images` is not set.
@@ -59,7 +71,8 @@ def collate(
     samples = list(chain.from_iterable(packs))
     segments = [[sample] for sample in samples] if pack_isolation else [list(pack) for pack in packs]
     rows = {image: row for row, image in enumerate(dict.fromkeys(chain.from_iterable(s.images for s in samples)))}
-    pixels, faults = _pixels(rows, load_pixels, image_size, forgive_images)
+    known = _known(rows, features)
+    pixels, faults = _pixels([image for image in rows if image not in known], load_pixels, forgive_images)
     dirty = {s.encoded.key: faults[image] for s in samples for image in s.images if image in faults}
     labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
     num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
@@ -69,7 +82,6 @@ def collate(
         segments.append([DUMMY])
         labels.append(_labels(DUMMY.encoded, train_on, is_dirty=False))
         rows |= dict.fromkeys(DUMMY.images, len(rows))
-        pixels.append(np.zeros((3, image_size, image_size), np.uint8))
     lengths = [sum(len(sample.encoded.input_ids) for sample in segment) for segment in segments]
     return Batch(
         input_ids_T=torch.from_numpy(np.concatenate([sample.encoded.input_ids for sample in samples])),
@@ -80,29 +92,49 @@ def collate(
         source_ids_T=torch.from_numpy(
             np.repeat([sample.source for sample in samples], [len(sample.encoded.input_ids) for sample in samples])
         ),
-        pixel_values_NCHW=torch.from_numpy(
-            np.stack(pixels) if pixels else np.empty((0, 3, image_size, image_size), dtype=np.uint8)
-        ),
+        pixel_values_NCHW=_laid(rows if features is None else pixels, pixels, (3, image_size, image_size), np.uint8),
+        features_NSE=None if features is None else _laid(rows, known, features.shape, np.float16),
+        to_encode={} if features is None else {rows[image]: image for image in pixels},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
         keys=keys,
         dirty=dirty,
     )
 
 
+def _known(images: Iterable[int], features: KnownFeatures | None) -> dict[int, NDArray[np.float16]]:
+    """The features of those images that have some."""
+    known: dict[int, NDArray[np.float16]] = {}
+    if features is None:
+        return known
+    for image in images:
+        room = np.empty(features.shape, np.float16)
+        if features.read(image, room):
+            known[image] = room
+    return known
+
+
 def _pixels(
-    images: Iterable[int], load_pixels: Callable[[int], Pixels], size: int, forgive: bool
-) -> tuple[list[Pixels], dict[int, str]]:
+    images: Iterable[int], load_pixels: Callable[[int], Pixels], forgive: bool
+) -> tuple[dict[int, Pixels], dict[int, str]]:
     """The pixels of each image, and why some of them failed."""
-    pixels, faults = [], {}
+    pixels, faults = {}, {}
     for image in images:
         try:
-            pixels.append(load_pixels(image))
+            pixels[image] = load_pixels(image)
         except SkipSample as skip:
             if not forgive:
                 raise
             faults[image] = skip.reason
-            pixels.append(np.zeros((3, size, size), np.uint8))
     return pixels, faults
+
+
+def _laid(images: Collection[int], of: Mapping[int, NDArray[Any]], shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
+    """What there is of each image, one after another; zeros where there is nothing."""
+    laid = np.zeros((len(images), *shape), dtype)
+    for row, image in enumerate(images):
+        if image in of:
+            laid[row] = of[image]
+    return torch.from_numpy(laid)
 
 
 def _labels(encoded: EncodedSample, train_on: TrainOn, *, is_dirty: bool) -> NDArray[np.int64]:

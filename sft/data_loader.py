@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from sft.collate import Pixels, PlacedSample, collate
 from sft.errors import RunError
+from sft.feature_cache import FeatureCache
 from sft.plans import Plan, Plans
 from sft.prepared import Place, Reader
 from sft.sample import Batch
@@ -30,14 +31,22 @@ class BatchMaker(Dataset[Batch]):
     """Makes batches of plans, here or in a worker: `maker[plan]`."""
 
     def __init__(
-        self, reader: Reader, *, image_size: int, seed: int, always_whole: bool = False, notes: Path | None = None
+        self,
+        reader: Reader,
+        *,
+        image_size: int,
+        seed: int,
+        always_whole: bool = False,
+        features: FeatureCache | None = None,
+        notes: Path | None = None,
     ) -> None:
-        """With `always_whole` every batch has an image and a label (`sft.collate`). In the folder `notes` each worker
-        keeps a file that says which samples it is working on."""
+        """With `always_whole` every batch has an image and a label (`sft.collate`). Of images that have `features` none
+        are decoded. In the folder `notes` each worker keeps a file that says which samples it is working on."""
         self.reader = reader
         self.image_size = image_size
         self.seed = seed
         self.always_whole = always_whole
+        self.features = features
         self.notes = notes
 
     def __getitem__(self, plan: Plan) -> Batch:
@@ -57,6 +66,7 @@ class BatchMaker(Dataset[Batch]):
             num_trained_tokens=plan.num_trained_tokens,
             forgive_images=True,
             always_whole=self.always_whole,
+            features=self.features,
         )
         self._note(())
         return batch
@@ -77,8 +87,9 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
     `data.num_workers` processes make them.
     """
 
-    def __init__(self, plans: Plans, *, image_size: int) -> None:
+    def __init__(self, plans: Plans, *, image_size: int, features: FeatureCache | None = None) -> None:
         self.plans = plans
+        self.features = features
         self.sources = plans.sources
         self.image_size = image_size
         self.dirty: dict[str, str] = {}
@@ -114,6 +125,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
             image_size=self.image_size,
             seed=self.plans.planner.seed,
             always_whole=self.plans.rank.of > 1,
+            features=self.features,
             notes=notes,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from sft.distributed import (
     wait_for_all,
 )
 from sft.errors import UserError
+from sft.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
 from sft.inference import load_template
 from sft.locking import locked
 from sft.lora import add_adapters
@@ -107,7 +109,8 @@ def _train(
         image_cost=family.image_cost_in_tokens(model.config),
         rank=rank,
     )
-    micro_batches = MicroBatches(plans, image_size=family.image_size(model.config))
+    features = _feature_cache(recipe, family, model, sources, engine, say) if recipe.data.feature_cache else None
+    micro_batches = MicroBatches(plans, image_size=family.image_size(model.config), features=features)
     if before:
         micro_batches.restore(before["data"])
     if rank.of > 1:
@@ -159,6 +162,7 @@ def _train(
         on_step=count,
         should_stop=lambda: stop.is_agreed(any_process),
         resume_from=resume_from / STATE if resume_from else None,
+        complete=_encoder(recipe, model, features, say) if features else lambda batch: batch,
         validate=monitors.validate if engine == "ddp" else lambda model, step: {},
         callbacks=monitors.callbacks,
         rank=rank,
@@ -194,6 +198,37 @@ def _train(
     elif is_short() and (ended := planner.mixture.ended()):
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     return status(outcome())
+
+
+def _feature_cache(
+    recipe: Recipe, family: ModelFamily, model: Any, sources: Sources, engine: str, say: Callable[[str], None]
+) -> FeatureCache:
+    """
+    Raises:
+        UserError: the tower is shared out.
+    """
+    if engine != "ddp":
+        raise UserError(f"data.feature_cache: {engine} shares out the tower, whose weights it hangs on; set ddp")
+    weights = ((n, weight) for n, weight in model.named_parameters() if family.group_of(n) in ("vision", "resampler"))
+    how = {"model": family.tower_settings(model.config), "precision": _precision(recipe)}
+    stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
+    cache = FeatureCache(stores, fingerprint(weights, how), family.states_of_image(model.config))
+    there, images = cache.count()
+    size = bytes_of(cache.shape) * images
+    say(f"feature cache: {there:,} of {images:,} images are encoded already; {size / 1e9:.3g} GB when all are")
+    return cache
+
+
+def _encoder(recipe: Recipe, model: Any, features: FeatureCache, say: Callable[[str], None]) -> Encoder:
+    import torch
+
+    precision = _precision(recipe)
+    autocast = partial(torch.autocast, device().type, dtype=torch_dtype(precision), enabled=precision != "float32")
+    return Encoder(model, features, autocast, warn=lambda line: say(f"warning: {line}"))
+
+
+def _precision(recipe: Recipe) -> str:
+    return choose_precision(recipe.training.precision, device())
 
 
 def dry_run(recipe: Recipe, sources: Sources, say: Callable[[str], None] = lambda line: None) -> list[Measured]:

@@ -138,13 +138,18 @@ class Batch:
     segment_ids_T: Tensor
     """0, 1, 2, … : tokens attend only tokens of their own segment, at or before them."""
     image_ids_T: Tensor
-    """Which row of `pixel_values_NCHW` the token looks at; -1 = none."""
+    """Which of the N images the token looks at; -1 = none."""
     source_ids_T: Tensor
     """Which source of the mixture the token comes from, for losses by source; NO_SOURCE: it only fills a batch."""
     pixel_values_NCHW: Tensor
-    """uint8; the model's family normalises on the device. N may be 0."""
+    """uint8; the model's family normalises on the device. N may be 0. With `features_NSE` those of `to_encode` only."""
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
+    features_NSE: Tensor | None = None
+    """What tower and resampler make of each image, where it is kept (`sft.feature_cache`): float16, S states of E
+    numbers. Zeros in the rows of `to_encode`."""
+    to_encode: Mapping[int, int] = field(default_factory=dict)
+    """Rows of `features_NSE` that nobody knows yet, and the keys of their images, in the order of their pixels."""
     sequences: tuple[Tensor, ...] = ()
     """Sequences that share their beginnings, each the indices of its tokens in the row, on the CPU: tokens attend
     inside these instead of inside segments. Only in evaluation."""

@@ -72,6 +72,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         on_step: Callable[[int, dict[str, Any]], None],
         should_stop: Callable[[], bool] = lambda: False,
         resume_from: Path | None = None,
+        complete: Callable[[Batch], Batch] = lambda batch: batch,
         validate: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {},
         callbacks: Sequence[TrainerCallback] = (),
         rank: Rank = ALONE,
@@ -81,8 +82,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         """`micro_batches_per_step`: of this rank. `micro_batches_of_all`: those of all ranks that have packs.
         `data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
         `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already.
+        `complete` is what a batch goes through on the device before the model gets it.
         `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl."""
         self.validate = validate
+        self.complete = complete
         self.rank = rank
         self.engine = engine
         self.micro_batches_of_all = micro_batches_of_all or micro_batches_per_step
@@ -166,7 +169,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     ) -> Any:
         """This micro-batch's part of the step's mean loss, as often as there are ranks: engines take the mean of the
         ranks' gradients, and what is wanted is their sum."""
-        batch = self._normalised(inputs["batch"]).to(self.args.device)
+        batch = self.complete(self._normalised(inputs["batch"]).to(self.args.device))
         self._seed_micro_step()
         with self.compute_loss_context_manager():
             output = model(batch=batch, z_loss=self.settings.z_loss)

@@ -97,6 +97,12 @@ class ModelFamily(Protocol):
     def image_size(self, config: PreTrainedConfig) -> int:
         """Height and width in pixels that the vision tower takes."""
 
+    def states_of_image(self, config: PreTrainedConfig) -> tuple[int, int]:
+        """What an image is to the language model: how many states of which size."""
+
+    def tower_settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The part of a config on which it depends what is made of an image, as JSON."""
+
     def max_positions(self, config: PreTrainedConfig) -> int:
         """Longest sequence that the model has positions for."""
 

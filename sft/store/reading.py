@@ -35,7 +35,7 @@ _IN_MANIFEST = {
     "licence",
     *vars(Counts()),
 }
-_LAYOUT = {"samples", "images", "encoded", KEYS, ORDER, IMAGE_FILES, "skips.jsonl", MANIFEST}
+_LAYOUT = {"samples", "images", "encoded", "features", KEYS, ORDER, IMAGE_FILES, "skips.jsonl", MANIFEST}
 
 _SHA256, _BYTES, _PATH = 0, 1, 2
 _KEY, _MESSAGES = 0, 1

@@ -4,7 +4,15 @@ The weights are those of `transformers.IdeficsForVisionText2Text`, on disk too.
 """
 
 from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD, prepare_base
-from sft.models.idefics.folders import image_size, load_config, max_positions, weight_files, write_config
+from sft.models.idefics.folders import (
+    image_size,
+    load_config,
+    max_positions,
+    states_of_image,
+    tower_settings,
+    weight_files,
+    write_config,
+)
 from sft.models.idefics.loading import load_model, save_model
 from sft.models.idefics.packed import PackedIdefics, PackedOutput, plain_logits, use_grouped_attention
 from sft.models.idefics.parameters import QUANTISED, group_of, image_cost_in_tokens, lora_pattern, select_trainable
@@ -62,7 +70,9 @@ __all__ = [
     "save_model",
     "save_processor",
     "select_trainable",
+    "states_of_image",
     "tokens_per_image",
+    "tower_settings",
     "use_grouped_attention",
     "weight_files",
     "write_config",

@@ -99,6 +99,9 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         return torch.as_tensor(features)
 
     def _image_states(self, batch: Batch) -> Tensor:
+        if batch.features_NSE is not None and len(batch.features_NSE):
+            assert not batch.to_encode, "sft.feature_cache.Encoder completes a batch"
+            return batch.features_NSE.to(self.dtype)
         if len(batch.pixel_values_NCHW):
             return self.encode_images(batch.pixel_values_NCHW)
         # Text only, on one device: nothing can look at these zeros.
