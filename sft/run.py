@@ -157,6 +157,7 @@ def _train(
         seed=recipe.seed,
         source_names=[source.name for source in recipe.data.mixture],
         on_step=count,
+        say=say,
         should_stop=lambda: stop.is_agreed(any_process),
         resume_from=resume_from / STATE if resume_from else None,
         validate=monitors.validate if engine == "ddp" else lambda model, step: {},
