@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback
 
-from sft.distributed import Rank
+from sft.distributed import Rank, any_process
 from sft.errors import RunError
-from sft.metrics import METRICS, NONFINITE, StepMetrics, append_line, cut_after, finite, peak_memory_bytes
+from sft.files import write_atomically
+from sft.metrics import (
+    METRICS,
+    NONFINITE,
+    SPIKES,
+    PackLoss,
+    StepMetrics,
+    append_line,
+    finite,
+    lines_upto,
+    peak_memory_bytes,
+)
 from sft.recipe import Engine, TrainingConfig
+from sft.spikes import WINDOW, Spike, Spikes
+
+WORST_PACKS, NAMED_SAMPLES = 4, 5
+"""Packs of a step that spikes.jsonl lists, and samples of the first of them that are named."""
 
 
 class Training(Protocol):
@@ -62,18 +79,34 @@ class Stop(TrainerCallback):  # type: ignore[misc]
 
 
 class WriteMetrics(TrainerCallback):  # type: ignore[misc]
-    """A line of metrics.jsonl a step; stops the run when too many in a row are not finite."""
+    """A line of metrics.jsonl a step. Losses that jump are named with their packs; when too many steps in a row are not
+    finite, the run ends."""
 
-    def __init__(self, trainer: Training, run_dir: Path, on_step: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        trainer: Training,
+        run_dir: Path,
+        on_step: Callable[[int, dict[str, Any]], None],
+        say: Callable[[str], None],
+    ) -> None:
         self.trainer = trainer
         self.file = run_dir / METRICS
         self.on_step = on_step
+        self.say = say
+        self.spikes = Spikes(trainer.step_metrics.names)
+        self.last_was_spike = False
         self.last = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; lines of steps that come again go."""
+        """Start the clock; lines of steps that come again go, and the last of the others say what is usual."""
+        kept = lines_upto(self.file, state.global_step)
+        for line in kept[-WINDOW - 1 :]:
+            self.last_was_spike = self.spikes.add(json.loads(line)) is not None
         if self.trainer.rank.is_main:
-            cut_after(self.file, state.global_step)
+            write_atomically(self.file, "".join(kept))
+            for file in map(self.file.with_name, (NONFINITE, SPIKES)):
+                if file.is_file():
+                    write_atomically(file, "".join(lines_upto(file, state.global_step)))
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -93,7 +126,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": line["tokens"] / (now - self.last),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        keys = metrics.keys
+        keys, packs = metrics.keys, metrics.packs
         metrics.reset()
         line |= self.trainer.validate(self.trainer.model, state.global_step)
         self.last = time.perf_counter()
@@ -101,7 +134,32 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
             append_line(self.file, finite(line))
         if self.trainer.nonfinite_steps:
             self._not_finite(line, keys)
+        self._name_spike(line, packs)
         self.on_step(state.global_step, finite(line))
+
+    def _name_spike(self, line: dict[str, Any], packs: list[PackLoss]) -> None:
+        """Every process sees the same loss, and has packs of its own."""
+        spike, is_first = self.spikes.add(line), not self.last_was_spike
+        self.last_was_spike = any_process(spike is not None)
+        if not self.last_was_spike:
+            return
+        number = self.trainer.rank.number
+        found: list[tuple[PackLoss, int]] = gather_object([(pack, number) for pack in packs])
+        if not self.trainer.rank.is_main or spike is None:
+            return
+        found.sort(key=lambda pair: spike.expected * pair[0].trained_tokens - pair[0].loss_sum)
+        worst = [
+            {
+                "rank": of,
+                "loss": pack.loss_sum / max(pack.trained_tokens, 1),
+                "trained_tokens": pack.trained_tokens,
+                "samples": pack.keys,
+            }
+            for pack, of in found[:WORST_PACKS]
+        ]
+        append_line(self.file.with_name(SPIKES), {"step": line["step"], **spike._asdict(), "packs": worst})
+        if is_first:  # of steps in a row, the others are in the file alone
+            self.say(_told(line["step"], spike, worst))
 
     def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
         file = self.file.with_name(NONFINITE)
@@ -117,6 +175,16 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
         self.last = time.perf_counter()
+
+
+def _told(step: int, spike: Spike, worst: list[dict[str, Any]]) -> str:
+    """On one line."""
+    keys = worst[0]["samples"]
+    samples = ", ".join(keys[:NAMED_SAMPLES]) + f" and {len(keys) - NAMED_SAMPLES} more" * (len(keys) > NAMED_SAMPLES)
+    return (
+        f"step {step}: loss {spike.loss:.3f}, where {spike.expected:.3f} ± {spike.spread:.3f} is usual; first of all "
+        f"by a pack with loss {worst[0]['loss']:.3f}: {samples} ({SPIKES} lists more)"
+    )
 
 
 class CheckGradients(TrainerCallback):  # type: ignore[misc]

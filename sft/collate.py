@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,7 +76,7 @@ def collate(
     dirty = {s.encoded.key: faults[image] for s in samples for image in s.images if image in faults}
     labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
     num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
-    keys = tuple(sample.encoded.key for sample in samples)
+    pack_lengths = [sum(len(sample.encoded.input_ids) for sample in pack) for pack in packs]
     if not samples or (always_whole and not (rows and num_labels)):
         samples.append(DUMMY)
         segments.append([DUMMY])
@@ -96,7 +96,8 @@ def collate(
         features_NSE=None if features is None else _laid(rows, known, features.shape, np.float16),
         to_encode={} if features is None else {rows[image]: image for image in pixels},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
-        keys=keys,
+        packs=tuple(tuple(sample.encoded.key for sample in pack) for pack in packs),
+        pack_ends=tuple(accumulate(pack_lengths)),
         dirty=dirty,
     )
 

@@ -6,16 +6,25 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sft.distributed import summed
-from sft.files import write_atomically
+from sft.loss import trained_positions
 from sft.sample import NO_SOURCE, Batch
 
-METRICS, NONFINITE = "metrics.jsonl", "nonfinite.jsonl"
+METRICS, NONFINITE, SPIKES = "metrics.jsonl", "nonfinite.jsonl", "spikes.jsonl"
+
+
+class PackLoss(NamedTuple):
+    """What a pack of the step gave."""
+
+    keys: tuple[str, ...]
+    """Of its samples."""
+    loss_sum: float
+    trained_tokens: int
 
 
 class StepMetrics:
@@ -34,11 +43,13 @@ class StepMetrics:
         self.has_images = False
         self.keys: list[tuple[str, ...]] = []
         """The samples of each micro-batch."""
+        self.packs: list[PackLoss] = []
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
         num = len(self.names)
         self.keys.append(batch.keys)
+        self._add_packs(batch, losses_P)
         sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
         self.has_images |= bool((batch.image_ids_T[sources_T != NO_SOURCE] >= 0).any())
         sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
@@ -46,6 +57,15 @@ class StepMetrics:
         self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
         self.dirty_samples += len(batch.dirty)
         self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
+
+    def _add_packs(self, batch: Batch, losses_P: Tensor) -> None:
+        """The dummy of a batch comes after its packs."""
+        num = len(batch.packs)
+        ends = torch.tensor(batch.pack_ends, device=losses_P.device)
+        packs_P = torch.bucketize(trained_positions(batch.labels_T) + 1, ends, right=True)
+        sums = torch.bincount(packs_P, weights=losses_P, minlength=num)[:num].tolist()
+        counts = torch.bincount(packs_P, minlength=num)[:num].tolist()
+        self.packs += map(PackLoss, batch.packs, sums, counts)
 
     def line(self) -> dict[str, Any]:
         """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
@@ -78,11 +98,10 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
         opened.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def cut_after(file: Path, step: int) -> None:
-    """Remove the lines of steps that come again, and one that a kill left unfinished."""
+def lines_upto(file: Path, step: int) -> list[str]:
+    """The lines of a file, without those of later steps and one that a kill left unfinished."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_atomically(file, "".join(kept))
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 def finite(value: Any) -> Any:

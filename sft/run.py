@@ -160,6 +160,7 @@ def _train(
         seed=recipe.seed,
         source_names=[source.name for source in recipe.data.mixture],
         on_step=count,
+        say=say,
         should_stop=lambda: stop.is_agreed(any_process),
         resume_from=resume_from / STATE if resume_from else None,
         complete=_encoder(recipe, model, features, say) if features else lambda batch: batch,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = (
     "nonfinite.jsonl",
+    "spikes.jsonl",
     "recipe.yaml",
     "metrics.jsonl",
     "checkpoints",

@@ -153,9 +153,17 @@ class Batch:
     sequences: tuple[Tensor, ...] = ()
     """Sequences that share their beginnings, each the indices of its tokens in the row, on the CPU: tokens attend
     inside these instead of inside segments. Only in evaluation."""
-    keys: tuple[str, ...] = ()
+    packs: tuple[tuple[str, ...], ...] = ()
+    """Keys of the samples of each pack."""
+    pack_ends: tuple[int, ...] = ()
+    """How many tokens of the row there are up to the end of each pack."""
     dirty: Mapping[str, str] = field(default_factory=dict)
     """Keys of samples with an image that fails only now, and why: the image is zeros, the samples have no labels."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of all samples."""
+        return tuple(key for pack in self.packs for key in pack)
 
     def to(self, device: object) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -70,6 +70,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         seed: int,
         source_names: Sequence[str],
         on_step: Callable[[int, dict[str, Any]], None],
+        say: Callable[[str], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
         resume_from: Path | None = None,
         complete: Callable[[Batch], Batch] = lambda batch: batch,
@@ -139,7 +140,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             callbacks=[
                 *callbacks,
                 Resume(self),
-                WriteMetrics(self, run_dir, on_step),
+                WriteMetrics(self, run_dir, on_step, say),
                 CheckGradients(self),
                 FillGradients(self),
                 Stop(should_stop),

@@ -136,8 +136,11 @@ def test_a_state_that_is_not_whole_is_passed_over_and_it_is_said_why(copied):
         trained(copied, resume_from=folder_of(copied, 3))
 
 
-def test_going_back_removes_what_comes_again(copied):
-    there = []
+def test_going_back_removes_what_comes_again_and_knows_what_was_usual(copied, monkeypatch):
+    there, usual = [], []
+    monkeypatch.setattr("sft.spikes.Spikes.add", lambda self, line: usual.append(line["step"]))
+    for name in ("nonfinite.jsonl", "spikes.jsonl"):
+        (Path(copied.output_dir) / name).write_text('{"step": 1}\n{"step": 2}\n')
 
     def on_step(step, line):
         steps = [step_of(path) for path in checkpoints(folder_of(copied, 1).parent)]
@@ -145,6 +148,9 @@ def test_going_back_removes_what_comes_again(copied):
 
     run.train(copied, prepare(copied), on_step, resume_from=folder_of(copied, 1))
     assert there == [([1], [1, 2]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2, 3, 4])]
+    assert usual == [1, 2, 3, 4]
+    for name in ("nonfinite.jsonl", "spikes.jsonl"):
+        assert (Path(copied.output_dir) / name).read_text() == '{"step": 1}\n'
 
 
 def test_checkpoints_without_a_state_are_not_deleted_unasked(copied):

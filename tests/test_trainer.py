@@ -51,7 +51,7 @@ def settings(**options) -> TrainingConfig:
     )
 
 
-def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, **options) -> Trainer:
+def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, say=print, **options) -> Trainer:
     return Trainer(
         model,
         group_of=idefics.group_of,
@@ -66,6 +66,7 @@ def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, **opt
         seed=0,
         source_names=["toy"],
         on_step=lambda step, line: None,
+        say=say,
     )
 
 
