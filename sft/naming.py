@@ -14,7 +14,9 @@ from sft.shipped import is_local, recipe_path
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
-    recipe = load_recipe(_recipe_file(name), overrides)
+    file = _recipe_file(name)
+    _refuse_ambiguity(name, file)
+    recipe = load_recipe(file, overrides)
     if (Path(name) / "recipe.yaml").is_file() and not any(override.startswith("output_dir=") for override in overrides):
         return recipe.model_copy(update={"output_dir": name})
     return recipe
@@ -23,6 +25,18 @@ def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def _recipe_file(name: str) -> Path:
     run = Path(name) / "recipe.yaml"
     return run if run.is_file() else recipe_path(name)
+
+
+def _refuse_ambiguity(name: str, file: Path) -> None:
+    """
+    Raises:
+        UserError: the name stands for a shipped recipe, and a changed copy of it is here.
+    """
+    copy = Path(f"{name}.yaml")
+    if file.name == copy.name and copy.is_file() and copy.read_bytes() != file.read_bytes():
+        raise UserError(
+            f"{name}: a shipped recipe, and {copy} here differs from it; write {copy} for yours, or move it"
+        )
 
 
 def _recipe_if_any(name: str) -> Recipe | None:

@@ -38,15 +38,34 @@ def is_local(path: str) -> bool:
     return path.startswith((PREFIX, "/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Name and file of every shipped recipe, the quickstart first."""
+    files = (shipped_root() / "recipes").glob("*.yaml")
+    return {file.stem: file for file in sorted(files, key=lambda file: (file.stem != "quickstart", file.stem))}
+
+
+def recipe_title(file: Path) -> str:
+    """What a recipe is for: the first sentence of its comment, after the line for editors."""
+    comment = file.read_text(encoding="utf-8").partition("\n")[2].partition("#\n")[0]
+    return " ".join(comment.replace("#", " ").split()).partition(". ")[0].rstrip(".")
+
+
 def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 
     Raises:
         UserError: neither a file nor a shipped recipe.
     """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = {file.stem: file for file in sorted((shipped_root() / "recipes").glob("*.yaml"))}
+    return Path(name) if Path(name).is_file() else shipped_recipe(name)
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        UserError: there is none of that name; it names the nearest.
+    """
+    shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
     raise UserError(

@@ -1,15 +1,20 @@
 """A recipe is read strictly: what is wrong is named, with its line and what would be right."""
 
+import json
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import REPOSITORY, status_of
 
-from sft.cli.main import main
 from sft.errors import UserError
+from sft.optim import linear_schedule
 from sft.recipe import GROUPS, ModelConfig, Recipe, TrainingConfig, load_recipe
-from sft.shipped import recipe_path, resolve, shipped_root
+from sft.recipe.schema import MODELINE, SCHEMA_FILE, recipe_schema, schema_text
+from sft.shipped import recipe_path, resolve, shipped_recipes
 
 TOY = """\
 model:
@@ -227,13 +232,94 @@ def test_the_store_is_named_after_what_is_asked(tmp_path):
 # ------------------------------------------------------------------------------------------------------- shipped
 
 
-@pytest.mark.parametrize("file", sorted((shipped_root() / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_shipped_recipe_is_valid(file, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["validate", "--no-paths", file.stem])
-    assert ended.value.code == 0
-    assert f"{file.stem}: valid" in capsys.readouterr().out
-    assert file.read_text().startswith("#"), "a recipe opens with what it is for and its command"
+SHIPPED = pytest.mark.parametrize("name", shipped_recipes())
+
+
+@SHIPPED
+def test_every_shipped_recipe_is_valid_and_opens_with_what_one_wants_to_know(name, capsys):
+    assert status_of("validate", "--no-paths", name) == 0
+    assert f"{name}: valid" in capsys.readouterr().out
+    head, _, _ = shipped_recipes()[name].read_text().partition("\nmodel:")
+    assert head.startswith(f"{MODELINE}\n# ")
+    wanted = (rf"idefics-sft (train )?{name}\b", "^# Hardware: ", "^# (Memory and time|Time)", "^# Result: ")
+    assert [pattern for pattern in wanted if not re.search(pattern, head, flags=re.MULTILINE)] == []
+
+
+@SHIPPED
+def test_every_shipped_recipe_is_planned_and_its_head_says_what_plan_says(name, capsys):
+    text = shipped_recipes()[name].read_text()
+    told = re.findall(
+        r"^#   idefics-sft plan (.*?)  *([\d.]+) of ([\d.]+) GiB, ([\d.]+ \w+)$", text, flags=re.MULTILINE
+    )
+    assert told or name == "quickstart", "which needs no GPU"
+    for arguments, *figures in told:
+        assert status_of("plan", *shlex.split(arguments)) == 0
+        printed = capsys.readouterr().out
+        assert "\nfits, " in printed
+        assert [f for pattern in PRINTED for f in re.findall(pattern, printed, flags=re.MULTILINE)] == figures
+    assert status_of("plan", name) == 0
+
+
+PRINTED = (r"^at the peak +([\d.,]+)", r"^usable +([\d.,]+)", r"^([\d.]+ \w+), ")
+
+# Of the model card: tokens a step, learning rate at its peak and at the end.
+CARD = {"9b": (205e3, 1e-5, 1.2e-6), "80b": (613e3, 3e-6, 3.6e-7)}
+
+
+@pytest.mark.parametrize(("size", "tokens", "peak", "final"), [(size, *numbers) for size, numbers in CARD.items()])
+def test_the_card_s_recipes_are_the_card(size, tokens, peak, final):
+    recipe = load_recipe(recipe_path(f"idefics-{size}-instruct"))
+    training = recipe.training
+    assert recipe.model.trainable == GROUPS and recipe.data.train_on == "all" and recipe.data.sequence_length == 2048
+    assert [source.share for source in recipe.data.mixture] == [7.7, 1.7, 5.9, 6.3, 11.4, 2.1, 29.1, 5.1, 30.7]
+    assert training.tokens_per_step == pytest.approx(tokens, rel=0.003)
+    assert (training.max_steps, training.warmup_steps, training.learning_rate) == (22_000, 1_000, peak)
+    rate = peak * linear_schedule(1_000, training.decay_steps, 0.0)(22_000)
+    assert rate == pytest.approx(final, rel=0.05), "the card rounds, or counts from the first step"
+    assert (training.betas, training.weight_decay, training.clip, training.z_loss) == ((0.9, 0.999), 0.1, 1.0, 0.0)
+    assert training.gradient_checkpointing and recipe.evaluation.protocol == "card" and recipe.evaluation.rule == "best"
+
+
+def test_the_two_recipes_of_the_card_have_the_same_data():
+    assert load_recipe(recipe_path("idefics-9b-instruct")).data == load_recipe(recipe_path("idefics-80b-instruct")).data
+
+
+def test_the_reference_and_the_schema_are_those_of_the_keys():
+    made = runpy.run_path(str(REPOSITORY / "scripts" / "build_reference.py"))
+    advice = "run scripts/build_reference.py"
+    assert (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8") == made["page"](), advice
+    assert (REPOSITORY / "recipes" / SCHEMA_FILE).read_text(encoding="utf-8") == schema_text(), advice
+
+
+def test_every_key_says_what_it_means_and_no_other_is_known():
+    for name, part in {"Recipe": recipe_schema(), **recipe_schema()["$defs"]}.items():
+        assert part["additionalProperties"] is False, name
+        assert all(len(key["description"]) > 5 for key in part["properties"].values()), name
+
+
+def test_recipes_are_listed_shown_and_copied_with_their_schema(tmp_path, monkeypatch, capsys, refusal):
+    monkeypatch.chdir(tmp_path)
+    assert status_of("recipes", "list", "--json") == 0
+    titles = json.loads(capsys.readouterr().out)["recipes"]
+    assert list(titles) == list(shipped_recipes()) and all(titles.values())
+    assert status_of("recipes", "show", "my-data") == 0
+    text = capsys.readouterr().out
+    assert status_of("recipes", "copy", "my-data") == 0
+    assert "Next: idefics-sft validate my-data.yaml" in capsys.readouterr().out
+    assert Path("my-data.yaml").read_text() == text and Path(SCHEMA_FILE).read_text() == schema_text()
+    assert "my-data.yaml: is there already" in refusal("recipes", "copy", "my-data")
+    assert "expected a .yaml file" in refusal("recipes", "copy", "my-data", "elsewhere")
+    assert "did you mean 'my-data'?" in refusal("recipes", "show", "my-daat")
+
+
+def test_a_changed_copy_and_the_shipped_recipe_are_not_confused(tmp_path, monkeypatch, refusal, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("caption.yaml").write_text(recipe_path("caption").read_text())
+    assert status_of("validate", "--no-paths", "caption") == 0
+    Path("caption.yaml").write_text(Path("caption.yaml").read_text().replace("max_steps: 40", "max_steps: 41"))
+    capsys.readouterr()
+    assert "caption.yaml here differs from it; write caption.yaml for yours" in refusal("plan", "caption")
+    assert status_of("validate", "--no-paths", "caption.yaml") == 0
 
 
 def test_shipped_files_have_names(tmp_path, monkeypatch):

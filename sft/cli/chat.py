@@ -10,6 +10,8 @@ import typer
 from sft.cli.terminal import console, quiet_libraries
 from sft.sample import ImageRef
 
+EXAMPLES = ("chat runs/my-data --image photo.png",)
+
 
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN or RUN@STEP.")],

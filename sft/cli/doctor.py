@@ -11,6 +11,10 @@ from sft.cli.terminal import Json, console, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from sft.checks.finding import Finding
+EXAMPLES = (
+    "doctor",
+    "doctor --model runs/my-data@100",
+)
 
 
 def run(

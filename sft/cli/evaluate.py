@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("card", "vanilla", "circular")
 RANKS = ("letter", "text", "generate")
+EXAMPLES = (
+    "evaluate runs/my-data --benchmark mmbench_dev_en.tsv",
+    "evaluate runs/my-data@100 --benchmark mmbench.tsv --protocol card",
+)
 
 
 def run(

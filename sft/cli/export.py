@@ -9,6 +9,8 @@ from sft.cli.stats import StorePath
 from sft.cli.terminal import Json, console, print_json, progress
 from sft.errors import printable
 
+EXAMPLES = ("export stores/mine --output mine.parquet",)
+
 
 def run(
     store: StorePath,

@@ -14,6 +14,10 @@ from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, prin
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # escapes, changes of direction
 TRAINED, PLAIN, SPECIAL, IMAGE, PROBLEM = "black on yellow", "", "cyan", "bold magenta", "bold red"
+EXAMPLES = (
+    "inspect my-data.yaml --source mine",
+    "inspect my-data.yaml --pack 7 --html pack.html",
+)
 
 
 def run(

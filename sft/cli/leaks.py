@@ -11,6 +11,7 @@ from sft.errors import printable
 
 NUM_SHOWN = 20
 """Leaks that are listed; --json has all of them."""
+EXAMPLES = ("leaks mmbench_dev_en.tsv stores/llava_instruct-1a2b3c4d",)
 
 
 def run(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -25,8 +24,11 @@ from sft.cli import (
     plan,
     prepare,
     quickstart,
+    recipes,
+    schema,
     select,
     stats,
+    terminal,
     train,
     validate,
 )
@@ -36,6 +38,7 @@ from sft.errors import RunError, UserError, printable
 app = typer.Typer(
     name="idefics-sft",
     help="Instruction fine-tuning for IDEFICS vision-language models.",
+    epilog=terminal.examples(("quickstart", "recipes list", "train my-data --help")),
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -56,9 +59,26 @@ COMMANDS = (
     stats,
     export,
     leaks,
+    schema,
 )
+PANELS = {
+    "Start": ("quickstart", "doctor", "recipes"),
+    "Data": ("validate", "prepare", "mix", "inspect", "stats", "export", "leaks"),
+    "Training": ("plan", "train"),
+    "Models": ("evaluate", "select", "report", "chat", "merge"),
+}
+"""How the list of commands is divided; what stands in none comes last."""
+
+
+def _panel(name: str) -> str:
+    return next((title for title, names in PANELS.items() if name in names), "Other")
+
+
 for command in COMMANDS:
-    app.command(name=command.__name__.rsplit(".", 1)[-1])(command.run)
+    name = command.__name__.rsplit(".", 1)[-1]
+    epilog = terminal.examples(getattr(command, "EXAMPLES", ()))
+    app.command(name=name, epilog=epilog, rich_help_panel=_panel(name))(command.run)
+app.add_typer(recipes.app, name="recipes", rich_help_panel=_panel("recipes"))
 
 
 _UsageError: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "UsageError")
@@ -67,6 +87,8 @@ _UsageError: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ =
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"idefics-sft {version('idefics-sft')}")
         raise typer.Exit
 
@@ -76,14 +98,28 @@ def _options(
     print_version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors. May stand anywhere.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show results and errors, no progress. May stand anywhere.")
+    ] = False,
 ) -> None:
     """Instruction fine-tuning for IDEFICS vision-language models."""
+    terminal.show_progress(not quiet)
+
+
+ANYWHERE = ("--debug", "--quiet", "-q")
+
+
+def _anywhere_first(arguments: list[str]) -> list[str]:
+    """`train x --debug` -> `--debug train x`: options of all commands may stand behind them too."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    first = [argument for argument in arguments[:end] if argument in ANYWHERE]
+    return first + [argument for argument in arguments[:end] if argument not in ANYWHERE] + arguments[end:]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _anywhere_first(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.exit(app(arguments, prog_name="idefics-sft", standalone_mode=False) or 0)
     except _UsageError as error:

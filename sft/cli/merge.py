@@ -7,6 +7,11 @@ import typer
 
 from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
 
+EXAMPLES = (
+    "merge runs/my-data --output my-idefics",
+    "merge runs/my-data@100 --output my-idefics --base-dtype fp32 --check",
+)
+
 
 def run(
     run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, its recipe, RUN@STEP or a checkpoint.")],

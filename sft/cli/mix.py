@@ -23,6 +23,11 @@ from sft.cli.terminal import (
 )
 from sft.errors import printable
 
+EXAMPLES = (
+    "mix my-data.yaml",
+    "mix idefics-9b-instruct --sizes card     # without any data",
+)
+
 
 def run(
     recipe: RecipeName,

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from sft.recipe import Recipe
 
 Gpu = Literal["a100-80", "h100-80", "l4-24", "t4-16", "rtx4090-24"]
+EXAMPLES = (
+    "plan my-data --gpu t4-16",
+    "plan idefics-9b-instruct --gpus 8 --price-per-hour 2.5",
+    "plan my-data training.gradient_checkpointing=false",
+)
 
 
 def run(

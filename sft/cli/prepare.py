@@ -19,6 +19,10 @@ from sft.errors import UserError, printable
 if TYPE_CHECKING:
     from sft.prepared import Part
     from sft.store import Store
+EXAMPLES = (
+    "prepare my-data.yaml --num-proc 8",
+    "prepare --dataset messages --path my_data --output stores/mine",
+)
 
 
 def run(

@@ -11,11 +11,15 @@ import typer
 from rich.console import Console
 
 from sft.cli import mix, select
-from sft.cli.terminal import Json, console, percent, preparation, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import Json, console, notes, percent, preparation, print_json, progress, quiet_libraries, table
 from sft.cli.train import train
 from sft.distributed import STOPPED
 
 REPORT = "quickstart.json"
+EXAMPLES = (
+    "quickstart",
+    "quickstart --output-dir runs/first --json",
+)
 
 
 def run(
@@ -32,7 +36,7 @@ def run(
         out.print(f"{output_dir}: a finished run was found; --fresh starts anew")
         report = jsonlib.loads(report_file.read_text())
     else:
-        report = _quickstart(output_dir, out)
+        report = _quickstart(output_dir, notes(to_stderr=json))
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
     out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}")
@@ -63,9 +67,11 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     from sft.mix import mix as mixture
     from sft.preparation import prepare
     from sft.recipe import load_recipe
-    from sft.shipped import recipe_path
+    from sft.shipped import shipped_recipe
 
-    recipe = load_recipe(recipe_path("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}"))
+    recipe = load_recipe(
+        shipped_recipe("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}")
+    )
     with preparation(out) as update:
         sources = prepare(recipe, update)
     mix.show(mixture(recipe, sources.sources), out)

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from rich.console import Console
 
-from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import Json, console, notes, percent, print_json, progress, quiet_libraries, table
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
     from sft.selection.choice import CheckpointScore, ChosenOn, Selection
     from sft.selection.session import Session
+EXAMPLES = (
+    "select runs/my-data",
+    "select runs/my-data --benchmark questions.jsonl",
+    "select runs/my-data --rule earliest_not_worse",
+)
 
 
 def run(
@@ -96,7 +101,7 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Sessi
     return Session(
         recipe,
         held_out=held_out,
-        say=out.print,
+        say=notes(out.stderr).print,
         progress=lambda name: progress(name, None, out),
         chosen_on=chosen_on,
     )

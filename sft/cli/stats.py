@@ -10,6 +10,7 @@ from sft.cli.terminal import Json, console, percent, print_json, table
 from sft.errors import printable
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a prepared dataset.")]
+EXAMPLES = ("stats stores/mine",)
 
 
 def run(store: StorePath, json: Json = False) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,8 +29,44 @@ from rich.text import Text
 
 from sft.errors import printable
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, a shipped name, or a RUN folder.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="training.max_steps=100 …")]
+
+def complete_shipped(incomplete: str) -> list[str]:
+    """Shipped recipes, for the shell."""
+    from sft.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes, recipe files and folders, for the shell."""
+    found = [path for path in sorted(Path().glob(f"{glob.escape(incomplete)}*"))]
+    files = [str(path) for path in found if path.suffix in (".yaml", ".yml")]
+    return [*complete_shipped(incomplete), *files, *(f"{path}/" for path in found if path.is_dir())]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Dotted keys of a recipe, for the shell."""
+    from sft.recipe.schema import dotted_keys
+
+    return [f"{key}=" for key in dotted_keys() if key.startswith(incomplete)]
+
+
+def examples(commands: Iterable[str]) -> str:
+    """The end of a command's help: examples, a line each."""
+    lines = "\n".join(f"  idefics-sft {command}" for command in commands)
+    return f"Examples:\n{lines}".replace("[", "\\[")
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, a shipped name, or a RUN folder.", autocompletion=complete_recipe
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="training.max_steps=100 …", autocompletion=complete_override),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 
 
@@ -49,6 +87,27 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("transformers", r"torch\.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=name)
+
+
+_progress_is_shown = True
+
+
+def show_progress(wanted: bool) -> None:
+    """Whether bars, and notes on the way, are shown; --quiet turns them off."""
+    global _progress_is_shown
+    _progress_is_shown = wanted
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return not _progress_is_shown
+
+
+def notes(to_stderr: bool = False) -> Console:
+    """Where what is said on the way goes: nowhere under --quiet."""
+    out = console(to_stderr)
+    out.quiet = is_quiet()
+    return out
 
 
 def console(to_stderr: bool = False) -> Console:
@@ -82,6 +141,9 @@ def percent(share: float) -> str:
 @contextmanager
 def progress(description: str, total: int | None, out: Console) -> Iterator[Any]:
     """A bar with time used and time left; yields `update(done, note)`. In a log it prints a line now and then."""
+    if is_quiet():
+        yield lambda done, note="": None
+        return
     if not out.is_terminal:
         yield _lines(description, total, out)
         return
@@ -105,6 +167,9 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Any]
 @contextmanager
 def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
     """A bar for each dataset that is prepared; yields `update(name, records, share of the whole)`."""
+    if is_quiet():
+        yield lambda name, records, share: None
+        return
     if not out.is_terminal:
         yield _preparation_lines(out)
         return

@@ -15,6 +15,8 @@ from sft.cli.terminal import (
     Overrides,
     RecipeName,
     console,
+    is_quiet,
+    notes,
     preparation,
     print_json,
     progress,
@@ -26,6 +28,11 @@ from sft.errors import UserError
 
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
+EXAMPLES = (
+    "train my-data.yaml                # goes on with what was begun",
+    "train my-data.yaml --dry-run      # memory and time of a step",
+    "train my-data.yaml --nproc 8 training.max_steps=500",
+)
 
 
 def run(
@@ -58,13 +65,15 @@ def run(
             raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
         _prepare_for(nproc, found, console(to_stderr=json))
         options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
+        options += ["--quiet"] * is_quiet()
         sys.exit(launch(nproc, ["train", recipe, *(overrides or ()), *options]))
     with redirect_stdout(sys.stderr) if json else nullcontext(), joined() as rank:  # DeepSpeed prints
-        out = console(to_stderr=json)
-        out.quiet = not rank.is_main
+        out = notes(to_stderr=json)
+        out.quiet |= not rank.is_main
         status = train(found, out, resume=resume, allow_changed=allow_changed, rank=rank)
     if not rank.is_main:
         return
+    out = console(to_stderr=json)
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
     if status.status == "stopped":
@@ -88,7 +97,7 @@ def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
     quiet_libraries()
     with preparation(out) as update:
         sources = prepare(recipe, update)
-    measured = dry_run(recipe, sources, out.print)
+    measured = dry_run(recipe, sources, notes(to_stderr=json).print)
     precision = choose_precision(recipe.training.precision, device())
     if json:
         batches = [asdict(one) for one in measured]

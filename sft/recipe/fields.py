@@ -68,7 +68,7 @@ class LoraSettings(_Part):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On the input of the adapters, in training."""
     targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = ("language", "cross_attention")
-    """Which linear layers get an adapter."""
+    """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
 
 
 class ModelConfig(_Part):
@@ -81,7 +81,7 @@ class ModelConfig(_Part):
     adapters beside frozen weights. `qlora`: the same, the weights under the adapters in 4 bits."""
     trainable: tuple[Group, ...] = GROUPS
     """Groups whose weights themselves are trained. In `full` mode all of them, if left out. In `lora` and `qlora` none
-    but the extra rows, which always are; gates, say, can be added."""
+    but the extra rows (embedding and head of the special tokens), which always are; gates, say, can be added."""
     lora: LoraSettings | None = None
     """The adapters of `lora` and `qlora`."""
 
@@ -309,10 +309,12 @@ class EvaluationConfig(_Part):
     """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; or `easy_vqa`,
     which is built from the package's test images."""
     by: By | None = None
-    """What a benchmark is scored by. Left out: `exact_match` for a .jsonl, `mmbench` for other benchmarks, `loss`
-    without one."""
+    """What chooses: multiple-choice questions of MMBench's layout (`mmbench`), questions of your own with short answers
+    (`exact_match`), or the `loss` on what data.validation holds out. Left out: `exact_match` for a .jsonl, `mmbench`
+    for other benchmarks, `loss` without one."""
     rule: Rule = "best"
-    """Which checkpoint is selected."""
+    """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
+    did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
     every_steps: Positive | None = None
     """Training waits every so many steps while the checkpoint of that step is evaluated. Left out: `idefics-sft select`
     does it."""
@@ -341,11 +343,17 @@ class EvaluationConfig(_Part):
 
 class Recipe(_Part):
     model: ModelConfig
+    """What is trained: the base, and which parts of it."""
     data: DataConfig
+    """What it is trained on: sources, their shares, packs."""
     training: TrainingConfig
+    """How: steps, learning rate, optimizer, precision."""
     distributed: DistributedConfig = DistributedConfig()
+    """On several GPUs."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    """What is kept on the way."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What chooses the checkpoint."""
     output_dir: str
     """Where the run is written. Paths are relative to the current directory."""
     seed: Seed = 0

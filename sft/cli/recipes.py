@@ -1,0 +1,60 @@
+"""`idefics-sft recipes list|show|copy`: the recipes that come with the toolkit."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sft.cli.terminal import Json, complete_shipped, console, examples, print_json
+from sft.errors import UserError
+from sft.shipped import recipe_title, shipped_recipe, shipped_recipes
+
+EXAMPLES = (
+    "recipes list",
+    "recipes show my-data",
+    "recipes copy my-data              # my-data.yaml and its schema",
+    "recipes copy my-data mine.yaml",
+)
+app = typer.Typer(help="List, show or copy the recipes that come with the toolkit.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe.", autocompletion=complete_shipped)]
+
+
+@app.command(name="list", epilog=examples(EXAMPLES[:1]))
+def list_(json: Json = False) -> None:
+    """List the shipped recipes and what each is for."""
+    titles = {name: recipe_title(file) for name, file in shipped_recipes().items()}
+    if json:
+        print_json({"recipes": titles})
+        return
+    width = max(map(len, titles))
+    for name, title in titles.items():
+        console().print(f"{name:{width}}  {title}", soft_wrap=not console().is_terminal)
+
+
+@app.command(epilog=examples(EXAMPLES[1:2]))
+def show(name: Name) -> None:
+    """Print a shipped recipe."""
+    sys.stdout.write(shipped_recipe(name).read_text(encoding="utf-8"))
+
+
+@app.command(epilog=examples(EXAMPLES[2:]))
+def copy(
+    name: Name,
+    to: Annotated[
+        Path, typer.Argument(metavar="[FILE]", help="A .yaml file, or a folder; this one if left out.")
+    ] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Copy a shipped recipe, to change it, and lay its schema for editors beside it."""
+    from sft.recipe.schema import SCHEMA_FILE, schema_text
+
+    recipe = shipped_recipe(name)
+    file = to / recipe.name if to.is_dir() else to
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{to}: expected a .yaml file, or a folder that is there")
+    if file.exists() and not force:
+        raise UserError(f"{file}: is there already; --force overwrites it")
+    file.write_bytes(recipe.read_bytes())
+    (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
+    console().print(f"{file}, and {SCHEMA_FILE} for editors. Next: idefics-sft validate {file}")

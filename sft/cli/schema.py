@@ -1,0 +1,12 @@
+"""`idefics-sft schema`: the JSON schema of a recipe, for editors."""
+
+import sys
+
+EXAMPLES = ("schema > recipe.schema.json      # beside the recipe that names it",)
+
+
+def run() -> None:
+    """Print the JSON schema of a recipe, by which editors complete keys and mark mistakes."""
+    from sft.recipe.schema import schema_text
+
+    sys.stdout.write(schema_text())
