@@ -23,7 +23,6 @@ from sft.evaluation.ranking import TOKENS_PER_FORWARD, AnswerRequest, AnswerScor
 from sft.evaluation.results import Asked, QuestionResult, Rank, Result, in_random_order
 from sft.evaluation.shots import draw_shots, split_support
 from sft.evaluation.writing import write_answers
-from sft.models.idefics import PackedIdefics
 from sft.sample import ImageRef, Message, Sample
 
 Progress = Callable[[int, int], None]
@@ -168,7 +167,6 @@ def evaluate(
             asked[rank] = [_ranked(row, letters(row, benchmark.protocol), next(found)) for row, _ in samples[rank]]
     if "generate" in ranks:
         rows, prompts = zip(*_samples(benchmark, "generate", blind), strict=True)
-        assert isinstance(model, PackedIdefics)
         texts = write_answers(
             model,
             template,
