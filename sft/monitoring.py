@@ -26,13 +26,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name
 from sft.errors import UserError
-from sft.evaluation.processes import deal, first_message, gathered, is_alone, is_main_process
+from sft.evaluation.processes import from_main, is_alone, is_main_process
 from sft.generation import generate
-from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss, sample_losses
+from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss
 from sft.prepared import Sources
 from sft.recipe import EvaluationConfig, Recipe
 from sft.sample import Message
 from sft.selection.choice import Selection
+from sft.selection.held_out_loss import shared_losses
 from sft.selection.session import Session
 from sft.statistics import should_stop
 
@@ -166,32 +167,19 @@ class Validation:
 
     def _losses(self, model: nn.Module) -> tuple[dict[str, Line], str]:
         """Mean loss and trained tokens of each source, or what went wrong. Packs are shared out to the processes."""
-        mine: dict[int, list[SampleLoss]] = {}
-        problem = ""
         try:
-            for number, _ in deal(range(len(self.packs.packs))):
-                mine[number] = self._losses_of_pack(model, number)
-        except Exception as error:  # whatever it is, it is no reason to end the training
-            problem = _reason(error)
-        by_pack = gathered(mine)
-        samples = [sample for number in sorted(by_pack) for sample in by_pack[number]]
-        by_source = {
-            source.name: _mean([sample for sample in samples if sample.source == source.name])
-            for source in self.packs.sources.sources
-        }
-        return by_source, first_message(problem)
-
-    def _losses_of_pack(self, model: nn.Module, number: int) -> list[SampleLoss]:
-        packs = [self.packs.packs[number]]
-        return [
-            *sample_losses(
+            samples = shared_losses(
                 model,
-                self.packs.sources,
-                packs,
+                self.packs,
                 image_size=self.image_size,
                 always_whole=not is_alone(),  # engines that shard a model want the same calls of every process
             )
-        ]
+        except Exception as error:  # whatever it is, it is no reason to end the training
+            return {}, _reason(error)
+        return {
+            source.name: _mean([sample for sample in samples if sample.source == source.name])
+            for source in self.packs.sources.sources
+        }, ""
 
     def _generations(self, model: nn.Module) -> tuple[list[Line], str]:
         """The answers to a few questions, or what went wrong; every process gives the same ones."""
@@ -277,11 +265,8 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             return
         with undisturbed(model):
             selection = self._ask(checkpoint_name(state.global_step))
-        ends = ""
-        if selection and self._is_no_longer_better(selection):
-            ends = f"{self.patience} evaluations brought no better score than {selection.best}"
-        if ends := first_message(ends):
-            self._say(f"step {state.global_step}: {ends}; training ends (evaluation.patience)")
+        if why := from_main(lambda: self._why_to_end(selection)):
+            self._say(f"step {state.global_step}: {why}; training ends (evaluation.patience)")
             control.should_training_stop = True
 
     def _ask(self, checkpoint: str) -> Selection | None:
@@ -301,10 +286,13 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             self._log({"eval_score": selection.scores[-1].score})
         return selection
 
-    def _is_no_longer_better(self, selection: Selection) -> bool:
+    def _why_to_end(self, selection: Selection | None) -> str:
+        if selection is None or self.patience is None:
+            return ""
         sign = -1 if selection.by == "loss" else 1
-        scores = [sign * score.score for score in selection.scores]
-        return self.patience is not None and should_stop(scores, self.patience)
+        if not should_stop([sign * score.score for score in selection.scores], self.patience):
+            return ""
+        return f"{self.patience} evaluations brought no better score than {selection.best}"
 
 
 def _summary(selection: Selection) -> str:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sft.checkpoint import listed_hashes
-from sft.evaluation.processes import is_main_process, wait_for_everyone
+from sft.evaluation.processes import from_main, is_main_process, together
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
 from sft.files import hash_file
@@ -41,10 +41,13 @@ def benchmark_file(name: str, store: Path, *, seed: int) -> Path:
     if name not in BUILT_BENCHMARKS:
         return resolve(name)
     file = store / "benchmarks" / f"{name}-{seed}.tsv"
-    if not file.is_file() and is_main_process():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        import_module(f"sft.evaluation.{name}").write_benchmark(file, seed=seed)
-    wait_for_everyone()
+
+    def build() -> None:
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            import_module(f"sft.evaluation.{name}").write_benchmark(file, seed=seed)
+
+    from_main(build)
     return file
 
 
@@ -78,26 +81,28 @@ class ScoredModel:
         blind: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> dict[Rank, Result]:
-        """Its result by each ranking."""
-        found = self._kept(benchmark, ranks, blind)
+        """Its result by each ranking; all processes share in asking."""
+        found, weights = from_main(lambda: (self._kept(benchmark, ranks, blind), self._weights))
         missing = [rank for rank in ranks if rank not in found]
         if missing:
+            with together():
+                loaded = self.loaded
             made = evaluate(
-                self.loaded.model,
-                self.loaded.template,
+                loaded.model,
+                loaded.template,
                 benchmark,
-                image_size=self.loaded.image_size,
+                image_size=loaded.image_size,
                 ranks=missing,
                 blind=blind,
-                autocast=self.loaded.autocast,
-                weights=self._weights,
-                max_positions=self.loaded.max_positions,
+                autocast=loaded.autocast,
+                weights=weights,
+                max_positions=loaded.max_positions,
                 on_progress=on_progress,
             )
-            if self.run_dir and is_main_process():
-                for result in made.values():
-                    write_result(result, self.run_dir, self.name)
-            wait_for_everyone()
+            with together():
+                if self.run_dir and is_main_process():
+                    for result in made.values():
+                        write_result(result, self.run_dir, self.name)
             found |= made
         return {rank: found[rank] for rank in ranks}
 
@@ -110,7 +115,6 @@ class ScoredModel:
             rank: find_result(self.run_dir, benchmark.name, asked, self.name, weights=self._weights)
             for rank, asked in hashes.items()
         }
-        wait_for_everyone()  # before anyone writes: all have to find the same
         return {rank: result for rank, result in kept.items() if result}
 
 

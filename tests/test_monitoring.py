@@ -121,7 +121,7 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(validated, tmp_pat
     def broken(*arguments, **options):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(monitoring, "sample_losses", broken)
+    monkeypatch.setattr(monitoring, "shared_losses", broken)
     recipe, said = again(validated[0], tmp_path / "run"), []
     run.train(recipe, prepare(recipe), say=said.append)
     assert "step 2: validation failed, training goes on: RuntimeError: out of memory" in said

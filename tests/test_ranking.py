@@ -262,20 +262,30 @@ def test_a_part_of_the_questions_is_made_of_whole_images():
 # ----------------------------------------------------------------------------------------------- two processes
 
 ON_A_RANK = """
-import json, os, sys
+import json, sys
 from conftest import IMAGE_SIZE, REPOSITORY, base_tokenizer, make_tiny_model
 from sft.chat_template import ChatTemplate, load_chat_template
-from sft.evaluation.processes import leave
+from sft.distributed import joined
+from sft.evaluation.processes import from_main, together
 from sft.models import idefics
 from test_ranking import results_of
 
 tokenizer = base_tokenizer()
 tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
 template = ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
-found = results_of(make_tiny_model(tokenizer), template)
-with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
+with joined() as process:
+    found = results_of(make_tiny_model(tokenizer), template)
+    found["failed"] = []
+    for failing in (0, 1):
+        try:
+            with together():
+                if process.number == failing:
+                    raise ValueError("out of\\nmemory")
+        except Exception as error:
+            found["failed"].append(f"{type(error).__name__}: {error}")
+    found["told"] = from_main(lambda: process.number)
+with open(f"{sys.argv[1]}/{process.number}.json", "w") as file:
     json.dump(found, file)
-leave()
 """
 
 
@@ -311,3 +321,7 @@ def test_two_processes_find_what_one_finds_in_half_the_forwards(model, template,
     assert first["questions"] == second["questions"] == alone["questions"]
     assert first["forwards"] == second["forwards"] == math.ceil(alone["forwards"] / 2)
     assert alone["forwards"] % 2 == 1, "a process is left short in the last round"
+    broken = "ValueError: out of\nmemory"
+    assert first["failed"] == [broken, "RunError: process 1 of 2: ValueError: out of memory"], "none waits for it"
+    assert second["failed"] == ["RunError: process 0 of 2: ValueError: out of memory", broken]
+    assert first["told"] == second["told"] == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -401,6 +402,17 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
         for result in alone.values():
             file = result_file(run, result.benchmark, result.protocol_hash, path.name)
             assert read_result(file).questions == result.questions, "as loaded alone"
+
+
+@pytest.mark.slow
+def test_two_processes_select_as_one_does(copied, capfd):  # noqa: F811
+    found = []
+    for nproc in (1, 2):
+        assert status_of("select", copied, "--nproc", nproc, "--json") == 0
+        answers = {file: file.read_text() for file in (copied / "evaluations").rglob("checkpoint-*.jsonl")}
+        found.append((json.loads(capfd.readouterr().out), answers))
+        shutil.rmtree(copied / "evaluations")
+    assert found[0] == found[1] and len(found[0][1]) == 4
 
 
 def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):  # noqa: F811

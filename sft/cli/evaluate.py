@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
 
 if TYPE_CHECKING:
+    from sft.distributed import Rank
     from sft.evaluation.results import Result
     from sft.evaluation.score import Benchmark
     from sft.recipe import EvaluationConfig
@@ -40,6 +42,7 @@ def run(
     max_questions: Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")] = None,
     details: Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")] = None,
     submission: Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")] = None,
+    nproc: Nproc = 1,
     json: Json = False,
 ) -> None:
     """Score a model on multiple-choice questions: overall, by category, and beside what it scores without images.
@@ -47,54 +50,30 @@ def run(
     What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
     images of that recipe's benchmark, figures come from the other.
     """
+    from sft.distributed import joined
     from sft.errors import UserError
-    from sft.naming import find_model, recipe_of_model
-    from sft.recipe import EvaluationConfig
 
     for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, RANKS)):
         if value not in (None, *allowed):
             raise UserError(f"--{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
-    path = _base_of(model) or find_model(model)
-    recipe = recipe_of_model(model)
-    chooses = recipe is not None and benchmark in (None, recipe.evaluation.benchmark)
-    settings = _settings(
-        recipe.evaluation if recipe else EvaluationConfig(),
-        chooses,
-        benchmark=benchmark,
-        protocol=protocol,
-        ranks=("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None,
-        shots=shots,
-        support=support,
-        max_questions=max_questions,
-    )
-    quiet_libraries()
-    from sft.evaluation.processes import is_main_process, leave
-    from sft.scoring import ScoredModel, load_settings
-    from sft.selection.choice import is_chosen_on_half
-
-    out = console(to_stderr=json) if is_main_process() else Console(quiet=True)
-    questions = load_settings(settings, Path(recipe.data.store) if recipe else Path("stores"))
-    _check(questions, settings, submission)
-    out.print(f"model: {path}")
-    run_dir = Path(recipe.output_dir) if recipe else None
-    is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
-    scored = ScoredModel(path, run_dir=run_dir, name="base" if model.endswith("@base") else Path(path).name)
-
-    def ask(blind: bool) -> dict[Any, Result]:
-        with progress(f"asking{' without images' if blind else ''}", None, out) as update:
-            results = scored.score(
-                questions, settings.ranks, blind=blind, on_progress=lambda done, total: update(done, f"of {total}")
-            )
-        if is_half:
-            return {rank: result.on_half(1, settings.seed) for rank, result in results.items()}
-        return dict(results)
-
-    results = ask(blind)
-    without = ask(True) if baseline and not blind and questions.has_answers else {}
-    leave()
-    if not is_main_process():
+    ranks = ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
+    asked = {"benchmark": benchmark, "protocol": protocol, "shots": shots, "support": support}
+    asked["max_questions"] = max_questions
+    if nproc > 1:
+        options = {"rank": rank, "generate": generate, "blind": blind, "no_baseline": not baseline}
+        start(
+            nproc, ["evaluate", model], asked | options | {"details": details, "submission": submission, "json": json}
+        )
+    with joined() as process:
+        out = console(to_stderr=json)
+        out.quiet = not process.is_main
+        evaluation = _Evaluation(model, process, asked | {"ranks": ranks}, submission)
+        out.print(f"model: {evaluation.path}")
+        results = evaluation.ask(blind, out)
+        without = evaluation.ask(True, out) if baseline and not blind and evaluation.benchmark.has_answers else {}
+    if not process.is_main:
         return
     summaries = [
         result.summary(blind_accuracy=without[rank].on_questions_of(result).accuracy if without else None)
@@ -105,7 +84,7 @@ def run(
     if submission:
         from sft.evaluation.submission import write_submission
 
-        write_submission(submission, questions.rows, results[settings.ranks[0]])
+        write_submission(submission, evaluation.benchmark.rows, results[evaluation.settings.ranks[0]])
         summaries[0]["submission"] = str(submission)
     if json:
         by_rank = {summary["rank"]: summary for summary in summaries}
@@ -113,8 +92,52 @@ def run(
         return
     for summary in summaries:
         _show(summary, out)
-    if is_half:
+    if evaluation.is_half:
         out.print("figures come from the half of the images that does not choose the checkpoint")
+
+
+class _Evaluation:
+    """A model, and what it is asked."""
+
+    def __init__(self, model: str, process: Rank, asked: dict[str, Any], submission: Path | None) -> None:
+        """
+        Raises:
+            UserError: there is no such model, or what is asked for does not go together.
+        """
+        from sft.distributed import as_main
+        from sft.naming import find_model, recipe_of_model
+        from sft.recipe import EvaluationConfig
+
+        self.path = as_main(process, lambda: _base_of(model) or find_model(model))
+        recipe = recipe_of_model(model)
+        chooses = recipe is not None and asked["benchmark"] in (None, recipe.evaluation.benchmark)
+        self.settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), chooses, asked)
+        quiet_libraries()
+        from sft.evaluation.processes import together
+        from sft.scoring import ScoredModel, load_settings
+        from sft.selection.choice import is_chosen_on_half
+
+        with together():
+            self.benchmark = load_settings(self.settings, Path(recipe.data.store) if recipe else Path("stores"))
+        _check(self.benchmark, self.settings, submission)
+        run_dir = Path(recipe.output_dir) if recipe else None
+        self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
+        """Whether its checkpoint was chosen by the other half of the images."""
+        name = "base" if model.endswith("@base") else Path(self.path).name
+        self._scored = ScoredModel(self.path, run_dir=run_dir, name=name)
+
+    def ask(self, blind: bool, out: Console) -> dict[Any, Result]:
+        """The result by each ranking, of those questions that figures come from."""
+        with progress(f"asking{' without images' if blind else ''}", None, out) as update:
+            results = self._scored.score(
+                self.benchmark,
+                self.settings.ranks,
+                blind=blind,
+                on_progress=lambda done, total: update(done, f"of {total}"),
+            )
+        return {
+            rank: result.on_half(1, self.settings.seed) if self.is_half else result for rank, result in results.items()
+        }
 
 
 def _base_of(model: str) -> Path | None:
@@ -127,7 +150,7 @@ def _base_of(model: str) -> Path | None:
     return prepare_base(find_recipe(model.removesuffix("@base")))
 
 
-def _settings(settings: EvaluationConfig, of_this_benchmark: bool, **given: Any) -> EvaluationConfig:
+def _settings(settings: EvaluationConfig, of_this_benchmark: bool, given: dict[str, Any]) -> EvaluationConfig:
     """What the recipe says, and what is given in its place. How much of its benchmark a recipe asks says nothing about
     another one."""
     from sft.errors import UserError

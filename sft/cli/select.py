@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from rich.console import Console
 
+from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, notes, percent, print_json, progress, quiet_libraries, table
 
 if TYPE_CHECKING:
@@ -31,23 +32,32 @@ def run(
     watch: Annotated[
         bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
     ] = False,
+    nproc: Nproc = 1,
     json: Json = False,
 ) -> None:
     """Evaluate every checkpoint of a run that is not evaluated yet, and choose one; writes selection.json and a plot.
 
     What is left out comes from the recipe. Without a benchmark, the loss on what data.validation holds out chooses.
     """
+    from sft.distributed import joined
     from sft.naming import find_recipe
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, rule=rule)
-    out = console(to_stderr=json)
+    if nproc > 1:
+        options = {"by": by, "benchmark": benchmark, "rule": rule, "watch": watch, "json": json}
+        start(nproc, ["select", run], options)
     selection = None
-    if watch:
-        for selection in _session(recipe, out).watch():
+    with joined() as process:
+        out = console(to_stderr=json)
+        out.quiet = not process.is_main
+        if watch:
+            for selection in _session(recipe, out).watch():
+                show(selection, out)
+        if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
+            selection = select(recipe, out)
             show(selection, out)
-    if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-        selection = select(recipe, out)
-        show(selection, out)
+    if not process.is_main:
+        return
     if json:
         from sft.selection.choice import as_json
 
@@ -89,13 +99,14 @@ def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Sele
 def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
     quiet_libraries()
     from sft.bases import prepare_base
+    from sft.evaluation.processes import from_main
     from sft.inference import load_template
     from sft.models import get_family
     from sft.preparation import open_sources
     from sft.selection.session import Session
 
     def held_out() -> Any:
-        template = load_template(get_family(recipe.model.family), prepare_base(recipe))
+        template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))
         return open_sources(recipe, template).held_out(), template
 
     return Session(

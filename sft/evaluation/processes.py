@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from sft.errors import RunError, UserError
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -30,10 +33,51 @@ def gathered(found: dict[Item, Found]) -> dict[Item, Found]:
     return dict(gather_object(list(found.items())))
 
 
-def first_message(own: str) -> str:
-    """What the first process has to say that has something to say, an error for instance; every process gets it."""
-    found = gathered({_state().process_index: own})
-    return next((found[process] for process in sorted(found) if found[process]), "")
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails inside in one process fails in all of them at the end, so that none waits for what never comes.
+
+    Inside, a process waits for others only where all of them do.
+
+    Raises:
+        UserError, RunError: it failed in another process. Where it failed in this one, the error itself.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others have to know
+        own = error
+    state = _state()
+    found = gather_object([_told(own)]) if state.num_processes > 1 else []
+    if own is not None:
+        raise own
+    for number, problem in enumerate(found):
+        if problem:
+            kind, text = problem
+            raise kind(text if kind is UserError else f"process {number} of {len(found)}: {text}")
+
+
+def _told(error: Exception | None) -> tuple[type[UserError | RunError], str] | None:
+    """An error as the other processes raise it."""
+    if error is None:
+        return None
+    is_ours = isinstance(error, UserError | RunError)
+    text = str(error) if is_ours else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return (UserError if isinstance(error, UserError) else RunError), text
+
+
+def from_main(call: Callable[[], Found]) -> Found:
+    """What the call returns in the main process, in all of them. The others do not call it.
+
+    Raises:
+        UserError, RunError: see `together`.
+    """
+    found: list[Found] = []
+    with together():
+        if is_main_process():
+            found.append(call())
+    everything: list[Found] = gather_object(found)
+    return everything[0]
 
 
 def is_main_process() -> bool:
@@ -41,19 +85,9 @@ def is_main_process() -> bool:
     return bool(_state().is_main_process)
 
 
-def wait_for_everyone() -> None:
-    """Until every process is here."""
-    _state().wait_for_everyone()
-
-
 def is_alone() -> bool:
     """Whether there is no other process."""
     return bool(_state().num_processes == 1)
-
-
-def leave() -> None:
-    """End what connects the processes; alone, nothing."""
-    _state().destroy_process_group()
 
 
 def _state() -> PartialState:

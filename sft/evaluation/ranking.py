@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sft import images
 from sft.chat_template import ChatTemplate
-from sft.evaluation.processes import deal, gathered
+from sft.evaluation.processes import deal, gathered, together
 from sft.pixels import load_pixels
 from sft.sample import IGNORE_INDEX, Batch, ImageRef, Sample
 
@@ -114,14 +114,15 @@ def score_answers(
     was_training = model.training
     model.eval()
     try:
-        batches = _prefetched(lambda forward: _batch(forward, refs, image_size), [own for own, _ in rounds])
-        for (own, turn), batch in zip(rounds, batches, strict=True):
-            log_probs = _log_probs(model, own, batch, autocast=autocast)
-            for path, log_prob in zip(own.paths, log_probs, strict=True):
-                found[path.request, path.answer] = AnswerScore(float(log_prob), len(path.token_ids))
-            done += sum(len(forward.tokens_T) for forward in turn)
-            if on_progress:
-                on_progress(done, total)
+        with together():
+            batches = _prefetched(lambda forward: _batch(forward, refs, image_size), [own for own, _ in rounds])
+            for (own, turn), batch in zip(rounds, batches, strict=True):
+                log_probs = _log_probs(model, own, batch, autocast=autocast)
+                for path, log_prob in zip(own.paths, log_probs, strict=True):
+                    found[path.request, path.answer] = AnswerScore(float(log_prob), len(path.token_ids))
+                done += sum(len(forward.tokens_T) for forward in turn)
+                if on_progress:
+                    on_progress(done, total)
     finally:
         model.train(was_training)
     found = gathered(found)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from sft.chat_template import ChatTemplate
-from sft.evaluation.processes import deal, gathered
+from sft.evaluation.processes import deal, gathered, together
 from sft.generation import generate
 from sft.sample import Sample
 
@@ -38,14 +38,20 @@ def write_answers(
     batches = [fitting[first : first + BATCH_SIZE] for first in range(0, len(fitting), BATCH_SIZE)]
     answers: dict[int, str] = {}
     done = 0
-    for own, turn in deal(batches):
-        conversations = [samples[number].messages for number in own]
-        texts = generate(
-            model, template, conversations, max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE, autocast=autocast
-        )
-        answers |= zip(own, texts, strict=True)
-        done += sum(map(len, turn))
-        if on_progress:
-            on_progress(done, len(fitting))
+    with together():
+        for own, turn in deal(batches):
+            conversations = [samples[number].messages for number in own]
+            texts = generate(
+                model,
+                template,
+                conversations,
+                max_new_tokens=max_new_tokens,
+                batch_size=BATCH_SIZE,
+                autocast=autocast,
+            )
+            answers |= zip(own, texts, strict=True)
+            done += sum(map(len, turn))
+            if on_progress:
+                on_progress(done, len(fitting))
     answers = gathered(answers)
     return [answers.get(number) for number in range(len(samples))]

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sft.chat_template import ChatTemplate
+from sft.evaluation.processes import deal, gathered, together
 from sft.files import hash_file
 from sft.held_out_loss import HeldOutPacks, SampleLoss, mean_loss, sample_losses
 from sft.inference import Load
-from sft.scoring import weights_hash
-from sft.selection.kept import hash_of, is_kept, keep
+from sft.selection.kept import asked_once
 
 BENCHMARK = "held_out_loss"
 """Its folder in RUN/evaluations."""
@@ -51,31 +53,58 @@ def ask_held_out_loss(
         SkipSample: an image was changed since it was prepared.
     """
     data = held_out.sources.data
-    stores = [hash_file(part.store.path / "manifest.json") for own in held_out.sources.parts for part in own]
-    protocol_hash = hash_of(
-        {
-            "by": "loss",
-            "template": template.fingerprint,
-            "packs": held_out.packs,
-            "stores": stores,
-            "train_on": data.train_on,
-            "pack_isolation": data.pack_isolation,
-        }
-    )
-    weights = weights_hash(path)
-    if is_kept(run_dir, BENCHMARK, protocol_hash, path.name, weights=weights):
-        return protocol_hash
-    loaded = load(path)
-    lines = []
-    for sample in sample_losses(
-        loaded.model, held_out.sources, held_out.packs, image_size=loaded.image_size, autocast=loaded.autocast
-    ):
-        lines.append(_line(sample))
-        on_progress(len(lines), held_out.num_samples)
-    tokens = sum(line["trained_tokens"] for line in lines)
-    loss = sum(line["loss"] * line["trained_tokens"] for line in lines) / tokens
-    keep(run_dir, BENCHMARK, protocol_hash, path.name, {"weights": weights, "by": "loss", "loss": loss}, lines)
-    return protocol_hash
+
+    def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        with together():
+            loaded = load(path)
+        samples = shared_losses(
+            loaded.model, held_out, image_size=loaded.image_size, autocast=loaded.autocast, on_progress=on_progress
+        )
+        tokens = sum(sample.trained_tokens for sample in samples)
+        loss = sum(sample.loss * sample.trained_tokens for sample in samples) / tokens
+        return {"by": "loss", "loss": loss}, [_line(sample) for sample in samples]
+
+    protocol = {
+        "by": "loss",
+        "template": template.fingerprint,
+        "packs": held_out.packs,
+        "stores": [hash_file(part.store.path / "manifest.json") for own in held_out.sources.parts for part in own],
+        "train_on": data.train_on,
+        "pack_isolation": data.pack_isolation,
+    }
+    return asked_once(path, run_dir, BENCHMARK, protocol, ask)
+
+
+def shared_losses(
+    model: nn.Module,
+    held_out: HeldOutPacks,
+    *,
+    image_size: int,
+    autocast: bool = False,
+    always_whole: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SampleLoss]:
+    """The loss of every held-out sample, in the order of the packs, which are shared out to the processes; see
+    `sample_losses`."""
+    own: dict[int, list[SampleLoss]] = {}
+    done = 0
+    with together():
+        for number, turn in deal(range(len(held_out.packs))):
+            packs = [held_out.packs[number]]
+            own[number] = [
+                *sample_losses(
+                    model,
+                    held_out.sources,
+                    packs,
+                    image_size=image_size,
+                    autocast=autocast,
+                    always_whole=always_whole,
+                )
+            ]
+            done += sum(len(held_out.packs[other]) for other in turn)
+            on_progress(done, held_out.num_samples)
+    by_pack = gathered(own)
+    return [sample for number in sorted(by_pack) for sample in by_pack[number]]
 
 
 def _line(sample: SampleLoss) -> dict[str, Any]:

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft.evaluation.processes import from_main, is_main_process, together
 from sft.evaluation.results import result_file
 from sft.files import write_atomically
+from sft.scoring import weights_hash
 
 
-def hash_of(parts: dict[str, Any]) -> str:
-    """16 hexadecimal digits for everything but the weights that a score depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+def asked_once(
+    path: Path,
+    run_dir: Path,
+    benchmark: str,
+    protocol: dict[str, Any],
+    ask: Callable[[], tuple[dict[str, Any], Sequence[object]]],
+) -> str:
+    """See to it that the run keeps the answers of the checkpoint in `path`, and return the hash they are kept under.
+
+    `protocol` is everything but the weights that a score depends on. `ask` makes the summary and a line per question;
+    it is called by all processes, and by none where these weights were asked this before.
+    """
+    protocol_hash = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    weights = from_main(lambda: weights_hash(path))
+    if not from_main(lambda: is_kept(run_dir, benchmark, protocol_hash, path.name, weights=weights)):
+        summary, lines = ask()
+        with together():
+            if is_main_process():
+                keep(run_dir, benchmark, protocol_hash, path.name, {"weights": weights} | summary, lines)
+    return protocol_hash
 
 
 def is_kept(run_dir: Path, benchmark: str, protocol_hash: str, checkpoint: str, *, weights: str) -> bool:

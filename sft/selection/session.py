@@ -10,7 +10,7 @@ from pathlib import Path
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoints, step_of
 from sft.errors import RunError, UserError
-from sft.evaluation.processes import first_message, is_main_process
+from sft.evaluation.processes import from_main, is_main_process, together
 from sft.inference import Load, loaded_in_turn
 from sft.locking import locked
 from sft.naming import run_checkpoints
@@ -35,7 +35,10 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, str], None]]]
 
 
 class Session:
-    """One questionnaire, asked of the checkpoints of a run as often as there are new ones. Holds RUN/evaluations."""
+    """One questionnaire, asked of the checkpoints of a run as often as there are new ones. Holds RUN/evaluations.
+
+    Several processes share in asking: each calls the same methods. The first one reads, chooses and writes.
+    """
 
     def __init__(
         self,
@@ -65,14 +68,14 @@ class Session:
         Raises:
             UserError: there is nothing to choose from or by.
         """
-        paths = run_checkpoints(self.run_dir)
-        with locked(self.run_dir / "evaluations"):
-            if losses := self._recorded_losses(paths):
-                return self._choose_by_recorded(losses, paths)
+        paths = from_main(lambda: run_checkpoints(self.run_dir))
+        with self._held():
+            if losses := from_main(lambda: self._recorded_losses(paths)):
+                return from_main(lambda: self._choose_by_recorded(losses, paths))
             with loaded_in_turn() as load:
                 for path in paths:
                     self._ask(path, load)
-            return self._choose()
+            return from_main(self._choose)
 
     def prepare(self) -> None:
         """Read what is to be asked, so that what is wrong with it is told before training begins.
@@ -80,39 +83,37 @@ class Session:
         Raises:
             UserError: there is nothing to choose by, or it cannot be read.
         """
-        self._questionnaire = self._questionnaire or self._make_questionnaire()
+        with together():
+            self._questionnaire = self._questionnaire or self._make_questionnaire()
 
     def ask_new(self, every_steps: int) -> Selection | None:
         """While training waits: ask the checkpoints of every so many steps that were not asked, and choose.
 
-        Called by all its processes. The first one chooses; the others get None, and share in asking a multiple-choice
-        benchmark. None as well where nothing new was asked, since an evaluation failed (`failed`).
+        Called by all its processes; only the first one gets the choice. None where nothing new was asked, since an
+        evaluation failed (`failed`).
 
         Raises:
             UserError: another run of the command evaluates this run.
         """
-        with self._held_by_the_first_process():
-            paths = [path for path in run_checkpoints(self.run_dir) if step_of(path) % every_steps == 0]
-            if not (is_main_process() or scored_by(self.recipe.evaluation) == "mmbench"):
-                return None
-            if losses := self._recorded_losses(paths):
+        with self._held():
+            present = from_main(lambda: run_checkpoints(self.run_dir))
+            paths = [path for path in present if step_of(path) % every_steps == 0]
+            if losses := from_main(lambda: self._recorded_losses(paths)):
                 every = {step: loss for step, loss in losses.items() if step % every_steps == 0}
-                return self._choose_by_recorded(every, paths)
-            is_new = self._ask_these(paths)
-            return self._choose() if is_new and is_main_process() else None
+                selection = from_main(lambda: self._choose_by_recorded(every, paths))
+            elif self._ask_these(paths):
+                selection = from_main(self._choose)
+            else:
+                return None
+        return selection if is_main_process() else None
 
     @contextmanager
-    def _held_by_the_first_process(self) -> Iterator[None]:
-        """RUN/evaluations, once the first process has written what it was writing."""
+    def _held(self) -> Iterator[None]:
+        """RUN/evaluations, by the first process for all."""
         with ExitStack() as held:
-            problem = ""
-            try:
+            with together():
                 if is_main_process():
                     held.enter_context(locked(self.run_dir / "evaluations"))
-            except UserError as error:
-                problem = str(error)
-            if problem := first_message(problem):
-                raise UserError(problem)
             yield
 
     def watch(self) -> Iterator[Selection]:
@@ -125,12 +126,11 @@ class Session:
             RunError: at the end, when an evaluation failed.
         """
         said = ""
-        with locked(self.run_dir / "evaluations"):
+        with self._held():
             while True:
-                # Before looking for checkpoints: the last one is written before the run is said to have ended.
-                status = RunStatus.read(self.run_dir)
-                if self._ask_new():
-                    yield self._choose()
+                status, present = from_main(self._status_and_checkpoints)
+                if self._ask_these(present):
+                    yield from_main(self._choose)
                 if status and status.status in ENDED:
                     break
                 state = status.status if status else "not begun"
@@ -142,11 +142,12 @@ class Session:
             named = "; ".join(f"{name} ({reason})" for name, reason in self.failed.items())
             raise RunError(f"{self.run_dir}: could not be evaluated: {named}")
 
-    def _ask_new(self) -> bool:
-        """Ask the checkpoints that were not asked; whether there is something new to choose from."""
-        return self._ask_these(checkpoints(self.run_dir / "checkpoints"))
+    def _status_and_checkpoints(self) -> tuple[RunStatus | None, list[Path]]:
+        """In this order: the last checkpoint is written before the run is said to have ended."""
+        return RunStatus.read(self.run_dir), checkpoints(self.run_dir / "checkpoints")
 
     def _ask_these(self, present: list[Path]) -> bool:
+        """Ask those that were not asked; whether there is something new to choose from."""
         new = [path for path in present if path.name not in self._asked and path.name not in self.failed]
         with loaded_in_turn() as load:
             for path in new:
@@ -160,7 +161,8 @@ class Session:
         return any(path.name in self._asked for path in new)
 
     def _ask(self, path: Path, load: Load) -> None:
-        self._questionnaire = self._questionnaire or self._make_questionnaire()
+        self.prepare()
+        assert self._questionnaire is not None
         with self._progress(f"asking {path.name}") as update:
             unit = self._questionnaire.unit
             self._asked[path.name] = self._questionnaire.ask(

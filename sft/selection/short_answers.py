@@ -21,17 +21,16 @@ from typing import Any
 
 from sft import images
 from sft.errors import UserError
+from sft.evaluation.processes import together
+from sft.evaluation.writing import write_answers
 from sft.files import hash_file
-from sft.generation import generate
 from sft.inference import Load, load_template
 from sft.models import get_family
-from sft.sample import ImageRef, Message, SkipSample
-from sft.scoring import weights_hash
-from sft.selection.kept import hash_of, is_kept, keep
+from sft.sample import ImageRef, Message, Sample, SkipSample
+from sft.selection.kept import asked_once
 
 MAX_NEW_TOKENS = 15
 """As m4 asked VQA (evaluation config, `max_new_tokens`)."""
-_BATCH = 16
 _KEYS = {"question", "answer", "answers", "image", "images", "id", "category"}
 
 
@@ -133,41 +132,37 @@ def ask_short_answers(
         UserError: a question does not fit the model's positions.
     """
     template = load_template(get_family("idefics"), path)
-    protocol_hash = hash_of(
-        {
-            "by": "exact_match",
-            "template": template.fingerprint,
-            "file": hash_file(file),
-            "images": [question.image_sha256 for question in questions],
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "normaliser": 1,
-        }
-    )
-    weights = weights_hash(path)
-    if is_kept(run_dir, file.stem, protocol_hash, path.name, weights=weights):
-        return protocol_hash
-    loaded = load(path)
-    room = loaded.max_positions - MAX_NEW_TOKENS
-    said: list[str] = []
-    for first in range(0, len(questions), _BATCH):
-        batch = questions[first : first + _BATCH]
-        for question in batch:
-            if (length := len(template.encode_prompt(question.prompt).input_ids)) > room:
-                raise UserError(f"{question.where}: the question has {length} tokens, the model takes {room}")
-        said += generate(
+    protocol = {
+        "by": "exact_match",
+        "template": template.fingerprint,
+        "file": hash_file(file),
+        "images": [question.image_sha256 for question in questions],
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "normaliser": 1,
+    }
+
+    def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        with together():
+            loaded = load(path)
+        said = write_answers(
             loaded.model,
             loaded.template,
-            [question.prompt for question in batch],
+            [Sample(key=question.id, messages=question.prompt) for question in questions],
             max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=_BATCH,
+            max_positions=loaded.max_positions,
             autocast=loaded.autocast,
+            on_progress=on_progress,
         )
-        on_progress(len(said), len(questions))
-    lines = [_line(question, answer) for question, answer in zip(questions, said, strict=True)]
-    accuracy = sum(line["hit"] for line in lines) / len(lines)
-    summary = {"weights": weights, "by": "exact_match", "questions": len(lines), "accuracy": accuracy}
-    keep(run_dir, file.stem, protocol_hash, path.name, summary, lines)
-    return protocol_hash
+        lines = []
+        for question, answer in zip(questions, said, strict=True):
+            if answer is None:
+                room = loaded.max_positions - MAX_NEW_TOKENS
+                raise UserError(f"{question.where}: the question has more than the {room} tokens that the model takes")
+            lines.append(_line(question, answer))
+        accuracy = sum(line["hit"] for line in lines) / len(lines)
+        return {"by": "exact_match", "questions": len(lines), "accuracy": accuracy}, lines
+
+    return asked_once(path, run_dir, file.stem, protocol, ask)
 
 
 def _line(question: ShortQuestion, said: str) -> dict[str, Any]:
