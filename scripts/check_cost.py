@@ -45,6 +45,7 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("9b", "qlora", {"mode": "qlora"} | TEXT_SIDE),
     ("9b", "qlora, checkpointing", {"mode": "qlora"} | TEXT_SIDE | AGAIN),
     ("9b", "qlora, gates and resampler trained, checkpointing", {"mode": "qlora"} | TEXT_SIDE | BESIDE | AGAIN),
+    ("9b", "qlora, checkpointing, feature cache", {"mode": "qlora", "encoded": True} | TEXT_SIDE | AGAIN),
     (
         "9b",
         "qlora, 512 tokens, 2 images",

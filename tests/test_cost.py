@@ -12,6 +12,7 @@ import typer
 from conftest import REPOSITORY, status_of, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from test_trainer import write_recipe
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from sft.cli.main import app
@@ -78,6 +79,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora", "lora_layers": LAYERS(("language", "cross_attention"))},
     "lora everywhere": {"mode": "lora", "lora_layers": LAYERS(PARTS)},
     "qlora": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention"))},
+    "qlora, feature cache": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention")), "encoded": True},
     "qlora and gates": {
         "mode": "qlora",
         "trainable": ("gates", "resampler", "extra_rows"),
@@ -187,11 +189,25 @@ def planned(capsys, *arguments):
 def test_the_report_has_the_keys_of_the_contract_and_its_parts_add_up(capsys):
     report = planned(capsys, "quickstart", "--gpu", "t4-16")
     assert list(report) == (
-        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "seconds", "gpus", "cost", "advice"]
+        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "seconds", "gpus", "cost",
+         "feature_cache", "advice"]
     )  # fmt: skip
     assert report["fits"] and report["advice"] == [] and report["cost"] is None
     assert sum(report["bytes"].values()) == report["peak_bytes"] < GIB
     assert planned(capsys, "quickstart", "--gpu-memory", "24")["seconds"] is None
+
+
+def test_the_feature_cache_is_told_where_a_recipe_can_have_one(capsys, tmp_path):
+    recipe = write_recipe(tmp_path)
+    assert planned(capsys, recipe)["feature_cache"] is None, "everything is trained"
+    adapters = (recipe, "model.mode=qlora", "model.path=HuggingFaceM4/idefics-9b")
+    told = planned(capsys, *adapters)["feature_cache"]
+    assert told | {"saves": 0} == {"on": False, "bytes_per_image": 163_840, "images": None, "bytes": None, "saves": 0}
+    assert status_of("prepare", recipe) == 0 and capsys.readouterr()
+    with_it = planned(capsys, *adapters, "data.feature_cache=on")
+    assert (with_it["feature_cache"]["images"], with_it["feature_cache"]["bytes"]) == (5, 5 * 163_840)
+    saved = 1 - with_it["seconds"] / planned(capsys, *adapters)["seconds"]
+    assert saved == pytest.approx(with_it["feature_cache"]["saves"]) and saved > 0.3
 
 
 @pytest.mark.parametrize("gpu", ["a100-80", "l4-24"])

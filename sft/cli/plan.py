@@ -1,6 +1,6 @@
 """`idefics-sft plan RECIPE`: what training will take of memory, time and money, before a GPU is rented."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -82,6 +82,8 @@ def show(recipe: "Recipe", planned: "Plan", utilisation: float, out: Console) ->
         out.print(f"does not fit: {(peak - total) / GIB:.1f} GiB too much")
     out.print()
     _print_time(recipe, planned, utilisation, out)
+    if report["feature_cache"]:
+        _print_feature_cache(report["feature_cache"], out)
     if not report["fits"]:
         out.print("It would fit with" if report["advice"] else "Nothing that plan knows would make it fit.")
         for line in report["advice"]:
@@ -98,6 +100,19 @@ def _print_time(recipe: "Recipe", planned: "Plan", utilisation: float, out: Cons
     out.print(f"{work}, at {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"
     out.print(f"{_duration(seconds)}, {seconds * report['gpus'] / 3600:,.1f} GPU hours{cost}")
+
+
+def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
+    size = f"{cache['bytes_per_image'] / 1000:,.3g} KB an image"
+    if cache["images"] is not None:
+        size += f", {cache['bytes'] / 1e9:,.3g} GB for {cache['images']:,} images"
+    saved = f"{percent(cache['saves'])} of the work on a full micro-batch"
+    if cache["on"]:
+        out.print(
+            f"feature cache: {size}; the first epoch fills it, and takes longer than this: it saves {saved} later"
+        )
+    else:
+        out.print(f"data.feature_cache=on would take {size}, and save {saved} from the second epoch on")
 
 
 def _duration(seconds: float) -> str:

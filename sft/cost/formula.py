@@ -206,7 +206,9 @@ class _Memory:
         return 2 * (state * (trained - embedding) + of_embedding * embedding) / self.shards
 
     def pixels(self) -> float:
-        """The images themselves, uint8, and what the tower's first layer keeps of them."""
+        """The images themselves, uint8, and what the tower's first layer keeps of them; or their features, float16."""
+        if self.setting.encoded:
+            return self.setting.images * self.shape.feature_bytes
         kept = 0 if self.frozen("vision") else self.half
         return self.setting.images * 3 * self.shape.image_size**2 * (1 + kept)
 
@@ -401,7 +403,10 @@ def _flop(shape: Shape, setting: Setting) -> int:
     }
     adapted = {(linear.part, linear.name) for linear in _targets(shape, setting)}
     total = 0.0
+    done = ("vision", "resampler") if setting.encoded else ()
     for linear in shape.linears:
+        if linear.part in done:
+            continue
         forward = 2.0 * rows[linear.rows] * linear.weights * linear.count
         total += forward * _passes(linear.part, setting, weight_trained=linear.part in setting.trained)
         last = (linear.part, linear.name) in _LAST and (linear.part, linear.name) not in adapted
@@ -411,10 +416,12 @@ def _flop(shape: Shape, setting: Setting) -> int:
             forward = 2.0 * rows[linear.rows] * setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
             total += forward * _passes(linear.part, setting, weight_trained=True)
     for part, forward in _attention_flop(shape, setting).items():
+        if part in done:
+            continue
         fused = part != "resampler"  # a fused kernel computes the scores again: five products backward for two forward
         total += forward * (_passes(part, setting, weight_trained=True) + 0.5 * fused)
     total += 2 * setting.trained_tokens * shape.embedding_parameters * (3 if "head" in setting.trained else 2)
-    pixels = 2 * images * (shape.patches - 1) * shape.pixel_weights
+    pixels = 2 * images * (shape.patches - 1) * shape.pixel_weights * (not setting.encoded)
     return round(total + pixels * (2 if "vision" in setting.trained else 1))
 
 

@@ -79,7 +79,9 @@ def measure(config: IdeficsConfig, setting: Setting) -> Measured:
             optimizer.zero_grad(set_to_none=True)
         memory, flops = MemTracker(), FlopCounterMode(display=False, custom_mapping=_MORE_FLOP)
         memory._mod_tracker = flops.mod_tracker = _NoModules()  # type: ignore[assignment,no-untyped-call]
-        memory.track_external(model, optimizer, batch.pixel_values_NCHW)
+        memory.track_external(
+            model, optimizer, batch.pixel_values_NCHW if batch.features_NSE is None else batch.features_NSE
+        )
         autocast = torch.autocast("cpu", getattr(torch, setting.precision), enabled=setting.precision != "float32")
         # Memory is the inner one: counting takes operations apart, and their parts would be held at once.
         with flops, memory, _GpuTypes(), _as_if_autocast():
@@ -115,7 +117,7 @@ def _without_masks(groups: Groups) -> Groups:
 
 
 def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
-    size = config.vision_config.image_size
+    size, images = config.vision_config.image_size, setting.images
     tokens = torch.zeros(setting.tokens, dtype=torch.long)
     return Batch(
         input_ids_T=tokens,
@@ -124,7 +126,8 @@ def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
         segment_ids_T=tokens,
         image_ids_T=tokens,
         source_ids_T=tokens,
-        pixel_values_NCHW=torch.zeros(setting.images, 3, size, size, dtype=torch.uint8),
+        pixel_values_NCHW=torch.zeros(images * (not setting.encoded), 3, size, size, dtype=torch.uint8),
+        features_NSE=torch.zeros(images, *idefics.states_of_image(config)).half() if setting.encoded else None,
         num_trained_tokens=setting.trained_tokens,
     )
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from sft.cost.configs import read_config
 from sft.cost.devices import DEVICES, GIB, Device
@@ -13,6 +17,7 @@ from sft.cost.setting import Engine, Precision, Setting
 from sft.cost.shapes import Shape, shape_of
 from sft.errors import UserError
 from sft.recipe import LoraSettings, Recipe, with_overrides
+from sft.store import MANIFEST, Store
 
 MAX_GPUS = 1024
 """More are not suggested."""
@@ -58,6 +63,7 @@ def plan(recipe: Recipe, device: Device, gpus: int, utilisation: float, price_pe
         "seconds": seconds,
         "gpus": gpus,
         "cost": money,
+        "feature_cache": feature_cache(recipe, shape, setting),
         "advice": [] if fits else list(_advice(recipe, shape, device, gpus)),
     }
     return Plan(shape, setting, device, needed, micro_batches, report)
@@ -85,9 +91,35 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
         engine=_engine(recipe, gpus),
         gpus=gpus,
         checkpointing=training.gradient_checkpointing,
+        encoded=recipe.data.feature_cache,
         accumulates=recipe.packs_per_step > packs * gpus,
         precision=_precision(training.precision, device),
     )
+
+
+def feature_cache(recipe: Recipe, shape: Shape, setting: Setting) -> dict[str, Any] | None:
+    """What `data.feature_cache` takes, as far as the sources are prepared, and the share of the work that it saves from
+    the second epoch on; None where the recipe cannot have one."""
+    if {"vision", "resampler"} & recipe.model.trained_groups or recipe.data.augment != "none":
+        return None
+    with_it, without = (cost(shape, replace(setting, encoded=encoded)).flop for encoded in (True, False))
+    images = _distinct_images(recipe)
+    return {
+        "on": recipe.data.feature_cache,
+        "bytes_per_image": shape.feature_bytes,
+        "images": images,
+        "bytes": None if images is None else images * shape.feature_bytes,
+        "saves": 1 - with_it / without,
+    }
+
+
+def _distinct_images(recipe: Recipe) -> int | None:
+    """Of all sources; None as long as not all are prepared."""
+    names = {dataset.store_name for source in recipe.data.mixture for dataset in source.datasets}
+    stores = [Path(recipe.data.store) / name for name in sorted(names)]
+    if not all((store / MANIFEST).is_file() for store in stores):
+        return None
+    return len(np.unique(np.concatenate([Store(store).image_keys for store in stores])))
 
 
 def _engine(recipe: Recipe, gpus: int) -> Engine:

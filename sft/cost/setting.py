@@ -38,6 +38,8 @@ class Setting:
     gpus: int = 1
     checkpointing: bool = False
     """Activations are computed again in the backward pass, layer by layer."""
+    encoded: bool = False
+    """Images come as what tower and resampler made of them before (`data.feature_cache`)."""
     accumulates: bool = True
     """More than one micro-batch a step: gradients are there while the next one runs."""
     precision: Precision = "bfloat16"

@@ -78,6 +78,11 @@ class Shape:
         return self.resampler_latents if self.resampler_layers else self.patches
 
     @property
+    def feature_bytes(self) -> int:
+        """Of an image in the feature cache: its states in float16."""
+        return 2 * self.states * self.vision_hidden
+
+    @property
     def vocabulary_rows(self) -> int:
         """Base and extra."""
         return self.vocabulary + self.extra_rows
