@@ -51,14 +51,18 @@ class Monitors:
     def __init__(self, recipe: Recipe, sources: Sources, template: ChatTemplate, *, image_size: int, say: Say) -> None:
         """
         Raises:
-            UserError: nothing is held out of a source, a benchmark cannot be read, a tracker is not installed.
+            UserError: nothing is held out of any source, a benchmark cannot be read, a tracker is not installed.
         """
 
         def say_once(line: str) -> None:
             if is_main_process():
                 say(line)
 
-        held_out = sources.held_out()
+        unseen = sources.not_held_out
+        for name in unseen:
+            say_once(f"source {name!r}: data.validation holds out no sample of it, so its held-out loss is not known")
+        is_all = len(unseen) == len(sources.sources)
+        held_out = None if is_all and not recipe.evaluation.every_steps else sources.held_out()
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), say=say_once)
         self._validation = self._evaluation = None
         if held_out:

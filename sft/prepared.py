@@ -70,7 +70,7 @@ class PreparedSource:
         if not len(self):
             samples = f"{sum(len(part.store) for part in parts):,} samples"
             if self._starts[-1]:
-                raise UserError(f"source {self.name!r}: data.validation leaves none of {samples}")
+                raise UserError(f"source {self.name!r}: data.validation leaves none of {samples} to train on")
             raise UserError(
                 f"source {self.name!r}: none of {samples} fits into data.sequence_length, into the positions of the "
                 "model and into data.max_images_per_pack"
@@ -269,14 +269,36 @@ class Sources:
         self.reader = Reader(parts, data)
 
     def held_out(self) -> Sources | None:
-        """The other side: what is held out of training, or the dataset of `data.validation.path` as one source."""
+        """The other side: what is held out of training, or the dataset of `data.validation.path` as one source.
+
+        A source too small for its share to hold out a sample is not among them.
+
+        Raises:
+            UserError: nothing is held out of any.
+        """
         if self.data.validation is None:
             return None
         if self.validation is None:
-            return Sources(self.parts, self.data, side=Side.VALIDATION)
+            held = [number for number, source in enumerate(self.sources) if source.num_held_out["validation"]]
+            if not held:
+                samples = sum(len(part.store) for own in self.parts for part in own)
+                raise UserError(
+                    f"data.validation: its share {self.data.validation.share:g} holds out none of {samples:,} samples; "
+                    "raise it and train again, or choose by a benchmark"
+                )
+            mixture = tuple(self.data.mixture[number] for number in held)
+            data = self.data.model_copy(update={"mixture": mixture})
+            return Sources([self.parts[number] for number in held], data, side=Side.VALIDATION)
         only = self.data.mixture[0].model_copy(update={"name": "validation", "share": 1.0})
         data = self.data.model_copy(update={"validation": None, "mixture": (only,)})
         return Sources([[self.validation]], data)
+
+    @property
+    def not_held_out(self) -> list[str]:
+        """Sources of which `data.validation.share` holds out no sample."""
+        if self.validation is not None or self.data.validation is None:
+            return []
+        return [source.name for source in self.sources if not source.num_held_out["validation"]]
 
     def longest(self) -> int:
         """Tokens of the longest sample."""

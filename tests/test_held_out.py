@@ -126,8 +126,22 @@ def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):
     data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
     only = part(tmp_path / "a", template, shown("held", HELD, "?"))
-    with pytest.raises(UserError, match=r"source 'one': data\.validation leaves none of 1 samples"):
+    with pytest.raises(UserError, match=r"source 'one': data\.validation leaves none of 1 samples to train"):
         Sources([[only]], data)
+
+
+def test_a_source_too_small_to_hold_anything_out_leaves_the_others_to_validate(tmp_path, template):
+    data = settings("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    parts = [[part(tmp_path / name, template, *samples)] for name, samples in SMALL.items()]
+    sources = Sources(parts, data)
+    assert sources.not_held_out == ["one"]
+    held_out = sources.held_out()
+    assert keys(held_out) == [["b/1"]] and [(s.name, s.share) for s in held_out.sources] == [("two", 1.0)]
+    with pytest.raises(UserError, match=r"share 0\.5 holds out none of 1 samples; raise it and train again"):
+        Sources(parts[:1], settings("one").model_copy(update={"validation": data.validation})).held_out()
+
+
+SMALL = {"a": [shown("kept", KEPT, "?")], "b": [shown("kept", KEPT, "?"), shown("held", HELD, "!")]}
 
 
 # --------------------------------------------------------------------------------------------------------- texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from sft.cli.train import train
 from sft.distributed import STOPPED
 
 REPORT = "quickstart.json"
+DEFAULT_OUTPUT_DIR = Path("runs/quickstart")
 EXAMPLES = (
     "quickstart",
     "quickstart --output-dir runs/first --json",
@@ -23,7 +25,7 @@ EXAMPLES = (
 
 
 def run(
-    output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/quickstart"),
+    output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = DEFAULT_OUTPUT_DIR,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is there and start anew.")] = False,
     json: Json = False,
 ) -> None:
@@ -78,7 +80,8 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     out.print()
     status = train(recipe, out)
     if status.status == "stopped":
-        out.print("Go on with: idefics-sft quickstart")
+        where = "" if output_dir == DEFAULT_OUTPUT_DIR else f" --output-dir {shlex.quote(str(output_dir))}"
+        out.print(f"Go on with: idefics-sft quickstart{where}")
         raise typer.Exit(STOPPED)
     selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)
