@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate, chain
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def collate(
     samples = list(chain.from_iterable(packs))
     segments = [[sample] for sample in samples] if pack_isolation else [list(pack) for pack in packs]
     rows = {image: row for row, image in enumerate(dict.fromkeys(chain.from_iterable(s.images for s in samples)))}
-    known = _known(rows, features)
+    known_NSE, known = _known(rows, features)
     pixels, faults = _pixels([image for image in rows if image not in known], load_pixels, forgive_images)
     dirty = {s.encoded.key: faults[image] for s in samples for image in s.images if image in faults}
     labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
@@ -92,9 +92,9 @@ def collate(
         source_ids_T=torch.from_numpy(
             np.repeat([sample.source for sample in samples], [len(sample.encoded.input_ids) for sample in samples])
         ),
-        pixel_values_NCHW=_laid(rows if features is None else pixels, pixels, (3, image_size, image_size), np.uint8),
-        features_NSE=None if features is None else _laid(rows, known, features.shape, np.float16),
-        to_encode={} if features is None else {rows[image]: image for image in pixels},
+        pixel_values_NCHW=_laid(rows if known_NSE is None else pixels, pixels, image_size),
+        features_NSE=None if known_NSE is None else torch.from_numpy(known_NSE[: len(rows)]),
+        to_encode={} if known_NSE is None else {rows[image]: image for image in pixels},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
         packs=tuple(tuple(sample.encoded.key for sample in pack) for pack in packs),
         pack_ends=tuple(accumulate(pack_lengths)),
@@ -102,16 +102,17 @@ def collate(
     )
 
 
-def _known(images: Iterable[int], features: KnownFeatures | None) -> dict[int, NDArray[np.float16]]:
-    """The features of those images that have some."""
-    known: dict[int, NDArray[np.float16]] = {}
+def _known(
+    rows: Mapping[int, int], features: KnownFeatures | None
+) -> tuple[NDArray[np.float16] | None, frozenset[int]]:
+    """The features of each image, and of a dummy's behind them, zeros where there are none; which images have some."""
     if features is None:
-        return known
-    for image in images:
-        room = np.empty(features.shape, np.float16)
-        if features.read(image, room):
-            known[image] = room
-    return known
+        return None, frozenset()
+    found_NSE = np.zeros((len(rows) + 1, *features.shape), np.float16)
+    known = frozenset(image for image, row in rows.items() if features.read(image, found_NSE[row]))
+    for image in rows.keys() - known:
+        found_NSE[rows[image]] = 0
+    return found_NSE, known
 
 
 def _pixels(
@@ -129,13 +130,13 @@ def _pixels(
     return pixels, faults
 
 
-def _laid(images: Collection[int], of: Mapping[int, NDArray[Any]], shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
-    """What there is of each image, one after another; zeros where there is nothing."""
-    laid = np.zeros((len(images), *shape), dtype)
+def _laid(images: Collection[int], pixels: Mapping[int, Pixels], size: int) -> torch.Tensor:
+    """The pixels of images one after another; black where there are none."""
+    laid_NCHW = np.zeros((len(images), 3, size, size), np.uint8)
     for row, image in enumerate(images):
-        if image in of:
-            laid[row] = of[image]
-    return torch.from_numpy(laid)
+        if image in pixels:
+            laid_NCHW[row] = pixels[image]
+    return torch.from_numpy(laid_NCHW)
 
 
 def _labels(encoded: EncodedSample, train_on: TrainOn, *, is_dirty: bool) -> NDArray[np.int64]:
