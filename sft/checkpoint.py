@@ -9,16 +9,12 @@ found.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from sft.errors import RunError, UserError
-from sft.files import discard, hash_file, remove_leftovers, staged
+from sft.files import discard, disk_full_told, hash_file, remove_leftovers, staged
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -46,17 +42,11 @@ def write_folder(path: Path, write: Callable[[Path], None], write_state: Callabl
         RunError: the disk is full. Nothing is left of the folder then.
     """
     try:
-        _write_folder(path, write, write_state)
-    except (OSError, SafetensorError) as error:
-        if not is_disk_full(error):
-            raise
+        with disk_full_told(path):
+            _write_folder(path, write, write_state)
+    except RunError:
         remove_leftovers(path)
-        raise RunError(f"{path}: the disk is full; checkpoints before it are whole") from error
-
-
-def is_disk_full(error: OSError | SafetensorError) -> bool:
-    """safetensors tells of it in words only."""
-    return getattr(error, "errno", None) in (ENOSPC, EDQUOT) or os.strerror(ENOSPC) in str(error)
+        raise
 
 
 def _write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None) -> None:
@@ -80,7 +70,10 @@ def is_complete(path: Path) -> bool:
     manifest = path / MANIFEST
     if not manifest.is_file():
         return False
-    files = json.loads(manifest.read_text())
+    try:
+        files = json.loads(manifest.read_text())
+    except ValueError:
+        return False
     return all(_has_size(path / name, file["bytes"]) for name, file in files.items())
 
 

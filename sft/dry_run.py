@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from sft.chat_template import ChatTemplate
 from sft.collate import PlacedSample, collate
 from sft.data_loader import BatchMaker
-from sft.errors import RunError
+from sft.memory import out_of_memory_told
 from sft.models import ModelFamily
 from sft.plans import Plan, Plans
 from sft.recipe import Recipe
@@ -84,15 +84,13 @@ def measure(
             source_names=[source.name for source in recipe.data.mixture],
             on_step=on_step,
         )
-        try:
+        with out_of_memory_told(recipe, lambda: _named(*steps[len(lines)])):
             trainer.train()
-        except torch.OutOfMemoryError as error:
-            what, batch = steps[len(lines)]
-            raise RunError(
-                f"out of GPU memory in a micro-batch of {len(batch.input_ids_T):,} tokens and "
-                f"{len(batch.pixel_values_NCHW)} images ({what}); `idefics-sft plan` says what fits"
-            ) from error
     return [_measured(what, batch, repeats, line) for (what, batch), line in zip(kinds, lines[1:], strict=True)]
+
+
+def _named(what: str, batch: Batch) -> str:
+    return f"a micro-batch of {len(batch.input_ids_T):,} tokens and {len(batch.pixel_values_NCHW)} images ({what})"
 
 
 def _measured(what: str, batch: Batch, repeats: int, line: dict[str, Any]) -> Measured:

@@ -8,6 +8,8 @@ A record that is left out on purpose is neither: see `sft.sample.SkipSample`. An
 traceback.
 """
 
+import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -20,9 +22,23 @@ class RunError(Exception):
     """The work failed for a reason that is not the user's input. The message says where and why."""
 
 
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+"""An access token of the Hugging Face hub; name and password in a URL."""
+_NAMES_OF_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def without_secrets(text: str) -> str:
+    """The same with `***` in place of what gives access to something: what libraries say may hold it."""
+    for name, value in os.environ.items():
+        if name.upper().endswith(_NAMES_OF_SECRETS) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return _TOKEN.sub("***", text)
+
+
 def printable(text: object) -> str:
-    """The same on one line of any terminal: control characters and halves of surrogate pairs are escaped."""
-    text = str(text)
+    """The same on one line of any terminal: control characters and halves of surrogate pairs are escaped. Secrets are
+    left out."""
+    text = without_secrets(str(text))
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -7,12 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from sft.errors import RunError
 
 
 def hash_file(path: Path) -> str:
@@ -22,6 +25,22 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def disk_full_told(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        RunError: the disk is full, or the quota. What stood there before is whole.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells of it in words only
+        if getattr(error, "errno", None) not in (ENOSPC, EDQUOT) and os.strerror(ENOSPC) not in str(error):
+            raise
+        raise RunError(f"{path}: the disk is full; checkpoints before it are whole") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

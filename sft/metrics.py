@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sft.distributed import summed
+from sft.files import disk_full_told
 from sft.loss import trained_positions
 from sft.sample import NO_SOURCE, Batch
 
@@ -93,8 +94,12 @@ class StepMetrics:
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
-    """Add a line, whose numbers are finite, to a file."""
-    with file.open("a", encoding="utf-8") as opened:
+    """Add a line, whose numbers are finite, to a file.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    with disk_full_told(file), file.open("a", encoding="utf-8") as opened:
         opened.write(json.dumps(line, allow_nan=False) + "\n")
 
 

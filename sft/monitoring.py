@@ -25,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name
-from sft.errors import UserError
+from sft.errors import UserError, without_secrets
 from sft.evaluation.processes import from_main, is_alone, is_main_process
 from sft.generation import generate
 from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss
@@ -114,8 +114,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """On one line: what libraries say may have many."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """On one line, without secrets: what libraries say may have many of the one, and some of the other."""
+    return without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 # --------------------------------------------------------------------------------------------------------- validation

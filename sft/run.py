@@ -28,6 +28,7 @@ from sft.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
 from sft.inference import load_template
 from sft.locking import locked
 from sft.lora import add_adapters
+from sft.memory import out_of_memory_told
 from sft.models import ModelFamily, get_family
 from sft.optim import table_of, what_is_trained
 from sft.planner import Planner
@@ -90,7 +91,8 @@ def _train(
     check_precision(engine, choose_precision(recipe.training.precision, device()))
     set_seed(recipe.seed)
     before = progress_of(resume_from, sources) if resume_from else None
-    model = load_for_training(recipe, family, base)
+    with out_of_memory_told(recipe, lambda: recipe.model.path):
+        model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
     template = load_template(family, base)
     for warning in before_training(recipe, family, model, template, run_dir):
@@ -188,8 +190,12 @@ def _train(
     def outcome() -> str:
         return "stopped" if stop.why and is_short() else "finished"
 
+    def next_step() -> str:
+        return f"step {trainer.state.global_step + 1}"
+
     with recorded(run_dir, status, outcome) if rank.is_main else nullcontext():
-        trainer.train()
+        with out_of_memory_told(recipe, next_step):
+            trainer.train()
         last = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
         if is_short() and not last.exists():
             write_checkpoint(trainer)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import STATE, check_state, step_of
 from sft.checks.environment import LIBRARIES
-from sft.errors import UserError
+from sft.errors import RunError, UserError
 from sft.files import discard
 from sft.lora import has_adapters, save_adapters
 from sft.models import ModelFamily
@@ -103,7 +103,8 @@ def recorded(
     try:
         yield
     except BaseException as error:
-        status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
+        with suppress(OSError, RunError):  # a full disk may be what ends the run, and is what is told then
+            status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
         raise
     status(outcome()).write(run_dir)
 

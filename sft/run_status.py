@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sft.errors import UserError
+from sft.files import disk_full_told, write_atomically
 
 FILE = "run.json"
 
@@ -43,10 +44,13 @@ class RunStatus:
             raise UserError(f"{file}: damaged, not the status of a run; choose another output_dir") from error
 
     def write(self, run_dir: Path) -> None:
-        """Write run.json, whole or not at all."""
-        staging = run_dir / f".{FILE}.staging"
-        staging.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        staging.replace(run_dir / FILE)
+        """Write run.json, whole or not at all.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        with disk_full_told(run_dir / FILE):
+            write_atomically(run_dir / FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @property
     def tokens_per_second(self) -> float:

@@ -4,6 +4,7 @@ one process waits for ever for another."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch_of, conversation, place
+from conftest import batch_of, conversation, document, make_tiny_model, place
 from safetensors.torch import load_file
 from test_trainer import Watch, trainer_of, write_recipe
+from two_ranks import step
 
 from sft.checkpoint import broken_files, checkpoints
 from sft.data_loader import MicroBatches
@@ -121,6 +123,118 @@ def test_two_processes_stop_together_and_one_goes_on(recipe, alone):
     done = sft(*arguments)
     assert done.returncode == 0, done.stderr
     assert_same_steps(run_dir, alone)
+
+
+# ----------------------------------------------------------------------------------------------- one step, many ways
+
+SAMPLES = (
+    conversation(("<dog>", "What is it?"), "A dog.", key="dog"),
+    conversation("Hi.", "Hello.", system="A dog and a cat.", key="hello"),
+    document("A fox.", "<fox>", "The quick brown fox.", key="fox"),
+    conversation(("<cat>", "A cat.", "<bird>", "And this?"), "A dog.", "Sure?", "Yes.", key="cat"),
+    document("0123456789", key="numbers"),
+)
+
+
+@pytest.fixture(scope="module")
+def ways(template, tmp_path_factory):
+    """The gradients and the line of metrics of one step, by name of the way in which it was made: the first four packs
+    or all five of them, of which two processes have three places each and so one dummy."""
+    folder = tmp_path_factory.mktemp("ways")
+    packs = [[place(template, sample)] for sample in SAMPLES]
+    wholes = {number: batch_of(*packs[:number]) for number in (4, 5)}
+
+    def micro_batch(number: int, *of):
+        own = [packs[pack] for pack in of] or [[]]
+        return batch_of(*own, num_trained_tokens=wholes[number].num_trained_tokens, always_whole=True)
+
+    two = {
+        "2 x 2": ([[micro_batch(4, 0), micro_batch(4, 1)], [micro_batch(4, 2), micro_batch(4, 3)]], {"of_all": 4}),
+        "2 x 3": (
+            [
+                [micro_batch(5, 0), micro_batch(5, 2), micro_batch(5, 4)],
+                [micro_batch(5, 1), micro_batch(5, 3), micro_batch(5)],
+            ],
+            {"of_all": 5},
+        ),
+    }
+    two |= {
+        f"{name}, 2023": (ranks, more | {"normalisation": "micro_batch_mean"}) for name, (ranks, more) in two.items()
+    }
+    torch.save(two, folder / "work.pt")
+    template.tokenizer.save_pretrained(folder / "tokenizer")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(REPOSITORY / "tests" / "two_ranks.py"), str(folder)]
+    processes = [
+        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    found = torch.load(folder / "found.pt", weights_only=False)
+    for number, whole in wholes.items():
+        alone = [micro_batch(number, pack) for pack in range(number)]
+        found[f"1 x {number}"] = step(folder / "alone", template.tokenizer, alone, of_all=number)
+        found[f"{number} at once"] = step(folder / "alone", template.tokenizer, [whole], of_all=1)
+    return folder, found
+
+
+def assert_same_step(found, expected) -> None:
+    """To 1e-6 of the loss and, number by number, of the gradient's norm."""
+    (gradients, line), (own_gradients, own_line) = found, expected
+    assert line["loss"] == pytest.approx(own_line["loss"], rel=1e-6)
+    assert gradients.keys() == own_gradients.keys()
+    norm = torch.nn.utils.get_total_norm(own_gradients.values())
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+    for name, gradient in own_gradients.items():
+        assert (gradients[name] - gradient).abs().max() < 1e-6 * norm, name
+
+
+@pytest.mark.parametrize("number", [4, 5], ids=["without a dummy", "with a dummy"])
+def test_accumulation_processes_and_one_big_batch_make_the_same_step(ways, number):
+    _, found = ways
+    for name in (f"2 x {-(-number // 2)}", f"1 x {number}"):
+        assert_same_step(found[name], found[f"{number} at once"])
+
+
+@pytest.mark.parametrize("number", [4, 5], ids=["without a dummy", "with a dummy"])
+def test_two_processes_take_the_mean_of_micro_batch_means_as_in_2023(ways, template, number):
+    """m4: cross entropy averaged over each micro-batch's tokens, divided by their number on a rank, averaged over ranks
+    (equally many each): the mean of all. A dummy is none of them."""
+    _, found = ways
+    model = make_tiny_model(template.tokenizer).train()
+    idefics.select_trainable(model)
+    means = [model(batch=batch_of([place(template, sample)])).loss for sample in SAMPLES[:number]]
+    torch.stack(means).mean().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norm = torch.nn.utils.get_total_norm(expected.values())
+    gradients, line = found[f"2 x {-(-number // 2)}, 2023"]
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() < 1e-6 * norm, name
+    token_mean, _ = found[f"{number} at once"]
+    assert max((token_mean[name] - expected[name]).abs().max() for name in expected) > 1e-3 * norm, "the two differ"
+    assert line["loss"] == pytest.approx(found[f"{number} at once"][1]["loss"], rel=1e-6), "what is shown is the same"
+
+
+def test_a_spike_names_the_packs_of_all_processes(ways):
+    folder, _ = ways
+    (line,) = map(json.loads, (folder / "2 x 3" / "spikes.jsonl").read_text().splitlines())
+    sums = [pack["loss"] * pack["trained_tokens"] for pack in line["packs"]]
+    assert len(sums) == 4 and sums == sorted(sums, reverse=True)
+    ranks = {"dog": 0, "fox": 0, "numbers": 0, "hello": 1, "cat": 1}
+    assert all(pack["rank"] == ranks[pack["samples"][0]] for pack in line["packs"])
+    assert {pack["rank"] for pack in line["packs"]} == {0, 1}
+
+
+# -------------------------------------------------------------------------------------------------- who has what
 
 
 def num_real(batch) -> tuple[int, int]:

@@ -12,7 +12,7 @@ LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what ne
     "recipe shipped attention loss locking files parallel images spikes statistics stopping",
     "sources pixels image_keys chat_template models optim lora distributed checkpoint precision training_state",
     "fitting",
-    "datasets store encoding mixture packing dealing collate generation bases naming run_status held_out",
+    "memory datasets store encoding mixture packing dealing collate generation bases naming run_status held_out",
     "prepared feature_cache planner stated validation inference metrics",
     "plans callbacks",
     "data_loader trainer checks evaluation held_out_loss",

@@ -337,12 +337,28 @@ def write_recipe(folder: Path) -> Path:
     return file
 
 
+TOKEN = "hf_" + "0123456789" * 3
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Recipe:
-    """A recipe that was prepared and trained."""
+    """A recipe that was prepared and trained, with a token in the environment and without a network."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("whole")))
-    run.train(recipe, prepare(recipe))
+
+    def refuse(*address, **options):
+        raise AssertionError(f"the network was asked for {address}")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_TOKEN", TOKEN)
+        for name in ("getaddrinfo", "create_connection", "socket.connect"):
+            patched.setattr(f"socket.{name}", refuse)
+        run.train(recipe, prepare(recipe))
     return recipe
+
+
+def test_no_token_is_in_what_a_run_writes(finished):
+    files = [file for file in Path(finished.output_dir).rglob("*") if file.is_file()]
+    assert len(files) > 10 and not [file for file in files if TOKEN.encode() in file.read_bytes()]
 
 
 def metrics_of(recipe: Recipe) -> list[dict]:
