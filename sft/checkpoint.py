@@ -12,13 +12,15 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sft.distributed import ALONE, Rank, wait_for_all
 from sft.errors import RunError, UserError
-from sft.files import discard, hash_file, remove_leftovers, staged
+from sft.files import discard, hash_file, remove_leftovers, staged, staging_of
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -38,19 +40,27 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None = None) -> None:
+def write_folder(
+    path: Path,
+    write: Callable[[Path], None],
+    write_state: Callable[[Path], None] | None = None,
+    rank: Rank = ALONE,
+) -> None:
     """Have `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
     name in one rename.
+
+    All processes call it. The main one does everything; the others add their shares of the state to the same folder.
 
     Raises:
         RunError: the disk is full. Nothing is left of the folder then.
     """
     try:
-        _write_folder(path, write, write_state)
+        _write_folder(path, write, write_state, rank)
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
-        remove_leftovers(path)
+        if rank.is_main:
+            remove_leftovers(path)
         raise RunError(f"{path}: the disk is full; checkpoints before it are whole") from error
 
 
@@ -59,14 +69,22 @@ def is_disk_full(error: OSError | SafetensorError) -> bool:
     return getattr(error, "errno", None) in (ENOSPC, EDQUOT) or os.strerror(ENOSPC) in str(error)
 
 
-def _write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None) -> None:
-    with staged(path) as staging:
-        write(staging)
-        _write_manifest(staging)
+def _write_folder(
+    path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None, rank: Rank
+) -> None:
+    with staged(path) if rank.is_main else nullcontext(staging_of(path)) as staging:
+        if rank.is_main:
+            write(staging)
+            _write_manifest(staging)
         if write_state:
-            (staging / STATE).mkdir()
+            if rank.is_main:
+                (staging / STATE).mkdir()
+            wait_for_all()
             write_state(staging / STATE)
-            _write_manifest(staging / STATE)
+            wait_for_all()
+            if rank.is_main:
+                _write_manifest(staging / STATE)
+    wait_for_all()
 
 
 def _write_manifest(folder: Path) -> None:

@@ -13,16 +13,8 @@ from sft.bases import prepare_base
 from sft.checkpoint import STATE, checkpoint_name, keep_newest_states, write_folder
 from sft.checks.before_training import before_training
 from sft.data_loader import MicroBatches
-from sft.distributed import (
-    ALONE,
-    Rank,
-    any_process,
-    as_main,
-    check_precision,
-    choose_engine,
-    gathered_weights,
-    wait_for_all,
-)
+from sft.distributed import ALONE, Rank, any_process, as_main
+from sft.engines import choose_engine, get_engine
 from sft.errors import UserError
 from sft.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
 from sft.inference import load_template
@@ -86,10 +78,11 @@ def _train(
 
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
-    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank)
-    check_precision(engine, choose_precision(recipe.training.precision, device()))
+    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank, recipe.training.optimizer)
+    precision = choose_precision(recipe.training.precision, device())
+    get_engine(engine).check_precision(precision)
     set_seed(recipe.seed)
-    before = progress_of(resume_from, sources) if resume_from else None
+    before = as_main(rank, lambda: progress_of(resume_from, sources)) if resume_from else None
     model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
     template = load_template(family, base)
@@ -129,23 +122,22 @@ def _train(
         def write_state(folder: Path) -> None:
             trainer.save_state(folder, {"spent": spent_so_far(), "sources": sources.fingerprint()})
 
-        trained = trainer.accelerator.unwrap_model(trainer.model)
         path = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
-        weights = gathered_weights(trainer)
+        weights = trainer.engine.gathered(trainer)
+
+        def write_weights(folder: Path) -> None:
+            save_snapshot(family, trainer.unwrapped, template, recipe, folder, weights)
+
+        write_folder(path, write_weights, write_state, rank)
         if rank.is_main:
-            write_folder(
-                path,
-                lambda folder: save_snapshot(family, trained, template, recipe, folder, weights),
-                write_state if engine == "ddp" else None,  # what is shared out is not kept as yet
-            )
             keep_newest_states(path.parent, recipe.checkpoints.keep_state)
-        wait_for_all()
 
     def count(step: int, line: dict[str, Any]) -> None:
         spent["tokens"] += line["tokens"]
         monitors.log(line)
         on_step(step, line)
 
+    get_engine(engine).share_out(model, precision)
     trainer = Trainer(
         model,
         group_of=family.group_of,
