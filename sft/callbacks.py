@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sft.distributed import Rank, any_process, summed
+from sft.distributed import Rank, any_process, of_all, summed
 from sft.engines import EngineModule
 from sft.errors import RunError
 from sft.files import write_atomically
@@ -147,7 +146,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         if not self.last_was_spike:
             return
         number = self.trainer.rank.number
-        found: list[tuple[PackLoss, int]] = gather_object([(pack, number) for pack in packs])
+        found = of_all([(pack, number) for pack in packs])
         if not self.trainer.rank.is_main or spike is None:
             return
         found.sort(key=lambda pair: spike.expected * pair[0].trained_tokens - pair[0].loss_sum)
@@ -218,7 +217,10 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
         def see(name: str, gradient: Tensor) -> None:
             self.came_by[name] = self.came_by.get(name, False) or bool(gradient.any())
 
-        self.hooks = [parameter.register_hook(partial(see, name)) for name, parameter in self._trained()]
+        self.hooks = [
+            parameter.register_hook(partial(see, name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._trained()
+        ]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""

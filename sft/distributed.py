@@ -193,6 +193,27 @@ def any_process(is_so: bool) -> bool:
     return bool(summed(torch.tensor([float(is_so)])).item())
 
 
+def this_process() -> Rank:
+    """Which of those that are connected this one is."""
+    if not _is_connected():
+        return ALONE
+    import torch.distributed as dist
+
+    return Rank(dist.get_rank(), dist.get_world_size())
+
+
+def of_all(own: list[Value]) -> list[Value]:
+    """What all processes have, in their order. Not accelerate's `gather_object`: under DeepSpeed it takes processes
+    without a GPU for one (accelerate 1.15)."""
+    if not _is_connected():
+        return own
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return [one for part in found for one in part]
+
+
 def wait_for_all() -> None:
     """Until every process is here."""
     if _is_connected():

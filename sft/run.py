@@ -79,8 +79,7 @@ def _train(
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
     engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank, recipe.training.optimizer)
-    precision = choose_precision(recipe.training.precision, device())
-    get_engine(engine).check_precision(precision)
+    get_engine(engine).check_precision(_precision(recipe))
     set_seed(recipe.seed)
     before = as_main(rank, lambda: progress_of(resume_from, sources)) if resume_from else None
     model = load_for_training(recipe, family, base)
@@ -88,7 +87,8 @@ def _train(
     template = load_template(family, base)
     for warning in before_training(recipe, family, model, template, run_dir):
         say(f"warning: {warning}")
-    monitors = Monitors(recipe, sources, template, image_size=family.image_size(model.config), say=say)
+    looks = recipe if engine == "ddp" else _without_evaluation(recipe, engine, say)
+    monitors = Monitors(looks, sources, template, image_size=family.image_size(model.config), say=say)
     as_main(rank, lambda: go_back_to(recipe, resume_from) if resume_from else take_over(recipe, run_dir))
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
@@ -137,7 +137,7 @@ def _train(
         monitors.log(line)
         on_step(step, line)
 
-    get_engine(engine).share_out(model, precision)
+    get_engine(engine).share_out(model, _precision(recipe))
     trainer = Trainer(
         model,
         group_of=family.group_of,
@@ -156,7 +156,7 @@ def _train(
         should_stop=lambda: stop.is_agreed(any_process),
         resume_from=resume_from / STATE if resume_from else None,
         complete=_encoder(recipe, model, features, say) if features else lambda batch: batch,
-        validate=monitors.validate if engine == "ddp" else lambda model, step: {},
+        validate=monitors.validate,
         callbacks=monitors.callbacks,
         rank=rank,
         engine=engine,
@@ -191,6 +191,17 @@ def _train(
     elif is_short() and (ended := planner.mixture.ended()):
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     return status(outcome())
+
+
+def _without_evaluation(recipe: Recipe, engine: str, say: Callable[[str], None]) -> Recipe:
+    """A checkpoint to be asked questions is loaded as a whole, for which no process may have the room."""
+    if recipe.evaluation.every_steps:
+        say(
+            f"evaluation.every_steps: not while {engine} shares the model out, nor evaluation.patience; run "
+            f"`idefics-sft select {recipe.output_dir} --watch` beside the training"
+        )
+    without = recipe.evaluation.model_copy(update={"every_steps": None, "patience": None})
+    return recipe.model_copy(update={"evaluation": without})
 
 
 def _feature_cache(

@@ -210,7 +210,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def _seed_micro_step(self) -> None:
         """Random numbers (of dropout) are a function of seed, step and micro-step: a resumed run has the same."""
         micro_step = len(self.step_metrics.keys)
-        entropy = [self.seed, self.state.global_step, micro_step, self.args.process_index]
+        entropy = [self.seed, self.state.global_step, micro_step, self.rank.number]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -235,7 +235,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     @property
     def bare_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without what accelerate puts around it."""
-        optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        prepared: Any = self.optimizer
+        optimizer: torch.optim.Optimizer = prepared.optimizer
         return optimizer
 
     def save_state(self, folder: Path, more: dict[str, Any]) -> None:

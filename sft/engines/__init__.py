@@ -1,7 +1,7 @@
 """Engines: how several processes keep a model that they train together.
 
-An engine is a module of this package that offers what `EngineModule` lists, found by its name. Sharing out is the work of
-torch and DeepSpeed; what is here is how each is set up, and how what it keeps apart is written and read.
+An engine is a module of this package that offers what `EngineModule` lists, found by its name. Sharing out is the work
+of torch and DeepSpeed; what is here is how each is set up, and how what it keeps apart is written and read.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ def choose_engine(asked: Engine, mode: str, rank: Rank, optimizer: str = "adamw"
         return "ddp"  # nothing to share
     get_engine(asked).check(mode, optimizer)
     return asked
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether this process has but a share of a model's weights, and waits for the others in every layer."""
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_tensor") for parameter in model.parameters())
 
 
 def check_shared_out(engine: Engine, mode: str, optimizer: str) -> None:

@@ -58,7 +58,7 @@ def share_out(model: nn.Module, precision: str) -> None:
     whole: Any = model  # of transformers, which is not typed
     layers = [module for module in model.modules() if type(module).__name__ in whole._no_split_modules]
     for module in (*layers, whole.get_input_embeddings(), whole.get_output_embeddings(), whole):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     # accelerate and transformers are told that nothing is left to do: no copies for DDP and no autocast; and that all
     # processes have to generate equally long.
     whole._is_accelerate_prepared = whole._is_fsdp_managed_module = True

@@ -1,5 +1,7 @@
-"""What is trained and AdamW's states as torch's distributed checkpoint: every process writes its share under the name of
-the parameter, and any number of processes, one among them, read theirs."""
+"""What is trained and AdamW's states as a distributed checkpoint of torch.
+
+Every process writes its share under the parameter's name; any number of processes, one among them, read theirs.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ WEIGHT, STEP, MOMENTS = "weight", "step", ("exp_avg", "exp_avg_sq")
 
 def save(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write this process's share; all processes call it."""
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
-    checkpoint.save(_flat(_states(model, optimizer)), checkpoint_id=folder / FOLDER)
+    save_shards(_flat(_states(model, optimizer)), checkpoint_id=folder / FOLDER)
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -29,16 +31,15 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         UserError: other tensors were trained then.
     """
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-    parameters = trained(model)
-    for parameter in parameters.values():
+    for parameter in trained(model).values():
         begin(optimizer, parameter)
     tensors = _flat(_states(model, optimizer))
-    reader = checkpoint.FileSystemReader(folder / FOLDER)
+    reader = FileSystemReader(folder / FOLDER)
     check_names(folder, reader.read_metadata().state_dict_metadata, tensors)
-    alone = not torch.distributed.is_initialized()
-    checkpoint.load(tensors, storage_reader=reader, no_dist=alone)
+    load_shards(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
