@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sft.distributed import Rank, any_process
+from sft.distributed import Rank, any_process, of_all, summed
+from sft.engines import EngineModule
 from sft.errors import RunError
 from sft.files import write_atomically
 from sft.metrics import (
@@ -27,7 +28,7 @@ from sft.metrics import (
     lines_upto,
     peak_memory_bytes,
 )
-from sft.recipe import Engine, TrainingConfig
+from sft.recipe import TrainingConfig
 from sft.spikes import WINDOW, Spike, Spikes
 
 WORST_PACKS, NAMED_SAMPLES = 4, 5
@@ -39,7 +40,7 @@ class Training(Protocol):
 
     model: nn.Module
     rank: Rank
-    engine: Engine
+    engine: EngineModule
     settings: TrainingConfig
     step_metrics: StepMetrics
     nonfinite_steps: int
@@ -62,6 +63,7 @@ class Resume(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Transformers has made optimizer and schedule by now."""
+        self.trainer.engine.check_prepared(self.trainer.model)
         if self.trainer.resume_from:
             self.trainer.load_state(self.trainer.resume_from)
 
@@ -144,7 +146,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         if not self.last_was_spike:
             return
         number = self.trainer.rank.number
-        found: list[tuple[PackLoss, int]] = gather_object([(pack, number) for pack in packs])
+        found = of_all([(pack, number) for pack in packs])
         if not self.trainer.rank.is_main or spike is None:
             return
         found.sort(key=lambda pair: spike.expected * pair[0].trained_tokens - pair[0].loss_sum)
@@ -190,56 +192,81 @@ def _told(step: int, spike: Spike, worst: list[dict[str, Any]]) -> str:
 class CheckGradients(TrainerCallback):  # type: ignore[misc]
     """On the first step that has images: everything that is to be trained gets a gradient and, of adapters, moves.
 
-    A step of text alone cannot tell: the tower and the resampler are not called. Where the engine keeps gradients and
-    weights to itself, it is seen whether a gradient comes by, and not whether an adapter moves.
+    A step of text alone cannot tell: the tower and the resampler are not called. Where the engine takes gradients away
+    before the optimizer's step, they are seen as they come by.
     """
 
     def __init__(self, trainer: Training) -> None:
         self.trainer = trainer
         self.checked = False
-        self.came_by: set[str] = set()
-        self.should_move: dict[str, nn.Parameter] = {}
+        self.looks = False
+        """Whether this step can tell, by what all processes say."""
+        self.came_by: dict[str, bool] = {}
+        """Whether a gradient that was seen is more than zeros."""
+        self.hooks: list[Any] = []
+        self.should_move: list[tuple[str, nn.Parameter]] = []
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Watch for gradients that the engine takes away before the optimizer step."""
-        if self.trainer.engine == "ddp":
+        """Watch for gradients that the engine takes away."""
+        if self.trainer.engine.KEEPS_GRADIENTS:
             return
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(lambda gradient, name=name: self.came_by.add(name))  # type: ignore[no-untyped-call]
+
+        def see(name: str, gradient: Tensor) -> None:
+            self.came_by[name] = self.came_by.get(name, False) or bool(gradient.any())
+
+        self.hooks = [
+            parameter.register_hook(partial(see, name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._trained()
+        ]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every trainable tensor has a gradient. An adapter's B starts at zero, its A then has none but zeros."""
-        if self.checked or not self.trainer.step_metrics.has_images or self.trainer.nonfinite_steps:
+        if self.checked or self.trainer.nonfinite_steps:
             return
-        trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+        self.looks = any_process(self.trainer.step_metrics.has_images)
+        if not self.looks:
+            return
+        trained = self._trained()
         without = [name for name, parameter in trained if parameter.grad is None and name not in self.came_by]
         if without:
             raise RunError(
                 f"step {state.global_step + 1}: {len(without)} of {len(trained)} trainable tensors got no gradient, "
                 f"{without[0]} among them"
             )
-        self.should_move = {
-            name: parameter
-            for name, parameter in trained
-            if ".lora_B." in name and parameter.grad is not None and parameter.grad.any()
-        }
-        if self.trainer.engine == "ddp" and not self.should_move and any(".lora_B." in name for name, _ in trained):
+        adapters = [(name, parameter) for name, parameter in trained if ".lora_B." in name]
+        has_gradient = self._in_any_process([self._has_gradient(name, parameter) for name, parameter in adapters])
+        self.should_move = [adapter for adapter, moves in zip(adapters, has_gradient, strict=True) if moves]
+        if adapters and not self.should_move:
             raise RunError(f"step {state.global_step + 1}: the gradient of every adapter is zero")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Every B whose gradient is not zero has moved from zero."""
-        skipped = self.trainer.overflowed or self.trainer.nonfinite_steps
-        if self.checked or not self.trainer.step_metrics.has_images or skipped:
+        if self.checked or not self.looks or self.trainer.overflowed or self.trainer.nonfinite_steps:
             return
-        stuck = [name for name, parameter in self.should_move.items() if not parameter.any()]
+        own_part = self.trainer.engine.own_part
+        moved = self._in_any_process([bool(own_part(parameter).any()) for _, parameter in self.should_move])
+        stuck = [name for (name, _), has_moved in zip(self.should_move, moved, strict=True) if not has_moved]
         if stuck:
             raise RunError(
                 f"step {state.global_step + 1}: {len(stuck)} adapters have a gradient but did not move, "
                 f"{stuck[0]} among them"
             )
         self.checked = True
-        self.should_move = {}
+        self.should_move = []
+        for hook in self.hooks:
+            hook.remove()
+
+    def _has_gradient(self, name: str, parameter: nn.Parameter) -> bool:
+        if parameter.grad is None:
+            return self.came_by[name]
+        return bool(self.trainer.engine.own_part(parameter.grad).any())
+
+    def _in_any_process(self, own: list[bool]) -> list[bool]:
+        """Each process has a share of every tensor, or has seen a gradient of its own."""
+        return [count > 0 for count in summed(torch.tensor(own, dtype=torch.float32)).tolist()]
 
 
 class FillGradients(TrainerCallback):  # type: ignore[misc]
@@ -251,8 +278,8 @@ class FillGradients(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After `CheckGradients` looked."""
-        if self.trainer.engine != "ddp" or self.trainer.nonfinite_steps:
-            return  # gradients are the engine's, or are to change nothing
+        if self.trainer.nonfinite_steps or not self.trainer.engine.KEEPS_GRADIENTS:
+            return  # they are to change nothing, or are the engine's
         for parameter in self.trainer.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

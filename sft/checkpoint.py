@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+from sft.distributed import ALONE, Rank, wait_for_all
 from sft.errors import RunError, UserError
-from sft.files import discard, disk_full_told, hash_file, remove_leftovers, staged
+from sft.files import discard, disk_full_told, hash_file, remove_leftovers, staged, staging_of
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -34,29 +36,45 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None = None) -> None:
+def write_folder(
+    path: Path,
+    write: Callable[[Path], None],
+    write_state: Callable[[Path], None] | None = None,
+    rank: Rank = ALONE,
+) -> None:
     """Have `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
     name in one rename.
+
+    All processes call it. The main one does everything; the others add their shares of the state to the same folder.
 
     Raises:
         RunError: the disk is full. Nothing is left of the folder then.
     """
     try:
         with disk_full_told(path):
-            _write_folder(path, write, write_state)
+            _write_folder(path, write, write_state, rank)
     except RunError:
-        remove_leftovers(path)
+        if rank.is_main:
+            remove_leftovers(path)
         raise
 
 
-def _write_folder(path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None) -> None:
-    with staged(path) as staging:
-        write(staging)
-        _write_manifest(staging)
+def _write_folder(
+    path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None, rank: Rank
+) -> None:
+    with staged(path) if rank.is_main else nullcontext(staging_of(path)) as staging:
+        if rank.is_main:
+            write(staging)
+            _write_manifest(staging)
         if write_state:
-            (staging / STATE).mkdir()
+            if rank.is_main:
+                (staging / STATE).mkdir()
+            wait_for_all()
             write_state(staging / STATE)
-            _write_manifest(staging / STATE)
+            wait_for_all()
+            if rank.is_main:
+                _write_manifest(staging / STATE)
+    wait_for_all()
 
 
 def _write_manifest(folder: Path) -> None:

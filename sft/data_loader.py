@@ -201,7 +201,7 @@ def _named(samples: Sequence[str]) -> str:
 _NUMBERS = ("input_ids_T", "labels_T", "position_ids_T", "segment_ids_T", "image_ids_T", "source_ids_T")
 
 
-def _packed_up(batch: Batch) -> tuple[Tensor, Batch]:
+def _packed_up(batch: Any) -> tuple[Tensor, Batch]:
     """A batch on its way to another process, its numbers in one tensor: each that is sent takes a connection of its own
     to be fetched, a third of a millisecond of the training process."""
     nothing: dict[str, Any] = dict.fromkeys(_NUMBERS, torch.empty(0, dtype=torch.int64))

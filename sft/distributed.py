@@ -1,7 +1,7 @@
 """Several processes that train together: which of them this one is, starting them, what they tell each other.
 
-torchrun, SLURM and `launch` say in the environment which process this is. Sharding is the engines' work (DeepSpeed,
-torch, through accelerate). torch is imported only where there are several processes.
+torchrun, SLURM and `launch` say in the environment which process this is. What they keep of a model is the engines'
+matter (`sft.engines`). torch is imported only where there are several processes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from sft.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch
-
-    from sft.recipe import Engine
 
 Value = TypeVar("Value")
 
@@ -195,6 +193,27 @@ def any_process(is_so: bool) -> bool:
     return bool(summed(torch.tensor([float(is_so)])).item())
 
 
+def this_process() -> Rank:
+    """Which of those that are connected this one is."""
+    if not _is_connected():
+        return ALONE
+    import torch.distributed as dist
+
+    return Rank(dist.get_rank(), dist.get_world_size())
+
+
+def of_all(own: list[Value]) -> list[Value]:
+    """What all processes have, in their order. Not accelerate's `gather_object`: under DeepSpeed it takes processes
+    without a GPU for one (accelerate 1.15)."""
+    if not _is_connected():
+        return own
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return [one for part in found for one in part]
+
+
 def wait_for_all() -> None:
     """Until every process is here."""
     if _is_connected():
@@ -285,85 +304,3 @@ def _end_with_launcher() -> bool:
 
     Thread(target=watch, daemon=True).start()
     return True
-
-
-# -------------------------------------------------------------------------------------------------------- engines
-
-
-def choose_engine(asked: Engine, mode: str, rank: Rank) -> Engine:
-    """What `auto` means: ZeRO-3 where everything is trained on several processes, as the card; else a copy on each.
-
-    Raises:
-        UserError: an engine that is not installed, or cannot do what is asked of it.
-    """
-    if asked == "auto":
-        asked = "zero3" if mode == "full" and rank.of > 1 else "ddp"
-    if asked == "ddp":
-        return asked
-    if rank.of == 1:
-        return "ddp"  # nothing to share
-    if mode == "qlora":
-        raise UserError(f"distributed.engine: {asked} cannot share out weights in 4 bits; set ddp, or model.mode lora")
-    if asked == "fsdp2":
-        raise UserError("distributed.engine: fsdp2 is not supported yet; set zero3 or ddp")
-    from importlib.util import find_spec
-
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            "distributed.engine: zero3 needs DeepSpeed, which is not installed: `DS_BUILD_OPS=0 pip install "
-            "--no-build-isolation 'idefics-sft[deepspeed]'`; or set distributed.engine=ddp, where memory allows"
-        )
-    return asked
-
-
-def check_precision(engine: Engine, precision: str) -> None:
-    """
-    Raises:
-        UserError: the engine does not train in it here.
-    """
-    import torch
-
-    if engine != "zero3" or precision == "float32":
-        return
-    if precision == "float16":
-        raise UserError("training.precision: zero3 trains in bfloat16 or float32, not in float16; set float32, or ddp")
-    if not torch.cuda.is_available():  # transformers refuses it
-        raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
-
-
-def engine_arguments(engine: Engine, *, clip: float, precision: str) -> dict[str, Any]:
-    """The engine's part of transformers' TrainingArguments."""
-    import torch
-
-    common: dict[str, Any] = {"ddp_timeout": int(TIMEOUT.total_seconds())}
-    if engine == "ddp":
-        # Every parameter gets a gradient on every rank: sft.collate's dummies see to it.
-        return common | {"use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False}
-    return common | {"deepspeed": _zero3(clip, precision == "bfloat16")}
-
-
-def _zero3(clip: float, bfloat16: bool) -> dict[str, Any]:
-    """Settings of DeepSpeed. Its own optimizers, which would have to be compiled, are not used."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": clip,
-        "bf16": {"enabled": bfloat16},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-    }
-
-
-def gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
-    """The whole weights of a model whose shares are spread over the processes, in the main one; None where they are
-    not spread. All processes call it."""
-    if trainer.engine == "ddp":
-        return None
-    weights: dict[str, torch.Tensor] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return weights

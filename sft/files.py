@@ -73,11 +73,12 @@ def discard(folder: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what a kill while `path` was staged or discarded has left beside it."""
-    for folder in (_staging(path), _discarded(path)):
+    for folder in (staging_of(path), _discarded(path)):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _staging(path: Path) -> Path:
+def staging_of(path: Path) -> Path:
+    """The hidden folder that becomes `path`."""
     return path.with_name(f".{path.name}.staging")
 
 
@@ -88,7 +89,7 @@ def _discarded(path: Path) -> Path:
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """A hidden folder that becomes `path` when the block ends without an error."""
-    staging = _staging(path)
+    staging = staging_of(path)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging

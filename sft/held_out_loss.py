@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,10 +69,12 @@ def sample_losses(
     image_size: int,
     autocast: bool = False,
     always_whole: bool = False,
+    before_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[SampleLoss]:
     """The loss of each sample by a model in evaluation mode, a forward for each pack; images are seen whole.
 
-    `autocast` computes in bfloat16; for `always_whole` see `collate`.
+    `autocast` computes in bfloat16; for `always_whole` see `collate`. What is done before a forward is done inside
+    `before_forward`.
 
     Raises:
         SkipSample: an image was changed since it was prepared.
@@ -80,14 +83,15 @@ def sample_losses(
     for pack in packs:
         # Each sample is a source of its own, so that the forward hands back which loss is whose.
         placed = [sources.place(item)._replace(source=number) for number, item in enumerate(pack)]
-        batch = collate(
-            [placed],
-            partial(sources.reader.pixels, size=image_size),
-            train_on=sources.data.train_on,
-            pack_isolation=sources.data.pack_isolation,
-            image_size=image_size,
-            always_whole=always_whole,
-        ).to(device)
+        with before_forward():
+            batch = collate(
+                [placed],
+                partial(sources.reader.pixels, size=image_size),
+                train_on=sources.data.train_on,
+                pack_isolation=sources.data.pack_isolation,
+                image_size=image_size,
+                always_whole=always_whole,
+            ).to(device)
         # Not inference_mode: what a module keeps from it could not be trained with afterwards.
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             output = model(batch=batch)

@@ -25,13 +25,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name
-from sft.errors import UserError, without_secrets
-from sft.evaluation.processes import from_main, is_alone, is_main_process
+from sft.engines import is_shared_out
+from sft.errors import RunError, UserError, without_secrets
+from sft.evaluation.processes import from_main, is_main_process
 from sft.generation import generate
 from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss
 from sft.prepared import Sources
 from sft.recipe import EvaluationConfig, Recipe
-from sft.sample import Message
+from sft.sample import Message, SkipSample
 from sft.selection.choice import Selection
 from sft.selection.held_out_loss import shared_losses
 from sft.selection.session import Session
@@ -176,9 +177,11 @@ class Validation:
                 model,
                 self.packs,
                 image_size=self.image_size,
-                always_whole=not is_alone(),  # engines that shard a model want the same calls of every process
+                always_whole=is_shared_out(model),
             )
         except Exception as error:  # whatever it is, it is no reason to end the training
+            if is_shared_out(model) and not isinstance(error, UserError | RunError | SkipSample):
+                raise  # from inside of a forward, in which the others wait
             return {}, _reason(error)
         return {
             source.name: _mean([sample for sample in samples if sample.source == source.name])
@@ -198,6 +201,8 @@ class Validation:
                 batch_size=NUM_ANSWERS,
             )
         except Exception as error:  # as above
+            if is_shared_out(model):
+                raise
             return [], _reason(error)
         return [
             {"key": question.key, "prompt": question.text, "answer": answer}

@@ -13,16 +13,8 @@ from sft.bases import prepare_base
 from sft.checkpoint import STATE, checkpoint_name, keep_newest_states, write_folder
 from sft.checks.before_training import before_training
 from sft.data_loader import MicroBatches
-from sft.distributed import (
-    ALONE,
-    Rank,
-    any_process,
-    as_main,
-    check_precision,
-    choose_engine,
-    gathered_weights,
-    wait_for_all,
-)
+from sft.distributed import ALONE, Rank, any_process, as_main
+from sft.engines import choose_engine, get_engine
 from sft.errors import UserError
 from sft.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
 from sft.inference import load_template
@@ -87,17 +79,18 @@ def _train(
 
     family = get_family(recipe.model.family)
     base = prepare_base(recipe)
-    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank)
-    check_precision(engine, choose_precision(recipe.training.precision, device()))
+    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank, recipe.training.optimizer)
+    get_engine(engine).check_precision(_precision(recipe))
     set_seed(recipe.seed)
-    before = progress_of(resume_from, sources) if resume_from else None
+    before = as_main(rank, lambda: progress_of(resume_from, sources)) if resume_from else None
     with out_of_memory_told(recipe, lambda: recipe.model.path):
         model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))
     template = load_template(family, base)
     for warning in before_training(recipe, family, model, template, run_dir):
         say(f"warning: {warning}")
-    monitors = Monitors(recipe, sources, template, image_size=family.image_size(model.config), say=say)
+    looks = recipe if engine == "ddp" else _without_evaluation(recipe, engine, say)
+    monitors = Monitors(looks, sources, template, image_size=family.image_size(model.config), say=say)
     as_main(rank, lambda: go_back_to(recipe, resume_from) if resume_from else take_over(recipe, run_dir))
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
@@ -131,23 +124,22 @@ def _train(
         def write_state(folder: Path) -> None:
             trainer.save_state(folder, {"spent": spent_so_far(), "sources": sources.fingerprint()})
 
-        trained = trainer.accelerator.unwrap_model(trainer.model)
         path = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
-        weights = gathered_weights(trainer)
+        weights = trainer.engine.gathered(trainer)
+
+        def write_weights(folder: Path) -> None:
+            save_snapshot(family, trainer.unwrapped, template, recipe, folder, weights)
+
+        write_folder(path, write_weights, write_state, rank)
         if rank.is_main:
-            write_folder(
-                path,
-                lambda folder: save_snapshot(family, trained, template, recipe, folder, weights),
-                write_state if engine == "ddp" else None,  # what is shared out is not kept as yet
-            )
             keep_newest_states(path.parent, recipe.checkpoints.keep_state)
-        wait_for_all()
 
     def count(step: int, line: dict[str, Any]) -> None:
         spent["tokens"] += line["tokens"]
         monitors.log(line)
         on_step(step, line)
 
+    get_engine(engine).share_out(model, _precision(recipe))
     trainer = Trainer(
         model,
         group_of=family.group_of,
@@ -166,7 +158,7 @@ def _train(
         should_stop=lambda: stop.is_agreed(any_process),
         resume_from=resume_from / STATE if resume_from else None,
         complete=_encoder(recipe, model, features, say) if features else lambda batch: batch,
-        validate=monitors.validate if engine == "ddp" else lambda model, step: {},
+        validate=monitors.validate,
         callbacks=monitors.callbacks,
         rank=rank,
         engine=engine,
@@ -205,6 +197,17 @@ def _train(
     elif is_short() and (ended := planner.mixture.ended()):
         say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
     return status(outcome())
+
+
+def _without_evaluation(recipe: Recipe, engine: str, say: Callable[[str], None]) -> Recipe:
+    """A checkpoint to be asked questions is loaded as a whole, for which no process may have the room."""
+    if recipe.evaluation.every_steps:
+        say(
+            f"evaluation.every_steps: not while {engine} shares the model out, nor evaluation.patience; run "
+            f"`idefics-sft select {recipe.output_dir} --watch` beside the training"
+        )
+    without = recipe.evaluation.model_copy(update={"every_steps": None, "patience": None})
+    return recipe.model_copy(update={"evaluation": without})
 
 
 def _feature_cache(

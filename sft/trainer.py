@@ -23,14 +23,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft.callbacks import CheckGradients, FillGradients, Resume, Stop, WriteMetrics
-from sft.distributed import ALONE, Rank, engine_arguments
+from sft.distributed import ALONE, Rank
+from sft.engines import Writers, get_engine
 from sft.loss import trained_positions
 from sft.metrics import StepMetrics
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
 from sft.recipe import Engine, TrainingConfig
 from sft.sample import NO_SOURCE, Batch
-from sft.training_state import load_state, read_progress, save_state
+from sft.training_state import read_progress, write_progress
 
 
 class MicroBatchesOfStep:
@@ -88,7 +89,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         self.validate = validate
         self.complete = complete
         self.rank = rank
-        self.engine = engine
+        self.engine_name: Engine = engine
+        self.engine = get_engine(engine)
         self.micro_batches_of_all = micro_batches_of_all or micro_batches_per_step
         self.optimizer: torch.optim.Optimizer | None = None
         self.lr_scheduler: Any = None
@@ -126,7 +128,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             accelerator_config={"dispatch_batches": False, "split_batches": False},
-            **engine_arguments(engine, clip=settings.clip, precision=self.precision),
+            **self.engine.arguments(clip=settings.clip, precision=self.precision, convert=self._converts()),
         )
         # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
         numbers = datasets.Dataset.from_dict({"input_ids": [[step] for step in range(settings.max_steps)]})
@@ -208,13 +210,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def _seed_micro_step(self) -> None:
         """Random numbers (of dropout) are a function of seed, step and micro-step: a resumed run has the same."""
         micro_step = len(self.step_metrics.keys)
-        entropy = [self.seed, self.state.global_step, micro_step, self.args.process_index]
+        entropy = [self.seed, self.state.global_step, micro_step, self.rank.number]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The norm of the gradient, which is clipped; one that is not finite is thrown away, so that the step changes
         nothing. Under float16 the scaler does that."""
         norm = super()._clip_grad_norm(model)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()  # of the shares of all processes
         is_finite = math.isfinite(float(norm)) or self.precision == "float16"
         self.nonfinite_steps = 0 if is_finite else self.nonfinite_steps + 1
         if not is_finite:
@@ -222,25 +226,53 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
                 parameter.grad = None
         return norm
 
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model, of which this process may have but a share."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @property
+    def bare_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what accelerate puts around it."""
+        prepared: Any = self.optimizer
+        optimizer: torch.optim.Optimizer = prepared.optimizer
+        return optimizer
+
     def save_state(self, folder: Path, more: dict[str, Any]) -> None:
-        """Write what the next step needs, and `more` for whoever restores the rest."""
+        """Write what the next step needs, and `more` for whoever restores the rest. All processes call it."""
+        self.engine.save(self, folder)
+        if not self.rank.is_main:
+            return
         progress = {
+            "engine": self.engine_name,
+            "processes": self.rank.of,
             "step": self.state.global_step,
             "schedule": self.lr_scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "data": self.data_state(self.state.global_step),
             **more,
         }
-        save_state(folder, self.accelerator.unwrap_model(self.model), self.optimizer, progress)
+        write_progress(folder, progress)
+
+    def _converts(self) -> bool:
+        """Whether the state to go on from is of another number of processes."""
+        return self.resume_from is not None and _writers(read_progress(self.resume_from)).processes != self.rank.of
 
     def load_state(self, folder: Path) -> None:
         """Go on after the step of a state. The data have their own (`MicroBatches.restore`)."""
         progress = read_progress(folder)
-        load_state(folder, self.accelerator.unwrap_model(self.model), self.optimizer)
+        self.engine.load(self, folder, _writers(progress))
         self.lr_scheduler.load_state_dict(progress["schedule"])
+        for group, rate in zip(self.bare_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         if self.accelerator.scaler and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.state.global_step = self._globalstep_last_logged = progress["step"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_checkpoint(self)
+
+
+def _writers(progress: dict[str, Any]) -> Writers:
+    return Writers(progress.get("engine", "ddp"), progress.get("processes", 1))

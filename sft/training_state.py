@@ -2,7 +2,9 @@
 
     trained.safetensors   what is trained, exactly: float32, where the weights beside it are rounded to bfloat16
     optimizer.pt          the optimizer's tensors; read with `weights_only=True`, after their hash matched
-    progress.json         everything else: step, schedule, scaler, place in the data
+    progress.json         everything else: who wrote it, step, schedule, scaler, place in the data
+
+Engines that share a model out have files of their own in place of the first two (`sft.engines`).
 
 Random numbers need no place here: torch is seeded anew in every micro-step.
 """
@@ -21,14 +23,13 @@ from sft.errors import UserError
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.pt", "progress.json"
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: Any, progress: dict[str, Any]) -> None:
-    """Write the three files. `progress` is JSON."""
+def save_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Write the first two files."""
     from safetensors.torch import save_file
 
     trained = {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
     save_file(trained, folder / TRAINED)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-    (folder / PROGRESS).write_text(json.dumps(progress, separators=(",", ":")) + "\n")
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
@@ -48,8 +49,13 @@ def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
 
+def write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    """Write the third; it is JSON."""
+    (folder / PROGRESS).write_text(json.dumps(progress, separators=(",", ":")) + "\n")
+
+
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What `save_state` was given."""
+    """What `write_progress` was given."""
     progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     return progress
 

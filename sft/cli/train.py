@@ -173,12 +173,12 @@ def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
     """
     import torch
 
-    from sft.distributed import choose_engine
+    from sft.engines import choose_engine
     from sft.preparation import prepare
 
     if torch.cuda.is_available() and nproc > torch.cuda.device_count():
         raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
-    choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc))
+    choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc), recipe.training.optimizer)
     quiet_libraries()
     with preparation(out) as update:
         prepare(recipe, update)
@@ -233,7 +233,7 @@ def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
     found = newest_state(folder, lambda line: out.print(line, markup=False))
     if found is None and any(folder.glob("checkpoint-*")):
         raise UserError(
-            f"{run_dir}: holds checkpoints, but none with a state to go on from (sharded runs keep none as yet); "
+            f"{run_dir}: holds checkpoints, but none with a state to go on from; "
             "--resume none deletes them and starts anew, another output_dir leaves them"
         )
     out.print(f"going on from {found}" if found else f"{run_dir}: no checkpoint yet; starting anew", markup=False)

@@ -1,4 +1,4 @@
-"""Work shared out to the processes of accelerate; alone, a process does it all."""
+"""Work shared out to the processes that are connected; alone, a process does it all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-
+from sft.distributed import of_all, this_process
 from sft.errors import RunError, UserError
 
 Item = TypeVar("Item")
@@ -22,15 +19,14 @@ def deal(items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:
     Every process has equally many: one that the last round leaves short repeats another's. Engines that shard a model
     wait for every process in every layer.
     """
-    state = _state()
-    rounds = [items[first : first + state.num_processes] for first in range(0, len(items), state.num_processes)]
-    return [(one[min(state.process_index, len(one) - 1)], one) for one in rounds]
+    own = this_process()
+    rounds = [items[first : first + own.of] for first in range(0, len(items), own.of)]
+    return [(one[min(own.number, len(one) - 1)], one) for one in rounds]
 
 
 def gathered(found: dict[Item, Found]) -> dict[Item, Found]:
     """What all processes found."""
-    _state()
-    return dict(gather_object(list(found.items())))
+    return dict(of_all([*found.items()]))
 
 
 @contextmanager
@@ -47,8 +43,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the others have to know
         own = error
-    state = _state()
-    found = gather_object([_told(own)]) if state.num_processes > 1 else []
+    found = of_all([_told(own)])
     if own is not None:
         raise own
     for number, problem in enumerate(found):
@@ -76,20 +71,9 @@ def from_main(call: Callable[[], Found]) -> Found:
     with together():
         if is_main_process():
             found.append(call())
-    everything: list[Found] = gather_object(found)
-    return everything[0]
+    return of_all(found)[0]
 
 
 def is_main_process() -> bool:
     """Whether this one prints and writes."""
-    return bool(_state().is_main_process)
-
-
-def is_alone() -> bool:
-    """Whether there is no other process."""
-    return bool(_state().num_processes == 1)
-
-
-def _state() -> PartialState:
-    """Without `cpu`, processes on machines without a GPU are not told of each other."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return this_process().is_main

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,14 @@ def shared_losses(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SampleLoss]:
     """The loss of every held-out sample, in the order of the packs, which are shared out to the processes; see
-    `sample_losses`."""
+    `sample_losses`.
+
+    With `always_whole` the processes wait for each other in every forward: what fails before it in one of them fails in
+    all, then and there.
+    """
     own: dict[int, list[SampleLoss]] = {}
     done = 0
-    with together():
+    with nullcontext() if always_whole else together():
         for number, turn in deal(range(len(held_out.packs))):
             packs = [held_out.packs[number]]
             own[number] = [
@@ -99,6 +104,7 @@ def shared_losses(
                     image_size=image_size,
                     autocast=autocast,
                     always_whole=always_whole,
+                    before_forward=together if always_whole else nullcontext,
                 )
             ]
             done += sum(len(held_out.packs[other]) for other in turn)

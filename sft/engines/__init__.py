@@ -1,0 +1,99 @@
+"""Engines: how several processes keep a model that they train together.
+
+An engine is a module of this package that offers what `EngineModule` lists, found by its name. Sharing out is the work
+of torch and DeepSpeed; what is here is how each is set up, and how what it keeps apart is written and read.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from sft.distributed import Rank
+from sft.errors import UserError
+from sft.recipe import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Writers(NamedTuple):
+    """Who has written a state."""
+
+    engine: Engine
+    processes: int
+
+
+class EngineModule(Protocol):
+    """What the trainer needs to know of an engine. All processes make each of these calls."""
+
+    KEEPS_GRADIENTS: bool
+    """Whether gradients stand in `.grad` until the optimizer's step."""
+
+    def check(self, mode: str, optimizer: str) -> None:
+        """Raise UserError where it is not installed, or cannot do what is asked of it."""
+
+    def check_precision(self, precision: str) -> None:
+        """Raise UserError where it does not train in it here."""
+
+    def arguments(self, *, clip: float, precision: str, convert: bool) -> dict[str, Any]:
+        """The engine's part of transformers' TrainingArguments. `convert`: it goes on from a state of another number of
+        processes."""
+
+    def share_out(self, model: nn.Module, precision: str) -> None:
+        """Leave this process its share of the weights, if that is done before the trainer is made."""
+
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise RunError where libraries have made something else of the model than this engine's."""
+
+    def own_part(self, tensor: Tensor) -> Tensor:
+        """What this process has of a parameter or gradient."""
+
+    def gathered(self, trainer: Any) -> dict[str, Tensor] | None:
+        """The whole weights in the main process; None where it has them anyway."""
+
+    def save(self, trainer: Any, folder: Path) -> None:
+        """Write what is trained and the optimizer's tensors into a folder, each process its share."""
+
+    def load(self, trainer: Any, folder: Path, written_by: Writers) -> None:
+        """Set what is trained and the optimizer to what was saved. Raises UserError where this engine cannot."""
+
+
+def get_engine(name: Engine) -> EngineModule:
+    """The engine called `name`, which is not `auto`."""
+    return import_module(f"{__name__}.{name}")
+
+
+def choose_engine(asked: Engine, mode: str, rank: Rank, optimizer: str = "adamw") -> Engine:
+    """What `auto` means: ZeRO-3 where everything is trained on several processes, as the card; else a copy on each.
+
+    Raises:
+        UserError: an engine that is not installed, or cannot do what is asked of it.
+    """
+    if asked == "auto":
+        asked = "zero3" if mode == "full" else "ddp"
+    if rank.of == 1:
+        return "ddp"  # nothing to share
+    get_engine(asked).check(mode, optimizer)
+    return asked
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether this process has but a share of a model's weights, and waits for the others in every layer."""
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+
+
+def check_shared_out(engine: Engine, mode: str, optimizer: str) -> None:
+    """What no engine that shares weights out can do.
+
+    Raises:
+        UserError: weights in 4 bits, or optimizer states in 8.
+    """
+    if mode == "qlora":
+        raise UserError(f"distributed.engine: {engine} cannot share out weights in 4 bits; set ddp, or model.mode lora")
+    if optimizer != "adamw":
+        raise UserError(
+            f"training.optimizer: {engine} shares out the states of adamw alone, which then take less than whole ones "
+            f"in 8 bits; set adamw, or distributed.engine ddp"
+        )
