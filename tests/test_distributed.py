@@ -21,7 +21,8 @@ from two_ranks import step
 
 from sft.checkpoint import broken_files, checkpoints
 from sft.data_loader import MicroBatches
-from sft.distributed import ALONE, Rank, choose_engine, launched_as
+from sft.distributed import ALONE, Rank, launched_as
+from sft.engines import choose_engine
 from sft.errors import UserError
 from sft.models import idefics
 from sft.planner import Planner
