@@ -70,12 +70,10 @@ def load_benchmark(
     `shots` questions are shown before each, from the TSV `support`, or from a part of `path` that is then not asked.
 
     Raises:
-        UserError: see `read_tsv`; the file has no questions; there are no answers to show.
+        UserError: see `read_tsv`; there are not enough answers to show.
     """
     rows = read_tsv(path)
     questions = group_rows(rows, protocol)
-    if not questions:
-        raise UserError(f"{path}: no questions found")
     shown: Sequence[Question] = ()
     if shots and support:
         shown = first_rows(read_tsv(support))
