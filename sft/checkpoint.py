@@ -85,14 +85,11 @@ def _write_manifest(folder: Path) -> None:
 
 def is_complete(path: Path) -> bool:
     """Whether every file of the manifest is there in its size. Contents are checked by `broken_files`."""
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        return False
     try:
-        files = json.loads(manifest.read_text())
-    except ValueError:
+        files = json.loads((path / MANIFEST).read_text())
+        return all(_has_size(path / name, file["bytes"]) for name, file in files.items())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none, or a damaged one
         return False
-    return all(_has_size(path / name, file["bytes"]) for name, file in files.items())
 
 
 def broken_files(path: Path) -> list[str]:
@@ -118,6 +115,12 @@ def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in a folder, by step."""
     found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=step_of)
+
+
+def incomplete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints whose weights were written, but are damaged; not those whose weights were removed."""
+    named = (path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in named if (path / MANIFEST).is_file() and not is_complete(path)), key=step_of)
 
 
 def newest_state(directory: Path, say: Callable[[str], None]) -> Path | None:

@@ -44,22 +44,42 @@ def disk_full_told(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing: beside it first, then renamed. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text, encoding="utf-8", newline="")
-    os.replace(staging, path)
+    """Write a whole text file or nothing: beside it first, then renamed. Makes the folder.
+
+    Raises:
+        OSError: naming the file; nothing is left beside it then.
+    """
+    with _renamed(path) as staging:
+        staging.write_text(text, encoding="utf-8", newline="")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that gets its name when the block ends without an error. Makes the folder."""
+    """A binary file that gets its name when the block ends without an error. Makes the folder.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    with _renamed(path) as staging:
+        with staging.open("wb") as file:
+            yield file
+        _sync(staging)
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A hidden name for a file that becomes `path` when the block ends without an error, and is gone after one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.staging")
-    with staging.open("wb") as file:
-        yield file
-    _sync(staging)
-    os.replace(staging, path)
+    staging = _staging(path)
+    try:
+        yield staging
+        os.replace(staging, path)
+    except BaseException as error:
+        with suppress(OSError):
+            staging.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(staging)):  # a full disk is not told by name
+            error.filename = str(path)
+        raise
 
 
 def discard(folder: Path) -> None:

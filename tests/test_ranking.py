@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sft.errors import RunError
+from sft.evaluation import score
 from sft.evaluation.mmbench import Row, rotate
 from sft.evaluation.protocols import group_rows, query
-from sft.evaluation.ranking import AnswerRequest, _forwards, _lay, _Path, _plan, score_answers
+from sft.evaluation.ranking import AnswerRequest, AnswerScore, _forwards, _lay, _Path, _plan, score_answers
 from sft.evaluation.score import Benchmark, choose_questions, evaluate, protocol_hash
 from sft.generation import generate
 from sft.models import idefics
@@ -204,6 +205,26 @@ def test_written_answers_are_those_of_generation(model, template):
     (expected,) = generate(model, template, [query(rows[4], "circular", "generate").messages], max_new_tokens=64)
     assert texts[4] == expected
     assert result.chance == pytest.approx(1 / 3)
+
+
+def test_what_is_not_finite_is_wrong_and_counted_and_a_model_that_diverged_is_named(model, template, monkeypatch):
+    toy = benchmark(row(1, DOG), row(2, CAT))
+
+    def ranked(requests):
+        found = score_answers(model, template, requests, image_size=IMAGE_SIZE)
+        return [[AnswerScore(math.nan, 1), *found[0][1:]], *found[1:]]
+
+    monkeypatch.setattr(score, "score_answers", lambda model, template, requests, **options: ranked(requests))
+    result = evaluate(model, template, toy, image_size=IMAGE_SIZE)["letter"]
+    first = result.questions[0].rotations[0]
+    assert (first.prediction, first.log_probs, result.questions[0].hit) == ("", {}, False)
+    assert result.questions[0].num_options == 3
+    assert (result.summary()["not_finite"], result.letters["none"]) == (1, pytest.approx(1 / 6))
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(RunError, match="toy: the model gives no finite likelihood to any answer"):
+        evaluate(model, template, toy, image_size=IMAGE_SIZE)
 
 
 def test_shots_are_read_before_the_question(model, template):

@@ -79,6 +79,19 @@ def test_rows_asked_by_themselves_have_the_error_of_their_question():
     assert (toy.summary()["questions"], toy.summary()["rows"]) == (4, 12)
 
 
+def test_categories_count_questions_as_the_whole_does():
+    rows = [question(n, "image", p, answers="A") for n in range(2) for p in "AAB"]
+    summary = result(*rows, protocol="card").summary()
+    assert sum(part["questions"] for part in summary["categories"].values()) == summary["questions"] == 2
+
+
+def test_one_image_says_nothing_of_the_spread_between_images():
+    rows = [question(n, "image", "A" if n % 3 else "B", answers="A") for n in range(14)]
+    toy = result(*rows)
+    assert toy.standard_error == pytest.approx(0, abs=1e-12)
+    assert toy.interval == pytest.approx(wilson_interval(toy.accuracy, 1))
+
+
 def test_a_summary_compares_with_the_same_rows_without_images():
     seen, blind = result(question(1, "x", "AB")), result(question(1, "x", "AB"), question(2, "y", "AA"), blind=True)
     assert blind.accuracy == 0.5

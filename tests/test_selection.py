@@ -15,7 +15,7 @@ from scipy import stats
 from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.checkpoint import checkpoints, write_folder
-from sft.errors import UserError
+from sft.errors import RunError, UserError
 from sft.evaluation.results import Asked, QuestionResult, Result, half_of, read_result, result_file, write_result
 from sft.inference import load_for_inference
 from sft.models import idefics
@@ -488,6 +488,47 @@ def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, ca
     assert "could not be evaluated: checkpoint-2 (RuntimeError: out of memory)" in said.err
     assert "checkpoint-2: the evaluation failed" in said.out
     assert json.loads((copied / "selection.json").read_text())["selected"] == "checkpoint-1"
+
+
+def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsys, monkeypatch):  # noqa: F811
+    ask = questionnaire.score_model
+    other = copied / "checkpoints" / "checkpoint-1"
+
+    def diverged(path, *arguments, **options):
+        if path.name == "checkpoint-1":
+            raise RunError("the model gives no finite likelihood")
+        return ask(path, *arguments, **options)
+
+    monkeypatch.setattr(questionnaire, "score_model", diverged)
+    assert status_of("select", copied) == 1
+    said = capsys.readouterr()
+    assert "could not be evaluated: checkpoint-1 (the model gives no finite likelihood)" in said.err
+    assert json.loads((copied / "selection.json").read_text())["selected"] == "checkpoint-2"
+
+    def vanished(path, *arguments, **options):
+        if path.name == "checkpoint-1":
+            shutil.rmtree(other)
+        return ask(path, *arguments, **options)
+
+    monkeypatch.setattr(questionnaire, "score_model", vanished)
+    assert status_of("select", copied, "--watch") == 0
+    assert "checkpoint-1: was removed before it was evaluated" in capsys.readouterr().out
+
+
+def test_damaged_files_of_a_run_are_asked_anew_or_named(copied, capsys):  # noqa: F811
+    selection, _ = printed(capsys, "select", copied)
+    summary = next((copied / "evaluations").rglob("checkpoint-1.json"))
+    lines = summary.with_suffix(".jsonl")
+    for file, content in ((summary, "{"), (lines, lines.read_text()[:-9]), (lines, lines.read_text().splitlines()[0])):
+        file.write_text(content)
+        assert printed(capsys, "select", copied)[0] == selection
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "vali')  # where training was killed
+    assert 3 not in recorded_losses(copied)
+    for name in ("manifest.json", "model.safetensors"):
+        damaged = copied / "checkpoints" / "checkpoint-1" / name
+        damaged.write_bytes(damaged.read_bytes()[:9])
+        assert printed(capsys, "select", copied)[1].count("checkpoint-1: files of its weights are missing") == 1
 
 
 def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,8 @@ def run(
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
     ranks = ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
+    for option, file in (("details", details), ("submission", submission)):
+        _check_place(option, file)
     asked = {"benchmark": benchmark, "protocol": protocol, "shots": shots, "support": support}
     asked["max_questions"] = max_questions
     if nproc > 1:
@@ -161,8 +164,21 @@ def _settings(settings: EvaluationConfig, of_this_benchmark: bool, given: dict[s
     settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
     if settings.benchmark is None:
         raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none)")
+    if given["support"] and not settings.shots:
+        raise UserError("--support is where shots come from; give --shots K too")
     check_protocol(settings.protocol, settings.ranks)
     return settings
+
+
+def _check_place(option: str, file: Path | None) -> None:
+    """Whether a file can be written there, before hours of work."""
+    from sft.errors import UserError
+
+    if file is None:
+        return
+    place = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"--{option} {file}: no file can be written there")
 
 
 def _check(questions: Benchmark, settings: EvaluationConfig, submission: Path | None) -> None:
@@ -186,11 +202,11 @@ def _write_details(file: Path, results: dict[Any, Result]) -> None:
 
 def _show(summary: dict[str, Any], out: Console) -> None:
     """One ranking: by category, over all, and what to compare it with."""
-    shots = f", {summary['shots']} shots" if summary["shots"] else ""
+    shots = f", {summary['shots']} shot{'s' * (summary['shots'] > 1)}" if summary["shots"] else ""
     blind = "" if summary["with_images"] else ", without images"
-    title = f"{summary['benchmark']}, {summary['protocol']}, by {summary['rank']}{shots}{blind}"
+    title = f"{summary['benchmark']}, {summary['protocol']}, by {summary['rank']}{shots}{blind}, {summary['rows']} rows"
     if summary["accuracy"] is None:
-        out.print(f"{title}: {summary['rows']} rows, answers not scored here, in {summary['submission']}")
+        out.print(f"{title}: answers not scored here, in {summary['submission']}")
     else:
         parts = [(*part, "") for part in summary["categories"].items()]
         if summary["l2_categories"] != summary["categories"]:
@@ -208,6 +224,8 @@ def _show(summary: dict[str, Any], out: Console) -> None:
         out.print(f"chance {percent(summary['chance'])}{anew}")
     for reason, number in summary["filtered"].items():
         out.print(f"{number} questions were not asked: {reason}")
+    if summary["not_finite"]:
+        out.print(f"{summary['not_finite']} rows count as wrong: the model's outputs are not finite there")
     for deviation in summary["deviations"]:
         out.print(f"differs from its source: {deviation}")
     letters = ", ".join(f"{letter} {percent(share)}" for letter, share in summary["letters"].items())

@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"idefics-sft: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
         sys.exit(1 if error.errno in (errno.ENOSPC, errno.EIO) else 2)
     except KeyboardInterrupt:
-        print("idefics-sft: interrupted", file=sys.stderr)
+        if speaks():
+            print("idefics-sft: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

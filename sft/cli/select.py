@@ -46,7 +46,7 @@ def run(
     if nproc > 1:
         options = {"by": by, "benchmark": benchmark, "rule": rule, "watch": watch, "json": json}
         start(nproc, ["select", run], options)
-    selection = None
+    selection = session = None
     with joined() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
@@ -54,16 +54,16 @@ def run(
             for selection in _session(recipe, out).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-            selection = select(recipe, out)
+            selection, session = _select(recipe, out)
             show(selection, out)
-    if not process.is_main:
-        return
-    if json:
+    if process.is_main and json:
         from sft.selection.choice import as_json
 
         print_json(as_json(selection))
-        return
-    out.print(f"Plot: {Path(recipe.output_dir) / 'selection.svg'}. Next: idefics-sft chat {run}")
+    elif process.is_main:
+        out.print(f"Plot: {Path(recipe.output_dir) / 'selection.svg'}. Next: idefics-sft chat {run}")
+    if session:
+        session.check_all_asked()
 
 
 def _with_options(recipe: Recipe, *, by: str | None, benchmark: str | None, rule: str | None) -> Recipe:
@@ -89,11 +89,23 @@ def _with_options(recipe: Recipe, *, by: str | None, benchmark: str | None, rule
 
 
 def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Selection:
-    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot."""
+    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot.
+
+    Raises:
+        UserError: there is nothing to choose from or by.
+        RunError: a checkpoint could not be evaluated.
+    """
+    selection, session = _select(recipe, out, chosen_on)
+    session.check_all_asked()
+    return selection
+
+
+def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> tuple[Selection, Session]:
     from sft.naming import run_checkpoints
 
     run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
-    return _session(recipe, out, chosen_on).select()
+    session = _session(recipe, out, chosen_on)
+    return session.select(), session
 
 
 def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
@@ -158,7 +170,8 @@ def _title(selection: Selection) -> str:
     chosen_on, reported = selection.questions
     if not reported:
         return "held-out loss as training wrote it down: only means, so nothing says how sure the choice is"
-    name = f"{selection.benchmark} by {' and '.join(selection.ranks) or selection.by}"
+    by = " and ".join(selection.ranks) or selection.by
+    name = "held-out loss" if selection.by == "loss" else f"{selection.benchmark} by {by}"
     if selection.chosen_on == "half":
         return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
     what = "samples" if selection.by == "loss" else "questions"

@@ -75,7 +75,7 @@ def read_tsv(path: Path) -> list[Row]:
     """All rows of a file of MMBench layout, in its order. Each distinct image is held once, and decoded once to check.
 
     Raises:
-        UserError: the file or a column is missing, or a row is wrong; the message names file and line.
+        UserError: the file or a column is missing, it has no rows, or one is wrong; the message names file and line.
     """
     encoded: dict[int, str] = {}  # the image field of each row
     distinct: dict[str, str] = {}  # legacy files repeat the image in every pass; one copy is kept
@@ -87,6 +87,8 @@ def read_tsv(path: Path) -> list[Row]:
         image = row.pop("image").strip()
         encoded[index] = distinct.setdefault(image, image)
         fields.append((where, row))
+    if not fields:
+        raise UserError(f"{path}: no questions found")
     has_answers = any(row.get("answer", "").strip() for _, row in fields)
     pictures: dict[str, tuple[ImageRef, str]] = {}
     rows = []

@@ -41,13 +41,14 @@ class Asked:
     answer: str
     """Empty where the file keeps the answers back."""
     prediction: str
-    """Empty where a written answer names no option."""
+    """Empty where a written answer names no option, or likelihoods are not finite."""
     log_probs: dict[str, float]
-    """Summed log-probability (natural logarithm) of each letter's option; empty where answers are written."""
+    """Summed log-probability (natural logarithm) of each letter's option; empty where answers are written, and where
+    they are not finite."""
     num_tokens: dict[str, int]
     """How many tokens were summed."""
     letters: tuple[str, ...] = ()
-    """Where answers are written: the letters of the options."""
+    """Where there are no log-probabilities: the letters of the options."""
     text: str = ""
     """The written answer."""
 
@@ -139,10 +140,14 @@ class Result:
         return self._parts(lambda question: question.l2_category)
 
     def _parts(self, name: Callable[[QuestionResult], str]) -> dict[str, dict[str, float]]:
-        hits: dict[str, list[bool]] = {}
+        parts: dict[str, list[QuestionResult]] = {}
         for question in self.questions:
-            hits.setdefault(name(question), []).append(question.hit)
-        return {part: {"questions": len(hits[part]), "accuracy": _mean(hits[part])} for part in sorted(hits) if part}
+            parts.setdefault(name(question), []).append(question)
+        return {
+            part: {"questions": _num_distinct(parts[part]), "accuracy": _mean([q.hit for q in parts[part]])}
+            for part in sorted(parts)
+            if part
+        }
 
     @property
     def letters(self) -> dict[str, float]:
@@ -151,6 +156,13 @@ class Result:
         counts = Counter(asked.prediction or "none" for question in self.questions for asked in question.rotations)
         total = sum(counts.values())
         return {letter: counts[letter] / total for letter in sorted(counts)}
+
+    @property
+    def num_not_finite(self) -> int:
+        """Rows whose likelihoods are not finite: they count as wrong."""
+        if self.rank == "generate":
+            return 0
+        return sum(not asked.log_probs for question in self.questions for asked in question.rotations)
 
     def on_half(self, half: Literal[0, 1], seed: int) -> Result:
         """The same result on one half of the images.
@@ -180,7 +192,7 @@ class Result:
             "shots": self.shots,
             "deviations": list(self.deviations),
             "with_images": not self.blind,
-            "questions": len({question.question for question in self.questions}),
+            "questions": _num_distinct(self.questions),
             "rows": sum(len(question.rotations) for question in self.questions),
             "filtered": {reason: len(questions) for reason, questions in self.filtered.items()},
             "filtered_questions": {reason: list(questions) for reason, questions in self.filtered.items()},
@@ -193,7 +205,13 @@ class Result:
             "categories": self.categories if scored else {},
             "l2_categories": self.l2_categories if scored else {},
             "letters": self.letters,
+            "not_finite": self.num_not_finite,
         }
+
+
+def _num_distinct(questions: Sequence[QuestionResult]) -> int:
+    """Where rows count by themselves, a question has several."""
+    return len({question.question for question in questions})
 
 
 def half_of(image_sha256: str, seed: int) -> int:
@@ -227,9 +245,10 @@ def clustered_standard_error(values: ArrayLike, clusters: Sequence[str]) -> floa
 def effective_size(accuracy: float, standard_error: float, num_clusters: int) -> float:
     """How many independent questions would have this standard error: p (1 - p) / SE^2.
 
-    Where all are hits, or all misses, nothing is known of the spread inside clusters: then each counts once.
+    Where all are hits, or all misses, or about one image, nothing is known of the spread between clusters: then each
+    counts once.
     """
-    if standard_error == 0:
+    if standard_error < 1e-9:  # 0, but for rounding
         return num_clusters
     return accuracy * (1 - accuracy) / standard_error**2
 
@@ -274,10 +293,16 @@ def write_questions(result: Result, file: Path) -> None:
 
 
 def read_result(file: Path) -> Result:
-    """Read what `write_result` wrote, by the summary's path."""
+    """Read what `write_result` wrote, by the summary's path.
+
+    Raises:
+        ValueError, KeyError, TypeError: one of the two files is damaged.
+    """
     summary = json.loads(file.read_text(encoding="utf-8"))
     with file.with_suffix(".jsonl").open(encoding="utf-8") as lines:
         questions = tuple(_question_result(json.loads(line)) for line in lines)
+    if sum(len(question.rotations) for question in questions) != summary["rows"]:
+        raise ValueError(f"{file}: {summary['rows']} rows are told, others are there")
     return Result(
         benchmark=summary["benchmark"],
         protocol=summary["protocol"],
@@ -293,11 +318,11 @@ def read_result(file: Path) -> Result:
 
 
 def find_result(run: Path, benchmark: str, protocol_hash: str, checkpoint: str, *, weights: str) -> Result | None:
-    """The finished evaluation of these weights, if there is one."""
-    file = result_file(run, benchmark, protocol_hash, checkpoint)
-    if not file.is_file():
+    """The finished evaluation of these weights, if there is one; damaged files are none."""
+    try:
+        result = read_result(result_file(run, benchmark, protocol_hash, checkpoint))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    result = read_result(file)
     return result if result.weights == weights else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,10 @@ def load_benchmark(
     `shots` questions are shown before each, from the TSV `support`, or from a part of `path` that is then not asked.
 
     Raises:
-        UserError: see `read_tsv`; the file has no questions; there are no answers to show.
+        UserError: see `read_tsv`; there are not enough answers to show.
     """
     rows = read_tsv(path)
     questions = group_rows(rows, protocol)
-    if not questions:
-        raise UserError(f"{path}: no questions found")
     shown: Sequence[Question] = ()
     if shots and support:
         shown = first_rows(read_tsv(support))
@@ -86,6 +85,9 @@ def load_benchmark(
         raise UserError(f"{support or path}: has no answers to show as shots; give a TSV with answers as support")
     if max_questions is not None:
         questions = choose_questions(questions, max_questions, seed)
+    support_rows = tuple(row for question in shown for row in question.rotations)
+    for question in questions if shots else ():
+        draw_shots(question, support_rows, num_shots=shots, seed=seed)  # told before a model is loaded
     parts = [_hash_of(path), ",".join(str(question.first.index) for question in questions)]
     if shots:
         parts += [str(seed), _hash_of(support or path), ",".join(str(question.first.index) for question in shown)]
@@ -96,7 +98,7 @@ def load_benchmark(
         questions=tuple(questions),
         rows=tuple(rows),
         shots=shots,
-        support=tuple(row for question in shown for row in question.rotations),
+        support=support_rows,
         seed=seed,
     )
 
@@ -141,7 +143,7 @@ def evaluate(
 
     Raises:
         UserError: the protocol has no such ranking.
-        RunError: all questions are too long.
+        RunError: all questions are too long, or the model's outputs are not finite.
     """
     check_protocol(benchmark.protocol, ranks)
     ranked: list[Rank] = [rank for rank in ranks if rank != "generate"]
@@ -212,10 +214,14 @@ def _samples(benchmark: Benchmark, rank: Rank, blind: bool) -> Iterator[tuple[Ro
 
 
 def _ranked(row: Row, letters_: Sequence[str], scores: Sequence[AnswerScore] | None) -> Asked | None:
-    """What was predicted for a row: the likeliest option, the first of equals."""
+    """What was predicted for a row: the likeliest option, the first of equals; none where weights are not finite."""
     if scores is None:
         return None
     by_letter = dict(zip(letters_, scores, strict=True))
+    if not all(math.isfinite(score.log_prob) for score in scores):
+        return Asked(
+            index=row.index, answer=row.answer, prediction="", log_probs={}, num_tokens={}, letters=tuple(letters_)
+        )
     return Asked(
         index=row.index,
         answer=row.answer,
@@ -265,7 +271,7 @@ def _result(
         )
     if not questions:
         raise RunError(f"{benchmark.name}: all {len(too_long)} questions are {TOO_LONG}")
-    return Result(
+    result = Result(
         benchmark=benchmark.name,
         protocol=benchmark.protocol,
         protocol_hash=protocol_hash,
@@ -277,6 +283,9 @@ def _result(
         filtered={TOO_LONG: tuple(too_long)} if too_long else {},
         deviations=DEVIATIONS.get(benchmark.protocol, ()),
     )
+    if result.num_not_finite == sum(len(question.rotations) for question in questions):
+        raise RunError(f"{benchmark.name}: the model gives no finite likelihood to any answer: its training diverged")
+    return result
 
 
 def _hash_of(path: Path) -> str:

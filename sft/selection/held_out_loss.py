@@ -7,6 +7,7 @@ every checkpoint is asked here: the same packs of held-out samples for all, at t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from sft.chat_template import ChatTemplate
+from sft.errors import RunError
 from sft.evaluation.processes import deal, gathered, together
 from sft.files import hash_file
 from sft.held_out_loss import HeldOutPacks, SampleLoss, mean_loss, sample_losses
@@ -33,9 +35,12 @@ def recorded_losses(run_dir: Path) -> dict[int, float]:
     losses = {}
     with file.open(encoding="utf-8") as lines:
         for line in lines:
-            metrics = json.loads(line)
+            try:
+                metrics = json.loads(line)
+            except ValueError:  # a line that a killed training did not finish
+                continue
             loss = mean_loss(metrics.get("validation", {}))
-            if loss is not None:
+            if loss is not None and math.isfinite(loss):
                 losses[int(metrics["step"])] = loss
     return losses
 
@@ -52,6 +57,7 @@ def ask_held_out_loss(
 
     Raises:
         SkipSample: an image was changed since it was prepared.
+        RunError: a loss is not finite.
     """
     data = held_out.sources.data
 
@@ -61,6 +67,10 @@ def ask_held_out_loss(
         samples = shared_losses(
             loaded.model, held_out, image_size=loaded.image_size, autocast=loaded.autocast, on_progress=on_progress
         )
+        if broken := sum(not math.isfinite(sample.loss) for sample in samples):
+            raise RunError(
+                f"{path}: the loss of {broken} of {len(samples)} held-out samples is not finite: training diverged"
+            )
         tokens = sum(sample.trained_tokens for sample in samples)
         loss = sum(sample.loss * sample.trained_tokens for sample in samples) / tokens
         return {"by": "loss", "loss": loss}, [_line(sample) for sample in samples]

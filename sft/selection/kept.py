@@ -37,9 +37,14 @@ def asked_once(
 
 
 def is_kept(run_dir: Path, benchmark: str, protocol_hash: str, checkpoint: str, *, weights: str) -> bool:
-    """Whether these weights were asked this before."""
+    """Whether these weights were asked this before, and the answers can be read."""
     file = result_file(run_dir, benchmark, protocol_hash, checkpoint)
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["weights"] == weights)
+    try:
+        for line in file.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines():
+            json.loads(line)
+        return bool(json.loads(file.read_text(encoding="utf-8"))["weights"] == weights)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def keep(

@@ -9,7 +9,7 @@ Shape letters: K checkpoints, Q questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,10 @@ def _files(
     by_step: dict[int, dict[str, Path]] = {}
     protocols: dict[str, str] = {}
     for file in sorted(folder.glob("*/checkpoint-*.json")):
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        is_other = protocol_hashes is not None and summary["protocol_hash"] not in protocol_hashes
-        if is_other or not summary.get("with_images", True) or not counts(file.stem):
+        if protocol_hashes is not None and file.parent.name not in protocol_hashes:
+            continue
+        summary = _object(file.read_text(encoding="utf-8"), file)
+        if not summary.get("with_images", True) or not counts(file.stem):
             continue
         rank = summary.get("rank", "")
         if protocols.setdefault(rank, summary["protocol_hash"]) != summary["protocol_hash"]:
@@ -147,6 +148,16 @@ def _ranks(folder: Path, by_step: dict[int, dict[str, Path]]) -> tuple[str, ...]
     return tuple(rank for rank in ranks if rank)
 
 
-def _lines(file: Path) -> Sequence[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [_object(line, file) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _object(text: str, file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: it is not the JSON object that was written.
+    """
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: damaged; delete it and run `idefics-sft select` again") from error

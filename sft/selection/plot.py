@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sft.files import whole_file
 from sft.selection.choice import CategoryScores, Selection
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
@@ -15,6 +17,7 @@ if TYPE_CHECKING:  # matplotlib takes a second to import
 
 FILE = "selection.svg"
 _COLUMNS = 4
+_TITLE_WIDTH = 36
 _BLUE, _GREY, _ORANGE = "#20639b", "#8a8f98", "#c8553d"
 
 
@@ -22,16 +25,17 @@ def plot(selection: Selection, file: Path) -> None:
     """Write the plot as an SVG that stands by itself; the same selection gives the same bytes."""
     import matplotlib
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}.staging")
-    with matplotlib.rc_context({"svg.hashsalt": "idefics-sft", "svg.fonttype": "path", "font.size": 8}):
-        draw(selection).savefig(staging, format="svg", metadata={"Date": None})
-    staging.replace(file)
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "idefics-sft", "svg.fonttype": "path", "font.size": 8}),
+        whole_file(file) as opened,
+    ):
+        draw(selection).savefig(opened, format="svg", metadata={"Date": None})
 
 
 def draw(selection: Selection) -> Figure:
     """The whole on top, a small panel for each category below."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = 1 + math.ceil(len(_shown(selection)) / _COLUMNS)
     figure = Figure(figsize=(10, 3.2 + 1.9 * (rows - 1)), layout="constrained")
@@ -41,14 +45,20 @@ def draw(selection: Selection) -> Figure:
     intervals = [score.interval for score in selection.scores if score.interval]
     _draw_line(whole, scores, intervals, selection)
     _mark(whole, selection)
-    unit = "held-out loss" if selection.by == "loss" else "score"
-    whole.set_title(f"{selection.benchmark}: {unit}{' with 95 % intervals' if intervals else ''}")
+    what = "held-out loss" if selection.by == "loss" else f"{selection.benchmark}, {selection.questions[1]} questions"
+    whole.set_title(f"{what}{', with 95 % intervals' if intervals else ''}")
     whole.set_xlabel("step")
+    whole.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     whole.legend(loc="best", frameon=False)
+    axes = None
     for number, (name, category) in enumerate(_shown(selection).items()):
-        axes = figure.add_subplot(grid[1 + number // _COLUMNS, number % _COLUMNS])
+        # Shares can be compared over categories; the losses of sources are of different sizes.
+        shared = None if selection.by == "loss" else axes
+        axes = figure.add_subplot(grid[1 + number // _COLUMNS, number % _COLUMNS], sharey=shared)
         _draw_line(axes, category.scores, category.intervals, selection)
-        axes.set_title(f"{name or 'without category'} ({category.questions})", fontsize=7)
+        title = f"{name or 'without category'} ({category.questions})".replace("_", " ")
+        axes.set_title(textwrap.fill(title, _TITLE_WIDTH), fontsize=7)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
 
@@ -61,6 +71,8 @@ def _draw_line(
     axes: Axes, scores: Sequence[float], intervals: Sequence[tuple[float, float]], selection: Selection
 ) -> None:
     """Scores over steps, a bar for each interval if there are any, and where the selected one stands."""
+    from matplotlib.ticker import PercentFormatter
+
     steps = [score.step for score in selection.scores]
     axes.plot(steps, scores, color=_BLUE, marker="o", markersize=3, linewidth=1)
     if intervals:
@@ -69,6 +81,8 @@ def _draw_line(
     selected = next(score.step for score in selection.scores if score.checkpoint == selection.selected)
     axes.axvline(selected, color=_ORANGE, linewidth=0.8, linestyle="--", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
+    if selection.by != "loss":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
 def _mark(axes: Axes, selection: Selection) -> None:

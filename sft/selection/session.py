@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from sft.chat_template import ChatTemplate
-from sft.checkpoint import checkpoints, step_of
+from sft.checkpoint import checkpoints, incomplete_checkpoints, is_complete, step_of
 from sft.errors import RunError, UserError
 from sft.evaluation.processes import from_main, is_main_process, together
 from sft.inference import Load, loaded_in_turn
@@ -54,7 +55,8 @@ class Session:
         self.recipe = recipe
         self.run_dir = Path(recipe.output_dir)
         self.failed: dict[str, str] = {}
-        """Checkpoints whose evaluation failed while the run was watched, and why."""
+        """Checkpoints whose evaluation failed, and why."""
+        self._first_error: Exception | None = None
         self._held_out = held_out
         self._say = say
         self._progress = progress
@@ -65,16 +67,20 @@ class Session:
     def select(self) -> Selection:
         """Ask every checkpoint, choose, and write selection.json and the plot.
 
+        A checkpoint whose evaluation fails is told of and left out; `check_all_asked` tells afterwards.
+
         Raises:
             UserError: there is nothing to choose from or by.
+            Exception: all evaluations failed; this is why the first did.
         """
         paths = from_main(lambda: run_checkpoints(self.run_dir))
+        for path in incomplete_checkpoints(self.run_dir / "checkpoints"):
+            self._say(f"{path.name}: files of its weights are missing or cut off; it is neither asked nor selected")
         with self._held():
             if losses := from_main(lambda: self._recorded_losses(paths)):
                 return from_main(lambda: self._choose_by_recorded(losses, paths))
-            with loaded_in_turn() as load:
-                for path in paths:
-                    self._ask(path, load)
+            if not self._ask_these(paths):
+                raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
             return from_main(self._choose)
 
     def prepare(self) -> None:
@@ -138,6 +144,13 @@ class Session:
                     self._say(f"{self.run_dir}: {state}; waiting for checkpoints (Ctrl-C ends)")
                     said = state
                 time.sleep(POLL_SECONDS)
+        self.check_all_asked()
+
+    def check_all_asked(self) -> None:
+        """
+        Raises:
+            RunError: an evaluation failed.
+        """
         if self.failed:
             named = "; ".join(f"{name} ({reason})" for name, reason in self.failed.items())
             raise RunError(f"{self.run_dir}: could not be evaluated: {named}")
@@ -147,21 +160,31 @@ class Session:
         return RunStatus.read(self.run_dir), checkpoints(self.run_dir / "checkpoints")
 
     def _ask_these(self, present: list[Path]) -> bool:
-        """Ask those that were not asked; whether there is something new to choose from."""
+        """Ask those that were not asked; whether there is something new to choose from.
+
+        An evaluation that fails is told of, and its checkpoint left out: the next one may do better.
+
+        Raises:
+            UserError: there is nothing to choose by, or it cannot be read.
+        """
         new = [path for path in present if path.name not in self._asked and path.name not in self.failed]
+        if new:
+            self.prepare()
         with loaded_in_turn() as load:
             for path in new:
                 try:
                     self._ask(path, load)
-                except UserError:
-                    raise
-                except Exception as error:  # whatever it is, the next checkpoint may do better
-                    self.failed[path.name] = f"{type(error).__name__}: {error}"
+                except Exception as error:  # whatever it is
+                    if not from_main(partial(is_complete, path)):
+                        self._say(f"{path.name}: was removed before it was evaluated; it is left out")
+                        continue
+                    self._first_error = self._first_error or error
+                    ours = isinstance(error, UserError | RunError)
+                    self.failed[path.name] = str(error) if ours else f"{type(error).__name__}: {error}"
                     self._say(f"{path.name}: the evaluation failed, it is left out: {self.failed[path.name]}")
         return any(path.name in self._asked for path in new)
 
     def _ask(self, path: Path, load: Load) -> None:
-        self.prepare()
         assert self._questionnaire is not None
         with self._progress(f"asking {path.name}") as update:
             unit = self._questionnaire.unit
