@@ -20,6 +20,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -135,6 +136,7 @@ def main() -> None:
             for mode in arguments.modes.split(","):
                 found = measure(folder, mode, workload, arguments.rounds, arguments.steps)
                 figures[f"{mode}_{workload}"] = found
+                print(f"{mode}, {workload}: {found}", file=sys.stderr, flush=True)
                 for cache in folder.glob("stores/*/features"):
                     shutil.rmtree(cache)
     ratios = {name: found.pop("ratio") for name, found in figures.items()}

@@ -54,7 +54,7 @@ def recipe_of(folder: Path, name: str, conversations: Path, **changes: dict[str,
         "data": {"store": str(folder / "stores"), "sequence_length": 1024, "mixture": [source]},
         "training": {"max_steps": 8, "tokens_per_step": 1024, "learning_rate": 1e-4},
     }
-    parts = {key: value | changes.get(key, {}) for key, value in parts.items()}
+    parts = {key: parts.get(key, {}) | changes.get(key, {}) for key in parts | changes}
     return Recipe.model_validate(parts | {"output_dir": str(folder / name)})
 
 
