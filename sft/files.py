@@ -70,7 +70,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 def _renamed(path: Path) -> Iterator[Path]:
     """A hidden name for a file that becomes `path` when the block ends without an error, and is gone after one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = _staging(path)
+    staging = staging_of(path)
     try:
         yield staging
         os.replace(staging, path)

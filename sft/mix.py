@@ -225,7 +225,7 @@ def _report(recipe: Recipe, planner: Planner, totals: _Totals, steps: int) -> di
         "packs_per_step": recipe.packs_per_step,
         "ended_by": ended_by,
         "sources": sources,
-        "budget": {name: sum(line["budget"][name] for line in sources) for name in ("records", "images", "bytes")},
+        "budget": {name: sum(line["budget"][name] for line in sources) for name in ("pieces", "images", "bytes")},
         "packs": {
             "count": totals.packs,
             "fill": totals.sum("tokens") / max(totals.packs * length, 1),
@@ -272,7 +272,7 @@ def _line(recipe: Recipe, planner: Planner, totals: _Totals, index: int, pack: f
         "epochs": stream.epochs,
         "ended_at_step": tally.ended_at_step,
         "when_exhausted": source.when_exhausted,
-        "records": len(source),
+        "pieces": len(source),
         "budget": _budget(source, tally),
         "tokens_left_over": sum(b.num_tokens for b in planner.carry if b.items[0].source == index),
         "held_out": source.num_held_out if isinstance(source, PreparedSource) else {},
@@ -283,16 +283,17 @@ def _line(recipe: Recipe, planner: Planner, totals: _Totals, index: int, pack: f
 
 
 def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
-    """What has to be there for these steps: records, each once, their distinct images, and the bytes of both."""
-    records = min(tally.samples, len(source))
+    """What has to be there for these steps: pieces, which are samples or the parts of long ones, each once, their
+    distinct images, and the bytes of both."""
+    pieces = min(tally.samples, len(source))
     images = len(tally.distinct_images)
     if isinstance(source, StatedSource):
-        size = source.num_bytes(round(tally.tokens * records / max(tally.samples, 1)), images)
+        size = source.num_bytes(round(tally.tokens * pieces / max(tally.samples, 1)), images)
     elif isinstance(source, PreparedSource):
-        size = round(records * _bytes_of_each(source, "samples") + images * _bytes_of_each(source, "images"))
+        size = round(pieces * _bytes_of_each(source, "samples") + images * _bytes_of_each(source, "images"))
     else:
         size = 0
-    return {"records": records, "images": images, "bytes": size}
+    return {"pieces": pieces, "images": images, "bytes": size}
 
 
 def _bytes_of_each(source: PreparedSource, table: str) -> float:

@@ -230,14 +230,16 @@ class Stream:
         self.unit = unit
         self.order = Order(len(sizes), sizes.groups, key)
         self.caps = caps
-        self.limit = None if sizes.max_epochs is None else round(sizes.max_epochs * len(sizes))
+        self.limit = None if sizes.max_epochs is None else max(round(sizes.max_epochs * len(sizes)), 1)
         self.given = Given()
         self.passed = 0  # samples gone by, over all epochs
         self.target = 0.0
         self._chunk: _Chunk | None = None
         self._start = 0  # the first sample of the chunk that is not taken
         self._cursor = Cursor()  # where the chunk begins
-        self._reach(1.0)
+        chunk = self._reach(1.0)
+        if self.limit is not None and chunk.totals[self.limit : self.limit + 1].tolist() == [0.0]:
+            raise UserError(self._nothing_fits(chunk))  # it would be gone through at once, and give nothing
 
     @property
     def is_exhausted(self) -> bool:

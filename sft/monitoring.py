@@ -86,6 +86,11 @@ class Monitors:
         return [self._trackers, *([self._evaluation] if self._evaluation else [])]
 
     @property
+    def ended(self) -> str:
+        """Why training is to end before its last step; empty where it is not."""
+        return self._evaluation.ended if self._evaluation else ""
+
+    @property
     def failed(self) -> dict[str, str]:
         """What could not be evaluated or validated so far, and why."""
         parts = (self._validation, self._evaluation)
@@ -265,6 +270,8 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         self.every_steps, self.patience = settings.every_steps, settings.patience
         self.failed: dict[str, str] = {}
         """Checkpoints whose evaluation failed, and why."""
+        self.ended = ""
+        """Why training is to end, once it is."""
         self._say, self._log = say, log
         session.prepare()
 
@@ -274,8 +281,9 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             return
         with undisturbed(model):
             selection = self._ask(checkpoint_name(state.global_step))
-        if why := from_main(lambda: self._why_to_end(selection)):
-            self._say(f"step {state.global_step}: {why}; training ends (evaluation.patience)")
+        if ends := from_main(lambda: self._why_to_end(selection)):
+            self._say(f"step {state.global_step}: {ends}; training ends (evaluation.patience)")
+            self.ended = f"evaluation.patience: {ends}"
             control.should_training_stop = True
 
     def _ask(self, checkpoint: str) -> Selection | None:

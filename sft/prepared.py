@@ -124,12 +124,16 @@ class PreparedSource:
 
     @property
     def num_held_out(self) -> dict[str, int]:
-        """Samples that validate, and samples that are used for neither; empty where nothing is held out."""
+        """Samples that validate, and samples that are used for neither, a long one that stands in several parts counted
+        once; empty where nothing is held out."""
         if self.sides is None:
             return {}
+        sides = np.split(self.sides, self._starts[1:-1])
         return {
-            "validation": int((self.sides == Side.VALIDATION).sum()),
-            "neither": int((self.sides == Side.NEITHER).sum()),
+            name: sum(
+                len(np.unique(part.encoded.samples[own == side])) for part, own in zip(self.parts, sides, strict=True)
+            )
+            for name, side in (("validation", Side.VALIDATION), ("neither", Side.NEITHER))
         }
 
     def place(self, row: int) -> tuple[int, int]:

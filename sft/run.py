@@ -165,9 +165,10 @@ def _train(
         micro_batches_of_all=plans.micro_batches_of_all,
     )
 
-    def status(state: str) -> RunStatus:
+    def status(state: str, why: str) -> RunStatus:
         return RunStatus(
             status=state,
+            why=why,
             step=max(int(trainer.state.global_step), before["step"] if before else 0),
             max_steps=recipe.training.max_steps,
             precision=trainer.precision,
@@ -179,8 +180,13 @@ def _train(
     def is_short() -> bool:
         return int(trainer.state.global_step) < recipe.training.max_steps
 
-    def outcome() -> str:
-        return "stopped" if stop.why and is_short() else "finished"
+    def outcome() -> tuple[str, str]:
+        """How the training ended, and why."""
+        if not is_short():
+            return "finished", "training.max_steps"
+        if stop.why:
+            return "stopped", stop.why
+        return "finished", monitors.ended or f"{planner.mixture.ended()} came to the end of its max_epochs"
 
     def next_step() -> str:
         return f"step {trainer.state.global_step + 1}"
@@ -192,11 +198,9 @@ def _train(
         if is_short() and not last.exists():
             write_checkpoint(trainer)
     model.eval()
-    if outcome() == "stopped":
+    if stop.why and is_short():
         say(f"stopped after step {trainer.state.global_step:,} ({stop.why})")
-    elif is_short() and (ended := planner.mixture.ended()):
-        say(f"{ended}: came to the end of its max_epochs, and training with it at step {trainer.state.global_step}")
-    return status(outcome())
+    return status(*outcome())
 
 
 def _without_evaluation(recipe: Recipe, engine: str, say: Callable[[str], None]) -> Recipe:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import STATE, check_state, step_of
 from sft.checks.environment import LIBRARIES
-from sft.errors import RunError, UserError
+from sft.errors import RunError, UserError, printable
 from sft.files import discard
 from sft.lora import has_adapters, save_adapters
 from sft.models import ModelFamily
@@ -95,18 +95,22 @@ def delete_outputs(run_dir: Path) -> None:
 
 @contextmanager
 def recorded(
-    run_dir: Path, status: Callable[[str], RunStatus], outcome: Callable[[], str] = lambda: "finished"
+    run_dir: Path,
+    status: Callable[[str, str], RunStatus],
+    outcome: Callable[[], tuple[str, str]] = lambda: ("finished", ""),
 ) -> Iterator[None]:
-    """Keep run.json true: running, then finished, stopped or failed."""
+    """Keep run.json true: running, then finished, stopped or failed, and why."""
 
-    status("running").write(run_dir)
+    status("running", "").write(run_dir)
     try:
         yield
     except BaseException as error:
         with suppress(OSError, RunError):  # a full disk may be what ends the run, and is what is told then
-            status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
+            is_wanted = isinstance(error, KeyboardInterrupt)
+            why = "interrupted" if is_wanted else printable(error) or type(error).__name__
+            status("stopped" if is_wanted else "failed", why).write(run_dir)
         raise
-    status(outcome()).write(run_dir)
+    status(*outcome()).write(run_dir)
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,8 @@ class RunStatus:
     tokens: int = 0
     precision: str = ""
     versions: dict[str, str] | None = None
+    why: str = ""
+    """What ended it, in words; empty while it is running."""
     failed_evaluations: dict[str, str] | None = None
     """Checkpoints whose evaluation failed during training, and steps whose validation did, and why."""
 

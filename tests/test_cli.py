@@ -115,7 +115,7 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     for source in report["sources"]:
         assert source.keys() == {
             "name", "asked", "achieved", "achieved_in", "error_in_packs", "error_inside_in_packs", "tokens",
-            "trained_tokens", "samples", "images", "epochs", "ended_at_step", "when_exhausted", "records", "budget",
+            "trained_tokens", "samples", "images", "epochs", "ended_at_step", "when_exhausted", "pieces", "budget",
             "tokens_left_over", "held_out", "filtered", "skipped", "fitted",
         }  # fmt: skip
     assert [source["asked"] for source in report["sources"]] == [0.75, 0.25]

@@ -58,8 +58,8 @@ def test_a_full_disk_is_one_line_and_the_first_reason_is_told(tmp_path):
         append_line(Path("/dev/full"), {"step": 1})
     (tmp_path / ".run.json.staging").symlink_to("/dev/full")
 
-    def status(state):
-        return RunStatus(status=state, step=1, max_steps=2)
+    def status(state, why):
+        return RunStatus(status=state, why=why, step=1, max_steps=2)
 
     with pytest.raises(RunError, match=r"run\.json: the disk is full"), recorded(tmp_path, status):
         pass

@@ -121,6 +121,8 @@ def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
     (source,) = Sources([[own]], data).sources
     assert own.encoded.samples.tolist() == [0, 0, 1]
     assert source.sides.tolist() == [Side.NEITHER, Side.NEITHER, Side.TRAIN]
+    (twice,) = Sources([[own, own]], data).sources
+    assert twice.num_held_out == {"validation": 0, "neither": 2}, "samples, not their parts"
 
 
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):

@@ -78,7 +78,7 @@ def test_images_are_counted_as_they_are_shown_encoded_and_needed():
         1 - sum(n * packs for n, packs in distinct.items()) / sum(map(len, shown))
     )
     assert [source["budget"]["images"] for source in report["sources"]] == [3, 0, 2]
-    assert [source["budget"]["records"] for source in report["sources"]] == [4, 2, 1]
+    assert [source["budget"]["pieces"] for source in report["sources"]] == [4, 2, 1]
     assert sum(report["packs"]["by_fill"]) == report["packs"]["count"] == STEPS * 8
 
 

@@ -206,6 +206,10 @@ def test_what_no_pack_can_hold_is_counted_and_takes_nobodys_place():
         mixture_of(Toy(1, [101, 102]))
     with pytest.raises(UserError, match="none of its samples has trained tokens"):
         mixture_of(Toy(1, [1, 1]), unit="trained_tokens")
+    for epochs in (0.1, 1, 9000):  # it would be gone through at once, and give nothing
+        with pytest.raises(UserError, match="none of its samples has trained tokens"):
+            mixture_of(Toy(1, [1, 1], max_epochs=epochs, when_exhausted="reweight"), unit="trained_tokens")
+    mixture_of(Toy(1, [1, 2], max_epochs=1), unit="trained_tokens")
 
 
 def test_fewer_are_drawn_than_images_would_fit():

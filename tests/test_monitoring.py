@@ -163,6 +163,7 @@ def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path)
     status = RunStatus.read(tmp_path / "run")
     assert (status.status, status.step) == ("finished", 3)
     assert "step 3: 2 evaluations brought no better score than checkpoint-1; training ends" in said[-1]
+    assert status.why == "evaluation.patience: 2 evaluations brought no better score than checkpoint-1"
 
 
 def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: F811

@@ -82,7 +82,7 @@ def test_a_run_with_a_break_is_the_run_without_to_the_bit(tmp_path, overrides):
     whole, broken = recipe_of(tmp_path / "whole", *overrides), recipe_of(tmp_path / "broken", *overrides)
     assert trained(whole).status == "finished"
     stopped = trained(broken, until=2)
-    assert (stopped.status, stopped.step) == ("stopped", 2)
+    assert (stopped.status, stopped.step) == ("stopped", 2) and stopped.why.endswith("stop is there")
     assert not (Path(broken.output_dir) / "stop").exists()
     finished = trained(broken, resume_from=folder_of(broken, 2))
     assert (finished.status, finished.step, finished.tokens) == (

@@ -466,12 +466,13 @@ def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys,
 
     def training_goes_on(seconds):
         hidden.rename(last)
-        RunStatus(status="finished", step=2, max_steps=2).write(copied)
+        RunStatus(status="finished", step=2, max_steps=9, why="evaluation.patience: …").write(copied)
 
     monkeypatch.setattr(session.time, "sleep", training_goes_on)
     selection, said = printed(capsys, "select", copied, "--watch")
     assert [score["step"] for score in selection["scores"]] == [1, 2]
     assert said.count("running; waiting for checkpoints") == 1
+    assert "finished at step 2: evaluation.patience: …" in said
 
 
 def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, capsys, monkeypatch):  # noqa: F811

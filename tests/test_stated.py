@@ -54,9 +54,9 @@ def test_the_cards_mixture_is_exact_and_its_packs_are_full(report):
 def test_what_has_to_be_downloaded_is_told(report):
     sources = {source["name"]: source for source in report["sources"]}
     svit, llavar = sources["svit"], sources["llavar"]
-    assert svit["budget"]["records"] == svit["samples"]
+    assert svit["budget"]["pieces"] == svit["samples"]
     assert svit["budget"]["images"] <= 108_077
-    assert llavar["budget"]["images"] == llavar["budget"]["records"], "each has an image of its own"
+    assert llavar["budget"]["images"] == llavar["budget"]["pieces"], "each has an image of its own"
     images = llavar["budget"]["images"] * CARD["llavar"].bytes_per_image
     assert llavar["budget"]["bytes"] == images + 4 * llavar["tokens"]
     assert report["budget"]["bytes"] == sum(source["budget"]["bytes"] for source in sources.values())

@@ -368,6 +368,7 @@ def metrics_of(recipe: Recipe) -> list[dict]:
 def test_a_run_says_that_it_is_finished(finished):
     values = json.loads((Path(finished.output_dir) / "run.json").read_text())
     assert (values["status"], values["step"], values["max_steps"]) == ("finished", 4, 4)
+    assert values["why"] == "training.max_steps"
     assert values["tokens"] == sum(line["tokens"] for line in metrics_of(finished))
     assert values["precision"] == "float32"
     assert values["versions"].keys() == set(LIBRARIES)
@@ -491,7 +492,7 @@ def test_a_run_that_fails_says_so(finished, tmp_path):
     with pytest.raises(RunError, match="not finite"):
         run.train(recipe, prepare(recipe))
     values = json.loads((tmp_path / "run.json").read_text())
-    assert values["status"] == "failed"
+    assert values["status"] == "failed" and values["why"].startswith("step 2: loss nan")
     assert checkpoints(tmp_path / "checkpoints") == []
 
 
@@ -505,7 +506,7 @@ def test_a_run_that_is_interrupted_says_so(finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.train(recipe, prepare(recipe), interrupt)
     values = json.loads((tmp_path / "run.json").read_text())
-    assert (values["status"], values["step"]) == ("stopped", 3)
+    assert (values["status"], values["step"], values["why"]) == ("stopped", 3, "interrupted")
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2"]
 
 

@@ -143,8 +143,8 @@ def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> 
     def numbers(source: Source) -> list[int]:
         budget = source["budget"]
         return [
-            budget["records"],
-            source["records"],
+            budget["pieces"],
+            source["pieces"],
             budget["images"],
             budget["bytes"],
             *(source["held_out"].get(side, 0) for side in ("validation", "neither")),
@@ -156,7 +156,8 @@ def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> 
     def together(sources: list[Source]) -> list[int]:
         return [sum(column) for column in zip(*map(numbers, sources), strict=True)]
 
-    header = ("samples", "of", "images", "GB", "validation", "neither", "filtered", "skipped", "tokens left over")
+    # A piece is a sample, or a part of one that is too long for a pack.
+    header = ("pieces", "of", "images", "GB", "validation", "neither", "filtered", "skipped", "tokens left over")
     rows = [(_name(source), numbers(source)) for source in own]
     if others:
         rows.append((f"{len(others):,} others", together(others)))

@@ -82,8 +82,10 @@ def run(
         raise typer.Exit(STOPPED)
     if not json:
         command = "select" if found.evaluation.benchmark or found.data.validation else "chat"
+        why = f" ({status.why})" if status.step < status.max_steps and status.why else ""
         out.print(
-            f"{found.output_dir}: {status.status} at step {status.step}. Next: idefics-sft {command} {found.output_dir}"
+            f"{found.output_dir}: {status.status} at step {status.step}{why}. "
+            f"Next: idefics-sft {command} {found.output_dir}"
         )
 
 

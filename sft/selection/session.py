@@ -138,6 +138,8 @@ class Session:
                 if self._ask_these(present):
                     yield from_main(self._choose)
                 if status and status.status in ENDED:
+                    why = f": {status.why}" if status.why else ""
+                    self._say(f"{self.run_dir}: {status.status} at step {status.step}{why}")
                     break
                 state = status.status if status else "not begun"
                 if state != said:
