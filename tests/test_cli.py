@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import status_of
 from test_trainer import DATA, write_recipe
 
 from sft.checkpoint import checkpoint_name, write_folder
+from sft.cli.main import main
 from sft.errors import UserError
 from sft.naming import find_model, find_recipe, recipe_of_model, run_checkpoints
 from sft.recipe import load_recipe
@@ -252,6 +254,8 @@ def test_train_then_evaluate_the_run(recipe, questions, capsys):
     assert (status["status"], status["step"], status["output_dir"]) == ("finished", 2, str(recipe.parent / "run"))
     assert "training 2/2 loss" in printed.err
 
+    assert status_of("train", recipe, "training.max_steps=2", "--quiet") == 0
+    assert capsys.readouterr().out.startswith(f"{recipe.parent / 'run'}: finished at step 2. Next: "), "and no notes"
     assert status_of("train", recipe, "training.max_steps=2") == 0
     assert "a finished run is here already; nothing is trained" in capsys.readouterr().out
 
@@ -385,6 +389,35 @@ def test_every_command_explains_itself(command, capsys):
 def test_an_unknown_command_is_a_mistake(capsys):
     assert status_of("trian") == 2
     assert "trian" in capsys.readouterr().err
+
+
+def test_quiet_shows_results_without_progress_and_may_stand_anywhere(recipe, capsys):
+    for arguments in (("prepare", recipe, "--quiet"), ("-q", "prepare", recipe), ("prepare", recipe)):
+        assert status_of(*arguments) == 0
+        printed = capsys.readouterr().out
+        assert "Prepared\n" in printed and ("preparing" in printed) is (arguments == ("prepare", recipe))
+
+
+def test_debug_shows_the_traceback_wherever_it_stands():
+    for arguments in (["--debug", "validate", "nothing"], ["validate", "nothing", "--debug"]):
+        with pytest.raises(UserError, match="nothing: no such recipe"):
+            main(arguments)
+
+
+def test_the_shell_completes_recipes_keys_and_choices(recipe):
+    (recipe.parent / "my_data").mkdir()
+
+    def completed(words):
+        values = {"_IDEFICS_SFT_COMPLETE": "complete_bash", "COMP_WORDS": f"idefics-sft {words}"}
+        values["COMP_CWORD"] = str(len(words.split(" ")))
+        code = "from sft.cli.main import main; main([])"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | values)
+        return found.stdout.split()
+
+    assert completed("train m") == ["my-data", "my_data/"]
+    assert completed("train to") == ["toy.yaml"]
+    assert completed("train my-data training.max_s") == ["training.max_steps="]
+    assert completed("plan my-data --gpu t") == ["t4-16"]
 
 
 def test_help_starts_without_torch():

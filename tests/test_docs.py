@@ -1,4 +1,4 @@
-"""docs/ says what is so: its examples run, its recipe lines and commands name what there is."""
+"""README.md and docs/ say what is so: examples run, recipe lines, commands and links name what there is."""
 
 import inspect
 import json
@@ -17,21 +17,33 @@ import yaml
 from conftest import REPOSITORY, status_of
 from PIL import Image
 
+from sft.cli import recipes
+from sft.cli.main import COMMANDS as MODULES
 from sft.cli.main import app
 from sft.datasets import Adapter, adapter_names
 from sft.recipe import DataConfig, DatasetConfig
+from sft.shipped import shipped_recipes
 from sft.store import Store
 
-PAGES = {file.name: file.read_text(encoding="utf-8") for file in (REPOSITORY / "docs").glob("*.md")}
+FILES = [*sorted((REPOSITORY / "docs").glob("*.md")), *sorted(REPOSITORY.glob("*.md"))]
+PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
 PAGE = PAGES["data.md"]
-EXAMPLES = dict(re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL))
+EXAMPLES = dict(re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", "\n".join(PAGES.values()), flags=re.DOTALL))
 SNIPPETS = [yaml.safe_load(text) for text in re.findall(r"^```yaml\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE)]
 DATASETS = [dataset for snippet in SNIPPETS if isinstance(snippet, list) for dataset in snippet]
-COMMANDS = [
-    command
-    for page in PAGES.values()
-    for command in re.findall(r"^ *(?:\$ )?(?:PYTHONPATH=\. )?idefics-sft (.*)", page, flags=re.MULTILINE)
-]
+HEADS = {name: file.read_text(encoding="utf-8").partition("\nmodel:")[0] for name, file in shipped_recipes().items()}
+
+
+def commands_of(text: str) -> list[str]:
+    """What follows `idefics-sft` on lines that are commands, chained ones too."""
+    lines = re.findall(r"^(?:#? *)(?:\$ |srun |PYTHONPATH=\. )?(idefics-sft .*)", text, flags=re.MULTILINE)
+    chained = (part for line in lines for part in line.split(" && "))
+    return [part.removeprefix("idefics-sft ") for part in chained if part.startswith("idefics-sft ")]
+
+
+COMMANDS = [command for page in PAGES.values() for command in commands_of(page)]
+OF_RECIPES = [re.sub(r"  .*", "", command) for head in HEADS.values() for command in commands_of(head)]
+OF_HELP = [command for module in (*MODULES, recipes) for command in module.EXAMPLES]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -84,11 +96,31 @@ def test_other_snippets_are_keys_of_a_recipe():
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [*COMMANDS, *OF_RECIPES, *OF_HELP])
 def test_a_command_has_the_options_that_are_named(line):
-    name, *arguments = shlex.split(line, comments=True)
-    command = typer.main.get_command(app).commands[name]
+    command, arguments = typer.main.get_command(app), re.split(r" [>|] ", line)[0]
+    name, *arguments = shlex.split(arguments, comments=True)
+    while name in getattr(command, "commands", {}):
+        command = command.commands[name]
+        if hasattr(command, "commands"):
+            name, *arguments = arguments
     command.make_context(name, arguments)
+
+
+def test_examples_of_help_fit_a_terminal():
+    assert [command for command in OF_HELP if len(f" idefics-sft {command}") > 79] == []
+
+
+def test_figures_of_plan_are_those_of_the_recipes():
+    """Those are held against `plan` in test_recipe.py."""
+    told = dict(re.findall(r"^#   idefics-sft (plan .*?)  *([\d.]+ of .*)$", "\n".join(HEADS.values()), re.MULTILINE))
+    said = re.findall(r"^ *idefics-sft (plan .*?) *# ([\d.]+ of [\d.]+ GiB)$", PAGES["README.md"], re.MULTILINE)
+    assert said and all(told[command].startswith(figures) for command, figures in said)
+    days = [
+        told[f"plan idefics-{size}-instruct --gpus {gpus}"].partition(", ")[2]
+        for size, gpus in (("9b", 8), ("80b", 384))
+    ]
+    assert f"say {' and '.join(days)} for all 22,000 steps" in PAGES["reproducing.md"]
 
 
 def test_the_mixture_of_the_page_is_one():
@@ -97,11 +129,38 @@ def test_the_mixture_of_the_page_is_one():
     assert [source.when_exhausted for source in data.mixture] == ["reweight", "stop"]
 
 
-@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
-def test_links_lead_to_files_and_headings(page):
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)", page, flags=re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]*)\)", page):
-        assert target[1:] in headings if target.startswith("#") else (REPOSITORY / "docs" / target).is_file(), target
+def headings_of(page: str) -> set[str]:
+    """Headings as links name them."""
+    headings = re.findall(r"^#+ (.*)", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_links_lead_to_files_and_headings(file):
+    for target in re.findall(r"\]\(([^)]*)\)", PAGES[file.name]):
+        path, _, heading = target.partition("#")
+        if "://" in path:
+            continue
+        assert (file.parent / path).exists(), target
+        assert not heading or heading in headings_of(PAGES[Path(path).name or file.name]), target
+
+
+def test_every_page_is_listed_in_the_readme():
+    assert {
+        name for name in PAGES if (REPOSITORY / "docs" / name).is_file() and f"(docs/{name})" not in PAGES["README.md"]
+    } == set()
+
+
+def test_every_python_snippet_is_run_here_or_has_a_test_of_its_own():
+    every = [
+        (name, code) for name, page in PAGES.items() for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ]
+    assert {name for name, code in every if code not in EXAMPLES.values()} <= {"inference.md"}, "name it: <!-- file -->"
+    assert {name for name in EXAMPLES if name.endswith(".py")} == {
+        "my_tools/captions.py",
+        "my_tools/vqav2.py",
+        "obelics_urls.py",
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- examples
@@ -137,6 +196,21 @@ def test_the_adapter_works_under_its_dotted_name(tmp_path, monkeypatch):
     assert [message.content[-1] for message in store.sample(0).messages] == ["What is this?", "A dog on the grass"]
     assert store.manifest["skipped"] == {"no caption": 1}
     assert store.manifest["examples"] == {"no caption": "my_tools.captions/train.csv:2"}
+
+
+def test_the_adapter_of_thirty_lines_has_thirty_and_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(write(tmp_path, "my_tools/vqav2.py").read_text().splitlines()) <= 35
+    write_photo(tmp_path / "raw" / "vqav2" / "train2014" / "COCO_train2014_000000000009.jpg", "green")
+    asked = {"question_id": 9000, "image_id": 9, "question": "What is on the table?", "answer": "food"}
+    lines = [asked, asked | {"question_id": 9001, "answer": ""}]
+    (tmp_path / "raw" / "vqav2" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = shlex.split(next(line for line in COMMANDS if "my_tools.vqav2" in line))
+    assert status_of(*arguments, "--max-skip-share", "0.5") == 0
+    store = Store(Path("stores/vqav2"))
+    assert (store.sample(0).key, store.manifest["licence"]) == ("vqav2/9000", "CC-BY-4.0")
+    assert store.manifest["skipped"] == {"no answer": 1}
 
 
 def test_the_links_of_a_shard_are_listed_for_img2dataset_whose_files_are_then_read(tmp_path, monkeypatch):

@@ -231,6 +231,8 @@ def test_with_colours_there_are_no_brackets(template):
     coloured = printed(description_of(template, SAMPLES[0]), force_terminal=True, color_system="standard")
     assert "\x1b[30;43m A" in coloured
     assert "⟦" not in coloured
+    plain = printed(description_of(template, SAMPLES[0]), force_terminal=True, color_system="standard", no_color=True)
+    assert "⟦ A" in plain and "43m" not in plain, "NO_COLOR in a terminal"
 
 
 def test_a_sample_cannot_steer_the_terminal(template):

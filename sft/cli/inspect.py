@@ -71,7 +71,7 @@ def _contents(description: dict[str, Any]) -> str:
 
 def show(description: dict[str, Any], out: Console) -> None:
     """Print the pack in colours; where there are none, trained tokens stand in ⟦brackets⟧."""
-    coloured = out.color_system is not None
+    coloured = out.color_system is not None and not out.no_color
 
     def put(*parts: tuple[str, str]) -> None:
         out.print(Text.assemble(*parts), soft_wrap=False)

@@ -9,7 +9,7 @@ from sft.cli.terminal import Json, console, percent, print_json, progress, quiet
 
 EXAMPLES = (
     "merge runs/my-data --output my-idefics",
-    "merge runs/my-data@100 --output my-idefics --base-dtype fp32 --check",
+    "merge runs/my-data@100 --output my-idefics --check",
 )
 
 
