@@ -26,6 +26,11 @@ def printable(text: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong, on one line: what libraries say may have many."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import STATE, check_state, step_of
 from sft.checks.environment import LIBRARIES
-from sft.errors import UserError
+from sft.errors import UserError, reason_of
 from sft.files import discard
 from sft.lora import has_adapters, save_adapters
 from sft.models import ModelFamily
@@ -28,10 +30,12 @@ OUTPUTS = (
     "nonfinite.jsonl",
     "recipe.yaml",
     "metrics.jsonl",
+    "before.json",
     "checkpoints",
     "evaluations",
     "selection.json",
     "selection.svg",
+    "report.html",
     "tensorboard",
 )
 """What a run writes beside run.json."""
@@ -102,9 +106,21 @@ def recorded(
     try:
         yield
     except BaseException as error:
-        status("stopped" if isinstance(error, KeyboardInterrupt) else "failed").write(run_dir)
+        ended = status("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        replace(ended, problem=reason_of(error)).write(run_dir)
         raise
     status(outcome()).write(run_dir)
+
+
+def hardware(processes: int) -> str:
+    """What is trained on: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    many = "" if processes == 1 else f"{processes} processes of "
+    return f"CPU ({platform.machine()}), {many}{threads} thread{'s' * (threads != 1)}"
 
 
 def versions() -> dict[str, str]:

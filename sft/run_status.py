@@ -23,9 +23,12 @@ class RunStatus:
     cpu_seconds: float = 0.0
     tokens: int = 0
     precision: str = ""
+    hardware: str = ""
     versions: dict[str, str] | None = None
     failed_evaluations: dict[str, str] | None = None
     """Checkpoints whose evaluation failed during training, and steps whose validation did, and why."""
+    problem: str = ""
+    """Why it failed."""
 
     @staticmethod
     def read(run_dir: Path) -> RunStatus | None:

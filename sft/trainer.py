@@ -34,7 +34,7 @@ from sft.recipe import Engine, TrainingConfig
 from sft.sample import NO_SOURCE, Batch
 from sft.training_state import load_state, read_progress, save_state
 
-METRICS, NONFINITE = "metrics.jsonl", "nonfinite.jsonl"
+METRICS, NONFINITE, BEFORE = "metrics.jsonl", "nonfinite.jsonl", "before.json"
 
 
 class StepMetrics:
@@ -139,7 +139,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         """`micro_batches_per_step`: of this rank. `micro_batches_of_all`: those of all ranks that have packs.
         `data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
         `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already.
-        `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl."""
+        `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl; and
+        before the first, as step 0, for before.json."""
         self.validate = validate
         self.rank = rank
         self.engine = engine
@@ -334,11 +335,14 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
         self.last = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; lines of steps that come again go."""
+        """Start the clock; lines of steps that come again go. What is validated is so before the first step, too."""
         if self.trainer.rank.is_main:
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
             write_atomically(self.file, "".join(kept))
+        before = self.trainer.validate(self.trainer.model, 0) if self.trainer.resume_from is None else {}
+        if before and self.trainer.rank.is_main:
+            write_atomically(self.file.with_name(BEFORE), json.dumps(_finite(before), allow_nan=False) + "\n")
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -368,6 +372,10 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
             self._not_finite(line, keys)
         self.on_step(state.global_step, _finite(line))
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
+        self.last = time.perf_counter()
+
     def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
         file = self.file.with_name(NONFINITE)
         found = {name: str(line[name]) for name in ("loss", "grad_norm")}
@@ -392,10 +400,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
-        self.last = time.perf_counter()
 
 
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]
