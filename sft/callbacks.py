@@ -18,6 +18,7 @@ from sft.engines import EngineModule
 from sft.errors import RunError
 from sft.files import write_atomically
 from sft.metrics import (
+    BEFORE,
     METRICS,
     NONFINITE,
     SPIKES,
@@ -100,7 +101,8 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         self.last = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; lines of steps that come again go, and the last of the others say what is usual."""
+        """Start the clock; lines of steps that come again go, and the last of the others say what is usual. What is
+        validated is so before the first step, too."""
         kept = lines_upto(self.file, state.global_step)
         for line in kept[-WINDOW - 1 :]:
             self.last_was_spike = self.spikes.add(json.loads(line)) is not None
@@ -109,6 +111,9 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
             for file in map(self.file.with_name, (NONFINITE, SPIKES)):
                 if file.is_file():
                     write_atomically(file, "".join(lines_upto(file, state.global_step)))
+        before = self.trainer.validate(self.trainer.model, 0) if self.trainer.resume_from is None else {}
+        if before and self.trainer.rank.is_main:
+            write_atomically(self.file.with_name(BEFORE), json.dumps(finite(before), allow_nan=False) + "\n")
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

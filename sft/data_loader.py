@@ -147,7 +147,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
                 self._maker(Path(folder)),
                 sampler=self.plans,
                 batch_size=None,
-                collate_fn=_packed_up,  # type: ignore[arg-type]  # of a batch alone, since batch_size is None
+                collate_fn=_packed_up,
                 num_workers=data.num_workers,
                 timeout=data.worker_timeout,
                 multiprocessing_context="spawn",  # forking a process that has threads can hang

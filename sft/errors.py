@@ -42,6 +42,13 @@ def printable(text: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong, on one line and without secrets: what libraries say may have many of the one, and some of the
+    other."""
+    said = without_secrets(" ".join(str(error).split()))
+    return said if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -16,7 +16,7 @@ from sft.files import disk_full_told
 from sft.loss import trained_positions
 from sft.sample import NO_SOURCE, Batch
 
-METRICS, NONFINITE, SPIKES = "metrics.jsonl", "nonfinite.jsonl", "spikes.jsonl"
+METRICS, BEFORE, NONFINITE, SPIKES = "metrics.jsonl", "before.json", "nonfinite.jsonl", "spikes.jsonl"
 
 
 class PackLoss(NamedTuple):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import random
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,13 +28,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoint_name
 from sft.engines import is_shared_out
-from sft.errors import RunError, UserError, without_secrets
+from sft.errors import RunError, UserError, reason_of
 from sft.evaluation.processes import from_main, is_main_process
 from sft.generation import generate
 from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss
+from sft.images import decode_rgb, read_bytes
 from sft.prepared import Sources
 from sft.recipe import EvaluationConfig, Recipe
-from sft.sample import Message, SkipSample
+from sft.sample import ImageRef, Message, SkipSample
 from sft.selection.choice import Selection
 from sft.selection.held_out_loss import shared_losses
 from sft.selection.session import Session
@@ -44,6 +47,8 @@ Line = dict[str, Any]
 
 NUM_ANSWERS = 4
 MAX_NEW_TOKENS = 32
+THUMBNAIL = 320
+"""Pixels of the longer side of an image in before.json."""
 
 
 class Monitors:
@@ -119,11 +124,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _reason(error: Exception) -> str:
-    """On one line, without secrets: what libraries say may have many of the one, and some of the other."""
-    return without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
-
-
 # --------------------------------------------------------------------------------------------------------- validation
 
 
@@ -132,18 +132,37 @@ class HeldOutQuestion(NamedTuple):
 
     key: str
     prompt: tuple[Message, ...]
+    answer: str
+    """What the data say."""
 
     @property
     def text(self) -> str:
         """What is asked, an image as `<image>`."""
-        return "\n".join(
-            "".join(item if isinstance(item, str) else "<image>" for item in message.content) for message in self.prompt
-        )
+        return "\n".join(map(_text_of, self.prompt))
+
+    @property
+    def shown(self) -> Line:
+        """What a report shows beside answers: what the data say, and the images, small, as base64 of JPEGs."""
+        images = [item for message in self.prompt for item in message.content if isinstance(item, ImageRef)]
+        return {"expected": self.answer, "images": [_thumbnail(image) for image in images]}
+
+
+def _text_of(message: Message) -> str:
+    return "".join(item if isinstance(item, str) else "<image>" for item in message.content)
+
+
+def _thumbnail(image: ImageRef) -> str:
+    file = io.BytesIO()
+    small = decode_rgb(read_bytes(image))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "JPEG", quality=88)
+    return b64encode(file.getvalue()).decode()
 
 
 class Validation:
-    """The same held-out packs and questions at every checkpoint: what `metrics.jsonl` keeps as `validation` and
-    `generations`. Called by the trainer with the model and the step; nothing at other steps."""
+    """The same held-out packs and questions at every checkpoint, and before the first step: what `metrics.jsonl` and
+    `before.json` keep as `validation` and `generations`. Called by the trainer with the model and the step; nothing at
+    other steps."""
 
     def __init__(self, recipe: Recipe, held_out: Sources, template: ChatTemplate, *, image_size: int, say: Say) -> None:
         """
@@ -170,6 +189,9 @@ class Validation:
         if not problem:
             by_source = ", ".join(f"{name} {own['loss']:.3f}" for name, own in losses.items() if own["trained_tokens"])
             self._say(f"step {step}: held-out loss {mean_loss(losses) or 0:.3f} ({by_source})")
+            if step == 0:
+                shown = [question.shown for question in self.questions]
+                generations = [line | more for line, more in zip(generations, shown, strict=True)]
             return {"validation": losses, "generations": generations}
         self.failed[f"validation at step {step}"] = problem
         self._say(f"step {step}: validation failed, training goes on: {problem}")
@@ -187,7 +209,7 @@ class Validation:
         except Exception as error:  # whatever it is, it is no reason to end the training
             if is_shared_out(model) and not isinstance(error, UserError | RunError | SkipSample):
                 raise  # from inside of a forward, in which the others wait
-            return {}, _reason(error)
+            return {}, reason_of(error)
         return {
             source.name: _mean([sample for sample in samples if sample.source == source.name])
             for source in self.packs.sources.sources
@@ -208,7 +230,7 @@ class Validation:
         except Exception as error:  # as above
             if is_shared_out(model):
                 raise
-            return [], _reason(error)
+            return [], reason_of(error)
         return [
             {"key": question.key, "prompt": question.text, "answer": answer}
             for question, answer in zip(self.questions, answers, strict=True)
@@ -243,7 +265,7 @@ def _questions_of(packs: HeldOutPacks, source: int, template: ChatTemplate, room
             continue
         seen.add(sample.key)
         if len(template.encode_prompt(prompt).input_ids) <= room:
-            yield HeldOutQuestion(sample.key, prompt)
+            yield HeldOutQuestion(sample.key, prompt, _text_of(sample.messages[len(prompt)]))
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -290,7 +312,7 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         try:
             selection = self.session.ask_new(self.every_steps)
         except Exception as error:  # whatever it is, it is no reason to end the training
-            self.failed[checkpoint] = _reason(error)
+            self.failed[checkpoint] = reason_of(error)
             self._say(f"{checkpoint}: the evaluation failed, training goes on: {self.failed[checkpoint]}")
             return None
         finally:
@@ -384,7 +406,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
                 getattr(tracker, event)(*self._arguments, **kwargs)
             except Exception as error:  # the network, say
                 del self._trackers[name]
-                self._say(f"{name}: gets nothing more of this run, training goes on: {_reason(error)}")
+                self._say(f"{name}: gets nothing more of this run, training goes on: {reason_of(error)}")
 
 
 @contextmanager
@@ -392,7 +414,7 @@ def _usable(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"training.report_to: {name} cannot be used: {_reason(error)}") from error
+        raise UserError(f"training.report_to: {name} cannot be used: {reason_of(error)}") from error
 
 
 def tracked(line: Line) -> dict[str, float | str]:

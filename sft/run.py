@@ -28,7 +28,7 @@ from sft.plans import Plans
 from sft.precision import choose_precision, device, torch_dtype
 from sft.prepared import Sources
 from sft.recipe import Recipe
-from sft.run_folder import go_back_to, progress_of, recorded, save_snapshot, take_over, versions
+from sft.run_folder import go_back_to, hardware, progress_of, recorded, save_snapshot, take_over, versions
 from sft.run_status import RunStatus
 from sft.stopping import StopRequest
 
@@ -172,6 +172,7 @@ def _train(
             step=max(int(trainer.state.global_step), before["step"] if before else 0),
             max_steps=recipe.training.max_steps,
             precision=trainer.precision,
+            hardware=hardware(rank.of),
             versions=versions(),
             failed_evaluations=monitors.failed,
             **spent_so_far(),  # type: ignore[arg-type]

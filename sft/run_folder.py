@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import STATE, check_state, step_of
 from sft.checks.environment import LIBRARIES
-from sft.errors import RunError, UserError, printable
+from sft.errors import RunError, UserError, reason_of
 from sft.files import discard
 from sft.lora import has_adapters, save_adapters
 from sft.models import ModelFamily
@@ -29,10 +30,12 @@ OUTPUTS = (
     "spikes.jsonl",
     "recipe.yaml",
     "metrics.jsonl",
+    "before.json",
     "checkpoints",
     "evaluations",
     "selection.json",
     "selection.svg",
+    "report.html",
     "tensorboard",
 )
 """What a run writes beside run.json."""
@@ -107,10 +110,21 @@ def recorded(
     except BaseException as error:
         with suppress(OSError, RunError):  # a full disk may be what ends the run, and is what is told then
             is_wanted = isinstance(error, KeyboardInterrupt)
-            why = "interrupted" if is_wanted else printable(error) or type(error).__name__
+            why = "interrupted" if is_wanted else reason_of(error)
             status("stopped" if is_wanted else "failed", why).write(run_dir)
         raise
     status(*outcome()).write(run_dir)
+
+
+def hardware(processes: int) -> str:
+    """What is trained on: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    many = "" if processes == 1 else f"{processes} processes of "
+    return f"CPU ({platform.machine()}), {many}{threads} thread{'s' * (threads != 1)}"
 
 
 def versions() -> dict[str, str]:

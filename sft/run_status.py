@@ -24,6 +24,7 @@ class RunStatus:
     cpu_seconds: float = 0.0
     tokens: int = 0
     precision: str = ""
+    hardware: str = ""
     versions: dict[str, str] | None = None
     why: str = ""
     """What ended it, in words; empty while it is running."""

@@ -85,7 +85,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         `data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
         `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already.
         `complete` is what a batch goes through on the device before the model gets it.
-        `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl."""
+        `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl; and
+        before the first, as step 0, for before.json."""
         self.validate = validate
         self.complete = complete
         self.rank = rank

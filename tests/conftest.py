@@ -1,6 +1,8 @@
 """Toys: a LLaMA-style tokenizer, a tiny IDEFICS whose cross-attention gates are open, and samples to pack."""
 
 import hashlib
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,3 +161,26 @@ def refusal(capsys):
 def num_trained(encoded, train_on) -> int:
     """Trained tokens of a sample, counted by hand: its first token never is."""
     return sum(end - max(start, 1) for start, end in encoded.trained_ranges(train_on))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, driven by selenium."""
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths) and os.environ.get("IDEFICS_SFT_SYSTEM_PACKAGES") != "1":
+        pytest.skip("chromium and chromedriver are not here; run scripts/test --system-packages")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location, driver = paths
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as opened:
+        yield opened
+
+
+def visible(browser, selector, attribute="textContent"):
+    """An attribute of every element that can be seen."""
+    found = browser.find_elements("css selector", selector)
+    return [element.get_property(attribute) for element in found if element.is_displayed()]

@@ -3,13 +3,22 @@
 import base64
 import io
 import json
-import os
-import shutil
 from itertools import islice
 
 import numpy as np
 import pytest
-from conftest import IMAGE_SIZE, batch_of, conversation, document, image_number, picture, pixels_of, place, status_of
+from conftest import (
+    IMAGE_SIZE,
+    batch_of,
+    conversation,
+    document,
+    image_number,
+    picture,
+    pixels_of,
+    place,
+    status_of,
+    visible,
+)
 from PIL import Image
 from rich.console import Console
 from test_trainer import write_recipe
@@ -288,23 +297,6 @@ def test_no_text_leaves_its_place_in_the_page(template):
     assert "https://" not in text
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, driven by selenium."""
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(paths) and os.environ.get("IDEFICS_SFT_SYSTEM_PACKAGES") != "1":
-        pytest.skip("chromium and chromedriver are not here; run scripts/test --system-packages")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location, driver = paths
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as opened:
-        yield opened
-
-
 @pytest.fixture
 def shown(browser, template, tmp_path):
     """The page of the toys, opened; at the end its console must be empty."""
@@ -326,12 +318,6 @@ def test_the_page_tells_which_images_cannot_be_read(browser, unreadable, tmp_pat
     assert told.startswith("1 image cannot be read any more") and f"{number} sample" in told
     assert visible(browser, ".sample p.wrong") == ["Not trained: image does not decode"] * number
     assert browser.get_log("browser") == []
-
-
-def visible(browser, selector, attribute="textContent"):
-    """An attribute of every element that can be seen."""
-    found = browser.find_elements("css selector", selector)
-    return [element.get_property(attribute) for element in found if element.is_displayed()]
 
 
 def test_the_page_shows_images_and_texts(shown, template):

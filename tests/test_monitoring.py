@@ -1,5 +1,7 @@
 """What is looked at while a model is trained: it is written down, it fails aloud, and it changes nothing."""
 
+import base64
+import io
 import json
 import random
 import re
@@ -10,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_runs import printed, trained  # noqa: F401
 from test_selection import names as names_of
@@ -25,6 +28,8 @@ from sft.files import hash_file
 from sft.monitoring import tracked, undisturbed
 from sft.preparation import prepare
 from sft.recipe import load_recipe
+from sft.report.page import render
+from sft.report.reading import read_run, source_totals
 from sft.run_status import RunStatus
 from sft.selection import questionnaire
 
@@ -61,6 +66,34 @@ def test_held_out_loss_and_answers_are_written_at_every_checkpoint_and_at_the_en
     assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == monitoring.NUM_ANSWERS
     assert {key.partition("/")[0] for key, _ in asked[0]} == {"easy_vqa", "messages"}, "one source after the other"
     assert any(prompt.startswith("<image>") for _, prompt in asked[0])
+
+
+def test_what_the_base_says_is_kept_with_the_images_for_who_wants_to_compare(validated):
+    recipe, _ = validated
+    before = json.loads((Path(recipe.output_dir) / "before.json").read_text())
+    last = metrics_of(recipe)[-1]
+    assert before["validation"].keys() == last["validation"].keys()
+    for name, own in before["validation"].items():
+        assert own["trained_tokens"] == last["validation"][name]["trained_tokens"]
+        assert own["loss"] != last["validation"][name]["loss"]
+    assert before["validation"]["pictures"]["loss"] > last["validation"]["pictures"]["loss"]
+    assert [one["key"] for one in before["generations"]] == [one["key"] for one in last["generations"]]
+    for one in before["generations"]:
+        assert one["expected"] and one["prompt"].startswith("<image>") == bool(one["images"])
+        for image in one["images"]:
+            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= monitoring.THUMBNAIL
+
+
+def test_the_report_of_a_run_knows_its_data_and_shows_its_answers(validated):
+    recipe, _ = validated
+    read = read_run(Path(recipe.output_dir))
+    assert [(source.name, bool(source.records)) for source in source_totals(read)] == [
+        ("pictures", True),
+        ("talk", True),
+    ]
+    page = render(read)
+    assert page.count("data:image/jpeg;base64,") == sum(len(one["images"]) for one in read.before["generations"]) > 0
+    assert "held out" in page and "easy_vqa" in page
 
 
 def test_the_loss_in_training_is_the_one_that_select_takes(validated, tmp_path, capsys):
@@ -130,7 +163,7 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(validated, tmp_pat
     ] * 2
     status = RunStatus.read(tmp_path / "run")
     assert status.status == "finished"
-    assert status.failed_evaluations.keys() == {"validation at step 2", "validation at step 3"}
+    assert status.failed_evaluations.keys() == {f"validation at step {step}" for step in (0, 2, 3)}
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation

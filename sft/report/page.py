@@ -1,0 +1,169 @@
+"""The page: what stands in it, in the order in which a person asks.
+
+Every text of a run goes through the template's escaping; there is no script in the page, and its policy allows none.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sft.files import write_atomically
+from sft.recipe import GROUPS
+from sft.report.charts import duration, gibibytes, percent, plain
+from sft.report.figures import HUES, category_figures, loss_figures, score_figures, source_figures, speed_figures
+from sft.report.reading import Run, SourceTotals, held_out, read_run, series, source_totals
+from sft.report.telling import answers, score_of, score_text, scores, selection_words
+
+FILE = "report.html"
+STATUS = {
+    "finished": "finished",
+    "running": "running",
+    "stopped": "stopped, can be gone on with",
+    "failed": "failed",
+}
+
+
+def report(run_dir: Path, output: Path | None = None) -> Path:
+    """Write the page of a run, to RUN/report.html if `output` is left out.
+
+    Raises:
+        UserError: it is not the folder of a run, or a file in it is damaged.
+    """
+    file = output or run_dir / FILE
+    write_atomically(file, render(read_run(run_dir)))
+    return file
+
+
+def render(run: Run) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "plain": plain}
+    return environment.get_template("page.html.jinja").render(view(run))
+
+
+def view(run: Run) -> dict[str, Any]:
+    """What the template prints."""
+    totals = source_totals(run)
+    return {
+        "name": run.path.resolve().name,
+        "run": shlex.quote(str(run.path)),
+        "status": run.status.status,
+        "status_text": STATUS.get(run.status.status, run.status.status),
+        "about": _about(run),
+        "figures": list(_key_figures(run)),
+        "problems": list(_problems(run)),
+        "selection": run.selection,
+        "selection_words": list(selection_words(run)),
+        "scores": list(scores(run)),
+        "score_figures": list(score_figures(run)),
+        "category_figures": list(category_figures(run)),
+        "answers": list(answers(run)),
+        "loss_figures": list(loss_figures(run)),
+        "source_figures": list(source_figures(run)),
+        "speed_figures": list(speed_figures(run)),
+        "sources": totals,
+        "hues": {source.name: HUES[number % len(HUES)] for number, source in enumerate(totals)},
+        "mixture": _mixture(run, totals),
+        "share_unit": run.recipe.data.share_unit.replace("_", " "),
+        "environment": _environment(run),
+        "recipe": yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "made": f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the head
+
+
+def _about(run: Run) -> str:
+    """What was trained, on one line."""
+    model, data = run.recipe.model, run.recipe.data
+    how = {"full": "all weights", "lora": "LoRA", "qlora": "LoRA over 4 bits"}[model.mode]
+    if model.mode == "full" and len(model.trainable) < len(GROUPS):
+        how = ", ".join(name.replace("_", " ") for name in model.trainable)
+    trained = "answers are trained" if data.train_on == "assistant" else "all tokens are trained"
+    return f"{model.path} · {how} · {trained} · {len(data.mixture)} source{'s' * (len(data.mixture) != 1)}"
+
+
+def _key_figures(run: Run) -> Iterable[tuple[str, str]]:
+    status = run.status
+    step = max(status.step, run.lines[-1]["step"] if run.lines else 0)
+    yield f"{step:,}", f"of {status.max_steps:,} steps"
+    tokens = sum(line["tokens"] for line in run.lines)
+    yield plain(tokens), "tokens"
+    # Of a run that is being trained, run.json knows but what it began with.
+    in_steps = sum(line["tokens"] / line["tokens_per_second"] for line in run.lines if line.get("tokens_per_second"))
+    if seconds := max(status.seconds, in_steps):
+        yield duration(seconds), "of training"
+    if speeds := series(run.lines, "tokens_per_second"):
+        yield plain(sorted(speed for _, speed in speeds)[len(speeds) // 2]), "tokens/s, median step"
+    if memory := series(run.lines, "peak_memory_bytes"):
+        yield gibibytes(max(size for _, size in memory)), "memory at the peak"
+    if run.selection:
+        chosen = score_of(run.selection, run.selection["selected"])
+        yield score_text(chosen["score"], run.selection), f"{run.selection['selected']}, selected"
+    elif at_end := held_out(run):
+        yield f"{at_end[-1][1]:.3f}", f"held-out loss, step {at_end[-1][0]:,.0f}"
+
+
+def _problems(run: Run) -> Iterable[str]:
+    """What a person should know before reading on."""
+    status = run.status
+    if status.status == "running":
+        yield (
+            "This run is being trained, or was killed: the page shows what it has written so far, and is made anew by "
+            "the same command."
+        )
+    if status.status == "failed":
+        yield f"Failed after step {status.step:,}: {status.why or 'the reason was not written down'}"
+    if status.status == "stopped":
+        yield f"Stopped after step {status.step:,}; `idefics-sft train {shlex.quote(str(run.path))}` goes on with it."
+    if not run.lines:
+        yield "No step was finished, so there is nothing to draw."
+    for name, reason in (status.failed_evaluations or {}).items():
+        yield f"{name}: failed, training went on: {reason}"
+    if run.nonfinite_steps:
+        yield f"{run.nonfinite_steps:,} steps had a loss or gradient that was not finite, and changed nothing."
+    if dirty := sum(line.get("dirty_samples", 0) for line in run.lines):
+        yield f"{dirty:,} samples were not trained on: an image of theirs could not be read any more."
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def _mixture(run: Run, totals: Sequence[SourceTotals]) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Bars: what was asked, what was trained on."""
+    unit = run.recipe.data.share_unit.replace("_", " ")
+    bars = [(f"asked ({unit})", [(source.name, source.asked) for source in totals])]
+    if run.lines:
+        bars.append(("got: tokens", [(source.name, source.tokens_share) for source in totals]))
+        bars.append(("got: trained tokens", [(source.name, source.trained_share) for source in totals]))
+    return bars
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    status, times = run.status, [line["time"] for line in run.lines if "time" in line]
+    found = [("folder", str(run.path))]
+    if times:
+        begun, ended = (datetime.fromtimestamp(at, UTC) for at in (times[0], times[-1]))
+        day = "" if begun.date() == ended.date() else f"{ended:%d %B %Y}, "
+        found.append(("first and last step", f"{begun:%d %B %Y, %H:%M} to {day}{ended:%H:%M} UTC"))
+    found.append(("hardware", status.hardware))
+    found.append(("precision", status.precision))
+    found.append(
+        ("checkpoints", ", ".join([f"{len(run.checkpoints)}", *(f"the last {c}" for c in run.checkpoints[-1:])]))
+    )
+    found += list((status.versions or {}).items())
+    return [(name, value) for name, value in found if value]
