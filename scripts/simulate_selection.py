@@ -2,6 +2,7 @@
 """How well sft/statistics.py tells checkpoints apart, on simulated runs whose truth is known.
 
 scripts/simulate_selection.py [--json] [--runs 400]
+scripts/simulate_selection.py --example     # one simulated run, as `idefics-sft select` shows it
 
 A question is answered right when  quality of the checkpoint + what its image and the question itself do to every
 checkpoint + what the image and the question do to this one  is over 0, all normal, variances 1 in sum. So checkpoints
@@ -29,6 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from sft.cli.select import show
+from sft.cli.terminal import console
+from sft.evaluation.results import half_of
+from sft.selection.choice import choose
+from sft.selection.outcomes import Outcomes
 from sft.statistics import (
     bootstrap_scores,
     choose_best,
@@ -130,12 +136,34 @@ def detected(kind: Kind, difference: float, num_runs: int, seed: int) -> float:
     return float(np.mean(shares))
 
 
+EXAMPLE = Kind((0.52, 0.62, 0.655, 0.667, 0.667), 1164, 1)
+
+
+def example(seed: int) -> Outcomes:
+    """The answers of one simulated run with a checkpoint every 2,000 steps."""
+    hits_KQ, images_Q = simulate(EXAMPLE, np.random.default_rng(seed))
+    return Outcomes(
+        benchmark="mmbench_dev_en",
+        ranks=("letter",),
+        steps=tuple(2000 * number for number in range(1, len(hits_KQ) + 1)),
+        values_KQ=hits_KQ,
+        weights_Q=np.ones(EXAMPLE.num_questions),
+        clusters_Q=images_Q,
+        halves_Q=np.array([half_of(image, seed) for image in images_Q]),
+        categories_Q=np.full(EXAMPLE.num_questions, ""),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=400, help="simulated runs of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--example", action="store_true", help="one run, as `idefics-sft select` shows it")
     arguments = parser.parse_args()
+    if arguments.example:
+        show(choose(example(arguments.seed), by="mmbench", rule="earliest_not_worse"), console())
+        return
     found = {name: figures(kind, arguments.runs, arguments.seed) for name, kind in KINDS.items()}
     if arguments.json:
         print(json.dumps({"runs": arguments.runs, "kinds": found}))

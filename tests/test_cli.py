@@ -230,6 +230,11 @@ def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal
     card = ("evaluate", llama, "--benchmark", questions, "--protocol", "card", "--rank", "text")
     assert "protocol card ranks letters, found text" in refusal(*card)
     assert "nowhere.tsv: No such file" in refusal("evaluate", llama, "--benchmark", "nowhere.tsv")
+    assert "give --shots K too" in refusal("evaluate", llama, "--benchmark", questions, "--support", questions)
+    details = ("--details", tmp_path, "--benchmark", questions)
+    assert f"--details {tmp_path}: no file can be written there" in refusal("evaluate", llama, *details)
+    many = ("--shots", "2", "--support", questions, "--benchmark", questions)
+    assert "can be shown 0 others with answers, 2 are asked for" in refusal("evaluate", llama, *many)
     poem = write_tsv(tmp_path / "poem.tsv", {"line": "Tyger Tyger", "verse": 1})
     assert "missing columns index, question" in refusal("evaluate", llama, "--benchmark", poem)
     questions.write_text(questions.read_text().rsplit("\t", 1)[0] + "\tbm8gaW1hZ2U=\n")  # "no image" in base64

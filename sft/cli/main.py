@@ -145,8 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"idefics-sft: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
         sys.exit(1 if error.errno in (errno.ENOSPC, errno.EIO) else 2)
     except KeyboardInterrupt:
-        if speaks():
-            print("idefics-sft: interrupted", file=sys.stderr)
+        print("idefics-sft: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
