@@ -31,6 +31,7 @@ from sft.loss import trained_positions
 from sft.optim import make_optimizer, parameter_groups, schedule
 from sft.precision import choose_precision, device
 from sft.recipe import Engine, TrainingConfig
+from sft.recomputation import recompute_share
 from sft.sample import NO_SOURCE, Batch
 from sft.training_state import load_state, read_progress, save_state
 
@@ -170,7 +171,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_grad_norm=settings.clip,
             bf16=self.precision == "bfloat16",
             fp16=self.precision == "float16",
-            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing=bool(settings.gradient_checkpointing),
             activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
             logging_steps=1,
             logging_nan_inf_filter=False,  # it would log 0.0 in place of a loss that is not a number
@@ -197,6 +198,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             callbacks=[
                 *callbacks,
                 _Resume(self),
+                _RecomputeShare(self),
                 _WriteMetrics(self, run_dir, on_step),
                 _CheckGradients(self),
                 _FillGradients(self),
@@ -313,6 +315,17 @@ class _Resume(TrainerCallback):  # type: ignore[misc]
         """Transformers has made optimizer and schedule by now."""
         if self.trainer.resume_from:
             self.trainer.load_state(self.trainer.resume_from)
+
+
+class _RecomputeShare(TrainerCallback):  # type: ignore[misc]
+    """Transformers has enabled activation checkpointing in all layers by now, or in none."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave it on where the recipe wants it."""
+        recompute_share(self.trainer.model, float(self.trainer.settings.gradient_checkpointing))
 
 
 class _Stop(TrainerCallback):  # type: ignore[misc]
