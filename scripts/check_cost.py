@@ -27,7 +27,7 @@ from sft.cost.shapes import shape_of
 
 TOLERANCE = 0.10
 PACK = {"tokens": 2048, "images": 24, "trained_tokens": 2047}
-AGAIN: dict[str, Any] = {"checkpointing": True}
+AGAIN: dict[str, Any] = {"checkpointing": 1.0}
 LAYERS_OF = shape_of(read_config("HuggingFaceM4/idefics-9b")).layers_of
 TEXT_SIDE: dict[str, Any] = {"lora_layers": LAYERS_OF(("language", "cross_attention"))}
 EVERYWHERE: dict[str, Any] = {"lora_layers": LAYERS_OF(PARTS)}
@@ -45,6 +45,8 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("9b", "qlora", {"mode": "qlora"} | TEXT_SIDE),
     ("9b", "qlora, checkpointing", {"mode": "qlora"} | TEXT_SIDE | AGAIN),
     ("9b", "qlora, gates and resampler trained, checkpointing", {"mode": "qlora"} | TEXT_SIDE | BESIDE | AGAIN),
+    ("9b", "full, checkpointing of a half", {"checkpointing": 0.5}),
+    ("9b", "qlora, checkpointing of three quarters", {"mode": "qlora", "checkpointing": 0.75} | TEXT_SIDE),
     ("9b", "qlora, checkpointing, feature cache", {"mode": "qlora", "encoded": True} | TEXT_SIDE | AGAIN),
     (
         "9b",

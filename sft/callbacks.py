@@ -30,6 +30,7 @@ from sft.metrics import (
     peak_memory_bytes,
 )
 from sft.recipe import TrainingConfig
+from sft.recomputation import recompute_share
 from sft.spikes import WINDOW, Spike, Spikes
 
 WORST_PACKS, NAMED_SAMPLES = 4, 5
@@ -67,6 +68,17 @@ class Resume(TrainerCallback):  # type: ignore[misc]
         self.trainer.engine.check_prepared(self.trainer.model)
         if self.trainer.resume_from:
             self.trainer.load_state(self.trainer.resume_from)
+
+
+class RecomputeShare(TrainerCallback):  # type: ignore[misc]
+    """Transformers has enabled activation checkpointing in all layers by now, or in none."""
+
+    def __init__(self, trainer: Training) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave it on where the recipe wants it."""
+        recompute_share(self.trainer.model, float(self.trainer.settings.gradient_checkpointing))
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from sft.callbacks import CheckGradients, FillGradients, Resume, Stop, WriteMetrics
+from sft.callbacks import CheckGradients, FillGradients, RecomputeShare, Resume, Stop, WriteMetrics
 from sft.distributed import ALONE, Rank
 from sft.engines import Writers, get_engine
 from sft.loss import trained_positions
@@ -116,7 +116,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             max_grad_norm=settings.clip,
             bf16=self.precision == "bfloat16",
             fp16=self.precision == "float16",
-            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing=bool(settings.gradient_checkpointing),
             activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
             logging_steps=1,
             logging_nan_inf_filter=False,  # it would log 0.0 in place of a loss that is not a number
@@ -143,6 +143,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             callbacks=[
                 *callbacks,
                 Resume(self),
+                RecomputeShare(self),
                 WriteMetrics(self, run_dir, on_step, say),
                 CheckGradients(self),
                 FillGradients(self),

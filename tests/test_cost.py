@@ -1,6 +1,7 @@
 """Planning: parameters to the digit, the formula beside the real model, advice that holds, published points."""
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -24,6 +25,7 @@ from sft.cost.planning import plan
 from sft.cost.setting import PARTS, Setting
 from sft.cost.shapes import shape_of
 from sft.recipe import load_recipe
+from sft.recomputation import is_recomputed
 
 SMALL = Setting(tokens=256, images=2, trained_tokens=255)
 CARD = REPOSITORY / "recipes" / "idefics-9b-instruct.yaml"
@@ -90,7 +92,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("way", "checkpointing"),
-    [(way, False) for way in WAYS] + [(way, True) for way in ("full", "lora everywhere", "qlora and gates")],
+    [(way, 0.0) for way in WAYS]
+    + [(way, 1.0) for way in ("full", "lora everywhere", "qlora and gates")]
+    + [("full", 0.5), ("qlora and gates", 0.25)],
 )
 def test_the_formula_agrees_with_the_real_model_under_fake_tensors(way, checkpointing):
     setting = replace(SMALL, checkpointing=checkpointing, **WAYS[way])
@@ -110,7 +114,7 @@ settings = st.builds(
     optimizer=st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_8bit"]),
     engine=st.sampled_from(["ddp", "zero3", "fsdp2"]),
     gpus=st.sampled_from([1, 2, 64]),
-    checkpointing=st.booleans(),
+    checkpointing=st.sampled_from([0.0, 0.3, 1.0]),
     accumulates=st.booleans(),
     precision=st.sampled_from(["bfloat16", "float32"]),
 )
@@ -125,7 +129,7 @@ def test_more_to_do_never_takes_less_and_less_precise_states_never_more(setting)
         there = cost(shape, replace(setting, **more))
         assert there.peak_bytes >= here.peak_bytes and there.flop > here.flop
     assert cost(shape, replace(setting, optimizer="adamw")).peak_bytes >= here.peak_bytes
-    assert cost(shape, replace(setting, checkpointing=False)).flop <= here.flop
+    assert cost(shape, replace(setting, checkpointing=0.0)).flop <= here.flop
 
 
 # ----------------------------------------------------------------------------------------------- published points
@@ -190,11 +194,29 @@ def test_the_report_has_the_keys_of_the_contract_and_its_parts_add_up(capsys):
     report = planned(capsys, "quickstart", "--gpu", "t4-16")
     assert list(report) == (
         ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "seconds", "gpus", "cost",
-         "feature_cache", "advice"]
+         "feature_cache", "checkpointing", "advice"]
     )  # fmt: skip
     assert report["fits"] and report["advice"] == [] and report["cost"] is None
     assert sum(report["bytes"].values()) == report["peak_bytes"] < GIB
     assert planned(capsys, "quickstart", "--gpu-memory", "24")["seconds"] is None
+
+
+@given(number=st.integers(0, 100), share=st.floats(0, 1, exclude_max=True))
+def test_a_share_of_layers_is_spread_evenly_and_begins_at_the_first(number, share):
+    again = is_recomputed(number, share)
+    assert sum(again) == math.floor(number * share)
+    assert not again or not again[-1]
+    for end in range(number + 1):
+        assert abs(sum(again[end:]) - (number - end) * share) < 1
+    assert is_recomputed(4, 0.5) == [True, False, True, False] and is_recomputed(3, 1.0) == [True] * 3
+
+
+def test_a_share_of_layers_takes_memory_and_work_between_all_and_none(capsys):
+    rows = planned(capsys, CARD, "training.gradient_checkpointing=0.6", "data.augment=none")["checkpointing"]
+    assert [row["share"] for row in rows] == [0, 0.25, 0.5, 0.6, 0.75, 1]
+    peaks, work = ([row[key] for row in rows] for key in ("peak_bytes", "work"))
+    assert peaks == sorted(peaks, reverse=True) and work == sorted(work) and work[0] == 1
+    assert [row["fits"] for row in rows] == [peak <= DEVICES["a100-80"].usable_bytes for peak in peaks]
 
 
 def test_the_feature_cache_is_told_where_a_recipe_can_have_one(capsys, tmp_path):

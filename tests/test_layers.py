@@ -9,7 +9,7 @@ import sft
 
 LAYERS = (  # the design's layer 0 is the first two rows: the nouns, and what needs nothing but them
     "errors sample",
-    "recipe shipped attention loss locking files parallel images spikes statistics stopping",
+    "recipe shipped recomputation attention loss locking files parallel images spikes statistics stopping",
     "sources pixels image_keys chat_template models optim lora distributed precision training_state",
     "fitting checkpoint engines",
     "memory datasets store encoding mixture packing dealing collate generation bases naming run_status held_out",

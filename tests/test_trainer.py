@@ -190,12 +190,14 @@ def test_adapters_that_do_not_move_stop_the_first_step(template, tmp_path, model
         trainer.train()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 0.5])
 def test_all_of_what_is_asked_for_moves_and_nothing_else(template, tmp_path, model, checkpointing):
     """Reentrant checkpointing would leave out the adapters of the tower."""
     before = {name: p.clone() for name, p in adapted(model, "vision", "language").named_parameters()}
     batch = batch_of([place(template, SAMPLES[0])])
     trainer_of(model, template, [batch], tmp_path, 1, gradient_checkpointing=checkpointing).train()
+    expected = {False: [False] * 4, True: [True] * 4, 0.5: [True, False, True, False]}
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == expected[checkpointing]
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {idefics.EXTRA_EMBEDDING, idefics.EXTRA_HEAD} | {n for n in before if "lora_" in n}
 

@@ -66,7 +66,9 @@ def show(recipe: "Recipe", planned: "Plan", utilisation: float, out: Console) ->
     setting, device, report = planned.setting, planned.device, planned.report
     how: list[str] = [setting.mode, setting.optimizer, setting.precision]
     how += [setting.engine] if setting.gpus > 1 else []
-    how += ["checkpointing"] if setting.checkpointing else []
+    how += ["checkpointing" + f" of {setting.checkpointing:g}" * (setting.checkpointing < 1)] * (
+        setting.checkpointing > 0
+    )
     out.print(f"{recipe.model.path} on {setting.gpus} x {device.name}: {', '.join(how)}")
     out.print(f"{report['parameters']:,} parameters, {report['trainable_parameters']:,} of them trained")
     out.print(f"fullest micro-batch: {setting.tokens:,} tokens, {setting.images} images")
@@ -82,6 +84,7 @@ def show(recipe: "Recipe", planned: "Plan", utilisation: float, out: Console) ->
         out.print(f"does not fit: {(peak - total) / GIB:.1f} GiB too much")
     out.print()
     _print_time(recipe, planned, utilisation, out)
+    _print_shares(report["checkpointing"], setting.checkpointing, unit, name, out)
     if report["feature_cache"]:
         _print_feature_cache(report["feature_cache"], out)
     if not report["fits"]:
@@ -100,6 +103,25 @@ def _print_time(recipe: "Recipe", planned: "Plan", utilisation: float, out: Cons
     out.print(f"{work}, at {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"
     out.print(f"{_duration(seconds)}, {seconds * report['gpus'] / 3600:,.1f} GPU hours{cost}")
+
+
+def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: str, out: Console) -> None:
+    rows = [
+        (
+            f"{_value(row['share'])}{' (asked)' * (row['share'] == asked)}",
+            f"{row['peak_bytes'] / unit:,.1f}",
+            "yes" if row["fits"] else "no",
+            f"{row['work']:.2f}",
+        )
+        for row in shares
+    ]
+    out.print()
+    out.print(table("training.gradient_checkpointing", ("", f"{name} at the peak", "fits", "work"), rows))
+
+
+def _value(share: float) -> str:
+    """As a recipe says it."""
+    return {0.0: "false", 1.0: "true"}.get(share, f"{share:g}")
 
 
 def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:

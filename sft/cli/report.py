@@ -9,6 +9,8 @@ import typer
 
 from sft.cli.terminal import Json, console, print_json
 
+EXAMPLES = ("report runs/quickstart", "report quickstart --output page.html")
+
 
 def run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from sft.cost.setting import PARTS, Setting
 from sft.cost.shapes import Linear, Part, Shape
+from sft.recomputation import is_recomputed
 
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in nf4 with double quantisation: an 8-bit scale for 64 weights, a float32 one for 256 of those:
@@ -254,23 +255,23 @@ class _Memory:
         }
         result = []
         if images and _has_backward("vision", setting):
-            kept = inputs["vision"] if setting.checkpointing else vision
-            result.append(self.stage("vision", shape.vision_layers, kept, vision, patches))
+            result.append(self.stage("vision", vision, inputs["vision"], patches))
         if images and shape.resampler_layers and _has_backward("resampler", setting):
             block = self.resampler_block() * images
-            result.append(self.stage("resampler", shape.resampler_layers, block, 0, 0))
-        both = inputs["language"] if setting.checkpointing else None
-        result.append(self.stage("cross_attention", shape.cross_layers, both or cross, cross, tokens))
-        result.append(self.stage("language", shape.layers, both or text, text, tokens))
+            result.append(self.stage("resampler", block, block, 0))
+        again = inputs["language"]
+        result.append(self.stage("cross_attention", cross, again, tokens))
+        result.append(self.stage("language", text, again, tokens))
         last_norm = (
             self.rms_norm("language", shape.hidden, self.stream) + shape.hidden * self.half
         )  # and the input of the head
         result[-1] = replace(result[-1], kept=result[-1].kept + tokens * last_norm)
         return result
 
-    def stage(self, part: Part, layers: int, kept: float, layer: float, rows: int) -> Stage:
-        """`kept` and `layer` of one layer."""
-        again = self.setting.checkpointing and part != "resampler"
+    def stage(self, part: Part, layer: float, inputs: float, rows: int) -> Stage:
+        """Of one layer: all that it keeps, and its inputs, which is what it keeps where it is computed again."""
+        layers = self.shape.layers_in(part)
+        again = _recomputed(part, self.shape, self.setting)
         weights = self.layer_parameters(part)
         largest = max((linear.weights for linear in self.shape.of_part(part)), default=0)
         wide = {"vision": self.shape.vision_intermediate}.get(part, self.shape.intermediate)
@@ -279,14 +280,16 @@ class _Memory:
             working += (self.half + 4) * largest  # the gradient of a weight, in half and in float32
         if self.quantised(part):
             working += self.half * largest  # a weight unpacked
+        if again == layers:  # else the last layer is not: what another one needs, that has left by then
+            working += layer
         if again:
-            working += layer + self.half * weights * (self.autocast and not self.frozen(part))
+            working += self.half * weights * (self.autocast and not self.frozen(part))
         return Stage(
             part=part,
-            kept=kept * layers,
+            kept=layer * (layers - again) + inputs * again,
             layer=working,
             gradients=self.trained[part],
-            copies=0 if again else self.copies_of(part),
+            copies=self.copies_of(part) * (1 - again / layers),
             of_images=part in ("vision", "resampler"),
         )
 
@@ -408,18 +411,20 @@ def _flop(shape: Shape, setting: Setting) -> int:
         if linear.part in done:
             continue
         forward = 2.0 * rows[linear.rows] * linear.weights * linear.count
-        total += forward * _passes(linear.part, setting, weight_trained=linear.part in setting.trained)
+        again = _share_again(linear.part, shape, setting)
+        total += forward * (again + _passes(linear.part, setting, weight_trained=linear.part in setting.trained))
         last = (linear.part, linear.name) in _LAST and (linear.part, linear.name) not in adapted
-        if last and _computed_again(linear.part, setting):
-            total -= forward
+        if last:
+            total -= forward * again
         if (linear.part, linear.name) in adapted:
             forward = 2.0 * rows[linear.rows] * setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
-            total += forward * _passes(linear.part, setting, weight_trained=True)
+            total += forward * (again + _passes(linear.part, setting, weight_trained=True))
     for part, forward in _attention_flop(shape, setting).items():
         if part in done:
             continue
         fused = part != "resampler"  # a fused kernel computes the scores again: five products backward for two forward
-        total += forward * (_passes(part, setting, weight_trained=True) + 0.5 * fused)
+        again = _share_again(part, shape, setting)
+        total += forward * (again + _passes(part, setting, weight_trained=True) + 0.5 * fused)
     total += 2 * setting.trained_tokens * shape.embedding_parameters * (3 if "head" in setting.trained else 2)
     pixels = 2 * images * (shape.patches - 1) * shape.pixel_weights * (not setting.encoded)
     return round(total + pixels * (2 if "vision" in setting.trained else 1))
@@ -430,9 +435,8 @@ _LAST = (("language", "down_proj"), ("vision", "fc2"))
 
 
 def _passes(part: Part, setting: Setting, *, weight_trained: bool) -> int:
-    """How often a matrix product is done: forward, again under checkpointing, for either gradient."""
-    backward = _has_backward(part, setting)
-    return 1 + _computed_again(part, setting) + backward * (1 + weight_trained)
+    """How often a matrix product is done: forward, and for either gradient."""
+    return 1 + _has_backward(part, setting) * (1 + weight_trained)
 
 
 def _has_backward(part: Part, setting: Setting) -> bool:
@@ -443,8 +447,15 @@ def _has_backward(part: Part, setting: Setting) -> bool:
     return adapted or (part == "resampler" and _has_backward("vision", setting))
 
 
-def _computed_again(part: Part, setting: Setting) -> bool:
-    return setting.checkpointing and part != "resampler" and _has_backward(part, setting)
+def _recomputed(part: Part, shape: Shape, setting: Setting) -> int:
+    """Layers of the part that are computed again in the backward pass."""
+    if part == "resampler" or not _has_backward(part, setting):
+        return 0
+    return sum(is_recomputed(shape.layers_in(part), setting.checkpointing))
+
+
+def _share_again(part: Part, shape: Shape, setting: Setting) -> float:
+    return _recomputed(part, shape, setting) / max(shape.layers_in(part), 1)
 
 
 def _attention_flop(shape: Shape, setting: Setting) -> dict[Part, float]:

@@ -37,6 +37,7 @@ from sft.models.idefics import packed
 from sft.models.idefics.loading import kept_exact
 from sft.optim import make_optimizer, parameter_groups
 from sft.recipe import TrainingConfig
+from sft.recomputation import recompute_share
 from sft.sample import Batch
 
 
@@ -193,6 +194,7 @@ def _build(config: IdeficsConfig, setting: Setting) -> nn.Module:
     model.train()
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_share(model, setting.checkpointing)
     return model
 
 

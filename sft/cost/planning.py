@@ -64,6 +64,7 @@ def plan(recipe: Recipe, device: Device, gpus: int, utilisation: float, price_pe
         "gpus": gpus,
         "cost": money,
         "feature_cache": feature_cache(recipe, shape, setting),
+        "checkpointing": list(_by_share(shape, setting, device)),
         "advice": [] if fits else list(_advice(recipe, shape, device, gpus)),
     }
     return Plan(shape, setting, device, needed, micro_batches, report)
@@ -90,7 +91,7 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
         optimizer=training.optimizer,
         engine=_engine(recipe, gpus),
         gpus=gpus,
-        checkpointing=training.gradient_checkpointing,
+        checkpointing=float(training.gradient_checkpointing),
         encoded=recipe.data.feature_cache,
         accumulates=recipe.packs_per_step > packs * gpus,
         precision=_precision(training.precision, device),
@@ -111,6 +112,15 @@ def feature_cache(recipe: Recipe, shape: Shape, setting: Setting) -> dict[str, A
         "bytes": None if images is None else images * shape.feature_bytes,
         "saves": 1 - with_it / without,
     }
+
+
+def _by_share(shape: Shape, setting: Setting, device: Device) -> Iterator[dict[str, Any]]:
+    """Memory and work by the share of the layers that compute their activations again."""
+    none = cost(shape, replace(setting, checkpointing=0.0)).flop
+    for share in sorted({0.0, 0.25, 0.5, 0.75, 1.0, setting.checkpointing}):
+        needed = cost(shape, replace(setting, checkpointing=share))
+        peak = needed.peak_bytes
+        yield {"share": share, "peak_bytes": peak, "fits": peak <= device.usable_bytes, "work": needed.flop / none}
 
 
 def _distinct_images(recipe: Recipe) -> int | None:

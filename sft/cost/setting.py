@@ -36,8 +36,8 @@ class Setting:
     optimizer: Optimizer = "adamw"
     engine: Engine = "ddp"
     gpus: int = 1
-    checkpointing: bool = False
-    """Activations are computed again in the backward pass, layer by layer."""
+    checkpointing: float = 0.0
+    """Share of the layers whose activations are computed again in the backward pass, layer by layer."""
     encoded: bool = False
     """Images come as what tower and resampler made of them before (`data.feature_cache`)."""
     accumulates: bool = True

@@ -115,6 +115,15 @@ class Shape:
         yield Linear("resampler", "fc", E, 4 * E, "latents", self.resampler_layers)
         yield Linear("resampler", "c_proj", 4 * E, E, "latents", self.resampler_layers)
 
+    def layers_in(self, part: Part) -> int:
+        """How many layers a part has."""
+        return {
+            "language": self.layers,
+            "cross_attention": self.cross_layers,
+            "resampler": self.resampler_layers,
+            "vision": self.vision_layers,
+        }[part]
+
     def layers_of(self, targets: Collection[str]) -> tuple[str, ...]:
         """Names, with their parts, of the linear layers that `model.lora.targets` names."""
         asked = (linear for linear in self.linears if {linear.part, linear.target} & set(targets))
