@@ -107,6 +107,31 @@ def test_a_command_has_the_options_that_are_named(line):
     command.make_context(name, arguments)
 
 
+WITHOUT_DATA = sorted(
+    {
+        line.partition(" #")[0].strip()
+        for line in COMMANDS
+        if re.match(rf"plan ({'|'.join(HEADS)})\b(?!\.)|validate .*--no-paths|recipes (list|show)", line)
+    }
+)
+
+
+@pytest.mark.parametrize("line", WITHOUT_DATA)
+def test_a_command_that_needs_no_data_runs(line, capsys):
+    assert status_of(*shlex.split(line)) == 0
+    assert capsys.readouterr().out
+
+
+def test_mix_prints_what_the_page_shows(capsys):
+    (command, shown) = re.search(
+        r"^    \$ idefics-sft (mix .*)\n((?:    .*\n)+)", PAGES["mixtures.md"], re.MULTILINE
+    ).groups()
+    assert status_of(*shlex.split(command)) == 0
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert [line for line in lines if line not in (*printed, "…")] == []
+
+
 def test_examples_of_help_fit_a_terminal():
     assert [command for command in OF_HELP if len(f" idefics-sft {command}") > 79] == []
 
