@@ -345,14 +345,23 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
         f"`{name}`, {chosen} among {len(scores)} checkpoints by {selection.get('benchmark', selection['by'])}, "
         f"rule `{selection['rule']}`."
     )
-    if name in scores:
+    figure = "{:.4f}".format if selection["by"] == "loss" else "{:.1%}".format
+    if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
+        yield f"Held-out loss {figure(scores[name]['score'])}."
+    elif name in scores:
         own = scores[name]
         yield (
-            f"Score {own['score']:.1%} ± {own['standard_error']:.1%} on questions that did not choose; "
-            f"best with probability {own['p_best']:.0%}."
+            f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
+            f"{figure(own['standard_error'])} on {_reported(selection)}; best with probability {own['p_best']:.0%}."
         )
-    if selection["selected"] == name:
-        yield f"Cross-fitted figure of the choice: {selection['cross_fitted']:.1%}."
+    if selection["selected"] == name and selection["cross_fitted"] is not None:
+        yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."
+
+
+def _reported(selection: dict[str, Any]) -> str:
+    """The questions that figures come from."""
+    what = "samples" if selection["by"] == "loss" else "questions"
+    return f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
 
 
 def _public(recipe: Recipe) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sft.inference import load_for_inference
 from sft.merge import compare, merge, write_safetensors
 from sft.models import idefics
 from sft.recipe import LoraSettings
+from sft.selection.choice import choose_by_recorded_loss, write_selection
 
 RECIPE = {
     "model": {"path": "HuggingFaceM4/idefics-9b", "mode": "qlora"},
@@ -166,6 +167,13 @@ def test_the_card_says_what_the_model_is_and_nothing_of_this_machine(checkpoint,
     assert "somebody" not in card
     assert str(tmp_path) not in card
     assert not {"recipe.yaml", "adapter_config.json"} & {file.name for file in (tmp_path / "my-idefics").iterdir()}
+
+
+def test_the_card_of_a_choice_by_the_loss_that_training_wrote_down_says_no_more_than_that(checkpoint, tmp_path):
+    write_selection(choose_by_recorded_loss({1: 2.5, 2: 1.5}), checkpoint.parents[1])
+    merge(checkpoint, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "Held-out loss 1.5000." in card and "Score" not in card and "Cross-fitted" not in card
 
 
 def test_a_full_checkpoint_is_copied_without_its_training_state(tokenizer, tmp_path):

@@ -185,6 +185,10 @@ def test_a_run_in_any_state_has_a_page(tmp_path, how, told):
     assert told in render(read_run(write_run(tmp_path / "run", **how)))
 
 
+def test_the_page_of_a_long_run_is_not_large(run):
+    assert len(render(replace(run, lines=[line(step) for step in range(1, 22_001)]))) < 300_000
+
+
 def test_a_line_on_its_way_is_not_read_and_a_damaged_one_is_told(tmp_path):
     file = write_run(tmp_path / "run") / "metrics.jsonl"
     with file.open("a") as opened:

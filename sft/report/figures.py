@@ -128,7 +128,7 @@ def loss_figures(run: Run) -> Iterable[Figure]:
     points = losses(run.lines)
     svg = chart(
         [
-            Series(points=[(step, loss) for step, loss, _ in points], style="faint"),
+            Series(points=_thin([(step, loss) for step, loss, _ in points]), style="faint"),
             Series(points=_means(points)),
             Series(points=held_out(run), style="dots", colour="var(--second)"),
         ],
@@ -152,7 +152,7 @@ def source_figures(run: Run) -> Iterable[Figure]:
         apart = held_out(run, source.name)
         svg = chart(
             [
-                Series(points=[(step, loss) for step, loss, _ in points], style="faint", colour=colour),
+                Series(points=_thin([(step, loss) for step, loss, _ in points]), style="faint", colour=colour),
                 Series(points=_means(points), colour=colour),
                 Series(
                     points=apart,

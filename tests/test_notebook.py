@@ -1,0 +1,87 @@
+"""The notebook for Colab: it runs from top to bottom, its settings fit a T4, and nothing of a run is kept in it."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import REPOSITORY, status_of
+from nbclient import NotebookClient
+from PIL import Image
+
+FILE = REPOSITORY / "notebooks" / "finetune_4bit_colab.ipynb"
+COLOURS = {"red": (200, 0, 0), "blue": (0, 0, 200)}
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(FILE, as_version=4)
+
+
+def write_own_data(folder):
+    """Twelve images, each with two questions, in the form that the notebook names."""
+    (folder / "photos").mkdir(parents=True)
+    lines = []
+    for number, (name, colour) in enumerate([*COLOURS.items()] * 6):
+        pixels = np.full((20, 20, 3), colour, np.uint8)
+        pixels[0, number] = 255  # no two are the same
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
+        for question, answer in (("What colour is it?", f"It is {name}."), ("Is it red?", str(name == "red"))):
+            turns = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
+            lines.append(json.dumps({"messages": turns, "images": [f"photos/{number}.png"]}) + "\n")
+    (folder / "train.jsonl").write_text("".join(lines))
+
+
+def with_settings(notebook, **settings):
+    """The notebook with other values in its first cell of code."""
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    names = [line.split(" = ")[0] for line in cell.source.splitlines() if " = " in line]
+    assert settings.keys() <= set(names)
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+    return notebook
+
+
+def test_no_output_is_kept(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in code] == [[]] * len(code)
+    assert [cell.execution_count for cell in code] == [None] * len(code)
+    assert not any("execution" in cell.metadata for cell in code)
+
+
+@pytest.mark.parametrize("data", ["", "my_data"])
+def test_the_settings_fit_a_t4(notebook, tmp_path, monkeypatch, capsys, data):
+    monkeypatch.chdir(tmp_path)
+    with_settings(notebook, DATA=data)
+    (recipe,) = (cell.source for cell in notebook.cells if "recipe = f" in cell.source)
+    (settings,) = (cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    exec(f"{settings}\n{recipe}", {})
+    capsys.readouterr()
+    assert status_of("plan", "recipe.yaml", "--gpu", "t4-16", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["fits"] and planned["peak_bytes"] < 13.5 * 2**30, "a gibibyte to spare for the notebook itself"
+    assert planned["seconds"] < 3 * 3600
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+    write_own_data(tmp_path / "my_data")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    with_settings(notebook, MODEL="shipped:tiny_base", DATA="my_data", STEPS=2)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    images = [kind for output in outputs for kind in output.get("data", ()) if kind.startswith("image/")]
+    assert "fits, " in text and "T4 16 GB" in text
+    assert "⟦" in text, "what is trained"
+    assert text.count("  before:  ") == text.count("  after:   ") == len(images) - 1 > 0, "and the losses"
+    for name in ("my-adapter/adapter_model.safetensors", "my-adapter.zip", "runs/colab/report.html"):
+        assert (tmp_path / name).exists()
+    assert not (tmp_path / "my-adapter" / "state").exists()
+    assert not (tmp_path / "my-model").exists(), "merging only if asked"
