@@ -217,9 +217,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The norm of the gradient, which is clipped; one that is not finite is thrown away, so that the step changes
         nothing. Under float16 the scaler does that."""
-        norm = super()._clip_grad_norm(model)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()  # of the shares of all processes
+        norm = self.engine.gradient_norm(self, super()._clip_grad_norm(model))
         is_finite = math.isfinite(float(norm)) or self.precision == "float16"
         self.nonfinite_steps = 0 if is_finite else self.nonfinite_steps + 1
         if not is_finite:

@@ -8,22 +8,23 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from conftest import batch_of, conversation, document, make_tiny_model, place
 from safetensors.torch import load_file
 from test_trainer import Watch, trainer_of, write_recipe
+from two_processes import OPTIONS
 from two_ranks import step
 
-from sft.checkpoint import broken_files, checkpoints
+from sft.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_complete
 from sft.data_loader import MicroBatches
 from sft.distributed import ALONE, Rank, launched_as
-from sft.engines import choose_engine
-from sft.errors import UserError
+from sft.engines import choose_engine, fsdp2
+from sft.errors import RunError, UserError
 from sft.models import idefics
 from sft.planner import Planner
 from sft.plans import Plans
@@ -32,14 +33,10 @@ from sft.recipe import load_recipe
 from sft.sample import NO_SOURCE
 
 REPOSITORY = Path(__file__).parent.parent
-SECONDS = 180
-"""More than enough even on a busy machine; DeepSpeed compiles for a minute when it is first used on a CPU."""
-
-OPTIONS = (
-    "training.tokens_per_step=640", "data.mixture.0.share=50", "data.mixture.1.share=50", "training.max_steps=3",
-    "data.mixture.1.datasets.0.path=shipped:recipes/quickstart_conversations.jsonl", "checkpoints.every_steps=3",
-)  # fmt: skip
-"""Steps of five packs, some of them without images."""
+SECONDS = 600
+"""More than enough even on a busy machine."""
+DEEPSPEED = REPOSITORY / ".cache" / "deepspeed"
+"""Where scripts/install_deepspeed puts it."""
 
 
 def sft(*arguments: object, launcher: tuple[str, ...] = ("-m", "sft.cli.main"), **environment: str):
@@ -55,6 +52,34 @@ def sft(*arguments: object, launcher: tuple[str, ...] = ("-m", "sft.cli.main"), 
 def recipe(tmp_path_factory) -> Path:
     """Pictures, and talk without any."""
     return write_recipe(tmp_path_factory.mktemp("distributed"))
+
+
+def on_two_processes(engine: str, recipe: Path, **environment: str) -> Path:
+    """The folder of the runs of two_processes.py."""
+    folder = recipe.parent / engine
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, str(REPOSITORY / "tests" / "two_processes.py"), engine, str(recipe), str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=shared | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=deadline - time.monotonic())
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +107,26 @@ def assert_same_steps(found: Path, expected: Path) -> None:
         assert line["loss"] == pytest.approx(own["loss"], rel=1e-5, abs=1e-5)
         # A key's bias has no gradient but rounding, and AdamW's first steps are as long for it as for the others.
         assert line["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-5 if line["step"] == 1 else 1e-4)
-        for name, source in own["sources"].items():
-            assert line["sources"][name] == pytest.approx(source, rel=1e-5, abs=1e-5) or not source["trained_tokens"]
+        for part in ("sources", "validation"):
+            for name, source in own.get(part, {}).items():
+                assert line[part][name] == pytest.approx(source, rel=1e-5, abs=1e-5) or not source["trained_tokens"]
+        assert line.get("generations") == own.get("generations")
+
+
+def computed(run_dir: Path) -> list[dict]:
+    """What was computed at each step, without what it took."""
+    took = ("time", "tokens_per_second", "peak_memory_bytes")
+    return [{key: value for key, value in line.items() if key not in took} for line in lines_of(run_dir)]
+
+
+def hashes(run_dir: Path, *kinds: str) -> dict[str, str]:
+    """Of the last checkpoint's weights and state, as its manifests have them."""
+    folder = checkpoints(run_dir / "checkpoints")[-1]
+    found = {}
+    for part in (folder, folder / STATE):
+        files = json.loads((part / MANIFEST).read_text())
+        found |= {name: file["xxh3"] for name, file in files.items() if name.endswith(kinds)}
+    return found
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -94,23 +137,47 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert weights.keys() == own_weights.keys()
         apart = [(weights[name].float() - own_weights[name].float()).abs().max() for name in weights]
         assert max(apart) < 0.01, "of weights rounded to bfloat16"
-        # Shares of a state are not kept as yet.
-        names = ({file.name for file in one.iterdir()} - {"state"} for one in (folder, own_folder))
-        assert next(names) == next(names)
+        assert {file.name for file in folder.iterdir()} == {file.name for file in own_folder.iterdir()}
+        assert is_complete(folder / STATE) and broken_files(folder / STATE) == []
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "ddp",
-        pytest.param(
-            "zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-        ),
-    ],
-)
-def test_two_processes_train_as_one_does(recipe, alone, engine):
+def test_two_copies_train_as_one_does(recipe, alone):
     """Five packs: the last micro-batch of one process is a dummy."""
-    assert_same_run(trained(recipe, engine, "--nproc", 2, f"distributed.engine={engine}"), alone)
+    assert_same_run(trained(recipe, "ddp", "--nproc", 2, "distributed.engine=ddp"), alone)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_model_that_is_shared_out_trains_as_a_whole_one_does_with_a_break_and_without(
+    recipe, alone, engine, tmp_path, monkeypatch
+):
+    deepspeed = os.pathsep.join([str(REPOSITORY), *[str(DEEPSPEED)] * (engine == "zero3")])
+    if engine == "zero3":
+        if not DEEPSPEED.is_dir() and os.environ.get("IDEFICS_SFT_SYSTEM_PACKAGES") != "1":
+            pytest.skip("DeepSpeed is not here; run scripts/install_deepspeed")
+        monkeypatch.syspath_prepend(DEEPSPEED)  # for the conversion, which is a process of its own
+    monkeypatch.setenv("PYTHONPATH", deepspeed)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    folder = on_two_processes(engine, recipe)
+    assert_same_run(folder / "whole", alone)
+
+    # To the bit after a break on as many processes.
+    assert computed(folder / "broken") == computed(folder / "whole")
+    assert hashes(folder / "broken", ".safetensors", ".distcp") == hashes(folder / "whole", ".safetensors", ".distcp")
+
+    # One process goes on with what two have written.
+    whole = two_processes.recipe_of(recipe, engine, folder / "broken-stopped", two_processes.OPTIONS)
+    two_processes.trained(whole, ALONE, folder / "broken-stopped" / "checkpoints" / "checkpoint-1")
+    assert_same_steps(folder / "broken-stopped", alone)
+
+    # Adapters, gradient checkpointing and held-out loss.
+    adapters = two_processes.recipe_of(recipe, "ddp", tmp_path / "lora", two_processes.LORA)
+    two_processes.trained(adapters, ALONE)
+    assert_same_steps(folder / "lora", tmp_path / "lora")
+    weights, own = (one / "checkpoints" / "checkpoint-2" for one in (folder / "lora", tmp_path / "lora"))
+    assert {file.name for file in weights.iterdir()} == {file.name for file in own.iterdir()}
+    weights, own = (load_file(one / "adapter_model.safetensors") for one in (weights, own))
+    assert weights.keys() == own.keys() and any(tensor.any() for name, tensor in own.items() if "lora_B" in name)
+    assert max((weights[name] - own[name]).abs().max() for name in own) < 1e-4
 
 
 def test_two_processes_stop_together_and_one_goes_on(recipe, alone):
@@ -318,10 +385,19 @@ def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
     for engine, mode, expected in (
         ("auto", "full", "needs DeepSpeed, which is not installed"),
         ("zero3", "qlora", "cannot share out weights in 4 bits"),
-        ("fsdp2", "full", "fsdp2 is not supported yet"),
+        ("fsdp2", "qlora", "cannot share out weights in 4 bits"),
     ):
         with pytest.raises(UserError, match=expected):
             choose_engine(engine, mode, Rank(0, 2))
+    with pytest.raises(UserError, match="fsdp2 shares out the states of adamw, not of adamw_8bit"):
+        choose_engine("fsdp2", "full", Rank(0, 2), "adamw_8bit")
+    with pytest.raises(UserError, match="fsdp2 trains in bfloat16 or float32"):
+        fsdp2.check_precision("float16")
+
+
+def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):
+    with pytest.raises(RunError, match="fsdp2 has not shared the model out: it is a PackedIdefics"):
+        fsdp2.check_prepared(model)
 
 
 def test_no_gradient_moves_weights_as_a_gradient_of_zero_does(template, tmp_path, model):

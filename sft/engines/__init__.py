@@ -50,6 +50,9 @@ class EngineModule(Protocol):
     def own_part(self, tensor: Tensor) -> Tensor:
         """What this process has of a parameter or gradient."""
 
+    def gradient_norm(self, trainer: Any, norm: Any) -> Any:
+        """The norm of the whole gradient, by what its clipping returned; not finite where the step is left out."""
+
     def gathered(self, trainer: Any) -> dict[str, Tensor] | None:
         """The whole weights in the main process; None where it has them anyway."""
 
@@ -94,6 +97,6 @@ def check_shared_out(engine: Engine, mode: str, optimizer: str) -> None:
         raise UserError(f"distributed.engine: {engine} cannot share out weights in 4 bits; set ddp, or model.mode lora")
     if optimizer != "adamw":
         raise UserError(
-            f"training.optimizer: {engine} shares out the states of adamw alone, which then take less than whole ones "
-            f"in 8 bits; set adamw, or distributed.engine ddp"
+            f"training.optimizer: {engine} shares out the states of adamw, not of {optimizer}; set adamw, or "
+            "distributed.engine ddp"
         )

@@ -86,6 +86,11 @@ def own_part(tensor: Tensor) -> Tensor:
     return own.to_local() if hasattr(own, "to_local") else tensor
 
 
+def gradient_norm(trainer: Any, norm: Any) -> Any:
+    """Of the shares of all processes."""
+    return norm.full_tensor()
+
+
 def gathered(trainer: Any) -> dict[str, Tensor] | None:
     """One after another; without what stays as it was in the base, where only adapters are kept of it."""
     from sft.lora import has_adapters

@@ -5,6 +5,7 @@ Every process writes its share under the parameter's name; any number of process
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     tensors = _flat(_states(model, optimizer))
     reader = FileSystemReader(folder / FOLDER)
     check_names(folder, reader.read_metadata().state_dict_metadata, tensors)
-    load_shards(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads it all
+        load_shards(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

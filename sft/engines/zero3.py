@@ -4,6 +4,7 @@ layer's weights when it comes to the layer. What the idefics-9b-instruct card tr
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def check_prepared(model: nn.Module) -> None:
 def own_part(tensor: Tensor) -> Tensor:
     """This process's slice of the flattened parameter."""
     return getattr(tensor, "ds_tensor", tensor)
+
+
+def gradient_norm(trainer: Any, norm: Any) -> Any:
+    """DeepSpeed has made the step by now. It leaves one out whose norm is not finite, and goes on to tell the last norm
+    that was."""
+    return math.nan if trainer.model_wrapped.optimizer.overflow else norm
 
 
 def gathered(trainer: Any) -> dict[str, Tensor] | None:
