@@ -54,32 +54,28 @@ def recipe(tmp_path_factory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("distributed"))
 
 
-def on_two_processes(engine: str, recipe: Path, **environment: str) -> Path:
-    """The folder of the runs of two_processes.py."""
-    folder = recipe.parent / engine
-    folder.mkdir()
+def on_two_processes(script: str, *arguments: object) -> None:
+    """Run a script of this folder in two processes that are connected."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, str(REPOSITORY / "tests" / "two_processes.py"), engine, str(recipe), str(folder)]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(REPOSITORY / "tests" / script), *map(str, arguments)]
     processes = [
         subprocess.Popen(
-            command,
-            env=shared | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY,
+            command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
         )
         for rank in "01"
-    ]  # fmt: skip
+    ]
     deadline = time.monotonic() + SECONDS
     try:
-        for process in processes:
-            said, _ = process.communicate(timeout=deadline - time.monotonic())
-            assert process.returncode == 0, said
+        said = [process.communicate(timeout=deadline - time.monotonic())[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return folder
+    assert [process.returncode for process in processes] == [0, 0], said
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +146,15 @@ def test_two_copies_train_as_one_does(recipe, alone):
 def test_a_model_that_is_shared_out_trains_as_a_whole_one_does_with_a_break_and_without(
     recipe, alone, engine, tmp_path, monkeypatch
 ):
-    deepspeed = os.pathsep.join([str(REPOSITORY), *[str(DEEPSPEED)] * (engine == "zero3")])
     if engine == "zero3":
         if not DEEPSPEED.is_dir() and os.environ.get("IDEFICS_SFT_SYSTEM_PACKAGES") != "1":
             pytest.skip("DeepSpeed is not here; run scripts/install_deepspeed")
-        monkeypatch.syspath_prepend(DEEPSPEED)  # for the conversion, which is a process of its own
-    monkeypatch.setenv("PYTHONPATH", deepspeed)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    folder = on_two_processes(engine, recipe)
+        monkeypatch.setenv("PYTHONPATH", str(DEEPSPEED))
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.syspath_prepend(DEEPSPEED)  # here too: one process alone has what two have written converted
+    folder = recipe.parent / engine
+    folder.mkdir()
+    on_two_processes("two_processes.py", engine, recipe, folder)
     assert_same_run(folder / "whole", alone)
 
     # To the bit after a break on as many processes.
@@ -231,22 +228,7 @@ def ways(template, tmp_path_factory):
     }
     torch.save(two, folder / "work.pt")
     template.tokenizer.save_pretrained(folder / "tokenizer")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, str(REPOSITORY / "tests" / "two_ranks.py"), str(folder)]
-    processes = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    try:
-        said = [process.communicate(timeout=SECONDS)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    on_two_processes("two_ranks.py", folder)
     found = torch.load(folder / "found.pt", weights_only=False)
     for number, whole in wholes.items():
         alone = [micro_batch(number, pack) for pack in range(number)]
