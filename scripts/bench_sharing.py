@@ -36,6 +36,7 @@ from sft.cli.terminal import quiet_libraries
 from sft.data_loader import MicroBatches
 from sft.inference import Loaded, load_for_inference
 from sft.planner import Planner
+from sft.plans import Plans
 from sft.precision import device
 from sft.preparation import prepare
 from sft.prepared import Sources
@@ -64,13 +65,8 @@ def recipe_with(folder: Path, limit: int, seed: int, steps: int) -> Recipe:
 def batches(recipe: Recipe, sources: Sources, image_size: int) -> Iterator[Batch]:
     """What a run on some sources would be given."""
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
-    made = MicroBatches(
-        sources,
-        planner,
-        packs_per_step=recipe.packs_per_step,
-        micro_batch_packs=recipe.training.micro_batch_packs,
-        image_size=image_size,
-    )
+    plans = Plans(sources, planner, micro_batch_packs=recipe.training.micro_batch_packs)
+    made = MicroBatches(plans, image_size=image_size)
     return (micro_batch["batch"] for micro_batch in made)
 
 

@@ -165,11 +165,14 @@ def _train(
         micro_batches_of_all=plans.micro_batches_of_all,
     )
 
+    def steps_done() -> int:
+        return max(int(trainer.state.global_step), before["step"] if before else 0)
+
     def status(state: str, why: str) -> RunStatus:
         return RunStatus(
             status=state,
             why=why,
-            step=max(int(trainer.state.global_step), before["step"] if before else 0),
+            step=steps_done(),
             max_steps=recipe.training.max_steps,
             precision=trainer.precision,
             hardware=hardware(rank.of),
@@ -179,7 +182,7 @@ def _train(
         )
 
     def is_short() -> bool:
-        return int(trainer.state.global_step) < recipe.training.max_steps
+        return steps_done() < recipe.training.max_steps
 
     def outcome() -> tuple[str, str]:
         """How the training ended, and why."""
@@ -190,17 +193,20 @@ def _train(
         return "finished", monitors.ended or f"{planner.mixture.ended()} came to the end of its max_epochs"
 
     def next_step() -> str:
-        return f"step {trainer.state.global_step + 1}"
+        return f"step {steps_done() + 1}"
 
     with recorded(run_dir, status, outcome) if rank.is_main else nullcontext():
-        with out_of_memory_told(recipe, next_step):
-            trainer.train()
-        last = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
+        if is_short():  # transformers would train a step more than there are
+            with out_of_memory_told(recipe, next_step):
+                trainer.train()
+        else:
+            say(f"step {steps_done():,} was the last (training.max_steps); nothing is left to train")
+        last = run_dir / "checkpoints" / checkpoint_name(steps_done())
         if is_short() and not last.exists():
             write_checkpoint(trainer)
     model.eval()
     if stop.why and is_short():
-        say(f"stopped after step {trainer.state.global_step:,} ({stop.why})")
+        say(f"stopped after step {steps_done():,} ({stop.why})")
     return status(*outcome())
 
 

@@ -34,6 +34,11 @@ def recipe(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
+def test_all_that_is_wrong_with_a_recipe_is_one_line_and_nothing_that_follows_from_it(recipe, refusal):
+    line = refusal("validate", recipe, "model.lora.targets=[nose]", "model.mode=loral")
+    assert line.count("; ") == 1 and "found 'loral'; " in line and "found 'nose'" in line and "at least" not in line
+
+
 def test_what_is_wrong_with_a_recipe_is_one_line(recipe, refusal):
     assert "no shipped recipe has that name; did you mean 'quickstart'?" in refusal("validate", "quikstart")
     assert "training.max_stepz: unknown key; did you mean 'max_steps'?" in refusal(

@@ -153,6 +153,17 @@ def test_going_back_removes_what_comes_again_and_knows_what_was_usual(copied, mo
         assert (Path(copied.output_dir) / name).read_text() == '{"step": 1}\n'
 
 
+def test_a_run_that_was_killed_at_its_end_is_not_trained_further(copied):
+    """After its last checkpoint, before run.json said so; transformers would make a fifth step."""
+    assert trained(copied, resume_from=folder_of(copied, 3)).step == 4
+    before = metrics(copied)
+    RunStatus(status="running", step=4, max_steps=4).write(Path(copied.output_dir))
+    finished = train(copied, console(to_stderr=True))
+    assert (finished.status, finished.step, finished.why) == ("finished", 4, "training.max_steps")
+    assert RunStatus.read(Path(copied.output_dir)).status == "finished"
+    assert metrics(copied) == before and not folder_of(copied, 5).exists()
+
+
 def test_checkpoints_without_a_state_are_not_deleted_unasked(copied):
     run_dir = Path(copied.output_dir)
     found = checkpoints(run_dir / "checkpoints")

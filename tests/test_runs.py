@@ -99,7 +99,7 @@ def test_a_run_of_another_recipe_is_left_alone(recipe, refusal, capsys):
     assert status_of("train", recipe, *SHORT) == 0
     capsys.readouterr()
     before = contents(run_dir)
-    expected = "holds a run of another recipe (training.learning_rate differ); choose another output_dir"
+    expected = "holds a run of another recipe (other: training.learning_rate); choose another output_dir"
     assert expected in refusal("train", recipe, *SHORT, "training.learning_rate=2e-3")
     assert contents(run_dir) == before
     (run_dir / "recipe.yaml").unlink()

@@ -90,13 +90,13 @@ def run(
 
 
 def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
+    quiet_libraries()
     from sft.checks.before_training import check_writable
     from sft.precision import choose_precision, device
     from sft.preparation import prepare
     from sft.run import dry_run
 
     check_writable(Path(recipe.output_dir))
-    quiet_libraries()
     with preparation(out) as update:
         sources = prepare(recipe, update)
     measured = dry_run(recipe, sources, notes(to_stderr=json).print)
@@ -204,7 +204,7 @@ def _what_is_there(
     changed = changed_settings(recipe, run_dir)
     if changed and not allow_changed:
         raise UserError(
-            f"{run_dir}: holds a run of another recipe ({', '.join(changed)} differ); choose another output_dir, "
+            f"{run_dir}: holds a run of another recipe (other: {', '.join(changed)}); choose another output_dir, "
             "or --allow-changed goes on with these, not as it would have without a break"
         )
     if changed:

@@ -41,7 +41,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, node, problem) for problem in error.errors())) from error
+        raise UserError("\n".join(_explain(path, node, problem) for problem in _causes(error))) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -113,6 +113,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[last] = value
     else:
         raise UserError(f"override {override!r}: there is no {last!r} to set")
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """Its problems, without lists that are too short only since an item of theirs is wrong."""
+    problems = error.errors()
+    inside = {problem["loc"][:-1] for problem in problems}
+    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
 
 
 def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
