@@ -276,15 +276,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only.split(","):
             started = time.process_time()
-            figures |= PARTS[name](Path(folder), 1 if arguments.quick else arguments.rounds, arguments.quick)
+            found = PARTS[name](Path(folder), 1 if arguments.quick else arguments.rounds, arguments.quick)
+            figures |= found
             print(f"{name}: {time.process_time() - started:.0f} CPU seconds", file=sys.stderr, flush=True)
+            if not arguments.json:
+                show(found)
     ratios = {
         name: {"largest": max(row["times"] for row in rows), "last": rows[-1]["times"]}
         for name, rows in figures.items()
     }
     if arguments.json:
         print(json.dumps({"ratios": ratios, **figures}))
-        return
+
+
+def show(figures: Mapping[str, Rows]) -> None:
+    """A table for each."""
     for name, rows in figures.items():
         size, unit = UNITS[name]
         printed = [(f"{row['size']:,}", f"{row['seconds_per_unit']:.3g}", f"{row['times']:.2f}") for row in rows]

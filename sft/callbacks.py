@@ -78,7 +78,7 @@ class RecomputeShare(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave it on where the recipe wants it."""
-        recompute_share(self.trainer.model, float(self.trainer.settings.gradient_checkpointing))
+        recompute_share(self.trainer.model, self.trainer.settings.gradient_checkpointing)
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]

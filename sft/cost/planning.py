@@ -91,7 +91,7 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
         optimizer=training.optimizer,
         engine=_engine(recipe, gpus),
         gpus=gpus,
-        checkpointing=float(training.gradient_checkpointing),
+        checkpointing=training.gradient_checkpointing,
         encoded=recipe.data.feature_cache,
         accumulates=recipe.packs_per_step > packs * gpus,
         precision=_precision(training.precision, device),

@@ -270,9 +270,9 @@ class TrainingConfig(_Part):
     max_nonfinite_steps: Positive = 3
     """Training stops when so many steps in a row have a loss or gradient that is not finite. Up to there such a step
     changes nothing, and its samples are listed in nonfinite.jsonl."""
-    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = False
-    """Recompute activations in the backward pass: less memory, about a third more work. A number between 0 and 1: of
-    that share of the layers only, evenly spread; `idefics-sft plan` shows what each share takes."""
+    gradient_checkpointing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Recompute activations in the backward pass: less memory, about a third more work. `true`, or the share of the
+    layers, evenly spread, that do so; `idefics-sft plan` shows what each share takes."""
     report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
     """Trackers that get what metrics.jsonl gets. Their packages are installed separately."""
 

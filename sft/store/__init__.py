@@ -3,6 +3,7 @@
     STORE/<dataset>/samples/     key, messages [{role, content: [{type, text, image}]}]; image = row in images/
                     images/      sha256, bytes, path, width, height: each distinct image once, verified
                     encoded/     token ids by tokenizer and template, see sft.encoding
+                    features/    what a frozen tower makes of the images, see sft.feature_cache
                     image_keys.bin, image_order.bin  see sft.image_keys
                     image_files.jsonl  the image files that records name, with sizes, times and hashes
                     skips.jsonl  every record that was left out, with its reason
