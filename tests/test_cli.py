@@ -19,7 +19,7 @@ from sft.shipped import recipe_path, shipped_root
 
 COMMANDS = (
     *("quickstart", "validate", "prepare", "mix", "inspect", "plan", "train", "evaluate", "select", "merge", "chat"),
-    *("stats", "export", "leaks"),
+    *("report", "stats", "export", "leaks"),
 )
 
 
