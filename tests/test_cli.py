@@ -21,7 +21,7 @@ from sft.shipped import recipe_path, shipped_root
 
 COMMANDS = (
     *("quickstart", "validate", "prepare", "mix", "inspect", "plan", "train", "evaluate", "select", "merge", "chat"),
-    *("stats", "export", "leaks", "doctor", "recipes", "schema"),
+    *("report", "stats", "export", "leaks", "doctor", "recipes", "schema"),
 )
 
 

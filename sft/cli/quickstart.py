@@ -42,8 +42,16 @@ def run(
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
     out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}")
+    out.print(f"To read about it: {_page(output_dir)}")
     if json:
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
+
+
+def _page(output_dir: Path) -> Path:
+    """The report of the run, as a file to open in a browser."""
+    from sft.report import report
+
+    return report(output_dir)
 
 
 def _delete_run(output_dir: Path) -> None:

@@ -49,14 +49,7 @@ def selection_words(run: Run) -> Iterable[str]:
         return
     score = score_of(chosen, chosen["selected"])
     limits = f" (95 % interval {between(score['interval'], chosen)})" if score.get("interval") else ""
-    why = "it has the lowest held-out loss" if chosen["by"] == "loss" else "it has the highest score"
-    if chosen["rule"] == "earliest_not_worse":
-        why = "it is the earliest that cannot be told apart from the best, and has"
-    elif chosen["selected"] != chosen["best"]:
-        why = "it is the best of those that still have their weights, and has"
-    yield f"{chosen['selected']} was selected: {why}, {score_text(score['score'], chosen)}{limits}.".replace(
-        "has, ", "has "
-    )
+    yield f"{chosen['selected']} was selected: {_reason(chosen)} {score_text(score['score'], chosen)}{limits}."
     questions, reported = chosen.get("questions", (0, 0))
     ranks = " and ".join(chosen.get("ranks", ()))
     if reported:
@@ -74,17 +67,30 @@ def selection_words(run: Run) -> Iterable[str]:
         yield f"Chosen on one half and scored on the other, the choice is worth {worth}{limits}."
 
 
+def _reason(chosen: Line) -> str:
+    extreme = "lowest held-out loss" if chosen["by"] == "loss" else "highest score"
+    if chosen["rule"] == "earliest_not_worse":
+        return "it is the earliest that cannot be told apart from the best, and has"
+    if chosen["selected"] != chosen["best"]:
+        return "it is the best of those that still have their weights, and has"
+    if chosen.get("chosen_on") == "half":
+        return f"it has the {extreme} on the half that chose, and on the other"
+    return f"it has the {extreme},"
+
+
 def scores(run: Run) -> Iterable[dict[str, Any]]:
     """Rows of the table of checkpoints."""
     chosen = run.selection
-    for score in chosen["scores"] if chosen else ():
+    if not chosen:
+        return
+    for score in chosen["scores"]:
         yield {
             "name": score["checkpoint"],
-            "score": score_text(score["score"], chosen or {}),
-            "interval": between(score.get("interval"), chosen or {}),
+            "score": score_text(score["score"], chosen),
+            "interval": between(score.get("interval"), chosen),
             "p_best": "" if score.get("p_best") is None else percent(score["p_best"]),
-            "is_selected": score["checkpoint"] == chosen["selected"],  # type: ignore[index]
-            "is_tied": score["checkpoint"] in chosen["tied"],  # type: ignore[index]
+            "is_selected": score["checkpoint"] == chosen["selected"],
+            "is_tied": score["checkpoint"] in chosen["tied"],
             "is_gone": not score.get("has_weights", True),
         }
 
