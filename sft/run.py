@@ -14,7 +14,7 @@ from sft.checkpoint import STATE, checkpoint_name, keep_newest_states, write_fol
 from sft.checks.before_training import before_training
 from sft.data_loader import MicroBatches
 from sft.distributed import ALONE, Rank, any_process, as_main
-from sft.engines import choose_engine, get_engine
+from sft.engines import check_readable, choose_engine, get_engine
 from sft.errors import UserError
 from sft.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
 from sft.inference import load_template
@@ -83,6 +83,8 @@ def _train(
     get_engine(engine).check_precision(_precision(recipe))
     set_seed(recipe.seed)
     before = as_main(rank, lambda: progress_of(resume_from, sources)) if resume_from else None
+    if resume_from and before:
+        check_readable(resume_from, before, engine, rank)
     with out_of_memory_told(recipe, lambda: recipe.model.path):
         model = load_for_training(recipe, family, base)
     _check_positions(recipe, family.max_positions(model.config))

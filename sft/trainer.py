@@ -257,12 +257,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
 
     def _converts(self) -> bool:
         """Whether the state to go on from is of another number of processes."""
-        return self.resume_from is not None and _writers(read_progress(self.resume_from)).processes != self.rank.of
+        return self.resume_from is not None and Writers.of(read_progress(self.resume_from)).processes != self.rank.of
 
     def load_state(self, folder: Path) -> None:
         """Go on after the step of a state. The data have their own (`MicroBatches.restore`)."""
         progress = read_progress(folder)
-        self.engine.load(self, folder, _writers(progress))
+        self.engine.load(self, folder, Writers.of(progress))
         self.lr_scheduler.load_state_dict(progress["schedule"])
         for group, rate in zip(self.bare_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -272,7 +272,3 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_checkpoint(self)
-
-
-def _writers(progress: dict[str, Any]) -> Writers:
-    return Writers(progress.get("engine", "ddp"), progress.get("processes", 1))

@@ -23,7 +23,7 @@ from two_ranks import step
 from sft.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_complete
 from sft.data_loader import MicroBatches
 from sft.distributed import ALONE, Rank, launched_as
-from sft.engines import choose_engine, fsdp2
+from sft.engines import check_readable, choose_engine, fsdp2
 from sft.errors import RunError, UserError
 from sft.models import idefics
 from sft.planner import Planner
@@ -375,6 +375,20 @@ def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
         choose_engine("fsdp2", "full", Rank(0, 2), "adamw_8bit")
     with pytest.raises(UserError, match="fsdp2 trains in bfloat16 or float32"):
         fsdp2.check_precision("float16")
+
+
+def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
+    monkeypatch.setattr("sft.engines.find_spec", lambda name: None)
+    by_two = {"engine": "zero3", "processes": 2}
+    for written_by, engine, processes, expected in (
+        (by_two, "fsdp2", 2, "was written under zero3, which fsdp2 cannot read; set distributed.engine=zero3"),
+        ({}, "fsdp2", 2, "was written under ddp, which fsdp2 cannot read"),
+        (by_two, "ddp", 1, "DeepSpeed has to convert it, and is not installed"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            check_readable(Path("checkpoint-1"), written_by, engine, Rank(0, processes))
+    check_readable(Path("checkpoint-1"), by_two, "zero3", Rank(0, 2))
+    check_readable(Path("checkpoint-1"), {"engine": "fsdp2", "processes": 2}, "ddp", ALONE)
 
 
 def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):

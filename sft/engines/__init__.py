@@ -7,6 +7,7 @@ of torch and DeepSpeed; what is here is how each is set up, and how what it keep
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,12 +25,19 @@ class Writers(NamedTuple):
     engine: Engine
     processes: int
 
+    @classmethod
+    def of(cls, progress: dict[str, Any]) -> Writers:
+        """By what the state says."""
+        return cls(progress.get("engine", "ddp"), progress.get("processes", 1))
+
 
 class EngineModule(Protocol):
     """What the trainer needs to know of an engine. All processes make each of these calls."""
 
     KEEPS_GRADIENTS: bool
     """Whether gradients stand in `.grad` until the optimizer's step."""
+    READS: tuple[Engine, ...]
+    """Engines whose states it reads."""
 
     def check(self, mode: str, optimizer: str) -> None:
         """Raise UserError where it is not installed, or cannot do what is asked of it."""
@@ -60,7 +68,7 @@ class EngineModule(Protocol):
         """Write what is trained and the optimizer's tensors into a folder, each process its share."""
 
     def load(self, trainer: Any, folder: Path, written_by: Writers) -> None:
-        """Set what is trained and the optimizer to what was saved. Raises UserError where this engine cannot."""
+        """Set what is trained and the optimizer to what one of `READS` has saved."""
 
 
 def get_engine(name: Engine) -> EngineModule:
@@ -80,6 +88,25 @@ def choose_engine(asked: Engine, mode: str, rank: Rank, optimizer: str = "adamw"
         return "ddp"  # nothing to share
     get_engine(asked).check(mode, optimizer)
     return asked
+
+
+def check_readable(checkpoint: Path, progress: dict[str, Any], engine: Engine, rank: Rank) -> None:
+    """Whether these processes can go on from a checkpoint that says this of itself.
+
+    Raises:
+        UserError: another engine has written it; or it has to be converted, and DeepSpeed is not installed.
+    """
+    writers = Writers.of(progress)
+    if writers.engine not in get_engine(engine).READS:
+        raise UserError(
+            f"{checkpoint}: was written under {writers.engine}, which {engine} cannot read; set "
+            f"distributed.engine={writers.engine}"
+        )
+    if writers.engine == "zero3" and writers.processes != rank.of and find_spec("deepspeed") is None:
+        raise UserError(
+            f"{checkpoint}: was written under zero3 by another number of processes; DeepSpeed has to convert it, and "
+            "is not installed: `DS_BUILD_OPS=0 pip install --no-build-isolation 'idefics-sft[deepspeed]'`"
+        )
 
 
 def is_shared_out(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from sft.engines import Writers, sharded_state, universal
 from sft.training_state import load_state, save_state
 
 KEEPS_GRADIENTS = True
+READS = ("ddp", "fsdp2", "zero3")
 
 
 def check(mode: str, optimizer: str) -> None:
@@ -69,4 +70,4 @@ def load(trainer: Any, folder: Path, written_by: Writers) -> None:
         case "fsdp2":
             sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
         case "zero3":
-            universal.load(folder, trainer.unwrapped, trainer.bare_optimizer)
+            universal.load(folder, trainer.unwrapped, trainer.bare_optimizer, trainer.rank)

@@ -18,6 +18,7 @@ from sft.engines import Writers, check_shared_out, sharded_state
 from sft.errors import RunError, UserError
 
 KEEPS_GRADIENTS = True
+READS = ("fsdp2",)
 
 
 def check(mode: str, optimizer: str) -> None:
@@ -111,14 +112,5 @@ def save(trainer: Any, folder: Path) -> None:
 
 
 def load(trainer: Any, folder: Path, written_by: Writers) -> None:
-    """Each process reads its share of what any number of processes have written.
-
-    Raises:
-        UserError: another engine has written it.
-    """
-    if written_by.engine != "fsdp2":
-        raise UserError(
-            f"{folder}: was written by {written_by.processes} processes under {written_by.engine}, which fsdp2 cannot "
-            f"read; set distributed.engine {written_by.engine}"
-        )
+    """Each process reads its share of what any number of processes have written."""
     sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)

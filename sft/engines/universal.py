@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from sft.distributed import Rank, as_main, wait_for_all
 from sft.engines.sharded_state import MOMENTS, STEP, begin, check_names, trained
-from sft.errors import RunError, UserError
+from sft.errors import RunError
 from sft.files import discard
 
 TAG = "zero3"
@@ -28,26 +28,22 @@ ADAM_STEPS = "adam_steps.json"
 
 
 @contextmanager
-def converted(folder: Path, as_main: Callable[[Callable[[], None]], None]) -> Iterator[Path]:
-    """DeepSpeed's files of a state in its universal form, while the block lasts. Takes as much disk again.
+def converted(folder: Path, rank: Rank) -> Iterator[Path]:
+    """DeepSpeed's files of a state in its universal form, while the block lasts; made by the main process, and as large
+    again. All processes call it.
 
     Raises:
-        UserError: DeepSpeed is not installed.
         RunError: the conversion failed.
     """
     checkpoint = folder.parents[1]
     output = checkpoint.parent / f".{checkpoint.name}.universal" / "universal"
-    as_main(lambda: _convert(folder, output))
+    as_main(rank, lambda: _convert(folder, output))
     yield output
-    as_main(lambda: discard(output.parent))
+    wait_for_all()
+    as_main(rank, lambda: discard(output.parent))
 
 
 def _convert(folder: Path, output: Path) -> None:
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            f"{folder}: was written by another number of processes under zero3; DeepSpeed converts it, but is not "
-            "installed: `DS_BUILD_OPS=0 pip install --no-build-isolation 'idefics-sft[deepspeed]'`"
-        )
     discard(output.parent)
     output.parent.mkdir()
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
@@ -58,14 +54,14 @@ def _convert(folder: Path, output: Path) -> None:
         raise RunError(f"{folder}: DeepSpeed could not convert it for another number of processes ({reason})")
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
     """Set what is trained and the optimizer of a whole model to what ZeRO-3 wrote into a state.
 
     Raises:
         UserError: other tensors were trained then, or see `converted`.
     """
     steps = json.loads((folder / ADAM_STEPS).read_text())
-    with converted(folder / TAG, lambda call: call()) as output:
+    with converted(folder / TAG, rank) as output:
         parameters, zero = trained(model), output / "zero"
         check_names(folder, {file.parent.name: None for file in zero.glob("*/exp_avg.pt")}, parameters)
         for name, parameter in parameters.items():

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.distributed import TIMEOUT, as_main
+from sft.distributed import TIMEOUT
 from sft.engines import Writers, check_shared_out
 from sft.engines.universal import ADAM_STEPS, TAG, converted
 from sft.errors import UserError
 
 KEEPS_GRADIENTS = False
+READS = ("zero3",)
 
 
 def check(mode: str, optimizer: str) -> None:
@@ -99,21 +100,12 @@ def save(trainer: Any, folder: Path) -> None:
 
 
 def load(trainer: Any, folder: Path, written_by: Writers) -> None:
-    """Each process reads its share; of another number of processes through DeepSpeed's universal conversion.
-
-    Raises:
-        UserError: another engine has written it.
-    """
-    if written_by.engine != "zero3":
-        raise UserError(
-            f"{folder}: was written by {written_by.processes} processes under {written_by.engine}, which zero3 cannot "
-            f"read; set distributed.engine {written_by.engine}"
-        )
+    """Each process reads its share; of another number of processes through DeepSpeed's universal conversion."""
     if written_by.processes == trainer.rank.of:
         _load(trainer, folder, TAG)
         return
     groups = [{**group} for group in _adamw(trainer).param_groups]
-    with converted(folder / TAG, lambda call: as_main(trainer.rank, call)) as output:
+    with converted(folder / TAG, trainer.rank) as output:
         _load(trainer, output.parent, output.name)
     # DeepSpeed 0.19.8 gives all groups the settings of the first, weight decay among them, and all states one tensor of
     # the number of steps, to which AdamW then adds as often as there are groups.
