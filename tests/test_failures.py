@@ -42,6 +42,12 @@ def test_too_little_memory_is_one_line_that_names_what_to_change(tmp_path, monke
     assert RunStatus.read(tmp_path / "run").status == "failed"
 
 
+def test_a_precision_that_is_not_to_be_had_is_told_before_anything_is_prepared(tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "float16 needs a GPU" in refusal("train", write_recipe(tmp_path), "training.precision=float16")
+    assert not (tmp_path / "stores").exists()
+
+
 def test_what_is_done_already_is_not_advised(tmp_path):
     overrides = ("model.mode=qlora", "training.gradient_checkpointing=true", "training.optimizer=paged_adamw_8bit")
     recipe = load_recipe(write_recipe(tmp_path), overrides)

@@ -137,10 +137,12 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
     from sft import run as runs
     from sft.checks.before_training import check_writable
     from sft.monitoring import check_trackers
+    from sft.precision import choose_precision, device
     from sft.preparation import open_prepared, prepare
 
     check_writable(run_dir)
     check_trackers(recipe.training.report_to)  # before hours of preparation
+    choose_precision(recipe.training.precision, device())
     if rank.of > 1:
         sources, _ = open_prepared(recipe)
     else:
