@@ -43,7 +43,7 @@ def commands_of(text: str) -> list[str]:
 
 COMMANDS = [command for page in PAGES.values() for command in commands_of(page)]
 OF_RECIPES = [re.sub(r"  .*", "", command) for head in HEADS.values() for command in commands_of(head)]
-OF_HELP = [command for module in (*MODULES, recipes) for command in module.EXAMPLES]
+OF_HELP = [command for module in (*MODULES, recipes) for command in getattr(module, "EXAMPLES", ())]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -136,7 +136,8 @@ def test_mix_prints_what_the_page_shows(capsys):
     assert [line for line in lines if line not in (*printed, "…")] == []
 
 
-def test_examples_of_help_fit_a_terminal():
+def test_every_command_has_examples_in_its_help_that_fit_a_terminal():
+    assert [module.__name__ for module in (*MODULES, recipes) if not getattr(module, "EXAMPLES", ())] == []
     assert [command for command in OF_HELP if len(f" idefics-sft {command}") > 79] == []
 
 

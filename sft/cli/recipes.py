@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated
 
 import typer
@@ -27,9 +28,12 @@ def list_(json: Json = False) -> None:
     if json:
         print_json({"recipes": titles})
         return
-    width = max(map(len, titles))
+    out = console()
+    width = max(map(len, titles)) + 2
     for name, title in titles.items():
-        console().print(f"{name:{width}}  {title}", soft_wrap=not console().is_terminal)
+        lines = wrap(title, out.width - width) if out.is_terminal else [title]
+        for first, line in zip((name, *[""] * len(lines)), lines, strict=False):
+            out.print(f"{first:{width}}{line}")
 
 
 @app.command(epilog=examples(EXAMPLES[1:2]))
