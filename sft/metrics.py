@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sft.distributed import summed
 from sft.files import disk_full_told
-from sft.loss import trained_positions
-from sft.sample import NO_SOURCE, Batch
+from sft.sample import IGNORE_INDEX, NO_SOURCE, Batch
 
 METRICS, BEFORE, NONFINITE, SPIKES = "metrics.jsonl", "before.json", "nonfinite.jsonl", "spikes.jsonl"
 
@@ -29,7 +28,11 @@ class PackLoss(NamedTuple):
 
 
 class StepMetrics:
-    """Sums of the running optimizer step on this rank, by source."""
+    """Sums of the running optimizer step on this rank, by source. They stay on the device until somebody asks: a
+    micro-batch that is counted waits for nothing.
+
+    Shape letter: S sources, and one more row for what belongs to none.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -37,57 +40,71 @@ class StepMetrics:
 
     def reset(self) -> None:
         """Begin a step."""
-        self.tokens = torch.zeros(len(self.names))
-        self.trained_tokens = torch.zeros(len(self.names))
-        self.loss_sums = torch.zeros(len(self.names))
         self.dirty_samples = 0
-        self.has_images = False
         self.keys: list[tuple[str, ...]] = []
         """The samples of each micro-batch."""
-        self.packs: list[PackLoss] = []
+        self._sums_S3 = torch.zeros(len(self.names) + 1, 3, dtype=torch.float64)
+        """Losses, tokens, trained tokens."""
+        self._looking = torch.zeros((), dtype=torch.long)
+        self._packs: list[tuple[tuple[tuple[str, ...], ...], Tensor]] = []
 
     def add(self, batch: Batch, losses_P: Tensor, sources_P: Tensor) -> None:
         """Count a micro-batch."""
-        num = len(self.names)
+        self._sums_S3, self._looking = self._sums_S3.to(losses_P.device), self._looking.to(losses_P.device)
         self.keys.append(batch.keys)
-        self._add_packs(batch, losses_P)
-        sources_T, is_real_P = batch.source_ids_T, sources_P != NO_SOURCE
-        self.has_images |= bool((batch.image_ids_T[sources_T != NO_SOURCE] >= 0).any())
-        sources_P, losses_P = sources_P[is_real_P], losses_P[is_real_P]
-        self.tokens += torch.bincount(sources_T[sources_T != NO_SOURCE], minlength=num).cpu()
-        self.trained_tokens += torch.bincount(sources_P, minlength=num).cpu()
         self.dirty_samples += len(batch.dirty)
-        self.loss_sums += torch.bincount(sources_P, weights=losses_P, minlength=num).cpu()
+        sources_T = batch.source_ids_T.to(losses_P.device)
+        found_P3 = torch.stack([losses_P.double(), torch.zeros_like(losses_P), torch.ones_like(losses_P)], dim=1)
+        self._sums_S3.index_add_(0, self._row(sources_P), found_P3)
+        self._sums_S3[:, 1].index_add_(0, self._row(sources_T), torch.ones_like(sources_T, dtype=torch.float64))
+        self._looking += ((batch.image_ids_T.to(losses_P.device) >= 0) & (sources_T != NO_SOURCE)).sum()
+        self._packs.append((batch.packs, self._packs_of(batch, losses_P)))
 
-    def _add_packs(self, batch: Batch, losses_P: Tensor) -> None:
-        """The dummy of a batch comes after its packs."""
-        num = len(batch.packs)
-        ends = torch.tensor(batch.pack_ends, device=losses_P.device)
-        packs_P = torch.bucketize(trained_positions(batch.labels_T) + 1, ends, right=True)
-        sums = torch.bincount(packs_P, weights=losses_P, minlength=num)[:num].tolist()
-        counts = torch.bincount(packs_P, minlength=num)[:num].tolist()
-        self.packs += map(PackLoss, batch.packs, sums, counts)
+    def _row(self, sources: Tensor) -> Tensor:
+        return torch.where(sources == NO_SOURCE, len(self.names), sources)
+
+    def _packs_of(self, batch: Batch, losses_P: Tensor) -> Tensor:
+        """Loss and trained tokens of each pack. The dummy of a batch comes after its packs, and is a row more."""
+        trained_T = (batch.labels_T.to(losses_P.device) != IGNORE_INDEX).cumsum(0)
+        ends = torch.tensor(batch.pack_ends, dtype=torch.long, device=losses_P.device)
+        upto = trained_T[ends - 1] * (ends > 0)  # nothing is trained before a pack that holds nothing
+        packs_P = torch.bucketize(torch.arange(len(losses_P), device=losses_P.device), upto, right=True)
+        found_K2 = torch.zeros(len(batch.packs) + 1, 2, dtype=torch.float64, device=losses_P.device)
+        return found_K2.index_add_(0, packs_P, torch.stack([losses_P.double(), torch.ones_like(losses_P)], dim=1))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a token of this rank looks at an image."""
+        return bool(self._looking)
+
+    @property
+    def has_finite_loss(self) -> bool:
+        """Whether the loss of this rank is."""
+        return math.isfinite(float(self._sums_S3[:-1, 0].sum()))
+
+    @property
+    def packs(self) -> list[PackLoss]:
+        """The packs of this rank."""
+        return [
+            PackLoss(keys, loss, int(trained))
+            for packs, found_K2 in self._packs
+            for keys, (loss, trained) in zip(packs, found_K2.tolist(), strict=False)  # the last row is of no pack
+        ]
 
     def line(self) -> dict[str, Any]:
         """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
-        sums = torch.cat(
-            [self.loss_sums, self.tokens, self.trained_tokens, torch.tensor([float(self.dirty_samples)])]
-        ).double()
-        sums = summed(sums)
-        loss_sums, all_tokens, all_trained_tokens = sums[:-1].view(3, -1)
+        dirty = torch.tensor([float(self.dirty_samples)], dtype=torch.float64)
+        sums = summed(torch.cat([self._sums_S3[:-1].flatten().cpu(), dirty]))
+        by_source = sums[:-1].view(-1, 3)
+        loss_sum, tokens, trained_tokens = by_source.sum(0).tolist()
         sources = {
-            name: {
-                "loss": float(loss / trained) if trained else None,
-                "tokens": int(tokens),
-                "trained_tokens": int(trained),
-            }
-            for name, loss, tokens, trained in zip(self.names, loss_sums, all_tokens, all_trained_tokens, strict=True)
+            name: {"loss": loss / trained if trained else None, "tokens": int(tokens), "trained_tokens": int(trained)}
+            for name, (loss, tokens, trained) in zip(self.names, by_source.tolist(), strict=True)
         }
-        total = all_trained_tokens.sum()
         return {
-            "loss": float(loss_sums.sum() / total.clamp(min=1)),  # none are left where every sample is dirty
-            "tokens": int(all_tokens.sum()),
-            "trained_tokens": int(total),
+            "loss": loss_sum / max(trained_tokens, 1),  # none are left where every sample is dirty
+            "tokens": int(tokens),
+            "trained_tokens": int(trained_tokens),
             "dirty_samples": int(sums[-1]),
             "sources": sources,
         }

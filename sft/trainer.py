@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from sft.callbacks import CheckGradients, FillGradients, RecomputeShare, Resume, Stop, WriteMetrics
-from sft.distributed import ALONE, Rank
+from sft.distributed import ALONE, Rank, any_process
 from sft.engines import Writers, get_engine
 from sft.loss import trained_positions
 from sft.metrics import StepMetrics
@@ -216,12 +216,14 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """The norm of the gradient, which is clipped; one that is not finite is thrown away, so that the step changes
-        nothing. Under float16 the scaler does that."""
+        """The norm of the gradient, which is clipped; one that is not finite is thrown away, and so is that of a loss
+        that is not, on all ranks, so that the step changes nothing. Under float16 the scaler does that."""
         norm = self.engine.gradient_norm(self, super()._clip_grad_norm(model))
-        is_finite = math.isfinite(float(norm)) or self.precision == "float16"
+        is_scaled = self.precision == "float16"
+        loss_is_finite = not any_process(not self.step_metrics.has_finite_loss)
+        is_finite = loss_is_finite and (is_scaled or math.isfinite(float(norm)))
         self.nonfinite_steps = 0 if is_finite else self.nonfinite_steps + 1
-        if not is_finite:
+        if not is_finite and not is_scaled:
             for parameter in model.parameters():
                 parameter.grad = None
         return norm
