@@ -207,7 +207,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     @property
     def overflowed(self) -> bool:
         """Whether the last step was left out because a float16 gradient was too large; the scaler then scales less."""
-        return bool(self.accelerator.optimizer_step_was_skipped)
+        return self.precision == "float16" and bool(self.accelerator.optimizer_step_was_skipped)
 
     def _seed_micro_step(self) -> None:
         """Random numbers (of dropout) are a function of seed, step and micro-step: a resumed run has the same."""
