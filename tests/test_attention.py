@@ -99,9 +99,10 @@ def test_bfloat16_is_as_exact_as_it_can_be(module):
 
 def test_groups_of_similar_length_share_a_call():
     lengths = torch.tensor([8, 2, 7, 1, 2])
-    buckets = group_tokens(torch.repeat_interleave(torch.arange(5), lengths)).buckets
-    assert [bucket.ids_G.tolist() for bucket in buckets] == [[0, 2], [1, 4], [3]]
-    assert [bucket.real_GL.sum(1).tolist() for bucket in buckets] == [[8, 7], [2, 2], [1]]
+    groups = group_tokens(torch.repeat_interleave(torch.arange(5), lengths))
+    assert [bucket.ids_G.tolist() for bucket in groups.buckets] == [[0, 2], [1, 4], [3]]
+    assert [bucket.length for bucket in groups.buckets] == [8, 2, 1]
+    assert groups.padding.tolist() == [15], "the shorter of the first two ends a place early"
 
 
 def test_without_groups_it_is_masked_attention():
