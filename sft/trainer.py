@@ -368,6 +368,10 @@ class _WriteMetrics(TrainerCallback):  # type: ignore[misc]
             self._not_finite(line, keys)
         self.on_step(state.global_step, _finite(line))
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
+        self.last = time.perf_counter()
+
     def _not_finite(self, line: dict[str, Any], keys: list[tuple[str, ...]]) -> None:
         file = self.file.with_name(NONFINITE)
         found = {name: str(line[name]) for name in ("loss", "grad_norm")}
@@ -392,10 +396,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Neither writing a checkpoint nor evaluating it is a part of the next step's speed."""
-        self.last = time.perf_counter()
 
 
 class _CheckGradients(TrainerCallback):  # type: ignore[misc]
