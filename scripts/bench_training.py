@@ -268,7 +268,7 @@ def measure(number: int, rounds: int, precisions: Sequence[str]) -> dict[str, An
         figures[precision] = {}
         for workload in WORKLOADS:
             found = compare(models, workload, precision, number, rounds)
-            for name in ("ours", "naive_packing", f"notebook_{OWN_BATCH}"):
+            for name in ("ours", f"notebook_{OWN_BATCH}"):
                 found["sides"][name]["memory_bytes"] = memory(name, workload, precision, number)
             used = {name: side.get("memory_bytes") for name, side in found["sides"].items()}
             found["ratios"]["memory"] = used["ours"] / used[f"notebook_{OWN_BATCH}"]

@@ -8,8 +8,10 @@ Groups of about equal size are laid side by side as rows padded on the right, a 
 `scaled_dot_product_attention`. Right padding needs no mask: under causal attention no real token sees the padding
 behind it, and in cross-attention padding can only ask, never be asked; what it asks for is thrown away.
 
-Shape letters: T tokens, G groups of a bucket, L longest group of the bucket, A attention heads, D size of a head,
-               S states (tokens or image latents) a group attends, N images.
+On a GPU that has it, flash attention takes all groups in one call and nothing is padded.
+
+Shape letters: T tokens, P places (the rows of all buckets laid end to end), G groups of a bucket, L longest group of
+               the bucket, A attention heads, D size of a head, S states (tokens or image latents), N images.
 """
 
 from collections.abc import Sequence
@@ -19,33 +21,49 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_SHORT = 256
+_SHORT = 512
 """On CPU, sequences up to this length are attended by plain matrix products in bfloat16: the fused kernel's backward
-takes up to 10 times as long there (37 x 4 x 58 x 32: 22.9 against 2.3 ms; at 1,024 tokens it is the faster one)."""
+takes up to 10 times as long there (37 x 4 x 58 x 32: 22.9 against 2.3 ms; 2 x 8 x 384 x 64: 33 against 18 ms forward
+and backward; at 768 tokens it is the faster one)."""
 
 _MAX_PADDING = 1.25
 """A bucket holds groups whose lengths differ by at most this factor. Smaller: less padding, more kernel calls."""
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class Bucket(NamedTuple):
-    """Groups of about equal size, ready to be gathered into rows."""
+    """Groups of about equal size, the rows of one kernel call."""
 
     ids_G: Tensor
     """The group id of each row."""
-    tokens_GL: Tensor
-    """Index of each token in the long row; padding repeats the group's first token."""
-    real_GL: Tensor
-    """False at padding."""
+    length: int
+    """Of a row, in places."""
 
 
 class Groups(NamedTuple):
     """How the T tokens of a micro-batch fall into groups. Tokens with group id -1 attend nothing."""
 
     buckets: tuple[Bucket, ...]
-    order_T: Tensor
-    """Where each token's result stands when the buckets' real places are laid end to end behind one row of zeros;
-    0 = it attends nothing."""
+    tokens_P: Tensor
+    """The token at each place; padding repeats the group's first token."""
+    padding: Tensor
+    """The places that are padding."""
+    places_T: Tensor
+    """The place of each token."""
+    alone: Tensor
+    """The tokens that attend nothing, and have no place."""
+    borders: Tensor
+    """int32: where each group starts, and the end of the last; of use where there is no padding."""
+    is_shared: bool
+    """Whether a token may stand at several places."""
+
+    @property
+    def longest(self) -> int:
+        """Places of the longest row."""
+        return max((bucket.length for bucket in self.buckets), default=0)
 
 
 def group_tokens(group_ids_T: Tensor) -> Groups:
@@ -59,43 +77,80 @@ def group_tokens(group_ids_T: Tensor) -> Groups:
 
 
 def group_sequences(sequences: Sequence[Tensor], num_tokens: int, device: torch.device) -> Groups:
-    """Groups that may share tokens: for each the indices of its tokens, in order.
+    """Groups that may share tokens: for each the indices of its tokens, in order. Nothing goes backward through them.
 
     Exact for causal attention where sequences that share a token share all before it: then the token's result is the
     same in each of them, and is taken from one.
     """
     sizes = torch.tensor([len(sequence) for sequence in sequences])
-    return _buckets(torch.arange(len(sizes)), sizes, torch.cat(list(sequences)), num_tokens, device)
+    groups = _buckets(torch.arange(len(sizes)), sizes, torch.cat(list(sequences)), num_tokens, device)
+    return groups._replace(is_shared=True)
 
 
 def _buckets(ids: Tensor, sizes: Tensor, by_group: Tensor, num_tokens: int, device: torch.device) -> Groups:
     """Groups of the sizes given, whose tokens are laid end to end in `by_group`; all of it on the CPU."""
     starts = sizes.cumsum(0) - sizes
-    buckets = []
-    order_T = torch.zeros(num_tokens, dtype=torch.long)
-    placed = 1
-    for members in _similar_sizes(sizes):
+    buckets, tokens, is_real = [], [by_group[:0]], [by_group[:0].bool()]
+    for members in _similar_sizes(sizes, 1.0 if device.type == "cuda" else _MAX_PADDING):
         longest = int(sizes[members].max())
         column = torch.arange(longest)
         real_GL = column < sizes[members, None]
-        tokens_GL = by_group[starts[members, None] + column * real_GL]
-        # By numpy, where the last of several results for a token is the one that stays; torch leaves it open.
-        order_T.numpy()[tokens_GL[real_GL].numpy()] = np.arange(placed, placed + int(real_GL.sum()))
-        placed += int(real_GL.sum())
-        buckets.append(Bucket(ids[members].to(device), tokens_GL.to(device), real_GL.to(device)))
-    return Groups(tuple(buckets), order_T.to(device))
+        tokens.append(by_group[starts[members, None] + column * real_GL].flatten())
+        is_real.append(real_GL.flatten())
+        buckets.append(Bucket(ids[members].to(device), longest))
+    tokens_P, is_real_P = torch.cat(tokens), torch.cat(is_real)
+    places_T = torch.full((num_tokens,), -1)
+    # By numpy, where the last of several places of a token is the one that stays; torch leaves it open.
+    places_T.numpy()[tokens_P[is_real_P].numpy()] = np.arange(len(tokens_P))[is_real_P.numpy()]
+    lengths = torch.tensor([0] + [bucket.length for bucket in buckets for _ in bucket.ids_G])
+    return Groups(
+        buckets=tuple(buckets),
+        tokens_P=tokens_P.to(device),
+        padding=(~is_real_P).nonzero()[:, 0].to(device),
+        places_T=places_T.clamp(min=0).to(device),
+        alone=(places_T < 0).nonzero()[:, 0].to(device),
+        borders=lengths.cumsum(0).int().to(device),
+        is_shared=False,
+    )
 
 
-def _similar_sizes(sizes: Tensor) -> list[Tensor]:
-    """Indices of `sizes` split into runs of similar size, the largest first."""
+def _similar_sizes(sizes: Tensor, factor: float) -> list[Tensor]:
+    """Indices of `sizes` split into runs of similar size, up to the `factor`, the largest first."""
     by_size = torch.argsort(sizes, descending=True, stable=True)
     runs: list[Tensor] = []
     first = 0
     for i in range(1, len(by_size) + 1):
-        if i == len(by_size) or sizes[by_size[first]] > _MAX_PADDING * sizes[by_size[i]]:
+        if i == len(by_size) or sizes[by_size[first]] > factor * sizes[by_size[i]]:
             runs.append(by_size[first:i])
             first = i
     return runs
+
+
+class _Move(torch.autograd.Function):
+    """Rows of `x` by their index, and zeros at some of them. The way back is another such move, not a sum over rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor] | None) -> Tensor:
+        ctx.back = back
+        return _moved(x, *there)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.back is None:
+            raise NotImplementedError("groups that share tokens are for evaluation: nothing goes backward through them")
+        return _moved(gradient, *ctx.back), None, None
+
+
+def _move(x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor] | None) -> Tensor:
+    return torch.as_tensor(_Move.apply(x, there, back))  # type: ignore[no-untyped-call]
+
+
+def _moved(x: Tensor, index: Tensor, empty: Tensor) -> Tensor:
+    if not len(x):  # no token has a place
+        return x.new_zeros(len(index), *x.shape[1:])
+    rows = x.index_select(0, index)
+    return rows.index_fill_(0, empty, 0) if len(empty) else rows
 
 
 def grouped_attention(
@@ -127,22 +182,98 @@ def grouped_attention(
         return output.transpose(1, 2).contiguous(), None
 
     query_TAD, key_SAD, value_SAD = (x[0].transpose(0, 1) for x in (query_1ATD, key_1ASD, value_1ASD))
-    is_causal = not module.is_cross_attention
-    if not is_causal:
-        num_images = kwargs["num_images"]
-        key_NLAD, value_NLAD = (x.reshape(num_images, -1, *x.shape[1:]) for x in (key_SAD, value_SAD))
+    to_places, to_tokens = (groups.tokens_P, groups.padding), (groups.places_T, groups.alone)
 
-    results = [query_TAD.new_zeros(1, *query_TAD.shape[1:], dtype=value_SAD.dtype)]  # for tokens that attend nothing
-    for bucket in groups.buckets:
-        query_GAL = query_TAD[bucket.tokens_GL].transpose(1, 2)
-        if is_causal:
-            key_GA, value_GA = (x[bucket.tokens_GL].transpose(1, 2) for x in (key_SAD, value_SAD))
-        else:
-            key_GA, value_GA = (x[bucket.ids_G].transpose(1, 2) for x in (key_NLAD, value_NLAD))
-        output_GAL = _attend(query_GAL, key_GA, value_GA, dropout, scaling, is_causal=is_causal)
-        results.append(output_GAL.transpose(1, 2)[bucket.real_GL])
-    output_TAD = torch.cat([x.to(results[-1].dtype) for x in results])[groups.order_T]
-    return output_TAD[None], None
+    def to_rows(x_TAD: Tensor) -> Tensor:
+        return _move(x_TAD, to_places, None if groups.is_shared else to_tokens)
+
+    query_PAD = to_rows(query_TAD)
+    if module.is_cross_attention:
+        key_NSAD, value_NSAD = (x.reshape(kwargs["num_images"], -1, *x.shape[1:]) for x in (key_SAD, value_SAD))
+        output_PAD = _attend_images(query_PAD, key_NSAD, value_NSAD, groups, dropout, scaling)
+    else:
+        output_PAD = _attend_themselves(query_PAD, to_rows(key_SAD), to_rows(value_SAD), groups, dropout, scaling)
+    return _move(output_PAD, to_tokens, to_places)[None], None
+
+
+def _attend_themselves(
+    query_PAD: Tensor, key_PAD: Tensor, value_PAD: Tensor, groups: Groups, dropout: float, scaling: float | None
+) -> Tensor:
+    """Causal self-attention of every group."""
+    if has_flash_attention(value_PAD) and not dropout:
+        return _flash(query_PAD, key_PAD, value_PAD, groups, groups.borders, groups.longest, scaling, is_causal=True)
+    results = []
+    for query, key, value in zip(*(_rows(x, groups) for x in (query_PAD, key_PAD, value_PAD)), strict=True):
+        output_GALD = _attend(query, key, value, dropout, scaling, is_causal=True)
+        results.append(output_GALD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results)
+
+
+def _attend_images(
+    query_PAD: Tensor, key_NSAD: Tensor, value_NSAD: Tensor, groups: Groups, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention of every group to the states of its image."""
+    if not groups.buckets:
+        return query_PAD + 0 * (key_NSAD.sum() + value_NSAD.sum())  # nobody looks; gradients are zeros all the same
+    if has_flash_attention(value_NSAD) and not dropout:
+        ids = torch.cat([bucket.ids_G for bucket in groups.buckets])
+        states = value_NSAD.shape[1]
+        borders = torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device) * states
+        key, value = (x[ids].flatten(0, 1) for x in (key_NSAD, value_NSAD))
+        return _flash(query_PAD, key, value, groups, borders, states, scaling, is_causal=False)
+    results = []
+    for bucket, query in zip(groups.buckets, _rows(query_PAD, groups), strict=True):
+        key, value = (x[bucket.ids_G].transpose(1, 2) for x in (key_NSAD, value_NSAD))
+        results.append(_attend(query, key, value, dropout, scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(results)
+
+
+def _rows(x_PAD: Tensor, groups: Groups) -> list[Tensor]:
+    """The places of each bucket as (G, A, L, D)."""
+    pieces = torch.split(x_PAD, [len(bucket.ids_G) * bucket.length for bucket in groups.buckets])
+    return [
+        piece.view(len(bucket.ids_G), bucket.length, *piece.shape[1:]).transpose(1, 2)
+        for piece, bucket in zip(pieces, groups.buckets, strict=True)
+    ]
+
+
+def has_flash_attention(value: Tensor) -> bool:
+    """Whether torch's own flash attention over sequences of any lengths (`varlen_attn`) takes this: a GPU from Ampere
+    on, in half precision, heads of at most 256."""
+    return (
+        value.is_cuda
+        and value.dtype in _HALF
+        and value.shape[-1] <= 256
+        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+    )
+
+
+def _flash(
+    query_PAD: Tensor,
+    key_SAD: Tensor,
+    value_SAD: Tensor,
+    groups: Groups,
+    state_borders: Tensor,
+    most_states: int,
+    scaling: float | None,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """All groups in one call. Not tried: no GPU was at hand; its arguments are, against a reference, on CPU."""
+    from torch.nn.attention import varlen
+
+    output = varlen.varlen_attn(
+        query_PAD.to(value_SAD.dtype),
+        key_SAD.to(value_SAD.dtype),
+        value_SAD,
+        groups.borders,
+        state_borders,
+        groups.longest,
+        most_states,
+        scale=scaling,
+        window_size=(-1, 0) if is_causal else (-1, -1),
+    )
+    return torch.as_tensor(output)
 
 
 def _attend(
@@ -164,5 +295,6 @@ def _attend(
     scores = torch.matmul(query * (scaling or query.shape[-1] ** -0.5), key.transpose(-1, -2))
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+    # The kernel computes in float32 inside; asked for a float32 result it reads and writes twice as much.
+    weights = F.dropout(scores.softmax(-1), dropout)
     return torch.matmul(weights, value)

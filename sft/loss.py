@@ -4,8 +4,12 @@ The sum is divided by the number of trained tokens of the whole optimizer step, 
 gradient does not depend on how a step is cut into micro-batches or dealt to ranks.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sft.sample import IGNORE_INDEX
 
@@ -28,3 +32,51 @@ def z_losses(logits_PV: Tensor) -> Tensor:
     """
     squares_P: Tensor = logits_PV.float().logsumexp(-1) ** 2
     return squares_P
+
+
+CHUNK_LOGITS = 2**22
+"""Float32 numbers that the loss works on at a time, 16 MB: few enough to stay in a cache, many enough for a kernel."""
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The loss goes forward and backward over a few rows at a time; each row of logits gives way to its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_PV: Tensor, targets_P: Tensor, weights_P: Tensor, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        losses_P = torch.empty(len(logits_PV), dtype=torch.float32, device=logits_PV.device)
+        total = torch.zeros((), dtype=torch.float32, device=logits_PV.device)
+        rows = max(CHUNK_LOGITS // logits_PV.shape[1], 1)
+        for logits_CV, targets_C, weights_C, losses_C in zip(
+            *(torch.split(x, rows) for x in (logits_PV, targets_P, weights_P, losses_P)),
+            strict=True,
+        ):
+            targets_C1 = targets_C[:, None]
+            log_probs_CV = logits_CV.log_softmax(-1, dtype=torch.float32)
+            log_z_C = (logits_CV.gather(1, targets_C1) - log_probs_CV.gather(1, targets_C1))[:, 0]
+            losses_C.copy_(log_probs_CV.gather(1, targets_C1)[:, 0].neg_())
+            total += ((losses_C + z_loss * log_z_C**2) * weights_C).sum()
+            scale_C = weights_C * (1 + 2 * z_loss * log_z_C) if z_loss else weights_C
+            gradient_CV = log_probs_CV.exp_().mul_(scale_C[:, None])
+            gradient_CV.scatter_add_(1, targets_C1, -weights_C[:, None])
+            logits_CV.copy_(gradient_CV)
+        ctx.gradient_PV = logits_PV
+        ctx.mark_non_differentiable(losses_P)
+        return total, losses_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_total: Tensor, of_losses: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient_PV, ctx.gradient_PV = ctx.gradient_PV, None
+        return gradient_PV.mul_(of_total), None, None, None
+
+
+def summed_loss(logits_PV: Tensor, targets_P: Tensor, weights_P: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(Sum of `weights_P * (token_losses + z_loss * z_losses)`, token_losses), differentiable once by the sum.
+
+    The same as those two to rounding, without a float32 tensor of all logits, of their logarithms or of their
+    gradient: `logits_PV` is overwritten, and must be of no use to anybody else.
+    """
+    total, losses_P = _SummedLoss.apply(logits_PV, targets_P, weights_P.float(), z_loss)  # type: ignore[no-untyped-call]
+    return total, losses_P

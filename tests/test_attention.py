@@ -1,13 +1,16 @@
 """Attention by groups is dense attention with a mask, at a fraction of the work."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
+from sft import attention
 from sft.attention import group_sequences, group_tokens, grouped_attention
 
 SELF = SimpleNamespace(is_cross_attention=False, is_causal=True)
@@ -99,9 +102,10 @@ def test_bfloat16_is_as_exact_as_it_can_be(module):
 
 def test_groups_of_similar_length_share_a_call():
     lengths = torch.tensor([8, 2, 7, 1, 2])
-    buckets = group_tokens(torch.repeat_interleave(torch.arange(5), lengths)).buckets
-    assert [bucket.ids_G.tolist() for bucket in buckets] == [[0, 2], [1, 4], [3]]
-    assert [bucket.real_GL.sum(1).tolist() for bucket in buckets] == [[8, 7], [2, 2], [1]]
+    groups = group_tokens(torch.repeat_interleave(torch.arange(5), lengths))
+    assert [bucket.ids_G.tolist() for bucket in groups.buckets] == [[0, 2], [1, 4], [3]]
+    assert [bucket.length for bucket in groups.buckets] == [8, 2, 1]
+    assert groups.padding.tolist() == [15], "the shorter of the first two ends a place early"
 
 
 def test_without_groups_it_is_masked_attention():
@@ -122,3 +126,31 @@ def test_neither_groups_nor_mask_is_refused(module):
 def test_the_vision_tower_sees_everything():
     everything = torch.ones(3, 3, dtype=torch.bool)
     assert_equal(lambda q, k, v: grouped_attention(VISION, q, k, v, None)[0], dense(everything), 3, 3)
+
+
+@given(st.lists(st.integers(-1, 2), min_size=1, max_size=20).filter(lambda ids: max(ids) >= 0))
+def test_one_call_of_flash_attention_is_given_the_same_groups(image_ids):
+    """The call that a GPU gets, into a reference that takes the sequences between the borders one by one."""
+
+    def varlen_attn(query, key, value, borders, state_borders, longest, most_states, *, scale, window_size):
+        assert longest == borders.diff().max()
+        assert most_states == state_borders.diff().max()
+        pairs = (zip(x.tolist(), x[1:].tolist(), strict=False) for x in (borders, state_borders))
+        rows = []
+        for (start, end), (first, last) in zip(*pairs, strict=True):
+            alone = (x.transpose(0, 1) for x in (query[start:end], key[first:last], value[first:last]))
+            rows.append(scaled_dot_product_attention(*alone, is_causal=window_size == (-1, 0), scale=scale))
+        return torch.cat(rows, dim=1).transpose(0, 1)
+
+    image_ids_T = torch.tensor(image_ids)
+    with (
+        patch.object(attention, "_MAX_PADDING", 1.0),
+        patch.object(attention, "has_flash_attention", lambda value: True),
+        patch.object(varlen, "varlen_attn", varlen_attn),
+    ):
+        flash_self, flash_cross = (grouped(module, image_ids_T, num_images=3) for module in (SELF, CROSS))
+        tokens = torch.arange(len(image_ids))
+        same_TT = (image_ids_T[:, None] == image_ids_T) & (image_ids_T >= 0)
+        assert_equal(flash_self, dense(same_TT & (tokens[:, None] >= tokens)), len(tokens), len(tokens))
+        looks_TS = image_ids_T[:, None] == torch.arange(3).repeat_interleave(LATENTS)
+        assert_equal(flash_cross, dense(looks_TS), len(tokens), 3 * LATENTS)

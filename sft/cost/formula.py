@@ -5,8 +5,8 @@ each part of the model, and when the optimizer updates. What each operation keep
 by layer below. scripts/check_cost.py holds the result against the real model under fake tensors.
 
 Types of numbers. On one GPU, or several with a copy each (`ddp`), what is trained is float32 and autocast computes in
-half precision: norms and the residual stream stay float32, and each linear layer keeps its own half copy of its input
-and of its weight. Frozen matrices are half precision or, in QLoRA, those of QUANTISED 4 bits; all else that is frozen
+half precision: the residual stream stays float32, a norm's result is half, and each linear layer keeps a half copy of
+its weight. Frozen matrices are half precision or, in QLoRA, those of QUANTISED 4 bits; all else that is frozen
 is float32 (`sft.models.idefics.load_model`). ZeRO-3 and FSDP2 are half precision throughout ("native").
 
 Shape letters: D, F hidden and intermediate size of the language model; E, I of the vision tower. All sizes in bytes.
@@ -31,6 +31,9 @@ QUANTISED: tuple[Part, ...] = ("language", "cross_attention")
 
 EIGHT_BIT_STATE_BYTES = 1 + 4 / 256
 """Of one of Adam's two states in 8 bits: a float32 scale for 256 numbers (bitsandbytes' blockwise optimizers)."""
+
+CHUNK_LOGITS = 2**22
+"""`sft.loss.CHUNK_LOGITS`; not imported, so that planning starts without torch."""
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """ZeRO-3 gathers up to this many parameters at a time, and updates as many (DeepSpeed's `stage3_max_live_parameters`
@@ -131,10 +134,10 @@ class _Memory:
         copies = sum(stage.copies for stage in stages)
         head_copy = self.half * self.shape.embedding_parameters * self.autocast
         done = 0.0
-        # The logits in half and in float32, and their logarithms; autocast still holds a copy of every weight.
-        yield self.at(done, stages, logits * (self.half + 8), self.weight_copies())
-        # The logarithms, and the gradient on both sides of them.
-        yield self.at(done, stages, logits * 12, copies + head_copy)
+        # The logits of base and extra rows, and beside each other; autocast still holds a copy of every weight.
+        yield self.at(done, stages, 2 * logits * self.half, self.weight_copies())
+        # A few rows of them as float32 logarithms and their gradient; the rest is half (`sft.loss.summed_loss`).
+        yield self.at(done, stages, logits * self.half + 8 * min(CHUNK_LOGITS, logits), self.weight_copies())
         done += self.trained["head"]
         # The gradient of the head's weight, in half and in float32.
         temporary = (self.half + 4) * self.trained["head"] + self.half * logits
@@ -262,9 +265,7 @@ class _Memory:
         again = inputs["language"]
         result.append(self.stage("cross_attention", cross, again, tokens))
         result.append(self.stage("language", text, again, tokens))
-        last_norm = (
-            self.rms_norm("language", shape.hidden, self.stream) + shape.hidden * self.half
-        )  # and the input of the head
+        last_norm = self.rms_norm(shape.hidden, self.stream) + shape.hidden * self.half  # and the input of the head
         result[-1] = replace(result[-1], kept=result[-1].kept + tokens * last_norm)
         return result
 
@@ -309,50 +310,44 @@ class _Memory:
     def targets(self, part: Part) -> list[Linear]:
         return _targets(self.shape, self.setting, part)
 
-    def rms_norm(self, part: Part, width: int, stream: int) -> float:
-        """Its input, the input in float32, and, where its weight is trained, what the weight is multiplied with."""
-        return width * (stream + (4 if stream < 4 else 0) + self.stream * (not self.frozen(part)))
-
-    def result(self, part: Part) -> int:
-        """Size of a number that a linear layer on the residual stream returns: bitsandbytes' is of the type of its
-        input."""
-        return self.stream if self.quantised(part) else self.half
+    def rms_norm(self, width: int, stream: int) -> float:
+        """Its input; the root mean square is one number a token."""
+        return width * stream
 
     def mlp(self, part: Part) -> float:
         """A gated MLP of the language model, for each token."""
         D, F = self.shape.hidden, self.shape.intermediate
         return (
-            self.rms_norm(part, D, self.stream)
-            + self.inputs(part, D, "gate_proj", "up_proj")
-            + 3 * F * self.result(part)  # gate before and after SiLU, up
-            + self.inputs(part, F, "down_proj", stream=self.result(part))
+            self.rms_norm(D, self.stream)
+            + self.inputs(part, D, "gate_proj", "up_proj", stream=self.half)
+            + 3 * F * self.half  # gate before and after SiLU, up
+            + self.inputs(part, F, "down_proj", stream=self.half)
         )
 
     def text_layer(self) -> float:
         """A layer of the language model, for each token."""
         D = self.shape.hidden
         return (
-            self.rms_norm("language", D, self.stream)
-            + self.inputs("language", D, "q_proj", "k_proj", "v_proj")
+            self.rms_norm(D, self.stream)
+            + self.inputs("language", D, "q_proj", "k_proj", "v_proj", stream=self.half)
             + 4 * D * self.half  # query, key, value and output of the attention
-            + 2 * (D // self.shape.heads) * self.half  # cosines and sines
             + self.inputs("language", D, "o_proj", stream=self.half)
             + self.mlp("language")
         )
 
     def qk_norm(self) -> float:
-        return self.rms_norm("cross_attention", self.shape.hidden, self.result("cross_attention")) * self.shape.qk_norms
+        return self.rms_norm(self.shape.hidden, self.half) * self.shape.qk_norms
 
     def cross_layer(self) -> float:
         """A gated cross-attention layer, for each token."""
         D = self.shape.hidden
         return (
-            self.rms_norm("cross_attention", D, self.stream)
-            + self.inputs("cross_attention", D, "q_proj")
+            self.rms_norm(D, self.stream)
+            + self.inputs("cross_attention", D, "q_proj", stream=self.half)
             + self.qk_norm()
             + 2 * D * self.half  # query and output of the attention
             + self.inputs("cross_attention", D, "o_proj", stream=self.half)
-            + D * (self.half + self.result("cross_attention")) * ("gates" in self.setting.trained)  # what they multiply
+            + D * 2 * self.half * ("gates" in self.setting.trained)  # what they multiply
             + self.mlp("cross_attention")
         )
 
@@ -406,18 +401,21 @@ def _flop(shape: Shape, setting: Setting) -> int:
     }
     adapted = {(linear.part, linear.name) for linear in _targets(shape, setting)}
     total = 0.0
+    unread = (setting.tokens - setting.trained_tokens) / max(setting.tokens, 1)
     done = ("vision", "resampler") if setting.encoded else ()
     for linear in shape.linears:
         if linear.part in done:
             continue
-        forward = 2.0 * rows[linear.rows] * linear.weights * linear.count
+        is_spared = linear.part == "language" and linear.name in _READ_ONLY
+        count = linear.count - is_spared * unread
+        forward = 2.0 * rows[linear.rows] * linear.weights * count
         again = _share_again(linear.part, shape, setting)
         total += forward * (again + _passes(linear.part, setting, weight_trained=linear.part in setting.trained))
         last = (linear.part, linear.name) in _LAST and (linear.part, linear.name) not in adapted
         if last:
             total -= forward * again
         if (linear.part, linear.name) in adapted:
-            forward = 2.0 * rows[linear.rows] * setting.lora_rank * (linear.inputs + linear.outputs) * linear.count
+            forward = 2.0 * rows[linear.rows] * setting.lora_rank * (linear.inputs + linear.outputs) * count
             total += forward * (again + _passes(linear.part, setting, weight_trained=True))
     for part, forward in _attention_flop(shape, setting).items():
         if part in done:
@@ -432,6 +430,10 @@ def _flop(shape: Shape, setting: Setting) -> int:
 
 _LAST = (("language", "down_proj"), ("vision", "fc2"))
 """What a layer ends with is not computed again: nothing behind it in the layer needs its result, but an adapter."""
+
+
+_READ_ONLY = ("o_proj", "gate_proj", "up_proj", "down_proj")
+"""What the last layer computes only for tokens whose next one is trained."""
 
 
 def _passes(part: Part, setting: Setting, *, weight_trained: bool) -> int:

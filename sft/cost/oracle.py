@@ -4,9 +4,9 @@ torch's `FakeTensorMode` runs forward, backward and optimizer with tensors that 
 follows every storage from birth to death and `FlopCounterMode` counts every matrix product. This is what the quick
 formula is held against (scripts/check_cost.py).
 
-Fake tensors cannot tell how many results a lookup has (`torch.where`, `nonzero`, a boolean index), so three lookups are
-replaced by ones of known size: the extra rows of the embedding, the trained positions, and which places of a bucket are
-padding. They run as CPU tensors, so short attention is sent to the fused kernel that a GPU has.
+Fake tensors cannot tell how many results a lookup has (`nonzero`), so two are replaced by ones of known size: the
+trained positions, and how tokens fall into groups. They run as CPU tensors, so short attention is sent to the fused
+kernel that a GPU has.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _NoModules(ModTracker):
 
 def measure(config: IdeficsConfig, setting: Setting) -> Measured:
     """Run the last micro-batch of a step and the optimizer's update on one device."""
-    groups = [_without_masks(group_tokens(ids)) for ids in _group_ids(setting)]
+    groups = [group_tokens(ids) for ids in _group_ids(setting)]
     fake = FakeTensorMode()
     groups = tree_map_only(Tensor, fake.from_tensor, groups)
     with fake, _known_sizes(setting, groups):
@@ -105,16 +105,6 @@ def _group_ids(setting: Setting) -> tuple[Tensor, Tensor]:
     if not setting.images:
         return text, text - 1
     return text, torch.arange(setting.tokens) * setting.images // setting.tokens
-
-
-def _without_masks(groups: Groups) -> Groups:
-    """The same with pairs of indices in place of the masks that say which places of a bucket are real."""
-    return groups._replace(
-        buckets=tuple(
-            bucket._replace(real_GL=bucket.real_GL.nonzero(as_tuple=True))  # type: ignore[arg-type]
-            for bucket in groups.buckets
-        )
-    )
 
 
 def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
@@ -159,16 +149,7 @@ def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
     """Put lookups of known size, and tables without values, in place of those that depend on data."""
     both = iter(groups)
 
-    def lookup(self: Any, input_ids: Tensor) -> Tensor:
-        is_extra = input_ids >= self.num_embeddings
-        extra = self.additional_embedding((input_ids - self.num_embeddings).clamp(min=0))
-        base = F.embedding(input_ids.masked_fill(is_extra, 0), self.weight)
-        return torch.where(is_extra[..., None], extra.to(base.dtype), base)
-
-    from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
-
     with (
-        patch.object(IdeficsDecoupledEmbedding, "forward", lookup),
         patch.object(packed, "group_tokens", lambda ids: next(both)),
         patch.object(packed, "trained_positions", lambda labels: torch.arange(setting.trained_tokens)),
         patch.object(attention, "_SHORT", 0),

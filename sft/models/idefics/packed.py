@@ -17,7 +17,8 @@ from transformers import IdeficsForVisionText2Text as PlainIdefics
 from transformers.masking_utils import sdpa_mask
 
 from sft.attention import group_sequences, group_tokens, grouped_attention
-from sft.loss import token_losses, trained_positions, z_losses
+from sft.loss import summed_loss, token_losses, trained_positions, z_losses
+from sft.models.idefics.layers import replace_layers, rotary_of
 from sft.models.idefics.pixels import normalise
 from sft.sample import NO_SOURCE, Batch
 
@@ -49,6 +50,10 @@ class PackedOutput(NamedTuple):
 class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not typed
     """IDEFICS with a forward for packed micro-batches: `model(batch=batch)`. Anything else goes to transformers."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        replace_layers(self)
+
     @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
     def forward(
         self,
@@ -65,21 +70,20 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         """
         if batch is None:
             return super().forward(*args, **kwargs)
-        hidden_TD = self._hidden_states(batch)
         if read_P is not None:
-            return self._logits(hidden_TD[read_P])
+            return self._logits(self._hidden_states(batch, read_P))
         positions_P = trained_positions(batch.labels_T)
-        logits_PV = self._logits(hidden_TD[positions_P])
-        losses_P = token_losses(logits_PV, batch.labels_T[positions_P + 1])
-        source_ids_P = batch.source_ids_T[positions_P + 1]
+        logits_PV = self._logits(self._hidden_states(batch, positions_P))
+        targets_P, source_ids_P = batch.labels_T[positions_P + 1], batch.source_ids_T[positions_P + 1]
         weights_P = source_ids_P != NO_SOURCE
-        total_P = losses_P + z_loss * z_losses(logits_PV) if z_loss else losses_P
-        return PackedOutput(
-            loss=(total_P * weights_P).sum() / batch.num_trained_tokens,
-            token_losses_P=losses_P.detach(),
-            source_ids_P=source_ids_P,
-            logits_PV=None if self.training else logits_PV,
-        )
+        if self.training and torch.is_grad_enabled():
+            total, losses_P = summed_loss(logits_PV, targets_P, weights_P, z_loss)
+            kept_PV = None
+        else:
+            losses_P, kept_PV = token_losses(logits_PV, targets_P), None if self.training else logits_PV
+            total_P = losses_P + z_loss * z_losses(logits_PV) if z_loss else losses_P
+            total = (total_P * weights_P).sum()
+        return PackedOutput(total / batch.num_trained_tokens, losses_P.detach(), source_ids_P, kept_PV)
 
     def _logits(self, hidden_PD: Tensor) -> Tensor:
         """The head. In evaluation it computes in float32 whatever autocast says: bfloat16 logits of two options differ
@@ -108,8 +112,9 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         size = self.config.vision_config.embed_dim
         return torch.zeros(1, 1, size, dtype=self.dtype, device=batch.input_ids_T.device)
 
-    def _hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states (T, D). The walk through the layers is that of `IdeficsModel.forward`."""
+    def _hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
+        """Final hidden states (P, D) at some positions. The walk through the layers is that of
+        `IdeficsModel.forward`."""
         decoder = self.model
         states_NLD = self._image_states(batch)
         samples = (
@@ -119,9 +124,8 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         )
         lookers = group_tokens(batch.image_ids_T)
         sees_image_1T = (batch.image_ids_T >= 0)[None]
-        position_ids_1T = batch.position_ids_T[None]
-
         hidden_1TD = decoder.embed_tokens(batch.input_ids_T[None])
+        rotary = rotary_of(decoder.layers[0].self_attn.rotary_emb, batch.position_ids_T, _computed_in(hidden_1TD))
         for index, layer in enumerate(decoder.layers):
             if index % decoder.cross_layer_interval == 0:
                 hidden_1TD = decoder.gated_cross_attn_layers[index // decoder.cross_layer_interval](
@@ -132,8 +136,19 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
                     groups=lookers,
                     num_images=len(states_NLD),
                 )
-            hidden_1TD = layer(hidden_1TD, position_ids=position_ids_1T, groups=samples)
-        return torch.as_tensor(decoder.norm(hidden_1TD)[0])
+            is_last = index == len(decoder.layers) - 1
+            hidden_1TD = layer(hidden_1TD, rotary=rotary, groups=samples, read_P=read_P if is_last else None)
+        with torch.autocast(hidden_1TD.device.type, enabled=self.training and _is_autocast(hidden_1TD)):
+            return torch.as_tensor(decoder.norm(hidden_1TD)[0])  # in evaluation float32, as the head
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The type that linear layers turn `x` into."""
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
 
 
 def use_grouped_attention(model: PackedIdefics) -> None:

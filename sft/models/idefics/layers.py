@@ -1,0 +1,183 @@
+"""IDEFICS' layers as the packed forward runs them: the same weights and results in fewer passes over memory.
+
+Each class takes the place of transformers' own of the same name in a model (`replace_layers`), holds nothing more, and
+does what that does for whoever calls it as transformers would. What they save, by profile (docs/performance.md):
+
+    norms        transformers' norm is ten kernels with the backward pass, and its float32 result is rounded anew for
+                 each linear layer under autocast; here it is one function that rounds once
+    rotation     cosines and sines are computed once a micro-batch, and the turned halves are not put together twice
+    embedding    the lookup of extra rows waits for no `nonzero` of the GPU
+    last layer   what comes after attention is computed only at the positions that reach the head
+
+Shape letters: T tokens, P positions that reach the head, A attention heads, H size of a head, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.models.idefics import modeling_idefics as plain
+
+from sft.attention import Groups, grouped_attention
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x / root mean square of x * weight, computed in float32, as a number of another type if asked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        x32 = x.float()
+        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed: Tensor = (x32 * scale).mul_(weight)
+        return normed.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        gradient = gradient.float()
+        normed = x.float() * scale
+        both = gradient * normed
+        mean = torch.matmul(both, weight.float()).div_(x.shape[-1])[..., None]
+        of_weight = both.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        of_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return of_x.to(x.dtype), of_weight, None, None
+
+
+class RmsNorm(plain.IdeficsRMSNorm):  # type: ignore[misc]  # transformers is not typed
+    """Its result is of the type that the linear layers behind it compute in."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As transformers', but for the rounding under autocast."""
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        else:
+            half = self.weight.dtype in (torch.float16, torch.bfloat16)
+            dtype = self.weight.dtype if half else torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        if hidden_states.dtype == torch.float64:
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
+        return torch.as_tensor(_RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype))  # type: ignore[no-untyped-call]
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the angle by which each token's pairs of numbers turn; those of the first half negated."""
+
+    cos_T1H: Tensor
+    sin_T1H: Tensor
+
+
+def rotary_of(module: nn.Module, position_ids_T: Tensor, dtype: torch.dtype) -> Rotary:
+    """Of all tokens of a micro-batch, for every layer: `module` is any layer's `rotary_emb`."""
+    cos_1TH, sin_1TH = module(torch.empty(0, dtype=dtype, device=position_ids_T.device), position_ids_T[None])
+    first, second = sin_1TH[0, :, None].chunk(2, dim=-1)
+    return Rotary(cos_1TH[0, :, None], torch.cat((-first, second), dim=-1))
+
+
+class _Rotate(torch.autograd.Function):
+    """(first, second) half of each head -> (first cos - second sin, second cos + first sin)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TAH: Tensor, rotary: Rotary) -> Tensor:
+        ctx.rotary = rotary
+        return _rotated(x_TAH, rotary, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TAH: Tensor) -> tuple[Tensor, None]:
+        return _rotated(gradient_TAH, ctx.rotary, -1), None
+
+
+def _rotated(x_TAH: Tensor, rotary: Rotary, sign: int) -> Tensor:
+    # A CPU takes four times as long to write into each half of the result (bfloat16, 32 numbers a head).
+    first, second = x_TAH.chunk(2, dim=-1)
+    swapped_TAH = torch.cat((second, first), dim=-1)
+    return (x_TAH * rotary.cos_T1H).addcmul_(swapped_TAH, rotary.sin_T1H, value=sign)
+
+
+class Attention(plain.IdeficsAttention):  # type: ignore[misc]
+    """Attention by groups where it is given `groups`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        *args: Any,
+        groups: Groups | None = None,
+        rotary: Rotary | None = None,
+        read_P: Tensor | None = None,
+        num_images: int = 0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A row of tokens (1, T, D) -> (1, T, D), or (1, P, D) at the positions `read_P` alone."""
+        if groups is None:
+            return super().forward(hidden_states, key_value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        states = hidden_states if key_value_states is None else key_value_states
+        query_TAH, key_SAH, value_SAH = (
+            layer(x)[0].unflatten(-1, (self.num_heads, self.head_dim))
+            for layer, x in ((self.q_proj, hidden_states), (self.k_proj, states), (self.v_proj, states))
+        )
+        if rotary is not None:
+            query_TAH, key_SAH = (_Rotate.apply(x, rotary) for x in (query_TAH, key_SAH))  # type: ignore[no-untyped-call]
+        if self.qk_layer_norms:
+            query_TAH, key_SAH = self.q_layer_norm(query_TAH), self.k_layer_norm(key_SAH)
+        output_1TAH, _ = grouped_attention(
+            self,
+            query_TAH.transpose(0, 1)[None],
+            key_SAH.transpose(0, 1)[None],
+            value_SAH.transpose(0, 1)[None],
+            None,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            groups=groups,
+            num_images=num_images,
+        )
+        output_1TD = output_1TAH.flatten(-2)
+        return self.o_proj(output_1TD if read_P is None else output_1TD.index_select(1, read_P)), None
+
+
+class DecoderLayer(plain.IdeficsDecoderLayer):  # type: ignore[misc]
+    """A layer that may be asked for some of its tokens alone."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, read_P: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(1, T, D) -> (1, T, D), or (1, P, D) at the positions `read_P` alone."""
+        if read_P is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), read_P=read_P, **kwargs)
+        hidden_states = hidden_states.index_select(1, read_P) + self._dropped(attended)
+        return hidden_states + self._dropped(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, p=self.dropout, training=self.training)
+
+
+class Embedding(plain.IdeficsDecoupledEmbedding):  # type: ignore[misc]
+    """Base and extra rows, both looked up for every token."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """As transformers', without asking how many tokens are extra."""
+        if not self.num_additional_embeddings:
+            return F.embedding(input_ids, self.weight)
+        is_extra = input_ids >= self.num_embeddings
+        extra = self.additional_embedding((input_ids - self.num_embeddings).clamp(min=0))
+        base = F.embedding(input_ids.masked_fill(is_extra, 0), self.weight)
+        return torch.where(is_extra[..., None], extra.to(base.dtype), base)
+
+
+_IN_PLACE_OF = {
+    plain.IdeficsRMSNorm: RmsNorm,
+    plain.IdeficsAttention: Attention,
+    plain.IdeficsDecoderLayer: DecoderLayer,
+    plain.IdeficsDecoupledEmbedding: Embedding,
+}
+
+
+def replace_layers(model: nn.Module) -> None:
+    """Let transformers' layers of a model be ours. Weights and their names stay."""
+    for module in model.modules():
+        module.__class__ = _IN_PLACE_OF.get(type(module), type(module))  # type: ignore[assignment]
