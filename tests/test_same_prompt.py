@@ -45,7 +45,7 @@ def test_a_chat_continues_as_a_trained_conversation_does(template):
     answers = iter(["A cat.", "No."])
     seen = []
 
-    def respond(messages):
+    def respond(messages, on_text):
         seen.append(template.encode_prompt(messages).input_ids)
         return next(answers)
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from sft.report.reading import Point
 
 GIB = 2**30
+NBSP = "\N{NO-BREAK SPACE}"
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 34
 _DECADES_FOR_LOG = 0.9
 """A quantity that spans more powers of ten than this is drawn on a logarithmic scale, where asked for one."""
@@ -126,7 +127,7 @@ def _axes(
 def _grid(
     x: Axis, y: Axis, width: int, height: int, format_y: Callable[[float], str], steps: Sequence[float]
 ) -> Iterable[str]:
-    for value in y.ticks(4):
+    for value in y.ticks(5):
         at = y(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at}" y2="{at}"/>'
         yield f'<text x="{LEFT - 7}" y="{at + 4}" text-anchor="end">{escape(format_y(value))}</text>'
@@ -187,12 +188,12 @@ def scientific(value: float) -> str:
 
 def percent(share: float) -> str:
     """0.963 -> 96.3 %"""
-    return f"{share * 100:.1f} %"
+    return f"{share * 100:.1f}{NBSP}%"
 
 
 def round_percent(share: float) -> str:
     """0.963 -> 96.3 %, 0.5 -> 50 %: beside an axis."""
-    return f"{share * 100:.3g} %"
+    return f"{share * 100:.3g}{NBSP}%"
 
 
 def gibibytes(size: float) -> str:

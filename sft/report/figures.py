@@ -85,10 +85,9 @@ def _chosen_by(run: Run, chosen: Line) -> tuple[str, str, Markup]:
         label="score of each checkpoint with its interval",
         format_y=plain if is_loss else round_percent,
     )
-    intervals = ", 95 % intervals" * any(score.get("interval") for score in scores)
-    ranks = chosen.get("ranks", ())
-    title = "Held-out loss" if is_loss else f"Score, mean of {' and '.join(ranks)}" if len(ranks) > 1 else "Score"
-    return title, f"{chosen['benchmark']}{intervals}, ring: selected", svg
+    ranks = " and ".join(chosen.get("ranks", ()))
+    what = f"mean of {ranks}" if " and " in ranks else chosen["benchmark"]
+    return "Held-out loss" if is_loss else "Score", f"{what} · ring: selected", svg
 
 
 def category_figures(run: Run) -> Iterable[Figure]:

@@ -108,7 +108,7 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str]]:
     if seconds := max(status.seconds, in_steps):
         yield duration(seconds), "of training"
     if speeds := series(run.lines, "tokens_per_second"):
-        yield plain(sorted(speed for _, speed in speeds)[len(speeds) // 2]), "tokens/s, median step"
+        yield plain(round(sorted(speed for _, speed in speeds)[len(speeds) // 2])), "tokens/s, median step"
     if memory := series(run.lines, "peak_memory_bytes"):
         yield gibibytes(max(size for _, size in memory)), "memory at the peak"
     if run.selection:
