@@ -4,7 +4,7 @@
     scripts/bench_loader.py [--json] [--batches 96] [--rounds 3] [--hidden 512] [--workers 2]
 
 A random IDEFICS of the proportions of idefics-9b, 224-pixel images; full training by the trainer itself, packs of 1,024
-tokens. Workloads: `short`, 40 samples of a sentence a pack, 24 images; `long`, four of 240 tokens about an image. Two
+tokens. Workloads: `short`, 46 samples of a sentence and 9 images a pack; `long`, eight of 120 tokens, two images. Two
 workers make the batches; the training process plans, takes them over and trains.
 
     ratios        CPU seconds of the training process a step, with the loader / on a batch that was made before:

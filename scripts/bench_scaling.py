@@ -10,8 +10,8 @@ thread, full training; sides alternate, medians of CPU seconds.
     images            the same over 1,024 tokens with 0 to 32 images, beside the line through the first and the last
     dataset_planning  planning a window, for each token; 1x is 5,000 samples, four about an image
     dataset_opening   opening the source, for each sample: samples about the same images are found
-    ranks             the whole run of one or two processes, all their CPU seconds, for each trained token; start-up is
-                      taken off, as the difference of a long and a short run
+    ranks             a run of one or two processes, from its first step on, for each trained token: CPU seconds of the
+                      main process, as often as there are processes
     checkpoint_write  of a state with its hashes, for each gigabyte; checkpoint_read  into the model, with the hashes
 
 Each row is what is scaled, seconds for each unit, and `times`: seconds for each unit / what the arithmetic says, which
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -194,22 +193,19 @@ def ranks(folder: Path, rounds: int, quick: bool) -> dict[str, Rows]:
     command = [sys.executable, "-m", "sft.cli.main"]
     subprocess.run([*command, "prepare", str(file)], check=True, capture_output=True)
 
-    def seconds(number: int, steps: int) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        options = [f"training.max_steps={steps}", f"output_dir={folder / f'run-{number}-{steps}'}", "--resume", "none"]
-        subprocess.run(
-            [*command, "train", str(file), *options, "--nproc", str(number)], check=True, capture_output=True
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    def seconds(number: int) -> float:
+        options = [f"training.max_steps={steps}", f"output_dir={folder / f'run-{number}'}", "--resume", "none"]
+        options += ["--nproc", str(number), "--json"]
+        done = subprocess.run([*command, "train", str(file), *options], check=True, capture_output=True, text=True)
+        return number * float(json.loads(done.stdout)["cpu_seconds"])
 
-    long, short = (6, 2) if quick else (10, 2)
+    steps = 4 if quick else 10
     found: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(1 if quick else 2):
         for number in found:
-            found[number].append(seconds(number, long) - seconds(number, short))
-    metrics = (folder / f"run-1-{long}" / "metrics.jsonl").read_text().splitlines()
-    trained = float(sum(json.loads(line)["trained_tokens"] for line in metrics[short:]))
+            found[number].append(seconds(number))
+    metrics = (folder / "run-1" / "metrics.jsonl").read_text().splitlines()
+    trained = float(sum(json.loads(line)["trained_tokens"] for line in metrics))
     return {"ranks": flat({number: float(np.median(took)) for number, took in found.items()}, {1: trained, 2: trained})}
 
 
