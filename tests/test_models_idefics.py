@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,6 +174,15 @@ def test_the_loss_divides_the_sum_by_the_tokens_of_the_step(model, template):
     assert model(batch=batch).loss.item() == pytest.approx(losses.sum().item() / 1000, rel=1e-5)
     extra = batch.input_ids_T[1:] >= model.config.vocab_size
     assert extra.sum() == 5, "<fake> <image> <fake> and two <end_of_utterance> are predicted too"
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero(model, template):
+    """All its samples are dirty."""
+    batch = batch_of([place(template, DOG)], num_trained_tokens=5)
+    nothing = torch.full_like(batch.labels_T, -100)
+    loss, found = step(model.train(), [replace(batch, labels_T=nothing)])
+    assert loss == 0
+    assert not any(gradient.any() for gradient in found.values())
 
 
 def test_without_isolation_a_pack_is_one_text_but_images_stay_with_their_sample(model, template):
