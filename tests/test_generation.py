@@ -48,7 +48,7 @@ def greedy(model, template, messages, num_tokens, *, never, stops):
         placed = PlacedSample(sample, tuple(image_number(ref) for ref in refs), 0)
         batch = collate([[placed]], pixels_of, train_on="assistant", image_size=IMAGE_SIZE)
         with torch.no_grad():
-            logits = model.lm_head(model._hidden_states(batch)[len(ids) - 1])
+            logits = model(batch=batch, read_P=torch.tensor([len(ids) - 1]))[0]
         logits[never] = -torch.inf
         token = int(logits.argmax())
         if token in stops:

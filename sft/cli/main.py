@@ -137,8 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             raise
         if speaks():
-            problems = "; ".join(str(error).splitlines())  # of a recipe there may be several
-            print(f"idefics-sft: {printable(problems)}", file=sys.stderr)
+            print(f"idefics-sft: {printable(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
         if "--debug" in arguments or error.filename is None:

@@ -41,7 +41,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, node, problem) for problem in _causes(error))) from error
+        raise UserError("; ".join(_explain(path, node, problem) for problem in _causes(error))) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
