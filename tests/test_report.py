@@ -172,7 +172,7 @@ def test_the_choice_is_told_with_its_reason(run):
     [
         ({"status": "running", "steps": 7, "chosen": False, "held": False}, "is being trained, or was killed"),
         ({"status": "running", "steps": 0, "chosen": False, "held": False}, "No step was finished"),
-        ({"status": "failed", "steps": 3, "chosen": False, "problem": f"OOM {HOSTILE}"}, "Failed after step 3: OOM"),
+        ({"status": "failed", "steps": 3, "chosen": False, "why": f"OOM {HOSTILE}"}, "Failed after step 3: OOM"),
         ({"status": "failed", "steps": 0, "chosen": False, "held": False}, "the reason was not written down"),
         ({"status": "stopped", "steps": 12}, "Stopped after step 12; `idefics-sft train"),
         ({"failed_evaluations": {"checkpoint-20": "full"}}, "checkpoint-20: failed, training went on: full"),
