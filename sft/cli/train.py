@@ -229,7 +229,7 @@ def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
     folder = run_dir / "checkpoints"
     if resume != "auto":
         asked = Path(resume)
-        if asked.absolute().parent != folder.absolute():
+        if asked.resolve().parent != folder.resolve():
             raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
         check_state(asked)
         out.print(f"going on from {asked}", markup=False)
