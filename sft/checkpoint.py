@@ -147,6 +147,8 @@ def check_state(path: Path) -> None:
 
 def _problem_of_state(path: Path) -> str | None:
     state = path / STATE
+    if not path.is_dir():
+        return "it is not there"
     if not state.is_dir():
         return "it holds weights alone, without state/"
     if not is_complete(state):

@@ -28,10 +28,10 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
-def disk_full_told(path: Path) -> Iterator[None]:
+def disk_full_told(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
     """
     Raises:
-        RunError: the disk is full, or the quota. What stood there before is whole.
+        RunError: the disk is full, or the quota. What stood there before is whole; `then` says what follows.
     """
     from safetensors import SafetensorError
 
@@ -40,7 +40,7 @@ def disk_full_told(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors tells of it in words only
         if getattr(error, "errno", None) not in (ENOSPC, EDQUOT) and os.strerror(ENOSPC) not in str(error):
             raise
-        raise RunError(f"{path}: the disk is full; checkpoints before it are whole") from error
+        raise RunError(f"{path}: the disk is full; {then}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

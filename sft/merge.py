@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 from sft.checkpoint import MANIFEST, step_of
 from sft.collate import PlacedSample, collate
 from sft.errors import UserError
-from sft.files import staged
+from sft.files import disk_full_told, remove_leftovers, staged
 from sft.inference import Loaded, find_base, load_for_inference, load_template
 from sft.lora import Merger, is_adapter_folder
 from sft.models import ModelFamily, get_family
@@ -69,6 +69,7 @@ def merge(
     Raises:
         UserError: there is something in `output`, the checkpoint is not one, the base of adapters is missing or
             another, or a `dtype` is given for a full run's checkpoint.
+        RunError: the disk is full.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already; choose another --output")
@@ -79,7 +80,7 @@ def merge(
     if base is None and dtype is not None:
         raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")
     template = load_template(family, checkpoint)
-    with staged(output) as folder:
+    with _whole_or_nothing(output) as folder:
         if base is None:
             _copy(checkpoint, folder)
         else:
@@ -98,6 +99,21 @@ def merge(
         )
         (folder / "README.md").write_text(model_card(checkpoint, recipe, made), encoding="utf-8")
     return made
+
+
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `output`; gigabytes of it are not left behind by an error.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    try:
+        with disk_full_told(output, "choose another --output"), staged(output) as folder:
+            yield folder
+    except BaseException:
+        remove_leftovers(output)
+        raise
 
 
 def _copy(checkpoint: Path, folder: Path) -> None:

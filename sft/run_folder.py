@@ -69,18 +69,26 @@ def go_back_to(recipe: Recipe, checkpoint: Path) -> None:
             discard(path)
 
 
+def check_ours(run_dir: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds files of a run's names, run.json among them, that no run of ours has written.
+    """
+    if RunStatus.read(run_dir) is None:
+        foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
+        if foreign:
+            raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
+
+
 def take_over(recipe: Recipe, run_dir: Path) -> None:
     """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
     Its recipe stands in it then.
 
     Raises:
-        UserError: the folder holds files of these names that no run of ours has written.
+        UserError: see `check_ours`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    if RunStatus.read(run_dir) is None:
-        foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
-        if foreign:
-            raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
+    check_ours(run_dir)
     RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
     delete_outputs(run_dir)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")

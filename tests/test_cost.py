@@ -269,3 +269,5 @@ def test_what_cannot_be_planned_is_said_in_one_line(refusal, monkeypatch, tmp_pa
     assert "model_type is 'llama'" in refusal("plan", CARD, f"model.path={tmp_path}")
     assert "give one of them" in refusal("plan", CARD, "--gpu", "l4-24", "--gpu-memory", "20")
     assert "has no bfloat16" in refusal("plan", CARD, "--gpu", "t4-16", "training.precision=bfloat16")
+    for option in ("--gpu-memory", "--price-per-hour"):
+        assert "less than or equal to 1000000" in refusal("plan", CARD, option, "inf")

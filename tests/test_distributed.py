@@ -337,6 +337,26 @@ def test_a_process_that_is_killed_ends_all_and_is_named(recipe):
     assert said.count("idefics-sft: ") == 1 and "Traceback" not in said
 
 
+# ------------------------------------------------------------------------------------------------------------- SLURM
+
+
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_a_job_is_queued_again_when_it_was_stopped_and_only_then(tmp_path, status):
+    """What SLURM gives a job stands in for it: `srun` says how it was called, `scontrol` too."""
+    commands = {"srun": f'echo "srun $*"; exit {status}', "scontrol": 'echo "scontrol $*" | tee -a queue'}
+    for name, script in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    command = ["bash", str(REPOSITORY / "scripts" / "slurm" / "train.sbatch"), "my-data", "output_dir=a b"]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == status and not done.stderr
+    assert "idefics-sft train my-data output_dir=a b" in done.stdout
+    assert "--kill-on-bad-exit=0 --wait=60" in done.stdout, "else the first task that ends with 75 kills the others"
+    queue = (tmp_path / "queue").read_text().splitlines()
+    assert queue == ["scontrol show hostnames n[1-2]"] + ["scontrol requeue 7"] * (status == 75)
+
+
 # ----------------------------------------------------------------------------------------------------- which is which
 
 

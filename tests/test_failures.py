@@ -1,5 +1,6 @@
 """What fails for want of memory, disk or another process ends with one line that says so. No line tells a secret."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -72,6 +73,15 @@ def test_a_full_disk_is_one_line_and_the_first_reason_is_told(tmp_path):
     with pytest.raises(RunError, match="the first reason"), recorded(tmp_path, status):
         (tmp_path / ".run.json.staging").symlink_to("/dev/full")
         raise RunError("the first reason")
+
+
+def test_a_disk_that_fills_up_while_data_are_prepared_is_one_line(tmp_path, monkeypatch, capsys):
+    def prepare(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does: without a name
+
+    monkeypatch.setattr("sft.preparation.prepare", prepare)
+    assert status_of("train", write_recipe(tmp_path)) == 1
+    assert capsys.readouterr().err == "idefics-sft: No space left on device\n"
 
 
 def test_a_manifest_that_is_damaged_is_a_state_that_is_not_whole(tmp_path):

@@ -1,6 +1,8 @@
 """Merging: the model that is handed on is the one that was trained, opens in plain transformers and says what it is."""
 
+import errno
 import json
+import os
 import warnings
 import weakref
 from pathlib import Path
@@ -209,7 +211,19 @@ def test_adapters_of_another_model_leave_nothing_behind(checkpoint, tokenizer, t
     (checkpoint / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     with pytest.raises(UserError, match=r"the base model has no model\.gated_cross_attn_layers\.1\."):
         merge(checkpoint, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    assert not [*tmp_path.glob("*merged*")]
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(checkpoint, tmp_path, monkeypatch, capsys):
+    def write(file, *others):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does: without a name
+
+    monkeypatch.setattr("sft.merge.write_safetensors", write)
+    assert status_of("merge", checkpoint, "--output", tmp_path / "merged") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"idefics-sft: {tmp_path / 'merged'}: the disk is full; choose another --output"]
+    assert not [*tmp_path.glob("*merged*")]
 
 
 def test_the_command_line(checkpoint, tmp_path, capsys, refusal):

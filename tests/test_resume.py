@@ -134,6 +134,9 @@ def test_a_state_that_is_not_whole_is_passed_over_and_it_is_said_why(copied):
     assert "checkpoint-2: not gone on from: files of state/ are missing or cut off" in said[1]
     with pytest.raises(UserError, match=r"checkpoint-3: cannot be gone on from: state/optimizer\.pt is not"):
         trained(copied, resume_from=folder_of(copied, 3))
+    for asked, expected in ((folder_of(copied, 7), "it is not there"), (folder.parent, "not a checkpoint of this run")):
+        with pytest.raises(UserError, match=expected):
+            train(copied, console(to_stderr=True), resume=str(asked))
 
 
 def test_going_back_removes_what_comes_again_and_knows_what_was_usual(copied, monkeypatch):

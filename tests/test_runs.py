@@ -65,6 +65,7 @@ def test_training_never_deletes_what_is_not_of_a_run(recipe, refusal, options, s
         before = contents(run_dir)
     assert "choose another output_dir" in refusal("train", recipe, *options)
     assert without_lock(contents(run_dir)) == before
+    assert not (recipe.parent / "stores").exists(), "it is told before hours of preparation"
 
 
 def test_quickstart_never_deletes_what_is_not_of_a_run(tmp_path):
@@ -102,6 +103,9 @@ def test_a_run_of_another_recipe_is_left_alone(recipe, refusal, capsys):
     expected = "holds a run of another recipe (other: training.learning_rate); choose another output_dir"
     assert expected in refusal("train", recipe, *SHORT, "training.learning_rate=2e-3")
     assert contents(run_dir) == before
+    others = ("training.learning_rate=2e-3", "data.store=elsewhere", "distributed.engine=ddp", "--nproc", 2)
+    assert expected in refusal("train", recipe, *SHORT, *others)
+    assert not Path("elsewhere").exists(), "it is told before hours of preparation"
     (run_dir / "recipe.yaml").unlink()
     assert "has a run.json but no recipe.yaml; --resume none starts anew" in refusal("train", recipe, *SHORT)
 

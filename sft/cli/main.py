@@ -140,10 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"idefics-sft: {printable(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        if "--debug" in arguments or error.filename is None:
+        is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # told without a name while a file is written
+        if "--debug" in arguments or (error.filename is None and not is_disk):
             raise
-        print(f"idefics-sft: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
-        sys.exit(1 if error.errno in (errno.ENOSPC, errno.EIO) else 2)
+        where = "" if error.filename is None else f"{printable(error.filename)}: "
+        print(f"idefics-sft: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(1 if is_disk else 2)
     except KeyboardInterrupt:
         print("idefics-sft: interrupted", file=sys.stderr)
         sys.exit(130)

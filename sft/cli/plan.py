@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sft.recipe import Recipe
 
 Gpu = Literal["a100-80", "h100-80", "l4-24", "t4-16", "rtx4090-24"]
+MOST = 1e6
+"""Gigabytes of a GPU, and its price: `inf` is a number too."""
 EXAMPLES = (
     "plan my-data --gpu t4-16",
     "plan idefics-9b-instruct --gpus 8 --price-per-hour 2.5",
@@ -26,12 +28,13 @@ def run(
     gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
     gpu: Annotated[Gpu | None, typer.Option(help="Which; a100-80, if left out.")] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GIB", help="Usable memory of another GPU; then no time is told.")
+        float | None,
+        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another GPU; then no time is told."),
     ] = None,
     utilisation: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the GPU's peak that training reaches.")
     ] = 0.35,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, metavar="P", help="Of one GPU.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, max=MOST, metavar="P", help="Of one GPU.")] = None,
     json: Json = False,
 ) -> None:
     """Show what training takes of each GPU, how long it lasts and what it costs; what to change if it does not fit."""

@@ -63,6 +63,8 @@ def run(
     if nproc > 1:
         if launched_as().of > 1:
             raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
+        if resume != "none":
+            _check_changes(found, Path(found.output_dir), allow_changed)
         _prepare_for(nproc, found, console(to_stderr=json))
         options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
         options += ["--quiet"] * is_quiet()
@@ -135,14 +137,9 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
         return finished
     quiet_libraries()
     from sft import run as runs
-    from sft.checks.before_training import check_writable
-    from sft.monitoring import check_trackers
-    from sft.precision import choose_precision, device
     from sft.preparation import open_prepared, prepare
 
-    check_writable(run_dir)
-    check_trackers(recipe.training.report_to)  # before hours of preparation
-    choose_precision(recipe.training.precision, device())
+    _check_before_preparing(recipe)
     if rank.of > 1:
         sources, _ = open_prepared(recipe)
     else:
@@ -169,6 +166,23 @@ def note(line: dict[str, Any], width: int | None) -> str:
     return f"{head}  {speed}"
 
 
+def _check_before_preparing(recipe: Any) -> None:
+    """What training would refuse after hours of preparation.
+
+    Raises:
+        UserError: the folder cannot be written to or holds other things, a tracker is missing, or the precision.
+    """
+    from sft.checks.before_training import check_writable
+    from sft.monitoring import check_trackers
+    from sft.precision import choose_precision, device
+    from sft.run_folder import check_ours
+
+    check_writable(Path(recipe.output_dir))
+    check_ours(Path(recipe.output_dir))
+    check_trackers(recipe.training.report_to)
+    choose_precision(recipe.training.precision, device())
+
+
 def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
     """Prepare what several processes are to train on; what they would refuse is refused before.
 
@@ -184,6 +198,7 @@ def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
         raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
     choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc), recipe.training.optimizer)
     quiet_libraries()
+    _check_before_preparing(recipe)
     with preparation(out) as update:
         prepare(recipe, update)
 
@@ -203,18 +218,32 @@ def _what_is_there(
         if resume not in ("auto", "none"):
             raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
         return None, None
-    changed = changed_settings(recipe, run_dir)
-    if changed and not allow_changed:
-        raise UserError(
-            f"{run_dir}: holds a run of another recipe (other: {', '.join(changed)}); choose another output_dir, "
-            "or --allow-changed goes on with these, not as it would have without a break"
-        )
+    changed = _check_changes(recipe, run_dir, allow_changed)
     if changed:
         out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
     if status.status == "finished" and resume == "auto" and not changed:
         out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
         return status, None
     return None, _checkpoint(resume, run_dir, out)
+
+
+def _check_changes(recipe: Any, run_dir: Path, allow_changed: bool) -> list[str]:
+    """Settings that differ from those of the run in a folder, if there is one.
+
+    Raises:
+        UserError: there are some, and they are not allowed.
+    """
+    from sft.run_status import RunStatus
+
+    if RunStatus.read(run_dir) is None:
+        return []
+    changed = changed_settings(recipe, run_dir)
+    if changed and not allow_changed:
+        raise UserError(
+            f"{run_dir}: holds a run of another recipe (other: {', '.join(changed)}); choose another output_dir, "
+            "or --allow-changed goes on with these, not as it would have without a break"
+        )
+    return changed
 
 
 def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
@@ -229,7 +258,7 @@ def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
     folder = run_dir / "checkpoints"
     if resume != "auto":
         asked = Path(resume)
-        if asked.absolute().parent != folder.absolute():
+        if asked.resolve().parent != folder.resolve():
             raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
         check_state(asked)
         out.print(f"going on from {asked}", markup=False)
