@@ -22,7 +22,6 @@ from sft.generation import Prompt, prompt_of, write_on
 from sft.inference import Loaded, load_for_inference
 from sft.naming import find_model
 from sft.sample import ImageRef, Message, SkipSample
-from sft.shipped import PREFIX, resolve
 
 Picture = Image.Image | Path | bytes
 """An image: opened by Pillow, a file, or the bytes of one. A `str` is a text, but where only an image can stand."""
@@ -43,9 +42,7 @@ def load(model: str | Path, *, load_in_4bit: bool = False, precision: str = "aut
     Raises:
         UserError: nothing of that name, not a model, or the base of adapters is missing.
     """
-    name = str(model)
-    path = resolve(name) if name.startswith(PREFIX) else find_model(name)
-    return Model(load_for_inference(path, load_in_4bit=load_in_4bit, precision=precision))
+    return Model(load_for_inference(find_model(str(model)), load_in_4bit=load_in_4bit, precision=precision))
 
 
 class Model:
@@ -153,11 +150,13 @@ class Model:
         on_text: Callable[[str], None] | None,
     ) -> list[str]:
         _check_settings(settings)
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens}; expected 1 or more")
         room = self.loaded.family.max_positions(self.loaded.model.config) - max_new_tokens
         for prompt in prompts:
             if (length := len(prompt.encoded.input_ids)) > room:
                 raise UserError(
-                    f"the prompt has {length} tokens; beside {max_new_tokens} new ones the model takes {room}"
+                    f"the prompt has {length} tokens; beside {max_new_tokens} new ones the model takes {max(room, 0)}"
                 )
         if on_text and len(prompts) > 1:
             raise UserError("on_text: only one text can be followed at a time")

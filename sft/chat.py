@@ -87,6 +87,8 @@ class Conversation:
         Raises:
             UserError: it is an address, lies outside the folder (links are followed), is missing or does not decode.
         """
+        if not str(name):
+            raise UserError(f"/image: no file is named; expected one of {self.folder}, as in /image photo.png")
         if "://" in str(name):
             raise UserError(
                 f"{name}: addresses are not fetched; save the image in {self.folder} and give its file name"

@@ -66,7 +66,10 @@ class Monitors:
 
         unseen = sources.not_held_out
         for name in unseen:
-            say_once(f"source {name!r}: data.validation holds out no sample of it, so its held-out loss is not known")
+            say_once(
+                f"source {name!r}: data.validation holds out no sample of it, so its held-out loss is not known; "
+                "a larger data.validation.share does"
+            )
         is_all = len(unseen) == len(sources.sources)
         held_out = None if is_all and not recipe.evaluation.every_steps else sources.held_out()
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), say=say_once)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sft.checkpoint import broken_files, checkpoint_name, checkpoints, is_complete
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
-from sft.shipped import is_local, recipe_path
+from sft.shipped import PREFIX, is_local, recipe_path, resolve
 
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -61,7 +61,7 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_model(name: str) -> Path | str:
-    """MODEL as the command line takes it -> a folder or a hub id.
+    """MODEL as the command line takes it -> a folder or a hub id. `shipped:tiny_base` is the small base.
 
     A RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means that
     step's.
@@ -69,6 +69,8 @@ def find_model(name: str) -> Path | str:
     Raises:
         UserError: nothing of that name, or the step has no complete checkpoint.
     """
+    if name.startswith(PREFIX):
+        return resolve(name)
     text, _, step = name.partition("@")
     path = Path(text)
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

@@ -96,6 +96,10 @@ def test_a_wrong_line_is_answered_with_one_line_and_the_talk_goes_on(folder):
     assert "Assistant: 1 turns, 0 images: Hi" in lines
 
 
+def test_an_image_without_a_name_is_told(folder):
+    assert typed(folder, "/image")[1].startswith("Error: /image: no file is named")
+
+
 def test_an_image_waits_for_words_that_are_answered(folder):
     failures = iter([True, False])
 

@@ -227,6 +227,12 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, refusal):
     assert "neither a model folder" in refusal("chat", "no-such-model")
 
 
+def test_what_chat_is_given_wrong_is_told_before_a_model_is_loaded(tmp_path, refusal):
+    (tmp_path / "config.json").write_text("{}")
+    assert "nope.png: image file missing" in refusal("chat", tmp_path, "--image", "nope.png")
+    assert "--allow-dir: nope is not a folder" in refusal("chat", tmp_path, "--allow-dir", "nope")
+
+
 def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal):
     assert "--rank tea: expected letter, text or generate" in refusal("evaluate", llama, "--rank", "tea")
     assert "--protocol tea: expected card, vanilla or circular" in refusal("evaluate", llama, "--protocol", "tea")
@@ -316,6 +322,7 @@ def test_a_model_has_many_names(finished, recipe):
     assert find_model(f"{finished}@2") == second
     assert find_model(f"{recipe}@2") == second
     assert find_model("owner/model") == "owner/model", "a hub id"
+    assert find_model("shipped:tiny_base") == shipped_root() / "tiny_base"
     (finished / "selection.json").write_text('{"selected": "checkpoint-2"}')
     assert find_model(str(finished)) == second, "what was selected goes before what is newest"
 

@@ -65,6 +65,10 @@ def test_the_settings_fit_a_t4(notebook, tmp_path, monkeypatch, capsys, data):
     assert planned["seconds"] < 3 * 3600
 
 
+def test_what_takes_long_is_run_where_its_lines_are_shown_as_they_come(notebook):
+    assert not any(cell.source.startswith("%%bash") for cell in notebook.cells)
+
+
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     write_own_data(tmp_path / "my_data")

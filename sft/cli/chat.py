@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sft.cli.terminal import console, quiet_libraries
+from sft.errors import UserError
 from sft.sample import ImageRef
 
 EXAMPLES = ("chat runs/my-data --image photo.png",)
@@ -24,6 +25,9 @@ def run(
     from sft.naming import find_model
 
     path = find_model(model)
+    shown = _opened(image) if image is not None else None
+    if not allow_dir.is_dir():
+        raise UserError(f"--allow-dir: {allow_dir} is not a folder")
     quiet_libraries()
     from sft.chat import Conversation, Repl, responder
     from sft.inference import load_for_inference
@@ -34,14 +38,13 @@ def run(
     loaded = load_for_inference(path, load_in_4bit=load_4bit)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
     repl = Repl(Conversation(respond, folder=allow_dir), sys.stdin, sys.stdout)
-    if image is not None:
-        repl.show(_opened(image))
+    if shown is not None:
+        repl.show(shown)
     repl.run()
 
 
 def _opened(file: str) -> ImageRef:
     """An image that was named on the command line: it may stand anywhere, but must be one."""
-    from sft.errors import UserError
     from sft.images import open_image
     from sft.sample import SkipSample
 

@@ -115,12 +115,22 @@ class Adapter:
         if path is not None:
             found = resolve(path)
             if not found.exists():
-                raise UserError(f"dataset {self.name!r}: path {path} does not exist")
+                raise UserError(f"dataset {self.name!r}: path {path} does not exist{_how_to_get(self.name)}")
             return found
         if not hasattr(self.module, "default_path"):
             raise UserError(f"dataset {self.name!r}: needs `path`, the folder or file of its raw data")
         default: Path = self.module.default_path()
         return default
+
+
+def _how_to_get(dataset: str) -> str:
+    """Own data are where the user says; those that are published have to be downloaded first."""
+    if dataset == "messages" or "." in dataset:
+        return ""
+    return (
+        f"; docs/data.md#{dataset} has the command that downloads it, or take its source out of the recipe: "
+        "the other shares still have to sum to 100"
+    )
 
 
 def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:
