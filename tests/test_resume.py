@@ -72,11 +72,11 @@ def assert_same_state(one, other):
     "overrides",
     [
         ("training.tokens_per_step=512",),
-        ("model.mode=lora", "model.lora.dropout=0.1", "data.num_workers=1", "data.augment=crop"),
+        ("model.mode=lora", "model.lora.dropout=0.1", "data.num_workers=2", "data.augment=crop"),
         ("model.mode=qlora", "training.optimizer=adamw_8bit"),
         ("training.optimizer=paged_adamw_8bit", "training.precision=float32"),
     ],
-    ids=["full", "lora, dropout, crops, worker", "qlora, 8 bits", "full, paged, float32"],
+    ids=["full", "lora, dropout, crops, workers", "qlora, 8 bits", "full, paged, float32"],
 )
 def test_a_run_with_a_break_is_the_run_without_to_the_bit(tmp_path, overrides):
     whole, broken = recipe_of(tmp_path / "whole", *overrides), recipe_of(tmp_path / "broken", *overrides)
