@@ -271,3 +271,14 @@ def test_what_cannot_be_planned_is_said_in_one_line(refusal, monkeypatch, tmp_pa
     assert "has no bfloat16" in refusal("plan", CARD, "--gpu", "t4-16", "training.precision=bfloat16")
     for option in ("--gpu-memory", "--price-per-hour"):
         assert "less than or equal to 1000000" in refusal("plan", CARD, option, "inf")
+
+
+def test_nothing_is_planned_or_advised_that_training_refuses(refusal, capsys):
+    assert "zero3 shares out the states of adamw" in refusal("plan", CARD, "--gpus", 2, "training.optimizer=adamw_8bit")
+    assert "cannot share out weights in 4 bits" in refusal(
+        "plan", CARD, "--gpus", 2, "model.mode=qlora", "distributed.engine=fsdp2"
+    )
+    assert "zero3 does not train in float16" in refusal("plan", CARD, "--gpus", 8, "--gpu", "t4-16")
+    assert status_of("plan", CARD, "--gpus", 8, "--gpu", "l4-24", "--json") == 0
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert advice and not any("8bit" in line for line in advice)  # it would fit with them, and ZeRO-3 has none

@@ -15,6 +15,7 @@ from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.formula import Cost, cost, trained_parameters
 from sft.cost.setting import Engine, Precision, Setting
 from sft.cost.shapes import Shape, shape_of
+from sft.engines import check_shared_out
 from sft.errors import UserError
 from sft.recipe import LoraSettings, Recipe, with_overrides
 from sft.store import MANIFEST, Store
@@ -74,11 +75,16 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
     """The recipe's way to train.
 
     Raises:
-        UserError: bfloat16 is asked of a GPU that has none.
+        UserError: bfloat16 is asked of a GPU that has none, or of an engine what it cannot share out.
     """
     model, training, packs = recipe.model, recipe.training, recipe.training.micro_batch_packs
     tokens = packs * recipe.data.sequence_length
     lora = model.lora or LoraSettings()
+    engine, precision = _engine(recipe, gpus), _precision(training.precision, device)
+    if engine != "ddp":
+        check_shared_out(engine, model.mode, training.optimizer)
+        if precision == "float16":
+            raise UserError(f"training.precision: {engine} does not train in float16; set float32, or ddp")
     return Setting(
         tokens=tokens,
         images=packs * recipe.data.max_images_per_pack,
@@ -89,12 +95,12 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
         lora_layers=shape.layers_of(lora.targets),
         lora_dropout=lora.dropout,
         optimizer=training.optimizer,
-        engine=_engine(recipe, gpus),
+        engine=engine,
         gpus=gpus,
         checkpointing=training.gradient_checkpointing,
         encoded=recipe.data.feature_cache,
         accumulates=recipe.packs_per_step > packs * gpus,
-        precision=_precision(training.precision, device),
+        precision=precision,
     )
 
 
