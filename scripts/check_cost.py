@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Holds the quick formula of `idefics-sft plan` against the real model, run under fake tensors. No GPU, no weights.
 
-scripts/check_cost.py [--json] [--only 9b]
+scripts/check_cost.py [--json] [--only "9b qlora"]
 
 Each line is one training step of the released shapes: what torch's MemTracker sees at the peak and FlopCounterMode
 counts for the fullest micro-batch, and what the formula says. Ends with exit status 1 when one is more than 10 % off.
@@ -81,13 +81,15 @@ def main() -> None:
     """Compare all configurations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", choices=("9b", "80b"))
+    parser.add_argument("--only", default="", help="configurations whose name holds this: 80b, qlora, …")
     arguments = parser.parse_args()
     results = []
     for size, name, changes in CONFIGURATIONS:
-        if arguments.only in (None, size):
+        if arguments.only in f"{size} {name}":
             results.append(compare(size, name, changes))
             print(f"{size} {name}: {results[-1]['seconds']:.0f} s", file=sys.stderr)
+    if not results:
+        parser.error(f"--only {arguments.only}: no configuration is called so")
     worst = max(abs(ratio - 1) for result in results for ratio in result["ratios"].values())
     if arguments.json:
         print(json.dumps({"ratios": {"worst": worst}, "configurations": results}))
