@@ -74,6 +74,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     write_own_data(tmp_path / "my_data")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other beside other work: 40 times as slow
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     with_settings(notebook, MODEL="shipped:tiny_base", DATA="my_data", STEPS=2)
     resources = {"metadata": {"path": str(tmp_path)}}
