@@ -214,7 +214,7 @@ def test_the_command_writes_the_page(tmp_path, capsys, refusal):
 # ------------------------------------------------------------------------------------------------------------ charts
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
 def test_ticks_are_round_and_inside(low, span, number):
     axis = Axis(low=low, high=low + span, start=0, end=100)
     ticks = axis.ticks(number)
