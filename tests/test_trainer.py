@@ -258,6 +258,18 @@ def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model):
     assert line["loss"] is line["grad_norm"] is None, "the line that shows it is written, as JSON"
 
 
+def test_a_loss_that_is_no_number_leaves_its_step_out_though_the_gradient_is_finite(template, tmp_path, model):
+    idefics.select_trainable(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
+    add = trainer.step_metrics.add
+    trainer.step_metrics.add = lambda batch, losses_P, sources_P: add(batch, losses_P * math.nan, sources_P)
+    trainer.train()
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["loss"] is None and line["grad_norm"] > 0 and trainer.nonfinite_steps == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_writing_a_checkpoint_is_no_part_of_the_next_steps_speed(template, tmp_path, model, monkeypatch):
     """By a clock on which only that takes time, an hour."""
     idefics.select_trainable(model)

@@ -159,12 +159,12 @@ def _draw(one: Series, x: Axis, y: Axis) -> Iterable[str]:
 
 
 def _round_values(low: float, high: float, number: int) -> list[float]:
-    """About `number` multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    """About `number` multiples of 1, 2, 2.5 or 5 times a power of ten; one that rounding puts outside is the border."""
     raw = (high - low) / number
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [min(max(round(k * step, 12), low), high) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ words
