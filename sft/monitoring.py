@@ -38,6 +38,7 @@ from sft.recipe import EvaluationConfig, Recipe
 from sft.sample import ImageRef, Message, SkipSample
 from sft.selection.choice import Selection
 from sft.selection.held_out_loss import shared_losses
+from sft.selection.questionnaire import scored_by
 from sft.selection.session import Session
 from sft.statistics import should_stop
 
@@ -57,7 +58,7 @@ class Monitors:
     def __init__(self, recipe: Recipe, sources: Sources, template: ChatTemplate, *, image_size: int, say: Say) -> None:
         """
         Raises:
-            UserError: nothing is held out of any source, a benchmark cannot be read, a tracker is not installed.
+            UserError: nothing is held out to choose by, a benchmark cannot be read, a tracker is not installed.
         """
 
         def say_once(line: str) -> None:
@@ -67,11 +68,12 @@ class Monitors:
         unseen = sources.not_held_out
         for name in unseen:
             say_once(
-                f"source {name!r}: data.validation holds out no sample of it, so its held-out loss is not known; "
-                "a larger data.validation.share does"
+                f"source {name!r}: data.validation holds out no sample of it, for nothing would be left to train on; "
+                "its held-out loss is not known"
             )
         is_all = len(unseen) == len(sources.sources)
-        held_out = None if is_all and not recipe.evaluation.every_steps else sources.held_out()
+        by_loss = recipe.evaluation.every_steps and scored_by(recipe.evaluation) == "loss"
+        held_out = None if is_all and not by_loss else sources.held_out()
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), say=say_once)
         self._validation = self._evaluation = None
         if held_out:

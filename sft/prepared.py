@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, partial
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from sft.collate import PlacedSample
 from sft.encoding import EncodedSamples
 from sft.errors import UserError
 from sft.files import read_ahead
-from sft.held_out import HoldOut, Side, texts_of
+from sft.held_out import HoldOut, SampleKeys, Side, Sides, hold_out_share, sample_keys, texts_of
 from sft.images import size_of
 from sft.mixture import Groups, Ints, mix64
 from sft.pixels import load_pixels, training_crop
@@ -53,10 +53,11 @@ class PreparedSource:
         share: float,
         parts: Sequence[Part],
         data: DataConfig,
-        hold_out: HoldOut | None,
+        sides: Sides | None,
         side: Side,
     ) -> None:
-        """
+        """`sides` are those of all rows, where some are held out.
+
         Raises:
             UserError: no sample fits a pack, or is on this side.
         """
@@ -65,8 +66,8 @@ class PreparedSource:
         self.parts = parts
         self.data = data
         self._starts = np.array([0, *accumulate(len(part.encoded) for part in parts)])
-        self.sides = None if hold_out is None else np.concatenate([_sides(part, hold_out) for part in parts])
-        self._kept = None if self.sides is None else np.flatnonzero(self.sides == side)
+        self.sides = sides
+        self._kept = None if sides is None else np.flatnonzero(sides == side)
         if not len(self):
             samples = f"{sum(len(part.store) for part in parts):,} samples"
             if self._starts[-1]:
@@ -175,13 +176,27 @@ class PreparedSource:
             yield self.parts[number], places, samples[places] - self._starts[number]
 
 
-def _sides(part: Part, hold_out: HoldOut) -> NDArray[np.int8]:
+def _sample_keys(parts: Sequence[Part], *, texts: bool) -> SampleKeys:
+    """By what the samples of a source are held out that have rows: whole samples, though some stand in several rows."""
+    each = []
+    for part in parts:
+        read_ahead(part.store.image_keys)
+        samples, rows = np.unique(part.encoded.samples, return_inverse=True)
+        image_keys, numbers = part.image_keys(part.encoded.all_rows)
+        num_images = np.bincount(rows, weights=numbers, minlength=len(samples)).astype(np.int64)
+        has_rows = np.zeros(len(part.store), np.bool_)
+        has_rows[samples] = True
+        own_texts = compress(texts_of(part.store.sample_batches()), has_rows) if texts else None
+        each.append(sample_keys(own_texts, image_keys, num_images))
+    return SampleKeys(*map(np.concatenate, zip(*each, strict=True)))
+
+
+def _by_row(sides: Sides, parts: Sequence[Part]) -> Sides:
     """The side of each row: that of the whole sample it comes from."""
-    read_ahead(part.store.image_keys)
-    image_keys, numbers = part.image_keys(part.encoded.all_rows)
-    samples = part.encoded.samples
-    num_images = np.bincount(samples, weights=numbers, minlength=len(part.store)).astype(np.int64)
-    return hold_out.sides(texts_of(part.store.sample_batches()), image_keys, num_images)[samples]
+    of_sample = [np.unique(part.encoded.samples, return_inverse=True) for part in parts]
+    starts = accumulate((len(samples) for samples, _ in of_sample), initial=0)
+    rows: Ints = np.concatenate([own + start for start, (_, own) in zip(starts, of_sample, strict=False)])
+    return np.take(sides, rows)
 
 
 class Place(NamedTuple):
@@ -256,9 +271,10 @@ class Sources:
         data: DataConfig,
         *,
         validation: Part | None = None,
-        side: Side = Side.TRAIN,
+        held_out: Sequence[Sides] | None = None,
     ) -> None:
-        """`validation` is the dataset of `data.validation.path`.
+        """`validation` is the dataset of `data.validation.path`. With `held_out`, the sides of the rows of each source,
+        these are the sources of what is held out.
 
         Raises:
             UserError: nothing of a source is left to train on.
@@ -266,16 +282,19 @@ class Sources:
         self.parts = parts
         self.data = data
         self.validation = validation
+        self._hold_out: HoldOut | None = None
+        sides: Sequence[Sides | None] = held_out or self._sides()
+        side = Side.VALIDATION if held_out else Side.TRAIN
         self.sources = [
-            PreparedSource(config, share, own, data, self._hold_out(), side)
-            for config, share, own in zip(data.mixture, data.shares, parts, strict=True)
+            PreparedSource(config, share, own, data, own_sides, side)
+            for config, share, own, own_sides in zip(data.mixture, data.shares, parts, sides, strict=True)
         ]
         self.reader = Reader(parts, data)
 
     def held_out(self) -> Sources | None:
         """The other side: what is held out of training, or the dataset of `data.validation.path` as one source.
 
-        A source too small for its share to hold out a sample is not among them.
+        A source of which nothing can be held out is not among them.
 
         Raises:
             UserError: nothing is held out of any.
@@ -287,19 +306,20 @@ class Sources:
             if not held:
                 samples = sum(len(part.store) for own in self.parts for part in own)
                 raise UserError(
-                    f"data.validation: its share {self.data.validation.share:g} holds out none of {samples:,} samples; "
-                    "raise it and train again, or choose by a benchmark"
+                    f"data.validation: holds out none of {samples:,} samples, for nothing would be left to train on; "
+                    "add samples with other images, or choose by a benchmark"
                 )
             mixture = tuple(self.data.mixture[number] for number in held)
             data = self.data.model_copy(update={"mixture": mixture})
-            return Sources([self.parts[number] for number in held], data, side=Side.VALIDATION)
+            sides = [own for number in held if (own := self.sources[number].sides) is not None]
+            return Sources([self.parts[number] for number in held], data, held_out=sides)
         only = self.data.mixture[0].model_copy(update={"name": "validation", "share": 1.0})
         data = self.data.model_copy(update={"validation": None, "mixture": (only,)})
         return Sources([[self.validation]], data)
 
     @property
     def not_held_out(self) -> list[str]:
-        """Sources of which `data.validation.share` holds out no sample."""
+        """Sources of which `data.validation.share` can hold out no sample."""
         if self.validation is not None or self.data.validation is None:
             return []
         return [source.name for source in self.sources if not source.num_held_out["validation"]]
@@ -317,15 +337,22 @@ class Sources:
             for own in [*self.parts, [self.validation] if self.validation else []]
             for part in own
         ]
+        if self.validation is None and self._hold_out and len(self._hold_out.keys):
+            of_parts.append(sorted(self._hold_out.keys.tolist()))  # chosen beside the share, by all sources together
         return xxhash.xxh3_64_hexdigest(json.dumps(of_parts).encode())
 
-    def _hold_out(self) -> HoldOut | None:
+    def _sides(self) -> Sequence[Sides | None]:
+        """The sides of the rows of each source."""
         validation = self.data.validation
         if validation is None:
-            return None
+            return [None] * len(self.parts)
         if self.validation is not None:
-            return HoldOut(image_keys=self.validation.store.image_keys)
-        return HoldOut(share=validation.share or 0.0)
+            self._hold_out = HoldOut(keys=self.validation.store.image_keys)
+            sides = [self._hold_out.sides(_sample_keys(own, texts=False)) for own in self.parts]
+        else:
+            read = [partial(_sample_keys, own, texts=True) for own in self.parts]
+            self._hold_out, sides = hold_out_share(validation.share or 0.0, read)
+        return [_by_row(own, parts) for own, parts in zip(sides, self.parts, strict=True)]
 
     def locate(self, item: PackItem) -> Place:
         """Where a sample is read."""

@@ -13,7 +13,7 @@ from test_store import Toys, encoded, shown
 
 from sft.errors import UserError
 from sft.fitting import Limits
-from sft.held_out import HoldOut, Side, texts_of
+from sft.held_out import HoldOut, SampleKeys, Side, hold_out_share, sample_keys, texts_of
 from sft.image_keys import image_key
 from sft.prepared import Sources
 from sft.recipe import ValidationConfig
@@ -34,13 +34,13 @@ def test_no_image_stands_on_both_sides(images_of, share):
     hold_out = HoldOut(share)
     shown_keys = KEYS[[image for images in images_of for image in images]]
     names = [f"text {number}".encode() for number in range(len(images_of))]
-    sides = hold_out.sides(names, shown_keys, np.array([len(images) for images in images_of]))
+    sides = hold_out.sides(sample_keys(names, shown_keys, np.array([len(images) for images in images_of])))
     shown_in = [
         {image for images, s in zip(images_of, sides, strict=True) if s == side for image in images} for side in Side
     ]
     assert not shown_in[Side.TRAIN] & shown_in[Side.VALIDATION]
     for images, side in zip(images_of, sides, strict=True):
-        held = {bool(is_held) for is_held in hold_out.images(KEYS[images])}
+        held = {bool(is_held) for is_held in hold_out.holds(KEYS[images])}
         if images:
             assert side == {(False,): Side.TRAIN, (True,): Side.VALIDATION}.get(tuple(held), Side.NEITHER)
         else:
@@ -48,10 +48,48 @@ def test_no_image_stands_on_both_sides(images_of, share):
 
 
 def test_the_share_is_that_of_the_images_and_of_the_texts():
-    assert abs(HoldOut(0.25).images(image_keys(4000)).mean() - 0.25) < 0.03
-    assert abs(HoldOut(0.25).texts(b"text %d" % n for n in range(4000)).mean() - 0.25) < 0.03
-    assert not HoldOut().images(KEYS).any()
-    assert HoldOut(image_keys=KEYS[:2]).images(KEYS).tolist() == [True, True] + [False] * 4
+    texts = sample_keys((b"text %d" % n for n in range(4000)), KEYS[:0], np.zeros(4000, np.int64))
+    assert abs(HoldOut(0.25).holds(image_keys(4000)).mean() - 0.25) < 0.03
+    assert abs(HoldOut(0.25).holds(texts.keys).mean() - 0.25) < 0.03
+    assert not HoldOut().holds(KEYS).any()
+    assert HoldOut(keys=KEYS[:2]).holds(KEYS).tolist() == [True, True] + [False] * 4
+
+
+def samples_about(*images: tuple[int, ...]) -> SampleKeys:
+    """Samples that show the images of these numbers, of which a lower one has a lower key."""
+    return sample_keys(None, np.array([key for own in images for key in own]) + 2**62, np.array([*map(len, images)]))
+
+
+def held_by_a_small_share(*sources: SampleKeys) -> tuple[list[int], list[list[int]]]:
+    """The images that are held out where a share holds out none, and the sides of the samples of each source."""
+    hold_out, sides = hold_out_share(0.01, [lambda own=own: own for own in sources])
+    return sorted((hold_out.keys - 2**62).tolist()), [own.tolist() for own in sides]
+
+
+def test_of_a_source_of_which_the_share_holds_out_none_the_sample_of_the_lowest_hashes_is():
+    assert held_by_a_small_share(samples_about((7,), (3,), (5,), (3,))) == ([3], [[0, 1, 0, 1]])
+    assert held_by_a_small_share(samples_about((1, 9), (2, 4), (4, 8))) == ([2, 4], [[0, 1, 2]]), "all of its images"
+
+
+def test_what_is_held_out_of_a_small_source_is_held_out_of_all():
+    small, large = samples_about((5,), (6,)), samples_about((2,), (5,), (6,), (5, 6))
+    assert held_by_a_small_share(small, large) == ([2, 5], [[1, 0], [1, 1, 0, 2]])
+
+
+def test_nothing_is_held_out_that_would_leave_nothing_of_a_source_to_train_on():
+    assert held_by_a_small_share(samples_about((3,), (3,))) == ([], [[0, 0]])
+    assert held_by_a_small_share(samples_about((3, 4), (3, 5))) == ([], [[0, 0]])
+    assert held_by_a_small_share(samples_about((3,), (4,)), samples_about((3,))) == ([], [[0, 0], [0]])
+    assert held_by_a_small_share(samples_about((1,), (2,)), samples_about((3,))) == ([1], [[1, 0], [0]])
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=6), st.randoms())
+def test_the_order_of_samples_and_of_their_images_does_not_matter(images_of, random):
+    shuffled = [random.sample(images, len(images)) for images in random.sample(images_of, len(images_of))]
+    held, (sides,) = held_by_a_small_share(samples_about(*images_of))
+    held_too, (sides_too,) = held_by_a_small_share(samples_about(*shuffled))
+    assert held == held_too and sorted(sides) == sorted(sides_too)
+    assert Side.TRAIN in sides
 
 
 def picture(number: int) -> bytes:
@@ -60,7 +98,7 @@ def picture(number: int) -> bytes:
 
 
 def is_held(content: bytes, share: float = 0.5) -> bool:
-    return bool(HoldOut(share).images(np.array([image_key(hashlib.sha256(content).hexdigest())]))[0])
+    return bool(HoldOut(share).holds(np.array([image_key(hashlib.sha256(content).hexdigest())]))[0])
 
 
 KEPT = next(content for content in map(picture, range(100)) if not is_held(content))
@@ -114,15 +152,19 @@ def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
     assert [own.encoded.key(row) for row in own.encoded.all_rows] == ["a/1", "a/2"]  # a turn is never cut
     pages = [
         Sample(key="page", messages=(Message(role="document", content=items),))
-        for items in (("One.", ImageRef(source=KEPT), "Two.", ImageRef(source=HELD), "Three."), ("Four.",))
+        for items in (
+            ("One.", ImageRef(source=KEPT), "Two.", ImageRef(source=HELD), "Three."),
+            ("Four.", ImageRef(source=KEPT)),
+            ("Five.", ImageRef(source=HELD)),
+        )
     ]
     own = part(tmp_path / "b", template, *pages, limits=Limits(99, images=1))
     data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
     (source,) = Sources([[own]], data).sources
-    assert own.encoded.samples.tolist() == [0, 0, 1]
-    assert source.sides.tolist() == [Side.NEITHER, Side.NEITHER, Side.TRAIN]
+    assert own.encoded.samples.tolist() == [0, 0, 1, 2]
+    assert source.sides.tolist() == [Side.NEITHER, Side.NEITHER, Side.TRAIN, Side.VALIDATION]
     (twice,) = Sources([[own, own]], data).sources
-    assert twice.num_held_out == {"validation": 0, "neither": 2}, "samples, not their parts"
+    assert twice.num_held_out == {"validation": 2, "neither": 2}, "samples, not their parts"
 
 
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):
@@ -132,18 +174,30 @@ def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):
         Sources([[only]], data)
 
 
-def test_a_source_too_small_to_hold_anything_out_leaves_the_others_to_validate(tmp_path, template):
+def test_a_source_of_one_image_leaves_the_others_to_validate(tmp_path, template):
     data = settings("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
     parts = [[part(tmp_path / name, template, *samples)] for name, samples in SMALL.items()]
     sources = Sources(parts, data)
     assert sources.not_held_out == ["one"]
     held_out = sources.held_out()
     assert keys(held_out) == [["b/1"]] and [(s.name, s.share) for s in held_out.sources] == [("two", 1.0)]
-    with pytest.raises(UserError, match=r"share 0\.5 holds out none of 1 samples; raise it and train again"):
+    with pytest.raises(UserError, match=r"data\.validation: holds out none of 1 samples"):
         Sources(parts[:1], settings("one").model_copy(update={"validation": data.validation})).held_out()
 
 
 SMALL = {"a": [shown("kept", KEPT, "?")], "b": [shown("kept", KEPT, "?"), shown("held", HELD, "!")]}
+
+
+def test_ten_images_of_which_the_share_holds_out_none_hold_out_one(tmp_path, template):
+    ten = [picture(number) for number in range(1000) if not is_held(picture(number), 0.1)][:10]
+    samples = [shown(f"{n}", content, question) for n, content in enumerate(ten) for question in ("What?", "Where?")]
+    data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.1)})
+    sources = Sources([[part(tmp_path / "a", template, *samples)]], data)
+    (held,) = keys(sources.held_out())
+    assert held in [[f"a/{row}", f"a/{row + 1}"] for row in range(0, 20, 2)], "both questions about one image"
+    assert len(sources.sources[0]) == 18 and sources.not_held_out == []
+    again = Sources([[part(tmp_path / "b", template, *reversed(samples))]], data)
+    assert sources.sources[0].sides.tolist() == again.sources[0].sides.tolist()[::-1]
 
 
 # --------------------------------------------------------------------------------------------------------- texts
