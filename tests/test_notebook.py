@@ -22,10 +22,10 @@ def notebook():
 
 
 def write_own_data(folder):
-    """Twelve images, each with two questions, in the form that the notebook names."""
+    """Ten images, each with two questions, in the form that the notebook names."""
     (folder / "photos").mkdir(parents=True)
     lines = []
-    for number, (name, colour) in enumerate([*COLOURS.items()] * 6):
+    for number, (name, colour) in enumerate([*COLOURS.items()] * 5):
         pixels = np.full((20, 20, 3), colour, np.uint8)
         pixels[0, number] = 255  # no two are the same
         Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
