@@ -17,7 +17,7 @@ from sft.bases import prepare_base
 from sft.chat_template import ChatTemplate, load_chat_template
 from sft.errors import UserError
 from sft.lora import is_adapter_folder, load_adapters, read_config, remove_adapters
-from sft.models import ModelFamily, get_family
+from sft.models import ModelFamily, family_at
 from sft.precision import choose_precision, device
 from sft.recipe import load_recipe
 from sft.shipped import shipped_root
@@ -67,31 +67,38 @@ def load_template(family: ModelFamily, model_path: str | Path) -> ChatTemplate:
         raise UserError(f"{model_path}: {error}; a base gets it by `idefics-sft prepare`") from error
 
 
-def load_for_inference(
-    path: str | Path, *, family: str = "idefics", precision: str = "auto", load_in_4bit: bool = False
-) -> Loaded:
+def find_family(model_path: str | Path) -> ModelFamily:
+    """The family of a model folder, a folder of adapters or a hub id.
+
+    Raises:
+        UserError: it is of none, or its base is missing.
+    """
+    return family_at(find_base(Path(model_path)) if is_adapter_folder(model_path) else model_path)
+
+
+def load_for_inference(path: str | Path, *, precision: str = "auto", load_in_4bit: bool = False) -> Loaded:
     """Load a model folder, a folder of adapters with the base they belong to, or a hub id.
 
     `load_in_4bit` stores the weights as QLoRA training does. Where a GPU has no bfloat16, it is computed in float32.
 
     Raises:
-        UserError: it is not a model of the family, or its base is missing.
+        UserError: it is not a model of a known family, or its base is missing.
     """
-    kind = get_family(family)
     adapters = Path(path) if is_adapter_folder(path) else None
     autocast = choose_precision(precision, device()) == "bfloat16"
     base = find_base(adapters) if adapters else path
+    family = family_at(base)
     # What autocast would round in every forward is rounded once, in half the memory.
     dtype = torch.bfloat16 if autocast else torch.float32
-    model = kind.load_model(base, trained=(), frozen_dtype=dtype, quantised=load_in_4bit, device=device())
+    model = family.load_model(base, trained=(), frozen_dtype=dtype, quantised=load_in_4bit, device=device())
     if adapters:
         load_adapters(model, adapters)
     return Loaded(
         model=(model if load_in_4bit else model.to(device())).eval(),
-        family=kind,
+        family=family,
         path=base,
-        image_size=kind.image_size(model.config),
-        max_positions=kind.max_positions(model.config),
+        image_size=family.image_size(model.config),
+        max_positions=family.max_positions(model.config),
         autocast=autocast,
     )
 

@@ -28,9 +28,9 @@ from sft.checkpoint import MANIFEST, step_of
 from sft.collate import PlacedSample, collate
 from sft.errors import UserError
 from sft.files import disk_full_told, remove_leftovers, staged
-from sft.inference import Loaded, find_base, load_for_inference, load_template
+from sft.inference import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.lora import Merger, is_adapter_folder
-from sft.models import ModelFamily, get_family
+from sft.models import ModelFamily
 from sft.recipe import Recipe, load_recipe
 from sft.sample import Batch, EncodedSample, ImageRef, Message
 from sft.shipped import is_local
@@ -75,7 +75,7 @@ def merge(
         raise UserError(f"{output}: is there already; choose another --output")
     recipe_file = checkpoint / "recipe.yaml"
     recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
-    family = get_family(recipe.model.family if recipe else "idefics")
+    family = find_family(checkpoint)
     base = find_base(checkpoint) if is_adapter_folder(checkpoint) else None
     if base is None and dtype is not None:
         raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")

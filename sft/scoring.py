@@ -12,8 +12,7 @@ from sft.evaluation.processes import from_main, is_main_process, together
 from sft.evaluation.results import Rank, Result, find_result, write_result
 from sft.evaluation.score import Benchmark, evaluate, load_benchmark, protocol_hash
 from sft.files import hash_file
-from sft.inference import Load, Loaded, load_for_inference, load_template
-from sft.models import get_family
+from sft.inference import Load, Loaded, find_family, load_for_inference, load_template
 from sft.recipe import BUILT_BENCHMARKS, EvaluationConfig, Recipe
 from sft.shipped import resolve
 
@@ -109,7 +108,7 @@ class ScoredModel:
     def _kept(self, benchmark: Benchmark, ranks: Sequence[Rank], blind: bool) -> dict[Rank, Result]:
         if self.run_dir is None:
             return {}
-        template = load_template(get_family("idefics"), self.path)
+        template = load_template(find_family(self.path), self.path)
         hashes = {rank: protocol_hash(template, benchmark, rank=rank, blind=blind) for rank in ranks}
         kept = {
             rank: find_result(self.run_dir, benchmark.name, asked, self.name, weights=self._weights)

@@ -217,7 +217,7 @@ def write_tsv(file, columns):
 
 
 def test_a_model_that_is_not_idefics_is_refused(llama, questions, refusal):
-    expected = "model_type is 'llama'; this family loads 'idefics'"
+    expected = "model_type is 'llama', which is no known family (idefics)"
     assert expected in refusal("chat", llama)
     assert expected in refusal("evaluate", llama, "--benchmark", questions)
 

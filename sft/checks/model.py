@@ -19,7 +19,7 @@ from sft.checks.finding import Finding
 from sft.collate import PlacedSample, collate
 from sft.inference import find_base, load_for_inference
 from sft.lora import is_adapter_folder
-from sft.models import ModelFamily, get_family
+from sft.models import ModelFamily
 from sft.precision import device, torch_dtype
 from sft.sample import Batch, ImageRef, Message, Sample
 
@@ -95,7 +95,7 @@ class Subject:
         return all(bool(logits.isfinite().all()) for logits in self.packed[1])
 
 
-def load_subject(path: str | Path, family: str = "idefics") -> Subject:
+def load_subject(path: str | Path) -> Subject:
     """A model folder, a folder of adapters or a hub id as a subject: in float32 where there is memory for it, since
     what is compared differs by rounding alone then.
 
@@ -105,9 +105,9 @@ def load_subject(path: str | Path, family: str = "idefics") -> Subject:
     base = Path(find_base(Path(path)) if is_adapter_folder(path) else path)
     stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))  # in bfloat16, as a rule
     fits = base.is_dir() and 2.5 * stored < free_memory(device())
-    loaded = load_for_inference(path, family=family, precision="float32" if fits else "auto")
+    loaded = load_for_inference(path, precision="float32" if fits else "auto")
     precision = "bfloat16" if loaded.autocast else "float32"
-    return Subject(get_family(family), loaded.model, loaded.template, precision)
+    return Subject(loaded.family, loaded.model, loaded.template, precision)
 
 
 def noise(number: int, size: int) -> NDArray[np.uint8]:

@@ -113,16 +113,50 @@ class ModelFamily(Protocol):
         """How much work an image is beside a text token; packs are dealt to ranks by it."""
 
 
+def _names() -> list[str]:
+    return [module.name for module in iter_modules(__path__)]
+
+
 def get_family(name: str) -> ModelFamily:
     """The family called `name`.
 
     Raises:
         UserError: there is no such family.
     """
-    known = [module.name for module in iter_modules(__path__)]
+    known = _names()
     if name not in known:
         raise UserError(f"model.family: unknown family {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     return import_module(f"{__name__}.{name}")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder or hub id.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from transformers import PreTrainedConfig
+
+    missing = f"{path}: no config.json found; expected a model folder or a hub id"
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise UserError(missing)  # transformers would return an empty config
+    try:
+        return dict(PreTrainedConfig.get_config_dict(path)[0])
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        damaged = f"{path}: config.json is damaged, not a JSON object"
+        raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
+
+
+def family_at(path: str | Path) -> ModelFamily:
+    """The family of a model folder or hub id: what its config.json says.
+
+    Raises:
+        UserError: there is no config.json, or no such family.
+    """
+    kind = str(read_config(path).get("model_type"))
+    if kind not in _names():
+        raise UserError(f"{path}: model_type is {kind!r}, which is no known family ({', '.join(_names())})")
+    return get_family(kind)
 
 
 def family_of(model: nn.Module) -> ModelFamily:

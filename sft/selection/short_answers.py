@@ -24,8 +24,7 @@ from sft.errors import UserError
 from sft.evaluation.processes import together
 from sft.evaluation.writing import write_answers
 from sft.files import hash_file
-from sft.inference import Load, load_template
-from sft.models import get_family
+from sft.inference import Load, find_family, load_template
 from sft.sample import ImageRef, Message, Sample, SkipSample
 from sft.selection.kept import asked_once
 
@@ -131,7 +130,7 @@ def ask_short_answers(
     Raises:
         UserError: a question does not fit the model's positions.
     """
-    template = load_template(get_family("idefics"), path)
+    template = load_template(find_family(path), path)
     protocol = {
         "by": "exact_match",
         "template": template.fingerprint,

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import IdeficsConfig
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 
+from sft import models
 from sft.errors import UserError
 
 
@@ -86,18 +87,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of a model folder or hub id.
 
     Raises:
-        UserError: there is none, or it is not of IDEFICS-1.
+        UserError: there is none, it is damaged, or not of IDEFICS-1.
     """
-    from transformers import PreTrainedConfig
-
-    missing = f"{path}: no config.json found; expected a model folder or a hub id"
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise UserError(missing)  # transformers would return an empty config
-    try:
-        config: dict[str, Any] = dict(PreTrainedConfig.get_config_dict(path)[0])
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        damaged = f"{path}: config.json is damaged, not a JSON object"
-        raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
+    config = models.read_config(path)
     if config.get("model_type") != "idefics":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; this family loads 'idefics'")
     return config
