@@ -437,6 +437,23 @@ def test_the_shell_completes_recipes_keys_and_choices(recipe):
     assert completed("plan my-data --gpu t") == ["t4-16"]
 
 
+def test_bash_completes_by_the_script_that_is_shown(tmp_path):
+    command = tmp_path / "idefics-sft"
+    command.write_text(f"#!/bin/sh\nexec {sys.executable} -m sft.cli.main \"$@\"\n")
+    command.chmod(0o755)
+    script = """
+        source <(idefics-sft --show-completion bash)
+        set -- $(complete -p idefics-sft)          # complete -o default -F FUNCTION idefics-sft
+        for words in "idefics-sft tra" "idefics-sft recipes show capt"; do
+            COMP_WORDS=($words) COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+            $5 idefics-sft
+            echo "${COMPREPLY[*]}"
+        done"""
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
+    assert shell.stdout.split("\n") == ["train", "caption", ""], shell.stderr
+
+
 def test_help_starts_without_torch():
     code = (
         "import sys\nfrom sft.cli.main import main\n"
