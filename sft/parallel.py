@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,7 +31,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
     if num_proc == 1:
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_end_at_once) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -64,8 +65,9 @@ def _call(pickled: bytes) -> Any:
     return function(item)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever."""
+def _end_at_once() -> None:
+    """A worker whose parent is killed would wait for work for ever; by Ctrl-C it would go on to what waits for it."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
     parent = parent_process()
     assert parent is not None
 

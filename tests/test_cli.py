@@ -421,6 +421,27 @@ def test_debug_shows_the_traceback_wherever_it_stands():
             main(arguments)
 
 
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_is_one_line(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("sft.validation.check_recipe", interrupt)
+    assert status_of("validate", recipe) == 130
+    assert capsys.readouterr().err == "idefics-sft: stopped\n"
+
+
+def test_ctrl_c_is_one_line_while_modules_are_imported():
+    code = (
+        "import sys\nfrom sft.cli import start\n"
+        "class Finder:\n    def find_spec(self, name, *_):\n"
+        "        if name == 'typer':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\nstart()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=shipped_root())
+    assert (ended.returncode, ended.stderr) == (130, "idefics-sft: stopped\n")
+
+
 def test_the_shell_completes_recipes_keys_and_choices(recipe):
     (recipe.parent / "my_data").mkdir()
 
@@ -439,7 +460,7 @@ def test_the_shell_completes_recipes_keys_and_choices(recipe):
 
 def test_bash_completes_by_the_script_that_is_shown(tmp_path):
     command = tmp_path / "idefics-sft"
-    command.write_text(f"#!/bin/sh\nexec {sys.executable} -m sft.cli.main \"$@\"\n")
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m sft.cli.main "$@"\n')
     command.chmod(0o755)
     script = """
         source <(idefics-sft --show-completion bash)

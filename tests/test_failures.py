@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -130,6 +131,24 @@ def test_a_process_that_hangs_is_waited_for_so_long_and_no_longer():
     ours = [line for line in done.stderr.splitlines() if line.startswith("idefics-sft: ")]
     assert done.returncode == 1 and len(ours) == 1 and "Traceback" not in done.stderr
     assert "process 0 of 2: another one is gone or late" in ours[0]
+
+
+WORKS = """
+import time
+from sft.parallel import ordered_map
+if __name__ == "__main__":
+    for _ in ordered_map(time.sleep, [0, 0, *[60] * 6], 2):
+        print("one", flush=True)
+"""
+
+
+def test_ctrl_c_ends_the_work_of_other_processes_at_once(tmp_path):
+    (tmp_path / "works.py").write_text(WORKS)
+    command, environment = [sys.executable, tmp_path / "works.py"], os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as working:
+        assert working.stdout.readline() == working.stdout.readline() == b"one\n"
+        os.killpg(working.pid, signal.SIGINT)  # as a terminal does
+        assert working.wait(timeout=30)
 
 
 def test_no_line_tells_a_secret(monkeypatch):

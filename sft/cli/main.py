@@ -1,6 +1,6 @@
 """Entry point: parses the command line and turns mistakes into one line and an exit status.
 
-0 done · 1 failed · 2 the user's input is wrong · 130 interrupted
+0 done · 1 failed · 2 the user's input is wrong · 130 stopped by Ctrl-C
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import typer
 from typer import Abort, BadParameter
 
 from sft.cli import (
+    INTERRUPTED,
+    STOPPED,
     chat,
     doctor,
     evaluate,
@@ -123,16 +125,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = _anywhere_first(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(app(arguments, prog_name="idefics-sft", standalone_mode=False) or 0)
+        status = app(arguments, prog_name="idefics-sft", standalone_mode=False) or 0
+        if status == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            raise KeyboardInterrupt
+        sys.exit(status)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: help is wanted
             error.show()
         else:
             print(f"idefics-sft: {printable(' '.join(error.format_message().split()))}", file=sys.stderr)
         sys.exit(2)
-    except Abort:
-        print("idefics-sft: interrupted", file=sys.stderr)
-        sys.exit(130)
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise
@@ -146,9 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
         where = "" if error.filename is None else f"{printable(error.filename)}: "
         print(f"idefics-sft: {where}{error.strerror}", file=sys.stderr)
         sys.exit(1 if is_disk else 2)
-    except KeyboardInterrupt:
-        print("idefics-sft: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Abort):
+        if speaks():
+            print(STOPPED, file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
