@@ -185,7 +185,18 @@ def test_overrides_are_dotted_and_read_as_yaml(tmp_path):
     ],
 )
 def test_a_bad_override_is_named(tmp_path, override, expected):
-    assert expected in refusal(tmp_path, override)
+    said = refusal(tmp_path, override)
+    assert said.startswith(f"override {override!r}: ") and expected in said
+
+
+def test_what_is_wrong_is_blamed_on_the_file_or_on_the_override_that_brought_it(tmp_path):
+    abc, uneven = "training.max_steps=abc", "training.tokens_per_step=150"
+    assert refusal(tmp_path, "seed=3", abc).startswith(f"override {abc!r}: training.max_steps: ")
+    assert refusal(tmp_path, "seed=3", uneven).startswith(
+        f"overrides 'seed=3', {uneven!r}: training.tokens_per_step 150 is not"
+    )
+    both = refusal(tmp_path, abc, text=TOY.replace("1e-5", "fast")).split("; ")
+    assert both[0].startswith(f"override {abc!r}: ") and both[1].startswith("toy.yaml:17: training.learning_rate: ")
 
 
 @pytest.mark.parametrize(

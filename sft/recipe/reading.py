@@ -6,6 +6,7 @@ Overrides from the command line are dotted, `training.max_steps=100`, and read a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -17,12 +18,15 @@ from sft.recipe.fields import Recipe
 
 MAX_RECIPE_BYTES = 1024 * 1024
 
+Location = tuple[int | str, ...]
+"""Keys, and numbers of entries, from the outermost on."""
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply dotted overrides.
 
     Raises:
-        UserError: with the line, what was found and what would be right.
+        UserError: with the line or the override, what was found and what would be right.
     """
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
@@ -36,12 +40,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{where}: {_not_yaml(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+    changed = deepcopy(values)
     for override in overrides:
-        _apply(values, override)
+        _apply(changed, override)
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(changed)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(path, node, problem) for problem in _causes(error))) from error
+        in_file = _explained(values)
+        lines = [
+            f"{_place(path, node, location) if (told, location) in in_file else _blamed(overrides, location)}: {told}"
+            for told, location in _explained(changed)
+        ]
+        raise UserError("; ".join(lines)) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -122,22 +132,46 @@ def _causes(error: ValidationError) -> list[Any]:
     return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
 
 
-def _explain(path: Path, node: yaml.Node | None, problem: Any) -> str:
-    """One line for one pydantic error: where, what was found, what would be right."""
+def _explained(values: Any) -> list[tuple[str, Location]]:
+    """What is wrong with a recipe, and where."""
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return [(_explain(problem), problem["loc"]) for problem in _causes(error)]
+    return []
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error: which key, what was found, what would be right."""
     location = problem["loc"]
-    line = _line(node, location)
-    where = f"{path}:{line}" if line else str(path)
     name = ".".join(str(part) for part in location if part != "[key]")
     if problem["type"] == "extra_forbidden":
-        return f"{where}: {name}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
+        return f"{name}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
     if problem["type"] == "missing":
-        return f"{where}: {name}: this key is required"
+        return f"{name}: this key is required"
     message = problem["msg"].removeprefix("Value error, ")
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
-    return f"{where}: {name + ': ' if name else ''}{message}{found}"
+    return f"{name + ': ' if name else ''}{message}{found}"
 
 
-def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+def _blamed(overrides: Sequence[str], location: Location) -> str:
+    """The overrides of a key, of what it stands in, and of what stands in it."""
+    place = [str(part) for part in location]
+
+    def stands_there(override: str) -> bool:
+        key = override.partition("=")[0].split(".")
+        return all(one == other for one, other in zip(key, place, strict=False))
+
+    blamed = [override for override in overrides if stands_there(override)] or overrides
+    return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
+
+
+def _place(path: Path, node: yaml.Node | None, location: Location) -> str:
+    line = _line(node, location)
+    return f"{path}:{line}" if line else str(path)
+
+
+def _line(node: yaml.Node | None, location: Location) -> int | None:
     """Line of the deepest key of `location` that the file has."""
     line = None
     for part in location:
