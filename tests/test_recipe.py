@@ -192,9 +192,9 @@ def test_a_bad_override_is_named(tmp_path, override, expected):
 def test_what_is_wrong_is_blamed_on_the_file_or_on_the_override_that_brought_it(tmp_path):
     abc, uneven = "training.max_steps=abc", "training.tokens_per_step=150"
     assert refusal(tmp_path, "seed=3", abc).startswith(f"override {abc!r}: training.max_steps: ")
-    assert refusal(tmp_path, "seed=3", uneven).startswith(
-        f"overrides 'seed=3', {uneven!r}: training.tokens_per_step 150 is not"
-    )
+    assert refusal(tmp_path, "seed=3", uneven).startswith(f"override {uneven!r}: training.tokens_per_step 150 is not")
+    steps = "training.max_steps=4", "training.warmup_steps=5"
+    assert refusal(tmp_path, *steps).startswith(f"overrides {steps[0]!r}, {steps[1]!r}: training.warmup_steps must be")
     both = refusal(tmp_path, abc, text=TOY.replace("1e-5", "fast")).split("; ")
     assert both[0].startswith(f"override {abc!r}: ") and both[1].startswith("toy.yaml:17: training.learning_rate: ")
 

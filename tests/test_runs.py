@@ -85,6 +85,14 @@ def test_quickstart_deletes_its_run_and_nothing_else(tmp_path):
     assert contents(tmp_path).keys() == {"thesis.tex", "stores/kept.arrow"}
 
 
+def test_quickstart_shows_a_finished_run_of_the_same_settings_only(tmp_path, refusal):
+    (tmp_path / REPORT).write_text('{"overrides": ["training.max_steps=200"]}')
+    options = ("quickstart", "--output-dir", tmp_path)
+    assert "holds a finished run with other settings" in refusal(*options, "training.max_steps=100")
+    assert "quickstart writes to --output-dir" in refusal(*options, "output_dir=runs/other")
+    assert "training.max_stepz: unknown key" in refusal(*options, "training.max_stepz=100")
+
+
 def test_outputs_are_deleted_and_nothing_else(tmp_path):
     fill(tmp_path)
     delete_outputs(tmp_path)

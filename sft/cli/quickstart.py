@@ -12,39 +12,76 @@ import typer
 from rich.console import Console
 
 from sft.cli import mix, select
-from sft.cli.terminal import Json, console, notes, percent, preparation, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import (
+    Json,
+    Overrides,
+    console,
+    notes,
+    percent,
+    preparation,
+    print_json,
+    progress,
+    quiet_libraries,
+    table,
+)
 from sft.cli.train import train
 from sft.distributed import STOPPED
+from sft.errors import UserError
 
 REPORT = "quickstart.json"
 DEFAULT_OUTPUT_DIR = Path("runs/quickstart")
 EXAMPLES = (
     "quickstart",
     "quickstart --output-dir runs/first --json",
+    "quickstart --output-dir runs/short training.max_steps=200",
 )
 
 
 def run(
+    overrides: Overrides = None,
     output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = DEFAULT_OUTPUT_DIR,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is there and start anew.")] = False,
     json: Json = False,
 ) -> None:
     """Fine-tune the shipped small base on real pictures, choose a checkpoint, and talk to it. Needs no GPU."""
     out = console(to_stderr=json)
+    asked = overrides or []
+    recipe = _recipe(output_dir, asked)
     if fresh:
         _delete_run(output_dir)
     report_file = output_dir / REPORT
     if report_file.is_file():
-        out.print(f"{output_dir}: a finished run was found; --fresh starts anew")
         report = jsonlib.loads(report_file.read_text())
+        if asked != report.get("overrides", []):
+            raise UserError(f"{output_dir}: holds a finished run with other settings; --fresh starts anew")
+        out.print(f"{output_dir}: a finished run was found; --fresh starts anew")
     else:
-        report = _quickstart(output_dir, notes(to_stderr=json))
+        report = _quickstart(recipe, asked, notes(to_stderr=json)) | {"overrides": asked}
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
     out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}")
     out.print(f"To read about it: {_page(output_dir)}")
     if json:
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
+
+
+def _recipe(output_dir: Path, overrides: list[str]) -> Any:
+    """The recipe with what is asked for beside it.
+
+    Raises:
+        UserError: an override is wrong, or of what the command itself says.
+    """
+    from sft.recipe import load_recipe
+    from sft.shipped import shipped_recipe
+
+    for override in overrides:
+        if override.startswith(("output_dir=", "evaluation.")):
+            raise UserError(
+                f"override {override!r}: quickstart writes to --output-dir and asks questions of its own; "
+                "`idefics-sft train quickstart` takes every key"
+            )
+    own = (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}")
+    return load_recipe(shipped_recipe("quickstart"), (*own, *overrides))
 
 
 def _page(output_dir: Path) -> Path:
@@ -65,7 +102,7 @@ def _delete_run(output_dir: Path) -> None:
             (output_dir / name).unlink(missing_ok=True)
 
 
-def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
+def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, Any]:
     """Every stage in turn; returns what is printed at the end."""
     started = time.perf_counter()
     quiet_libraries()
@@ -76,20 +113,16 @@ def _quickstart(output_dir: Path, out: Console) -> dict[str, Any]:
     torch.set_num_threads(1)
     from sft.mix import mix as mixture
     from sft.preparation import prepare
-    from sft.recipe import load_recipe
-    from sft.shipped import shipped_recipe
 
-    recipe = load_recipe(
-        shipped_recipe("quickstart"), (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}")
-    )
+    output_dir = Path(recipe.output_dir)
     with preparation(out) as update:
         sources = prepare(recipe, update)
     mix.show(mixture(recipe, sources.sources), out)
     out.print()
     status = train(recipe, out)
     if status.status == "stopped":
-        where = "" if output_dir == DEFAULT_OUTPUT_DIR else f" --output-dir {shlex.quote(str(output_dir))}"
-        out.print(f"Go on with: idefics-sft quickstart{where}")
+        where = [] if output_dir == DEFAULT_OUTPUT_DIR else ["--output-dir", str(output_dir)]
+        out.print(f"Go on with: idefics-sft {shlex.join(['quickstart', *where, *overrides])}")
         raise typer.Exit(STOPPED)
     selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)

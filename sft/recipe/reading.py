@@ -47,10 +47,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(changed)
     except ValidationError as error:
         in_file = _explained(values)
-        lines = [
-            f"{_place(path, node, location) if (told, location) in in_file else _blamed(overrides, location)}: {told}"
-            for told, location in _explained(changed)
-        ]
+        lines = []
+        for told, location in _explained(changed):
+            is_own = (told, location) in in_file
+            lines.append(f"{_place(path, node, location) if is_own else _blamed(overrides, told, location)}: {told}")
         raise UserError("; ".join(lines)) from error
 
 
@@ -154,15 +154,18 @@ def _explain(problem: Any) -> str:
     return f"{name + ': ' if name else ''}{message}{found}"
 
 
-def _blamed(overrides: Sequence[str], location: Location) -> str:
-    """The overrides of a key, of what it stands in, and of what stands in it."""
+def _blamed(overrides: Sequence[str], told: str, location: Location) -> str:
+    """The overrides of a key, of what it stands in, and of what stands in it; if some of them are told of, these."""
     place = [str(part) for part in location]
 
-    def stands_there(override: str) -> bool:
-        key = override.partition("=")[0].split(".")
-        return all(one == other for one, other in zip(key, place, strict=False))
+    def key_of(override: str) -> list[str]:
+        return override.partition("=")[0].split(".")
 
-    blamed = [override for override in overrides if stands_there(override)] or overrides
+    def stands_there(override: str) -> bool:
+        return all(one == other for one, other in zip(key_of(override), place, strict=False))
+
+    there = [override for override in overrides if stands_there(override)] or overrides
+    blamed = [override for override in there if key_of(override)[-1] in told] or there
     return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
 
 
