@@ -9,12 +9,15 @@ model.chat("What is in this image?", images=["dog.jpg"])
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 from PIL import Image
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from sft import images as checked
 from sft.errors import UserError, nearest
@@ -37,12 +40,26 @@ def load(model: str | Path, *, load_in_4bit: bool = False, precision: str = "aut
     `shipped:tiny_base`.
 
     Adapters come with their base. `load_in_4bit` keeps the weights in 4 bits, as QLoRA training does. `precision`:
-    `bfloat16`, `float32`, or what the device has.
+    `bfloat16`, `float32`, or what the device has. Bars are shown on a terminal only.
 
     Raises:
         UserError: nothing of that name, not a model, or the base of adapters is missing.
     """
-    return Model(load_for_inference(find_model(str(model)), load_in_4bit=load_in_4bit, precision=precision))
+    with _bars_on_terminals_only():
+        return Model(load_for_inference(find_model(str(model)), load_in_4bit=load_in_4bit, precision=precision))
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """transformers' bars write a hundred lines into a log. Whether they are shown is the caller's afterwards."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 class Model:

@@ -11,6 +11,7 @@ import torch
 from conftest import REPOSITORY, base_tokenizer, make_tiny_model
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.utils import logging
 
 import sft
 from sft import lora
@@ -218,3 +219,22 @@ def test_beams_are_a_setting_and_a_misspelt_one_is_told(here, model):
 def test_what_is_wrong_is_told_in_one_line(here, model, ask, message):
     with pytest.raises(UserError, match=message):
         ask(model)
+
+
+@pytest.fixture
+def with_bars():
+    """As transformers comes; commands that ran in this process have turned its bars off."""
+    were_on = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield
+    if not were_on:
+        logging.disable_progress_bar()
+
+
+@pytest.mark.usefixtures("with_bars")
+def test_loading_shows_bars_on_a_terminal_only(folder, monkeypatch, capsys):
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)  # noqa: B023
+        sft.load(folder / "my-model")
+        assert ("Loading weights" in capsys.readouterr().err) is is_terminal
+        assert logging.is_progress_bar_enabled(), "what the caller has chosen"
