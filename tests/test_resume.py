@@ -21,6 +21,7 @@ from sft.cli.train import changed_settings, train
 from sft.errors import RunError, UserError
 from sft.preparation import prepare
 from sft.recipe import load_recipe
+from sft.report.reading import held_out, losses, read_run, series, source_losses, source_totals
 from sft.run_status import RunStatus
 from sft.training_state import read_progress
 
@@ -154,6 +155,21 @@ def test_going_back_removes_what_comes_again_and_knows_what_was_usual(copied, mo
     assert usual == [1, 2, 3, 4]
     for name in ("nonfinite.jsonl", "spikes.jsonl"):
         assert (Path(copied.output_dir) / name).read_text() == '{"step": 1}\n'
+
+
+def test_the_report_of_a_run_that_went_back_has_each_step_once(tmp_path):
+    recipe = recipe_of(tmp_path / "run", "data.validation={share: 0.2}")
+    trained(recipe, until=3)
+    status = trained(recipe, resume_from=folder_of(recipe, 2))  # as after a kill: step 3 comes again
+    read = read_run(Path(recipe.output_dir))
+    sources = [source_losses(read.lines, source.name) for source in recipe.data.mixture]
+    for points in (losses(read.lines), series(read.lines, "tokens_per_second"), series(read.lines, "learning_rate")):
+        assert [step for step, *_ in points] == [1, 2, 3, 4]
+    assert [step for step, _ in held_out(read)] == [0, 1, 2, 3, 4]
+    for points in sources:
+        steps = [step for step, *_ in points]
+        assert steps == sorted(set(steps)) and steps
+    assert sum(source.tokens for source in source_totals(read)) == status.tokens
 
 
 def test_a_run_that_was_killed_at_its_end_is_not_trained_further(copied):
