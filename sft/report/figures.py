@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -43,19 +43,12 @@ def score_figures(run: Run) -> Iterable[Figure]:
         return
     for (benchmark, protocol, rank), summaries in by_kind.items():
         summaries.sort(key=lambda summary: summary["step"])
-        svg = chart(
-            [
-                Series(
-                    points=[(summary["step"], summary["accuracy"]) for summary in summaries],
-                    style="scores",
-                    intervals=[summary.get("interval") for summary in summaries],
-                    tips=[f"step {summary['step']:,}: {percent(summary['accuracy'])}" for summary in summaries],
-                    rings=_rings(run, [summary["step"] for summary in summaries]),
-                )
-            ],
-            steps=[summary["step"] for summary in summaries],
+        svg = _score_chart(
+            run,
+            [(summary["step"], summary["accuracy"]) for summary in summaries],
+            intervals=[summary.get("interval") for summary in summaries],
+            tips=[f"step {summary['step']:,}: {percent(summary['accuracy'])}" for summary in summaries],
             label=f"accuracy on {benchmark}" + f" by {rank}" * bool(rank),
-            format_y=round_percent,
             limits=(0, 1),
             chance=summaries[-1].get("chance"),
         )
@@ -63,27 +56,33 @@ def score_figures(run: Run) -> Iterable[Figure]:
         yield Figure(f"By {rank}" if rank else "Accuracy", note, svg)
 
 
-def _rings(run: Run, steps: Sequence[float]) -> list[bool]:
+def _score_chart(
+    run: Run,
+    points: Sequence[Point],
+    *,
+    intervals: Sequence[tuple[float, float] | None],
+    tips: Sequence[str],
+    is_loss: bool = False,
+    **how: Any,
+) -> Markup:
+    """Scores of checkpoints over their steps, with intervals, and a ring around the selected one."""
     selected = score_of(run.selection, run.selection["selected"])["step"] if run.selection else None
-    return [step == selected for step in steps]
+    steps = [step for step, _ in points]
+    rings = [step == selected for step in steps]
+    scores = Series(points=points, style="scores", intervals=intervals, tips=tips, rings=rings)
+    return chart([scores], steps=steps, format_y=plain if is_loss else round_percent, **how)
 
 
 def _chosen_by(run: Run, chosen: Line) -> tuple[str, str, Markup]:
     is_loss = chosen["by"] == "loss"
     scores = chosen["scores"]
-    svg = chart(
-        [
-            Series(
-                points=[(score["step"], score["score"]) for score in scores],
-                style="scores",
-                intervals=[score.get("interval") for score in scores],
-                tips=[f"{score['checkpoint']}: {score_text(score['score'], chosen)}" for score in scores],
-                rings=_rings(run, [score["step"] for score in scores]),
-            )
-        ],
-        steps=[score["step"] for score in scores],
+    svg = _score_chart(
+        run,
+        [(score["step"], score["score"]) for score in scores],
+        intervals=[score.get("interval") for score in scores],
+        tips=[f"{score['checkpoint']}: {score_text(score['score'], chosen)}" for score in scores],
+        is_loss=is_loss,
         label="score of each checkpoint with its interval",
-        format_y=plain if is_loss else round_percent,
     )
     ranks = " and ".join(chosen.get("ranks", ()))
     what = f"mean of {ranks}" if " and " in ranks else chosen["benchmark"]
@@ -98,19 +97,13 @@ def category_figures(run: Run) -> Iterable[Figure]:
     steps = [score["step"] for score in chosen["scores"]]
     is_loss = chosen["by"] == "loss"
     for name, category in chosen["categories"].items():
-        svg = chart(
-            [
-                Series(
-                    points=list(zip(steps, category["scores"], strict=True)),
-                    style="scores",
-                    intervals=category["intervals"],
-                    tips=[score_text(score, chosen) for score in category["scores"]],
-                    rings=_rings(run, steps),
-                )
-            ],
-            steps=steps,
+        svg = _score_chart(
+            run,
+            list(zip(steps, category["scores"], strict=True)),
+            intervals=category["intervals"],
+            tips=[score_text(score, chosen) for score in category["scores"]],
+            is_loss=is_loss,
             label=f"score in the category {name}",
-            format_y=plain if is_loss else round_percent,
             limits=None if is_loss else (0, 1),
             height=SMALL,
         )
