@@ -4,7 +4,7 @@ import sys
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as of shells: 128 and the number of SIGINT."""
-STOPPED = "idefics-sft: stopped"
+STOPPED_LINE = "idefics-sft: stopped"
 
 
 def start() -> None:
@@ -12,6 +12,6 @@ def start() -> None:
     try:
         from sft.cli.main import main
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        print(STOPPED_LINE, file=sys.stderr)
         sys.exit(INTERRUPTED)
     main()

@@ -14,7 +14,7 @@ from typer import Abort, BadParameter
 
 from sft.cli import (
     INTERRUPTED,
-    STOPPED,
+    STOPPED_LINE,
     chat,
     doctor,
     evaluate,
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1 if is_disk else 2)
     except (KeyboardInterrupt, Abort):
         if speaks():
-            print(STOPPED, file=sys.stderr)
+            print(STOPPED_LINE, file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
