@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from conftest import status_of
 from PIL import Image
 from safetensors.torch import load_file
 from test_runs import printed, trained  # noqa: F401
@@ -51,6 +52,24 @@ def again(recipe, folder, *overrides):
 
 
 # --------------------------------------------------------------------------------------------------------- validation
+
+
+@pytest.fixture
+def one_image(tmp_path):
+    """A recipe whose samples are about one image, so that none can be held out."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": turns, "images": ["red.png"]}) + "\n") * 2)
+    mixture = f"[{{name: one, share: 100, datasets: [{{dataset: messages, path: {tmp_path}}}]}}]"
+    return write_recipe(tmp_path), f"data.mixture={mixture}", "data.validation.share=0.001", "training.max_steps=1"
+
+
+def test_what_nothing_can_be_held_out_of_is_trained_unless_that_is_to_choose(one_image, refusal, capsys):
+    said = refusal("train", *one_image, "evaluation.every_steps=2")
+    assert "holds out none of 2 samples, for nothing would be left to train on" in said
+    assert not list(Path(one_image[0]).parent.glob("run/checkpoints/*")), "told before the first step"
+    assert status_of("train", *one_image) == 0
+    assert "source 'one': data.validation holds out no sample of it" in capsys.readouterr().out
 
 
 def test_held_out_loss_and_answers_are_written_at_every_checkpoint_and_at_the_end(validated):

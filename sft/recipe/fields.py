@@ -150,7 +150,8 @@ class SourceConfig(_Part):
 
 class ValidationConfig(_Part):
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the images (of the samples, where they have none) of every source that is held out."""
+    """Share of the images (of the samples, where they have none) of every source that is held out; one, where that is
+    none."""
     path: str | None = None
     """Conversations of your own, in the form of the `messages` dataset; their images are held out of every source."""
 
