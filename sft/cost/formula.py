@@ -320,7 +320,7 @@ class _Memory:
         return (
             self.rms_norm(D, self.stream)
             + self.inputs(part, D, "gate_proj", "up_proj", stream=self.half)
-            + 3 * F * self.half  # gate before and after SiLU, up
+            + 2 * F * self.half  # gate and up
             + self.inputs(part, F, "down_proj", stream=self.half)
         )
 

@@ -5,6 +5,7 @@ does what that does for whoever calls it as transformers would. What they save, 
 
     norms        transformers' norm is ten kernels with the backward pass, and its float32 result, as that of a layer
                  norm, is rounded anew for each linear layer under autocast; here it is one function that rounds once
+    gated MLP    SiLU(gate) is not kept but computed again: an MLP's width a token less
     rotation     cosines and sines are computed once a micro-batch, and the turned halves are not put together twice
     embedding    the lookup of extra rows waits for no `nonzero` of the GPU
     last layer   what comes after attention is computed only at the positions that reach the head
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 from transformers.models.idefics import modeling_idefics as plain
 from transformers.models.idefics import perceiver, vision
 
@@ -75,6 +77,32 @@ class LayerNorm(nn.LayerNorm):
         device = input.device.type
         normed = super().forward(input)
         return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+
+
+class _Gated(torch.autograd.Function):
+    """SiLU(gate) * up, of which SiLU(gate) is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return of_gate, F.silu(gate).mul_(gradient)
+
+
+class Mlp(plain.IdeficsMLP):  # type: ignore[misc]
+    """A gated MLP that keeps one tensor less of a token's largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As transformers'."""
+        if not isinstance(self.act_fn, SiLUActivation):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return torch.as_tensor(self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x))))  # type: ignore[no-untyped-call]
 
 
 class Rotary(NamedTuple):
@@ -189,6 +217,7 @@ _BEFORE_LINEAR = {
 
 _IN_PLACE_OF = {
     plain.IdeficsRMSNorm: RmsNorm,
+    plain.IdeficsMLP: Mlp,
     plain.IdeficsAttention: Attention,
     plain.IdeficsDecoderLayer: DecoderLayer,
     plain.IdeficsDecoupledEmbedding: Embedding,
