@@ -87,9 +87,11 @@ def test_a_token_that_looks_at_nothing_gets_zero():
         assert [bool(output[0, t].any()) for t in range(3)] == [image >= 0 for image in image_ids]
 
 
+@pytest.mark.parametrize("rows", [2, 512])
 @pytest.mark.parametrize("module", [SELF, CROSS], ids=["self", "cross"])
-def test_bfloat16_is_as_exact_as_it_can_be(module):
-    """On CPU short groups go another way in bfloat16."""
+def test_bfloat16_is_as_exact_as_it_can_be(module, rows, monkeypatch):
+    """On CPU short groups go another way in bfloat16, some rows of queries at a time."""
+    monkeypatch.setattr(attention, "_ROWS", rows)
     group_ids_T = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
     attend = grouped(module, group_ids_T, num_images=4)
 

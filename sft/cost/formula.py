@@ -320,7 +320,7 @@ class _Memory:
         return (
             self.rms_norm(D, self.stream)
             + self.inputs(part, D, "gate_proj", "up_proj", stream=self.half)
-            + 3 * F * self.half  # gate before and after SiLU, up
+            + 2 * F * self.half  # gate and up
             + self.inputs(part, F, "down_proj", stream=self.half)
         )
 
@@ -357,15 +357,15 @@ class _Memory:
         return self.inputs("cross_attention", E, "k_proj", "v_proj", stream=4) + self.qk_norm() + 2 * D * self.half
 
     def vision_layer(self) -> float:
-        """A layer of the tower, for each patch. Norms are computed in float32."""
+        """A layer of the tower, for each patch. What a norm is given is float32."""
         E, I = self.shape.vision_hidden, self.shape.vision_intermediate  # noqa: E741
         return (
             4 * E
-            + self.inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=4)
+            + self.inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=self.half)
             + 4 * E * self.half
             + self.inputs("vision", E, "out_proj", stream=self.half) * self.frozen("vision")
             + 4 * E
-            + self.inputs("vision", E, "fc1")
+            + self.inputs("vision", E, "fc1", stream=self.half)
             + I * self.half
             + self.inputs("vision", I, "fc2", stream=self.half)
         )
@@ -377,12 +377,12 @@ class _Memory:
         latents, context = shape.resampler_latents, shape.resampler_latents + shape.patches
         normed = (4 + half) * shape.resampler_qk_norms  # a norm's input in float32, and its output for the product
         attention = (
-            latents * (4 * E + self.inputs("resampler", E, "q_proj") + C * normed)
+            latents * (4 * E + self.inputs("resampler", E, "q_proj", stream=half) + C * normed)
             + context * (self.inputs("resampler", E, "k_proj", "v_proj", stream=4) + C * (normed + half))
             + latents * context * heads * (4 + half)
             + latents * self.inputs("resampler", C, "output_proj", stream=half)
         )
-        mlp = self.inputs("resampler", E, "fc") + self.inputs("resampler", 4 * E, "c_proj", stream=half)
+        mlp = self.inputs("resampler", E, "fc", stream=half) + self.inputs("resampler", 4 * E, "c_proj", stream=half)
         return attention + latents * (4 * E + mlp + 4 * E * half)
 
 

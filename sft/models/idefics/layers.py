@@ -3,8 +3,9 @@
 Each class takes the place of transformers' own of the same name in a model (`replace_layers`), holds nothing more, and
 does what that does for whoever calls it as transformers would. What they save, by profile (docs/performance.md):
 
-    norms        transformers' norm is ten kernels with the backward pass, and its float32 result is rounded anew for
-                 each linear layer under autocast; here it is one function that rounds once
+    norms        transformers' norm is ten kernels with the backward pass, and its float32 result, as that of a layer
+                 norm, is rounded anew for each linear layer under autocast; here it is one function that rounds once
+    gated MLP    SiLU(gate) is not kept but computed again: an MLP's width a token less
     rotation     cosines and sines are computed once a micro-batch, and the turned halves are not put together twice
     embedding    the lookup of extra rows waits for no `nonzero` of the GPU
     last layer   what comes after attention is computed only at the positions that reach the head
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 from transformers.models.idefics import modeling_idefics as plain
+from transformers.models.idefics import perceiver, vision
 
 from sft.attention import Groups, grouped_attention
 
@@ -40,13 +43,14 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        gradient = gradient.float()
-        normed = x.float() * scale
-        both = gradient * normed
-        mean = torch.matmul(both, weight.float()).div_(x.shape[-1])[..., None]
-        of_weight = both.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        of_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
-        return of_x.to(x.dtype), of_weight, None, None
+        size = x.shape[-1]
+        gradient, weight32 = gradient.to(x.dtype), weight.float()
+        # torch's own backward of a layer norm whose mean is 0 takes the mean of gradient * weight off; it comes back.
+        taken = torch.matmul(gradient.float(), weight32)[..., None].mul_(scale).div_(size)
+        of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, (size,), torch.zeros_like(scale), scale, weight32, None, [True, ctx.needs_input_grad[1], False]
+        )
+        return of_x.add_(taken), None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
 class RmsNorm(plain.IdeficsRMSNorm):  # type: ignore[misc]  # transformers is not typed
@@ -63,6 +67,42 @@ class RmsNorm(plain.IdeficsRMSNorm):  # type: ignore[misc]  # transformers is no
         if hidden_states.dtype == torch.float64:
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         return torch.as_tensor(_RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype))  # type: ignore[no-untyped-call]
+
+
+class LayerNorm(nn.LayerNorm):
+    """One in front of linear layers: they would round its float32 result once each under autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's, but for the rounding under autocast."""
+        device = input.device.type
+        normed = super().forward(input)
+        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+
+
+class _Gated(torch.autograd.Function):
+    """SiLU(gate) * up, of which SiLU(gate) is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return of_gate, F.silu(gate).mul_(gradient)
+
+
+class Mlp(plain.IdeficsMLP):  # type: ignore[misc]
+    """A gated MLP that keeps one tensor less of a token's largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As transformers'."""
+        if not isinstance(self.act_fn, SiLUActivation):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return torch.as_tensor(self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x))))  # type: ignore[no-untyped-call]
 
 
 class Rotary(NamedTuple):
@@ -169,8 +209,15 @@ class Embedding(plain.IdeficsDecoupledEmbedding):  # type: ignore[misc]
         return torch.where(is_extra[..., None], extra.to(base.dtype), base)
 
 
+_BEFORE_LINEAR = {
+    vision.IdeficsVisionEncoderLayer: ("layer_norm1", "layer_norm2"),
+    perceiver.IdeficsPerceiverAttention: ("context_layer_norm", "latents_layer_norm"),
+    perceiver.IdeficsMLP: ("ln",),
+}
+
 _IN_PLACE_OF = {
     plain.IdeficsRMSNorm: RmsNorm,
+    plain.IdeficsMLP: Mlp,
     plain.IdeficsAttention: Attention,
     plain.IdeficsDecoderLayer: DecoderLayer,
     plain.IdeficsDecoupledEmbedding: Embedding,
@@ -180,4 +227,6 @@ _IN_PLACE_OF = {
 def replace_layers(model: nn.Module) -> None:
     """Let transformers' layers of a model be ours. Weights and their names stay."""
     for module in model.modules():
+        for name in _BEFORE_LINEAR.get(type(module), ()):
+            getattr(module, name).__class__ = LayerNorm
         module.__class__ = _IN_PLACE_OF.get(type(module), type(module))  # type: ignore[assignment]
