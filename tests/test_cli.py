@@ -341,8 +341,11 @@ def test_a_step_is_a_number(finished, step):
 def test_an_incomplete_checkpoint_is_not_found(finished):
     (finished / "checkpoints" / "checkpoint-10" / "config.json").unlink()
     assert [path.name for path in run_checkpoints(finished)] == ["checkpoint-2"]
+    (finished / "checkpoints" / "checkpoint-2" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint here; of checkpoint-2, checkpoint-10, files .* are missing"):
+        run_checkpoints(finished)
     shutil.rmtree(finished / "checkpoints")
-    with pytest.raises(UserError, match="no complete checkpoint here"):
+    with pytest.raises(UserError, match="no complete checkpoint here; run `idefics-sft train` first"):
         run_checkpoints(finished)
 
 
