@@ -83,6 +83,7 @@ def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Set
         asked=dataset.model_dump(),
         settings=settings,
         on_progress=lambda records, share: on_progress(name, records, share),
+        called=f"{name} ({dataset.path})" if dataset.path else name,
     )
     on_progress(name, store.manifest["records"], 1.0)
     return store

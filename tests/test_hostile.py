@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sft.datasets import Adapter
-from sft.errors import RunError, UserError
+from sft.errors import UserError
 from sft.images import MAX_BYTES, decode_rgb, size_of, verified_size
 from sft.sample import SkipSample
 from sft.store import Settings, Store, prepare_store
@@ -205,16 +205,16 @@ def test_nothing_is_fetched(skips_of, tmp_path, server):
     assert sum(skips_of(*records).values()) == len(records)
 
     pq.write_table(pa.table({"URL": [url], "TEXT": ["A."]}), tmp_path / "laion.parquet")
-    with pytest.raises(RunError, match="1 image not downloaded"):
+    with pytest.raises(UserError, match="1 image not downloaded"):
         prepared("image_text_pairs", tmp_path / "laion.parquet")
     pq.write_table(pa.table({"image": [url], "text": ["A."]}), tmp_path / "pmd.parquet")
-    with pytest.raises(RunError, match="1 image is not a local path"):
+    with pytest.raises(UserError, match="1 image is not a local path"):
         prepared("image_text_pairs", tmp_path / "pmd.parquet")
 
     row = {"instruction": "What?", "inputs": "", "image_base64_str": [url], "outputs": "A."}
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "train.jsonl").write_text(json.dumps(row))
-    with pytest.raises(RunError, match="1 image is not base64"):
+    with pytest.raises(UserError, match="1 image is not base64"):
         prepared("m3it", tmp_path / "coco" / "train.jsonl")
     assert hits == []
 
