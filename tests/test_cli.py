@@ -101,7 +101,9 @@ def test_validate_names_the_next_command(recipe, capsys):
 
 
 def test_mix_before_prepare_names_the_command(recipe, refusal):
-    assert "no prepared dataset here; run `idefics-sft prepare` first" in refusal("mix", recipe)
+    assert f"no prepared dataset here; run `idefics-sft prepare {recipe} seed=2` first" in refusal(
+        "mix", recipe, "seed=2"
+    )
 
 
 def test_prepare_and_mix_print_one_json_object(recipe, capsys):
@@ -165,7 +167,7 @@ def test_a_limited_preparation_is_none_to_train_on(recipe, capsys, refusal):
     assert len(stores) == 3
     assert f"Next: idefics-sft stats {recipe.parent}/stores/easy_vqa-" in printed.replace(str(recipe), "")
     assert "The first 2 records are for looking" in printed and "idefics-sft train" not in printed
-    assert "no prepared dataset here; run `idefics-sft prepare` first" in refusal("mix", recipe)
+    assert f"no prepared dataset here; run `idefics-sft prepare {recipe}` first" in refusal("mix", recipe)
     assert status_of("prepare", recipe) == status_of("prepare", recipe, "--limit", 2) == 0
     capsys.readouterr()
     assert status_of("prepare", recipe, "--json") == 0
