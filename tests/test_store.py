@@ -15,7 +15,7 @@ from PIL import Image
 
 from sft.datasets import Adapter
 from sft.errors import RunError, UserError
-from sft.images import MAX_BYTES, decode_rgb, read_bytes
+from sft.images import MAX_BYTES, TOO_MANY_BYTES, TOO_MANY_PIXELS, TOO_NARROW, decode_rgb, read_bytes
 from sft.parallel import ordered_map
 from sft.sample import ImageRef, Message, Sample, SkipSample
 from sft.store import Settings, Store, is_store_folder, preparation, prepare_store
@@ -600,13 +600,13 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
     [
         (b"", "image does not decode"),
         (RED[: len(RED) // 2], "image does not decode"),
-        (encoded("red", "TIFF"), "image does not decode"),  # more code than anybody reads; not among FORMATS
-        (header_of(6_000, 5_000), "image too many pixels"),
-        (header_of(10_000, 10_000), "image too many pixels"),  # Pillow would warn
-        (header_of(60_000, 60_000), "image too many pixels"),  # Pillow would raise
-        (header_of(510, 10), "image too narrow"),
+        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
+        (header_of(6_000, 5_000), TOO_MANY_PIXELS),
+        (header_of(10_000, 10_000), TOO_MANY_PIXELS),  # Pillow would warn
+        (header_of(60_000, 60_000), TOO_MANY_PIXELS),  # Pillow would raise
+        (header_of(510, 10), TOO_NARROW),
         (header_of(500, 10), "image does not decode"),
-        (RED + bytes(MAX_BYTES), "image too many bytes"),
+        (RED + bytes(MAX_BYTES), TOO_MANY_BYTES),
     ],
     ids=["empty", "cut", "format", "pixels", "warns", "raises", "narrow", "hollow", "bytes"],
 )
