@@ -56,6 +56,13 @@ def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
     assert not (recipe.parent / "run").exists()
 
 
+def test_all_that_is_not_there_is_named_at_once(recipe, refusal):
+    paths = [f"data.mixture.0.datasets.{number}.path=nowhere/{number}" for number in (0, 1)]
+    said = refusal("validate", recipe, *paths, "data.mixture.1.datasets.0.dataset=mesages", "model.path=nowhere")
+    assert said.count("path nowhere/0 does not exist") == said.count("path nowhere/1 does not exist") == 1
+    assert "unknown dataset 'mesages'; did you mean 'messages'?" in said and "model.path: nowhere is not" in said
+
+
 def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
     assert "no dev.jsonl, dev.json or dev.parquet" in refusal("prepare", recipe, "data.mixture.1.datasets.0.split=dev")
 
@@ -244,6 +251,8 @@ def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal
     assert "protocol card ranks letters, found text" in refusal(*card)
     assert "nowhere.tsv: No such file" in refusal("evaluate", llama, "--benchmark", "nowhere.tsv")
     assert "give --shots K too" in refusal("evaluate", llama, "--benchmark", questions, "--support", questions)
+    asked = refusal("evaluate", llama, "--benchmark", "own.jsonl")
+    assert "short answers choose among the checkpoints of a run: idefics-sft select RUN --benchmark own.jsonl" in asked
     details = ("--details", tmp_path, "--benchmark", questions)
     assert f"--details {tmp_path}: no file can be written there" in refusal("evaluate", llama, *details)
     many = ("--shots", "2", "--support", questions, "--benchmark", questions)

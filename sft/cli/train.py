@@ -85,12 +85,17 @@ def run(
         out.print(f"Go on with: idefics-sft train {arguments}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if not json:
-        command = "select" if found.evaluation.benchmark or found.data.validation else "chat"
+        command = "select" if _can_choose(found) else "chat"
         why = f" ({status.why})" if status.step < status.max_steps and status.why else ""
         out.print(
             f"{found.output_dir}: {status.status} at step {status.step}{why}. "
             f"Next: idefics-sft {command} {found.output_dir}"
         )
+
+
+def _can_choose(recipe: Any) -> bool:
+    """Whether there is something to select a checkpoint by: a benchmark, or a loss on what is held out."""
+    return bool(recipe.evaluation.benchmark) or (Path(recipe.output_dir) / "before.json").is_file()
 
 
 def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
