@@ -98,6 +98,15 @@ def broken_files(path: Path) -> list[str]:
     return [name for name, file in files.items() if hash_file(path / name) != file["xxh3"]]
 
 
+def problem_of_weights(path: Path) -> str | None:
+    """What is wrong with the weights of a checkpoint, None where they are as they were written. Reads them all."""
+    if not is_complete(path):
+        return "files of its weights are missing or cut off"
+    if broken := broken_files(path):
+        return f"{', '.join(broken)} changed since it was written"
+    return None
+
+
 def listed_hashes(path: Path) -> dict[str, str]:
     """The xxh3 hash that a checkpoint's manifest gives each file which has its size; empty for any other folder."""
     manifest = path / MANIFEST

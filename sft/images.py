@@ -23,6 +23,13 @@ MAX_PIXELS = 25_000_000
 MAX_BYTES = 32 * 1024 * 1024
 MAX_ASPECT_RATIO = 50
 
+READ = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+DOES_NOT_DECODE = "image does not decode"
+TOO_MANY_BYTES = f"image too many bytes (over {MAX_BYTES // 2**20} MiB)"
+TOO_MANY_PIXELS = f"image too many pixels (over {MAX_PIXELS:,})"
+TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
+"""Reasons to skip a record."""
+
 
 def local_image(folder: Path, name: object) -> ImageRef:
     """An image file that a record names, below `folder`; whether it is there is seen when it is read.
@@ -53,7 +60,7 @@ def base64_image(encoded: object) -> ImageRef:
     if not isinstance(encoded, str | bytes) or not encoded:
         raise SkipSample("image is not base64")
     if len(encoded) > MAX_BYTES * 4 // 3 + 4:
-        raise SkipSample("image too many bytes")
+        raise SkipSample(TOO_MANY_BYTES)
     try:
         content: bytes = pybase64.b64decode(encoded, validate=True)  # 50 times as fast as the standard library
     except ValueError:
@@ -85,12 +92,12 @@ def read_bytes(image: ImageRef) -> bytes:
             if not image.source.is_file():
                 raise SkipSample("image file missing", detail=str(image.source))
             if image.source.stat().st_size > MAX_BYTES:
-                raise SkipSample("image too many bytes")
+                raise SkipSample(TOO_MANY_BYTES)
             content = image.source.read_bytes()
         except OSError as error:  # no permission, a name too long
             raise SkipSample("image file unreadable", detail=str(image.source)) from error
     if len(content) > MAX_BYTES:
-        raise SkipSample("image too many bytes")
+        raise SkipSample(TOO_MANY_BYTES)
     return content
 
 
@@ -148,9 +155,20 @@ def verified_size(content: bytes) -> tuple[int, int]:
 
 
 def _open(content: bytes) -> Image.Image:
+    if other := _unread_format(content):
+        raise SkipSample(f"image is {other}, which is not read; expected {READ}")
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     _check_size(image.size)
     return image
+
+
+def _unread_format(content: bytes) -> str | None:
+    """TIFF, and what telephones write, by their first bytes (TIFF 6.0; HEIF, ISO/IEC 23008-12): Pillow is not let near
+    them."""
+    if content[:4] in (b"II*\0", b"MM\0*"):
+        return "TIFF"
+    is_heif = content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"avif")
+    return "HEIC or AVIF" if is_heif else None
 
 
 @contextmanager
@@ -161,17 +179,17 @@ def _as_skips() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Image.DecompressionBombError as error:
-        raise SkipSample("image too many pixels") from error
+        raise SkipSample(TOO_MANY_PIXELS) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise SkipSample("image does not decode") from error
+        raise SkipSample(DOES_NOT_DECODE) from error
 
 
 def _check_size(size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise SkipSample("image too many pixels")
+        raise SkipSample(TOO_MANY_PIXELS)
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise SkipSample("image too narrow")
+        raise SkipSample(TOO_NARROW)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

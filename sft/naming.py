@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.checkpoint import broken_files, checkpoint_name, checkpoints, is_complete
+from sft.checkpoint import broken_files, checkpoint_name, checkpoints, incomplete_checkpoints, is_complete
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 from sft.shipped import PREFIX, is_local, recipe_path, resolve
@@ -55,6 +55,13 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
         UserError: there are none.
     """
     found = checkpoints(run_dir / "checkpoints")
+    damaged = incomplete_checkpoints(run_dir / "checkpoints")
+    if damaged and not found:
+        names = ", ".join(path.name for path in damaged)
+        raise UserError(
+            f"{run_dir}: no complete checkpoint here; of {names}, files of the weights are missing or cut off; "
+            f"put them back, or train anew: idefics-sft train {run_dir} --resume none"
+        )
     if not found:
         raise UserError(f"{run_dir}: no complete checkpoint here; run `idefics-sft train` first")
     return found

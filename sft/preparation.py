@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Set
         asked=dataset.model_dump(),
         settings=settings,
         on_progress=lambda records, share: on_progress(name, records, share),
+        called=f"{name} ({dataset.path})" if dataset.path else name,
     )
     on_progress(name, store.manifest["records"], 1.0)
     return store
@@ -135,8 +137,8 @@ def _check_limit(path: Path, options: PrepareOptions) -> None:
         )
 
 
-def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
-    """The prepared sources of a recipe.
+def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
+    """The prepared sources of a recipe, which `arguments` name on the command line.
 
     Raises:
         UserError: something is not prepared; the message names the command.
@@ -144,20 +146,32 @@ def open_sources(recipe: Recipe, template: ChatTemplate) -> Sources:
     limits = sample_limits(recipe)
 
     def opened(_: str, dataset: DatasetConfig) -> Part:
-        store = Store(Path(recipe.data.store) / dataset.store_name)
+        store = _opened_store(recipe, dataset, arguments)
         path = encoded_path(store, template, limits)
         if not (path / INDEX).is_file():
             raise UserError(
                 f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
-                "data.long_conversations; run `idefics-sft prepare` first"
+                f"data.long_conversations; run `{_command(arguments)}` first"
             )
         return Part(store, EncodedSamples(path))
 
     return _sources(recipe, opened)
 
 
-def open_prepared(recipe: Recipe) -> tuple[Sources, ChatTemplate]:
-    """What `prepare` has made of a recipe. Nothing is made, and nothing is downloaded.
+def _opened_store(recipe: Recipe, dataset: DatasetConfig, arguments: Sequence[str]) -> Store:
+    path = Path(recipe.data.store) / dataset.store_name
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: no prepared dataset here; run `{_command(arguments)}` first")
+    return Store(path)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["idefics-sft", "prepare", *arguments])
+
+
+def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Sources, ChatTemplate]:
+    """What `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and nothing is
+    downloaded.
 
     Raises:
         UserError: something is not prepared; the message names the command.
@@ -165,10 +179,10 @@ def open_prepared(recipe: Recipe) -> tuple[Sources, ChatTemplate]:
     base = base_path(recipe)
     if not (base / "config.json").is_file():
         for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
-            Store(Path(recipe.data.store) / dataset.store_name)  # what is missing first is named first
-        raise UserError(f"{base}: the base model is not prepared; run `idefics-sft prepare` first")
+            _opened_store(recipe, dataset, arguments)  # what is missing first is named first
+        raise UserError(f"{base}: the base model is not prepared; run `{_command(arguments)}` first")
     template = load_template(get_family(recipe.model.family), base)
-    return open_sources(recipe, template), template
+    return open_sources(recipe, template, arguments), template
 
 
 def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], Part]) -> Sources:

@@ -44,7 +44,9 @@ class RunStatus:
         try:
             return RunStatus(**json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file}: damaged, not the status of a run; choose another output_dir") from error
+            raise UserError(
+                f"{file}: damaged, not the status of a run; put a copy of it back; to train, choose another output_dir"
+            ) from error
 
     def write(self, run_dir: Path) -> None:
         """Write run.json, whole or not at all.

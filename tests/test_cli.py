@@ -56,6 +56,13 @@ def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
     assert not (recipe.parent / "run").exists()
 
 
+def test_all_that_is_not_there_is_named_at_once(recipe, refusal):
+    paths = [f"data.mixture.0.datasets.{number}.path=nowhere/{number}" for number in (0, 1)]
+    said = refusal("validate", recipe, *paths, "data.mixture.1.datasets.0.dataset=mesages", "model.path=nowhere")
+    assert said.count("path nowhere/0 does not exist") == said.count("path nowhere/1 does not exist") == 1
+    assert "unknown dataset 'mesages'; did you mean 'messages'?" in said and "model.path: nowhere is not" in said
+
+
 def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
     assert "no dev.jsonl, dev.json or dev.parquet" in refusal("prepare", recipe, "data.mixture.1.datasets.0.split=dev")
 
@@ -80,10 +87,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(recipe, refusal):
     assert f"{recipe}/stores: Not a directory" in refusal("prepare", recipe, f"data.store={recipe}/stores")
 
 
-def test_records_that_are_bad_are_a_failure_not_a_mistake(recipe, capsys):
+def test_records_that_are_bad_are_a_mistake_of_the_source_and_path_that_are_named(recipe, refusal):
     bad = DATA / "messages" / "bad.jsonl"
-    assert status_of("prepare", recipe, f"data.mixture.1.datasets.0.path={bad}") == 1
-    assert "100.0% of 14 records bad (allowed: 0.0%): " in capsys.readouterr().err
+    said = refusal("prepare", recipe, f"data.mixture.1.datasets.0.path={bad}")
+    assert f": messages ({bad}): 100.0% of 14 records bad (allowed: 0.0%): " in said
 
 
 def test_validate_names_the_next_command(recipe, capsys):
@@ -101,7 +108,9 @@ def test_validate_names_the_next_command(recipe, capsys):
 
 
 def test_mix_before_prepare_names_the_command(recipe, refusal):
-    assert "no prepared dataset here; run `idefics-sft prepare` first" in refusal("mix", recipe)
+    assert f"no prepared dataset here; run `idefics-sft prepare {recipe} seed=2` first" in refusal(
+        "mix", recipe, "seed=2"
+    )
 
 
 def test_prepare_and_mix_print_one_json_object(recipe, capsys):
@@ -165,7 +174,7 @@ def test_a_limited_preparation_is_none_to_train_on(recipe, capsys, refusal):
     assert len(stores) == 3
     assert f"Next: idefics-sft stats {recipe.parent}/stores/easy_vqa-" in printed.replace(str(recipe), "")
     assert "The first 2 records are for looking" in printed and "idefics-sft train" not in printed
-    assert "no prepared dataset here; run `idefics-sft prepare` first" in refusal("mix", recipe)
+    assert f"no prepared dataset here; run `idefics-sft prepare {recipe}` first" in refusal("mix", recipe)
     assert status_of("prepare", recipe) == status_of("prepare", recipe, "--limit", 2) == 0
     capsys.readouterr()
     assert status_of("prepare", recipe, "--json") == 0
@@ -242,6 +251,8 @@ def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal
     assert "protocol card ranks letters, found text" in refusal(*card)
     assert "nowhere.tsv: No such file" in refusal("evaluate", llama, "--benchmark", "nowhere.tsv")
     assert "give --shots K too" in refusal("evaluate", llama, "--benchmark", questions, "--support", questions)
+    asked = refusal("evaluate", llama, "--benchmark", "own.jsonl")
+    assert "short answers choose among the checkpoints of a run: idefics-sft select RUN --benchmark own.jsonl" in asked
     details = ("--details", tmp_path, "--benchmark", questions)
     assert f"--details {tmp_path}: no file can be written there" in refusal("evaluate", llama, *details)
     many = ("--shots", "2", "--support", questions, "--benchmark", questions)
@@ -341,8 +352,11 @@ def test_a_step_is_a_number(finished, step):
 def test_an_incomplete_checkpoint_is_not_found(finished):
     (finished / "checkpoints" / "checkpoint-10" / "config.json").unlink()
     assert [path.name for path in run_checkpoints(finished)] == ["checkpoint-2"]
+    (finished / "checkpoints" / "checkpoint-2" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint here; of checkpoint-2, checkpoint-10, files .* are missing"):
+        run_checkpoints(finished)
     shutil.rmtree(finished / "checkpoints")
-    with pytest.raises(UserError, match="no complete checkpoint here"):
+    with pytest.raises(UserError, match="no complete checkpoint here; run `idefics-sft train` first"):
         run_checkpoints(finished)
 
 

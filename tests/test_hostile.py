@@ -27,8 +27,17 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sft.datasets import Adapter
-from sft.errors import RunError, UserError
-from sft.images import MAX_BYTES, decode_rgb, size_of, verified_size
+from sft.errors import UserError
+from sft.images import (
+    DOES_NOT_DECODE,
+    MAX_BYTES,
+    TOO_MANY_BYTES,
+    TOO_MANY_PIXELS,
+    TOO_NARROW,
+    decode_rgb,
+    size_of,
+    verified_size,
+)
 from sft.sample import SkipSample
 from sft.store import Settings, Store, prepare_store
 
@@ -205,16 +214,16 @@ def test_nothing_is_fetched(skips_of, tmp_path, server):
     assert sum(skips_of(*records).values()) == len(records)
 
     pq.write_table(pa.table({"URL": [url], "TEXT": ["A."]}), tmp_path / "laion.parquet")
-    with pytest.raises(RunError, match="1 image not downloaded"):
+    with pytest.raises(UserError, match="1 image not downloaded"):
         prepared("image_text_pairs", tmp_path / "laion.parquet")
     pq.write_table(pa.table({"image": [url], "text": ["A."]}), tmp_path / "pmd.parquet")
-    with pytest.raises(RunError, match="1 image is not a local path"):
+    with pytest.raises(UserError, match="1 image is not a local path"):
         prepared("image_text_pairs", tmp_path / "pmd.parquet")
 
     row = {"instruction": "What?", "inputs": "", "image_base64_str": [url], "outputs": "A."}
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "train.jsonl").write_text(json.dumps(row))
-    with pytest.raises(RunError, match="1 image is not base64"):
+    with pytest.raises(UserError, match="1 image is not base64"):
         prepared("m3it", tmp_path / "coco" / "train.jsonl")
     assert hits == []
 
@@ -254,10 +263,10 @@ def test_no_pickle_is_opened(tmp_path, skips_of):
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (png(9000, 9000, data=b""), "image too many pixels"),
-        (png(2**31 - 1, 2**31 - 1), "image too many pixels"),
-        (png(65000, 1), "image too narrow"),
-        (png(1, 65000), "image too narrow"),
+        (png(9000, 9000, data=b""), TOO_MANY_PIXELS),
+        (png(2**31 - 1, 2**31 - 1), TOO_MANY_PIXELS),
+        (png(65000, 1), TOO_NARROW),
+        (png(1, 65000), TOO_NARROW),
         (png(0, 0), "image does not decode"),
         (png(4, 4, (b"zTXt", b"k\0\0" + zeros(4 * MEGABYTE))), "image does not decode"),
         (encoded("JPEG", (64, 64), quality=95)[:-200], "image does not decode"),
@@ -266,12 +275,12 @@ def test_no_pickle_is_opened(tmp_path, skips_of):
         (encoded("WEBP")[:-4], "image does not decode"),
         (encoded("GIF")[:20], "image does not decode"),
         (encoded("BMP")[:60], "image does not decode"),
-        (encoded("TIFF"), "image does not decode"),
+        (encoded("TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image does not decode"),
         (b"<html><body>404</body></html>", "image does not decode"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image does not decode"),
         (b"\0" * 100, "image does not decode"),
-        (GOOD + bytes(MAX_BYTES), "image too many bytes"),
+        (GOOD + bytes(MAX_BYTES), TOO_MANY_BYTES),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value[:4]!r}",
 )
@@ -332,8 +341,8 @@ def test_bombs_take_little_memory(tmp_path):
     assert found == {
         "0.tar.gz": ["record too long"],
         "line.jsonl": ["record too long"],
-        "narrow.png": "image too narrow",
-        "pixels.png": "image too many pixels",
+        "narrow.png": TOO_NARROW,
+        "pixels.png": TOO_MANY_PIXELS,
         "profile.png": "image does not decode",
         "text.png": "image does not decode",
     }
@@ -373,7 +382,7 @@ def test_a_changed_image_decodes_or_is_skipped_and_nothing_is_printed(image, cha
         try:
             read(summed(image) if sums_fit else image)
         except SkipSample as skip:
-            assert skip.reason in ("image does not decode", "image too many pixels", "image too narrow")
+            assert skip.reason in (DOES_NOT_DECODE, TOO_MANY_PIXELS, TOO_NARROW)
 
 
 def summed(image: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """The notebook for Colab: it runs from top to bottom, its settings fit a T4, and nothing of a run is kept in it."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import REPOSITORY, status_of
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -63,6 +65,14 @@ def test_the_settings_fit_a_t4(notebook, tmp_path, monkeypatch, capsys, data):
     planned = json.loads(capsys.readouterr().out)
     assert planned["fits"] and planned["peak_bytes"] < 13.5 * 2**30, "a gibibyte to spare for the notebook itself"
     assert planned["seconds"] < 3 * 3600
+
+
+def test_without_a_wheel_nothing_is_installed_and_one_line_says_what_to_upload(notebook, tmp_path, monkeypatch):
+    (install,) = (cell.source for cell in notebook.cells if "%pip install" in cell.source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"no idefics_sft-\*\.whl here; upload one beside this notebook"):
+        exec(TransformerManager().transform_cell(install), {})
 
 
 def test_what_takes_long_is_run_where_its_lines_are_shown_as_they_come(notebook):

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from sft import images, pixels
-from sft.images import decode_rgb
+from sft.images import TOO_MANY_PIXELS, TOO_NARROW, decode_rgb
 from sft.pixels import Crop, load_pixels, training_crop
 from sft.sample import SkipSample
 
@@ -260,6 +260,7 @@ def test_the_orientation_in_exif_is_not_applied():  # transformers does not eith
 # ----------------------------------------------------------------------------------------------------------- damage
 
 JPEG = encoded(noise(64, 48), "JPEG")
+TIFF = encoded(noise(4, 4), "TIFF")
 
 
 @pytest.mark.parametrize(
@@ -268,12 +269,13 @@ JPEG = encoded(noise(64, 48), "JPEG")
         (b"", "image does not decode"),
         (JPEG[:10], "image does not decode"),
         (JPEG[: len(JPEG) // 2], "image does not decode"),
-        (encoded(Image.new("RGB", (4, 4)), "TIFF"), "image does not decode"),
-        (encoded(Image.new("1", (5001, 5000))), "image too many pixels"),
-        (encoded(Image.new("L", (5001, 5000)), "JPEG"), "image too many pixels"),
-        (encoded(Image.new("RGB", (51, 1)), "JPEG"), "image too narrow"),
+        (TIFF, "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
+        (bytes(4) + b"ftypheic", "image is HEIC or AVIF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
+        (encoded(Image.new("1", (5001, 5000))), "image too many pixels (over 25,000,000)"),
+        (encoded(Image.new("L", (5001, 5000)), "JPEG"), TOO_MANY_PIXELS),
+        (encoded(Image.new("RGB", (51, 1)), "JPEG"), TOO_NARROW),
     ],
-    ids=["empty", "no header", "cut", "format", "pixels", "pixels of a JPEG", "narrow"],
+    ids=["empty", "no header", "cut", "format", "telephone", "pixels", "pixels of a JPEG", "narrow"],
 )
 def test_an_image_that_is_not_fit_has_the_reason_it_had_in_the_store(content, reason):
     for load in (decode_rgb, lambda content: load_pixels(content, 56)):

@@ -91,11 +91,11 @@ def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
 @pytest.mark.parametrize(
     ("found", "written", "expected"),
     [
-        ("max_steps: 10", "max_steps: many", "toy.yaml:15: training.max_steps: Input should be a valid integer"),
+        ("max_steps: 10", "max_steps: many", "training.max_steps: expected a whole number, found 'many'"),
         ("max_steps: 10", "max_steps: 0", "toy.yaml:15: training.max_steps: Input should be greater than 0, found 0"),
         ("1e-5", ".inf", "toy.yaml:17: training.learning_rate: Input should be a finite number, found inf"),
         ("share: 0.25", "share: -1", "toy.yaml:10: data.mixture.1.share: Input should be greater than 0, found -1"),
-        ("path: toy", "path: [toy]", "toy.yaml:2: model.path: Input should be a valid string, found ['toy']"),
+        ("path: toy", "path: [toy]", "toy.yaml:2: model.path: expected text, found a list"),
         ("share: 0.25", "share: 0.2", "toy.yaml:3: data: shares sum to 0.95; they must sum to 1 or to 100"),
         ("name: dogs", "name: cats", "toy.yaml:3: data: two sources are called 'cats'; names must differ"),
         ("400", "450", "training.tokens_per_step 450 is not a whole number of packs of 100 tokens"),
@@ -115,6 +115,27 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
 
 
 @pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.mixture={toys: 1}", "data.mixture: expected a list of sources, found a mapping of keys"),
+        ("data.mixture=[]", "data.mixture: expected one entry or more, found an empty list"),
+        ("data.mixture.0.datasets=toys", "data.mixture.0.datasets: expected a list of datasets, found 'toys'"),
+        ("data.mixture.0.path=x", "data.mixture.0.path: unknown key"),
+        (
+            "data.mixture.0.datasets.0={datset: toys}",
+            "data.mixture.0.datasets.0.datset: unknown key; did you mean 'dataset'?",
+        ),
+        ("model.lora=[3]", "model.lora: expected a mapping of keys, found a list"),
+        ("training.max_steps=", "training.max_steps: expected a whole number, found nothing"),
+        ("training.betas=[0.9, 0.9, 0.9]", "training.betas: expected fewer entries, found a list"),
+        ("output_dir=2026-01-01", "output_dir: expected text, found 2026-01-01"),
+    ],
+)
+def test_a_wrong_value_is_one_message_without_words_of_python(tmp_path, override, expected):
+    assert refusal(tmp_path, override) == f"override {override!r}: {expected}"
+
+
+@pytest.mark.parametrize(
     ("found", "written", "expected"),
     [
         (
@@ -129,8 +150,8 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
         ("output_dir: run", "output_dir: ru\x00n", "not readable as YAML: unacceptable character"),
         ("output_dir: run", "? [a, b]\n: run", "toy.yaml:18: not readable as YAML: found unhashable key"),
         ("output_dir: run", "output_dir: " + "[" * 5000, "not readable as YAML"),
-        (TOY, "- a list\n", "toy.yaml: a recipe is a mapping of keys, found list"),
-        (TOY, "", "toy.yaml: a recipe is a mapping of keys, found NoneType"),
+        (TOY, "- a list\n", "toy.yaml: a recipe is a mapping of keys, found a list"),
+        (TOY, "", "toy.yaml: a recipe is a mapping of keys, found an empty file"),
     ],
 )
 def test_what_is_no_plain_yaml_is_refused(tmp_path, found, written, expected):

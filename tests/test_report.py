@@ -207,6 +207,8 @@ def test_the_command_writes_the_page(tmp_path, capsys, refusal):
     size = (tmp_path / "page.html").stat().st_size
     assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "page.html"), "bytes": size}
     assert "nothing here" not in refusal("report", tmp_path / "nothing")
+    (run / "run.json").write_text("{")
+    assert "run.json: damaged, not the status of a run; put a copy of it back" in refusal("report", run)
     (run / "run.json").unlink()
     assert "no run here (no run.json)" in refusal("report", run)
 

@@ -299,6 +299,19 @@ def test_the_base_of_a_run_has_a_name(trained, copied, capsys):
     assert summary["rank"] == "text"
 
 
+def test_after_training_select_is_named_where_something_can_choose_else_chat(recipe, capsys):
+    found = find_recipe(str(recipe), ["data.validation={share: 0.1}"])
+    folder = Path(found.output_dir)
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(found.to_yaml())
+    RunStatus(status="finished", step=4, max_steps=4).write(folder)
+    assert status_of("train", folder) == 0
+    assert f"Next: idefics-sft chat {folder}\n" in capsys.readouterr().out, "nothing was held out"
+    (folder / "before.json").write_text("{}")
+    assert status_of("train", folder) == 0
+    assert f"Next: idefics-sft select {folder}\n" in capsys.readouterr().out
+
+
 def test_an_image_named_on_the_command_line_must_be_one(trained, refusal):
     refused = refusal("chat", trained, "--image", trained)
     assert f"{trained}: image does not decode; expected a JPEG, PNG, WEBP, GIF or BMP image" in refused

@@ -524,9 +524,46 @@ def test_damaged_files_of_a_run_are_asked_anew_or_named(copied, capsys):  # noqa
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "vali')  # where training was killed
     assert printed(capsys, "select", copied)[0] == selection and recorded_losses(copied) == {}
-    manifest = copied / "checkpoints" / "checkpoint-1" / "manifest.json"
-    manifest.write_text("{")
-    assert printed(capsys, "select", copied)[1].count("checkpoint-1: files of its weights are missing") == 1
+
+
+def in_its_size_but_other(checkpoint):
+    weights = next(checkpoint.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4000] + bytes(4000))
+
+
+def cut_off(checkpoint):
+    (checkpoint / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (in_its_size_but_other, "model.safetensors changed since it was written"),
+        (cut_off, "files of its weights are missing or cut off"),
+    ],
+)
+def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied, capsys, damage, what):  # noqa: F811
+    printed(capsys, "select", copied)
+    damage(copied / "checkpoints" / "checkpoint-1")
+    assert status_of("select", copied) == 1
+    said = capsys.readouterr()
+    assert said.out.count(f"checkpoint-1: it is left out: {what}") == 1
+    assert f"could not be evaluated: checkpoint-1 ({what})" in said.err
+    selection = json.loads((copied / "selection.json").read_text())
+    assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
+    damage(copied / "checkpoints" / "checkpoint-2")
+    assert status_of("select", copied) != 0
+    assert "checkpoint-1" in capsys.readouterr().err, "and with none left, why"
+
+
+def test_a_damaged_checkpoint_is_not_chosen_by_a_loss_written_down(copied, capsys):  # noqa: F811
+    lines = [{"step": n, "validation": {"mine": {"loss": 0.1 * n, "trained_tokens": 9}}} for n in (1, 2)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert printed(capsys, "select", copied, "--by", "loss")[0]["selected"] == "checkpoint-1"
+    in_its_size_but_other(copied / "checkpoints" / "checkpoint-1")
+    assert status_of("select", copied, "--by", "loss") == 1
+    selection = json.loads((copied / "selection.json").read_text())
+    assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
 
 
 def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):  # noqa: F811

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sft.datasets import Adapter
 from sft.errors import RunError, UserError
-from sft.images import MAX_BYTES, decode_rgb, read_bytes
+from sft.images import MAX_BYTES, TOO_MANY_BYTES, TOO_MANY_PIXELS, TOO_NARROW, decode_rgb, read_bytes
 from sft.parallel import ordered_map
 from sft.sample import ImageRef, Message, Sample, SkipSample
 from sft.store import Settings, Store, is_store_folder, preparation, prepare_store
@@ -147,7 +147,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path):
 
 def test_too_many_bad_records_stop_with_the_table(tmp_path):
     toys = Toys(shown("good", "Hi."), shown("bad", b"?"), SkipSample("no messages"), SkipSample("no messages"))
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.7)
     assert str(caught.value) == (
         "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode (as bad)"
@@ -161,7 +161,7 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
 
 def test_who_allows_more_bad_records_goes_on_at_once(tmp_path):
     toys = Toys(shown("good", "Hi."), SkipSample("no messages"))
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         prepared(tmp_path, toys, max_skip_share=0.1)
     assert len(prepared(tmp_path, toys, max_skip_share=0.5)) == 1
     assert toys.num_read == 2, "read once"
@@ -176,7 +176,7 @@ def test_who_allows_no_more_bad_records_has_mended_something(tmp_path, monkeypat
             made.append(row["sample"].key)
             return super().to_sample(row)
 
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         prepared(tmp_path, Counted(shown("good", "Hi."), shown("bad", b"?")), max_skip_share=0.1)
     mended = Counted(shown("good", "Hi."), shown("mended", RED))
     assert keys(prepared(tmp_path, mended, max_skip_share=0.1)) == ["good", "mended"]
@@ -186,7 +186,7 @@ def test_who_allows_no_more_bad_records_has_mended_something(tmp_path, monkeypat
 def test_an_image_that_is_there_at_last_is_not_skipped_again(tmp_path):
     photo = tmp_path / "photo.png"
     toys = Toys(shown("text", "Hi."), framed("photo", photo))
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         prepared(tmp_path, toys, max_skip_share=0.1)
     photo.write_bytes(RED)
     assert keys(prepared(tmp_path, toys, max_skip_share=0.5)) == ["text", "photo"]
@@ -197,10 +197,10 @@ def test_it_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "EARLY_RECORDS", 4)
     bad = [SkipSample("no messages")]
     toys = Toys(*[shown("good", "Hi.")] * 2, *bad * 18)
-    with pytest.raises(RunError, match=r"66\.7% of 6 records bad \(allowed: 5\.0%\)"):
+    with pytest.raises(UserError, match=r"66\.7% of 6 records bad \(allowed: 5\.0%\)"):
         prepared(tmp_path, toys, max_skip_share=0.05)
     assert toys.num_read == 7, "one more than three pieces"
-    with pytest.raises(RunError, match=r"50\.0% of 20 records"):
+    with pytest.raises(UserError, match=r"50\.0% of 20 records"):
         prepared(tmp_path / "half", Toys(*[*bad, shown("good", "Hi.")] * 10), max_skip_share=0.05)
     assert len(prepared(tmp_path / "all", toys, max_skip_share=0.9)) == 2
 
@@ -208,7 +208,7 @@ def test_it_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
 def test_a_finished_store_is_refused_where_fewer_bad_records_are_allowed(tmp_path):
     toys = Toys(shown("good", "Hi."), SkipSample("no messages"))
     prepared(tmp_path, toys)
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.4)
     assert str(caught.value) == (
         "toys: 50.0% of 2 records bad (allowed: 40.0%): 1 no messages (as toys/1)"
@@ -220,7 +220,7 @@ def test_a_finished_store_is_refused_where_fewer_bad_records_are_allowed(tmp_pat
 def test_filtered_records_are_not_dirty_but_something_must_be_left(tmp_path):
     filtered = SkipSample("too small", filtered=True)
     assert len(prepared(tmp_path, Toys(filtered, filtered, shown("good", "Hi.")), max_skip_share=0.0)) == 1
-    with pytest.raises(RunError, match=r"none of 1 records is left: 1 too small \(as toys/0\)"):
+    with pytest.raises(UserError, match=r"none of 1 records is left: 1 too small \(as toys/0\)"):
         prepared(tmp_path / "else", Toys(filtered))
 
 
@@ -600,13 +600,13 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
     [
         (b"", "image does not decode"),
         (RED[: len(RED) // 2], "image does not decode"),
-        (encoded("red", "TIFF"), "image does not decode"),  # more code than anybody reads; not among FORMATS
-        (header_of(6_000, 5_000), "image too many pixels"),
-        (header_of(10_000, 10_000), "image too many pixels"),  # Pillow would warn
-        (header_of(60_000, 60_000), "image too many pixels"),  # Pillow would raise
-        (header_of(510, 10), "image too narrow"),
+        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
+        (header_of(6_000, 5_000), TOO_MANY_PIXELS),
+        (header_of(10_000, 10_000), TOO_MANY_PIXELS),  # Pillow would warn
+        (header_of(60_000, 60_000), TOO_MANY_PIXELS),  # Pillow would raise
+        (header_of(510, 10), TOO_NARROW),
         (header_of(500, 10), "image does not decode"),
-        (RED + bytes(MAX_BYTES), "image too many bytes"),
+        (RED + bytes(MAX_BYTES), TOO_MANY_BYTES),
     ],
     ids=["empty", "cut", "format", "pixels", "warns", "raises", "narrow", "hollow", "bytes"],
 )

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from torch import nn
 
@@ -28,7 +29,8 @@ from sft.recipe import Recipe
 
 
 def check_writable(folder: Path) -> None:
-    """Whether a run can be written there. Nothing is made.
+    """Whether a run can be written there, by a file without a name: nothing stays. To root all permissions are given,
+    and yet /proc takes no file.
 
     Raises:
         UserError: it cannot.
@@ -36,8 +38,10 @@ def check_writable(folder: Path) -> None:
     place = existing(folder)
     if not place.is_dir():
         raise UserError(f"output_dir {folder}: {place} is a file; choose another output_dir")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir {folder}: {place} cannot be written to; choose another output_dir")
+    try:
+        TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: {place} cannot be written to; choose another output_dir") from error
 
 
 @dataclass(frozen=True, kw_only=True)

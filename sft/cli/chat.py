@@ -45,7 +45,7 @@ def run(
 
 def _opened(file: str) -> ImageRef:
     """An image that was named on the command line: it may stand anywhere, but must be one."""
-    from sft.images import open_image
+    from sft.images import DOES_NOT_DECODE, READ, open_image
     from sft.sample import SkipSample
 
     if "://" in file:
@@ -53,5 +53,6 @@ def _opened(file: str) -> ImageRef:
     try:
         open_image(Path(file))
     except SkipSample as skip:
-        raise UserError(f"{file}: {skip.reason}; expected a JPEG, PNG, WEBP, GIF or BMP image") from skip
+        expected = f"; expected a {READ} image" if skip.reason == DOES_NOT_DECODE else ""
+        raise UserError(f"{file}: {skip.reason}{expected}") from skip
     return ImageRef(source=Path(file))

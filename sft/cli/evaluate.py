@@ -164,6 +164,11 @@ def _settings(settings: EvaluationConfig, of_this_benchmark: bool, given: dict[s
     settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
     if settings.benchmark is None:
         raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none)")
+    if settings.benchmark.endswith(".jsonl"):
+        raise UserError(
+            f"{settings.benchmark}: evaluate asks multiple-choice questions, of a TSV of MMBench layout; short answers "
+            f"choose among the checkpoints of a run: idefics-sft select RUN --benchmark {settings.benchmark}"
+        )
     if given["support"] and not settings.shots:
         raise UserError("--support is where shots come from; give --shots K too")
     check_protocol(settings.protocol, settings.ranks)

@@ -38,7 +38,7 @@ def run(
     from sft.models import get_family
     from sft.preparation import open_prepared
 
-    sources, template = open_prepared(found)
+    sources, template = open_prepared(found, [recipe, *(overrides or ())])
     family = get_family(found.model.family)
     image_size = family.image_size(family.load_config(base_path(found)))
     description = inspect_pack(found, sources, template, image_size=image_size, number=pack, source=source)

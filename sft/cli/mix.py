@@ -46,7 +46,7 @@ def run(
     from sft.mix import mix
 
     wanted = steps or found.training.max_steps
-    sources = _stated(found) if sizes else _prepared(found)
+    sources = _stated(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
     with progress("planning", wanted, console(to_stderr=True)) as update:
         report = mix(found, sources, wanted, update)
     if json:
@@ -61,10 +61,10 @@ def _stated(recipe: Any) -> Sequence[Any]:
     return stated_sources(recipe.data)
 
 
-def _prepared(recipe: Any) -> Sequence[Any]:
+def _prepared(recipe: Any, arguments: Sequence[str]) -> Sequence[Any]:
     from sft.preparation import open_prepared
 
-    return open_prepared(recipe)[0].sources
+    return open_prepared(recipe, arguments)[0].sources
 
 
 # ------------------------------------------------------------------------------------------------------- tables

@@ -119,7 +119,7 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Sessi
 
     def held_out() -> Any:
         template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))
-        return open_sources(recipe, template).held_out(), template
+        return open_sources(recipe, template, [recipe.output_dir]).held_out(), template
 
     return Session(
         recipe,

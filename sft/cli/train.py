@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,7 @@ def run(
     from sft.naming import find_recipe
 
     found = find_recipe(recipe, overrides or ())
+    named = [recipe, *(overrides or ())]
     if dry_run:
         if nproc > 1 or launched_as().of > 1:
             raise UserError("--dry-run measures one process; leave --nproc and launchers out")
@@ -68,27 +70,32 @@ def run(
         _prepare_for(nproc, found, console(to_stderr=json))
         options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
         options += ["--quiet"] * is_quiet()
-        sys.exit(launch(nproc, ["train", recipe, *(overrides or ()), *options]))
+        sys.exit(launch(nproc, ["train", *named, *options]))
     with redirect_stdout(sys.stderr) if json else nullcontext(), joined() as rank:  # DeepSpeed prints
         out = notes(to_stderr=json)
         out.quiet |= not rank.is_main
-        status = train(found, out, resume=resume, allow_changed=allow_changed, rank=rank)
+        status = train(found, out, resume=resume, allow_changed=allow_changed, rank=rank, named=named)
     if not rank.is_main:
         return
     out = console(to_stderr=json)
     if json:
         print_json({"output_dir": found.output_dir} | vars(status))
     if status.status == "stopped":
-        arguments = shlex.join([recipe, *(overrides or ()), *(["--nproc", str(rank.of)] if rank.of > 1 else [])])
+        arguments = shlex.join([*named, *(["--nproc", str(rank.of)] if rank.of > 1 else [])])
         out.print(f"Go on with: idefics-sft train {arguments}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if not json:
-        command = "select" if found.evaluation.benchmark or found.data.validation else "chat"
+        command = "select" if _can_choose(found) else "chat"
         why = f" ({status.why})" if status.step < status.max_steps and status.why else ""
         out.print(
             f"{found.output_dir}: {status.status} at step {status.step}{why}. "
             f"Next: idefics-sft {command} {found.output_dir}"
         )
+
+
+def _can_choose(recipe: Any) -> bool:
+    """Whether there is something to select a checkpoint by: a benchmark, or a loss on what is held out."""
+    return bool(recipe.evaluation.benchmark) or (Path(recipe.output_dir) / "before.json").is_file()
 
 
 def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
@@ -123,10 +130,18 @@ def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
     out.print(f"nothing was written to {recipe.output_dir}")
 
 
-def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: bool = False, rank: Rank = ALONE) -> Any:
+def train(
+    recipe: Any,
+    out: Console,
+    *,
+    resume: str = "auto",
+    allow_changed: bool = False,
+    rank: Rank = ALONE,
+    named: Sequence[str] = (),
+) -> Any:
     """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
 
-    One of several processes, `rank` of them, prepares nothing: all would.
+    One of several processes, `rank` of them, prepares nothing: all would. `named` names the recipe on the command line.
 
     Raises:
         UserError: a run of another recipe is in the folder, or the checkpoint to go on from is not whole.
@@ -141,7 +156,7 @@ def train(recipe: Any, out: Console, *, resume: str = "auto", allow_changed: boo
 
     _check_before_preparing(recipe)
     if rank.of > 1:
-        sources, _ = open_prepared(recipe)
+        sources, _ = open_prepared(recipe, named)
     else:
         with preparation(out) as update:
             sources = prepare(recipe, update)

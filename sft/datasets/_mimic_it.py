@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.errors import UserError
-from sft.images import MAX_BYTES, base64_image
+from sft.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
 from sft.sample import ImageRef, Message, SkipSample
 from sft.sources import Row, batch_rows, index_base64_object, read_json_items, read_parquet, read_place, require_file
 
@@ -99,7 +99,7 @@ def _image(source: object, detail: str) -> ImageRef:
         raise SkipSample("image not in the data", detail=detail)
     if isinstance(source, Place):
         if source.length > MAX_BYTES * 4 // 3 + 4:
-            raise SkipSample("image too many bytes", detail=detail)
+            raise SkipSample(TOO_MANY_BYTES, detail=detail)
         return base64_image(read_place(source.file, source[1:]))
     if not isinstance(source, dict):
         return base64_image(source)

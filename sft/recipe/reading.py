@@ -39,7 +39,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: {_not_yaml(error)}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
+        found = "an empty file" if values is None else _in_words(values)
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {found}")
     changed = deepcopy(values)
     for override in overrides:
         _apply(changed, override)
@@ -126,10 +127,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Its problems, without lists that are too short only since an item of theirs is wrong."""
+    """Its problems, without lists that are too short only since something in them is wrong, and keys that are missing
+    only since they are misspelt."""
     problems = error.errors()
-    inside = {problem["loc"][:-1] for problem in problems}
-    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside]
+    around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+
+    def follows(kind: str, location: Location) -> bool:
+        if kind == "missing":
+            return any(repr(location[-1]) in _hint(other) for other in unknown if other[:-1] == location[:-1])
+        return kind == "too_short" and location in around
+
+    return [problem for problem in problems if not follows(problem["type"], problem["loc"])]
 
 
 def _explained(values: Any) -> list[tuple[str, Location]]:
@@ -146,12 +155,55 @@ def _explain(problem: Any) -> str:
     location = problem["loc"]
     name = ".".join(str(part) for part in location if part != "[key]")
     if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key{nearest(str(location[-1]), _fields_at(location[:-1]))}"
+        return f"{name}: unknown key{_hint(location)}"
     if problem["type"] == "missing":
         return f"{name}: this key is required"
+    if problem["type"] in _EXPECTED:
+        of_what = _of_what(location) if problem["type"] == "tuple_type" else ""
+        return f"{name}: expected {_EXPECTED[problem['type']]}{of_what}, found {_in_words(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_in_words(problem['input'])}"
     return f"{name + ': ' if name else ''}{message}{found}"
+
+
+_EXPECTED = {
+    "tuple_type": "a list",
+    "too_short": "one entry or more",
+    "too_long": "fewer entries",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of keys"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "text",
+}
+"""What would be right, by pydantic's name of a problem, where its message has Python's words."""
+
+
+def _in_words(value: Any) -> str:
+    """What a YAML value is, without Python's words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping of keys"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str | int | float) else str(value)
+
+
+def _of_what(location: Location) -> str:
+    """` of sources` for the list of them."""
+    field = _part_at(location[:-1]).model_fields.get(str(location[-1]))
+    entry = next(iter(get_args(field.annotation)), None) if field else None
+    if isinstance(entry, type) and issubclass(entry, BaseModel):
+        return f" of {entry.__name__.removesuffix('Config').lower()}s"
+    return ""
+
+
+def _hint(location: Location) -> str:
+    """The known key that an unknown one may stand for."""
+    return nearest(str(location[-1]), _part_at(location[:-1]).model_fields)
 
 
 def _blamed(overrides: Sequence[str], told: str, location: Location) -> str:
@@ -191,13 +243,13 @@ def _line(node: yaml.Node | None, location: Location) -> int | None:
     return line
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Known keys of the part of the recipe at `location`."""
+def _part_at(location: Location) -> type[BaseModel]:
+    """The part of a recipe at `location`."""
     part: type[BaseModel] = Recipe
     for name in location:
         if name in part.model_fields:  # else the number of an entry, or a key of a mapping
             part = _part_of(part.model_fields[str(name)].annotation)
-    return list(part.model_fields)
+    return part
 
 
 def _part_of(annotation: Any) -> type[BaseModel]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from sft.chat_template import ChatTemplate
-from sft.checkpoint import checkpoints, incomplete_checkpoints, is_complete, step_of
+from sft.checkpoint import checkpoints, incomplete_checkpoints, is_complete, problem_of_weights, step_of
 from sft.errors import RunError, UserError
 from sft.evaluation.processes import from_main, is_main_process, together
 from sft.inference import Load, loaded_in_turn
@@ -55,28 +55,29 @@ class Session:
         self.recipe = recipe
         self.run_dir = Path(recipe.output_dir)
         self.failed: dict[str, str] = {}
-        """Checkpoints whose evaluation failed, and why."""
+        """Checkpoints that could not be evaluated, and why."""
         self._first_error: Exception | None = None
         self._held_out = held_out
         self._say = say
         self._progress = progress
         self._chosen_on: ChosenOn = chosen_on
+        self._known_sound: set[str] = set()
         self._asked: dict[str, set[str]] = {}
         self._questionnaire: Questionnaire | None = None
 
     def select(self) -> Selection:
         """Ask every checkpoint, choose, and write selection.json and the plot.
 
-        A checkpoint whose evaluation fails is told of and left out; `check_all_asked` tells afterwards.
+        A checkpoint that is damaged or whose evaluation fails is told of and left out; `check_all_asked` tells
+        afterwards.
 
         Raises:
             UserError: there is nothing to choose from or by.
-            Exception: all evaluations failed; this is why the first did.
+            Exception: none could be evaluated; this is why the first could not.
         """
-        paths = from_main(lambda: run_checkpoints(self.run_dir))
-        for path in incomplete_checkpoints(self.run_dir / "checkpoints"):
-            self._say(f"{path.name}: files of its weights are missing or cut off; it is neither asked nor selected")
+        present = from_main(lambda: run_checkpoints(self.run_dir))
         with self._held():
+            paths = self._sound(present)
             if losses := from_main(lambda: self._recorded_losses(paths)):
                 return from_main(lambda: self._choose_by_recorded(losses, paths))
             if not self._ask_these(paths):
@@ -103,7 +104,7 @@ class Session:
         """
         with self._held():
             present = from_main(lambda: run_checkpoints(self.run_dir))
-            paths = [path for path in present if step_of(path) % every_steps == 0]
+            paths = self._sound([path for path in present if step_of(path) % every_steps == 0])
             if losses := from_main(lambda: self._recorded_losses(paths)):
                 every = {step: loss for step, loss in losses.items() if step % every_steps == 0}
                 selection = from_main(lambda: self._choose_by_recorded(every, paths))
@@ -135,7 +136,7 @@ class Session:
         with self._held():
             while True:
                 status, present = from_main(self._status_and_checkpoints)
-                if self._ask_these(present):
+                if self._ask_these(self._sound(present)):
                     yield from_main(self._choose)
                 if status and status.status in ENDED:
                     why = f": {status.why}" if status.why else ""
@@ -151,7 +152,7 @@ class Session:
     def check_all_asked(self) -> None:
         """
         Raises:
-            RunError: an evaluation failed.
+            RunError: a checkpoint could not be evaluated.
         """
         if self.failed:
             named = "; ".join(f"{name} ({reason})" for name, reason in self.failed.items())
@@ -160,6 +161,23 @@ class Session:
     def _status_and_checkpoints(self) -> tuple[RunStatus | None, list[Path]]:
         """In this order: the last checkpoint is written before the run is said to have ended."""
         return RunStatus.read(self.run_dir), checkpoints(self.run_dir / "checkpoints")
+
+    def _sound(self, present: list[Path]) -> list[Path]:
+        """Those whose weights are as they were written. Of others, and of incomplete ones, it is told once; they are
+        left out."""
+
+        def problems() -> dict[Path, str]:
+            paths = [*incomplete_checkpoints(self.run_dir / "checkpoints"), *present]
+            new = [path for path in paths if path.name not in self._known_sound | self.failed.keys()]
+            return {path: problem for path in new if (problem := problem_of_weights(path))}
+
+        for path, problem in from_main(problems).items():
+            self._first_error = self._first_error or RunError(f"{path}: {problem}")
+            self.failed[path.name] = problem
+            self._say(f"{path.name}: it is left out: {problem}")
+        sound = [path for path in present if path.name not in self.failed]
+        self._known_sound |= {path.name for path in sound}
+        return sound
 
     def _ask_these(self, present: list[Path]) -> bool:
         """Ask those that were not asked; whether there is something new to choose from.
@@ -213,12 +231,13 @@ class Session:
     def _recorded_losses(self, paths: list[Path]) -> dict[int, float]:
         """What training wrote down, where that is enough: for the rule `best`, and every checkpoint has it."""
         settings = self.recipe.evaluation
-        if scored_by(settings) != "loss" or settings.rule != "best":
+        if not paths or scored_by(settings) != "loss" or settings.rule != "best":
             return {}
         losses, steps = recorded_losses(self.run_dir), [step_of(path) for path in paths]
         if not all(step in losses for step in steps):
             return {}
-        return {step: loss for step, loss in losses.items() if step in steps or step < max(steps)}
+        left_out = {step_of(Path(name)) for name in self.failed}
+        return {step: loss for step, loss in losses.items() if step <= max(steps) and step not in left_out}
 
     def _choose_by_recorded(self, losses: dict[int, float], paths: list[Path]) -> Selection:
         return self._write_and_prune(choose_by_recorded_loss(losses, {path.name for path in paths}))
@@ -233,7 +252,7 @@ class Session:
             What an interrupted run has left beyond that is of weights that are no more."""
             if checkpoint in present:
                 return checkpoint in self._asked
-            return step_of(Path(checkpoint)) < max(present.values())
+            return checkpoint not in self.failed and step_of(Path(checkpoint)) < max(present.values())
 
         outcomes = read_outcomes(
             self.run_dir,

@@ -92,16 +92,19 @@ def prepare_store(
     asked: dict[str, Any],
     settings: Settings,
     on_progress: Progress = lambda records, share: None,
+    called: str | None = None,
 ) -> Store:
     """Make the store of a dataset, or open the finished one that was made of the same files in the same way.
 
     `asked` is what the user asked for and is written into the manifest. The store has one writer: the caller locks.
+    `called` is what messages about its records call the dataset; left out, by the name of its store.
 
     Raises:
         UserError: the store there was made by another version of the adapter or of this code, or is damaged; or
-            something else is there.
-        RunError: more than `max_skip_share` of the records are bad, no sample is left, or a raw file was changed.
+            something else is there; or more than `max_skip_share` of the records are bad, or no sample is left.
+        RunError: a raw file was changed while it was read.
     """
+    called = called or path.name
     files, all_files = raw.files(), raw.all_files()
     wanted = {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked} | {
         key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")
@@ -110,7 +113,7 @@ def prepare_store(
         store = Store(path)
         _check_adapter(store, raw)
         if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files):
-            _check_share(Counts.from_json(store.manifest), path, path / "skips.jsonl", settings.max_skip_share)
+            _check_share(Counts.from_json(store.manifest), called, path / "skips.jsonl", settings.max_skip_share)
             _clean_up(path)
             return store
     _check_ours(path)
@@ -126,7 +129,7 @@ def prepare_store(
     counts = early or Counts()
     for piece in [] if early else finished:
         counts.add(read_piece(piece)[0])
-    _check_counts(counts, path, pieces, settings.max_skip_share)
+    _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
     entries = [
         stamp | {"xxh3": hash_file(file) if file.is_file() else None}
         for file, stamp in zip(all_files, stamps, strict=True)
@@ -333,26 +336,25 @@ def _is_whole(finished: dict[int, tuple[Counts, bool]]) -> bool:
     return bool(finished) and len(finished) == max(finished) + 1 and finished[max(finished)][1]
 
 
-def _check_counts(counts: Counts, path: Path, pieces: Path, max_skip_share: float) -> None:
+def _check_counts(counts: Counts, called: str, listed: Path, pieces: Path, max_skip_share: float) -> None:
     """Stop when too much is bad, or nothing is left. The list of skips stays; so do the pieces, see `_open_staging`."""
     if counts.samples and counts.skip_share <= max_skip_share:
         return
-    listed = _skips_of_failure(path)
     with listed.open("wb") as file:
         for piece in _piece_folders(pieces):
             file.write((piece / "skips.jsonl").read_bytes())
     (pieces / _FAILED).write_text(json.dumps(max_skip_share))
-    _check_share(counts, path, listed, max_skip_share)
+    _check_share(counts, called, listed, max_skip_share)
     discard(pieces)
-    raise RunError(
-        f"{path.name}: none of {counts.records:,} records is left: {_table(counts.filtered + counts.skipped, counts)}"
+    raise UserError(
+        f"{called}: none of {counts.records:,} records is left: {_table(counts.filtered + counts.skipped, counts)}"
     )
 
 
-def _check_share(counts: Counts, path: Path, listed: Path, max_skip_share: float) -> None:
+def _check_share(counts: Counts, called: str, listed: Path, max_skip_share: float) -> None:
     if counts.skip_share > max_skip_share:
-        raise RunError(
-            f"{path.name}: {counts.skip_share:.1%} of {counts.records:,} records bad (allowed: {max_skip_share:.1%}): "
+        raise UserError(
+            f"{called}: {counts.skip_share:.1%} of {counts.records:,} records bad (allowed: {max_skip_share:.1%}): "
             f"{_table(counts.skipped, counts)}; all of them: {listed}"
         )
 
