@@ -313,7 +313,7 @@ def test_torchrun_starts_the_same_and_one_line_says_what_is_wrong(recipe, tmp_pa
     done = sft("train", recipe, f"data.store={tmp_path}", f"output_dir={tmp_path / 'run'}", launcher=torchrun)
     ours = [line for line in done.stderr.splitlines() if line.startswith("idefics-sft: ")]
     assert len(ours) == 1, done.stderr
-    assert "run `idefics-sft prepare` first" in ours[0]
+    assert f"run `idefics-sft prepare {recipe} data.store=" in ours[0]
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run" / "run.json").exists()
 
