@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.checkpoint import broken_files, checkpoint_name, checkpoints, incomplete_checkpoints, is_complete
+from sft.checkpoint import checkpoint_name, checkpoints, incomplete_checkpoints, problem_of_weights
 from sft.errors import UserError
 from sft.recipe import Recipe, load_recipe
 from sft.shipped import PREFIX, is_local, recipe_path, resolve
@@ -110,11 +110,10 @@ def _sound(checkpoint: Path, name: str) -> Path:
     Raises:
         UserError: it is not there, or a file of it has changed.
     """
-    if not is_complete(checkpoint):
+    if not checkpoint.is_dir():
         raise UserError(f"{name}: no complete checkpoint {checkpoint}")
-    broken = broken_files(checkpoint)
-    if broken:
-        raise UserError(f"{checkpoint}: {', '.join(broken)} changed since it was written; choose another checkpoint")
+    if problem := problem_of_weights(checkpoint):
+        raise UserError(f"{checkpoint}: {problem}; choose another checkpoint")
     return checkpoint
 
 

@@ -127,6 +127,7 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
         ),
         ("model.lora=[3]", "model.lora: expected a mapping of keys, found a list"),
         ("training.max_steps=", "training.max_steps: expected a whole number, found nothing"),
+        ("training.max_steps=true", "training.max_steps: expected a number, found true"),
         ("training.betas=[0.9, 0.9, 0.9]", "training.betas: expected fewer entries, found a list"),
         ("output_dir=2026-01-01", "output_dir: expected text, found 2026-01-01"),
     ],

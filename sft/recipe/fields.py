@@ -7,16 +7,26 @@ import json
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sft.sample import Policy, TrainOn
 
 BUILT_BENCHMARKS = ("easy_vqa",)
 """Benchmarks that are made here rather than downloaded: modules of sft/evaluation/ with `write_benchmark`."""
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0)]
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Pydantic takes `true` for 1."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+Number = BeforeValidator(_no_truth_value)
+Positive = Annotated[int, Number, Field(gt=0)]
+Share = Annotated[float, Number, Field(gt=0)]
+Beta = Annotated[float, Number, Field(ge=0, lt=1)]
+Seed = Annotated[int, Number, Field(ge=0)]
 Rank = Literal["letter", "text", "generate"]
 Group = Literal[
     "vision",  # the image encoder
@@ -37,8 +47,8 @@ LoraTarget = Literal[
     "cross_attention", "cross_attention.attention", "cross_attention.mlp",
 ]  # fmt: skip
 """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
-Rate = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Number, Field(gt=0)]
+Decay = Annotated[float, Number, Field(ge=0)]
 Engine = Literal[
     "auto",  # zero3 where model.mode is full and there are several processes, else ddp
     "ddp",  # the whole model in each process
