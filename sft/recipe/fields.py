@@ -23,10 +23,10 @@ def _no_truth_value(value: Any) -> Any:
 
 
 Number = BeforeValidator(_no_truth_value)
-Positive = Annotated[int, Number, Field(gt=0)]
-Share = Annotated[float, Number, Field(gt=0)]
-Beta = Annotated[float, Number, Field(ge=0, lt=1)]
-Seed = Annotated[int, Number, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0), Number]
+Share = Annotated[float, Field(gt=0), Number]
+Beta = Annotated[float, Field(ge=0, lt=1), Number]
+Seed = Annotated[int, Field(ge=0), Number]
 Rank = Literal["letter", "text", "generate"]
 Group = Literal[
     "vision",  # the image encoder
@@ -47,8 +47,8 @@ LoraTarget = Literal[
     "cross_attention", "cross_attention.attention", "cross_attention.mlp",
 ]  # fmt: skip
 """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
-Rate = Annotated[float, Number, Field(gt=0)]
-Decay = Annotated[float, Number, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0), Number]
+Decay = Annotated[float, Field(ge=0), Number]
 Engine = Literal[
     "auto",  # zero3 where model.mode is full and there are several processes, else ddp
     "ddp",  # the whole model in each process
