@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import status_of
+from PIL import Image
 from test_trainer import DATA, write_recipe
 
 from sft.checkpoint import checkpoint_name, write_folder
@@ -239,6 +240,11 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, refusal):
 def test_what_chat_is_given_wrong_is_told_before_a_model_is_loaded(tmp_path, refusal):
     (tmp_path / "config.json").write_text("{}")
     assert "nope.png: image file missing" in refusal("chat", tmp_path, "--image", "nope.png")
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    (tmp_path / "photos").mkdir()
+    kept = refusal("chat", tmp_path, "--allow-dir", str(tmp_path / "photos"), "--image", str(outside))
+    assert f"{outside}: not in {tmp_path / 'photos'}" in kept
     assert "--allow-dir: nope is not a folder" in refusal("chat", tmp_path, "--allow-dir", "nope")
 
 

@@ -17,7 +17,10 @@ EXAMPLES = ("chat runs/my-data --image photo.png",)
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN or RUN@STEP.")],
     image: Annotated[str | None, typer.Option(help="An image to show with the first message.")] = None,
-    allow_dir: Annotated[Path, typer.Option(help="Images are read from this folder only.")] = Path("."),
+    allow_dir: Annotated[
+        Path | None,
+        typer.Option(help="Images are read from this folder only; left out, /image from the current one."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
 ) -> None:
@@ -25,9 +28,9 @@ def run(
     from sft.naming import find_model
 
     path = find_model(model)
-    shown = _opened(image) if image is not None else None
-    if not allow_dir.is_dir():
+    if allow_dir is not None and not allow_dir.is_dir():
         raise UserError(f"--allow-dir: {allow_dir} is not a folder")
+    shown = _opened(image, allow_dir) if image is not None else None
     quiet_libraries()
     from sft.chat import Conversation, Repl, responder
     from sft.inference import load_for_inference
@@ -37,19 +40,21 @@ def run(
     console().print(f"model: {path}")
     loaded = load_for_inference(path, load_in_4bit=load_4bit)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
-    repl = Repl(Conversation(respond, folder=allow_dir), sys.stdin, sys.stdout)
+    repl = Repl(Conversation(respond, folder=allow_dir or Path()), sys.stdin, sys.stdout)
     if shown is not None:
         repl.show(shown)
     repl.run()
 
 
-def _opened(file: str) -> ImageRef:
-    """An image that was named on the command line: it may stand anywhere, but must be one."""
+def _opened(file: str, allow_dir: Path | None) -> ImageRef:
+    """An image that was named on the command line: it may stand anywhere, or in `allow_dir` alone, but must be one."""
     from sft.images import DOES_NOT_DECODE, READ, open_image
     from sft.sample import SkipSample
 
     if "://" in file:
         raise UserError(f"{file}: addresses are not fetched; save the image and give its file name")
+    if allow_dir is not None and not Path(file).resolve().is_relative_to(allow_dir.resolve()):
+        raise UserError(f"{file}: not in {allow_dir}, and --allow-dir keeps to that folder")
     try:
         open_image(Path(file))
     except SkipSample as skip:
