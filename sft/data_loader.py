@@ -8,6 +8,8 @@ workers, whose batches come in the order of their plans.
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import starmap
@@ -151,6 +153,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
                 num_workers=data.num_workers,
                 timeout=data.worker_timeout,
                 multiprocessing_context="spawn",  # forking a process that has threads can hang
+                worker_init_fn=_end_plainly,
                 generator=torch.Generator(),  # its own: a worker more or less changes no random number of training
             )
             try:
@@ -196,6 +199,12 @@ def _what_happened(error: Exception, notes: Path, timeout: int) -> str:
 
 def _named(samples: Sequence[str]) -> str:
     return ", ".join([*dict.fromkeys(samples)][:NUM_NAMED])
+
+
+def _end_plainly(worker: int) -> None:
+    """A worker that is done ends when Python's queues are closed. What C++ libraries would clean up then aborts it now
+    and then ("terminate called without an active exception"), and torch takes that for a worker that died."""
+    atexit.register(os._exit, 0)
 
 
 _NUMBERS = ("input_ids_T", "labels_T", "position_ids_T", "segment_ids_T", "image_ids_T", "source_ids_T")
