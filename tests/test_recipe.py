@@ -370,5 +370,8 @@ def test_shipped_files_have_names(tmp_path, monkeypatch):
     assert resolve("somewhere/else") == Path("somewhere/else")
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         recipe_path("quickstrat")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^empty: a folder without recipe\.yaml, so no run; give the folder that"):
+        recipe_path("empty")
     with pytest.raises(UserError, match="no such file is shipped"):
         resolve("shipped:tiny_bass")
