@@ -96,6 +96,9 @@ def test_records_that_are_bad_are_a_mistake_of_the_source_and_path_that_are_name
 def test_validate_names_the_next_command(recipe, capsys):
     assert status_of("validate", recipe) == 0
     assert capsys.readouterr().out == f"{recipe}: valid, 2 sources, 4 steps. Next: idefics-sft prepare {recipe}\n"
+    one = "data.mixture=[{name: all, share: 1.0, datasets: [{dataset: messages, path: x}]}]"
+    assert status_of("validate", recipe, "--no-paths", one, "training.max_steps=1") == 0
+    assert ": valid, 1 source, 1 step. Next: " in capsys.readouterr().out
     assert status_of("validate", recipe, "--json", "data.mixture.1.datasets.0.path=nowhere", "--no-paths") == 0
     assert json.loads(capsys.readouterr().out) == {
         "valid": True,
