@@ -54,9 +54,15 @@ def recipe_path(name: str) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 
     Raises:
-        UserError: neither a file nor a shipped recipe.
+        UserError: neither a file nor a shipped recipe; a folder, which is no recipe.
     """
-    return Path(name) if Path(name).is_file() else shipped_recipe(name)
+    path = Path(name)
+    if path.is_dir() and name not in ("", *shipped_recipes()):
+        raise UserError(
+            f"{name}: a folder without recipe.yaml, so no run; "
+            "give the folder that `idefics-sft train` wrote, or a recipe file"
+        )
+    return path if path.is_file() else shipped_recipe(name)
 
 
 def shipped_recipe(name: str) -> Path:

@@ -97,6 +97,9 @@ def test_records_that_are_bad_are_a_mistake_of_the_source_and_path_that_are_name
 def test_validate_names_the_next_command(recipe, capsys):
     assert status_of("validate", recipe) == 0
     assert capsys.readouterr().out == f"{recipe}: valid, 2 sources, 4 steps. Next: idefics-sft prepare {recipe}\n"
+    one = "data.mixture=[{name: all, share: 1.0, datasets: [{dataset: messages, path: x}]}]"
+    assert status_of("validate", recipe, "--no-paths", one, "training.max_steps=1") == 0
+    assert ": valid, 1 source, 1 step. Next: " in capsys.readouterr().out
     assert status_of("validate", recipe, "--json", "data.mixture.1.datasets.0.path=nowhere", "--no-paths") == 0
     assert json.loads(capsys.readouterr().out) == {
         "valid": True,
@@ -475,6 +478,8 @@ def test_the_shell_completes_recipes_keys_and_choices(recipe):
     assert completed("train m") == ["my-data", "my_data/"]
     assert completed("train to") == ["toy.yaml"]
     assert completed("train my-data training.max_s") == ["training.max_steps="]
+    assert completed("train my-data training.max_steps=") == []
+    assert completed("train my-data model.mode=q") == ["model.mode=qlora"]
     assert completed("plan my-data --gpu t") == ["t4-16"]
 
 
@@ -485,14 +490,32 @@ def test_bash_completes_by_the_script_that_is_shown(tmp_path):
     script = """
         source <(idefics-sft --show-completion bash)
         set -- $(complete -p idefics-sft)          # complete -o default -F FUNCTION idefics-sft
-        for words in "idefics-sft tra" "idefics-sft recipes show capt"; do
-            COMP_WORDS=($words) COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
-            $5 idefics-sft
+        compopt() { printf '%s ' "$@"; }
+        FUNCTION=$5
+        press_tab() {                              # bash parts words at = too
+            COMP_LINE=$1 COMP_POINT=${#1} COMP_WORDS=(${1//=/ = })
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+            $FUNCTION idefics-sft "${COMP_WORDS[COMP_CWORD]#=}"
             echo "${COMPREPLY[*]}"
-        done"""
+        }
+        press_tab "idefics-sft tra"
+        press_tab "idefics-sft recipes show capt"
+        press_tab "idefics-sft train quickstart training.max_s"
+        press_tab "idefics-sft train quickstart training.max_steps="
+        press_tab "idefics-sft train quickstart training.max_steps=1 model.mode="
+        press_tab "idefics-sft train quickstart model.mode=lo"
+    """
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
-    assert shell.stdout.split("\n") == ["train", "caption", ""], shell.stderr
+    assert shell.stdout.split("\n") == [
+        "train",
+        "caption",
+        "-o nospace training.max_steps=",
+        "",
+        "full lora qlora",
+        "lora",
+        "",
+    ], shell.stderr
 
 
 def test_help_starts_without_torch():

@@ -67,6 +67,12 @@ def test_what_is_left_out_has_its_default(tmp_path):
         ("      share: 0.25", "      share: 0.25\n      shares: 1", "shares: unknown key; did you mean 'share'?"),
         ("          path: dogs", "          paths: dogs", "toy.yaml:13: data.mixture.1.datasets.0.paths: unknown key"),
         ("  path: toy", "  path: toy\n  wheels: 4", "toy.yaml:3: model.wheels: unknown key"),
+        ("output_dir: run", "output_dir: run\nclip: 1", "clip: unknown key; did you mean 'training.clip'?"),
+        (
+            "output_dir: run",
+            "output_dir: run\ntraining.clip: 1",
+            "training.clip: unknown key; in a file, 'clip' stands inside 'training'",
+        ),
     ],
 )
 def test_an_unknown_key_names_its_line_and_the_nearest_one(tmp_path, found, written, expected):
@@ -203,6 +209,8 @@ def test_overrides_are_dotted_and_read_as_yaml(tmp_path):
         ("data.mixture.2=fox", "there is no '2' to set"),
         ("training.max_steps.now=3", "there is no 'now' to set"),
         ("training.max_steps=[3", "not readable as YAML"),
+        ("max_step=3", "max_step: unknown key; did you mean 'training.max_steps'?"),
+        ("training.every_steps=3", "did you mean 'checkpoints.every_steps' or 'evaluation.every_steps'?"),
         ("training.max_stepz=3", "training.max_stepz: unknown key; did you mean 'max_steps'?"),
     ],
 )
@@ -362,5 +370,8 @@ def test_shipped_files_have_names(tmp_path, monkeypatch):
     assert resolve("somewhere/else") == Path("somewhere/else")
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         recipe_path("quickstrat")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^empty: a folder without recipe\.yaml, so no run; give the folder that"):
+        recipe_path("empty")
     with pytest.raises(UserError, match="no such file is shipped"):
         resolve("shipped:tiny_bass")

@@ -16,6 +16,7 @@ from sft.cli import (
     INTERRUPTED,
     STOPPED_LINE,
     chat,
+    completion,
     doctor,
     evaluate,
     export,
@@ -124,6 +125,8 @@ def _anywhere_first(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = _anywhere_first(sys.argv[1:] if arguments is None else arguments)
+    if {"--show-completion", "--install-completion"} & {argument.partition("=")[0] for argument in arguments}:
+        completion.use_our_bash_script()
     try:
         status = app(arguments, prog_name="idefics-sft", standalone_mode=False) or 0
         if status == INTERRUPTED:  # what typer makes of Ctrl-C, without a word

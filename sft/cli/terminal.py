@@ -45,9 +45,12 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def complete_override(incomplete: str) -> list[str]:
-    """Dotted keys of a recipe, for the shell."""
-    from sft.recipe.schema import dotted_keys
+    """Dotted keys of a recipe, and the values of those that have a few, for the shell."""
+    from sft.recipe.schema import choices_of, dotted_keys
 
+    key, equals, _ = incomplete.partition("=")
+    if equals:
+        return [found for value in choices_of(key) if (found := f"{key}={value}").startswith(incomplete)]
     return [f"{key}=" for key in dotted_keys() if key.startswith(incomplete)]
 
 

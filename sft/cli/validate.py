@@ -29,4 +29,6 @@ def run(
     if json:
         print_json({"valid": True, "sources": [source.name for source in found.data.mixture], "next": command})
     else:
-        print(f"{recipe}: valid, {len(found.data.mixture)} sources, {found.training.max_steps} steps. Next: {command}")
+        sources, steps = len(found.data.mixture), found.training.max_steps
+        counted = f"{sources} source{'s' * (sources != 1)}, {steps} step{'s' * (steps != 1)}"
+        print(f"{recipe}: valid, {counted}. Next: {command}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from sft.errors import UserError, nearest
 from sft.recipe.fields import Recipe
+from sft.recipe.schema import dotted_keys
 
 MAX_RECIPE_BYTES = 1024 * 1024
 
@@ -202,8 +204,28 @@ def _of_what(location: Location) -> str:
 
 
 def _hint(location: Location) -> str:
-    """The known key that an unknown one may stand for."""
-    return nearest(str(location[-1]), _part_at(location[:-1]).model_fields)
+    """The known key that an unknown one may stand for: of its own name in another part, else one of a near name."""
+    name = str(location[-1])
+    near = nearest(name, _part_at(location[:-1]).model_fields)
+    if len(location) > 2:  # deeper, names like `path` mean other things
+        return near
+    return _hint_undotted(name) or _hint_elsewhere(name, 1.0) or near or _hint_elsewhere(name, 0.8)
+
+
+def _hint_undotted(name: str) -> str:
+    """For `training.max_steps` as one key of a file."""
+    meant = get_close_matches(name, dotted_keys(), n=1) if "." in name else []
+    part, dot, last = meant[0].partition(".") if meant else ("", "", "")
+    return f"; in a file, {last!r} stands inside {part!r}" if dot else ""
+
+
+def _hint_elsewhere(name: str, likeness: float) -> str:
+    """For `max_steps` outside `training`."""
+    places: dict[str, list[str]] = {}
+    for key in dotted_keys():
+        places.setdefault(key.rpartition(".")[2], []).append(repr(key))
+    close = get_close_matches(name, places, n=1, cutoff=likeness)
+    return f"; did you mean {' or '.join(places[close[0]])}?" if close else ""
 
 
 def _blamed(overrides: Sequence[str], told: str, location: Location) -> str:

@@ -11,7 +11,8 @@ read that line, by yaml-language-server.
 from __future__ import annotations
 
 import json
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -44,6 +45,26 @@ def dotted_keys() -> list[str]:
         inside = part.model_fields if isinstance(part, type) and issubclass(part, BaseModel) else {}
         found += [f"{name}.{key}" for key in inside] or [name]
     return found
+
+
+def choices_of(key: str) -> list[str]:
+    """The values that a dotted key can have, if they are a few: those of `model.mode`, or true and false."""
+    part: Any = Recipe
+    for name in key.split("."):
+        fields = part.model_fields if isinstance(part, type) and issubclass(part, BaseModel) else {}
+        part = fields[name].annotation if name in fields else None
+    return [value for kind in (get_args(part) if _is_union(part) else (part,)) for value in _values(kind)]
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def _values(kind: Any) -> list[str]:
+    """Those of one type, as a recipe writes them."""
+    if kind is bool:
+        return ["true", "false"]
+    return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _on_one_line(value: Any) -> Any:
