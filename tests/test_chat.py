@@ -123,6 +123,19 @@ def test_an_image_can_be_shown_before_the_first_line(folder):
     ]
 
 
+def test_several_images_are_shown_in_their_order(folder):
+    Image.new("RGB", (8, 8), "green").save(folder / "green.png")
+    seen = []
+
+    def looks(messages, on_text):
+        seen.append(messages[-1].content)
+        return "seen"
+
+    typed(folder, "/image green.png", "/image red shape.png", "Which?", "And now?", respond=looks)
+    green, red = ((folder / name).read_bytes() for name in ("green.png", "red shape.png"))
+    assert seen == [(ImageRef(source=green), ImageRef(source=red), "Which?"), ("And now?",)]
+
+
 def test_no_answer_is_said(folder):
     assert typed(folder, "Hi", respond=lambda messages, on_text: "")[1] == "Assistant: (no answer)"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import status_of
+from PIL import Image
 from test_trainer import DATA, write_recipe
 
 from sft.checkpoint import checkpoint_name, write_folder
@@ -238,7 +239,10 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, refusal):
 
 def test_what_chat_is_given_wrong_is_told_before_a_model_is_loaded(tmp_path, refusal):
     (tmp_path / "config.json").write_text("{}")
-    assert "nope.png: image file missing" in refusal("chat", tmp_path, "--image", "nope.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for images in (["nope.png"], [tmp_path / "a.png", "nope.png"], ["nope.png", tmp_path / "a.png"]):
+        options = [part for image in images for part in ("--image", image)]
+        assert "nope.png: image file missing" in refusal("chat", tmp_path, *options)
     assert "--allow-dir: nope is not a folder" in refusal("chat", tmp_path, "--allow-dir", "nope")
 
 

@@ -16,7 +16,9 @@ EXAMPLES = ("chat runs/my-data --image photo.png",)
 
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN or RUN@STEP.")],
-    image: Annotated[str | None, typer.Option(help="An image to show with the first message.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="An image to show with the first message. May be repeated.")
+    ] = None,
     allow_dir: Annotated[Path, typer.Option(help="Images are read from this folder only.")] = Path("."),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
@@ -25,7 +27,7 @@ def run(
     from sft.naming import find_model
 
     path = find_model(model)
-    shown = _opened(image) if image is not None else None
+    shown = [_opened(file) for file in image or []]
     if not allow_dir.is_dir():
         raise UserError(f"--allow-dir: {allow_dir} is not a folder")
     quiet_libraries()
@@ -38,8 +40,8 @@ def run(
     loaded = load_for_inference(path, load_in_4bit=load_4bit)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
     repl = Repl(Conversation(respond, folder=allow_dir), sys.stdin, sys.stdout)
-    if shown is not None:
-        repl.show(shown)
+    for picture in shown:
+        repl.show(picture)
     repl.run()
 
 
