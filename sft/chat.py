@@ -83,7 +83,8 @@ class Conversation:
         """Read and check an image file, relative to the folder.
 
         Raises:
-            UserError: it is an address, lies outside the folder (links are followed), is missing or does not decode.
+            UserError: it is an address, lies outside the folder (links are followed), is missing, a folder itself or
+                does not decode.
         """
         if not str(name):
             raise UserError(f"/image: no file is named; expected one of {self.folder}, as in /image photo.png")
@@ -98,8 +99,13 @@ class Conversation:
             content = images.read_bytes(ImageRef(source=path))
             images.decode_rgb(content)
         except SkipSample as skip:
-            raise UserError(f"{name}: {skip.reason}") from skip
+            raise UserError(f"{name}: {self._told(skip, path)}") from skip
         return ImageRef(source=content)
+
+    def _told(self, skip: SkipSample, path: Path) -> str:
+        if skip.reason != images.MISSING:
+            return skip.reason
+        return "a folder; expected an image file in it" if path.is_dir() else f"{skip.reason}; looked in {self.folder}"
 
     def reset(self) -> None:
         """Forget everything that was said."""

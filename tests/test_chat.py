@@ -56,7 +56,8 @@ def test_an_image_stands_before_the_words_and_is_kept_as_it_was(folder):
         ("/etc/hostname", "outside .*inside that folder only"),
         ("link.png", "outside .*inside that folder only"),
         ("https://example.org/a.png", "addresses are not fetched"),
-        ("missing.png", "missing.png: image file missing"),
+        ("missing.png", "missing.png: image file missing; looked in .*inside$"),
+        (".", "a folder; expected an image file in it"),
         ("text.png", "text.png: image does not decode"),
     ],
 )
@@ -91,7 +92,7 @@ def test_a_wrong_line_is_answered_with_one_line_and_the_talk_goes_on(folder):
     assert [line for line in lines if line.startswith("Error")] == [
         "Error: /imagine: unknown command. /image FILE shows an image with your next message, "
         "/reset forgets the conversation, /quit ends.",
-        "Error: missing.png: image file missing",
+        f"Error: missing.png: image file missing; looked in {folder}",
     ]
     assert "Assistant: 1 turns, 0 images: Hi" in lines
 
