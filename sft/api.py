@@ -12,6 +12,7 @@ import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -78,7 +79,7 @@ class Model:
         self,
         conversation: Turns,
         *,
-        images: Sequence[str | Picture] = (),
+        images: str | Picture | Sequence[str | Picture] = (),
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
@@ -93,7 +94,7 @@ class Model:
         self,
         conversation: Any,
         *,
-        images: Sequence[str | Picture] = (),
+        images: str | Picture | Sequence[str | Picture] = (),
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
@@ -101,25 +102,26 @@ class Model:
         """The answer to a conversation, or to each of a list of them, in one batch.
 
         A message is `{"role": "user", "content": [{"type": "image", "image": "dog.jpg"}, {"type": "text", "text":
-        "What is it?"}]}`; `images` stand before the question where that is a `str`. Texts are never markup: what looks
-        like a special token in one is spelled out. `on_text` gets the answer as it is written.
+        "What is it?"}]}`; `images`, one or several, stand before the question where that is a `str`. Texts are never
+        markup: what looks like a special token in one is spelled out. `on_text` gets the answer as it is written.
 
         Raises:
             UserError: a message is not in this form, an image cannot be read or is an address, which nothing fetches,
                 or conversation and answer do not fit the model.
         """
-        is_batch = not isinstance(conversation, str) and bool(conversation) and _is_list(conversation[0])
-        if images and not isinstance(conversation, str):
+        is_batch = _is_list(conversation) and bool(conversation) and _is_list(conversation[0])
+        shown = _one_or_several(images)
+        if shown and not isinstance(conversation, str):
             raise UserError("images: they stand in the messages, unless the conversation is but a question")
         batch = conversation if is_batch else [conversation]
-        prompts = [prompt_of(self.loaded.template, _messages(turns, images)) for turns in batch]
+        prompts = [prompt_of(self.loaded.template, _messages(turns, shown)) for turns in batch]
         answers = self._write_on(prompts, max_new_tokens, settings, on_text)
         return answers if is_batch else answers[0]
 
     @overload
     def generate(
         self,
-        prompt: PromptItems,
+        prompt: PromptItems | Picture,
         *,
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
@@ -139,22 +141,25 @@ class Model:
     ) -> str | list[str]:
         """What the model goes on with after a prompt, or after each of a list of them, in one batch.
 
-        A prompt is a list of texts and images and is taken as it stands: for base models, and prompts of one's own
-        making. Special tokens in its texts are special; `chat` is for the texts of others.
+        A prompt is a list of texts and images, or one image, and is taken as it stands: for base models, and prompts of
+        one's own making. Special tokens in its texts are special; `chat` is for the texts of others.
 
         Raises:
-            UserError: a text is an address or holds an image marker, an image cannot be read, or prompt and new tokens
-                do not fit the model.
+            UserError: a prompt is no list, a text is an address or holds an image marker, an image cannot be read, or
+                prompt and new tokens do not fit the model.
         """
-        if isinstance(prompt, str):
-            raise UserError("prompt: expected a list of texts and images; for one text, a list of one")
-        is_batch = bool(prompt) and _is_list(prompt[0])
+        is_batch = _is_list(prompt) and bool(prompt) and _is_list(prompt[0])
         texts = self._write_on(
             [self._prompt(items) for items in (prompt if is_batch else [prompt])], max_new_tokens, settings, on_text
         )
         return texts if is_batch else texts[0]
 
-    def _prompt(self, items: PromptItems) -> Prompt:
+    def _prompt(self, items: PromptItems | Picture) -> Prompt:
+        if isinstance(items, Picture):
+            items = [items]
+        if not _is_list(items):
+            found = type(items).__name__
+            raise UserError(f"prompt: {found}; expected a list of texts and images; for one text, a list of one")
         parts = [_text(item) if isinstance(item, str) else _image(item) for item in items]
         encoded = self.loaded.family.encode_prompt(self.loaded.tokenizer, parts)
         return Prompt(encoded, tuple(part for part in parts if isinstance(part, ImageRef)))
@@ -167,8 +172,8 @@ class Model:
         on_text: Callable[[str], None] | None,
     ) -> list[str]:
         _check_settings(settings)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens: {max_new_tokens}; expected 1 or more")
+        if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {max_new_tokens!r}; expected a whole number, 1 or more")
         room = self.loaded.family.max_positions(self.loaded.model.config) - max_new_tokens
         for prompt in prompts:
             if (length := len(prompt.encoded.input_ids)) > room:
@@ -193,16 +198,27 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def _one_or_several(images: Any) -> list[Any]:
+    is_one = isinstance(images, str | bytes) or not isinstance(images, Iterable)
+    return [images] if is_one else list(images)
+
+
 def _messages(turns: Any, images: Iterable[str | Picture]) -> list[Message]:
     if isinstance(turns, str):
         return [Message(role="user", content=(*map(_image, images), turns))]
+    if not _is_list(turns):
+        raise UserError(f"conversation: {type(turns).__name__}; expected a question or a list of messages")
     messages = [turn if isinstance(turn, Message) else _message(turn) for turn in turns]
     if not messages or messages[-1].role != "user":
         raise UserError("conversation: the last message must be the user's, for the model to answer")
     return messages
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise UserError(
+            f'conversation: a message is a {type(turn).__name__}; expected {{"role": "user", "content": ...}}'
+        )
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise UserError(f"conversation: role {role!r}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")

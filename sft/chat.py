@@ -62,18 +62,16 @@ class Conversation:
         self.folder = (folder or Path.cwd()).resolve()
         self.messages: tuple[Message, ...] = ()
 
-    def say(self, text: str, image: str | Path | ImageRef | None = None, on_text: OnText | None = None) -> str:
-        """Say something, with an image before it if given, and return the model's answer; `on_text` gets it on the way.
+    def say(self, text: str, *shown: str | Path | ImageRef, on_text: OnText | None = None) -> str:
+        """Say something, with the images before it, and return the model's answer; `on_text` gets it on the way.
 
         What fails is not remembered: the conversation stays as it was.
 
         Raises:
             UserError: see `open_image` and `responder`.
         """
-        if image is not None and not isinstance(image, ImageRef):
-            image = self.open_image(image)
-        content: tuple[str | ImageRef, ...] = (text,) if image is None else (image, text)
-        messages = (*self.messages, Message(role="user", content=content))
+        opened = [image if isinstance(image, ImageRef) else self.open_image(image) for image in shown]
+        messages = (*self.messages, Message(role="user", content=(*opened, text)))
         try:
             answer = self.respond(messages, on_text)
         except SkipSample as skip:
@@ -85,7 +83,8 @@ class Conversation:
         """Read and check an image file, relative to the folder.
 
         Raises:
-            UserError: it is an address, lies outside the folder (links are followed), is missing or does not decode.
+            UserError: it is an address, lies outside the folder (links are followed), is missing, a folder itself or
+                does not decode.
         """
         if not str(name):
             raise UserError(f"/image: no file is named; expected one of {self.folder}, as in /image photo.png")
@@ -100,8 +99,13 @@ class Conversation:
             content = images.read_bytes(ImageRef(source=path))
             images.decode_rgb(content)
         except SkipSample as skip:
-            raise UserError(f"{name}: {skip.reason}") from skip
+            raise UserError(f"{name}: {self._told(skip, path)}") from skip
         return ImageRef(source=content)
+
+    def _told(self, skip: SkipSample, path: Path) -> str:
+        if skip.reason != images.MISSING:
+            return skip.reason
+        return "a folder; expected an image file in it" if path.is_dir() else f"{skip.reason}; looked in {self.folder}"
 
     def reset(self) -> None:
         """Forget everything that was said."""
@@ -115,7 +119,7 @@ class Repl:
         self.conversation = conversation
         self.lines = lines
         self.output = output
-        self._image: ImageRef | None = None  # waits for the next message
+        self._shown: list[ImageRef] = []  # wait for the next message
 
     def run(self) -> None:
         """Read and answer until `/quit` or the end of the input. What is wrong with a line is printed, not raised."""
@@ -128,8 +132,8 @@ class Repl:
                 self._print(f"Error: {error}")
 
     def show(self, image: ImageRef) -> None:
-        """Show an image with the next message."""
-        self._image = image
+        """Show an image with the next message, after those that wait for it."""
+        self._shown.append(image)
 
     def _read_line(self) -> str | None:
         """The next line; what was not typed at a terminal is echoed, so that a transcript can be read."""
@@ -150,7 +154,7 @@ class Repl:
         if command == "/quit":
             return False
         if command == "/reset":
-            self._image = None
+            self._shown.clear()
             self.conversation.reset()
         elif command == "/image":
             self.show(self.conversation.open_image(argument.strip()))
@@ -158,7 +162,7 @@ class Repl:
             raise UserError(f"{command}: unknown command. {HELP}")
         elif line:
             self._answer(line)
-            self._image = None
+            self._shown.clear()
         return True
 
     def _answer(self, line: str) -> None:
@@ -172,7 +176,7 @@ class Repl:
             self.output.flush()
             has_begun = True
 
-        answer = self.conversation.say(line, self._image, show)
+        answer = self.conversation.say(line, *self._shown, on_text=show)
         if not has_begun:
             show(answer or "(no answer)")
         self._print("")

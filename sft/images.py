@@ -24,6 +24,7 @@ MAX_BYTES = 32 * 1024 * 1024
 MAX_ASPECT_RATIO = 50
 
 READ = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+MISSING = "image file missing"
 DOES_NOT_DECODE = "image does not decode"
 TOO_MANY_BYTES = f"image too many bytes (over {MAX_BYTES // 2**20} MiB)"
 TOO_MANY_PIXELS = f"image too many pixels (over {MAX_PIXELS:,})"
@@ -90,7 +91,7 @@ def read_bytes(image: ImageRef) -> bytes:
     else:
         try:
             if not image.source.is_file():
-                raise SkipSample("image file missing", detail=str(image.source))
+                raise SkipSample(MISSING, detail=str(image.source))
             if image.source.stat().st_size > MAX_BYTES:
                 raise SkipSample(TOO_MANY_BYTES)
             content = image.source.read_bytes()

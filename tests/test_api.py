@@ -182,6 +182,8 @@ def test_an_image_may_be_a_file_its_bytes_or_opened(here, model):
     lossless = Image.open("dog.jpg")
     forms = ("dog.jpg", here / "dog.jpg", (here / "dog.jpg").read_bytes(), lossless)
     assert len({model.chat("A dog?", images=[form], max_new_tokens=8) for form in forms}) == 1
+    assert model.chat("A dog?", images=forms[0]) == model.chat("A dog?", images=lossless) == model.chat([QUESTION])
+    assert model.generate(lossless, max_new_tokens=8) == model.generate([here / "dog.jpg"], max_new_tokens=8)
 
 
 def test_a_text_that_looks_like_a_special_token_is_a_text(model):
@@ -203,6 +205,13 @@ def test_beams_are_a_setting_and_a_misspelt_one_is_told(here, model):
         (lambda model: model.generate(["https://a.org/dog.jpg", "We see"]), "addresses are not fetched"),
         (lambda model: model.generate(["A dog <image>"]), "holds <image>; give the image itself"),
         (lambda model: model.generate("A dog"), "expected a list of texts and images"),
+        (lambda model: model.generate([["A dog"], "A cat"]), "expected a list of texts and images"),
+        (lambda model: model.generate(None), "prompt: NoneType; expected a list of texts and images"),
+        (lambda model: model.chat("A dog?", images="cat.jpg"), "cat.jpg: image file missing"),
+        (lambda model: model.chat("A dog?", images=7), "image: int; expected a file name"),
+        (lambda model: model.chat(["hi", "ho"]), "conversation: a message is a str; expected {\"role\""),
+        (lambda model: model.chat(None), "conversation: NoneType; expected a question or a list of messages"),
+        (lambda model: model.chat("A dog?", max_new_tokens="a"), "max_new_tokens: 'a'; expected a whole number"),
         (lambda model: model.chat("A dog?", images=["cat.jpg"]), "cat.jpg: image file missing"),
         (lambda model: model.chat([QUESTION], images=["dog.jpg"]), "they stand in the messages"),
         (lambda model: model.chat([{"role": "bot", "content": "Hi"}]), "role 'bot'; expected system, user"),

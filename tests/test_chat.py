@@ -56,7 +56,8 @@ def test_an_image_stands_before_the_words_and_is_kept_as_it_was(folder):
         ("/etc/hostname", "outside .*inside that folder only"),
         ("link.png", "outside .*inside that folder only"),
         ("https://example.org/a.png", "addresses are not fetched"),
-        ("missing.png", "missing.png: image file missing"),
+        ("missing.png", "missing.png: image file missing; looked in .*inside$"),
+        (".", "a folder; expected an image file in it"),
         ("text.png", "text.png: image does not decode"),
     ],
 )
@@ -91,7 +92,7 @@ def test_a_wrong_line_is_answered_with_one_line_and_the_talk_goes_on(folder):
     assert [line for line in lines if line.startswith("Error")] == [
         "Error: /imagine: unknown command. /image FILE shows an image with your next message, "
         "/reset forgets the conversation, /quit ends.",
-        "Error: missing.png: image file missing",
+        f"Error: missing.png: image file missing; looked in {folder}",
     ]
     assert "Assistant: 1 turns, 0 images: Hi" in lines
 
@@ -121,6 +122,19 @@ def test_an_image_can_be_shown_before_the_first_line(folder):
         "Assistant: 1 turns, 1 images: What?",
         "Assistant: 3 turns, 1 images: And now?",
     ]
+
+
+def test_several_images_are_shown_in_their_order(folder):
+    Image.new("RGB", (8, 8), "green").save(folder / "green.png")
+    seen = []
+
+    def looks(messages, on_text):
+        seen.append(messages[-1].content)
+        return "seen"
+
+    typed(folder, "/image green.png", "/image red shape.png", "Which?", "And now?", respond=looks)
+    green, red = ((folder / name).read_bytes() for name in ("green.png", "red shape.png"))
+    assert seen == [(ImageRef(source=green), ImageRef(source=red), "Which?"), ("And now?",)]
 
 
 def test_no_answer_is_said(folder):

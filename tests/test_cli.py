@@ -242,12 +242,15 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, refusal):
 
 def test_what_chat_is_given_wrong_is_told_before_a_model_is_loaded(tmp_path, refusal):
     (tmp_path / "config.json").write_text("{}")
-    assert "nope.png: image file missing" in refusal("chat", tmp_path, "--image", "nope.png")
-    outside = tmp_path / "outside.png"
-    Image.new("RGB", (8, 8)).save(outside)
-    (tmp_path / "photos").mkdir()
-    kept = refusal("chat", tmp_path, "--allow-dir", str(tmp_path / "photos"), "--image", str(outside))
-    assert f"{outside}: not in {tmp_path / 'photos'}" in kept
+    inside, outside = tmp_path / "photos" / "a.png", tmp_path / "a.png"
+    inside.parent.mkdir()
+    for file in (inside, outside):
+        Image.new("RGB", (8, 8)).save(file)
+    for images in (["nope.png"], [outside, "nope.png"], ["nope.png", outside]):
+        options = [part for image in images for part in ("--image", image)]
+        assert "nope.png: image file missing" in refusal("chat", tmp_path, *options)
+    kept = refusal("chat", tmp_path, "--allow-dir", inside.parent, "--image", inside, "--image", outside)
+    assert f"{outside}: not in {inside.parent}" in kept
     assert "--allow-dir: nope is not a folder" in refusal("chat", tmp_path, "--allow-dir", "nope")
 
 

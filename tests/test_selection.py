@@ -488,7 +488,9 @@ def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, ca
     said = capsys.readouterr()
     assert "could not be evaluated: checkpoint-2 (RuntimeError: out of memory)" in said.err
     assert "checkpoint-2: the evaluation failed" in said.out
-    assert json.loads((copied / "selection.json").read_text())["selected"] == "checkpoint-1"
+    selection = json.loads((copied / "selection.json").read_text())
+    assert selection["selected"] == "checkpoint-1"
+    assert selection["warnings"][-1] == "left out: checkpoint-2: RuntimeError: out of memory"
 
 
 def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsys, monkeypatch):  # noqa: F811
@@ -551,6 +553,9 @@ def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied
     assert f"could not be evaluated: checkpoint-1 ({what})" in said.err
     selection = json.loads((copied / "selection.json").read_text())
     assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
+    assert selection["warnings"][-1] == f"left out: checkpoint-1: {what}" and "not to be told apart" not in said.out
+    assert status_of("report", copied) == 0
+    assert f"Left out: checkpoint-1: {what}." in (copied / "report.html").read_text()
     damage(copied / "checkpoints" / "checkpoint-2")
     assert status_of("select", copied) != 0
     assert "checkpoint-1" in capsys.readouterr().err, "and with none left, why"
@@ -564,6 +569,7 @@ def test_a_damaged_checkpoint_is_not_chosen_by_a_loss_written_down(copied, capsy
     assert status_of("select", copied, "--by", "loss") == 1
     selection = json.loads((copied / "selection.json").read_text())
     assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
+    assert [warning.partition(": model")[0] for warning in selection["warnings"]] == ["left out: checkpoint-1"]
 
 
 def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):  # noqa: F811

@@ -16,7 +16,9 @@ EXAMPLES = ("chat runs/my-data --image photo.png",)
 
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN or RUN@STEP.")],
-    image: Annotated[str | None, typer.Option(help="An image to show with the first message.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="An image to show with the first message. May be repeated.")
+    ] = None,
     allow_dir: Annotated[
         Path | None,
         typer.Option(help="Images are read from this folder only; left out, /image from the current one."),
@@ -30,7 +32,7 @@ def run(
     path = find_model(model)
     if allow_dir is not None and not allow_dir.is_dir():
         raise UserError(f"--allow-dir: {allow_dir} is not a folder")
-    shown = _opened(image, allow_dir) if image is not None else None
+    shown = [_opened(file, allow_dir) for file in image or []]
     quiet_libraries()
     from sft.chat import Conversation, Repl, responder
     from sft.inference import load_for_inference
@@ -41,8 +43,8 @@ def run(
     loaded = load_for_inference(path, load_in_4bit=load_4bit)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
     repl = Repl(Conversation(respond, folder=allow_dir or Path()), sys.stdin, sys.stdout)
-    if shown is not None:
-        repl.show(shown)
+    for picture in shown:
+        repl.show(picture)
     repl.run()
 
 

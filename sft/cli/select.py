@@ -138,7 +138,7 @@ def show(selection: Selection, out: Console) -> None:
     out.print(
         f"* selected, by the rule {selection.rule}: {selection.selected}; the card's rule, best: {selection.best}"
     )
-    if selection.tied:
+    if _has_ties(selection):
         out.print(f"= not to be told apart from the best: {', '.join(selection.tied)}")
     if selection.cross_fitted is not None:
         worth, limits = selection.cross_fitted, selection.cross_fitted_interval
@@ -151,11 +151,17 @@ def show(selection: Selection, out: Console) -> None:
 
 
 def _row(score: CheckpointScore, selection: Selection) -> tuple[str, ...]:
-    marks = ("*" if score.checkpoint == selection.selected else " ") + "= "[score.checkpoint not in selection.tied]
+    is_tied = _has_ties(selection) and score.checkpoint in selection.tied
+    marks = ("*" if score.checkpoint == selection.selected else " ") + ("=" if is_tied else " ")
     p_best = "" if score.p_best is None else percent(score.p_best)
     notes = "weights removed" if not score.has_weights else "best" if score.checkpoint == selection.best else ""
     figure = _figure(score.score, selection)
     return f"{marks} {score.checkpoint}", figure, _between(score.interval, selection), p_best, notes
+
+
+def _has_ties(selection: Selection) -> bool:
+    """Whether there is more in the set than the best one itself."""
+    return bool(set(selection.tied) - {selection.best})
 
 
 def _figure(value: float, selection: Selection) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from sft.chat_template import ChatTemplate
 from sft.checkpoint import checkpoints, incomplete_checkpoints, is_complete, problem_of_weights, step_of
-from sft.errors import RunError, UserError
+from sft.errors import RunError, UserError, reason_of
 from sft.evaluation.processes import from_main, is_main_process, together
 from sft.inference import Load, loaded_in_turn
 from sft.locking import locked
@@ -68,8 +69,8 @@ class Session:
     def select(self) -> Selection:
         """Ask every checkpoint, choose, and write selection.json and the plot.
 
-        A checkpoint that is damaged or whose evaluation fails is told of and left out; `check_all_asked` tells
-        afterwards.
+        A checkpoint that is damaged or whose evaluation fails is told of, left out and named among the warnings of the
+        selection; `check_all_asked` tells afterwards.
 
         Raises:
             UserError: there is nothing to choose from or by.
@@ -136,7 +137,10 @@ class Session:
         with self._held():
             while True:
                 status, present = from_main(self._status_and_checkpoints)
-                if self._ask_these(self._sound(present)):
+                num_failed = len(self.failed)
+                is_new = self._ask_these(self._sound(present))
+                can_choose = any(path.name in self._asked for path in present)
+                if is_new or (can_choose and len(self.failed) > num_failed):
                     yield from_main(self._choose)
                 if status and status.status in ENDED:
                     why = f": {status.why}" if status.why else ""
@@ -199,8 +203,7 @@ class Session:
                         self._say(f"{path.name}: was removed before it was evaluated; it is left out")
                         continue
                     self._first_error = self._first_error or error
-                    ours = isinstance(error, UserError | RunError)
-                    self.failed[path.name] = str(error) if ours else f"{type(error).__name__}: {error}"
+                    self.failed[path.name] = reason_of(error)
                     self._say(f"{path.name}: the evaluation failed, it is left out: {self.failed[path.name]}")
         return any(path.name in self._asked for path in new)
 
@@ -273,6 +276,8 @@ class Session:
         )
 
     def _write_and_prune(self, selection: Selection) -> Selection:
+        left_out = (f"left out: {name}: {why}" for name, why in self.failed.items())
+        selection = replace(selection, warnings=(*selection.warnings, *left_out))
         self._write(selection)
         if self.recipe.checkpoints.keep_weights == "best+last" and (gone := prune_weights(self.run_dir, selection)):
             self._say(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
