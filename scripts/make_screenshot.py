@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Photograph the report of a run in headless Chromium: the picture of the README and of docs/report.md.
 
-    idefics-sft train quickstart data.validation.share=0.02 checkpoints.every_steps=80 && idefics-sft select runs/quickstart
+    idefics-sft train quickstart data.validation.share=0.02 checkpoints.every_steps=80
+    idefics-sft select runs/quickstart
     scripts/make_screenshot.py runs/quickstart docs/images/report.png
 
 Needs chromium and chromedriver (scripts/install_chromium). --width, --height and --scheme take other pictures.
