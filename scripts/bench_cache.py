@@ -17,7 +17,6 @@ workloads: `captions`, 60 tokens and an image of its own each, and `dialogues`, 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import print_figures
+from measuring import print_measured
 from prepared_work import recipe_of, silently, write_conversations, write_model
 
 from sft import run
@@ -139,11 +138,7 @@ def main() -> None:
                 print(f"{mode}, {workload}: {found}", file=sys.stderr, flush=True)
                 for cache in folder.glob("stores/*/features"):
                     shutil.rmtree(cache)
-    ratios = {name: found.pop("ratio") for name, found in figures.items()}
-    if arguments.json:
-        print(json.dumps({"ratios": ratios, **figures}))
-    else:
-        print_figures({"ratios": ratios, **figures})
+    print_measured(figures, as_json=arguments.json)
 
 
 if __name__ == "__main__":

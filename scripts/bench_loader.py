@@ -19,7 +19,6 @@ workers make the batches; the training process plans, takes them over and trains
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import print_figures
+from measuring import print_measured
 from prepared_work import recipe_of, silently, write_conversations, write_model
 
 from sft.cli.terminal import quiet_libraries
@@ -188,11 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name) / "model", arguments.hidden)
         figures = {workload: measure(Path(name), workload, arguments) for workload in WORKLOADS}
-    ratios = {workload: found.pop("ratio") for workload, found in figures.items()}
-    if arguments.json:
-        print(json.dumps({"ratios": ratios, **figures}))
-    else:
-        print_figures({"ratios": ratios, **figures})
+    print_measured(figures, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,14 @@ def peak_bytes() -> int:
 def forget_peak() -> None:
     """Let the largest memory be what is used now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def print_measured(sides: Mapping[str, dict[str, Any]], *, as_json: bool) -> None:
+    """The figures of each side, with their ratios in front: one JSON object, or a line a figure."""
+    ratios = {name: found["ratio"] for name, found in sides.items()}
+    rest = {name: {key: value for key, value in found.items() if key != "ratio"} for name, found in sides.items()}
+    figures = {"ratios": ratios, **rest}
+    print(json.dumps(figures)) if as_json else print_figures(figures)
 
 
 def print_figures(figures: Mapping[str, Any], indent: str = "") -> None:

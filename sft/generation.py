@@ -30,32 +30,6 @@ class Prompt(NamedTuple):
     images: tuple[ImageRef, ...]
 
 
-def generate(
-    model: nn.Module,
-    template: ChatTemplate,
-    conversations: Sequence[Sequence[Message]],
-    *,
-    max_new_tokens: int,
-    load_pixels: Callable[[ImageRef], Pixels] | None = None,
-    batch_size: int = 16,
-    autocast: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    on_text: Callable[[str], None] | None = None,
-) -> list[str]:
-    """The model's answer to each conversation, whose last message is the user's. See `write_on`."""
-    return write_on(
-        model,
-        template.tokenizer,
-        [prompt_of(template, messages) for messages in conversations],
-        max_new_tokens=max_new_tokens,
-        load_pixels=load_pixels,
-        batch_size=batch_size,
-        autocast=autocast,
-        settings=settings,
-        on_text=on_text,
-    )
-
-
 def prompt_of(template: ChatTemplate, messages: Sequence[Message]) -> Prompt:
     """A conversation whose last message is the user's, up to where the model answers."""
     images = [item for message in messages for item in message.content if isinstance(item, ImageRef)]

@@ -30,7 +30,7 @@ from sft.checkpoint import checkpoint_name
 from sft.engines import is_shared_out
 from sft.errors import RunError, UserError, reason_of
 from sft.evaluation.processes import from_main, is_main_process
-from sft.generation import generate
+from sft.generation import prompt_of, write_on
 from sft.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss
 from sft.images import decode_rgb, read_bytes
 from sft.prepared import Sources
@@ -225,10 +225,10 @@ class Validation:
         if not self.questions:
             return [], ""
         try:
-            answers = generate(
+            answers = write_on(
                 model,
-                self.template,
-                [question.prompt for question in self.questions],
+                self.template.tokenizer,
+                [prompt_of(self.template, question.prompt) for question in self.questions],
                 max_new_tokens=MAX_NEW_TOKENS,
                 batch_size=NUM_ANSWERS,
             )

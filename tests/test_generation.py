@@ -6,7 +6,7 @@ import torch
 from conftest import IMAGE_SIZE, image_number, picture, pixels_of
 
 from sft.collate import PlacedSample, collate
-from sft.generation import generate
+from sft.generation import prompt_of, write_on
 from sft.models import idefics
 from sft.sample import EncodedSample, Message
 
@@ -32,7 +32,8 @@ def load_pixels(image):
 
 
 def answers(model, template, conversations, **options):
-    return generate(model, template, conversations, load_pixels=load_pixels, **{"max_new_tokens": 8} | options)
+    prompts = [prompt_of(template, messages) for messages in conversations]
+    return write_on(model, template.tokenizer, prompts, **{"load_pixels": load_pixels, "max_new_tokens": 8} | options)
 
 
 def greedy(model, template, messages, num_tokens, *, never, stops):
@@ -85,8 +86,8 @@ def test_each_token_looks_at_the_last_image_at_or_before_it(template):
 
 def test_another_image_gives_another_answer(model, template):
     dark, light = (
-        generate(
-            model, template, CONVERSATIONS[:1], max_new_tokens=8,
+        answers(
+            model, template, CONVERSATIONS[:1],
             load_pixels=lambda _, level=level: np.full((3, IMAGE_SIZE, IMAGE_SIZE), level, dtype=np.uint8),
         )
         for level in (0, 255)
@@ -123,8 +124,8 @@ def test_images_are_opened_when_no_loader_is_given(model, template, tmp_path):
     file = tmp_path / "noise.png"
     Image.fromarray(pixels_of(3).transpose(1, 2, 0)).save(file)
     message = Message(role="user", content=(ImageRef(source=file), "What is it?"))
-    opened = generate(model, template, [[message]], max_new_tokens=8)
-    assert opened == generate(model, template, [[message]], max_new_tokens=8, load_pixels=lambda _: pixels_of(3))
+    opened = answers(model, template, [[message]], load_pixels=None)
+    assert opened == answers(model, template, [[message]], load_pixels=lambda _: pixels_of(3))
 
 
 def test_no_conversations_give_no_answers(model, template):

@@ -134,14 +134,14 @@ def test_the_loss_in_training_is_the_one_that_select_takes(validated, tmp_path, 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_trained_is_the_same_bit_by_bit_whatever_validation_does(validated, tmp_path, monkeypatch, precision):
     """With dropout, which draws random numbers; here so does what answers the questions, and it changes the mode."""
-    generate = monitoring.generate
+    write_on = monitoring.write_on
 
     def careless(model, *arguments, **options):
         model.train()
         random.random(), np.random.rand(), torch.rand(1)
-        return generate(model, *arguments, **options)
+        return write_on(model, *arguments, **options)
 
-    monkeypatch.setattr(monitoring, "generate", careless)
+    monkeypatch.setattr(monitoring, "write_on", careless)
     weights = []
     for name in ("with", "without"):
         options = (

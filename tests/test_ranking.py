@@ -23,7 +23,7 @@ from sft.evaluation.mmbench import Row, rotate
 from sft.evaluation.protocols import group_rows, query
 from sft.evaluation.ranking import AnswerRequest, AnswerScore, _forwards, _lay, _Path, _plan, score_answers
 from sft.evaluation.score import Benchmark, choose_questions, evaluate, protocol_hash
-from sft.generation import generate
+from sft.generation import prompt_of, write_on
 from sft.models import idefics
 from sft.pixels import load_pixels
 from sft.sample import ImageRef, Message, Sample
@@ -202,7 +202,8 @@ def test_written_answers_are_those_of_generation(model, template):
     result = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("generate",))["generate"]
     rows = [row for question in toy.questions for row in question.rotations]
     texts = [text for question in result.questions for text in (asked.text for asked in question.rotations)]
-    (expected,) = generate(model, template, [query(rows[4], "circular", "generate").messages], max_new_tokens=64)
+    prompt = prompt_of(template, query(rows[4], "circular", "generate").messages)
+    (expected,) = write_on(model, template.tokenizer, [prompt], max_new_tokens=64)
     assert texts[4] == expected
     assert result.chance == pytest.approx(1 / 3)
 

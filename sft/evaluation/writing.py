@@ -8,7 +8,7 @@ from torch import nn
 
 from sft.chat_template import ChatTemplate
 from sft.evaluation.processes import deal, gathered, together
-from sft.generation import generate
+from sft.generation import prompt_of, write_on
 from sft.sample import Sample
 
 BATCH_SIZE = 16
@@ -40,11 +40,10 @@ def write_answers(
     done = 0
     with together():
         for own, turn in deal(batches):
-            conversations = [samples[number].messages for number in own]
-            texts = generate(
+            texts = write_on(
                 model,
-                template,
-                conversations,
+                template.tokenizer,
+                [prompt_of(template, samples[number].messages) for number in own],
                 max_new_tokens=max_new_tokens,
                 batch_size=BATCH_SIZE,
                 autocast=autocast,
