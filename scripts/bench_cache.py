@@ -31,17 +31,17 @@ import torch
 from measuring import print_measured
 from prepared_work import recipe_of, silently, write_conversations, write_model
 
-from sft import run
+from sft.batches.pack_stream import Planner
+from sft.batches.steps import Plans
 from sft.cli.terminal import quiet_libraries
-from sft.cost.configs import read_config
 from sft.cost.devices import DEVICES
-from sft.cost.formula import cost
-from sft.cost.planning import setting_of
-from sft.cost.shapes import shape_of
-from sft.planner import Planner
-from sft.plans import Plans
-from sft.preparation import prepare
+from sft.cost.estimate import setting_of
+from sft.cost.idefics.configs import read_config
+from sft.cost.idefics.formula import cost
+from sft.cost.idefics.shapes import shape_of
+from sft.data.prepare import prepare
 from sft.recipe import Recipe
+from sft.training import run
 
 WORKLOADS = {"captions": {"words": 12, "per_image": 1}, "dialogues": {"words": 50, "per_image": 4}}
 

@@ -32,18 +32,18 @@ import torch
 from measuring import print_measured
 from prepared_work import recipe_of, silently, write_conversations, write_model
 
+from sft.batches.data_loader import BatchMaker, MicroBatches
+from sft.batches.feature_cache import FeatureCache
+from sft.batches.pack_stream import Planner
+from sft.batches.steps import Plans
 from sft.cli.terminal import quiet_libraries
-from sft.data_loader import BatchMaker, MicroBatches
-from sft.feature_cache import FeatureCache
-from sft.inference import load_template
+from sft.core.sample import Batch
+from sft.data.prepare import prepare
+from sft.data.sources import Sources
 from sft.models import idefics
-from sft.planner import Planner
-from sft.plans import Plans
-from sft.preparation import prepare
-from sft.prepared import Sources
+from sft.models.open_model import load_template
 from sft.recipe import Recipe
-from sft.run import load_for_training
-from sft.sample import Batch
+from sft.training.run import load_for_training
 
 WORKLOADS = {
     "short": {"number": 2000, "words": 6, "images": 400, "per_image": 2},
@@ -83,7 +83,7 @@ class Run:
     """Training of one model that can be gone on with."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        from sft.trainer import Trainer  # its libraries talk while they are imported
+        from sft.training.trainer import Trainer  # its libraries talk while they are imported
 
         base = folder / "model"
         self.template = load_template(idefics, base)

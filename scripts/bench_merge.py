@@ -28,10 +28,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-from sft.lora import add_adapters, save_adapters
+from sft.core.shipped import resolve
 from sft.models import idefics
+from sft.models.lora import add_adapters, save_adapters
 from sft.recipe import LoraSettings
-from sft.shipped import resolve
 
 GIB = 1024**3
 HIDDEN = 2048
@@ -111,7 +111,7 @@ import sys
 from pathlib import Path
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, IdeficsImageProcessor, IdeficsProcessor
-from sft.merge import merge
+from sft.inference.merge import merge
 print("imported", flush=True)
 merge(Path(sys.argv[1]), Path(sys.argv[2]))
 """

@@ -31,16 +31,17 @@ import numpy as np
 from measuring import print_figures
 from numpy.typing import NDArray
 
-from sft.encoding import EncodedSamples
-from sft.held_out import Side
-from sft.image_keys import read_numbers
-from sft.mixture import Cursor, Mixture, mix64
-from sft.planner import Planner
-from sft.prepared import Part, PreparedSource
+from sft.batches.declared_sizes import StatedSource, stated_sources
+from sft.batches.mixture import Mixture
+from sft.batches.pack_stream import Planner
+from sft.core.sample import Caps
+from sft.core.shipped import recipe_path
+from sft.data.encoded_arrays import EncodedSamples
+from sft.data.orders import Cursor, mix64
+from sft.data.sources import Part, PreparedSource
+from sft.data.store.image_keys import read_numbers
+from sft.data.validation_split import Side
 from sft.recipe import Recipe, load_recipe
-from sft.sample import Caps
-from sft.shipped import recipe_path
-from sft.stated import StatedSource, stated_sources
 
 PACKS_PER_STEP = 100
 

@@ -40,14 +40,14 @@ from transformers import GenerationConfig, IdeficsConfig
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.idefics.processing_idefics import IdeficsProcessor
 
-from sft.chat_template import ChatTemplate, load_chat_template
-from sft.evaluation.mmbench import Row, all_rotations
-from sft.evaluation.protocols import answers, query
-from sft.evaluation.ranking import AnswerRequest, score_answers
+from sft.core.sample import ImageRef
+from sft.core.shipped import shipped_root
+from sft.evaluation.mmbench.protocols import answers, query
+from sft.evaluation.mmbench.questions import Row, all_rotations
+from sft.evaluation.rank_answers import AnswerRequest, score_answers
 from sft.models import idefics
-from sft.pixels import load_pixels
-from sft.sample import ImageRef
-from sft.shipped import shipped_root
+from sft.models.chat_template import ChatTemplate, load_chat_template
+from sft.models.image_transform import load_pixels
 
 WORDS = """
 the a this that which what color shape object person animal left right of in on under picture image shown below above

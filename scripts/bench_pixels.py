@@ -43,9 +43,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
-from sft.images import decode_rgb
+from sft.core.images import decode_rgb
 from sft.models.idefics import normalise
-from sft.pixels import load_pixels, training_crop
+from sft.models.image_transform import load_pixels, training_crop
 
 SIZE = 224
 SIZES = ((640, 480), (224, 224))

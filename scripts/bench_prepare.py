@@ -39,8 +39,8 @@ import numpy as np
 from measuring import cpu_medians, peak_bytes
 from PIL import Image
 
-from sft.datasets import Adapter
-from sft.store import Settings, Store, prepare_store
+from sft.data.datasets import Adapter
+from sft.data.store import Settings, Store, prepare_store
 
 WORDS = ("the", "of", "to", "and", "in", "is", "it", "you", "that", "water", "for", "on", "are", "because", "picture")
 
@@ -141,10 +141,10 @@ def access_microseconds(store: Store, number: int = 2000) -> float:
 
 def encoding_sides(store: Store, folder: Path) -> dict[str, Callable[[], Any]]:
     """Encoding a store, and the bare tokenizer on the same texts."""
-    from sft.encoding import encode_samples
-    from sft.inference import load_template
+    from sft.core.shipped import resolve
+    from sft.data.encoded_arrays import encode_samples
     from sft.models import get_family
-    from sft.shipped import resolve
+    from sft.models.open_model import load_template
 
     family = get_family("idefics")
     base = folder / "base"

@@ -36,19 +36,19 @@ from bench_mmbench import build_model
 from measuring import cpu_medians
 from prepared_work import recipe_of, write_conversations, write_model
 
-from sft.checkpoint import STATE, broken_files, write_folder
+from sft.batches.collate import collate
+from sft.batches.pack_stream import Planner
 from sft.cli.terminal import console, quiet_libraries, table
-from sft.collate import PlacedSample, collate
-from sft.encoding import EncodedSamples
-from sft.held_out import Side
-from sft.image_keys import read_numbers
-from sft.mixture import mix64
+from sft.core.sample import Batch, EncodedSample, PlacedSample
+from sft.data.encoded_arrays import EncodedSamples
+from sft.data.orders import mix64
+from sft.data.sources import Part, PreparedSource
+from sft.data.store.image_keys import read_numbers
+from sft.data.validation_split import Side
 from sft.models import idefics
-from sft.planner import Planner
-from sft.prepared import Part, PreparedSource
 from sft.recipe import DataConfig
-from sft.sample import Batch, EncodedSample
-from sft.training_state import load_state, save_state
+from sft.runs.checkpoint import STATE, broken_files, write_folder
+from sft.training.engines.resume_state import load_state, save_state
 
 HIDDEN, VOCABULARY, SAMPLE_TOKENS = 256, 2000, 128
 Rows = list[dict[str, float]]

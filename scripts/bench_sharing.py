@@ -30,19 +30,19 @@ from typing import Any
 import torch
 from measuring import print_figures
 
-from sft import run
-from sft.bases import base_path
+from sft.batches.data_loader import MicroBatches
+from sft.batches.pack_stream import Planner
+from sft.batches.steps import Plans
 from sft.cli.terminal import quiet_libraries
-from sft.data_loader import MicroBatches
-from sft.inference import Loaded, load_for_inference
-from sft.planner import Planner
-from sft.plans import Plans
-from sft.precision import device
-from sft.preparation import prepare
-from sft.prepared import Sources
+from sft.core.precision import device
+from sft.core.sample import Batch
+from sft.core.shipped import recipe_path
+from sft.data.prepare import prepare
+from sft.data.sources import Sources
+from sft.models.base_model import base_path
+from sft.models.open_model import Loaded, load_for_inference
 from sft.recipe import Recipe, load_recipe
-from sft.sample import Batch
-from sft.shipped import recipe_path
+from sft.training import run
 
 HELD_OUT_PACKS = 64
 
@@ -73,7 +73,7 @@ def batches(recipe: Recipe, sources: Sources, image_size: int) -> Iterator[Batch
 @torch.no_grad()
 def held_out_losses(loaded: Loaded, held_out: list[Batch], names: list[str]) -> dict[str, float]:
     """Mean loss of a trained token, over all sources and of each."""
-    from sft.metrics import StepMetrics
+    from sft.training.metrics import StepMetrics
 
     metrics = StepMetrics(names)
     for batch in held_out:

@@ -5,8 +5,9 @@
 
 A random IDEFICS of about 60 M parameters with the proportions of idefics-9b (an image costs as many text tokens as
 there) and LLaMA's 32,000 words; 224-pixel images, 64 latents; one thread. Two workloads with the lengths that
-`sft.stated` has for the card's mixture, 45 % of the samples text dialogues: one round of UltraChat, a quarter of a
-dialogue (3.8 rounds and 1,467 tokens on average: Ding and others, 2023); the others are SVIT's and LLaVA's.
+`sft.batches.declared_sizes` has for the card's mixture, 45 % of the samples text dialogues: one round of UltraChat, a
+quarter of a dialogue (3.8 rounds and 1,467 tokens on average: Ding and others, 2023); the others are SVIT's and
+LLaVA's.
 
     mixture    four samples share an image            unshared   every sample has an image of its own
 
@@ -65,8 +66,8 @@ from training_sides import (
 )
 from transformers import IdeficsForVisionText2Text
 
-from sft.collate import PlacedSample
-from sft.cost.shapes import Shape, shape_of
+from sft.core.sample import PlacedSample
+from sft.cost.idefics.shapes import Shape, shape_of
 from sft.models import idefics
 
 HIDDEN = 512

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/recipes.md and recipes/recipe.schema.json from the keys in sft/recipe/fields.py and the shipped recipes.
+"""Write docs/recipes.md and recipes/recipe.schema.json from the keys in sft/recipe/config.py and the shipped recipes.
 
 scripts/build_reference.py            write them; a test says when they are out of date
 """
@@ -16,16 +16,16 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sft.core.shipped import recipe_title, shipped_recipes
 from sft.recipe import Recipe
-from sft.recipe.schema import SCHEMA_FILE, schema_text
-from sft.shipped import recipe_title, shipped_recipes
+from sft.recipe.json_schema import SCHEMA_FILE, schema_text
 
 REPOSITORY = Path(__file__).parent.parent
 
 INTRODUCTION = """\
 # Recipes
 
-<!-- made by scripts/build_reference.py from sft/recipe/fields.py and recipes/: change those, and run it -->
+<!-- made by scripts/build_reference.py from sft/recipe/config.py and recipes/: change those, and run it -->
 
 A recipe is one YAML file: which model is trained on what, how, and what chooses the checkpoint.
 

@@ -28,11 +28,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
-from sft.chat_template import ChatTemplate, load_chat_template
-from sft.collate import PlacedSample, collate
+from sft.batches.collate import collate
+from sft.core.sample import ImageRef, Message, PlacedSample, Sample
 from sft.models import idefics
-from sft.pixels import load_pixels
-from sft.sample import ImageRef, Message, Sample
+from sft.models.chat_template import ChatTemplate, load_chat_template
+from sft.models.image_transform import load_pixels
 
 DATA = Path(easy_vqa.__file__).parent / "data"
 TEMPLATE = Path(__file__).parent.parent / "chat_templates" / idefics.CHAT_TEMPLATE

@@ -18,12 +18,12 @@ from typing import Any
 from transformers import IdeficsConfig
 
 from sft.cli.terminal import console, table
-from sft.cost.configs import read_config
 from sft.cost.devices import GIB
-from sft.cost.formula import cost
-from sft.cost.oracle import measure
-from sft.cost.setting import PARTS, Setting
-from sft.cost.shapes import shape_of
+from sft.cost.idefics.configs import read_config
+from sft.cost.idefics.fake_step import measure
+from sft.cost.idefics.formula import cost
+from sft.cost.idefics.setting import PARTS, Setting
+from sft.cost.idefics.shapes import shape_of
 
 TOLERANCE = 0.10
 PACK = {"tokens": 2048, "images": 24, "trained_tokens": 2047}

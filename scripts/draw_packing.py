@@ -3,7 +3,8 @@
 
     scripts/draw_packing.py
 
-Packs are those that the planner makes of the sources by stated sizes (sft/stated.py); nothing is drawn by hand.
+Packs are those that the planner makes of the sources by stated sizes (sft/batches/declared_sizes.py); nothing is drawn
+by hand.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.mixture import SourceSizes
-from sft.planner import Planner
+from sft.batches.declared_sizes import stated_sources
+from sft.batches.mixture import SourceSizes
+from sft.batches.pack_stream import Planner
+from sft.core.sample import Pack
+from sft.core.shipped import recipe_path
 from sft.recipe import Recipe, load_recipe
-from sft.sample import Pack
-from sft.shipped import recipe_path
-from sft.stated import stated_sources
 
 FILE = Path(__file__).parent.parent / "docs" / "images" / "packing.svg"
 COLOURS = ("#4e79a7", "#9c755f", "#59a14f", "#edc948", "#76b7b2", "#b07aa1", "#f28e2b", "#ff9da7", "#e15759")

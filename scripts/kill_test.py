@@ -33,7 +33,7 @@ SECONDS = 0.3
 
 def write_recipe(folder: Path, stores: Path, steps: int) -> Path:
     """A recipe of `steps` steps with a checkpoint at each, into `folder`."""
-    data = REPOSITORY / "tests" / "data"
+    data = REPOSITORY / "tests" / "fixtures"
     pictures = [{"dataset": "easy_vqa", "path": str(data / "easy_vqa"), "options": {"form": "questions"}}]
     talk = [{"dataset": "messages", "path": str(data / "messages")}]
     values = {

@@ -13,9 +13,9 @@ import torch
 from bench_mmbench import build_model
 from bench_pixels import jpegs
 
+from sft.core.shipped import resolve
 from sft.models import idefics
 from sft.recipe import Recipe
-from sft.shipped import resolve
 
 WORDS = ("dog", "cat", "red", "blue", "circle", "square", "is", "on", "near", "what", "which", "color", "shape", "how")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How well sft/statistics.py tells checkpoints apart, on simulated runs whose truth is known.
+"""How well sft/selection/bootstrap.py tells checkpoints apart, on simulated runs whose truth is known.
 
 scripts/simulate_selection.py [--json] [--runs 400]
 scripts/simulate_selection.py --example     # one simulated run, as `idefics-sft select` shows it
@@ -33,9 +33,7 @@ from scipy.stats import norm
 from sft.cli.select import show
 from sft.cli.terminal import console
 from sft.evaluation.results import half_of
-from sft.selection.choice import choose
-from sft.selection.outcomes import Outcomes
-from sft.statistics import (
+from sft.selection.bootstrap import (
     bootstrap_scores,
     choose_best,
     cross_fitted,
@@ -45,6 +43,8 @@ from sft.statistics import (
     mean_scores,
     not_worse,
 )
+from sft.selection.outcomes import Outcomes
+from sft.selection.rules import choose
 
 NUM_DRAWS = 1000
 SHARES = {"image": 0.35, "question": 0.58, "image x checkpoint": 0.02, "question x checkpoint": 0.05}

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.idefics.processing_idefics import IdeficsProcessor
 
-from sft.collate import PlacedSample, collate
+from sft.batches.collate import collate
+from sft.batches.declared_sizes import CARD
+from sft.batches.packing import Bundle, pack_window
+from sft.core.sample import IGNORE_INDEX, Batch, Caps, EncodedSample, PackItem, PlacedSample
 from sft.models import idefics
-from sft.packing import Bundle, pack_window
-from sft.sample import IGNORE_INDEX, Batch, Caps, EncodedSample, PackItem
-from sft.stated import CARD
 
 VOCABULARY, IMAGE_SIZE = 32_000, 224
 FAKE, IMAGE, END_OF_UTTERANCE = VOCABULARY, VOCABULARY + 1, VOCABULARY + 2

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch and transformers are loaded when a model is
     from pathlib import Path
 
-    from sft.api import Model
+    from sft.inference.api import Model
 
 __all__ = ["load"]
 
 
 def load(model: str | Path, *, load_in_4bit: bool = False, precision: str = "auto") -> Model:
-    """Load a model to ask: a folder, a run, `RUN@STEP`, a hub id or `shipped:tiny_base`. See `sft.api.load`."""
-    from sft.api import load
+    """Load a model to ask: a folder, a run, `RUN@STEP`, a hub id or `shipped:tiny_base`. See
+    `sft.inference.api.load`."""
+    from sft.inference.api import load
 
     return load(model, load_in_4bit=load_in_4bit, precision=precision)

@@ -14,12 +14,12 @@ import torch
 from hypothesis import settings
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
-from sft import mixture
-from sft.chat_template import ChatTemplate, load_chat_template
+from sft.batches import mixture
+from sft.batches.collate import collate
 from sft.cli.main import main
-from sft.collate import PlacedSample, collate
+from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
 from sft.models import idefics
-from sft.sample import Batch, ImageRef, Message, Sample
+from sft.models.chat_template import ChatTemplate, load_chat_template
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "scripts"))

@@ -20,10 +20,10 @@ from PIL import Image
 from sft.cli import recipes
 from sft.cli.main import COMMANDS as MODULES
 from sft.cli.main import app
-from sft.datasets import Adapter, adapter_names
+from sft.core.shipped import shipped_recipes
+from sft.data.datasets import Adapter, adapter_names
+from sft.data.store import Store
 from sft.recipe import DataConfig, DatasetConfig
-from sft.shipped import shipped_recipes
-from sft.store import Store
 
 FILES = [*sorted((REPOSITORY / "docs").glob("*.md")), *sorted(REPOSITORY.glob("*.md"))]
 PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
@@ -61,7 +61,7 @@ def write_photo(file: Path, colour: str) -> None:
 
 def options_of(name: str) -> set[str]:
     """The options of an adapter."""
-    module = import_module(f"sft.datasets.{name}")
+    module = import_module(f"sft.data.datasets.{name}")
     functions = [getattr(module, function, None) for function in ("files", "rows", "to_sample")]
     parameters = [p for function in functions if function for p in inspect.signature(function).parameters.values()]
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -13,14 +13,14 @@ import torch
 from conftest import REPOSITORY, status_of
 from test_trainer import write_recipe
 
-from sft.checkpoint import newest_state, write_folder
-from sft.errors import RunError, printable
-from sft.memory import out_of_memory_told, what_takes_less
-from sft.metrics import append_line
+from sft.core.errors import RunError, printable
 from sft.recipe import load_recipe
-from sft.run_folder import recorded
-from sft.run_status import RunStatus
-from sft.trainer import Trainer
+from sft.runs.checkpoint import newest_state, write_folder
+from sft.runs.status import RunStatus
+from sft.training.metrics import append_line
+from sft.training.out_of_memory import out_of_memory_told, what_takes_less
+from sft.training.run_folder import recorded
+from sft.training.trainer import Trainer
 
 FAR_TOO_MUCH = 2**50
 """Numbers: four million gigabytes."""
@@ -80,7 +80,7 @@ def test_a_disk_that_fills_up_while_data_are_prepared_is_one_line(tmp_path, monk
     def prepare(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does: without a name
 
-    monkeypatch.setattr("sft.preparation.prepare", prepare)
+    monkeypatch.setattr("sft.data.prepare.prepare", prepare)
     assert status_of("train", write_recipe(tmp_path)) == 1
     assert capsys.readouterr().err == "idefics-sft: No space left on device\n"
 
@@ -99,7 +99,7 @@ def test_a_manifest_that_is_damaged_is_a_state_that_is_not_whole(tmp_path):
 HANGS = """
 import sys, time
 from datetime import timedelta
-import sft.distributed as distributed
+import sft.core.distributed as distributed
 distributed.TIMEOUT = timedelta(seconds=2)
 import sft.cli.main
 from sft.cli.main import main
@@ -135,7 +135,7 @@ def test_a_process_that_hangs_is_waited_for_so_long_and_no_longer():
 
 WORKS = """
 import time
-from sft.parallel import ordered_map
+from sft.core.parallel import ordered_map
 if __name__ == "__main__":
     for _ in ordered_map(time.sleep, [0, 0, *[60] * 6], 2):
         print("one", flush=True)

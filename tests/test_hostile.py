@@ -26,9 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sft.datasets import Adapter
-from sft.errors import UserError
-from sft.images import (
+from sft.core.errors import UserError
+from sft.core.images import (
     DOES_NOT_DECODE,
     MAX_BYTES,
     TOO_MANY_BYTES,
@@ -38,8 +37,9 @@ from sft.images import (
     size_of,
     verified_size,
 )
-from sft.sample import SkipSample
-from sft.store import Settings, Store, prepare_store
+from sft.core.sample import SkipSample
+from sft.data.datasets import Adapter
+from sft.data.store import Settings, Store, prepare_store
 
 MEGABYTE = 1024 * 1024
 
@@ -300,9 +300,9 @@ def test_base64_that_is_none_is_skipped(skips_of):
 BOMBS = """
 import json, resource, sys
 from pathlib import Path
-from sft.images import verified_size
-from sft.sample import SkipSample
-from sft.sources import read_json_list, read_jsonl, read_tar, record_limit
+from sft.core.images import verified_size
+from sft.core.sample import SkipSample
+from sft.data.formats import read_json_list, read_jsonl, read_tar, record_limit
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import IMAGE_SIZE
 
-from sft.chat_template import ChatTemplate
-from sft.datasets import Adapter
-from sft.encoding import encode_samples
-from sft.errors import UserError
-from sft.evaluation.score import evaluate, load_benchmark
-from sft.sample import Sample
-from sft.store import Settings, Store, prepare_store
+from sft.core.errors import UserError
+from sft.core.sample import Sample
+from sft.data.datasets import Adapter
+from sft.data.encoded_arrays import encode_samples
+from sft.data.store import Settings, Store, prepare_store
+from sft.evaluation.mmbench.score import evaluate, load_benchmark
+from sft.models.chat_template import ChatTemplate
 
 VARIABLE = "IDEFICS_SFT_SAMPLES"
 pytestmark = pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no folder of real samples")

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 from conftest import conversation
 
-from sft.chat import Conversation
-from sft.datasets import Adapter
-from sft.evaluation.mmbench import Row
-from sft.evaluation.protocols import query
-from sft.sample import ImageRef
+from sft.core.sample import ImageRef
+from sft.data.datasets import Adapter
+from sft.evaluation.mmbench.protocols import query
+from sft.evaluation.mmbench.questions import Row
+from sft.inference.chat import Conversation
 
-RAW = str(Path(__file__).parent / "data" / "easy_vqa")
+RAW = str(Path(__file__).parent / "fixtures" / "easy_vqa")
 
 
 def starts_with(ids, prefix):

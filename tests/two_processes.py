@@ -10,12 +10,12 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sft import run
 from sft.cli.terminal import quiet_libraries
-from sft.distributed import Rank, joined, wait_for_all
-from sft.preparation import open_prepared
+from sft.core.distributed import Rank, joined, wait_for_all
+from sft.data.prepare import open_prepared
 from sft.recipe import Recipe, load_recipe
-from sft.run_status import RunStatus
+from sft.runs.status import RunStatus
+from sft.training import run
 
 OPTIONS = (
     "training.tokens_per_step=640", "data.mixture.0.share=50", "data.mixture.1.share=50", "training.max_steps=3",

@@ -11,12 +11,12 @@ import torch
 from conftest import make_tiny_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from sft.distributed import ALONE, Rank, joined
+from sft.core.distributed import ALONE, Rank, joined
+from sft.core.sample import Batch
 from sft.models import idefics
 from sft.recipe import TrainingConfig
-from sft.sample import Batch
-from sft.spikes import Spike, Spikes
-from sft.trainer import Trainer
+from sft.training.loss_spikes import Spike, Spikes
+from sft.training.trainer import Trainer
 
 Step = tuple[dict[str, torch.Tensor], dict[str, Any]]
 

@@ -10,7 +10,6 @@ from tempfile import TemporaryFile
 
 from torch import nn
 
-from sft.chat_template import ChatTemplate
 from sft.checks.environment import check_bitsandbytes, existing, versions_in_a_line
 from sft.checks.finding import Finding, line_of, raise_failed
 from sft.checks.model import (
@@ -21,10 +20,11 @@ from sft.checks.model import (
     check_tokens,
     check_weights,
 )
-from sft.errors import UserError
-from sft.lora import has_adapters
-from sft.models import ModelFamily
-from sft.precision import choose_precision, device
+from sft.core.errors import UserError
+from sft.core.precision import choose_precision, device
+from sft.models.chat_template import ChatTemplate
+from sft.models.family import ModelFamily
+from sft.models.lora import has_adapters
 from sft.recipe import Recipe
 
 

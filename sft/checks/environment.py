@@ -13,8 +13,8 @@ from packaging.version import Version
 from torch import nn
 
 from sft.checks.finding import Finding
-from sft.precision import choose_precision, device, has_bfloat16
-from sft.shipped import shipped_root
+from sft.core.precision import choose_precision, device, has_bfloat16
+from sft.core.shipped import shipped_root
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
 """Whose versions can change what is trained."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from sft.errors import RunError, UserError
+from sft.core.errors import RunError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sft.chat_template import ChatTemplate
+from sft.batches.collate import collate
 from sft.checks.environment import free_memory
 from sft.checks.finding import Finding
-from sft.collate import PlacedSample, collate
-from sft.inference import find_base, load_for_inference
-from sft.lora import is_adapter_folder
-from sft.models import ModelFamily
-from sft.precision import device, torch_dtype
-from sft.sample import Batch, ImageRef, Message, Sample
+from sft.core.precision import device, torch_dtype
+from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
+from sft.models.chat_template import ChatTemplate
+from sft.models.family import ModelFamily
+from sft.models.lora import is_adapter_folder
+from sft.models.open_model import find_base, load_for_inference
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """How far logits of two correct forwards may be apart, as a share of the largest. Wrong attention was seen at 0.2 and

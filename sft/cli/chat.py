@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from sft.cli.terminal import console, quiet_libraries
-from sft.errors import UserError
-from sft.sample import ImageRef
+from sft.core.errors import UserError
+from sft.core.sample import ImageRef
 
 EXAMPLES = ("chat runs/my-data --image photo.png",)
 
@@ -27,15 +27,15 @@ def run(
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
 ) -> None:
     """Talk to a model about images: /image FILE, /reset, /quit."""
-    from sft.naming import find_model
+    from sft.runs.names import find_model
 
     path = find_model(model)
     if allow_dir is not None and not allow_dir.is_dir():
         raise UserError(f"--allow-dir: {allow_dir} is not a folder")
     shown = [_opened(file, allow_dir) for file in image or []]
     quiet_libraries()
-    from sft.chat import Conversation, Repl, responder
-    from sft.inference import load_for_inference
+    from sft.inference.chat import Conversation, Repl, responder
+    from sft.models.open_model import load_for_inference
 
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -50,8 +50,8 @@ def run(
 
 def _opened(file: str, allow_dir: Path | None) -> ImageRef:
     """An image that was named on the command line: it may stand anywhere, or in `allow_dir` alone, but must be one."""
-    from sft.images import DOES_NOT_DECODE, READ, open_image
-    from sft.sample import SkipSample
+    from sft.core.images import DOES_NOT_DECODE, READ, open_image
+    from sft.core.sample import SkipSample
 
     if "://" in file:
         raise UserError(f"{file}: addresses are not fetched; save the image and give its file name")

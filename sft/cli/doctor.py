@@ -24,7 +24,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Check this machine and, with --model, a model. Exit status 1 if a check failed."""
-    from sft.naming import find_model
+    from sft.runs.names import find_model
 
     path = None if model is None else find_model(model)
     quiet_libraries()
@@ -46,7 +46,7 @@ def _findings(path: Path | str | None) -> "Iterator[Finding]":
     from sft.checks.environment import environment
     from sft.checks.finding import Finding
     from sft.checks.model import check_model, load_subject
-    from sft.errors import UserError
+    from sft.core.errors import UserError
 
     yield from environment(Path.cwd())
     if path is None:

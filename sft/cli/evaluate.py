@@ -13,9 +13,9 @@ from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
 
 if TYPE_CHECKING:
-    from sft.distributed import Rank
+    from sft.core.distributed import Rank
+    from sft.evaluation.mmbench.score import Benchmark
     from sft.evaluation.results import Result
-    from sft.evaluation.score import Benchmark
     from sft.recipe import EvaluationConfig
 
 PROTOCOLS = ("card", "vanilla", "circular")
@@ -51,8 +51,8 @@ def run(
     What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
     images of that recipe's benchmark, figures come from the other.
     """
-    from sft.distributed import joined
-    from sft.errors import UserError
+    from sft.core.distributed import joined
+    from sft.core.errors import UserError
 
     for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, RANKS)):
         if value not in (None, *allowed):
@@ -85,7 +85,7 @@ def run(
     if details:
         _write_details(details, results)
     if submission:
-        from sft.evaluation.submission import write_submission
+        from sft.evaluation.mmbench.submission import write_submission
 
         write_submission(submission, evaluation.benchmark.rows, results[evaluation.settings.ranks[0]])
         summaries[0]["submission"] = str(submission)
@@ -107,18 +107,18 @@ class _Evaluation:
         Raises:
             UserError: there is no such model, or what is asked for does not go together.
         """
-        from sft.distributed import as_main
-        from sft.naming import find_model, recipe_of_model
+        from sft.core.distributed import as_main
         from sft.recipe import EvaluationConfig
+        from sft.runs.names import find_model, recipe_of_model
 
         self.path = as_main(process, lambda: _base_of(model) or find_model(model))
         recipe = recipe_of_model(model)
         chooses = recipe is not None and asked["benchmark"] in (None, recipe.evaluation.benchmark)
         self.settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), chooses, asked)
         quiet_libraries()
-        from sft.evaluation.processes import together
-        from sft.scoring import ScoredModel, load_settings
-        from sft.selection.choice import is_chosen_on_half
+        from sft.core.distributed import together
+        from sft.evaluation.run_benchmark import ScoredModel, load_settings
+        from sft.selection.rules import is_chosen_on_half
 
         with together():
             self.benchmark = load_settings(self.settings, Path(recipe.data.store) if recipe else Path("stores"))
@@ -147,8 +147,8 @@ def _base_of(model: str) -> Path | None:
     """The prepared base of a run, for RUN@base."""
     if not model.endswith("@base"):
         return None
-    from sft.bases import prepare_base
-    from sft.naming import find_recipe
+    from sft.models.base_model import prepare_base
+    from sft.runs.names import find_recipe
 
     return prepare_base(find_recipe(model.removesuffix("@base")))
 
@@ -156,8 +156,8 @@ def _base_of(model: str) -> Path | None:
 def _settings(settings: EvaluationConfig, of_this_benchmark: bool, given: dict[str, Any]) -> EvaluationConfig:
     """What the recipe says, and what is given in its place. How much of its benchmark a recipe asks says nothing about
     another one."""
-    from sft.errors import UserError
-    from sft.evaluation.protocols import check_protocol
+    from sft.core.errors import UserError
+    from sft.evaluation.mmbench.protocols import check_protocol
 
     if not of_this_benchmark:
         settings = settings.model_copy(update={"max_questions": None})
@@ -177,7 +177,7 @@ def _settings(settings: EvaluationConfig, of_this_benchmark: bool, given: dict[s
 
 def _check_place(option: str, file: Path | None) -> None:
     """Whether a file can be written there, before hours of work."""
-    from sft.errors import UserError
+    from sft.core.errors import UserError
 
     if file is None:
         return
@@ -188,8 +188,8 @@ def _check_place(option: str, file: Path | None) -> None:
 
 def _check(questions: Benchmark, settings: EvaluationConfig, submission: Path | None) -> None:
     """Whether there will be something to say at the end."""
-    from sft.errors import UserError
-    from sft.evaluation.submission import check_submission
+    from sft.core.errors import UserError
+    from sft.evaluation.mmbench.submission import check_submission
 
     if submission:
         check_submission(submission, questions, settings.ranks)

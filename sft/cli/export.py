@@ -7,7 +7,7 @@ import typer
 
 from sft.cli.stats import StorePath
 from sft.cli.terminal import Json, console, print_json, progress
-from sft.errors import printable
+from sft.core.errors import printable
 
 EXAMPLES = ("export stores/mine --output mine.parquet",)
 
@@ -22,8 +22,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Write a prepared dataset as messages and images, which `datasets`, TRL and others read."""
-    from sft.export import export_messages
-    from sft.store import Store
+    from sft.data.export import export_messages
+    from sft.data.store import Store
 
     found = Store(store)
     output = output or store.absolute().with_name(f"{store.absolute().name}.messages")

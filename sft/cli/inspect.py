@@ -29,14 +29,14 @@ def run(
     json: Json = False,
 ) -> None:
     """Show one pack as the model sees it: what is trained, where samples end, which image each token looks at."""
-    from sft.naming import find_recipe
+    from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     quiet_libraries()
-    from sft.bases import base_path
-    from sft.inspection import inspect_pack, page
+    from sft.batches.inspect_pack import inspect_pack, page
+    from sft.data.prepare import open_prepared
     from sft.models import get_family
-    from sft.preparation import open_prepared
+    from sft.models.base_model import base_path
 
     sources, template = open_prepared(found, [recipe, *(overrides or ())])
     family = get_family(found.model.family)

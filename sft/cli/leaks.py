@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, console, percent, print_json, progress, table
-from sft.errors import printable
+from sft.core.errors import printable
 
 NUM_SHOWN = 20
 """Leaks that are listed; --json has all of them."""
@@ -21,9 +21,9 @@ def run(
     json: Json = False,
 ) -> None:
     """Find the images of a benchmark in prepared datasets: the same bytes, or the same picture scaled or compressed."""
-    from sft import leaks
-    from sft.evaluation.mmbench import read_tsv
-    from sft.store import Store
+    from sft.data.store import Store
+    from sft.evaluation import leaks
+    from sft.evaluation.mmbench.questions import read_tsv
 
     leaks.check_imagehash()
     out = console(to_stderr=json)

@@ -36,8 +36,8 @@ from sft.cli import (
     train,
     validate,
 )
-from sft.distributed import speaks
-from sft.errors import RunError, UserError, printable
+from sft.core.distributed import speaks
+from sft.core.errors import RunError, UserError, printable
 
 app = typer.Typer(
     name="idefics-sft",

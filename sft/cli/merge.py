@@ -26,8 +26,8 @@ def run(
 
     A RUN means its selected, else its newest checkpoint.
     """
-    from sft.errors import UserError
-    from sft.naming import find_model
+    from sft.core.errors import UserError
+    from sft.runs.names import find_model
 
     if base_dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--base-dtype {base_dtype}: expected bf16 or fp32")
@@ -39,7 +39,7 @@ def run(
 
     import torch
 
-    from sft.merge import compare, merge
+    from sft.inference.merge import compare, merge
 
     out = console(to_stderr=json)
     out.print(f"checkpoint: {checkpoint}")

@@ -21,7 +21,7 @@ from sft.cli.terminal import (
     quiet_libraries,
     table,
 )
-from sft.errors import printable
+from sft.core.errors import printable
 
 EXAMPLES = (
     "mix my-data.yaml",
@@ -39,11 +39,11 @@ def run(
     json: Json = False,
 ) -> None:
     """Show the mixture: asked and achieved shares, epochs, what was left out, how full the packs are."""
-    from sft.naming import find_recipe
+    from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     quiet_libraries()
-    from sft.mix import mix
+    from sft.batches.mixture_report import mix
 
     wanted = steps or found.training.max_steps
     sources = _stated(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
@@ -56,13 +56,13 @@ def run(
 
 
 def _stated(recipe: Any) -> Sequence[Any]:
-    from sft.stated import stated_sources
+    from sft.batches.declared_sizes import stated_sources
 
     return stated_sources(recipe.data)
 
 
 def _prepared(recipe: Any, arguments: Sequence[str]) -> Sequence[Any]:
-    from sft.preparation import open_prepared
+    from sft.data.prepare import open_prepared
 
     return open_prepared(recipe, arguments)[0].sources
 

@@ -9,7 +9,7 @@ from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, prin
 
 if TYPE_CHECKING:
     from sft.cost.devices import Device
-    from sft.cost.planning import Plan
+    from sft.cost.estimate import Plan
     from sft.recipe import Recipe
 
 Gpu = Literal["a100-80", "h100-80", "l4-24", "t4-16", "rtx4090-24"]
@@ -38,8 +38,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Show what training takes of each GPU, how long it lasts and what it costs; what to change if it does not fit."""
-    from sft.cost.planning import plan
-    from sft.naming import find_recipe
+    from sft.cost.estimate import plan
+    from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     planned = plan(found, _device(gpu, gpu_memory, price_per_hour), gpus, utilisation, price_per_hour)
@@ -50,8 +50,8 @@ def run(
 
 
 def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device":
+    from sft.core.errors import UserError
     from sft.cost.devices import DEVICES, device_of_memory
-    from sft.errors import UserError
 
     if gib is None:
         return DEVICES[gpu or "a100-80"]

@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, Overrides, console, percent, preparation, print_json, quiet_libraries, table
-from sft.errors import UserError, printable
+from sft.core.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from sft.prepared import Part
-    from sft.store import Store
+    from sft.data.sources import Part
+    from sft.data.store import Store
 EXAMPLES = (
     "prepare my-data.yaml --num-proc 8",
     "prepare --dataset messages --path my_data --output stores/mine",
@@ -46,7 +46,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Prepare the datasets of a recipe and its base model, or one dataset."""
-    from sft.preparation import PrepareOptions
+    from sft.data.prepare import PrepareOptions
 
     quiet_libraries()
     out = console(to_stderr=json)
@@ -108,9 +108,9 @@ def _refuse_dataset_options(**given: Any) -> None:
 
 
 def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Part]:
-    from sft.naming import find_recipe
-    from sft.preparation import prepare as prepare_sources
-    from sft.scoring import recipe_benchmark
+    from sft.data.prepare import prepare as prepare_sources
+    from sft.evaluation.run_benchmark import recipe_benchmark
+    from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides)
     with preparation(out) as update:
@@ -122,7 +122,7 @@ def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> l
 def _one(
     asked: dict[str, Any], how: dict[str, str], output: Path, max_skip_share: float | None, options: Any, out: Console
 ) -> Store:
-    from sft.preparation import prepare_one
+    from sft.data.prepare import prepare_one
 
     with preparation(out) as update:
         return prepare_one(asked, how, output, max_skip_share, options, update)

@@ -25,8 +25,8 @@ from sft.cli.terminal import (
     table,
 )
 from sft.cli.train import train
-from sft.distributed import STOPPED
-from sft.errors import UserError
+from sft.core.distributed import STOPPED
+from sft.core.errors import UserError
 
 REPORT = "quickstart.json"
 DEFAULT_OUTPUT_DIR = Path("runs/quickstart")
@@ -71,8 +71,8 @@ def _recipe(output_dir: Path, overrides: list[str]) -> Any:
     Raises:
         UserError: an override is wrong, or of what the command itself says.
     """
+    from sft.core.shipped import shipped_recipe
     from sft.recipe import load_recipe
-    from sft.shipped import shipped_recipe
 
     for override in overrides:
         if override.startswith(("output_dir=", "evaluation.")):
@@ -93,8 +93,8 @@ def _page(output_dir: Path) -> Path:
 
 def _delete_run(output_dir: Path) -> None:
     """Delete what a run wrote, and only that; prepared data is made anew when it has to be."""
-    from sft.run_folder import delete_outputs
-    from sft.run_status import FILE, RunStatus
+    from sft.runs.status import FILE, RunStatus
+    from sft.training.run_folder import delete_outputs
 
     if RunStatus.read(output_dir):
         delete_outputs(output_dir)
@@ -111,8 +111,8 @@ def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, An
     # Layers as small as the base's: a second thread costs 1.6 to 1.9 times the CPU time and saves 6 to 20 % of the
     # clock.
     torch.set_num_threads(1)
-    from sft.mix import mix as mixture
-    from sft.preparation import prepare
+    from sft.batches.mixture_report import mix as mixture
+    from sft.data.prepare import prepare
 
     output_dir = Path(recipe.output_dir)
     with preparation(out) as update:
@@ -139,9 +139,9 @@ def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, An
 
 def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
     """Accuracy of the base, every checkpoint and the selected one without images, all on the reporting half."""
-    from sft.bases import base_path
-    from sft.naming import run_checkpoints
-    from sft.scoring import recipe_benchmark, score_model
+    from sft.evaluation.run_benchmark import recipe_benchmark, score_model
+    from sft.models.base_model import base_path
+    from sft.runs.names import run_checkpoints
 
     run_dir = Path(recipe.output_dir)
     benchmark = recipe_benchmark(recipe)
@@ -178,9 +178,9 @@ def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
 
 def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
     """Three questions about test images, answered by the selected model in one conversation each."""
-    from sft.chat import Conversation, responder
-    from sft.datasets import Adapter
-    from sft.inference import load_for_inference
+    from sft.data.datasets import Adapter
+    from sft.inference.chat import Conversation, responder
+    from sft.models.open_model import load_for_inference
 
     test = Adapter("easy_vqa", None, "test", {"form": "questions"})
     rows = [row for file in test.files() for row in test.rows(file) if isinstance(row, dict)]

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from sft.cli.terminal import Json, complete_shipped, console, examples, print_json
-from sft.errors import UserError
-from sft.shipped import recipe_title, shipped_recipe, shipped_recipes
+from sft.core.errors import UserError
+from sft.core.shipped import recipe_title, shipped_recipe, shipped_recipes
 
 EXAMPLES = (
     "recipes list",
@@ -51,7 +51,7 @@ def copy(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Copy a shipped recipe, to change it, and lay its schema for editors beside it."""
-    from sft.recipe.schema import SCHEMA_FILE, schema_text
+    from sft.recipe.json_schema import SCHEMA_FILE, schema_text
 
     recipe = shipped_recipe(name)
     file = to / recipe.name if to.is_dir() else to

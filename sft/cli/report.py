@@ -21,8 +21,8 @@ def run(
 
     The page stands by itself: it fetches nothing and needs no JavaScript.
     """
-    from sft.naming import find_recipe
     from sft.report import report
+    from sft.runs.names import find_recipe
 
     file = report(Path(find_recipe(run).output_dir), output)
     if json:

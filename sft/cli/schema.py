@@ -7,6 +7,6 @@ EXAMPLES = ("schema > recipe.schema.json      # beside the recipe that names it"
 
 def run() -> None:
     """Print the JSON schema of a recipe, by which editors complete keys and mark mistakes."""
-    from sft.recipe.schema import schema_text
+    from sft.recipe.json_schema import schema_text
 
     sys.stdout.write(schema_text())

@@ -13,8 +13,8 @@ from sft.cli.terminal import Json, console, notes, percent, print_json, progress
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
-    from sft.selection.choice import CheckpointScore, ChosenOn, Selection
-    from sft.selection.session import Session
+    from sft.selection.rules import CheckpointScore, ChosenOn, Selection
+    from sft.selection.select import Session
 EXAMPLES = (
     "select runs/my-data",
     "select runs/my-data --benchmark questions.jsonl",
@@ -39,8 +39,8 @@ def run(
 
     What is left out comes from the recipe. Without a benchmark, the loss on what data.validation holds out chooses.
     """
-    from sft.distributed import joined
-    from sft.naming import find_recipe
+    from sft.core.distributed import joined
+    from sft.runs.names import find_recipe
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, rule=rule)
     if nproc > 1:
@@ -57,7 +57,7 @@ def run(
             selection, session = _select(recipe, out)
             show(selection, out)
     if process.is_main and json:
-        from sft.selection.choice import as_json
+        from sft.selection.rules import as_json
 
         print_json(as_json(selection))
     elif process.is_main:
@@ -72,7 +72,7 @@ def _with_options(recipe: Recipe, *, by: str | None, benchmark: str | None, rule
     Raises:
         UserError: an option has no such value, or two of them do not go together.
     """
-    from sft.errors import UserError
+    from sft.core.errors import UserError
     from sft.recipe import By, Rule
 
     for option, value, known in (("by", by, get_args(By)), ("rule", rule, get_args(Rule))):
@@ -101,7 +101,7 @@ def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Sele
 
 
 def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> tuple[Selection, Session]:
-    from sft.naming import run_checkpoints
+    from sft.runs.names import run_checkpoints
 
     run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
     session = _session(recipe, out, chosen_on)
@@ -110,12 +110,12 @@ def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> tuple[
 
 def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
     quiet_libraries()
-    from sft.bases import prepare_base
-    from sft.evaluation.processes import from_main
-    from sft.inference import load_template
+    from sft.core.distributed import from_main
+    from sft.data.prepare import open_sources
     from sft.models import get_family
-    from sft.preparation import open_sources
-    from sft.selection.session import Session
+    from sft.models.base_model import prepare_base
+    from sft.models.open_model import load_template
+    from sft.selection.select import Session
 
     def held_out() -> Any:
         template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from sft.errors import UserError
+from sft.core.errors import UserError
 
 Nproc = Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that share the work out.")]
 
@@ -23,7 +23,7 @@ def start(nproc: int, arguments: Sequence[str], options: Mapping[str, object]) -
     """
     import torch
 
-    from sft.distributed import launch, launched_as
+    from sft.core.distributed import launch, launched_as
 
     if launched_as().of > 1:
         raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from sft.cli.terminal import Json, console, percent, print_json, table
-from sft.errors import printable
+from sft.core.errors import printable
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a prepared dataset.")]
 EXAMPLES = ("stats stores/mine",)
@@ -15,8 +15,8 @@ EXAMPLES = ("stats stores/mine",)
 
 def run(store: StorePath, json: Json = False) -> None:
     """Show what a prepared dataset holds: samples, images, turns, lengths, what was left out."""
-    from sft.stats import store_stats
-    from sft.store import Store
+    from sft.data.statistics import store_stats
+    from sft.data.store import Store
 
     stats = store_stats(Store(store))
     if json:

@@ -27,12 +27,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from sft.errors import printable
+from sft.core.errors import printable
 
 
 def complete_shipped(incomplete: str) -> list[str]:
     """Shipped recipes, for the shell."""
-    from sft.shipped import shipped_recipes
+    from sft.core.shipped import shipped_recipes
 
     return [name for name in shipped_recipes() if name.startswith(incomplete)]
 
@@ -46,7 +46,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_override(incomplete: str) -> list[str]:
     """Dotted keys of a recipe, and the values of those that have a few, for the shell."""
-    from sft.recipe.schema import choices_of, dotted_keys
+    from sft.recipe.json_schema import choices_of, dotted_keys
 
     key, equals, _ = incomplete.partition("=")
     if equals:

@@ -24,8 +24,9 @@ from sft.cli.terminal import (
     quiet_libraries,
     table,
 )
-from sft.distributed import ALONE, STOPPED, Rank, as_main
-from sft.errors import UserError
+from sft.core.distributed import ALONE, STOPPED, Rank, as_main
+from sft.core.errors import UserError
+from sft.training.resume import check_changes, what_is_there
 
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
@@ -52,8 +53,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
-    from sft.distributed import joined, launch, launched_as
-    from sft.naming import find_recipe
+    from sft.core.distributed import joined, launch, launched_as
+    from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     named = [recipe, *(overrides or ())]
@@ -66,7 +67,7 @@ def run(
         if launched_as().of > 1:
             raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
         if resume != "none":
-            _check_changes(found, Path(found.output_dir), allow_changed)
+            check_changes(found, Path(found.output_dir), allow_changed)
         _prepare_for(nproc, found, console(to_stderr=json))
         options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
         options += ["--quiet"] * is_quiet()
@@ -101,9 +102,9 @@ def _can_choose(recipe: Any) -> bool:
 def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
     quiet_libraries()
     from sft.checks.before_training import check_writable
-    from sft.precision import choose_precision, device
-    from sft.preparation import prepare
-    from sft.run import dry_run
+    from sft.core.precision import choose_precision, device
+    from sft.data.prepare import prepare
+    from sft.training.run import dry_run
 
     check_writable(Path(recipe.output_dir))
     with preparation(out) as update:
@@ -147,12 +148,12 @@ def train(
         UserError: a run of another recipe is in the folder, or the checkpoint to go on from is not whole.
     """
     run_dir = Path(recipe.output_dir)
-    finished, resume_from = as_main(rank, lambda: _what_is_there(recipe, run_dir, resume, allow_changed, out))
+    finished, resume_from = as_main(rank, lambda: what_is_there(recipe, run_dir, resume, allow_changed, out))
     if finished:
         return finished
     quiet_libraries()
-    from sft import run as runs
-    from sft.preparation import open_prepared, prepare
+    from sft.data.prepare import open_prepared, prepare
+    from sft.training import run as runs
 
     _check_before_preparing(recipe)
     if rank.of > 1:
@@ -188,9 +189,9 @@ def _check_before_preparing(recipe: Any) -> None:
         UserError: the folder cannot be written to or holds other things, a tracker is missing, or the precision.
     """
     from sft.checks.before_training import check_writable
-    from sft.monitoring import check_trackers
-    from sft.precision import choose_precision, device
-    from sft.run_folder import check_ours
+    from sft.core.precision import choose_precision, device
+    from sft.training.run_folder import check_ours
+    from sft.training.trackers import check_trackers
 
     check_writable(Path(recipe.output_dir))
     check_ours(Path(recipe.output_dir))
@@ -206,8 +207,8 @@ def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
     """
     import torch
 
-    from sft.engines import choose_engine
-    from sft.preparation import prepare
+    from sft.data.prepare import prepare
+    from sft.training.engines import choose_engine
 
     if torch.cuda.is_available() and nproc > torch.cuda.device_count():
         raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
@@ -216,103 +217,3 @@ def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
     _check_before_preparing(recipe)
     with preparation(out) as update:
         prepare(recipe, update)
-
-
-def _what_is_there(
-    recipe: Any, run_dir: Path, resume: str, allow_changed: bool, out: Console
-) -> tuple[Any, Path | None]:
-    """The status of a run that is finished; or the checkpoint to go on from, None to start anew.
-
-    Raises:
-        UserError: see `train`.
-    """
-    from sft.run_status import RunStatus
-
-    status = None if resume == "none" else RunStatus.read(run_dir)
-    if status is None:
-        if resume not in ("auto", "none"):
-            raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
-        return None, None
-    changed = _check_changes(recipe, run_dir, allow_changed)
-    if changed:
-        out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
-    if status.status == "finished" and resume == "auto" and not changed:
-        out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
-        return status, None
-    return None, _checkpoint(resume, run_dir, out)
-
-
-def _check_changes(recipe: Any, run_dir: Path, allow_changed: bool) -> list[str]:
-    """Settings that differ from those of the run in a folder, if there is one.
-
-    Raises:
-        UserError: there are some, and they are not allowed.
-    """
-    from sft.run_status import RunStatus
-
-    if RunStatus.read(run_dir) is None:
-        return []
-    changed = changed_settings(recipe, run_dir)
-    if changed and not allow_changed:
-        raise UserError(
-            f"{run_dir}: holds a run of another recipe (other: {', '.join(changed)}); choose another output_dir, "
-            "or --allow-changed goes on with these, not as it would have without a break"
-        )
-    return changed
-
-
-def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
-    """Where to go on; None where the run has no checkpoint yet.
-
-    Raises:
-        UserError: the one that is asked for is none of this run, or not whole; or there are checkpoints, but none to go
-            on from, and starting anew would delete them.
-    """
-    from sft.checkpoint import check_state, newest_state
-
-    folder = run_dir / "checkpoints"
-    if resume != "auto":
-        asked = Path(resume)
-        if asked.resolve().parent != folder.resolve():
-            raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
-        check_state(asked)
-        out.print(f"going on from {asked}", markup=False)
-        return asked
-    found = newest_state(folder, lambda line: out.print(line, markup=False))
-    if found is None and any(folder.glob("checkpoint-*")):
-        raise UserError(
-            f"{run_dir}: holds checkpoints, but none with a state to go on from; "
-            "--resume none deletes them and starts anew, another output_dir leaves them"
-        )
-    out.print(f"going on from {found}" if found else f"{run_dir}: no checkpoint yet; starting anew", markup=False)
-    return found
-
-
-FREE = {
-    "data": {"store", "num_workers", "worker_timeout", "max_dirty_samples"},
-    "training": {"report_to", "max_nonfinite_steps"},
-}
-"""Settings that change nothing of what is trained."""
-
-
-def changed_settings(recipe: Any, run_dir: Path) -> list[str]:
-    """Dotted names of settings that differ from those of the run in a folder, and change what it trains.
-
-    Raises:
-        UserError: the run has no recipe.
-    """
-    from sft.recipe import load_recipe
-
-    file = run_dir / "recipe.yaml"
-    if not file.is_file():
-        raise UserError(f"{run_dir}: has a run.json but no recipe.yaml; --resume none starts anew")
-    parts = {"model", "data", "training", "seed"}
-    before, now = (r.model_dump(include=parts) for r in (load_recipe(file), recipe))
-    changed = []
-    for part in sorted(parts):
-        if not isinstance(now[part], dict):
-            changed += [part] if before[part] != now[part] else []
-            continue
-        names = sorted(now[part].keys() - FREE.get(part, set()))
-        changed += [f"{part}.{name}" for name in names if before[part][name] != now[part][name]]
-    return changed

@@ -20,8 +20,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Check a recipe: its keys, shares, datasets and paths."""
-    from sft.naming import find_recipe
-    from sft.validation import check_recipe
+    from sft.data.check_recipe import check_recipe
+    from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     check_recipe(found, paths=not no_paths)

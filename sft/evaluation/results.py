@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sft.errors import UserError
-from sft.files import write_atomically
+from sft.core.errors import UserError
+from sft.core.files import write_atomically
 
 Rank = Literal[
     "letter",  # the option whose letter is the likeliest answer

@@ -1,9 +1,9 @@
 """The recipe: one YAML file that says which model is trained on what, how, and what chooses the checkpoint.
 
-`fields` has every key, `reading` turns a file and overrides into a `Recipe`.
+`config` has every key, `load` turns a file and overrides into a `Recipe`, `json_schema` serves editors.
 """
 
-from sft.recipe.fields import (
+from sft.recipe.config import (
     BUILT_BENCHMARKS,
     GROUPS,
     By,
@@ -25,7 +25,7 @@ from sft.recipe.fields import (
     TrainingConfig,
     ValidationConfig,
 )
-from sft.recipe.reading import load_recipe, with_overrides
+from sft.recipe.load import load_recipe, with_overrides
 
 __all__ = [
     "BUILT_BENCHMARKS",

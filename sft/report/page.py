@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sft.files import write_atomically
+from sft.core.files import write_atomically
 from sft.recipe import GROUPS
 from sft.report.charts import duration, gibibytes, percent, plain
 from sft.report.figures import HUES, category_figures, loss_figures, score_figures, source_figures, speed_figures

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.checkpoint import checkpoints
-from sft.errors import UserError
-from sft.naming import find_recipe
+from sft.core.errors import UserError
+from sft.data.store import Store
 from sft.recipe import Recipe
-from sft.run_status import RunStatus
-from sft.store import Store
+from sft.runs.checkpoint import checkpoints
+from sft.runs.names import find_recipe
+from sft.runs.status import RunStatus
 
 Line = dict[str, Any]
 

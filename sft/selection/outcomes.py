@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.checkpoint import checkpoint_name, step_of
-from sft.errors import UserError
+from sft.core.errors import UserError
 from sft.evaluation.results import half_of
-from sft.statistics import Array
+from sft.runs.checkpoint import checkpoint_name, step_of
+from sft.selection.bootstrap import Array
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.files import whole_file
-from sft.selection.choice import CategoryScores, Selection
+from sft.core.files import whole_file
+from sft.selection.rules import CategoryScores, Selection
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
     from matplotlib.axes import Axes

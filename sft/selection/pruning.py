@@ -11,9 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from sft.checkpoint import MANIFEST, STATE, checkpoints
-from sft.files import discard
-from sft.selection.choice import Selection
+from sft.core.files import discard
+from sft.runs.checkpoint import MANIFEST, STATE, checkpoints
+from sft.selection.rules import Selection
 
 Part = Literal["weights", "state"]
 

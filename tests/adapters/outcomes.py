@@ -6,14 +6,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from sft.datasets import Adapter
-from sft.sample import Sample, SkipSample
+from sft.core.sample import Sample, SkipSample
+from sft.data.datasets import Adapter
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent.parent / "fixtures"
 
 
 def adapter(name: str, path: str | Path | None = None, split: str = "train", **options) -> Adapter:
-    """An adapter over its fixture folder, tests/data/<name>, or over `path`."""
+    """An adapter over its fixture folder, tests/fixtures/<name>, or over `path`."""
     return Adapter(name, str(path or DATA / name), split, options)
 
 

@@ -6,9 +6,9 @@ import random
 import pytest
 from outcomes import DATA, adapter, outcomes
 
-from sft.datasets import Adapter, easy_vqa
-from sft.errors import UserError
-from sft.sample import ImageRef, Message, Sample
+from sft.core.errors import UserError
+from sft.core.sample import ImageRef, Message, Sample
+from sft.data.datasets import Adapter, easy_vqa
 
 IMAGES = DATA / "easy_vqa" / "train" / "images"
 QUESTIONS = json.loads((DATA / "easy_vqa" / "train" / "questions.json").read_text())

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from outcomes import DATA, adapter, outcomes, picture, said, samples
 
-from sft.errors import UserError
-from sft.sample import Sample, SkipSample
+from sft.core.errors import UserError
+from sft.core.sample import Sample, SkipSample
 
 NAME = "general_scene_difference"
 HERE = DATA / NAME

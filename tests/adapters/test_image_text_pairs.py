@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from outcomes import DATA, adapter, outcomes, picture, said, samples
 
-from sft.errors import UserError
-from sft.sample import ImageRef, Sample, SkipSample
-from sft.sources import read_jsonl, record_limit
+from sft.core.errors import UserError
+from sft.core.sample import ImageRef, Sample, SkipSample
+from sft.data.formats import read_jsonl, record_limit
 
 MEMBERS = DATA / "image_text_pairs" / "members"
 RED = picture("red")

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from outcomes import DATA, adapter, outcomes, said, samples
 
-from sft.errors import UserError
-from sft.sample import Sample, SkipSample
-from sft.sources import read_json_list
+from sft.core.errors import UserError
+from sft.core.sample import Sample, SkipSample
+from sft.data.formats import read_json_list
 
 HERE = DATA / "llava_instruct"
 MIX = HERE / "llava_v1_5_mix665k.json"

@@ -5,9 +5,9 @@ import json
 import pytest
 from outcomes import DATA, adapter, outcomes, said, samples
 
-from sft.errors import UserError
-from sft.sample import Sample, SkipSample
-from sft.sources import read_json_list
+from sft.core.errors import UserError
+from sft.core.sample import Sample, SkipSample
+from sft.data.formats import read_json_list
 
 HERE = DATA / "llavar"
 PUBLISHED, OWN = HERE / "llava_instruct_150k_llavar_16k.json", HERE / "own_records.json"

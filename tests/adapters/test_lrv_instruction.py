@@ -3,9 +3,9 @@
 import pytest
 from outcomes import DATA, adapter, outcomes, picture, said, samples
 
-from sft.datasets._visual_genome import image_of
-from sft.errors import UserError
-from sft.sample import SkipSample
+from sft.core.errors import UserError
+from sft.core.sample import SkipSample
+from sft.data.datasets._visual_genome import image_of
 
 HERE = DATA / "lrv_instruction"
 GOOD = {"__from__": "filter_cap.json:1", "image_id": "501", "question": "Is it?", "answer": "No.", "task": "negative"}

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from outcomes import adapter, outcomes, picture, picture_base64, said, samples
 
-from sft.datasets.m3it import SELECTION
-from sft.errors import UserError
-from sft.images import decode_rgb
-from sft.sample import ImageRef, Message, Sample
+from sft.core.errors import UserError
+from sft.core.images import decode_rgb
+from sft.core.sample import ImageRef, Message, Sample
+from sft.data.datasets.m3it import SELECTION
 
 RED = picture_base64("red")
 LOADER_ROW = {"instruction": "Look.", "inputs": "What is it?", "image_base64_str": [RED], "outputs": "Red.\n"}

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from outcomes import DATA, adapter, outcomes, picture, said, samples
 
-from sft.errors import UserError
-from sft.sample import Sample, SkipSample
-from sft.sources import read_jsonl, read_parquet
+from sft.core.errors import UserError
+from sft.core.sample import Sample, SkipSample
+from sft.data.formats import read_jsonl, read_parquet
 
 RED = picture("red", "JPEG")
 URL = "https://example.org/"
@@ -182,7 +182,7 @@ def test_no_value_of_any_field_is_an_error_of_the_code(tmp_path, monkeypatch, va
     of = adapter("obelics", shard(tmp_path, []))
     for field in ("images", "texts", "metadata", "general_metadata"):
         row = raw_rows("pages.jsonl")[0] | {field: value, "__from__": "train-00000.parquet:1", "__at__": 1.0}
-        monkeypatch.setattr("sft.datasets.obelics.read_parquet", pages_after_map([row], tmp_path))
+        monkeypatch.setattr("sft.data.datasets.obelics.read_parquet", pages_after_map([row], tmp_path))
         for outcome in outcomes(of):
             assert isinstance(outcome, Sample | str)
     for row in ({"__from__": "x", "items": value}, {"__from__": "x"}):

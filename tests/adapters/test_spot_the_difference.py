@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from outcomes import DATA, adapter, outcomes, picture, said, samples
 
-from sft.datasets import _mimic_it
-from sft.errors import UserError
-from sft.images import MAX_BYTES
-from sft.sample import Sample, SkipSample
+from sft.core.errors import UserError
+from sft.core.images import MAX_BYTES
+from sft.core.sample import Sample, SkipSample
+from sft.data.datasets import _mimic_it
 
 NAME = "spot_the_difference"
 MIMIC_IT = DATA / NAME / "mimic_it"

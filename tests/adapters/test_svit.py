@@ -6,8 +6,8 @@ import shutil
 import pytest
 from outcomes import DATA, adapter, outcomes, said, samples
 
-from sft.errors import UserError
-from sft.sample import Sample
+from sft.core.errors import UserError
+from sft.core.sample import Sample
 
 SVIT = DATA / "svit"
 CORE = SVIT / "format" / "llava-v1.5" / "SVIT_core_150K.json"

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from outcomes import DATA, adapter, outcomes, said, samples
 
-from sft.errors import UserError
+from sft.core.errors import UserError
 
 BASIL, RIVER, *_, PART_1 = samples(adapter("ultrachat"))
 TALK = [{"content": "Hello.", "role": "user"}, {"content": "Good day.", "role": "assistant"}]

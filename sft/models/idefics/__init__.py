@@ -3,6 +3,7 @@
 The weights are those of `transformers.IdeficsForVisionText2Text`, on disk too.
 """
 
+from sft.models.family import PackedOutput
 from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD, prepare_base
 from sft.models.idefics.folders import (
     image_size,
@@ -14,7 +15,7 @@ from sft.models.idefics.folders import (
     write_config,
 )
 from sft.models.idefics.loading import load_model, save_model
-from sft.models.idefics.packed import PackedIdefics, PackedOutput, plain_logits, use_grouped_attention
+from sft.models.idefics.packed import PackedIdefics, plain_logits, use_grouped_attention
 from sft.models.idefics.parameters import QUANTISED, group_of, image_cost_in_tokens, lora_pattern, select_trainable
 from sft.models.idefics.pixels import CLIP_MEAN, CLIP_STD, normalise, save_processor
 from sft.models.idefics.prompts import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sft.errors import UserError
+from sft.core.errors import UserError
 from sft.models.idefics.folders import check_weights, local_folder, read_config, weight_files
 from sft.models.idefics.tokens import END_OF_UTTERANCE, EXTRA_TOKENS, load_tokenizer
 

@@ -12,7 +12,7 @@ from transformers import IdeficsConfig
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 
 from sft import models
-from sft.errors import UserError
+from sft.core.errors import UserError
 
 
 def weight_files(folder: Path) -> dict[str, str]:

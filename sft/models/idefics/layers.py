@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.idefics import modeling_idefics as plain
 from transformers.models.idefics import perceiver, vision
 
-from sft.attention import Groups, grouped_attention
+from sft.models.grouped_attention import Groups, grouped_attention
 
 
 class _RmsNorm(torch.autograd.Function):

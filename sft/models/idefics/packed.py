@@ -8,7 +8,7 @@ checkpoint, whose vocabulary has extra rows.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 from transformers.masking_utils import sdpa_mask
 
-from sft.attention import group_sequences, group_tokens, grouped_attention
-from sft.loss import summed_loss, token_losses, trained_positions, z_losses
+from sft.core.sample import NO_SOURCE, Batch
+from sft.models.family import PackedOutput
+from sft.models.grouped_attention import group_sequences, group_tokens, grouped_attention
 from sft.models.idefics.layers import replace_layers, rotary_of
 from sft.models.idefics.pixels import normalise
-from sft.sample import NO_SOURCE, Batch
+from sft.models.loss import summed_loss, token_losses, trained_positions, z_losses
 
 
 def _mask_always(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -32,19 +33,6 @@ def _mask_always(*args: Any, **kwargs: Any) -> Tensor | None:
 AttentionInterface.register("grouped", grouped_attention)
 
 AttentionMaskInterface.register("grouped", _mask_always)
-
-
-class PackedOutput(NamedTuple):
-    """What the forward over a packed micro-batch returns. P = trained positions."""
-
-    loss: Tensor
-    """(Summed cross entropy + z-loss) / trained tokens of the whole optimizer step."""
-    token_losses_P: Tensor
-    """Cross entropy of each trained position, float32, detached."""
-    source_ids_P: Tensor
-    """The mixture's source of each trained position."""
-    logits_PV: Tensor | None
-    """Logits of each trained position, float32; only in evaluation mode, they are large."""
 
 
 class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not typed
@@ -66,7 +54,7 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
         """Summed next-token loss of a packed micro-batch; its logits (P, V) at the positions `read_P`, if those are
         given; transformers' forward when no `batch` is.
 
-        `z_loss` is the weight of `sft.loss.z_losses` beside the loss.
+        `z_loss` is the weight of `sft.models.loss.z_losses` beside the loss.
         """
         if batch is None:
             return super().forward(*args, **kwargs)
@@ -104,7 +92,7 @@ class PackedIdefics(PlainIdefics):  # type: ignore[misc]  # transformers is not 
 
     def _image_states(self, batch: Batch) -> Tensor:
         if batch.features_NSE is not None and len(batch.features_NSE):
-            assert not batch.to_encode, "sft.feature_cache.Encoder completes a batch"
+            assert not batch.to_encode, "sft.batches.feature_cache.Encoder completes a batch"
             return batch.features_NSE.to(self.dtype)
         if len(batch.pixel_values_NCHW):
             return self.encode_images(batch.pixel_values_NCHW)

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sft.errors import UserError
+from sft.core.errors import UserError
+from sft.core.sample import EncodedSample, ImageRef
 from sft.models.idefics.pixels import normalise
 from sft.models.idefics.tokens import END_OF_UTTERANCE, FAKE, IMAGE
-from sft.sample import EncodedSample, ImageRef
 
 ENDS = ("</s>", END_OF_UTTERANCE)
 """Tokens that end an answer, as far as a vocabulary has them: a base has no `<end_of_utterance>`."""
@@ -29,7 +29,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, items: Sequence[str | Imag
     """A prompt of texts and images as it stands, from `<s>`: the ids that transformers' `IdeficsProcessor` makes of it.
 
     No role is added. Special tokens in a text are special, so it must be one's own text: that is what
-    `sft.chat_template` is for otherwise. As in the processor, spaces at the ends of a text go.
+    `sft.models.chat_template` is for otherwise. As in the processor, spaces at the ends of a text go.
 
     Raises:
         UserError: a text holds an image marker, for which there is no image.

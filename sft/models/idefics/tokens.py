@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
-from sft.errors import UserError
+from sft.core.errors import UserError
 from sft.models.idefics.folders import read_config
 
 CHAT_TEMPLATE = "idefics.jinja"

@@ -1,0 +1,134 @@
+"""The stream of packs: a pure function of the sources, the data settings and the seed.
+
+Packs are planned a window at a time. The state between two windows is the place of every source and the carry, the
+samples that were drawn and did not fit: as JSON, a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise, repeat
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from sft.batches.mixture import Draw, Mixture, SourceSizes
+from sft.batches.packing import Bundle, pack_window
+from sft.core.sample import Caps, Pack, PackItem
+from sft.recipe import DataConfig
+
+MIN_WINDOW_PACKS = 64
+
+
+class Planner:
+    """Draws windows of packs: a whole number of optimizer steps, and at least MIN_WINDOW_PACKS packs."""
+
+    def __init__(self, sizes: Sequence[SourceSizes], data: DataConfig, *, packs_per_step: int, seed: int) -> None:
+        """
+        Raises:
+            UserError: no sample of a source fits a pack.
+        """
+        self.sizes = sizes
+        self.caps = Caps(
+            tokens=data.sequence_length,
+            images=data.max_images_per_pack,
+            samples_per_image=data.max_samples_per_image_per_pack,
+        )
+        self.mixture = Mixture(sizes, unit=data.share_unit, seed=seed, caps=self.caps)
+        self.packs_per_step = packs_per_step
+        self.window_packs = packs_per_step * ceil(MIN_WINDOW_PACKS / packs_per_step)
+        self.seed = seed
+        self.window = 0
+        self.carry: list[Bundle] = []
+
+    def windows(self) -> Iterator[list[Pack]]:
+        """Windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn last
+        may not fill a window: then it is the whole steps of packs that hold something."""
+        while not self.mixture.ended():
+            rng = np.random.default_rng([self.seed, self.window])
+            with _no_garbage_collection():
+                packs, self.carry = pack_window(self.carry, self._draw(), self.window_packs, self.caps, rng)
+            self.window += 1
+            if self.mixture.ended():
+                packs = [pack for pack in packs if pack.items]
+                del packs[len(packs) // self.packs_per_step * self.packs_per_step :]
+            yield packs
+
+    def num_trained(self, packs: Sequence[Pack]) -> int:
+        """Trained tokens of some packs."""
+        rows: list[list[int]] = [[] for _ in self.sizes]
+        for pack in packs:
+            for item in pack.items:
+                rows[item.source].append(item.sample)
+        pairs = zip(self.sizes, rows, strict=True)
+        return sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
+
+    def state(self) -> dict[str, Any]:
+        """Counters and carry as JSON, between two windows."""
+        return {
+            "window": self.window,
+            "drawn": self.mixture.state(),
+            "carry": [bundle.items for bundle in self.carry],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.window = state["window"]
+        self.mixture.restore(state["drawn"])
+        self.carry = [self._restored(items) for items in state["carry"]]
+
+    def _draw(self) -> list[Bundle]:
+        """What fills a window beside the carry: in tokens, in images, or in packs that one image may stand in."""
+        carried = Counter(image for bundle in self.carry for image in bundle.images)
+        draws = self.mixture.draw(
+            self.window_packs * self.caps.tokens - sum(bundle.num_tokens for bundle in self.carry),
+            self.window_packs * self.caps.images - carried.total(),
+            self.window_packs - max(carried.values(), default=0),
+        )
+        return [bundle for source, draw in enumerate(draws) for bundle in bundles_of(source, draw, self.caps)]
+
+    def _restored(self, items: Sequence[Sequence[int]]) -> Bundle:
+        rows = np.array([row for _, row in items])
+        sizes = self.sizes[items[0][0]]
+        return Bundle(
+            tuple(PackItem(*item) for item in items),
+            int(sizes.num_tokens(rows).sum()),
+            frozenset(sizes.images(rows[:1])[0].tolist()),
+        )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A window is thousands of small tuples: looking for cycles among them took half of the time of planning."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def bundles_of(source: int, draw: Draw, caps: Caps) -> list[Bundle]:
+    """Samples drawn one after another about the same images, as many as may share a pack; each text by itself."""
+    borders = np.concatenate(([0], np.cumsum(draw.num_images))).tolist()
+    numbers = draw.images.tolist()
+    images = [frozenset(numbers[start:end]) for start, end in pairwise(borders)]
+    items = [*map(PackItem, repeat(source), draw.rows.tolist())]
+    tokens = draw.num_tokens.tolist()
+    is_joined = (draw.groups[1:] == draw.groups[:-1]) & (draw.num_images[1:] > 0)
+    if caps.samples_per_image == 1 or not is_joined.any():
+        return [*map(Bundle, zip(items), tokens, images)]  # zip makes tuples of one
+    bundles = []
+    start, num_tokens = 0, tokens[0]
+    for number, joins in enumerate([*is_joined.tolist(), False], start=1):
+        if joins and number - start < caps.samples_per_image and num_tokens + tokens[number] <= caps.tokens:
+            num_tokens += tokens[number]
+            continue
+        bundles.append(Bundle(tuple(items[start:number]), num_tokens, images[start]))
+        start, num_tokens = number, tokens[number] if number < len(tokens) else 0
+    return bundles

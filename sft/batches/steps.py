@@ -1,0 +1,174 @@
+"""The plan of a run on one of its ranks: windows of packs -> steps -> the micro-batches that this rank makes.
+
+Every rank plans everything, since a plan is a pure function of the sources, the settings and the seed, and takes what
+is its own of it. Planning goes on in a thread, a window ahead. Where training stands is told by steps: whoever takes
+plans may be ahead of it.
+
+The packs of an optimizer step dealt to ranks, so that each has as much to do as the others.
+
+Ranks walk through the micro-steps together, and the slowest sets the pace: the packs of a micro-step are alike in cost,
+and what is left to even out is evened out over the step. What a pack costs is its text tokens and its distinct images,
+each worth as many text tokens as its model family says (`image_cost_in_tokens`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sft.batches.pack_stream import Planner
+from sft.core.distributed import ALONE, Rank
+from sft.core.parallel import ahead
+from sft.core.sample import Pack
+from sft.data.sources import Place, Sources
+
+
+class Plan(NamedTuple):
+    """What becomes a micro-batch."""
+
+    step: int
+    """The optimizer step, the first of which is 1."""
+    packs: tuple[tuple[Place, ...], ...]
+    """None where the rank is left without one: it computes a dummy then."""
+    num_trained_tokens: int
+    """Of the whole step, on all ranks."""
+
+
+class Window(NamedTuple):
+    """Packs that are planned together."""
+
+    first_step: int
+    state: dict[str, Any]
+    """Of the planner, before it."""
+    packs: list[Pack]
+
+
+class Plans:
+    """The micro-batches of a rank, from any step on."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        planner: Planner,
+        *,
+        micro_batch_packs: int,
+        image_cost: float = 0.0,
+        rank: Rank = ALONE,
+    ) -> None:
+        """An image costs as much as `image_cost` text tokens: by it packs are dealt to ranks."""
+        self.sources = sources
+        self.planner = planner
+        self.micro_batch_packs = micro_batch_packs
+        self.image_cost = image_cost
+        self.rank = rank
+        self._steps_to_skip = 0
+        self._starts: deque[tuple[int, dict[str, Any]]] = deque()
+        """The first step of each window that training may still be in, and the planner's state before it."""
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """On each rank."""
+        return -(-self.planner.packs_per_step // (self.micro_batch_packs * self.rank.of))
+
+    @property
+    def micro_batches_of_all(self) -> int:
+        """Those of a step on all ranks that have packs."""
+        whole, rest = divmod(self.planner.packs_per_step, self.micro_batch_packs * self.rank.of)
+        return whole * self.rank.of + min(rest, self.rank.of)
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the places for packs that stays empty, since packs are not a multiple of them."""
+        places = self.micro_batches_per_step * self.micro_batch_packs * self.rank.of
+        return 1 - self.planner.packs_per_step / places
+
+    def __iter__(self) -> Iterator[Plan]:
+        for window in ahead(self._planned()):
+            self._starts.append((window.first_step, window.state))
+            size = self.planner.packs_per_step
+            steps = [window.packs[first : first + size] for first in range(0, len(window.packs), size)]
+            first, self._steps_to_skip = self._steps_to_skip, 0
+            for step, packs in enumerate(steps[first:], window.first_step + first):
+                yield from self._of_step(step, packs)
+
+    def _planned(self) -> Iterator[Window]:
+        steps_per_window = self.planner.window_packs // self.planner.packs_per_step
+        first_step, state = self.planner.window * steps_per_window + 1, self.planner.state()
+        for packs in self.planner.windows():
+            yield Window(first_step, state, packs)
+            first_step, state = first_step + steps_per_window, self.planner.state()
+
+    def _of_step(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
+        num_trained_tokens = max(self.planner.num_trained(packs), 1)  # what sums are divided by
+        dealt = deal(self._costs(packs), self.rank.of, self.micro_batch_packs)
+        for numbers in dealt[self.rank.number]:
+            own = (tuple(self.sources.locate(item) for item in packs[number].items) for number in numbers)
+            yield Plan(step, tuple(own), num_trained_tokens)
+
+    def _costs(self, packs: Sequence[Pack]) -> list[float]:
+        """Text tokens of each pack, and its distinct images at their worth."""
+        costs = np.zeros(len(packs))
+        shown = []  # pairs of pack and image
+        for index, source in enumerate(self.planner.sizes):
+            pairs = [(number, i.sample) for number, pack in enumerate(packs) for i in pack.items if i.source == index]
+            numbers, rows = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+            np.add.at(costs, numbers, source.num_tokens(rows))
+            images, num_images = source.images(rows)
+            shown.append(np.stack([np.repeat(numbers, num_images), images]))
+        distinct = np.unique(np.concatenate(shown, axis=1), axis=1)
+        return list(costs + self.image_cost * np.bincount(distinct[0], minlength=len(packs)))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the plan stands after a step, as JSON: the window of the next one, and how far into it."""
+        while len(self._starts) > 1 and self._starts[1][0] <= step + 1:
+            self._starts.popleft()
+        if not self._starts:
+            return {"window": self.planner.state(), "steps": self._steps_to_skip}
+        first_step, window = self._starts[0]
+        return {"window": window, "steps": step + 1 - first_step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; at most one window is planned again."""
+        self.planner.restore(state["window"])
+        self._steps_to_skip = state["steps"]
+
+
+def deal(costs: Sequence[float], num_ranks: int, micro_batch_packs: int) -> list[list[list[int]]]:
+    """Rank -> micro-step -> numbers of its packs.
+
+    Every rank gets the same number of micro-steps, the fewest that hold all packs; in the last ones some are short of
+    packs or have none (a dummy then). Over the whole step, and inside each micro-step, the loads of two ranks differ by
+    no more than the costliest pack there.
+    """
+    if num_ranks < 1 or micro_batch_packs < 1:
+        raise ValueError(f"{num_ranks} ranks, {micro_batch_packs} packs at once: there must be one or more of each")
+    dearest_first = sorted(range(len(costs)), key=lambda pack: (-costs[pack], pack))
+    packs_per_micro_step = num_ranks * micro_batch_packs
+    dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks
+    for micro_step in range(ceil(len(costs) / packs_per_micro_step)):
+        first = micro_step * packs_per_micro_step
+        hands = _hands(dearest_first[first : first + packs_per_micro_step], costs, num_ranks)
+        for rank, (cost, packs) in zip(_lightest_first(loads), hands, strict=True):
+            loads[rank] += cost
+            dealt[rank].append(packs)
+    return dealt
+
+
+def _hands(packs: Sequence[int], costs: Sequence[float], number: int) -> list[tuple[float, list[int]]]:
+    """The packs of a micro-step as micro-batches of equal cost, the dearest first. `packs` come dearest first."""
+    hands: list[list[int]] = [[] for _ in range(number)]
+    loads = [0.0] * number
+    for start in range(0, len(packs), number):  # a pack each: the dearest to the hand that has least
+        for hand, pack in zip(_lightest_first(loads), packs[start : start + number], strict=False):
+            hands[hand].append(pack)
+            loads[hand] += costs[pack]
+    return sorted(zip(loads, hands, strict=True), key=lambda hand: -hand[0])
+
+
+def _lightest_first(loads: Sequence[float]) -> list[int]:
+    return sorted(range(len(loads)), key=loads.__getitem__)

@@ -1,0 +1,55 @@
+"""The two ways this toolkit fails on purpose.
+
+    Exception
+    ├── UserError      what the user gave is wrong: one line, exit status 2
+    └── RunError       the work could not be done: one line, exit status 1
+
+A record that is left out on purpose is neither: see `sft.core.sample.SkipSample`. Anything else is a bug and keeps its
+traceback.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """What the user gave is wrong. The message says where, what was found and what would be right."""
+
+
+class RunError(Exception):
+    """The work failed for a reason that is not the user's input. The message says where and why."""
+
+
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+"""An access token of the Hugging Face hub; name and password in a URL."""
+_NAMES_OF_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def without_secrets(text: str) -> str:
+    """The same with `***` in place of what gives access to something: what libraries say may hold it."""
+    for name, value in os.environ.items():
+        if name.upper().endswith(_NAMES_OF_SECRETS) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return _TOKEN.sub("***", text)
+
+
+def printable(text: object) -> str:
+    """The same on one line of any terminal: control characters and halves of surrogate pairs are escaped. Secrets are
+    left out."""
+    text = without_secrets(str(text))
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, on one line and without secrets: what libraries say may have many of the one, and some of the
+    other."""
+    said = without_secrets(" ".join(str(error).split()))
+    return said if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,166 @@
+"""Files that are whole or not there: written beside their place, synced, and renamed once."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from sft.core.errors import RunError
+
+
+def hash_file(path: Path) -> str:
+    """xxh3 of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_full_told(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
+    """
+    Raises:
+        RunError: the disk is full, or the quota. What stood there before is whole; `then` says what follows.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells of it in words only
+        if getattr(error, "errno", None) not in (ENOSPC, EDQUOT) and os.strerror(ENOSPC) not in str(error):
+            raise
+        raise RunError(f"{path}: the disk is full; {then}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole text file or nothing: beside it first, then renamed. Makes the folder.
+
+    Raises:
+        OSError: naming the file; nothing is left beside it then.
+    """
+    with _renamed(path) as staging:
+        staging.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name when the block ends without an error. Makes the folder.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    with _renamed(path) as staging:
+        with staging.open("wb") as file:
+            yield file
+        _sync(staging)
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A hidden name for a file that becomes `path` when the block ends without an error, and is gone after one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = staging_of(path)
+    try:
+        yield staging
+        os.replace(staging, path)
+    except BaseException as error:
+        with suppress(OSError):
+            staging.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(staging)):  # a full disk is not told by name
+            error.filename = str(path)
+        raise
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there. It is gone at once: a kill never leaves half of it under its name."""
+    old = _discarded(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a kill while `path` was staged or discarded has left beside it."""
+    for folder in (staging_of(path), _discarded(path)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def staging_of(path: Path) -> Path:
+    """The hidden folder that becomes `path`."""
+    return path.with_name(f".{path.name}.staging")
+
+
+def _discarded(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.old")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `path` when the block ends without an error."""
+    staging = staging_of(path)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    readable = staging.stat().st_mode & 0o666  # what the umask leaves; safetensors writes files for their owner only
+    for file in staging.rglob("*"):
+        if file.is_file():
+            if file.stat().st_nlink == 1:  # not another's, by a second name
+                file.chmod(readable)
+            _sync(file)
+    discard(path)
+    staging.rename(path)
+    _sync(path.parent)
+
+
+def mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A file of numbers, mapped into memory to be read here and there; an empty one cannot be.
+
+    Without advice the system reads ahead around every number that is looked at.
+    """
+    if not file.stat().st_size:
+        return np.empty(0, dtype)
+    numbers = np.memmap(file, dtype, "r")
+    _advise(numbers, "MADV_RANDOM")
+    return np.asarray(numbers)  # numpy's own class for it takes four times as long to look something up
+
+
+def read_ahead(numbers: NDArray[Any]) -> None:
+    """Let the system read ahead after all in a file that is `mapped`: all of it is about to be looked at."""
+    of: Any = numbers
+    while isinstance(of, np.ndarray) and not isinstance(of, np.memmap):
+        of = of.base
+    if isinstance(of, np.memmap):
+        _advise(of, "MADV_NORMAL")
+
+
+def _advise(numbers: np.memmap[Any, Any], advice: str) -> None:
+    if hasattr(mmap, advice):  # not on Windows
+        numbers._mmap.madvise(getattr(mmap, advice))  # type: ignore[attr-defined]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

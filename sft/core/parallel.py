@@ -1,0 +1,78 @@
+"""Work in several processes or a thread, results in order."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import Any, TypeVar
+
+from sft.core.errors import RunError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
+    """`map` over `num_proc` processes: results in the order of the items, of which at most two a process wait.
+
+    One process means this one. Others are spawned, since forking a process that has threads can hang.
+
+    Raises:
+        RunError: a process died, of lack of memory most often.
+    """
+    if num_proc == 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_end_at_once) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(_call, pickle.dumps((function, item))))
+                if len(waiting) > 2 * num_proc:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"one of {num_proc} processes died, perhaps for want of memory; try with a smaller --num-proc"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread makes the next one while one is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def _call(pickled: bytes) -> Any:
+    """Call a function on an item. Both are unpickled here, so that what goes wrong with it comes out as itself; in the
+    hands of the pool it would end the process."""
+    function, item = pickle.loads(pickled)
+    return function(item)
+
+
+def _end_at_once() -> None:
+    """A worker whose parent is killed would wait for work for ever; by Ctrl-C it would go on to what waits for it."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

@@ -1,0 +1,42 @@
+"""What is computed in. What is trained stays float32; autocast rounds on the way through a layer."""
+
+import torch
+
+from sft.core.errors import UserError
+
+
+def device() -> torch.device:
+    """The current GPU if there is one, else the CPU. With its number: accelerate takes `cuda` and `cuda:0` for two."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 natively: on CPU by AMX or avx512_bf16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """`bfloat16`, `float16` or `float32`, as asked, or as the device allows for `auto`.
+
+    float16, for GPUs before Ampere (a T4, say), is for training, where a gradient scaler keeps small gradients.
+
+    Raises:
+        UserError: bfloat16 is asked of a GPU that has none, or float16 without a GPU.
+    """
+    if asked == "auto":
+        if has_bfloat16(device):
+            return "bfloat16"
+        return "float16" if device.type == "cuda" else "float32"
+    if asked == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
+        raise UserError("training.precision: this GPU has no bfloat16; set auto, float16 or float32")
+    if asked == "float16" and device.type != "cuda":
+        raise UserError("training.precision: float16 needs a GPU; set auto, bfloat16 or float32")
+    return asked
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """`bfloat16` -> `torch.bfloat16`."""
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype

@@ -1,0 +1,183 @@
+"""The nouns: what an adapter makes, what the template encodes, what is packed and what the model is given.
+
+    raw row ─adapter─> Sample ─chat template─> EncodedSample ─mixture, packing─> Pack ─collate─> Batch ─model─> loss
+
+Shape letters, here and wherever tensors are named:
+    T  tokens of a micro-batch, its packs laid one after another without padding
+    N  distinct images of a micro-batch
+    C, H, W  channels, height, width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:  # so that the command line starts without torch
+    import numpy as np
+    from torch import Tensor
+
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained, as in torch's `cross_entropy`."""
+
+NO_SOURCE = -1
+"""The source of a dummy, whose loss counts nothing."""
+
+Role = Literal[
+    "system",  # text that sets the scene; IDEFICS-1 has no name for this role, it is printed as it is
+    "user",
+    "assistant",
+    "document",  # a web document or an image-text pair of the pre-training replay: no role is printed
+]
+TrainOn = Literal["assistant", "all"]
+Policy = Literal["prefix", "split", "drop"]
+"""What is done with a conversation that does not fit a pack (`sft.data.truncate`)."""
+
+
+class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
+    """This record is left out. `reason` is a fixed phrase, so that records can be counted by it.
+
+    `filtered` marks a record that is sound but left out by a policy of its dataset; it does not count as dirty.
+    `detail` says where or what, for the list of skips: a file and line, the name of the missing image.
+    """
+
+    def __init__(self, reason: str, *, filtered: bool = False, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.filtered = filtered
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(SkipSample, filtered=self.filtered, detail=self.detail), (self.reason,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRef:
+    """An image that is not opened yet: a file or its encoded bytes. Light to hold and to send to a worker."""
+
+    source: Path | bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn. `content` is text and images in reading order."""
+
+    role: Role
+    content: tuple[str | ImageRef, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One conversation or one document. `key` names it in every log and error: `easy_vqa/train/questions/17`."""
+
+    key: str
+    messages: tuple[Message, ...]
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """All images in reading order."""
+        return tuple(item for message in self.messages for item in message.content if isinstance(item, ImageRef))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedSample:
+    """A sample as token ids, with what is trained and where images stand, all from one act
+    (`sft.models.chat_template`)."""
+
+    key: str
+    input_ids: np.ndarray
+    """int64 (tokens,)"""
+    trained_spans: tuple[tuple[int, int], ...]
+    """Half-open token ranges that answers-only training predicts (design decision 10)."""
+    image_positions: tuple[int, ...]
+    """Where the `<image>` token of each image stands, in reading order."""
+
+    def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
+        """The token ranges that are predicted: the answers, or `all` tokens after the first."""
+        return self.trained_spans if train_on == "assistant" else ((1, len(self.input_ids)),)
+
+
+class PackItem(NamedTuple):
+    """A sample's place in the prepared data: which source, which of its samples."""
+
+    source: int
+    sample: int
+
+
+class Caps(NamedTuple):
+    """What a pack may hold."""
+
+    tokens: int
+    images: int
+    """Distinct images."""
+    samples_per_image: int
+    """Samples that may share an image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """The samples that share one row of `sequence_length` tokens."""
+
+    items: tuple[PackItem, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A micro-batch: its packs laid one after another in a single row, nothing padded.
+
+    Labels are not shifted: they line up with `input_ids_T` and can be printed beside them. The first label of a
+    segment is always IGNORE_INDEX, since the token before it belongs to another sample.
+    """
+
+    input_ids_T: Tensor
+    labels_T: Tensor
+    position_ids_T: Tensor
+    """Restart at 0 at each segment."""
+    segment_ids_T: Tensor
+    """0, 1, 2, … : tokens attend only tokens of their own segment, at or before them."""
+    image_ids_T: Tensor
+    """Which of the N images the token looks at; -1 = none."""
+    source_ids_T: Tensor
+    """Which source of the mixture the token comes from, for losses by source; NO_SOURCE: it only fills a batch."""
+    pixel_values_NCHW: Tensor
+    """uint8; the model's family normalises on the device. N may be 0. With `features_NSE` those of `to_encode` only."""
+    num_trained_tokens: int
+    """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
+    features_NSE: Tensor | None = None
+    """What tower and resampler make of each image, where it is kept (`sft.batches.feature_cache`): float16, S states of
+    E numbers. Zeros in the rows of `to_encode`."""
+    to_encode: Mapping[int, int] = field(default_factory=dict)
+    """Rows of `features_NSE` that nobody knows yet, and the keys of their images, in the order of their pixels."""
+    sequences: tuple[Tensor, ...] = ()
+    """Sequences that share their beginnings, each the indices of its tokens in the row, on the CPU: tokens attend
+    inside these instead of inside segments. Only in evaluation."""
+    packs: tuple[tuple[str, ...], ...] = ()
+    """Keys of the samples of each pack."""
+    pack_ends: tuple[int, ...] = ()
+    """How many tokens of the row there are up to the end of each pack."""
+    dirty: Mapping[str, str] = field(default_factory=dict)
+    """Keys of samples with an image that fails only now, and why: the image is zeros, the samples have no labels."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of all samples."""
+        return tuple(key for pack in self.packs for key in pack)
+
+    def to(self, device: object) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
+        return replace(self, **moved)
+
+
+class PlacedSample(NamedTuple):
+    """A sample as it stands in a pack."""
+
+    encoded: EncodedSample
+    images: tuple[int, ...]
+    """Number of each of its images, in reading order; samples about one image share its number."""
+    source: int

@@ -1,0 +1,80 @@
+"""Files that travel with the toolkit: recipes, chat templates, the small base model, the released models' shapes.
+
+In a checkout they stand at the top of the repository; in an installed wheel, in `sft/shipped_files`. In recipes a path
+that begins with `shipped:` names one of them: `shipped:tiny_base`.
+"""
+
+from pathlib import Path
+
+from sft.core.errors import UserError, nearest
+
+PREFIX = "shipped:"
+_PACKAGE = Path(__file__).parent.parent
+
+
+def shipped_root() -> Path:
+    """The folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
+    installed = _PACKAGE / "shipped_files"
+    return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as a recipe writes it -> a path on disk, relative to the current directory.
+
+    Raises:
+        UserError: a shipped file of that name does not exist.
+    """
+    text = str(path)
+    if not text.startswith(PREFIX):
+        return Path(text).expanduser()
+    found = shipped_root() / text.removeprefix(PREFIX)
+    if not found.exists():
+        raise UserError(f"{text}: no such file is shipped with idefics-sft")
+    return found
+
+
+def is_local(path: str) -> bool:
+    """Whether a model path is a folder rather than a hub id, which has the form `owner/name`."""
+    return path.startswith((PREFIX, "/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name and file of every shipped recipe, the quickstart first."""
+    files = (shipped_root() / "recipes").glob("*.yaml")
+    return {file.stem: file for file in sorted(files, key=lambda file: (file.stem != "quickstart", file.stem))}
+
+
+def recipe_title(file: Path) -> str:
+    """What a recipe is for: the first sentence of its comment, after the line for editors."""
+    comment = file.read_text(encoding="utf-8").partition("\n")[2].partition("#\n")[0]
+    return " ".join(comment.replace("#", " ").split()).partition(". ")[0].rstrip(".")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        UserError: neither a file nor a shipped recipe; a folder, which is no recipe.
+    """
+    path = Path(name)
+    if path.is_dir() and name not in ("", *shipped_recipes()):
+        raise UserError(
+            f"{name}: a folder without recipe.yaml, so no run; "
+            "give the folder that `idefics-sft train` wrote, or a recipe file"
+        )
+    return path if path.is_file() else shipped_recipe(name)
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        UserError: there is none of that name; it names the nearest.
+    """
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise UserError(
+        f"{name}: no such recipe file, and no shipped recipe has that name{nearest(name, shipped)}"
+        f" (shipped: {', '.join(shipped) or 'none'})"
+    )

@@ -1,0 +1,262 @@
+"""Memory and floating-point operations of one training step, measured on the real model without its weights.
+
+torch's `FakeTensorMode` runs forward, backward and optimizer with tensors that have a shape and no data, `MemTracker`
+follows every storage from birth to death and `FlopCounterMode` counts every matrix product. This is what the quick
+formula is held against (scripts/check_cost.py).
+
+Fake tensors cannot tell how many results a lookup has (`nonzero`), so two are replaced by ones of known size: the
+trained positions, and how tokens fall into groups. They run as CPU tensors, so short attention is sent to the fused
+kernel that a GPU has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import IdeficsConfig
+
+from sft.core.sample import Batch
+from sft.cost.idefics.setting import Setting
+from sft.models import grouped_attention, idefics
+from sft.models.activation_checkpointing import recompute_share
+from sft.models.grouped_attention import Groups, group_tokens
+from sft.models.idefics import packed
+from sft.models.idefics.loading import kept_exact
+from sft.recipe import TrainingConfig
+from sft.training.optimizer import make_optimizer, parameter_groups
+
+
+class Measured(NamedTuple):
+    """What one step took."""
+
+    peak_bytes: int
+    flop: int
+    """Of a micro-batch, forward and backward."""
+    trainable_parameters: int
+    kinds: dict[str, int]
+    """MemTracker's own parts at the peak."""
+
+
+class _NoModules(ModTracker):
+    """Both trackers follow modules too, by hooks on the graph; in a layer that is computed again these never fire, and
+    keep its activations alive to the end. Only totals are wanted here."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
+def measure(config: IdeficsConfig, setting: Setting) -> Measured:
+    """Run the last micro-batch of a step and the optimizer's update on one device."""
+    groups = [group_tokens(ids) for ids in _group_ids(setting)]
+    fake = FakeTensorMode()
+    groups = tree_map_only(Tensor, fake.from_tensor, groups)
+    with fake, _known_sizes(setting, groups):
+        model = _build(config, setting)
+        batch = _batch(config, setting)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = _optimizer(model, setting)
+        for parameter in trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        if not setting.accumulates:
+            optimizer.zero_grad(set_to_none=True)
+        memory, flops = MemTracker(), FlopCounterMode(display=False, custom_mapping=_MORE_FLOP)
+        memory._mod_tracker = flops.mod_tracker = _NoModules()  # type: ignore[assignment,no-untyped-call]
+        memory.track_external(
+            model, optimizer, batch.pixel_values_NCHW if batch.features_NSE is None else batch.features_NSE
+        )
+        autocast = torch.autocast("cpu", getattr(torch, setting.precision), enabled=setting.precision != "float32")
+        # Memory is the inner one: counting takes operations apart, and their parts would be held at once.
+        with flops, memory, _GpuTypes(), _as_if_autocast():
+            with autocast:
+                loss = model(batch=batch).loss
+            loss.backward()
+            optimizer.step()
+    (peak,) = memory.get_tracker_snapshot("peak").values()
+    return Measured(
+        peak_bytes=peak["Total"],
+        flop=flops.get_total_flops(),
+        trainable_parameters=sum(parameter.numel() for parameter in trainable),
+        kinds={getattr(kind, "value", str(kind)): size for kind, size in peak.items() if size},
+    )
+
+
+def _group_ids(setting: Setting) -> tuple[Tensor, Tensor]:
+    """One sample fills the micro-batch, its images stand at even distances."""
+    text = torch.zeros(setting.tokens, dtype=torch.long)
+    if not setting.images:
+        return text, text - 1
+    return text, torch.arange(setting.tokens) * setting.images // setting.tokens
+
+
+def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
+    size, images = config.vision_config.image_size, setting.images
+    tokens = torch.zeros(setting.tokens, dtype=torch.long)
+    return Batch(
+        input_ids_T=tokens,
+        labels_T=tokens,
+        position_ids_T=tokens,
+        segment_ids_T=tokens,
+        image_ids_T=tokens,
+        source_ids_T=tokens,
+        pixel_values_NCHW=torch.zeros(images * (not setting.encoded), 3, size, size, dtype=torch.uint8),
+        features_NSE=torch.zeros(images, *idefics.states_of_image(config)).half() if setting.encoded else None,
+        num_trained_tokens=setting.trained_tokens,
+    )
+
+
+@contextmanager
+def _as_if_autocast() -> Iterator[None]:
+    """What asks is told that autocast is on. Autocast itself asks too, to set back on leaving what it found."""
+    before = torch.is_autocast_enabled("cpu")
+    try:
+        with patch.object(torch, "is_autocast_enabled", lambda *device: True):
+            yield
+    finally:
+        torch.set_autocast_enabled("cpu", before)
+
+
+class _GpuTypes(TorchFunctionMode):
+    """What autocast computes in float32 on a GPU, and on a CPU does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.layer_norm, Tensor.softmax) and args[0].dtype != torch.float32:
+            args = tree_map_only(Tensor, Tensor.float, args)
+            kwargs = tree_map_only(Tensor, Tensor.float, kwargs)
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
+    """Put lookups of known size, and tables without values, in place of those that depend on data."""
+    both = iter(groups)
+
+    with (
+        patch.object(packed, "group_tokens", lambda ids: next(both)),
+        patch.object(packed, "trained_positions", lambda labels: torch.arange(setting.trained_tokens)),
+        patch.object(grouped_attention, "_SHORT", 0),
+        patch.object(bnb.functional, "create_dynamic_map", lambda *args, **kwargs: torch.zeros(256)),
+        patch.dict(bnb.functional.name2qmap, clear=True),  # bitsandbytes keeps such tables; not the fake ones
+    ):
+        yield
+
+
+def _build(config: IdeficsConfig, setting: Setting) -> nn.Module:
+    """The model as training has it: the types of its weights, what is frozen, adapters, checkpointing."""
+    half = getattr(torch, setting.precision)
+    model = idefics.PackedIdefics(config)
+    idefics.use_grouped_attention(model)
+    model.requires_grad_(False)
+    if setting.has_frozen:
+        _round_frozen(model, half, set(kept_exact(model, setting.trained)))
+    if setting.mode == "qlora":
+        _quantise(model, [group for group in idefics.QUANTISED if group not in setting.trained])
+    if setting.mode != "full":
+        _add_adapters(model, setting)
+    idefics.select_trainable(model, setting.trained)
+    model.train()
+    if setting.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_share(model, setting.checkpointing)
+    return model
+
+
+def _round_frozen(model: nn.Module, dtype: torch.dtype, exact: Collection[str]) -> None:
+    """Store parameters in `dtype`, but for those that are to be `exact`."""
+    for name, parameter in list(model.named_parameters()):
+        if name not in exact:
+            parent, _, own = name.rpartition(".")
+            rounded = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            setattr(model.get_submodule(parent), own, rounded)
+
+
+class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """bitsandbytes' layer by its own operators, which know fake tensors; its parameter class does not."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = linear.weight.dtype
+        packed, state = bnb.functional.quantize_4bit(linear.weight, compress_statistics=True, quant_type="nf4")
+        weight: Any = nn.Parameter(packed, requires_grad=False)
+        weight.compress_statistics, weight.quant_type = True, "nf4"  # what PEFT asks
+        self.weight = weight
+        self.bias = linear.bias
+        self.state = state
+        self.absmax, self.absmax_of_absmax = nn.Buffer(state.absmax), nn.Buffer(state.state2.absmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = bnb.matmul_4bit(x.to(self.compute_dtype), self.weight, quant_state=self.state, bias=self.bias)
+        return torch.as_tensor(result.to(x.dtype))
+
+
+def _quantise(model: Any, groups: Collection[str]) -> None:
+    """The linear layers of some groups in nf4 with double quantisation."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and idefics.group_of(f"{name}.weight") in groups:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, _FourBitLinear(linear))
+    model.is_loaded_in_4bit = True  # so PEFT takes its layer for these
+
+
+_PARTS = {
+    "language": r"model\.layers\.\d+\.\w+",
+    "cross_attention": r"model\.gated_cross_attn_layers\.\d+\.\w+",
+    "resampler": r"model\.perceiver_resampler\.blocks\.\d+\.\d+",
+    "vision": r"model\.vision_model\.encoder\.layers\.\d+\.\w+",
+}
+
+
+def _add_adapters(model: Any, setting: Setting) -> None:
+    """LoRA on the named layers, in float32."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = (layer.split(".") for layer in setting.lora_layers)
+    targets = "|".join(rf"({_PARTS[part]}\.{name})" for part, name in layers)
+    adapters = LoraConfig(r=setting.lora_rank, lora_dropout=setting.lora_dropout, target_modules=targets)
+    # Fake tensors cannot be moved; these are where they should be.
+    with patch.object(nn.Module, "to", lambda self, *args, **kwargs: self):
+        inject_adapter_in_model(adapters, model)
+
+
+def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+    training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-5, optimizer=setting.optimizer)
+    return make_optimizer(parameter_groups(model, training, idefics.group_of), training, model)
+
+
+def _four_bit_flop(x: Sequence[int], packed: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of `x @ weight.T`; all given as shapes."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward_flop(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+_MORE_FLOP = {
+    torch.ops.bitsandbytes.gemm_4bit: _four_bit_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+}
+"""Products that `FlopCounterMode` does not know: bitsandbytes', and attention where fake tensors are."""

@@ -1,0 +1,51 @@
+"""Whether what a recipe names is there, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sft.core.errors import UserError
+from sft.core.shipped import is_local, resolve
+from sft.data.datasets import Adapter
+from sft.models import get_family
+from sft.recipe import BUILT_BENCHMARKS, Recipe
+
+
+def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
+    """Whether model family, adapters, their options and, unless told otherwise, all files of a recipe are there.
+
+    Raises:
+        UserError: all that is wrong, each with its key or dataset.
+    """
+    get_family(recipe.model.family)
+    problems = [*_of_datasets(recipe, paths), *(_of_paths(recipe) if paths else ())]
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+
+
+def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
+    for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
+        path = dataset.path if paths or dataset.path is None else "."
+        try:
+            Adapter(dataset.dataset, path, dataset.split, dataset.options)
+        except UserError as error:
+            yield str(error)
+
+
+def _of_paths(recipe: Recipe) -> Iterator[str]:
+    if is_local(recipe.model.path) and not resolve(recipe.model.path).is_dir():
+        yield f"model.path: {recipe.model.path} is not a folder; expected one, or a hub id like owner/name"
+    benchmark = recipe.evaluation.benchmark
+    if benchmark is not None and benchmark not in BUILT_BENCHMARKS and not resolve(benchmark).is_file():
+        known = ", ".join(BUILT_BENCHMARKS)
+        yield (
+            f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}, "
+            "or a .jsonl of questions with short answers"
+        )
+    support = recipe.evaluation.support
+    if support is not None and not resolve(support).is_file():
+        yield f"evaluation.support: {support} is not a file; expected a TSV of MMBench layout with answers"
+    for key, folder in (("output_dir", recipe.output_dir), ("data.store", recipe.data.store)):
+        if Path(folder).exists() and not Path(folder).is_dir():
+            yield f"{key}: {folder} is a file; expected a folder, or a name for a new one"

@@ -1,0 +1,169 @@
+"""Dataset adapters. An adapter is a module with two functions, found by its name:
+
+    rows(file, split, **options)       -> raw records of a file, one at a time, each a dict (or a SkipSample)
+    to_sample(row, path, **options)    -> Sample, or raises SkipSample(reason)
+
+and, where they are of use:
+
+    files(path, split, **options)      -> the raw files below `path`, in a fixed order; without it, `path` is the file
+    beside(file, **options)            -> other files that `rows` reads for this one, so that a change of one is noticed
+    default_path()                     -> the data, where it comes with a Python package
+    LICENCE: str                       -> of the data, as published
+    VERSION: int                       -> raised when the same records become other samples; 1 without it
+
+`path` is what the recipe says: the folder or file of the raw data. `options` are keyword-only arguments of any of these
+functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from sft.core.errors import UserError, nearest
+from sft.core.sample import Sample, SkipSample
+from sft.core.shipped import resolve
+from sft.data.formats import Row
+
+
+class Adapter:
+    """A dataset's module, bound to raw files and options."""
+
+    def __init__(self, name: str, path: str | None, split: str, options: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: no such adapter, no path for one that needs it, or an option it does not have.
+        """
+        self.name = name
+        self.module = _load(name)
+        self.split = split
+        self.path = self._path(path)
+        self.options = dict(options)
+        functions = [getattr(self.module, name, None) for name in ("files", "beside", "rows", "to_sample")]
+        known = {name: kind for function in functions if function for name, kind in _options(function).items()}
+        for option, value in options.items():
+            if option not in known:
+                raise UserError(
+                    f"dataset {name!r}: unknown option {option!r}{nearest(option, known)}"
+                    f" (known: {', '.join(known) or 'none'})"
+                )
+            _check_option(name, option, value, known[option])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Adapter, (self.name, str(self.path), self.split, self.options)
+
+    @property
+    def licence(self) -> str:
+        """Of the data, as published."""
+        return str(getattr(self.module, "LICENCE", "not stated"))
+
+    @property
+    def version(self) -> int:
+        """Raised when the same records become other samples."""
+        return int(getattr(self.module, "VERSION", 1))
+
+    def files(self) -> list[Path]:
+        """The raw files, in a fixed order.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not hasattr(self.module, "files"):
+            return [self.path]
+        return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
+
+    def all_files(self) -> list[Path]:
+        """The raw files and what is read beside them."""
+        files = self.files()
+        beside = getattr(self.module, "beside", None)
+        if beside is None:
+            return files
+        options = self._own(beside)
+        return list(dict.fromkeys([*files, *(other for file in files for other in beside(file, **options))]))
+
+    def rows(self, file: Path) -> Iterable[Row | SkipSample]:
+        """The raw records of one of the files."""
+        rows: Iterable[Row | SkipSample] = self.module.rows(file, self.split, **self._own(self.module.rows))
+        return rows
+
+    def to_sample(self, row: Row) -> Sample:
+        """One record as a sample.
+
+        Raises:
+            SkipSample: the record is left out, with a named reason.
+        """
+        sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
+        return sample
+
+    @cached_property
+    def _sample_options(self) -> dict[str, Any]:
+        return self._own(self.module.to_sample)
+
+    def _own(self, function: Any) -> dict[str, Any]:
+        """The options that a function has."""
+        return {name: value for name, value in self.options.items() if name in _options(function)}
+
+    def _path(self, path: str | None) -> Path:
+        if path is not None:
+            found = resolve(path)
+            if not found.exists():
+                raise UserError(f"dataset {self.name!r}: path {path} does not exist{_how_to_get(self.name)}")
+            return found
+        if not hasattr(self.module, "default_path"):
+            raise UserError(f"dataset {self.name!r}: needs `path`, the folder or file of its raw data")
+        default: Path = self.module.default_path()
+        return default
+
+
+def _how_to_get(dataset: str) -> str:
+    """Own data are where the user says; those that are published have to be downloaded first."""
+    if dataset == "messages" or "." in dataset:
+        return ""
+    return (
+        f"; docs/data.md#{dataset} has the command that downloads it, or take its source out of the recipe: "
+        "the other shares still have to sum to 100"
+    )
+
+
+def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        should_be = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise UserError(f"dataset {dataset!r}: option {option} is {value!r}; expected {should_be}") from error
+
+
+def _options(function: Any) -> dict[str, Any]:
+    """Keyword-only arguments of a function and their types."""
+    types = get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: types.get(p.name, Any) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def adapter_names() -> list[str]:
+    """The adapters of this package; modules with an underscore are what some of them share."""
+    return [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
+
+
+def _load(name: str) -> ModuleType:
+    known = adapter_names()
+    if name in known:
+        return import_module(f"{__name__}.{name}")
+    if "." not in name:
+        raise UserError(f"unknown dataset {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"dataset {name!r}: no such module can be imported ({error})") from error
+    for function in ("rows", "to_sample"):
+        if not hasattr(module, function):
+            raise UserError(f"dataset {name!r}: the module has no function {function!r}")
+    return module

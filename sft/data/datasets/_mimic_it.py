@@ -1,0 +1,263 @@
+"""What the two scene-difference sets of MIMIC-IT (Otter) share: SD and CGD, each question about two images.
+
+https://huggingface.co/datasets/pufanyi/MIMICIT, gated. Where NAME is SD or CGD, the data come as
+
+    NAME_instructions.json   {"meta": …, "data": {"NAME_INS_…": {"instruction": str, "answer": str,
+                              "image_ids": [id, id], "rel_ins_ids": [id of another instruction, …]}}}
+      and beside it either
+    NAME.json                {"NAME_IMG_…": base64, or a list of one such string}
+    NAME.parquet             column `base64`; the ids are the pandas index (Otter's convert_to_parquet.py)
+
+or as rows of the hub with columns id, instruction, answer, images [{bytes, path}], related instructions; that these lie
+in NAME/train-*.parquet is from memory, as `datasets` writes it.
+
+Known defects: instructions name images that are not there; `<image>` and line breaks in instructions; an id with too
+many leading zeros was quoted in Otter#329, so ids are compared without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sft.core.errors import UserError
+from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
+from sft.core.sample import ImageRef, Message, SkipSample
+from sft.data.formats import (
+    Row,
+    batch_rows,
+    index_base64_object,
+    read_json_items,
+    read_parquet,
+    read_place,
+    require_file,
+)
+
+BLOCK_BYTES = 512 * 1024 * 1024
+"""So much of an image parquet is held in memory, about."""
+
+
+class Place(NamedTuple):
+    """Where the base64 of an image stands."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+def patterns(name: str, split: str) -> list[str]:
+    """Where either form may lie in a folder; the instructions are of the one published split, train."""
+    instructions = [f"{name}_instructions.json", f"{name}/{name}_instructions.json"] if split == "train" else []
+    return [*instructions, f"{name}/{split}-*.parquet", f"{split}-*.parquet"]
+
+
+def beside(file: Path) -> list[Path]:
+    """The images of an instructions file."""
+    name = file.name.partition("_instructions")[0]
+    return [path for suffix in ("json", "parquet") if (path := file.with_name(f"{name}.{suffix}")).is_file()][:1]
+
+
+def read_records(file: Path, *, multi_turn: bool, with_images: bool = True) -> Iterator[Row | SkipSample]:
+    """Instructions, each with `images`: the two images, or what they are read from."""
+    if file.suffix != ".parquet":
+        records = _dialogues(file) if multi_turn else _instructions(file)
+        return _with_images(records, file) if with_images else records
+    if multi_turn or not with_images:
+        raise UserError(f"{file}: multi_turn and image_folder go by image ids, which rows of the hub do not have")
+    return read_parquet(file)
+
+
+def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
+    """Both images and the question, the answer, and further turns where there are some.
+
+    Raises:
+        SkipSample: no text where there should be one.
+    """
+    question, answer = _question_and_answer(row)
+    messages = [Message(role="user", content=(*images, question)), Message(role="assistant", content=(answer,))]
+    for question, answer in map(_question_and_answer, row.get("__further__", ())):
+        messages += [Message(role="user", content=(question,)), Message(role="assistant", content=(answer,))]
+    return tuple(messages)
+
+
+def two_images(row: Row) -> tuple[ImageRef, ...]:
+    """The images of a row, in its order.
+
+    Raises:
+        SkipSample: not two, or one of them is absent or broken.
+    """
+    ids = " ".join(filter(None, _names(row)))[:200]
+    return tuple(_image(source, detail=ids) for source in two_of(row.get("images")))
+
+
+def two_of(images: object) -> list[Any]:
+    """The list itself, when it has two items."""
+    if not isinstance(images, list):
+        raise SkipSample("images are not a list")
+    if len(images) != 2:
+        raise SkipSample({0: "no image", 1: "one image only"}.get(len(images), "more than two images"))
+    return images
+
+
+def _image(source: object, detail: str) -> ImageRef:
+    if source is None:
+        raise SkipSample("image not in the data", detail=detail)
+    if isinstance(source, Place):
+        if source.length > MAX_BYTES * 4 // 3 + 4:
+            raise SkipSample(TOO_MANY_BYTES, detail=detail)
+        return base64_image(read_place(source.file, source[1:]))
+    if not isinstance(source, dict):
+        return base64_image(source)
+    content = source.get("bytes")
+    if not isinstance(content, bytes) or not content:
+        raise SkipSample("image without bytes", detail=str(source.get("path"))[:200])
+    return ImageRef(source=content)
+
+
+def _question_and_answer(record: Row) -> tuple[str, str]:
+    instruction, answer = _text(record, "instruction"), _text(record, "answer")
+    question = " ".join(instruction.replace("<image>", " ").split())
+    if not question:
+        raise SkipSample("empty instruction")
+    if not answer:
+        raise SkipSample("empty answer")
+    return question, answer
+
+
+def _text(record: Row, name: str) -> str:
+    text = record.get(name)
+    if not isinstance(text, str):
+        raise SkipSample(f"{name} is not text")
+    return text.strip()
+
+
+# ------------------------------------------------------------------------------------------------ instructions
+
+
+def _instructions(file: Path) -> Iterator[Row | SkipSample]:
+    for name, record in read_json_items(file, "data"):
+        if isinstance(record, dict):
+            yield record | {"__further__": []}
+        else:
+            yield SkipSample("record is not a JSON object", detail=name)
+
+
+def _dialogues(file: Path) -> Iterator[Row | SkipSample]:
+    """Instructions with those related ones as further turns that show the same images; each is asked once.
+
+    All texts are held in memory: 5 MB for SD, about 50 MB for CGD.
+    """
+    records = dict(read_json_items(file, "data"))
+    asked: set[str] = set()
+    for name, record in records.items():
+        if name in asked:
+            yield SkipSample("asked in the dialogue of a related record", filtered=True, detail=name)
+        elif not isinstance(record, dict):
+            yield SkipSample("record is not a JSON object", detail=name)
+        else:
+            asked.add(name)
+            related = [other for other in _related(record, records) if other not in asked] if _is_sound(record) else []
+            asked.update(related)
+            yield record | {"__further__": [records[other] for other in related]}
+
+
+def _related(record: Row, records: dict[str, Any]) -> list[str]:
+    """Names of the related records that are sound and show the same images, each name once."""
+    names = record.get("rel_ins_ids")
+    names = dict.fromkeys(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+    sound = [name for name in names if _is_sound(records.get(name))]
+    return [name for name in sound if _names(records[name]) == _names(record)]
+
+
+def _is_sound(record: object) -> bool:
+    if not isinstance(record, dict):
+        return False
+    try:
+        _question_and_answer(record)
+        two_of(record.get("image_ids"))
+    except SkipSample:
+        return False
+    return all(_names(record))
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
+    """Instructions with the images of NAME.json or NAME.parquet beside them."""
+    name = file.name.partition("_instructions")[0]
+    in_json, in_parquet = file.with_name(f"{name}.json"), file.with_name(f"{name}.parquet")
+    if in_json.is_file() and in_json != file:
+        return _with_places(records, in_json)
+    return _from_parquet(records, require_file(in_parquet, f"the images of {file.name}, here or in {in_json.name}"))
+
+
+def _with_places(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
+    places = {_plain(name): Place(file, *place) for name, place in index_base64_object(file).items()}
+    for record in records:
+        yield record if isinstance(record, SkipSample) else _with(record, places)
+
+
+def _from_parquet(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
+    """The parquet is read through once for every block of instructions; what the block shows fits BLOCK_BYTES.
+
+    Images cannot be read one at a time: pandas writes up to a million rows as one row group, here the whole file.
+    """
+    with _open_parquet(file) as parquet:
+        bytes_per_image = file.stat().st_size // max(parquet.metadata.num_rows, 1)
+    block_size = max(BLOCK_BYTES // max(2 * bytes_per_image, 1), 1)
+    while block := list(islice(records, block_size)):
+        yield from _block_from_parquet(block, file)
+
+
+def _block_from_parquet(block: list[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
+    shown = {name for record in block if isinstance(record, dict) for name in _names(record)[:2]}
+    images = {name: image for name, image in _read_images(file) if name in shown}
+    for record in block:
+        yield record if isinstance(record, SkipSample) else _with(record, images)
+
+
+def _with(record: Row, images: Mapping[Any, Any]) -> Row:
+    """The record with its images, None for one that is absent."""
+    has_ids = isinstance(record.get("image_ids"), list)
+    return record | {"images": [images.get(name) for name in _names(record)] if has_ids else None}
+
+
+def _names(record: Row) -> list[str | None]:
+    """Its image ids, in the form in which they are compared; None for what is no id."""
+    ids = record.get("image_ids")
+    return [_plain(name) if isinstance(name, str) else None for name in ids] if isinstance(ids, list) else []
+
+
+def _plain(name: str) -> str:
+    """An image id without leading zeros: `CGD_IMG_000000000042` -> `CGD_IMG_42`."""
+    head, _, number = name.rpartition("_")
+    return f"{head}_{number.lstrip('0')}" if number.isdecimal() else name
+
+
+def _read_images(file: Path) -> Iterator[tuple[str, Any]]:
+    """Ids and base64 strings of an image parquet."""
+    with _open_parquet(file) as parquet:
+        others = [name for name in parquet.schema_arrow.names if name != "base64"]
+        if len(others) != 1 or len(parquet.schema_arrow) != 2:
+            raise UserError(f"{file}: has columns {parquet.schema_arrow.names}; expected `base64` and one of image ids")
+        for group in range(parquet.num_row_groups):
+            num_rows = batch_rows(file, parquet.metadata.row_group(group))
+            for batch in parquet.iter_batches(batch_size=num_rows, row_groups=[group]):
+                for name, image in zip(batch.column(others[0]), batch.column("base64"), strict=True):
+                    yield _plain(str(name)), image.as_py()
+
+
+@contextmanager
+def _open_parquet(file: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file, memory_map=True) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as parquet: {' '.join(str(error).split())[:200]}") from error

@@ -1,0 +1,49 @@
+"""LLaVAR: conversations about text-rich LAION images, by GPT-4 from OCR and captions (so from memory); CC BY-NC 4.0.
+
+https://huggingface.co/datasets/SALT-NLP/LLaVAR: `llava_instruct_150k_llavar_16k.json` is one list in the form of
+LLaVA-Instruct that begins with all of LLaVA-Instruct-150K; only its last 15,500 records are LLaVAR's own (so M4's
+create_llavar.py). `llava_instruct_150k_llavar_20k.json` has 19,800 of its own, with image ids that begin with 1000;
+that they too come last is assumed. A list of any other name is taken whole, as one of LLaVAR's own records only.
+
+Images come in `finetune.zip`, unpacked to `finetune/<image>`. Their names look like COCO's but are made up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from sft.core.sample import Sample, SkipSample
+from sft.data.datasets.llava_instruct import folder_of, image_of, to_messages
+from sft.data.formats import Row, find_files, read_json_list
+
+LICENCE = "CC-BY-NC-4.0"
+SMALL, LARGE = "llava_instruct_150k_llavar_16k.json", "llava_instruct_150k_llavar_20k.json"
+OWN_RECORDS = {SMALL: 15_500, LARGE: 19_800}
+
+
+def files(path: Path, split: str) -> list[Path]:
+    """The file, or the 16k list of a folder (15.5K is what IDEFICS was trained on), or its 20k list."""
+    return find_files(path, SMALL, LARGE, what="a list of LLaVAR; one of another name is named in `path`")
+
+
+def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[Row | SkipSample]:
+    """The last `own_records` of the list; when not given, as many as the published file of this name has, else all."""
+    own = OWN_RECORDS.get(file.name) if own_records is None else own_records
+    if own is None:
+        yield from read_json_list(file)
+        return
+    last: deque[Row | SkipSample] = deque()
+    for row in read_json_list(file):
+        last.append(row)
+        if len(last) > own:
+            last.popleft()
+            yield SkipSample("record of LLaVA-Instruct", filtered=True)
+    yield from last
+
+
+def to_sample(row: Row, path: Path, *, image_folder: str = "finetune") -> Sample:
+    """One conversation. `image_folder` is relative to the data's folder, or absolute."""
+    image = image_of(row.get("image"), folder_of(path) / image_folder)
+    return Sample(key=f"llavar/{row['__from__']}", messages=to_messages(row.get("conversations"), image))

@@ -1,0 +1,389 @@
+"""M3IT: instructions over 40 public datasets, images as base64 inside the rows; `MMInstruction/M3IT` on the hub.
+
+Raw layout: `data/<task>/<subset>/<split>.jsonl` with `instructions.json` (or `instruction.json`) beside it, a list of
+about ten wordings. Rows come in two forms, told apart by the field `instruction`:
+
+    loader form  {"instruction": …, "inputs": …, "image_base64_str": [base64], "outputs": …}, JSON lines or parquet; the
+                 parquet copy HuggingFaceM4/M3IT holds the image as {"bytes": …} under `image`
+    raw form     other fields in each subset, joined into sentences by the published loader, M3IT.py. It no longer runs
+                 (datasets 4 dropped such scripts), so its templates are here
+
+Without `subsets` these are the 25 English single-image subsets that IDEFICS was tuned on (create_m3it.py of
+HuggingFaceM4: no Chinese, video, translation or several images), and all of them have to be there.
+
+What the templates rest on. The loader was read in pieces, from its published history. Seen there: the fields and
+sentences of coco, shapes, okvqa, a-okvqa, vqa-v2, text-vqa, st-vqa (the block tells no name, its place does), mocheg,
+vsr, coco-goi, nlvr, vist and winoground, the ten options of imagenet, and most of viquae, coco-text, coco-itm and
+snli-ve. mocheg, vsr and coco-text later got lettered options, whose answers were not seen: the earlier wording is used.
+From memory: `mapping.txt` as "n01440764 tench, Tinca tinca" with `label` its line or its id, `gold_label` in snli-ve,
+and the general rule for what is not named above. A field that is not as expected is counted as a bad record, so a wrong
+memory shows as a dirty source and not as wrong text.
+
+Known defects: some science-qa questions have no image (they become text); answers end in blanks and newlines;
+`train_2023-10-08.jsonl` and its like hold the `-rephrased` subsets, which say their base subset again.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from sft.core.errors import UserError, nearest
+from sft.core.images import base64_image
+from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.data.formats import Row, read_json, read_jsonl, read_parquet
+
+LICENCE = "other: every subset keeps the licence of its source"
+
+SELECTION = (
+    *("coco", "textcap", "image-paragraph-captioning"),
+    *("coco-goi", "coco-text", "imagenet", "coco-itm", "snli-ve", "mocheg", "iqa"),
+    *("vqa-v2", "shapes", "docvqa", "ocr-vqa", "st-vqa", "text-vqa", "gqa"),
+    *("okvqa", "a-okvqa", "science-qa", "viquae"),
+    *("clevr", "vcr", "visual-mrc", "visual-dialog"),
+)
+OTHERS = (
+    *("imagenet-open-ended", "vsr", "refcoco", "nlvr", "winoground", "vist", "multi30k"),
+    *("coco-cn", "flickr8k-cn", "fm-iqa", "mmchat"),
+    *("ss", "msrvtt", "msrvtt-qa", "msvd-qa", "ivqa", "activitynet-qa"),
+)
+FOLDERS = {"coco-itm": "itm", "vqa-v2": "vqav2", "imagenet-open-ended": "imagenet"}
+WITHOUT_QUESTION = {"textcap", "image-paragraph-captioning", "coco-text", "coco-cn", "flickr8k-cn", "msrvtt"}
+SPLITS = {"val": "val|validation", "validation": "val|validation"}
+VERSIONS = ("_v2", "_new", ".large", "")
+"""Of one split, best first: what was uploaded again is the repaired one; okvqa's answers are only in `_v2`."""
+
+IMAGE_FIELDS = ("image_base64_str", "image_str", "img_str", "image_base64", "image", "images")
+MAX_DOCVQA_CHARACTERS = 1_000_000
+"""Of base64; create_m3it.py: "Keeps 23097/39463"."""
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[Path]:
+    """The files of the chosen subsets. `path` is the dataset, its `data`, one subset's folder, or one file.
+
+    Raises:
+        UserError: an unknown subset, or one whose files are not there.
+    """
+    chosen = _chosen(subsets)
+    if path.is_file():
+        return [path]
+    root = path / "data" if (path / "data").is_dir() else path
+    if (subsets is None or len(subsets) == 1) and (own := _split_files(root, split)):
+        return own
+    found = {name: _subset_files(root, name, split) for name in chosen}
+    if missing := [name for name in chosen if not found[name]]:
+        there = ", ".join(name for name in chosen if found[name])
+        cure = f"; to train on the others alone, set subsets: [{there}]" if there else ""
+        raise UserError(
+            f"{path}: no {split} file of the M3IT subsets {', '.join(missing)}; expected <task>/<subset>/ folders with"
+            f" {split}.jsonl or a known variant of that name{cure}"
+        )
+    return [file for name in chosen for file in found[name]]
+
+
+def _chosen(subsets: list[str] | None) -> Sequence[str]:
+    """The subsets asked for, checked."""
+    if subsets is None:
+        return SELECTION
+    for name in subsets:
+        if name.endswith("-rephrased"):
+            base = name.removesuffix("-rephrased")
+            raise UserError(f"m3it: subset {name!r} says the rows of {base!r} again in other words; take {base!r}")
+        if name not in SELECTION + OTHERS:
+            known = ", ".join(SELECTION + OTHERS)
+            raise UserError(f"m3it: unknown subset {name!r}{nearest(name, SELECTION + OTHERS)} (known: {known})")
+    if not subsets or len({FOLDERS.get(name, name) for name in subsets}) < len(subsets):
+        raise UserError(f"m3it: subsets is {subsets}; expected one or more, and none whose rows are there twice")
+    return subsets
+
+
+def _folder_names(name: str) -> tuple[str, str]:
+    """science-qa lies in `science_qa`, a-okvqa in `a-okvqa`."""
+    folder = FOLDERS.get(name, name)
+    return folder, folder.replace("-", "_")
+
+
+def _subset_files(root: Path, name: str, split: str) -> list[Path]:
+    """Of the first folder that has the split: iqa was moved between tasks."""
+    folders = [folder for each in _folder_names(name) for folder in (root / each, *sorted(root.glob(f"*/{each}")))]
+    return next((found for folder in folders if (found := _split_files(folder, split))), [])
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """The one JSON-lines file of a split in its best version, else the parquet files of the split."""
+    words = SPLITS.get(split, re.escape(split))
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    for version in VERSIONS:
+        found = [name for name in names if re.fullmatch(rf"(.+_)?({words}){re.escape(version)}\.jsonl", name)]
+        if len(found) > 1:
+            raise UserError(f"{folder}: {' and '.join(found)} could both be the {split} split; expected one of them")
+        if found:
+            return [folder / found[0]]
+    return [folder / name for name in names if re.fullmatch(rf"(.+[_-])?({words})(-\d+-of-\d+)?\.parquet", name)]
+
+
+def beside(file: Path) -> list[Path]:
+    """Instructions and class names."""
+    names = ("instructions.json", "instruction.json", "mapping.txt")
+    return [path for name in names if (path := file.with_name(name)).is_file()]
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+
+def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int = 0) -> Iterator[Row | SkipSample]:
+    """The rows of a file, those of the raw form brought into the loader form; `seed` and its key draw a row's
+    instruction and the order of its options.
+
+    Raises:
+        UserError: the rows need instructions or class names, and the file with them is missing.
+    """
+    subset = subsets[0] if subsets and len(subsets) == 1 else _subset_of(file)
+    instructions: list[str] = []
+    for row in read_parquet(file) if file.suffix == ".parquet" else read_jsonl(file):
+        if isinstance(row, SkipSample):
+            yield row
+            continue
+        row |= {"__subset__": subset, "__key__": f"m3it/{subset}/{row['__from__']}"}
+        if "instruction" in row:
+            yield row
+            continue
+        if not instructions:
+            instructions = _instructions(file, subset)
+            classes = _classes(file) if subset.startswith("imagenet") else {}
+        for one in _captions(row) if subset == "coco" else [row]:
+            rng = random.Random(f"{seed}/{one['__key__']}")
+            try:
+                yield _loader_form(one | {"__rng__": rng, "__classes__": classes}, rng.choice(instructions))
+            except SkipSample as skip:
+                yield SkipSample(skip.reason, detail=row["__from__"])
+
+
+def _loader_form(row: Row, instruction: str) -> Row:
+    """What M3IT.py made of a raw row."""
+    subset = row["__subset__"]
+    inputs, outputs = TEMPLATES.get(subset, _general)(row)
+    if subset in ("mocheg", "vsr"):
+        instruction += " Options: True or False."
+    if "[HYPO]" in instruction:  # snli-ve: the sentence stands inside the instruction
+        instruction, inputs = instruction.replace("[HYPO]", inputs), ""
+    kept = {name: row[name] for name in ("__subset__", "__key__", "__from__", "__at__", *IMAGE_FIELDS) if name in row}
+    return kept | {"instruction": instruction, "inputs": inputs, "outputs": outputs}
+
+
+def _subset_of(file: Path) -> str:
+    """By the name of its folder."""
+    folder = file.parent.name
+    return next((name for name in SELECTION + OTHERS if folder in _folder_names(name)), folder)
+
+
+def _instructions(file: Path, subset: str) -> list[str]:
+    if subset not in SELECTION + OTHERS:
+        raise UserError(f"{file}: raw rows, and no M3IT subset is named {subset!r}; say which with subsets: [name]")
+    for name in ("instructions.json", "instruction.json"):
+        if (path := file.with_name(name)).is_file():
+            instructions = read_json(path)
+            if not isinstance(instructions, list) or not all(isinstance(one, str) and one for one in instructions):
+                raise UserError(f"{path}: expected a list of instructions")
+            if instructions:
+                return instructions
+    raise UserError(f"{file}: its rows need instructions; expected instructions.json with some beside it")
+
+
+def _classes(file: Path) -> dict[str, str]:
+    """The class names of imagenet, by WordNet id, in the order of their numbers."""
+    path = file.with_name("mapping.txt")
+    if not path.is_file():
+        raise UserError(f"{path}: file not found; expected the class names of imagenet")
+    classes = dict(re.findall(r"^(n\d{8})\s+(\S.*?)\s*$", path.read_text("utf-8", "replace"), flags=re.MULTILINE))
+    if len(classes) < 2:
+        raise UserError(f"{path}: expected lines like 'n01440764 tench, Tinca tinca'")
+    return classes
+
+
+def _captions(row: Row) -> list[Row]:
+    """The five captions of a coco image are five rows."""
+    meta = row.get("meta")
+    captions = meta.get("targets") if isinstance(meta, dict) else None
+    if not isinstance(captions, list) or not captions:
+        return [row]  # has no caption, and is left out for it
+    return [row | {"__key__": f"{row['__key__']}/{number}", "caption": one} for number, one in enumerate(captions, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+
+def to_sample(row: Row, path: Path) -> Sample:
+    """One question and its answer."""
+    instruction, inputs, outputs = (_text(row, name) for name in ("instruction", "inputs", "outputs"))
+    question = "\n".join(text.strip() for text in (instruction, inputs) if text.strip())
+    if not question or not outputs.strip():
+        raise SkipSample("empty message")
+    return Sample(
+        key=row["__key__"],
+        messages=(
+            Message(role="user", content=(*_images(row), question)),
+            Message(role="assistant", content=(outputs.strip(),)),
+        ),
+    )
+
+
+def _images(row: Row) -> Iterator[ImageRef]:
+    """The images of a row; one in the subsets of the selection, or none in science-qa."""
+    subset = row["__subset__"]
+    if not any(field in row for field in IMAGE_FIELDS):
+        raise SkipSample("no image field")
+    value = next((row[field] for field in IMAGE_FIELDS if row.get(field)), None)
+    encoded = value if isinstance(value, list) else [value]
+    if not any(encoded):
+        if subset in SELECTION + OTHERS and subset != "science-qa":
+            raise SkipSample("no image")
+        return
+    if subset in SELECTION and len(encoded) > 1:  # create_m3it.py stops at such a row
+        raise SkipSample("more than one image")
+    for one in encoded:
+        if subset == "docvqa" and isinstance(one, str) and len(one) > MAX_DOCVQA_CHARACTERS:
+            raise SkipSample("image over 1,000,000 characters of base64", filtered=True)
+        yield _image(one)
+
+
+def _image(encoded: object) -> ImageRef:
+    if not isinstance(encoded, dict):
+        return base64_image(encoded)
+    if not isinstance(content := encoded.get("bytes"), bytes):
+        raise SkipSample("image has no bytes")
+    return ImageRef(source=content)
+
+
+# ---------------------------------------------------------------------- inputs and outputs of the raw form
+
+
+def _text(row: Row, *fields: str) -> str:
+    """The first of the fields that is there."""
+    value = next((row[field] for field in fields if row.get(field) is not None), None)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise SkipSample(f"{fields[0]} is not text")
+    return value
+
+
+def _the_answer_is(answer: str) -> str:
+    return f"The answer is {answer}." if answer.strip() else ""
+
+
+def _question(row: Row) -> str:
+    if not (question := _text(row, "question", "inputs", "input", "context").strip()):
+        raise SkipSample("no question")
+    return question
+
+
+def _general(row: Row) -> tuple[str, str]:
+    inputs = "" if row["__subset__"] in WITHOUT_QUESTION else _question(row)
+    return inputs, _text(row, "answer", "outputs", "output", "caption", "response")
+
+
+def _caption(row: Row) -> tuple[str, str]:
+    return "", _text(row, "caption")
+
+
+def _story(row: Row) -> tuple[str, str]:
+    sentences = row.get("sentences")
+    if not isinstance(sentences, list) or not all(isinstance(one, str) for one in sentences):
+        raise SkipSample("sentences is not a list of texts")
+    return "", " ".join(sentences)
+
+
+def _sentence(row: Row) -> tuple[str, str]:
+    return _question(row), _the_answer_is(_text(row, "answer", "output"))
+
+
+def _paraphrase(row: Row) -> tuple[str, str]:
+    """The answer as a sentence, where it could be made one."""
+    paraphrased = row.get("paraphrased_answer")
+    if isinstance(paraphrased, str) and paraphrased.strip() and "not answerable" not in paraphrased.lower():
+        return _question(row), paraphrased
+    return _question(row), _the_answer_is(_text(row, "answer", "original_answer"))
+
+
+def _rationale(row: Row) -> tuple[str, str]:
+    if not (answer := _text(row, "answer").strip()):
+        raise SkipSample("empty message")
+    return _question(row), f"{_text(row, 'rationale').strip()} So the answer is {answer}."
+
+
+def _shapes(row: Row) -> tuple[str, str]:
+    answer = {"true": "yes", "false": "no"}.get(str(row.get("answer")).lower())
+    if answer is None:
+        raise SkipSample("answer is neither true nor false")
+    return f"{_question(row).removesuffix('?')}?", _the_answer_is(answer)
+
+
+def _text_vqa(row: Row) -> tuple[str, str]:
+    inputs, outputs = _general(row)
+    return inputs, outputs.replace("?.", ".")
+
+
+def _entailment(row: Row) -> tuple[str, str]:
+    answer = {"entailment": "yes", "contradiction": "no", "neutral": "maybe"}.get(_text(row, "gold_label"))
+    if answer is None:
+        raise SkipSample("unknown gold_label")
+    return _text(row, "hypothesis"), answer
+
+
+def _class_name(row: Row) -> tuple[str, str]:
+    """The name of an imagenet label, which is a number or a WordNet id."""
+    label, classes = row.get("label"), row["__classes__"]
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
+        return "", list(classes.values())[label]
+    if isinstance(label, str) and label in classes:
+        return "", classes[label]
+    raise SkipSample("unknown label")
+
+
+def _class_options(row: Row) -> tuple[str, str]:
+    """The name among nine others."""
+    _, answer = _class_name(row)
+    others = sorted(set(row["__classes__"].values()) - {answer})
+    options = [answer, *row["__rng__"].sample(others, min(9, len(others)))]
+    row["__rng__"].shuffle(options)
+    return _lettered(options, answer)
+
+
+def _region(row: Row) -> tuple[str, str]:
+    """coco-goi: a heading and then an option a line, of which M3IT.py keeps 24, for the letters' sake."""
+    options = [option.strip() for option in _text(row, "input").strip().split("\n")[1:25]]
+    if not (answer := _text(row, "outputs").strip()):
+        raise SkipSample("empty message")
+    if answer not in options:
+        options.append(answer)
+        row["__rng__"].shuffle(options)
+    return _lettered(options, answer)
+
+
+def _lettered(options: list[str], answer: str) -> tuple[str, str]:
+    lettered = [f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options)]
+    return "\n".join(["Options:", *lettered]), lettered[options.index(answer)]
+
+
+TEMPLATES: dict[str, Callable[[Row], tuple[str, str]]] = {
+    "coco": _caption,
+    "vist": _story,
+    "shapes": _shapes,
+    "okvqa": _paraphrase,
+    "viquae": _paraphrase,
+    "vqa-v2": _paraphrase,
+    "a-okvqa": _rationale,
+    "st-vqa": _sentence,
+    "nlvr": _sentence,
+    "text-vqa": _text_vqa,
+    "snli-ve": _entailment,
+    "coco-goi": _region,
+    "imagenet": _class_options,
+    "imagenet-open-ended": _class_name,
+}

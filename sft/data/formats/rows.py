@@ -1,0 +1,71 @@
+"""What all readers share: the rows they make, limits, and how files are found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from sft.core.errors import UserError, printable
+
+Row = dict[str, Any]
+
+MAX_RECORD_BYTES = 64 * 1024 * 1024
+max_record_bytes = ContextVar("max_record_bytes", default=MAX_RECORD_BYTES)
+"""Records over this size are skipped; `data.max_record_bytes` in a recipe."""
+
+TOO_LONG = "record too long"
+TOO_DEEP = "record nested too deep"
+MAX_DEPTH = 100
+"""Of lists and objects in a JSON record: where Python's stack ends it can be neither counted nor sent to a process."""
+
+BLOCK_BYTES = 1024 * 1024
+
+
+@contextmanager
+def record_limit(limit: int) -> Iterator[None]:
+    """Read with another limit on the size of a record."""
+    token = max_record_bytes.set(limit)
+    try:
+        yield
+    finally:
+        max_record_bytes.reset(token)
+
+
+def require_file(path: Path, what: str) -> Path:
+    """The path itself, when it is a file.
+
+    Raises:
+        UserError: it is not there; `what` says what was expected.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: file not found; expected {what}")
+    return path
+
+
+def find_files(path: Path, *patterns: str, what: str) -> list[Path]:
+    """The path itself when it is a file, else the files below it that match the first pattern that any file matches.
+
+    Raises:
+        UserError: there are none; `what` says what was expected.
+    """
+    if path.is_file():
+        return [path]
+    for pattern in patterns:
+        if found := sorted(file for file in path.glob(pattern) if file.is_file()):
+            return found
+    raise UserError(f"{path}: no {' or '.join(patterns)} found; expected {what}")
+
+
+def placed(row: Row, here: str, at: float) -> Row:
+    """A raw row with what every reader adds, and without what might be taken for ours."""
+    for name in [name for name in row if name.startswith("__") and name.endswith("__")]:
+        del row[name]
+    row["__from__"], row["__at__"] = here, at
+    return row
+
+
+def one_line(error: object) -> str:
+    return printable(" ".join(str(error).split())[:200])

@@ -1,0 +1,222 @@
+"""Raw files -> stores, encoded arrays and the base model with its full vocabulary: what a run reads."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sft.core.errors import UserError
+from sft.core.file_lock import locked
+from sft.data.check_recipe import check_recipe
+from sft.data.datasets import Adapter
+from sft.data.encoded_arrays import INDEX, EncodedSamples, encode_samples, fingerprint
+from sft.data.sources import Part, Sources
+from sft.data.store import MANIFEST, Settings, Store, is_store_folder, prepare_store
+from sft.data.truncate import Limits
+from sft.models import get_family
+from sft.models.base_model import base_path, prepare_base
+from sft.models.chat_template import ChatTemplate
+from sft.models.open_model import load_template
+from sft.recipe import DataConfig, DatasetConfig, Recipe
+
+VALIDATION = "validation"
+"""What the user's own held-out conversations are called in tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What the command line says about a preparation, beyond the recipe."""
+
+    num_proc: int = 1
+    limit: int | None = None
+    fresh: bool = False
+
+
+Progress = Callable[[str, int, float], None]
+"""Called with what is being prepared, how many records are done, and the share of the whole."""
+
+
+def prepare(
+    recipe: Recipe,
+    on_progress: Progress = lambda name, records, share: None,
+    options: PrepareOptions = PrepareOptions(),
+) -> Sources:
+    """Make whatever is missing of stores, base and encoded arrays; return the sources, ready to be mixed."""
+    check_recipe(recipe)
+    with locked(Path(recipe.data.store)):
+        template = load_template(get_family(recipe.model.family), prepare_base(recipe))
+        limits = sample_limits(recipe)
+
+        def prepared(source: str, dataset: DatasetConfig) -> Part:
+            name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
+            path = Path(recipe.data.store) / _store_name(dataset, options.limit)
+            with locked(path, beside=True):
+                store = _prepared_store(dataset, path, name, store_settings(recipe.data, options), on_progress)
+                encoded = encode_samples(
+                    store,
+                    template,
+                    encoded_path(store, template, limits),
+                    limits=limits,
+                    num_proc=options.num_proc,
+                    on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
+                )
+            return Part(store, encoded)
+
+        return _sources(recipe, prepared)
+
+
+def _store_name(dataset: DatasetConfig, limit: int | None) -> str:
+    """A store of the first records alone has a name of its own: it is to look at, and no other takes it for a whole."""
+    return dataset.store_name if limit is None else f"{dataset.store_name}-first-{limit}"
+
+
+def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Settings, on_progress: Progress) -> Store:
+    adapter = Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)
+    on_progress(name, 0, 0.0)  # so that it is seen to work before the first piece is done
+    store = prepare_store(
+        adapter,
+        path,
+        asked=dataset.model_dump(),
+        settings=settings,
+        on_progress=lambda records, share: on_progress(name, records, share),
+        called=f"{name} ({dataset.path})" if dataset.path else name,
+    )
+    on_progress(name, store.manifest["records"], 1.0)
+    return store
+
+
+def prepare_one(
+    asked: dict[str, Any],
+    how: dict[str, str],
+    path: Path,
+    max_skip_share: float | None,
+    options: PrepareOptions,
+    on_progress: Progress,
+) -> Store:
+    """The store of one dataset in the folder `path`, without a recipe. `asked` and `how` are keys of a recipe's
+    dataset and of its `data`.
+
+    Raises:
+        UserError: one of them is wrong, or the folder holds something else, or more than the records asked for.
+    """
+    try:
+        dataset = DatasetConfig.model_validate(asked)
+        given = how if max_skip_share is None else {**how, "max_skip_share": max_skip_share}
+        data = DataConfig.model_validate(
+            {**given, "mixture": [{"name": dataset.dataset, "share": 1, "datasets": [asked]}]}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"--{str(problem['loc'][-1]).replace('_', '-')}: {problem['msg']}") from error
+    Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)  # what it refuses, before a folder is made
+    if path.exists() and not is_store_folder(path) and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: is there already and is no prepared dataset; choose another --output")
+    with locked(path, beside=True):
+        _check_limit(path, options)
+        return _prepared_store(dataset, path, dataset.dataset, store_settings(data, options), on_progress)
+
+
+def _check_limit(path: Path, options: PrepareOptions) -> None:
+    """The first records of a dataset do not take the place of more of them.
+
+    Raises:
+        UserError: they would.
+    """
+    if options.limit is None or options.fresh or not (path / MANIFEST).is_file():
+        return
+    records = Store(path).manifest["records"]
+    if records > options.limit:
+        raise UserError(
+            f"{path}: holds {records:,} records, and --limit {options.limit} would replace them; "
+            "choose another --output, or --fresh"
+        )
+
+
+def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
+    """The prepared sources of a recipe, which `arguments` name on the command line.
+
+    Raises:
+        UserError: something is not prepared; the message names the command.
+    """
+    limits = sample_limits(recipe)
+
+    def opened(_: str, dataset: DatasetConfig) -> Part:
+        store = _opened_store(recipe, dataset, arguments)
+        path = encoded_path(store, template, limits)
+        if not (path / INDEX).is_file():
+            raise UserError(
+                f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
+                f"data.long_conversations; run `{_command(arguments)}` first"
+            )
+        return Part(store, EncodedSamples(path))
+
+    return _sources(recipe, opened)
+
+
+def _opened_store(recipe: Recipe, dataset: DatasetConfig, arguments: Sequence[str]) -> Store:
+    path = Path(recipe.data.store) / dataset.store_name
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path}: no prepared dataset here; run `{_command(arguments)}` first")
+    return Store(path)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["idefics-sft", "prepare", *arguments])
+
+
+def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Sources, ChatTemplate]:
+    """What `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and nothing is
+    downloaded.
+
+    Raises:
+        UserError: something is not prepared; the message names the command.
+    """
+    base = base_path(recipe)
+    if not (base / "config.json").is_file():
+        for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
+            _opened_store(recipe, dataset, arguments)  # what is missing first is named first
+        raise UserError(f"{base}: the base model is not prepared; run `{_command(arguments)}` first")
+    template = load_template(get_family(recipe.model.family), base)
+    return open_sources(recipe, template, arguments), template
+
+
+def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], Part]) -> Sources:
+    parts = [[part(source.name, dataset) for dataset in source.datasets] for source in recipe.data.mixture]
+    validation = recipe.data.validation
+    if validation is None or validation.path is None:
+        return Sources(parts, recipe.data)
+    own = part(VALIDATION, DatasetConfig(dataset="messages", path=validation.path))
+    return Sources(parts, recipe.data, validation=own)
+
+
+def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
+    """How the stores of a recipe are made."""
+    return Settings(
+        images=data.images,
+        verify=data.verify,
+        max_record_bytes=data.max_record_bytes,
+        max_skip_share=data.max_skip_share,
+        num_proc=options.num_proc,
+        limit=options.limit,
+        fresh=options.fresh,
+    )
+
+
+def sample_limits(recipe: Recipe) -> Limits:
+    """How long a sample may be, and how many images it may show: what fits a pack. Where samples do not see each other
+    a pack may be longer than the prepared base has positions for, a sample may not."""
+    family = get_family(recipe.model.family)
+    data = recipe.data
+    max_positions = family.max_positions(family.load_config(base_path(recipe)))
+    tokens = min(data.sequence_length, max_positions) if data.pack_isolation else data.sequence_length
+    return Limits(tokens, data.max_images_per_pack, data.long_conversations)
+
+
+def encoded_path(store: Store, template: ChatTemplate, limits: Limits) -> Path:
+    """Where a store keeps what a template encodes."""
+    return store.path / "encoded" / fingerprint(template, limits)

@@ -1,0 +1,87 @@
+"""What a prepared dataset holds, in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sft.data.store import Store
+
+
+def store_stats(store: Store) -> dict[str, Any]:
+    """Samples, images, turns and lengths of a store, and what was left out of it.
+
+    Lengths are characters of text in a sample (`text`) and in an answer (`answer`); a turn is a message of the
+    assistant. Counts of images are of images shown; an image that several samples show is one distinct image.
+    """
+    parts = list(_batch_stats(store))
+    roles: Counter[str] = sum((part["roles"] for part in parts), Counter())
+    images_per_sample = _joined(parts, "images")
+    sizes = np.array(store.image_sizes, dtype=np.int64).reshape(-1, 2)
+    return {
+        "path": str(store.path),
+        "dataset": store.manifest["adapter"]["name"],
+        "licence": store.manifest["licence"],
+        "records": store.manifest["records"],
+        "samples": len(store),
+        "images": int(images_per_sample.sum()),
+        "distinct_images": store.num_images,
+        "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        "messages": dict(roles),
+        "turns": _summary(_joined(parts, "turns")),
+        "text": _summary(_joined(parts, "text")),
+        "answer": _summary(_joined(parts, "answers")),
+        "images_per_sample": {str(n): count for n, count in sorted(Counter(images_per_sample.tolist()).items())},
+        "image_width": _summary(sizes[:, 0]),
+        "image_height": _summary(sizes[:, 1]),
+        "filtered": store.manifest["filtered"],
+        "skipped": store.manifest["skipped"],
+    }
+
+
+def _batch_stats(store: Store) -> Iterator[dict[str, Any]]:
+    """For each batch of samples: numbers a sample, and characters of every answer."""
+    for batch in store.sample_batches():
+        messages = batch.column("messages")
+        content = messages.values.field("content")
+        roles = messages.values.field("role")
+        items = content.values
+        is_answer = pc.equal(roles, "assistant").to_numpy(zero_copy_only=False)
+        is_image = pc.equal(items.field("type"), "image").to_numpy(zero_copy_only=False)
+        characters = pc.utf8_length(items.field("text")).fill_null(0).to_numpy()
+        message_borders, item_borders = messages.offsets.to_numpy(), content.offsets.to_numpy()
+        yield {
+            "roles": Counter(roles.to_pylist()),
+            "turns": _sums(is_answer, message_borders),
+            "text": _sums(characters, item_borders[message_borders]),
+            "answers": _sums(characters, item_borders)[is_answer],
+            "images": _sums(is_image, item_borders[message_borders]),
+        }
+
+
+def _sums(values: NDArray[Any], borders: NDArray[Any]) -> NDArray[np.int64]:
+    """The sum of values between each two borders."""
+    return np.asarray(np.diff(np.concatenate(([0], np.cumsum(values)))[borders]), dtype=np.int64)
+
+
+def _joined(parts: list[dict[str, Any]], name: str) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(part[name] for part in parts)])
+
+
+def _summary(values: NDArray[np.int64]) -> dict[str, float]:
+    """Total, mean, median, 95th percentile and largest; zeros for none."""
+    if not len(values):
+        return {"total": 0, "mean": 0.0, "median": 0.0, "p95": 0.0, "max": 0}
+    median, p95 = np.percentile(values, (50, 95)).tolist()
+    return {
+        "total": int(values.sum()),
+        "mean": float(values.mean()),
+        "median": median,
+        "p95": p95,
+        "max": int(values.max()),
+    }

@@ -1,0 +1,80 @@
+"""What the image files that records name were like when they were read: a line of JSON for each.
+
+A file that is changed, or there at last, makes other samples. A file deleted since is no change: the store has what it
+needs of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from sft.core.images import read_bytes
+from sft.core.sample import ImageRef
+
+IMAGE_FILES = "image_files.jsonl"
+
+Stamp = tuple[int, int]
+"""Size and time of change."""
+
+
+class ImageReader:
+    """Reads images and writes down their files, each once."""
+
+    def __init__(self, listed: IO[str]) -> None:
+        self._listed = listed
+        self._known: set[str] = set()
+
+    def read(self, image: ImageRef) -> tuple[bytes, str]:
+        """The bytes of an image and their sha256.
+
+        Raises:
+            SkipSample: see `read_bytes`; that file is written down too.
+        """
+        stamp = stamp_of(image.source) if isinstance(image.source, Path) else None
+        sha256 = None
+        try:
+            content = read_bytes(image)
+            sha256 = hashlib.sha256(content).hexdigest()
+        finally:
+            if isinstance(image.source, Path):
+                self._note(str(image.source.absolute()), stamp, sha256)
+        return content, sha256
+
+    def _note(self, path: str, stamp: Stamp | None, sha256: str | None) -> None:
+        if path not in self._known:
+            self._known.add(path)
+            num_bytes, mtime_ns = stamp or (None, None)
+            line = {"path": path, "bytes": num_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
+            self._listed.write(json.dumps(line) + "\n")
+
+
+def changed_image_files(listed: Path) -> Iterator[Path]:
+    """The files of a list that are another now; one is read again only where its size or time of change tell so."""
+    with listed.open(encoding="utf-8") as lines:
+        for line in lines:
+            entry = json.loads(line)
+            file = Path(entry["path"])
+            stamp = stamp_of(file)
+            if stamp not in (None, (entry["bytes"], entry["mtime_ns"])) and _sha256(file) != entry["sha256"]:
+                yield file
+
+
+def stamp_of(file: Path) -> Stamp | None:
+    """Size and time of change of a file; None where there is none."""
+    try:
+        stat = file.stat()
+    except (OSError, ValueError):  # ValueError: a zero byte in its name
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,34 @@
+"""Keys of images: 63 bits of their hash, so that equal images have equal numbers in every store.
+
+image_keys.bin   the key of each row of images/, int64
+image_order.bin  the rows in the order of their keys, int64: from a key to its row
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.core.files import mapped
+
+KEYS, ORDER = "image_keys.bin", "image_order.bin"
+NUM_KEYS = 2**63
+
+
+def image_key(sha256: str) -> int:
+    """The key of an image by its sha256, in hexadecimal."""
+    return int.from_bytes(bytes.fromhex(sha256[:16]), "little") >> 1
+
+
+def write_image_keys(folder: Path, first_words: NDArray[np.uint64]) -> None:
+    """Write the keys of the images whose hashes begin with these words, in row order."""
+    keys = (first_words >> np.uint64(1)).astype(np.int64)
+    keys.tofile(folder / KEYS)
+    np.argsort(keys, kind="stable").astype(np.int64).tofile(folder / ORDER)
+
+
+def read_numbers(file: Path) -> NDArray[np.int64]:
+    """A file of numbers, mapped into memory."""
+    return mapped(file, np.dtype(np.int64))

@@ -1,0 +1,56 @@
+"""Answers that a model writes, for benchmarks that are not asked by likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from sft.core.distributed import deal, gathered, together
+from sft.core.sample import Sample
+from sft.inference.generate import prompt_of, write_on
+from sft.models.chat_template import ChatTemplate
+
+BATCH_SIZE = 16
+
+
+def write_answers(
+    model: nn.Module,
+    template: ChatTemplate,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    max_positions: int | None = None,
+    autocast: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[str | None]:
+    """The model's greedy answer to each conversation, in the order given; None where the prompt leaves no room for
+    `max_new_tokens` within `max_positions`. Prompts of similar length are answered together; `on_progress` is told
+    (answers written, answers in all).
+
+    Raises:
+        SkipSample: an image does not decode.
+    """
+    lengths = [len(template.encode_prompt(sample.messages).input_ids) for sample in samples]
+    room = float("inf") if max_positions is None else max_positions - max_new_tokens
+    fitting = [number for number, length in enumerate(lengths) if length <= room]
+    fitting.sort(key=lambda number: -lengths[number])
+    batches = [fitting[first : first + BATCH_SIZE] for first in range(0, len(fitting), BATCH_SIZE)]
+    answers: dict[int, str] = {}
+    done = 0
+    with together():
+        for own, turn in deal(batches):
+            texts = write_on(
+                model,
+                template.tokenizer,
+                [prompt_of(template, samples[number].messages) for number in own],
+                max_new_tokens=max_new_tokens,
+                batch_size=BATCH_SIZE,
+                autocast=autocast,
+            )
+            answers |= zip(own, texts, strict=True)
+            done += sum(map(len, turn))
+            if on_progress:
+                on_progress(done, len(fitting))
+    answers = gathered(answers)
+    return [answers.get(number) for number in range(len(samples))]

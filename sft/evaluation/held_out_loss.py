@@ -1,0 +1,243 @@
+"""The loss on what `data.validation` holds out, sample by sample: the same packs in training and in `select`.
+
+The loss on what `data.validation` holds out: what a checkpoint is chosen by where there is no benchmark.
+
+Training writes it into metrics.jsonl, as means by source. Where it has not, or where the spread over samples is needed,
+every checkpoint is asked here: the same packs of held-out samples for all, at the mixture's shares, sample by sample.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sft.batches.collate import collate
+from sft.batches.pack_stream import Planner
+from sft.core.distributed import deal, gathered, together
+from sft.core.errors import RunError
+from sft.core.files import hash_file
+from sft.core.sample import PackItem
+from sft.data.sources import Sources
+from sft.evaluation.run_benchmark import asked_once
+from sft.models.chat_template import ChatTemplate
+from sft.models.open_model import Load
+
+NUM_PACKS = 64
+
+HeldOutPack = tuple[PackItem, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutPacks:
+    """The same packs for every checkpoint: each sample once."""
+
+    sources: Sources
+    packs: tuple[HeldOutPack, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all packs."""
+        return sum(len(pack) for pack in self.packs)
+
+
+class SampleLoss(NamedTuple):
+    """What a model makes of one held-out sample that has trained tokens."""
+
+    key: str
+    cluster: str
+    """Samples about one image are not independent."""
+    source: str
+    loss: float
+    """Mean over its trained tokens."""
+    trained_tokens: int
+
+
+def held_out_packs(held_out: Sources, *, seed: int) -> HeldOutPacks:
+    """The first packs that a planner makes of what is held out, each sample once though little may be held out.
+
+    Raises:
+        UserError: no held-out sample of a source fits a pack.
+    """
+    window = next(Planner(held_out.sources, held_out.data, packs_per_step=NUM_PACKS, seed=seed).windows())
+    seen: set[PackItem] = set()
+    packs = []
+    for pack in window:
+        packs.append(tuple(item for item in dict.fromkeys(pack.items) if item not in seen))
+        seen.update(pack.items)
+    return HeldOutPacks(sources=held_out, packs=tuple(pack for pack in packs if pack))
+
+
+def sample_losses(
+    model: nn.Module,
+    sources: Sources,
+    packs: Sequence[HeldOutPack],
+    *,
+    image_size: int,
+    autocast: bool = False,
+    always_whole: bool = False,
+    before_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[SampleLoss]:
+    """The loss of each sample by a model in evaluation mode, a forward for each pack; images are seen whole.
+
+    `autocast` computes in bfloat16; for `always_whole` see `collate`. What is done before a forward is done inside
+    `before_forward`.
+
+    Raises:
+        SkipSample: an image was changed since it was prepared.
+    """
+    device = next(model.parameters()).device
+    for pack in packs:
+        # Each sample is a source of its own, so that the forward hands back which loss is whose.
+        placed = [sources.place(item)._replace(source=number) for number, item in enumerate(pack)]
+        with before_forward():
+            batch = collate(
+                [placed],
+                partial(sources.reader.pixels, size=image_size),
+                train_on=sources.data.train_on,
+                pack_isolation=sources.data.pack_isolation,
+                image_size=image_size,
+                always_whole=always_whole,
+            ).to(device)
+        # Not inference_mode: what a module keeps from it could not be trained with afterwards.
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = model(batch=batch)
+        is_real_P = output.source_ids_P >= 0
+        numbers_P, losses_P = output.source_ids_P[is_real_P], output.token_losses_P[is_real_P].double()
+        counts = torch.bincount(numbers_P, minlength=len(pack)).tolist()
+        sums = torch.bincount(numbers_P, losses_P, minlength=len(pack)).tolist()
+        for item, sample, count, total in zip(pack, placed, counts, sums, strict=True):
+            if count:
+                yield SampleLoss(
+                    key=sample.encoded.key,
+                    cluster=f"image {sample.images[0]}" if sample.images else sample.encoded.key,
+                    source=sources.sources[item.source].name,
+                    loss=total / count,
+                    trained_tokens=count,
+                )
+
+
+def mean_loss(by_source: dict[str, Any]) -> float | None:
+    """The mean over the trained tokens of all sources, of a `validation` in metrics.jsonl; None without any."""
+    parts = [part for part in by_source.values() if part["trained_tokens"]]
+    tokens = sum(part["trained_tokens"] for part in parts)
+    return sum(part["loss"] * part["trained_tokens"] for part in parts) / tokens if tokens else None
+
+
+BENCHMARK = "held_out_loss"
+"""Its folder in RUN/evaluations."""
+
+
+def recorded_losses(run_dir: Path) -> dict[int, float]:
+    """Step -> held-out loss that training wrote into metrics.jsonl: the mean over the trained tokens of all sources."""
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        return {}
+    losses = {}
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                metrics = json.loads(line)
+            except ValueError:  # a line that a killed training did not finish
+                continue
+            loss = mean_loss(metrics.get("validation", {}))
+            if loss is not None and math.isfinite(loss):
+                losses[int(metrics["step"])] = loss
+    return losses
+
+
+def ask_held_out_loss(
+    path: Path,
+    held_out: HeldOutPacks,
+    template: ChatTemplate,
+    run_dir: Path,
+    load: Load,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Take the loss of every held-out sample and keep it, unless it is kept already. Returns the protocol's hash.
+
+    Raises:
+        SkipSample: an image was changed since it was prepared.
+        RunError: a loss is not finite.
+    """
+    data = held_out.sources.data
+
+    def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        with together():
+            loaded = load(path)
+        samples = shared_losses(
+            loaded.model, held_out, image_size=loaded.image_size, autocast=loaded.autocast, on_progress=on_progress
+        )
+        if broken := sum(not math.isfinite(sample.loss) for sample in samples):
+            raise RunError(
+                f"{path}: the loss of {broken} of {len(samples)} held-out samples is not finite: training diverged"
+            )
+        tokens = sum(sample.trained_tokens for sample in samples)
+        loss = sum(sample.loss * sample.trained_tokens for sample in samples) / tokens
+        return {"by": "loss", "loss": loss}, [_line(sample) for sample in samples]
+
+    protocol = {
+        "by": "loss",
+        "template": template.fingerprint,
+        "packs": held_out.packs,
+        "stores": [hash_file(part.store.path / "manifest.json") for own in held_out.sources.parts for part in own],
+        "train_on": data.train_on,
+        "pack_isolation": data.pack_isolation,
+    }
+    return asked_once(path, run_dir, BENCHMARK, protocol, ask)
+
+
+def shared_losses(
+    model: nn.Module,
+    held_out: HeldOutPacks,
+    *,
+    image_size: int,
+    autocast: bool = False,
+    always_whole: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SampleLoss]:
+    """The loss of every held-out sample, in the order of the packs, which are shared out to the processes; see
+    `sample_losses`.
+
+    With `always_whole` the processes wait for each other in every forward: what fails before it in one of them fails in
+    all, then and there.
+    """
+    own: dict[int, list[SampleLoss]] = {}
+    done = 0
+    with nullcontext() if always_whole else together():
+        for number, turn in deal(range(len(held_out.packs))):
+            packs = [held_out.packs[number]]
+            own[number] = [
+                *sample_losses(
+                    model,
+                    held_out.sources,
+                    packs,
+                    image_size=image_size,
+                    autocast=autocast,
+                    always_whole=always_whole,
+                    before_forward=together if always_whole else nullcontext,
+                )
+            ]
+            done += sum(len(held_out.packs[other]) for other in turn)
+            on_progress(done, held_out.num_samples)
+    by_pack = gathered(own)
+    return [sample for number in sorted(by_pack) for sample in by_pack[number]]
+
+
+def _line(sample: SampleLoss) -> dict[str, Any]:
+    return {
+        "question": sample.key,
+        "cluster": sample.cluster,
+        "image_sha256": "",
+        "category": sample.source,
+        "loss": sample.loss,
+        "trained_tokens": sample.trained_tokens,
+    }

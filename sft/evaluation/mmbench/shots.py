@@ -1,0 +1,62 @@
+"""Answered questions shown before the one that is asked.
+
+They come from a support split that is never asked itself: another file, or a part of the same one made of whole images.
+Those of a query are drawn by the seed and the question alone, so every checkpoint, and every rotation of a question,
+sees the same.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from sft.core.errors import UserError
+from sft.evaluation.mmbench.questions import Question, Row
+from sft.evaluation.results import in_random_order
+
+SUPPORT_SHARE = 0.1
+"""Of the questions, where support is a part of the file."""
+
+
+def split_support(questions: Sequence[Question], *, num_shots: int, seed: int) -> tuple[list[Question], list[Question]]:
+    """Questions to ask, and the tenth of them (at least `num_shots`) that is set aside, by whole images.
+
+    The last images of the seeded order are set aside: a part of the questions is made of the first.
+    """
+    by_image: dict[str, list[Question]] = {}
+    for question in questions:
+        by_image.setdefault(question.cluster, []).append(question)
+    wanted = max(num_shots, math.ceil(SUPPORT_SHARE * _num_distinct(questions)))
+    support: set[str] = set()
+    found = 0
+    for image in reversed(in_random_order(list(by_image), seed)):
+        if found >= wanted:
+            break
+        support.add(image)
+        found += _num_distinct(by_image[image])
+    asked = [question for question in questions if question.cluster not in support]
+    return asked, [question for question in questions if question.cluster in support]
+
+
+def draw_shots(query: Question, support: Sequence[Row], *, num_shots: int, seed: int) -> tuple[Row, ...]:
+    """`num_shots` rows of `support`, of different questions, none about the query's question or image.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    unseen: dict[int, Row] = {}
+    for row in support:
+        if row.image_sha256 != query.cluster and row.question_index != query.first.question_index:
+            unseen.setdefault(row.question_index, row)
+    if len(unseen) < num_shots:
+        raise UserError(
+            f"shots: question {query.first.question_index} can be shown {len(unseen)} others with answers, "
+            f"{num_shots} are asked for"
+        )
+    rng = random.Random(f"shots {seed} {query.first.question_index}")
+    return tuple(rng.sample(list(unseen.values()), num_shots))
+
+
+def _num_distinct(questions: Sequence[Question]) -> int:
+    return len({question.first.question_index for question in questions})

@@ -1,0 +1,287 @@
+"""How likely a model finds each of several answers to a prompt.
+
+Prompt and answer are tokenized together and only the answer's own tokens are scored, in float32; what ends a turn is
+left out. Nothing is computed twice within a forward:
+
+- sequences share what they have in common from their beginning, tokens and images: the answers to a prompt share the
+  prompt, the rotations of a question what stands before the options, and all prompts the words before the first image;
+- the last token of an answer is only predicted, so letters, and all options of one token, are read from the prompt
+  itself;
+- what asks about the same images goes into one forward, where each image is encoded once;
+- forwards are filled to a fixed number of tokens and nothing is padded, but for attention inside groups of similar
+  length (`sft.models.grouped_attention`).
+
+Several processes under accelerate share the forwards out; the results are the same to the bit, since a forward holds
+the same on any number of them.
+
+Shape letters: T tokens of a forward, P positions that are read, V vocabulary, N images, C, H, W.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sft.core import images
+from sft.core.distributed import deal, gathered, together
+from sft.core.sample import IGNORE_INDEX, Batch, ImageRef, Sample
+from sft.models.chat_template import ChatTemplate
+from sft.models.image_transform import load_pixels
+
+TOKENS_PER_FORWARD = 4096
+"""Distinct tokens of one forward. 2,048 to 8,192 are equally fast on two CPU cores with a model of 2.5 M parameters."""
+
+_IMAGE = 1 << 32
+"""What looking at the next image adds to a token id."""
+
+
+class AnswerRequest(NamedTuple):
+    """A conversation that ends with the user's turn, and the answers to compare."""
+
+    sample: Sample
+    answers: tuple[str, ...]
+
+
+class AnswerScore(NamedTuple):
+    """What the model gives one answer."""
+
+    log_prob: float
+    """Sum over the answer's tokens of the natural logarithm of their probability."""
+    num_tokens: int
+
+
+class _Path(NamedTuple):
+    """A prompt with what of an answer has to be read to predict its last token."""
+
+    request: int
+    answer: int
+    tokens: NDArray[np.int64]
+    """For each token its id and the image it looks at in one number: where two paths have agreed so far, hidden states
+    are the same."""
+    start: int
+    """Where the answer's first token is predicted."""
+    token_ids: NDArray[np.int64]
+    """The answer's tokens."""
+
+
+class _Forward(NamedTuple):
+    """Paths laid into one row of tokens, shared beginnings once."""
+
+    paths: list[_Path]
+    tokens_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    places: list[NDArray[np.int64]]
+    """Where the tokens of each path stand in the row."""
+    sequences: tuple[Tensor, ...]
+    """The same for those paths that are not the beginning of another."""
+
+
+def score_answers(
+    model: nn.Module,
+    template: ChatTemplate,
+    requests: Sequence[AnswerRequest],
+    *,
+    image_size: int,
+    autocast: bool = False,
+    tokens_per_forward: int = TOKENS_PER_FORWARD,
+    max_positions: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[AnswerScore] | None]:
+    """Log-probability of every answer to every prompt, in the order given; None for a request that has a sequence of
+    more than `max_positions` tokens.
+
+    `model(batch=Batch, read_P=positions)` returns float32 logits in evaluation mode. `autocast` lets the rest of the
+    model compute in bfloat16. `on_progress` is told (tokens done, tokens in all) after each forward. Prompts about the
+    same images that have more than `tokens_per_forward` tokens are cut into several forwards.
+
+    Under several processes each gets all scores, and each runs the same number of forwards.
+
+    Raises:
+        SkipSample: an image does not decode.
+    """
+    paths, refs, too_long = _plan(template, requests, max_positions)
+    forwards = list(_forwards(paths, tokens_per_forward))
+    rounds = deal(forwards)
+    total, done = sum(len(forward.tokens_T) for forward in forwards), 0
+    found: dict[tuple[int, int], AnswerScore] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with together():
+            batches = _prefetched(lambda forward: _batch(forward, refs, image_size), [own for own, _ in rounds])
+            for (own, turn), batch in zip(rounds, batches, strict=True):
+                log_probs = _log_probs(model, own, batch, autocast=autocast)
+                for path, log_prob in zip(own.paths, log_probs, strict=True):
+                    found[path.request, path.answer] = AnswerScore(float(log_prob), len(path.token_ids))
+                done += sum(len(forward.tokens_T) for forward in turn)
+                if on_progress:
+                    on_progress(done, total)
+    finally:
+        model.train(was_training)
+    found = gathered(found)
+    return [
+        None if number in too_long else [found[number, answer] for answer in range(len(request.answers))]
+        for number, request in enumerate(requests)
+    ]
+
+
+def _plan(
+    template: ChatTemplate, requests: Sequence[AnswerRequest], max_positions: int | None
+) -> tuple[list[_Path], list[ImageRef], set[int]]:
+    """The paths to compute, the distinct images by number, and the requests that are too long."""
+    numbers: dict[ImageRef, int] = {}
+    paths: list[_Path] = []
+    too_long: set[int] = set()
+    for number, request in enumerate(requests):
+        image_numbers = [numbers.setdefault(image, len(numbers)) for image in request.sample.images]
+        own = [_path(template, number, answer, request, image_numbers) for answer in range(len(request.answers))]
+        if max_positions is not None and max(path.start + len(path.token_ids) for path in own) >= max_positions:
+            too_long.add(number)
+        else:
+            paths += own
+    return paths, list(numbers), too_long
+
+
+def _path(
+    template: ChatTemplate, number: int, answer: int, request: AnswerRequest, image_numbers: Sequence[int]
+) -> _Path:
+    encoded, (start, end) = template.encode_answer(request.sample.messages, request.answers[answer])
+    image_ids = np.full(end - 1, -1)
+    for image, position in zip(image_numbers, encoded.image_positions, strict=True):
+        image_ids[position:] = image
+    tokens = encoded.input_ids[: end - 1] + (image_ids + 1) * _IMAGE
+    return _Path(number, answer, tokens, start - 1, encoded.input_ids[start:end])
+
+
+def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forward]:
+    """Paths about the same images side by side, the longest first: what does not fit into memory shows at once, and
+    lengths inside a forward are similar."""
+    bundles: dict[tuple[int, ...], list[_Path]] = defaultdict(list)
+    for path in paths:
+        bundles[tuple(np.unique(path.tokens // _IMAGE))].append(path)
+    filled: list[_Path] = []
+    num_tokens = 0
+    for bundle in sorted(bundles.values(), key=lambda bundle: -max(len(path.tokens) for path in bundle)):
+        for piece, size in _pieces(bundle, tokens_per_forward):
+            if filled and num_tokens + size > tokens_per_forward:
+                yield _lay(filled)
+                filled, num_tokens = [], 0
+            filled += piece
+            num_tokens += size
+    if filled:
+        yield _lay(filled)
+
+
+def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[list[_Path], int]]:
+    """Paths with the number of their distinct tokens, cut where they are more than fit a forward."""
+    piece: list[_Path] = []
+    num_tokens = 0
+    for path in sorted(paths, key=_order):
+        new = len(path.tokens) - (_num_shared(piece[-1].tokens, path.tokens) if piece else 0)
+        if piece and num_tokens + new > tokens_per_forward:
+            yield piece, num_tokens
+            piece, num_tokens, new = [], 0, len(path.tokens)
+        piece.append(path)
+        num_tokens += new
+    yield piece, num_tokens
+
+
+def _lay(paths: Iterable[_Path]) -> _Forward:
+    """In the order of their tokens a path shares with the one before it as much as with any other before it."""
+    laid = sorted(paths, key=_order)
+    tokens: list[NDArray[np.int64]] = []
+    positions: list[NDArray[np.int64]] = []
+    places: list[NDArray[np.int64]] = []
+    sequences: list[NDArray[np.int64]] = []
+    num_tokens = 0
+    for number, path in enumerate(laid):
+        before = laid[number - 1].tokens if number else path.tokens[:0]
+        shared, length = _num_shared(before, path.tokens), len(path.tokens)
+        new = np.arange(num_tokens, num_tokens + length - shared)
+        places.append(np.concatenate([places[-1][:shared], new]) if places else new)
+        if sequences and shared == len(before):
+            sequences.pop()  # the path before is the beginning of this one
+        sequences.append(places[-1])
+        tokens.append(path.tokens[shared:])
+        positions.append(np.arange(shared, length))
+        num_tokens += length - shared
+    return _Forward(
+        laid,
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        places,
+        tuple(torch.from_numpy(sequence) for sequence in sequences),
+    )
+
+
+def _order(path: _Path) -> bytes:
+    return path.tokens.astype(">i8").tobytes()
+
+
+def _num_shared(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many tokens two paths have in common from their beginning."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _prefetched(make: Callable[[_Forward], Batch], forwards: Sequence[_Forward]) -> Iterator[Batch]:
+    """Each forward's batch, made while the one before it is computed."""
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for forward in forwards:
+            ahead = pool.submit(make, forward)
+            if before:
+                yield before.result()
+            before = ahead
+        if before:
+            yield before.result()
+
+
+def _batch(forward: _Forward, refs: Sequence[ImageRef], image_size: int) -> Batch:
+    """The row as a batch; nothing is trained."""
+    input_ids_T = torch.from_numpy(forward.tokens_T % _IMAGE)
+    image_ids_T = forward.tokens_T // _IMAGE - 1
+    numbers = np.unique(image_ids_T[image_ids_T >= 0])
+    rows_T = np.where(image_ids_T >= 0, np.searchsorted(numbers, image_ids_T), -1)
+    pixels_NCHW = np.zeros((len(numbers), 3, image_size, image_size), np.uint8)
+    for row, number in enumerate(numbers):
+        pixels_NCHW[row] = load_pixels(images.read_bytes(refs[number]), image_size)
+    nothing_T = torch.zeros_like(input_ids_T)
+    return Batch(
+        input_ids_T=input_ids_T,
+        labels_T=nothing_T + IGNORE_INDEX,
+        position_ids_T=torch.from_numpy(forward.positions_T),
+        segment_ids_T=nothing_T,
+        image_ids_T=torch.from_numpy(rows_T),
+        source_ids_T=nothing_T,
+        pixel_values_NCHW=torch.from_numpy(pixels_NCHW),
+        num_trained_tokens=0,
+        sequences=forward.sequences,
+    )
+
+
+def _log_probs(model: nn.Module, forward: _Forward, batch: Batch, *, autocast: bool) -> NDArray[np.float64]:
+    """Log-probability of the answer of each path."""
+    sizes = [len(path.token_ids) for path in forward.paths]
+    read = [
+        place[path.start : path.start + size]
+        for path, place, size in zip(forward.paths, forward.places, sizes, strict=True)
+    ]
+    read_P, rows = np.unique(np.concatenate(read), return_inverse=True)
+    token_ids = np.concatenate([path.token_ids for path in forward.paths])
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits_PV = model(batch=batch.to(device), read_P=torch.from_numpy(read_P).to(device))
+        log_probs_PV = logits_PV.float().log_softmax(-1)
+        found = log_probs_PV[torch.from_numpy(rows).to(device), torch.from_numpy(token_ids).to(device)]
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    return np.bincount(owners, weights=found.double().cpu().numpy()).astype(np.float64)

@@ -1,0 +1,161 @@
+"""Answers in words: batched generation through transformers' own `generate`.
+
+The prompt is the one of training, made by the same template. Shape letters: B prompts, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
+
+from sft.core import images
+from sft.core.sample import EncodedSample, ImageRef, Message
+from sft.models import family_of
+from sft.models.chat_template import ChatTemplate
+from sft.models.image_transform import load_pixels
+
+Pixels = NDArray[np.uint8]
+
+
+class Prompt(NamedTuple):
+    """What is to be gone on with, and the images in it."""
+
+    encoded: EncodedSample
+    images: tuple[ImageRef, ...]
+
+
+def prompt_of(template: ChatTemplate, messages: Sequence[Message]) -> Prompt:
+    """A conversation whose last message is the user's, up to where the model answers."""
+    images = [item for message in messages for item in message.content if isinstance(item, ImageRef)]
+    return Prompt(template.encode_prompt(messages), tuple(images))
+
+
+def write_on(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    load_pixels: Callable[[ImageRef], Pixels] | None = None,
+    batch_size: int = 16,
+    autocast: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, stripped of spaces at its ends.
+
+    Greedy, unless `settings` (fields of transformers' `GenerationConfig`) say otherwise; a text ends at `</s>`,
+    `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker. `load_pixels` makes uint8 (C, H, W)
+    of an image; left out, the image is opened and squashed as in training. `on_text` gets the text of a single prompt
+    word by word as it is written; beams are not streamed.
+
+    Raises:
+        SkipSample: an image is missing or does not decode.
+    """
+    load = load_pixels or _load_pixels(family_of(model).image_size(model.config))
+    was_training = model.training
+    model.eval()
+    try:
+        texts: list[str] = []
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            with torch.autocast(_device(model).type, torch.bfloat16, enabled=autocast):
+                texts += _write_batch(model, tokenizer, batch, load, max_new_tokens, settings or {}, on_text)
+        return texts
+    finally:
+        model.train(was_training)
+
+
+def _write_batch(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    load_pixels: Callable[[ImageRef], Pixels],
+    max_new_tokens: int,
+    settings: Mapping[str, Any],
+    on_text: Callable[[str], None] | None,
+) -> list[str]:
+    family = family_of(model)
+    stops = _ids_of(tokenizer, family.ENDS)
+    encoded = [prompt.encoded for prompt in prompts]
+    pixels = [[load_pixels(image) for image in prompt.images] for prompt in prompts]
+    input_ids_BT, attention_mask_BT = _left_padded(encoded, tokenizer.pad_token_id)
+    inputs = {
+        "input_ids": input_ids_BT,
+        "attention_mask": attention_mask_BT,
+        **family.generation_inputs(encoded, pixels, family.image_size(model.config)),
+    }
+    config = GenerationConfig(
+        **{
+            "do_sample": False,
+            "max_new_tokens": max_new_tokens,
+            "bad_words_ids": [[index] for index in _ids_of(tokenizer, family.NEVER_WRITTEN)],
+            "eos_token_id": stops,
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **settings,
+        }
+    )
+    streamer = _Words(tokenizer, on_text) if on_text and config.num_beams in (None, 1) else None
+    # Not inference_mode: what a module keeps from it could not be trained with afterwards.
+    with torch.no_grad():
+        output_BT = model.generate(  # type: ignore[operator]
+            **{name: tensor.to(_device(model)) for name, tensor in inputs.items()},
+            generation_config=config,
+            streamer=streamer,
+        )
+    new_tokens = output_BT[:, input_ids_BT.shape[1] :].tolist()
+    return [_decode(tokenizer, token_ids, stops) for token_ids in new_tokens]
+
+
+class _Words(TextStreamer):  # type: ignore[misc]  # transformers is not typed
+    """Hands on a text as it is written, whole words at a time, without the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self._has_begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Leave out the space before the first word."""
+        text = text if self._has_begun else text.lstrip()
+        if text:
+            self._has_begun = True
+            self._on_text(text)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:
+    """Those of the tokens that the vocabulary has."""
+    ids = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
+    return [index for index in ids if index not in (None, tokenizer.unk_token_id)]
+
+
+def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (B, T). Padding on the left: new tokens follow the prompt directly."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids_BT = torch.full((len(prompts), longest), pad_token_id)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for row, prompt in enumerate(prompts):
+        input_ids_BT[row, longest - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids)
+        mask_BT[row, longest - len(prompt.input_ids) :] = 1
+    return input_ids_BT, mask_BT
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stops: Sequence[int]) -> str:
+    """Text of the tokens before the first stop."""
+    end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
+    return str(tokenizer.decode(token_ids[:end], skip_special_tokens=True)).strip()
+
+
+def _load_pixels(size: int) -> Callable[[ImageRef], Pixels]:
+    return lambda image: load_pixels(images.read_bytes(image), size)

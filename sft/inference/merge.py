@@ -1,0 +1,396 @@
+"""From a checkpoint to a model to hand on: a plain transformers folder with processor, chat template and model card.
+
+Adapters are merged into their unquantised base (merging into 4 bits would round again), one weight at a time: the
+memory that takes does not grow with the model (scripts/bench_merge.py). The checkpoint of a full run is copied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from huggingface_hub import split_state_dict_into_shards_factory
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from sft.batches.collate import collate
+from sft.core.errors import UserError
+from sft.core.files import disk_full_told, remove_leftovers, staged
+from sft.core.sample import Batch, EncodedSample, ImageRef, Message, PlacedSample
+from sft.core.shipped import is_local
+from sft.models.family import ModelFamily
+from sft.models.lora import Merger, is_adapter_folder
+from sft.models.open_model import Loaded, find_base, find_family, load_for_inference, load_template
+from sft.recipe import Recipe, load_recipe
+from sft.runs.checkpoint import MANIFEST, step_of
+
+SHARD_BYTES = 5 * 1024**3
+"""Largest file of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What `merge` has made."""
+
+    output: str
+    checkpoint: str
+    base: str | None
+    """The base that adapters were merged into; None where a checkpoint was copied."""
+    dtype: str
+    parameters: int
+    bytes: int
+    """Of the weights."""
+
+
+def merge(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Merged:
+    """Write the model of a checkpoint to the folder `output`, whole or not at all.
+
+    `dtype`: of the merged weights, bfloat16 if left out. The sum is made in float32 and rounded once.
+    `on_progress` is told (tensors done, tensors in all) after each file of weights.
+
+    Raises:
+        UserError: there is something in `output`, the checkpoint is not one, the base of adapters is missing or
+            another, or a `dtype` is given for a full run's checkpoint.
+        RunError: the disk is full.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already; choose another --output")
+    recipe_file = checkpoint / "recipe.yaml"
+    recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
+    family = find_family(checkpoint)
+    base = find_base(checkpoint) if is_adapter_folder(checkpoint) else None
+    if base is None and dtype is not None:
+        raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")
+    template = load_template(family, checkpoint)
+    with _whole_or_nothing(output) as folder:
+        if base is None:
+            _copy(checkpoint, folder)
+        else:
+            _write_merged(family, base, Merger(checkpoint), folder, dtype or torch.bfloat16, shard_bytes, on_progress)
+        template.tokenizer.chat_template = template.template
+        family.save_processor(template.tokenizer, family.load_config(base or checkpoint), folder)
+        template.tokenizer.save_pretrained(folder)
+        kind, parameters, num_bytes = _weights_of(folder)
+        made = Merged(
+            output=str(output),
+            checkpoint=str(checkpoint),
+            base=str(base) if base else None,
+            dtype=kind,
+            parameters=parameters,
+            bytes=num_bytes,
+        )
+        (folder / "README.md").write_text(model_card(checkpoint, recipe, made), encoding="utf-8")
+    return made
+
+
+@contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `output`; gigabytes of it are not left behind by an error.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    try:
+        with disk_full_told(output, "choose another --output"), staged(output) as folder:
+            yield folder
+    except BaseException:
+        remove_leftovers(output)
+        raise
+
+
+def _copy(checkpoint: Path, folder: Path) -> None:
+    """What transformers loads; no training state, no recipe with paths of this machine."""
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.name not in (MANIFEST, "recipe.yaml"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_merged(
+    family: ModelFamily,
+    base: Path,
+    merger: Merger,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    files = family.weight_files(base)
+    with ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(safe_open(base / file, framework="pt")) for file in sorted(set(files.values()))
+        }
+        sizes = {
+            name: math.prod(opened[file].get_slice(name).get_shape()) * dtype.itemsize
+            for name, file in sorted(files.items(), key=lambda item: (item[1], item[0]))
+        }
+        split = split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_bytes,
+        )
+        done = 0
+        for file, names in split.filename_to_tensors.items():
+            shapes = {name: opened[files[name]].get_slice(name).get_shape() for name in names}
+            weights = (merger.merged(name, opened[files[name]].get_tensor(name)) for name in names)
+            write_safetensors(folder / file, shapes, dtype, weights)
+            done += len(names)
+            on_progress(done, len(sizes))
+    merger.check_all_used()
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    family.write_config(json.loads((base / "config.json").read_text()), folder, dtype)
+    if (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
+
+
+def write_safetensors(
+    file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, weights: Iterable[Tensor]
+) -> None:
+    """Write tensors as they come, each rounded to `dtype`: a file of safetensors in the memory of one of them.
+
+    The library's `save_file` wants all tensors of a file at once and copies them: three times the file was seen.
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned
+    with file.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        for tensor in weights:
+            output.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
+
+
+_FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def _weights_of(folder: Path) -> tuple[str, int, int]:
+    """Kind, number and size of the weights of a model folder."""
+    kinds: dict[str, int] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                kinds[part.get_dtype()] = kinds.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+    names = {name: str(dtype).removeprefix("torch.") for dtype, name in _FORMAT_NAMES.items()}
+    return (
+        ", ".join(names.get(kind, kind) for kind in sorted(kinds)),
+        sum(kinds.values()),
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitDifference:
+    """How far the logits of two models are apart, on the same tokens."""
+
+    largest: float
+    mean: float
+    same_choice: float
+    """Share of positions where both find the same token the likeliest."""
+
+
+def compare(checkpoint: Path, output: Path) -> dict[str, LogitDifference]:
+    """The merged model beside its parts: the unquantised base with adapters, and the 4-bit base with adapters. Of a
+    full run: the checkpoint that was copied.
+
+    One model is in memory at a time. What is asked is two conversations, one about an image of noise; everything is
+    computed in float32.
+    """
+    merged = _logits(output)
+    if not is_adapter_folder(checkpoint):
+        return {"checkpoint": _difference(merged, _logits(checkpoint))}
+    return {
+        "base + adapters": _difference(merged, _logits(checkpoint)),
+        "4-bit base + adapters": _difference(merged, _logits(checkpoint, load_in_4bit=True)),
+    }
+
+
+def _logits(path: Path, *, load_in_4bit: bool = False) -> Tensor:
+    loaded = load_for_inference(path, precision="float32", load_in_4bit=load_in_4bit)
+    device = next(loaded.model.parameters()).device
+    with torch.inference_mode():
+        logits_PV: Tensor = loaded.model(batch=_probe(loaded).to(device)).logits_PV
+    return logits_PV.float().cpu()
+
+
+def _difference(a_PV: Tensor, b_PV: Tensor) -> LogitDifference:
+    apart_PV = (a_PV - b_PV).abs()
+    return LogitDifference(
+        largest=float(apart_PV.max()),
+        mean=float(apart_PV.mean()),
+        same_choice=float((a_PV.argmax(-1) == b_PV.argmax(-1)).float().mean()),
+    )
+
+
+def _probe(loaded: Loaded) -> Batch:
+    """Two conversations whose every token is looked at."""
+    image = ImageRef(source=b"noise")
+    turns = (
+        ((image, "What is in this image?"), "There is nothing but noise in this image."),
+        (("What is the capital of France, and what is it known for?",), "Paris. It is known for the Eiffel Tower."),
+    )
+    placed = []
+    for asked, answer in turns:
+        sample, _ = loaded.template.encode_answer((Message(role="user", content=asked),), answer)
+        whole = EncodedSample(
+            key="probe",
+            input_ids=sample.input_ids,
+            trained_spans=((1, len(sample.input_ids)),),
+            image_positions=sample.image_positions,
+        )
+        placed.append(PlacedSample(whole, (0,) * len(sample.image_positions), source=0))
+
+    def noise(number: int) -> NDArray[np.uint8]:
+        shape = (3, loaded.image_size, loaded.image_size)
+        return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+
+    return collate([placed], noise, train_on="assistant", image_size=loaded.image_size, num_trained_tokens=1)
+
+
+# -------------------------------------------------------------------------------------------------------- model card
+
+
+def model_card(checkpoint: Path, recipe: Recipe | None, made: Merged) -> str:
+    """README.md of a model: what it was made of, how, under which licences, and how it was chosen."""
+    return "\n".join(_card_lines(checkpoint, recipe, made)) + "\n"
+
+
+def _card_lines(checkpoint: Path, recipe: Recipe | None, made: Merged) -> Iterator[str]:
+    yield from ("---", "library_name: transformers", "pipeline_tag: image-text-to-text")
+    if recipe and not is_local(recipe.model.path):
+        yield f"base_model: {recipe.model.path}"
+    yield from ("license: other", "tags: [idefics, idefics-sft, multimodal, instruction-tuned]", "---", "")
+    yield f"# {Path(made.output).name}"
+    yield ""
+    if recipe is None:
+        yield "Made by idefics-sft from a checkpoint that has no recipe beside it."
+        return
+    base = Path(recipe.model.path).name if is_local(recipe.model.path) else recipe.model.path
+    how = {"full": "Fine-tuned", "lora": "Fine-tuned with LoRA", "qlora": "Fine-tuned with LoRA over a 4-bit base"}
+    yield (f"{how[recipe.model.mode]} from `{base}` by idefics-sft, {made.parameters:,} parameters in {made.dtype}.")
+    yield "Its weights are derived from the base model's, whose licence applies to them too."
+    yield from ("", "## Use", "", "```python")
+    yield "from transformers import AutoProcessor, IdeficsForVisionText2Text"
+    yield ""
+    yield f'processor = AutoProcessor.from_pretrained("{Path(made.output).name}")'
+    yield f'model = IdeficsForVisionText2Text.from_pretrained("{Path(made.output).name}")'
+    yield from ("```", "", "Prompts are made by the chat template, `processor.tokenizer.apply_chat_template`.")
+    yield from ("", "## Data", "")
+    yield from _mixture_lines(checkpoint, recipe)
+    yield from ("", "## Selection", "")
+    yield from _selection_lines(checkpoint)
+    yield from ("", "## Recipe", "", "```yaml", yaml.safe_dump(_public(recipe), sort_keys=False).rstrip(), "```")
+
+
+def _mixture_lines(checkpoint: Path, recipe: Recipe) -> Iterator[str]:
+    """Sources with their shares as asked and, where the run's metrics are there, as trained; datasets with licences."""
+    trained = _trained_tokens(checkpoint)
+    total = sum(trained.values())
+    unit = {"tokens": "tokens", "trained_tokens": "trained tokens", "samples": "samples"}[recipe.data.share_unit]
+    yield f"Shares are of {unit}; tokens are those of the run up to this checkpoint."
+    yield ""
+    yield "| source | share asked | tokens | datasets | licence of the data |"
+    yield "| --- | ---: | ---: | --- | --- |"
+    for source, share in zip(recipe.data.mixture, recipe.data.shares, strict=True):
+        tokens = trained.get(source.name)
+        told = f"{tokens:,} ({tokens / total:.1%})" if tokens is not None and total else "not known"
+        licences = {dataset.dataset: _licence(dataset.dataset) for dataset in source.datasets}
+        cells = (source.name, f"{share:.1%}", told, ", ".join(licences), "; ".join(dict.fromkeys(licences.values())))
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _trained_tokens(checkpoint: Path) -> dict[str, int]:
+    """Tokens of each source up to a checkpoint, by the metrics of its run."""
+    file = checkpoint.parent.parent / "metrics.jsonl"
+    sums: dict[str, int] = {}
+    if not file.is_file() or not checkpoint.name.startswith("checkpoint-"):
+        return sums
+    with file.open(encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["step"] <= step_of(checkpoint):
+                for name, own in line["sources"].items():
+                    sums[name] = sums.get(name, 0) + own["tokens"]
+    return sums
+
+
+def _licence(dataset: str) -> str:
+    try:
+        module = import_module(dataset if "." in dataset else f"sft.data.datasets.{dataset}")
+    except ImportError:  # an adapter of the user's that is not here
+        return "not known here"
+    return str(getattr(module, "LICENCE", "not stated"))
+
+
+def _selection_lines(checkpoint: Path) -> Iterator[str]:
+    file = checkpoint.parent.parent / "selection.json"
+    name = checkpoint.name
+    if not file.is_file():
+        yield f"`{name}`; no benchmark has chosen among the run's checkpoints."
+        return
+    selection = json.loads(file.read_text())
+    scores = {score["checkpoint"]: score for score in selection["scores"]}
+    chosen = "chosen" if selection["selected"] == name else f"not the one chosen, which is `{selection['selected']}`"
+    yield (
+        f"`{name}`, {chosen} among {len(scores)} checkpoints by {selection.get('benchmark', selection['by'])}, "
+        f"rule `{selection['rule']}`."
+    )
+    figure = "{:.4f}".format if selection["by"] == "loss" else "{:.1%}".format
+    if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
+        yield f"Held-out loss {figure(scores[name]['score'])}."
+    elif name in scores:
+        own = scores[name]
+        yield (
+            f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
+            f"{figure(own['standard_error'])} on {_reported(selection)}; best with probability {own['p_best']:.0%}."
+        )
+    if selection["selected"] == name and selection["cross_fitted"] is not None:
+        yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."
+
+
+def _reported(selection: dict[str, Any]) -> str:
+    """The questions that figures come from."""
+    what = "samples" if selection["by"] == "loss" else "questions"
+    return f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
+
+
+def _public(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without folders of this machine."""
+    values = recipe.model_dump(mode="json", exclude={"output_dir": True, "data": {"store": True}})
+    if is_local(recipe.model.path):
+        values["model"]["path"] = Path(recipe.model.path).name
+    for source in values["data"]["mixture"]:
+        for dataset in source["datasets"]:
+            dataset.pop("path")
+    for part, key in (("evaluation", "benchmark"), ("data", "validation")):
+        if isinstance(values[part][key], dict) and values[part][key]["path"]:
+            values[part][key]["path"] = Path(values[part][key]["path"]).name
+        elif isinstance(values[part][key], str):
+            values[part][key] = Path(values[part][key]).name
+    return values

@@ -1,0 +1,204 @@
+"""Sample -> token ids, with what is trained and where images stand.
+
+Text is never trusted. The template is rendered once per *shape* of a conversation (its roles, and which items are text
+or image) with a random nonce where each text belongs, and split on the nonces into pieces. Special tokens found in
+template pieces become ids; every maximal run between two of them, template words and inserted text together, is
+tokenized in one call with special tokens split, so that `<image>` in somebody's text stays seven characters.
+One call per run, because encoding word pieces apart changes the ids of a SentencePiece vocabulary.
+
+Tokens, trained spans and image positions come out of the same pass: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sft.core.sample import EncodedSample, ImageRef, Message, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Shape = tuple[tuple[str, tuple[bool, ...]], ...]
+"""A conversation without its words: for each message its role and, for each item, whether it is an image."""
+
+
+class _Piece(NamedTuple):
+    """A stretch of the rendered template: its own text, a special token, or the place of the next text item."""
+
+    text: str
+    is_special: bool
+    is_slot: bool
+    is_trained: bool
+
+
+class ChatTemplate:
+    """One jinja template and one tokenizer: everything that turns messages into token ids."""
+
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerFast, *, image_token: str = "<image>") -> None:
+        """
+        Raises:
+            ValueError: the template prints a special token that the tokenizer does not know as special.
+        """
+        self.template = template
+        self.tokenizer = tokenizer
+        self._image_token = image_token
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        self._special_ids: dict[str, int] = {
+            str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._special_pattern = re.compile("|".join(re.escape(token) for token in self._special_ids))
+        self._pieces = lru_cache(maxsize=4096)(self._render_pieces)
+        unknown = {t for t in re.findall(r"</?[a-z_]+>", _without_comments(template)) if t not in self._special_ids}
+        if unknown:
+            raise ValueError(f"chat template prints {sorted(unknown)}, which the tokenizer has no special token for")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(ChatTemplate, image_token=self._image_token), (self.template, self.tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same sample could encode to other ids."""
+        parts = (self.template, self.tokenizer.backend_tokenizer.to_str())
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Encode a sample for training: from `<s>` through `</s>`."""
+        return self._encode(sample.key, sample.messages, add_generation_prompt=False)
+
+    def encode_prompt(self, messages: Sequence[Message], *, key: str = "prompt") -> EncodedSample:
+        """Encode what the model is to answer: from `<s>` through `Assistant:`."""
+        return self._encode(key, messages, add_generation_prompt=True)
+
+    def encode_answer(self, messages: Sequence[Message], answer: str) -> tuple[EncodedSample, tuple[int, int]]:
+        """Encode a prompt and an answer to it together, and say where the answer's own tokens stand.
+
+        The half-open range leaves out the `<end_of_utterance>` after the answer.
+        """
+        turns = (*messages, Message(role="assistant", content=(answer,)))
+        encoded = self._encode("answer", turns, add_generation_prompt=False)
+        start, end = encoded.trained_spans[-1]
+        return encoded, (start, end - 2)  # </s> and <end_of_utterance> are the last two
+
+    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The rendered text, for people: not what is tokenized when a text holds a special token."""
+        pieces = self._pieces(_shape(messages), add_generation_prompt)
+        texts = iter(_texts(messages))
+        return "".join(next(texts) if piece.is_slot else piece.text for piece in pieces)
+
+    def _encode(self, key: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> EncodedSample:
+        texts = iter(_texts(messages))
+        input_ids: list[int] = []
+        trained: list[bool] = []
+        run: list[tuple[str, bool]] = []  # (text, is trained)
+
+        def close_run() -> None:
+            ids, flags = self._encode_run(run)
+            input_ids.extend(ids)
+            trained.extend(flags)
+            run.clear()
+
+        for piece in self._pieces(_shape(messages), add_generation_prompt):
+            if piece.is_special:
+                close_run()
+                input_ids.append(self._special_ids[piece.text])
+                trained.append(piece.is_trained)
+            else:
+                run.append((next(texts) if piece.is_slot else piece.text, piece.is_trained))
+        close_run()
+        ids = np.array(input_ids, dtype=np.int64)
+        return EncodedSample(
+            key=key,
+            input_ids=ids,
+            trained_spans=_spans(trained),
+            image_positions=tuple(np.flatnonzero(ids == self.image_token_id).tolist()),
+        )
+
+    def _encode_run(self, run: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+        """Token ids of one run between special tokens, and whether each is trained."""
+        text = "".join(part for part, _ in run)
+        if not text:
+            return [], []
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        offsets = encoding["offset_mapping"]
+        flags: list[bool] = []
+        border = 0
+        for part, is_trained in run:
+            border += len(part)
+            end = len(offsets) if border == len(text) else bisect_left(offsets, border, lo=len(flags), key=_character)
+            flags += [is_trained] * (end - len(flags))
+        return encoding["input_ids"], flags
+
+    def _render_pieces(self, shape: Shape, add_generation_prompt: bool) -> tuple[_Piece, ...]:
+        nonce = secrets.token_hex(16)
+        messages: list[dict[str, Any]] = [
+            {
+                "role": role,
+                "content": [{"type": "image"} if is_image else {"type": "text", "text": nonce} for is_image in items],
+            }
+            for role, items in shape
+        ]
+        (rendered,), (generated,) = render_jinja_template(
+            [messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+        )
+        borders = sorted({0, len(rendered), *(border for span in generated for border in span)})
+        pieces = []
+        for start, end in pairwise(borders):
+            is_trained = any(first <= start and end <= last for first, last in generated)
+            for text in re.split(f"({nonce}|{self._special_pattern.pattern})", rendered[start:end]):
+                if text:
+                    pieces.append(
+                        _Piece(
+                            text=text,
+                            is_special=text in self._special_ids,
+                            is_slot=text == nonce,
+                            is_trained=is_trained,
+                        )
+                    )
+        return tuple(pieces)
+
+
+def _character(offset: tuple[int, int]) -> int:
+    """The character that a token goes with: its last one. The "▁" that a LLaMA tokenizer puts before a run covers none
+    of its own and goes with the one it precedes."""
+    start, end = offset
+    return max(end - 1, start)
+
+
+def load_chat_template(path: Path) -> str:
+    """The jinja source of a template file."""
+    return path.read_text(encoding="utf-8")
+
+
+def _without_comments(template: str) -> str:
+    return re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+
+
+def _shape(messages: Sequence[Message]) -> Shape:
+    return tuple((m.role, tuple(isinstance(item, ImageRef) for item in m.content)) for m in messages)
+
+
+def _texts(messages: Sequence[Message]) -> list[str]:
+    return [item for message in messages for item in message.content if isinstance(item, str)]
+
+
+def _spans(flags: list[bool]) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of consecutive True."""
+    padded = np.concatenate(([False], flags, [False]))
+    borders = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
+    return tuple(zip(borders[::2], borders[1::2], strict=True))

@@ -1,0 +1,110 @@
+"""Encoded images -> uint8 pixels of the size a model takes: one path for training, evaluation and chat.
+
+Training crops, evaluation does not; both squash what is left to a square with antialiased bicubic interpolation, as
+IDEFICS was made (m4, build_image_transform). torchvision is not used, there or not. EXIF orientation is not applied:
+IDEFICS's pipeline does not, in training nor in transformers.
+
+JPEG is decoded by simplejpeg (libjpeg-turbo, from memory straight into an array), the rest by Pillow. Everything is
+resized by torch's integer kernel: vectorised, as Pillow's is not, with the same result on every instruction set. JPEGs
+are decoded whole. Decoding to a half, a quarter or an eighth (Pillow's `draft`) would save a tenth to a quarter of the
+time, but letters come out by 7/255 differently and fine texture by 4/255; `scripts/bench_pixels.py --alternatives`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import interpolate
+
+from sft.core import images
+
+CROP_AREA = (0.9, 1.0)
+"""Share of the image that a training crop keeps (m4)."""
+CROP_ASPECT = (3 / 4, 4 / 3)
+"""Width / height of a training crop: torchvision's default, which m4 left alone."""
+CROP_TRIES = 10
+_LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
+
+
+class Crop(NamedTuple):
+    """A box in pixels of the whole image; right and bottom are the first pixels outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def load_pixels(content: bytes, size: int, crop: Crop | None = None) -> NDArray[np.uint8]:
+    """The image, or the crop of it, squashed to size x size; transparency over white; uint8 (C, H, W).
+
+    Raises:
+        SkipSample: as `images.decode_rgb`.
+    """
+    pixels_HWC = _decode(content)
+    if crop is not None:
+        height, width, _ = pixels_HWC.shape
+        if not (0 <= crop.left < crop.right <= width and 0 <= crop.top < crop.bottom <= height):
+            raise ValueError(f"{crop} is not inside an image of {width} x {height}")
+        pixels_HWC = pixels_HWC[crop.top : crop.bottom, crop.left : crop.right]
+    pixels_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
+    resized_1CHW = interpolate(pixels_1CHW, size=(size, size), mode="bicubic", antialias=True)
+    return resized_1CHW[0].numpy()
+
+
+def training_crop(width: int, height: int, *, seed: int, step: int, image_key: int) -> Crop:
+    """The crop that an image (see `sft.data.store.image_keys`) gets in an optimizer step: the same on every rank and in
+    every pack of the step.
+
+    torchvision's RandomResizedCrop: ten tries to place a box of a random area and aspect, else the largest central box
+    of an allowed aspect. An image of 3:2 or wider has no allowed box of 0.9 of its area: it always gets the central
+    one, as it did in 2023.
+    """
+    random = _uniforms(seed, step, int(image_key))
+    for _ in range(CROP_TRIES):
+        area = width * height * _between(CROP_AREA, next(random))
+        aspect = math.exp(_between(_LOG_ASPECT, next(random)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return _box(math.floor(next(random) * (width - w + 1)), math.floor(next(random) * (height - h + 1)), w, h)
+    narrowest, widest = CROP_ASPECT
+    w = min(width, round(height * widest))
+    h = min(height, round(width / narrowest))
+    return _box((width - w) // 2, (height - h) // 2, w, h)
+
+
+def _box(left: int, top: int, width: int, height: int) -> Crop:
+    return Crop(left, top, left + width, top + height)
+
+
+def _between(borders: tuple[float, float], share: float) -> float:
+    low, high = borders
+    return low + (high - low) * share
+
+
+def _uniforms(*key: object) -> Iterator[float]:
+    """Random numbers in [0, 1) that depend on the key alone: no state, and the same with every version of numpy."""
+    for number in count():
+        digest = blake2b(repr((*key, number)).encode(), digest_size=8).digest()
+        yield (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _decode(content: bytes) -> NDArray[np.uint8]:
+    """RGB (H, W, 3), writable, with the limits of `images` checked before anything is decoded."""
+    header = images.open_checked(content)
+    if header.format == "JPEG" and header.mode in ("RGB", "L"):  # Pillow knows how Adobe writes CMYK
+        try:
+            if simplejpeg.decode_jpeg_header(content)[1::-1] == header.size:
+                decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(content)
+                return decoded
+        except ValueError:
+            pass  # damaged a little or a lot: what is readable is for Pillow to say, as when the store was made
+    return np.array(images.decode_rgb(content))

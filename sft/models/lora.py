@@ -1,0 +1,221 @@
+"""Low-rank adapters (LoRA) through PEFT: put into a model, written as a PEFT folder, read back, merged.
+
+Adapters are put into the model's own layers (transformers' `add_adapter`), so it keeps its class and its forward.
+What is trained beside them (the extra rows, the gates, the resampler) is trained in place and stands in the same
+`adapter_model.safetensors` under its full name: PEFT and transformers load every tensor of that file whose name the
+model has. PEFT's `modules_to_save` cannot do this for the gates, which are parameters and no modules.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sft.core.errors import UserError
+from sft.recipe import LoraSettings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_ADAPTER = ".default."
+
+
+def add_adapters(model: nn.Module, pattern: str, settings: LoraSettings, base: str | Path) -> None:
+    """Put fresh float32 adapters beside the linear layers whose whole name matches `pattern`; freeze everything else.
+
+    They change nothing yet: B is zero. `base` is written to their config, for whoever loads them.
+
+    Raises:
+        UserError: no layer matches.
+    """
+    from peft import LoraConfig
+
+    if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+        raise UserError(f"model.lora.targets: this model has no layers of {', '.join(settings.targets)}")
+    config = LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=pattern, bias="none"
+    )
+    _add(model, config)
+    config.base_model_name_or_path = str(base)
+
+
+def _add(model: Any, config: LoraConfig) -> None:
+    with warnings.catch_warnings():
+        # PEFT reads a property of the model that transformers 5 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model.add_adapter(config)
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.float()
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The A and B of all adapters."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters were put into the model."""
+    return next(adapter_parameters(model), None) is not None
+
+
+def save_adapters(model: Any, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write everything that is trained as a PEFT folder: the adapters, and the weights trained beside them.
+
+    `weights` are those of the model, where its parameters hold but a share of them.
+    """
+    from safetensors.torch import save_file
+
+    trained = {
+        _PREFIX + name.replace(_ADAPTER, "."): (weights[name] if weights else parameter).detach().contiguous().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(trained, directory / WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config["default"]
+    before = config.inference_mode
+    config.inference_mode = True
+    config.save_pretrained(directory)
+    config.inference_mode = before
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Whether a folder holds adapters rather than a model."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The adapters' config.
+
+    Raises:
+        UserError: it is damaged, not of LoRA, or of a kind of LoRA that is not trained here.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{folder / CONFIG}: damaged, not the config of an adapter ({error})") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder}: an adapter of kind {config.peft_type}; only LoRA can be loaded")
+    others = ("use_dora", "use_rslora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    for name in others:
+        if getattr(config, name, None):
+            raise UserError(f"{folder / CONFIG}: has {name}, which is not trained here; load it with PEFT")
+    return config
+
+
+def load_adapters(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Put trained adapters into a base model, and the weights that were trained beside them; nothing stays trainable.
+
+    Returns the base's own weights where others took their place, for `remove_adapters`.
+
+    Raises:
+        UserError: they are not adapters of this model. It is as it was then.
+    """
+    config = read_config(folder)
+    replaced: dict[str, Tensor] = {}
+    try:
+        _add(model, config)
+        _fill(model, folder, replaced)
+    except (UserError, ValueError) as error:
+        remove_adapters(model, replaced)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: {error}; was it trained on another model?") from error  # PEFT's: no such layers
+    model.requires_grad_(False)
+    return replaced
+
+
+def _fill(model: nn.Module, folder: Path, replaced: dict[str, Tensor]) -> None:
+    """Give fresh adapters, and what was trained beside them, their weights; `replaced` gets those of the base."""
+    parameters = dict(model.named_parameters())
+    wanted = {name.replace(_ADAPTER, "."): name for name, _ in adapter_parameters(model)}
+    with open_weights(folder) as tensors:
+        given = {key.removeprefix(_PREFIX): key for key in tensors.keys()}  # noqa: SIM118
+        for short in sorted(wanted.keys() | given.keys()):
+            parameter = parameters.get(wanted.get(short, short))
+            if short not in given or parameter is None:
+                where = "the adapter lacks" if short not in given else "its base model has no"
+                raise UserError(f"{folder}: {where} {short}; was it trained on another model?")
+            tensor = tensors.get_tensor(given[short])
+            if tensor.shape != parameter.shape:
+                raise UserError(
+                    f"{folder}: {short} has shape {tuple(tensor.shape)}, the base model's has {tuple(parameter.shape)}"
+                )
+            if short not in wanted:
+                replaced[short] = parameter.data
+            parameter.data = tensor.to(parameter.device)
+
+
+def remove_adapters(model: Any, replaced: dict[str, Tensor]) -> None:
+    """Make a model the base again that it was before `load_adapters`, which returned `replaced`."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.get_base_layer())
+    for name, tensor in replaced.items():
+        model.get_parameter(name).data = tensor
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # by which transformers knows of adapters
+        vars(model).pop(name, None)
+
+
+def open_weights(folder: Path) -> Any:
+    """The adapters' tensors, read one by one.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    try:
+        return safe_open(folder / WEIGHTS, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: not readable as safetensors ({error})") from error
+
+
+class Merger:
+    """Weights of a base with a folder of adapters merged in, one tensor at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: see `read_config` and `open_weights`.
+        """
+        config = read_config(folder)
+        self.folder = folder
+        self.scaling = config.lora_alpha / config.r
+        self._tensors = open_weights(folder)
+        self._unused = {key.removeprefix(_PREFIX) for key in self._tensors.keys()}  # noqa: SIM118
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """The weight `name` of the base as the adapters make it: W + alpha / r * B A in float32, or what was trained
+        in its place."""
+        if name in self._unused:
+            return self._take(name)
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" not in self._unused:
+            return weight
+        a, b = self._take(f"{layer}.lora_A.weight"), self._take(f"{layer}.lora_B.weight")
+        return torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scaling)
+
+    def check_all_used(self) -> None:
+        """
+        Raises:
+            UserError: the base lacks a layer that an adapter is for.
+        """
+        if self._unused:
+            raise UserError(f"{self.folder}: the base model has no {min(self._unused)}; was it trained on another?")
+
+    def _take(self, name: str) -> Tensor:
+        self._unused.remove(name)
+        tensor: Tensor = self._tensors.get_tensor(_PREFIX + name)
+        return tensor

@@ -1,0 +1,409 @@
+"""Every key of a recipe, with its meaning under it. docs/recipes.md is made of this file (`sft.recipe.reference`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sft.core.sample import Policy, TrainOn
+
+BUILT_BENCHMARKS = ("easy_vqa",)
+"""Benchmarks that are made here rather than downloaded: modules of sft/evaluation/mmbench/ with `write_benchmark`."""
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Pydantic takes `true` for 1."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+Number = BeforeValidator(_no_truth_value)
+Positive = Annotated[int, Field(gt=0), Number]
+Share = Annotated[float, Field(gt=0), Number]
+Beta = Annotated[float, Field(ge=0, lt=1), Number]
+Seed = Annotated[int, Field(ge=0), Number]
+Rank = Literal["letter", "text", "generate"]
+Group = Literal[
+    "vision",  # the image encoder
+    "resampler",  # from patches to latents
+    "language",  # the language model's layers and their last norm
+    "cross_attention",  # the layers through which text looks at images, without their gates
+    "gates",  # how much of each cross-attention layer gets through
+    "embeddings",  # the base vocabulary's rows
+    "head",  # and its logits
+    "extra_rows",  # embedding and head of the special tokens: image markers, the end of an utterance
+]
+"""A part of the model that is trained or frozen, with a learning rate and weight decay of its own."""
+GROUPS: tuple[Group, ...] = get_args(Group)
+LoraTarget = Literal[
+    "vision", "vision.attention", "vision.mlp",
+    "resampler", "resampler.attention", "resampler.mlp",
+    "language", "language.attention", "language.mlp",
+    "cross_attention", "cross_attention.attention", "cross_attention.mlp",
+]  # fmt: skip
+"""Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
+Rate = Annotated[float, Field(gt=0), Number]
+Decay = Annotated[float, Field(ge=0), Number]
+Engine = Literal[
+    "auto",  # zero3 where model.mode is full and there are several processes, else ddp
+    "ddp",  # the whole model in each process
+    "zero3",  # weights, gradients and optimizer states shared out by DeepSpeed, as the idefics-9b-instruct card says
+    "fsdp2",  # the same by torch's fully_shard
+]
+By = Literal[
+    "mmbench",  # multiple-choice questions of MMBench's layout
+    "exact_match",  # questions of your own with short answers
+    "loss",  # of what data.validation holds out
+]
+Rule = Literal[
+    "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
+    "earliest_not_worse",  # the earliest that cannot be told apart from the best
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class LoraSettings(_Part):
+    r: Positive = 16
+    """Rank of an adapter."""
+    alpha: Rate = 32.0
+    """An adapter's output is scaled by `alpha / r`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On the input of the adapters, in training."""
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = ("language", "cross_attention")
+    """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
+
+
+class ModelConfig(_Part):
+    path: str
+    """Base model: a folder, a hub id, or `shipped:tiny_base`."""
+    family: str = "idefics"
+    """Kind of model: a folder of sft/models/."""
+    mode: Literal["full", "lora", "qlora"] = "full"
+    """How it is trained. `full`: the weights themselves, as the idefics-9b-instruct card says. `lora`: low-rank
+    adapters beside frozen weights. `qlora`: the same, the weights under the adapters in 4 bits."""
+    trainable: tuple[Group, ...] = GROUPS
+    """Groups whose weights themselves are trained. In `full` mode all of them, if left out. In `lora` and `qlora` none
+    but the extra rows (embedding and head of the special tokens), which always are; gates, say, can be added."""
+    lora: LoraSettings | None = None
+    """The adapters of `lora` and `qlora`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """What the mode implies, so that a kept recipe says it."""
+        if not isinstance(values, dict) or values.get("mode") not in ("lora", "qlora"):
+            return values
+        trainable = values.get("trainable", ())
+        if isinstance(trainable, list | tuple) and "extra_rows" not in trainable:
+            trainable = (*trainable, "extra_rows")
+        return values | {"trainable": trainable, "lora": {} if values.get("lora") is None else values["lora"]}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.lora is None:
+            if not self.trainable:
+                raise ValueError("trainable is empty; name at least one group")
+            return self
+        if self.mode == "full":
+            raise ValueError("lora is set, but mode is full; set mode to lora or qlora, or leave lora out")
+        both = sorted(set(self.trainable) & {target.partition(".")[0] for target in self.lora.targets})
+        if both:
+            raise ValueError(
+                f"trainable and lora.targets both name {both[0]}; train its weights or adapters beside them, not both"
+            )
+        return self
+
+    @property
+    def trained_groups(self) -> frozenset[str]:
+        """Groups of which something is trained: weights, or adapters beside them."""
+        targets = self.lora.targets if self.lora else ()
+        return frozenset((*self.trainable, *(target.partition(".")[0] for target in targets)))
+
+
+class DatasetConfig(_Part):
+    dataset: str
+    """Adapter: a module of sft/data/datasets/, or the dotted name of your own module."""
+    path: str | None = None
+    """Raw files. May be left out where the adapter brings its data."""
+    split: str = "train"
+    """Which part of the raw data."""
+    options: dict[str, Any] = {}
+    """Settings of the adapter: keyword arguments of its `rows` and `to_sample`."""
+
+    @property
+    def store_name(self) -> str:
+        """Name of the prepared store: the adapter and a digest of what was asked of it."""
+        asked = json.dumps([self.path, self.split, self.options], sort_keys=True)
+        return f"{self.dataset.rsplit('.', 1)[-1]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+
+
+class SourceConfig(_Part):
+    name: str
+    """How the source is called in tables, logs and metrics."""
+    share: Share
+    """Share of the mixture, in `data.share_unit`. All shares sum to 1, or to 100."""
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
+    """Prepared one by one, joined in proportion to their size."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The source gives no more than this."""
+    when_exhausted: Literal["stop", "reweight"] = "stop"
+    """After `max_epochs`: `stop` training, or `reweight`: leave its share to the other sources."""
+
+
+class ValidationConfig(_Part):
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the images (of the samples, where they have none) of every source that is held out; one, where that is
+    none."""
+    path: str | None = None
+    """Conversations of your own, in the form of the `messages` dataset; their images are held out of every source."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ValidationConfig:
+        if (self.share is None) == (self.path is None):
+            raise ValueError("validation needs either `share` or `path`")
+        return self
+
+
+class DataConfig(_Part):
+    store: str = "stores"
+    """Folder of the prepared datasets."""
+    mixture: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The sources."""
+    share_unit: Literal["tokens", "trained_tokens", "samples"] = "tokens"
+    """What a share counts. Under answers-only training a third of the tokens can be over half of the gradient."""
+    train_on: TrainOn = "assistant"
+    """`assistant`: the answers. `all`: every token after the first, as in 2023."""
+    sequence_length: Positive = 2048
+    """Tokens of a pack."""
+    max_images_per_pack: Positive = 24
+    """Distinct images of a pack."""
+    max_samples_per_image_per_pack: Positive = 4
+    """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
+    long_conversations: Policy = "prefix"
+    """A conversation that does not fit a pack keeps its first turns (`prefix`), becomes several, each of which opens
+    with the system text and the images shown before (`split`), or is left out (`drop`). Documents are always split,
+    between paragraphs or before an image."""
+    pack_isolation: bool = True
+    """Samples of a pack do not see each other. false: they do, as in 2023."""
+    validation: ValidationConfig | None = None
+    """What is held out of training. An image held out of one source is held out of all."""
+    verify: Literal["decode", "header"] = "decode"
+    """How images are checked when they are prepared: `decode` each once, or read its `header` only (web scale)."""
+    images: Literal["embed", "reference"] = "embed"
+    """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
+    augment: Literal["crop", "none"] = "none"
+    """What training does to images. `crop`: a random box of nine tenths or more of the image, another at each step, as
+    the idefics-9b-instruct card's transform does. `none`: the whole image."""
+    feature_cache: bool = False
+    """What the vision tower and the resampler make of an image is kept in the store, in float16, and no image is
+    encoded twice: for adapters (`model.mode` lora, qlora) and wherever neither of the two is trained. It takes disk,
+    164 KB an image at idefics-9b; `idefics-sft plan` says how much."""
+    max_dirty_samples: Annotated[int, Field(ge=0)] = 100
+    """Training stops when more samples than this have an image that was sound when prepared and is not any more. Up to
+    there such an image is black, and its samples are not trained on."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that make batches and decode images. 0: the training process does it between two batches."""
+    worker_timeout: Positive = 120
+    """Seconds that training waits for a batch of a worker before it stops and names the samples being worked on."""
+    max_skip_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Preparation stops when more than this share of a dataset's records is bad."""
+    max_record_bytes: Positive = 64 * 1024 * 1024
+    """Raw records over this size are skipped."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        total = sum(source.share for source in self.mixture)
+        if not any(abs(total / whole - 1) <= 0.001 for whole in (1, 100)):
+            raise ValueError(f"shares sum to {total:g}; they must sum to 1 or to 100")
+        if self.feature_cache and self.augment != "none":
+            raise ValueError(f"feature_cache keeps whole images, and augment is {self.augment}; leave one of them out")
+        names = [source.name for source in self.mixture]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources are called {max(names, key=names.count)!r}; names must differ")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares as fractions of 1."""
+        total = sum(source.share for source in self.mixture)
+        return tuple(source.share / total for source in self.mixture)
+
+
+class GroupConfig(_Part):
+    learning_rate: Rate | None = None
+    """Peak learning rate; `training.learning_rate` if left out. It decays in the same proportion."""
+    weight_decay: Decay | None = None
+    """`training.weight_decay` if left out. What m4's rule spares stays undecayed."""
+
+
+class TrainingConfig(_Part):
+    max_steps: Positive
+    """Optimizer steps."""
+    tokens_per_step: Positive
+    """Tokens of an optimizer step: a whole number of packs."""
+    micro_batch_packs: Positive = 1
+    """Packs that go through the model at once."""
+    learning_rate: Rate
+    """Peak, after warm-up."""
+    final_learning_rate: Decay | None = None
+    """Learning rate at `max_steps`, 0 if left out; the decay between is linear."""
+    decay_steps: Positive | None = None
+    """In place of `final_learning_rate`: the step at which the linear decay would reach 0. Training may stop before."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW, with 8-bit states (a quarter of their memory), or with 8-bit states that may move to main memory."""
+    weight_decay: Decay = 0.1
+    """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Of AdamW."""
+    groups: dict[Group, GroupConfig] = {}
+    """Learning rate and weight decay of single groups of parameters."""
+    clip: Rate = 1.0
+    """Largest norm of the gradient."""
+    z_loss: Decay = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, which keeps logits small. 1e-3 in the
+    pre-training of idefics-9b, 0 in its instruction fine-tuning."""
+    normalisation: Literal["token_mean", "micro_batch_mean"] = "token_mean"
+    """What a step's loss is. `token_mean`: the mean over all its trained tokens. `micro_batch_mean`: the mean over its
+    micro-batches of their own means, as in 2023; a token then counts more in a micro-batch with few of them."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What is computed in; what is trained stays float32. `auto`: bfloat16 where the processor has it, else float16
+    with a gradient scaler on a GPU, else float32."""
+    max_nonfinite_steps: Positive = 3
+    """Training stops when so many steps in a row have a loss or gradient that is not finite. Up to there such a step
+    changes nothing, and its samples are listed in nonfinite.jsonl."""
+    gradient_checkpointing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Recompute activations in the backward pass: less memory, about a third more work. `true`, or the share of the
+    layers, evenly spread, that do so; `idefics-sft plan` shows what each share takes."""
+    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
+    """Trackers that get what metrics.jsonl gets. Their packages are installed separately."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.decay_steps is None:
+            return self
+        if self.final_learning_rate is not None:
+            raise ValueError("final_learning_rate and decay_steps both say how the learning rate ends; leave one out")
+        if self.decay_steps < self.max_steps:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} is before max_steps {self.max_steps}: "
+                "the last steps would train nothing"
+            )
+        return self
+
+
+class DistributedConfig(_Part):
+    engine: Engine = "auto"
+    """What several processes do with the model. `ddp`: each has all of it. `zero3`, `fsdp2`: each keeps a share.
+    `auto`: zero3 where `model.mode` is full, else ddp."""
+
+
+class CheckpointsConfig(_Part):
+    every_steps: Positive = 1000
+    """A checkpoint is written every so many steps, and at the end."""
+    keep_state: Positive = 2
+    """How many of the newest checkpoints keep what is needed to go on from them."""
+    keep_weights: Literal["all", "best+last"] = "all"
+    """Which weights stay. `best+last`: once they are evaluated, those of the best, the selected and the newest one."""
+
+
+class EvaluationConfig(_Part):
+    benchmark: str | None = None
+    """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; or `easy_vqa`,
+    which is built from the package's test images."""
+    by: By | None = None
+    """What chooses: multiple-choice questions of MMBench's layout (`mmbench`), questions of your own with short answers
+    (`exact_match`), or the `loss` on what data.validation holds out. Left out: `exact_match` for a .jsonl, `mmbench`
+    for other benchmarks, `loss` without one."""
+    rule: Rule = "best"
+    """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
+    did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
+    every_steps: Positive | None = None
+    """Training waits every so many steps while the checkpoint of that step is evaluated. Left out: `idefics-sft select`
+    does it."""
+    patience: Positive | None = None
+    """Training stops when so many evaluations, one after another, bring no better score."""
+    protocol: Literal["card", "vanilla", "circular"] = "circular"
+    """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one.
+    `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
+    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("letter",)
+    """By what an option is chosen: the likelihood of its letter, of its text, or the answer that is written."""
+    shots: Annotated[int, Field(ge=0)] = 0
+    """Answered questions shown before each."""
+    support: str | None = None
+    """The TSV they come from; left out, a tenth of the benchmark's images, which are then not asked."""
+    max_questions: Positive | None = None
+    """A seeded part of the benchmark, by whole images."""
+    seed: Seed = 0
+    """Draws that part, the shots, and the half of the images that chooses."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if self.protocol == "card" and self.ranks != ("letter",):
+            raise ValueError("protocol card ranks letters; set ranks: [letter]")
+        return self
+
+
+class Recipe(_Part):
+    model: ModelConfig
+    """What is trained: the base, and which parts of it."""
+    data: DataConfig
+    """What it is trained on: sources, their shares, packs."""
+    training: TrainingConfig
+    """How: steps, learning rate, optimizer, precision."""
+    distributed: DistributedConfig = DistributedConfig()
+    """On several GPUs."""
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    """What is kept on the way."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What chooses the checkpoint."""
+    output_dir: str
+    """Where the run is written. Paths are relative to the current directory."""
+    seed: Seed = 0
+    """Of the data order and of training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        step, pack, micro = self.training.tokens_per_step, self.data.sequence_length, self.training.micro_batch_packs
+        if step % pack:
+            raise ValueError(f"training.tokens_per_step {step} is not a whole number of packs of {pack} tokens")
+        if (step // pack) % micro:
+            raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
+        every, patience = self.evaluation.every_steps, self.evaluation.patience
+        if every and every % self.checkpoints.every_steps:
+            raise ValueError(
+                f"evaluation.every_steps {every} is not a multiple of checkpoints.every_steps "
+                f"{self.checkpoints.every_steps}: what is evaluated is a checkpoint"
+            )
+        if patience and not every:
+            raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
+        if self.training.warmup_steps >= self.training.max_steps:
+            raise ValueError("training.warmup_steps must be less than training.max_steps")
+        changing = [group for group in ("vision", "resampler") if group in self.model.trained_groups]
+        if self.data.feature_cache and changing:
+            raise ValueError(
+                f"data.feature_cache keeps what does not change, and {changing[0]} is trained; leave it out of "
+                "model.trainable and model.lora.targets, or the cache"
+            )
+        untrained = sorted(self.training.groups.keys() - self.model.trained_groups)
+        if untrained:
+            raise ValueError(f"training.groups names {untrained[0]}, of which nothing is trained; see model.trainable")
+        return self
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of an optimizer step."""
+        return self.training.tokens_per_step // self.data.sequence_length
+
+    def to_yaml(self) -> str:
+        """The whole recipe with every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

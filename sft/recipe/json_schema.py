@@ -1,0 +1,78 @@
+"""The JSON schema of a recipe, by which editors complete keys, show their meaning and mark mistakes.
+
+It stands beside the shipped recipes, and `idefics-sft recipes copy` lays it beside a copy, so that the line
+
+    # yaml-language-server: $schema=recipe.schema.json
+
+at the head of a recipe leads to it wherever the two are. VS Code (with the extension YAML), JetBrains, Neovim and Helix
+read that line, by yaml-language-server.
+"""
+
+from __future__ import annotations
+
+import json
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from sft.recipe.config import Recipe
+
+SCHEMA_FILE = "recipe.schema.json"
+MODELINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema, with each field's meaning as its description."""
+    schema = Recipe.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe of idefics-sft",
+        **{key: _on_one_line(value) for key, value in schema.items() if key != "title"},
+    }
+
+
+def schema_text() -> str:
+    """The schema as the file holds it."""
+    return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def dotted_keys() -> list[str]:
+    """What an override can set, as far as it has no number or name of its own in it: `training.max_steps`."""
+    found = []
+    for name, field in Recipe.model_fields.items():
+        part = field.annotation
+        inside = part.model_fields if isinstance(part, type) and issubclass(part, BaseModel) else {}
+        found += [f"{name}.{key}" for key in inside] or [name]
+    return found
+
+
+def choices_of(key: str) -> list[str]:
+    """The values that a dotted key can have, if they are a few: those of `model.mode`, or true and false."""
+    part: Any = Recipe
+    for name in key.split("."):
+        fields = part.model_fields if isinstance(part, type) and issubclass(part, BaseModel) else {}
+        part = fields[name].annotation if name in fields else None
+    return [value for kind in (get_args(part) if _is_union(part) else (part,)) for value in _values(kind)]
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def _values(kind: Any) -> list[str]:
+    """Those of one type, as a recipe writes them."""
+    if kind is bool:
+        return ["true", "false"]
+    return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def _on_one_line(value: Any) -> Any:
+    """The same without the line breaks of docstrings, and without titles that only repeat the key."""
+    if isinstance(value, dict):
+        kept = {key: part for key, part in value.items() if not (key == "title" and isinstance(part, str))}
+        return {
+            key: " ".join(part.split()) if key == "description" and isinstance(part, str) else _on_one_line(part)
+            for key, part in kept.items()
+        }
+    return [_on_one_line(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,282 @@
+"""Reads a recipe strictly: what is wrong is named with its line and what would be right.
+
+Overrides from the command line are dotted, `training.max_steps=100`, and read as YAML values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sft.core.errors import UserError, nearest
+from sft.recipe.config import Recipe
+from sft.recipe.json_schema import dotted_keys
+
+MAX_RECIPE_BYTES = 1024 * 1024
+
+Location = tuple[int | str, ...]
+"""Keys, and numbers of entries, from the outermost on."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply dotted overrides.
+
+    Raises:
+        UserError: with the line or the override, what was found and what would be right.
+    """
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
+    try:
+        content = path.read_text(encoding="utf-8")
+        node = yaml.compose(content, Loader=_Loader)
+        values = yaml.load(content, Loader=_Loader)
+    except _NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: {_not_yaml(error)}") from error
+    if not isinstance(values, dict):
+        found = "an empty file" if values is None else _in_words(values)
+        raise UserError(f"{path}: a recipe is a mapping of keys, found {found}")
+    changed = deepcopy(values)
+    for override in overrides:
+        _apply(changed, override)
+    try:
+        return Recipe.model_validate(changed)
+    except ValidationError as error:
+        in_file = _explained(values)
+        lines = []
+        for told, location in _explained(changed):
+            is_own = (told, location) in in_file
+            lines.append(f"{_place(path, node, location) if is_own else _blamed(overrides, told, location)}: {told}")
+        raise UserError("; ".join(lines)) from error
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some dotted overrides; what it left out is filled in anew.
+
+    Raises:
+        UserError: it would not be a recipe.
+    """
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{' '.join(overrides)}: {error.errors()[0]['msg']}") from error
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""ValueError: not UTF-8, or a date like 2026-13-41. RecursionError: brackets thousands deep."""
+
+
+def _not_yaml(error: Exception) -> str:
+    problem = str(getattr(error, "problem", None) or error)
+    return f"not readable as YAML: {' '.join(problem.split())}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases (they can expand without bound) and duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed in recipes", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"key {key.value!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in nested mappings and lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, as in training.max_steps=100")
+    place: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+        else:
+            raise UserError(f"override {override!r}: there is no {part!r} to go into")
+    try:
+        value = yaml.safe_load(text)
+    except _NOT_YAML as error:
+        raise UserError(f"override {override!r}: {_not_yaml(error)}") from error
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(f"override {override!r}: there is no {last!r} to set")
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """Its problems, without lists that are too short only since something in them is wrong, and keys that are missing
+    only since they are misspelt."""
+    problems = error.errors()
+    around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+
+    def follows(kind: str, location: Location) -> bool:
+        if kind == "missing":
+            return any(repr(location[-1]) in _hint(other) for other in unknown if other[:-1] == location[:-1])
+        return kind == "too_short" and location in around
+
+    return [problem for problem in problems if not follows(problem["type"], problem["loc"])]
+
+
+def _explained(values: Any) -> list[tuple[str, Location]]:
+    """What is wrong with a recipe, and where."""
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return [(_explain(problem), problem["loc"]) for problem in _causes(error)]
+    return []
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error: which key, what was found, what would be right."""
+    location = problem["loc"]
+    name = ".".join(str(part) for part in location if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: unknown key{_hint(location)}"
+    if problem["type"] == "missing":
+        return f"{name}: this key is required"
+    if problem["type"] in _EXPECTED:
+        of_what = _of_what(location) if problem["type"] == "tuple_type" else ""
+        return f"{name}: expected {_EXPECTED[problem['type']]}{of_what}, found {_in_words(problem['input'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_in_words(problem['input'])}"
+    return f"{name + ': ' if name else ''}{message}{found}"
+
+
+_EXPECTED = {
+    "tuple_type": "a list",
+    "too_short": "one entry or more",
+    "too_long": "fewer entries",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of keys"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "text",
+}
+"""What would be right, by pydantic's name of a problem, where its message has Python's words."""
+
+
+def _in_words(value: Any) -> str:
+    """What a YAML value is, without Python's words."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping of keys"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str | int | float) else str(value)
+
+
+def _of_what(location: Location) -> str:
+    """` of sources` for the list of them."""
+    field = _part_at(location[:-1]).model_fields.get(str(location[-1]))
+    entry = next(iter(get_args(field.annotation)), None) if field else None
+    if isinstance(entry, type) and issubclass(entry, BaseModel):
+        return f" of {entry.__name__.removesuffix('Config').lower()}s"
+    return ""
+
+
+def _hint(location: Location) -> str:
+    """The known key that an unknown one may stand for: of its own name in another part, else one of a near name."""
+    name = str(location[-1])
+    near = nearest(name, _part_at(location[:-1]).model_fields)
+    if len(location) > 2:  # deeper, names like `path` mean other things
+        return near
+    return _hint_undotted(name) or _hint_elsewhere(name, 1.0) or near or _hint_elsewhere(name, 0.8)
+
+
+def _hint_undotted(name: str) -> str:
+    """For `training.max_steps` as one key of a file."""
+    meant = get_close_matches(name, dotted_keys(), n=1) if "." in name else []
+    part, dot, last = meant[0].partition(".") if meant else ("", "", "")
+    return f"; in a file, {last!r} stands inside {part!r}" if dot else ""
+
+
+def _hint_elsewhere(name: str, likeness: float) -> str:
+    """For `max_steps` outside `training`."""
+    places: dict[str, list[str]] = {}
+    for key in dotted_keys():
+        places.setdefault(key.rpartition(".")[2], []).append(repr(key))
+    close = get_close_matches(name, places, n=1, cutoff=likeness)
+    return f"; did you mean {' or '.join(places[close[0]])}?" if close else ""
+
+
+def _blamed(overrides: Sequence[str], told: str, location: Location) -> str:
+    """The overrides of a key, of what it stands in, and of what stands in it; if some of them are told of, these."""
+    place = [str(part) for part in location]
+
+    def key_of(override: str) -> list[str]:
+        return override.partition("=")[0].split(".")
+
+    def stands_there(override: str) -> bool:
+        return all(one == other for one, other in zip(key_of(override), place, strict=False))
+
+    there = [override for override in overrides if stands_there(override)] or overrides
+    blamed = [override for override in there if key_of(override)[-1] in told] or there
+    return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
+
+
+def _place(path: Path, node: yaml.Node | None, location: Location) -> str:
+    line = _line(node, location)
+    return f"{path}:{line}" if line else str(path)
+
+
+def _line(node: yaml.Node | None, location: Location) -> int | None:
+    """Line of the deepest key of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            match = [(key, value) for key, value in node.value if key.value == part]
+            if not match:
+                break
+            line, node = match[0][0].start_mark.line + 1, match[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _part_at(location: Location) -> type[BaseModel]:
+    """The part of a recipe at `location`."""
+    part: type[BaseModel] = Recipe
+    for name in location:
+        if name in part.model_fields:  # else the number of an entry, or a key of a mapping
+            part = _part_of(part.model_fields[str(name)].annotation)
+    return part
+
+
+def _part_of(annotation: Any) -> type[BaseModel]:
+    """The model inside `X`, `X | None`, `tuple[X, ...]` or `dict[key, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inside = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)
+    return next(_part_of(inner) for inner in inside if inner not in (Ellipsis, type(None)))

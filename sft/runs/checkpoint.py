@@ -1,0 +1,176 @@
+"""Complete checkpoints only: staged, listed with their hashes, renamed once.
+
+A folder `checkpoint-<step>` exists only after everything in it is on disk. It has two parts, each complete by its own
+manifest.json, which lists each file with its size and xxh3 hash: the weights, which are everything outside `state/`,
+and in `state/` what training needs to go on. Whatever a killed process left is in a hidden staging folder and is never
+found.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+from sft.core.distributed import ALONE, Rank, wait_for_all
+from sft.core.errors import RunError, UserError
+from sft.core.files import discard, disk_full_told, hash_file, remove_leftovers, staged, staging_of
+
+MANIFEST = "manifest.json"
+STATE = "state"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_name(step: int) -> str:
+    """`checkpoint-<step>`."""
+    return f"checkpoint-{step}"
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint folder is named after."""
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        raise UserError(f"{path}: not a checkpoint folder; expected a name like checkpoint-100")
+    return int(match[1])
+
+
+def write_folder(
+    path: Path,
+    write: Callable[[Path], None],
+    write_state: Callable[[Path], None] | None = None,
+    rank: Rank = ALONE,
+) -> None:
+    """Have `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
+    name in one rename.
+
+    All processes call it. The main one does everything; the others add their shares of the state to the same folder.
+
+    Raises:
+        RunError: the disk is full. Nothing is left of the folder then.
+    """
+    try:
+        with disk_full_told(path):
+            _write_folder(path, write, write_state, rank)
+    except RunError:
+        if rank.is_main:
+            remove_leftovers(path)
+        raise
+
+
+def _write_folder(
+    path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None, rank: Rank
+) -> None:
+    with staged(path) if rank.is_main else nullcontext(staging_of(path)) as staging:
+        if rank.is_main:
+            write(staging)
+            _write_manifest(staging)
+        if write_state:
+            if rank.is_main:
+                (staging / STATE).mkdir()
+            wait_for_all()
+            write_state(staging / STATE)
+            wait_for_all()
+            if rank.is_main:
+                _write_manifest(staging / STATE)
+    wait_for_all()
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    manifest = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "xxh3": hash_file(f)} for f in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether every file of the manifest is there in its size. Contents are checked by `broken_files`."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())
+        return all(_has_size(path / name, file["bytes"]) for name, file in files.items())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none, or a damaged one
+        return False
+
+
+def broken_files(path: Path) -> list[str]:
+    """Files whose content is not what the manifest says."""
+    files = json.loads((path / MANIFEST).read_text())
+    return [name for name, file in files.items() if hash_file(path / name) != file["xxh3"]]
+
+
+def problem_of_weights(path: Path) -> str | None:
+    """What is wrong with the weights of a checkpoint, None where they are as they were written. Reads them all."""
+    if not is_complete(path):
+        return "files of its weights are missing or cut off"
+    if broken := broken_files(path):
+        return f"{', '.join(broken)} changed since it was written"
+    return None
+
+
+def listed_hashes(path: Path) -> dict[str, str]:
+    """The xxh3 hash that a checkpoint's manifest gives each file which has its size; empty for any other folder."""
+    manifest = path / MANIFEST
+    if not (_NAME.fullmatch(path.name) and manifest.is_file()):
+        return {}
+    files = json.loads(manifest.read_text())
+    return {name: file["xxh3"] for name, file in files.items() if _has_size(path / name, file["bytes"])}
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints in a folder, by step."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=step_of)
+
+
+def incomplete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints whose weights were written, but are damaged; not those whose weights were removed."""
+    named = (path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in named if (path / MANIFEST).is_file() and not is_complete(path)), key=step_of)
+
+
+def newest_state(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose state is complete and as it was written, None where there is none; `say` is told
+    why newer ones are passed over."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    for path in sorted(found, key=step_of, reverse=True):
+        problem = _problem_of_state(path)
+        if problem is None:
+            return path
+        say(f"{path}: not gone on from: {problem}")
+    return None
+
+
+def check_state(path: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds no state, or not all of it, or some that is not as it was written.
+    """
+    problem = _problem_of_state(path)
+    if problem is not None:
+        raise UserError(f"{path}: cannot be gone on from: {problem}")
+
+
+def _problem_of_state(path: Path) -> str | None:
+    state = path / STATE
+    if not path.is_dir():
+        return "it is not there"
+    if not state.is_dir():
+        return "it holds weights alone, without state/"
+    if not is_complete(state):
+        return "files of state/ are missing or cut off"
+    if broken := broken_files(state):
+        return f"{STATE}/{broken[0]} is not what its hash says"
+    return None
+
+
+def keep_newest_states(directory: Path, number: int) -> None:
+    """Remove the state of all checkpoints but the newest, and what is left of weights that were removed before."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / STATE).is_dir()]
+    for path in sorted(found, key=step_of)[:-number]:
+        discard(path / STATE)
+        if not (path / MANIFEST).exists():
+            discard(path)

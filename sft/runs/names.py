@@ -1,0 +1,126 @@
+"""What RECIPE, RUN and MODEL on the command line stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft.core.errors import UserError
+from sft.core.shipped import PREFIX, is_local, recipe_path, resolve
+from sft.recipe import Recipe, load_recipe
+from sft.runs.checkpoint import checkpoint_name, checkpoints, incomplete_checkpoints, problem_of_weights
+
+
+def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
+    file = _recipe_file(name)
+    _refuse_ambiguity(name, file)
+    recipe = load_recipe(file, overrides)
+    if (Path(name) / "recipe.yaml").is_file() and not any(override.startswith("output_dir=") for override in overrides):
+        return recipe.model_copy(update={"output_dir": name})
+    return recipe
+
+
+def _recipe_file(name: str) -> Path:
+    run = Path(name) / "recipe.yaml"
+    return run if run.is_file() else recipe_path(name)
+
+
+def _refuse_ambiguity(name: str, file: Path) -> None:
+    """
+    Raises:
+        UserError: the name stands for a shipped recipe, and a changed copy of it is here.
+    """
+    copy = Path(f"{name}.yaml")
+    if file.name == copy.name and copy.is_file() and copy.read_bytes() != file.read_bytes():
+        raise UserError(
+            f"{name}: a shipped recipe, and {copy} here differs from it; write {copy} for yours, or move it"
+        )
+
+
+def _recipe_if_any(name: str) -> Recipe | None:
+    """The recipe called `name`, or None where nothing is called so. One with a mistake in it says so."""
+    try:
+        _recipe_file(name)
+    except UserError:
+        return None
+    return find_recipe(name)
+
+
+def run_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, by step.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = checkpoints(run_dir / "checkpoints")
+    damaged = incomplete_checkpoints(run_dir / "checkpoints")
+    if damaged and not found:
+        names = ", ".join(path.name for path in damaged)
+        raise UserError(
+            f"{run_dir}: no complete checkpoint here; of {names}, files of the weights are missing or cut off; "
+            f"put them back, or train anew: idefics-sft train {run_dir} --resume none"
+        )
+    if not found:
+        raise UserError(f"{run_dir}: no complete checkpoint here; run `idefics-sft train` first")
+    return found
+
+
+def find_model(name: str) -> Path | str:
+    """MODEL as the command line takes it -> a folder or a hub id. `shipped:tiny_base` is the small base.
+
+    A RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means that
+    step's.
+
+    Raises:
+        UserError: nothing of that name, or the step has no complete checkpoint.
+    """
+    if name.startswith(PREFIX):
+        return resolve(name)
+    text, _, step = name.partition("@")
+    path = Path(text)
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return path
+    run_dir: Path | None = path
+    if not (path / "checkpoints").is_dir():
+        recipe = _recipe_if_any(text)
+        run_dir = Path(recipe.output_dir) if recipe else None
+    if run_dir is None:
+        if is_local(text):
+            raise UserError(f"{name}: neither a model folder (no config.json), nor a run, a recipe or a hub id")
+        return text
+    if step:
+        if not (step.isascii() and step.isdecimal()):
+            raise UserError(f"{name}: {step!r} is not a step; expected a number, as in {text}@100")
+        return _sound(run_dir / "checkpoints" / checkpoint_name(int(step)), name)
+    selection = run_dir / "selection.json"
+    if not selection.is_file():
+        return _sound(run_checkpoints(run_dir)[-1], name)
+    try:
+        selected = str(json.loads(selection.read_text())["selected"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{selection}: damaged; delete it and run `idefics-sft select {text}` again") from error
+    return _sound(run_dir / "checkpoints" / selected, name)
+
+
+def _sound(checkpoint: Path, name: str) -> Path:
+    """The checkpoint itself, when everything in it is as it was written.
+
+    Raises:
+        UserError: it is not there, or a file of it has changed.
+    """
+    if not checkpoint.is_dir():
+        raise UserError(f"{name}: no complete checkpoint {checkpoint}")
+    if problem := problem_of_weights(checkpoint):
+        raise UserError(f"{checkpoint}: {problem}; choose another checkpoint")
+    return checkpoint
+
+
+def recipe_of_model(name: str) -> Recipe | None:
+    """The recipe of the run that MODEL belongs to, if it names a run, a recipe or a checkpoint of a run."""
+    text = name.partition("@")[0]
+    path = Path(text)
+    if path.name.startswith("checkpoint-") and (path.parent.parent / "recipe.yaml").is_file():
+        return find_recipe(str(path.parent.parent))
+    return _recipe_if_any(text)

@@ -1,0 +1,63 @@
+"""run.json: how far a run is, and what it cost. The file marks a folder as a run of ours."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sft.core.errors import UserError
+from sft.core.files import disk_full_told, write_atomically
+
+FILE = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What run.json says."""
+
+    status: str
+    """running, stopped, finished or failed"""
+    step: int
+    max_steps: int
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+    precision: str = ""
+    hardware: str = ""
+    versions: dict[str, str] | None = None
+    why: str = ""
+    """What ended it, in words; empty while it is running."""
+    failed_evaluations: dict[str, str] | None = None
+    """Checkpoints whose evaluation failed during training, and steps whose validation did, and why."""
+
+    @staticmethod
+    def read(run_dir: Path) -> RunStatus | None:
+        """The status of a run, or None where there is none.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        file = run_dir / FILE
+        if not file.is_file():
+            return None
+        try:
+            return RunStatus(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{file}: damaged, not the status of a run; put a copy of it back; to train, choose another output_dir"
+            ) from error
+
+    def write(self, run_dir: Path) -> None:
+        """Write run.json, whole or not at all.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        with disk_full_told(run_dir / FILE):
+            write_atomically(run_dir / FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole training, by the clock."""
+        return self.tokens / max(self.seconds, 1e-9)

@@ -1,0 +1,151 @@
+"""One optimizer step as it will be, before the run is paid for: what it takes of memory and time.
+
+The trainer itself does it, on two micro-batches: the costliest of the first window of the plan, and one that is full to
+the caps of the recipe, which no micro-batch can exceed. What it writes goes to a temporary folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from sft.batches.collate import collate
+from sft.batches.data_loader import BatchMaker
+from sft.batches.steps import Plan, Plans
+from sft.core.sample import Batch, EncodedSample, PlacedSample
+from sft.models.chat_template import ChatTemplate
+from sft.models.family import ModelFamily
+from sft.recipe import Recipe
+from sft.training.out_of_memory import out_of_memory_told
+from sft.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A micro-batch, and what a step of such took."""
+
+    what: str
+    tokens: int
+    images: int
+    seconds: float
+    """Of one micro-batch, forward and backward, with its part of the optimizer's step."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    """Of the GPU during the step; on a CPU of this process so far."""
+
+
+def measure(
+    recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate, plans: Plans
+) -> list[Measured]:
+    """A step of each of the two micro-batches; the first once more before it, in which kernels are chosen and
+    optimizer states are made. The model is trained by them.
+
+    Raises:
+        RunError: there is not enough memory, or a trainable tensor gets no gradient.
+    """
+    size = family.image_size(model.config)
+    plan = costliest(plans)
+    maker = BatchMaker(plans.sources.reader, image_size=size, seed=recipe.seed)
+    kinds = [
+        (f"costliest of the first window (step {plan.step})", maker[plan]),
+        ("full to the caps of the recipe", batch_of_caps(recipe, family, model, template)),
+    ]
+    steps = [kinds[0], *kinds]
+    repeats = min(2, plans.micro_batches_per_step)  # from the second on, gradients are held while activations are
+    lines: list[dict[str, Any]] = []
+
+    def on_step(step: int, line: dict[str, Any]) -> None:
+        lines.append(line)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    with TemporaryDirectory(prefix="idefics-sft-") as folder:
+        trainer = Trainer(
+            model,
+            group_of=family.group_of,
+            tokenizer=template.tokenizer,
+            micro_batches=_Given([batch for _, batch in steps for _ in range(repeats)]),
+            micro_batches_per_step=repeats,
+            data_state=lambda step: {},
+            settings=recipe.training.model_copy(update={"max_steps": len(steps), "warmup_steps": 0}),
+            checkpoint_every=len(steps) + 1,
+            write_checkpoint=lambda trainer: None,
+            run_dir=Path(folder),
+            seed=recipe.seed,
+            source_names=[source.name for source in recipe.data.mixture],
+            on_step=on_step,
+        )
+        with out_of_memory_told(recipe, lambda: _named(*steps[len(lines)])):
+            trainer.train()
+    return [_measured(what, batch, repeats, line) for (what, batch), line in zip(kinds, lines[1:], strict=True)]
+
+
+def _named(what: str, batch: Batch) -> str:
+    return f"a micro-batch of {len(batch.input_ids_T):,} tokens and {len(batch.pixel_values_NCHW)} images ({what})"
+
+
+def _measured(what: str, batch: Batch, repeats: int, line: dict[str, Any]) -> Measured:
+    return Measured(
+        what=what,
+        tokens=len(batch.input_ids_T),
+        images=len(batch.pixel_values_NCHW),
+        seconds=line["tokens"] / line["tokens_per_second"] / repeats,
+        tokens_per_second=line["tokens_per_second"],
+        peak_memory_bytes=line["peak_memory_bytes"],
+    )
+
+
+class _Given(IterableDataset[dict[str, Batch]]):
+    """Some micro-batches."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Batch]]:
+        return ({"batch": batch} for batch in self.batches)
+
+
+def costliest(plans: Plans) -> Plan:
+    """The plan of the first window that costs most: text tokens, and distinct images at their worth."""
+    planner, reader = plans.planner, plans.sources.reader
+    last_step = planner.window_packs // planner.packs_per_step
+
+    def cost(plan: Plan) -> float:
+        samples = [reader.sample(place) for pack in plan.packs for place in pack]
+        images = {image for sample in samples for image in sample.images}
+        return sum(len(sample.encoded.input_ids) for sample in samples) + plans.image_cost * len(images)
+
+    return max(takewhile(lambda plan: plan.step <= last_step, plans), key=cost)
+
+
+def batch_of_caps(recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate) -> Batch:
+    """A micro-batch that no other exceeds: packs full of tokens, every one of them trained, in samples as long as the
+    model takes, with as many different images as a pack may show."""
+    data = recipe.data
+    longest = family.max_positions(model.config) if data.pack_isolation else data.sequence_length
+    packs, number = [], 0
+    for _ in range(recipe.training.micro_batch_packs):
+        pack, images_left = [], data.max_images_per_pack
+        for start in range(0, data.sequence_length, longest):
+            length = min(longest, data.sequence_length - start)
+            num_images = min(images_left, length // family.tokens_per_image((1, 1)))
+            images_left -= num_images
+            ids = np.full(length, template.tokenizer.eos_token_id, dtype=np.int64)
+            places = tuple(np.linspace(0, length, num_images, endpoint=False, dtype=int).tolist())
+            ids[[*places]] = template.image_token_id
+            encoded = EncodedSample(key="caps", input_ids=ids, trained_spans=(), image_positions=places)
+            pack.append(PlacedSample(encoded, tuple(range(number, number + num_images)), source=0))
+            number += num_images
+        packs.append(pack)
+    size = family.image_size(model.config)
+    black = np.zeros((3, size, size), np.uint8)
+    return collate(packs, lambda image: black, train_on="all", pack_isolation=data.pack_isolation, image_size=size)

@@ -1,0 +1,169 @@
+"""The folder of a run: what it holds, who may take it, and what its checkpoints are made of."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.checks.environment import LIBRARIES
+from sft.core.errors import RunError, UserError, reason_of
+from sft.core.files import discard
+from sft.core.precision import torch_dtype
+from sft.data.sources import Sources
+from sft.models.chat_template import ChatTemplate
+from sft.models.family import ModelFamily
+from sft.models.lora import has_adapters, save_adapters
+from sft.recipe import Recipe
+from sft.runs.checkpoint import STATE, check_state, step_of
+from sft.runs.status import RunStatus
+from sft.training.engines.resume_state import read_progress
+
+if TYPE_CHECKING:
+    import torch
+
+OUTPUTS = (
+    "nonfinite.jsonl",
+    "spikes.jsonl",
+    "recipe.yaml",
+    "metrics.jsonl",
+    "before.json",
+    "checkpoints",
+    "evaluations",
+    "selection.json",
+    "selection.svg",
+    "report.html",
+    "tensorboard",
+)
+"""What a run writes beside run.json."""
+
+SNAPSHOT_DTYPE = "bfloat16"
+"""Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
+
+
+def progress_of(checkpoint: Path, sources: Sources) -> dict[str, Any]:
+    """What the state of a checkpoint says.
+
+    Raises:
+        UserError: the state is not complete, or the prepared data are others now, so that they would come in another
+            order.
+    """
+    check_state(checkpoint)
+    progress = read_progress(checkpoint / STATE)
+    if progress["sources"] != sources.fingerprint():
+        raise UserError(
+            f"{checkpoint}: its run was trained on other prepared data (raw files, tokenizer or limits changed); "
+            "--resume none starts anew"
+        )
+    return progress
+
+
+def go_back_to(recipe: Recipe, checkpoint: Path) -> None:
+    """Remove later checkpoints, for their steps come again; the recipe is the one of now."""
+    (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+    for path in checkpoint.parent.glob("checkpoint-*"):
+        if step_of(path) > step_of(checkpoint):
+            discard(path)
+
+
+def check_ours(run_dir: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds files of a run's names, run.json among them, that no run of ours has written.
+    """
+    if RunStatus.read(run_dir) is None:
+        foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
+        if foreign:
+            raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
+
+
+def take_over(recipe: Recipe, run_dir: Path) -> None:
+    """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
+    Its recipe stands in it then.
+
+    Raises:
+        UserError: see `check_ours`.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    check_ours(run_dir)
+    RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
+    delete_outputs(run_dir)
+    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+
+
+def delete_outputs(run_dir: Path) -> None:
+    """Delete what a run has written, and nothing else."""
+    for name in OUTPUTS:
+        path = run_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def recorded(
+    run_dir: Path,
+    status: Callable[[str, str], RunStatus],
+    outcome: Callable[[], tuple[str, str]] = lambda: ("finished", ""),
+) -> Iterator[None]:
+    """Keep run.json true: running, then finished, stopped or failed, and why."""
+
+    status("running", "").write(run_dir)
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError, RunError):  # a full disk may be what ends the run, and is what is told then
+            is_wanted = isinstance(error, KeyboardInterrupt)
+            why = "interrupted" if is_wanted else reason_of(error)
+            status("stopped" if is_wanted else "failed", why).write(run_dir)
+        raise
+    status(*outcome()).write(run_dir)
+
+
+def hardware(processes: int) -> str:
+    """What is trained on: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    many = "" if processes == 1 else f"{processes} processes of "
+    return f"CPU ({platform.machine()}), {many}{threads} thread{'s' * (threads != 1)}"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in LIBRARIES}
+
+
+def save_snapshot(
+    family: ModelFamily,
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    recipe: Recipe,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Weights or adapters, config, processor, chat template and recipe: a plain transformers or PEFT folder.
+
+    `weights` are those of the model, where an engine keeps them apart.
+    """
+    if has_adapters(model):
+        save_adapters(model, folder, weights)
+    else:
+        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
+    template.tokenizer.chat_template = template.template
+    family.save_processor(template.tokenizer, model.config, folder)
+    template.tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it is kept: what is written is found again from any current directory."""
+    data = recipe.data.model_copy(update={"store": str(Path(recipe.data.store).absolute())})
+    return recipe.model_copy(update={"data": data, "output_dir": str(Path(recipe.output_dir).absolute())})

@@ -1,0 +1,117 @@
+"""What `mix` reports is what the planner gives, counted by hand, and it stays readable."""
+
+import io
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_mixture import Toy
+
+from sft.batches.mixture_report import mix
+from sft.batches.pack_stream import Planner
+from sft.cli.mix import show
+from sft.cli.terminal import console
+from sft.core.shipped import recipe_path
+from sft.recipe import load_recipe
+
+STEPS = 20
+SOURCES = (
+    Toy(0.3, [7, 12, 30, 5], [(1,), (1,), (2, 3), ()], name="pictures"),
+    Toy(0.5, [9, 40], [(), ()], name="talk"),
+    Toy(0.2, [21], [(1, 4, 4)], name="album"),
+)
+
+
+def recipe_of(*overrides):
+    """Packs of 64 tokens and 4 images, eight a step: a window is eight steps."""
+    sizes = ("data.sequence_length=64", "training.tokens_per_step=512", "data.max_images_per_pack=4")
+    return load_recipe(
+        recipe_path("idefics-9b-instruct"), (*sizes, "data.max_samples_per_image_per_pack=3", *overrides)
+    )
+
+
+def packs_of(recipe, sources):
+    planner = Planner(sources, recipe.data, packs_per_step=8, seed=recipe.seed)
+    return [pack for window in islice(planner.windows(), 3) for pack in window][: STEPS * 8]
+
+
+def printed(report, out=None):
+    out = out or console()
+    out.file = io.StringIO()
+    show(report, out)
+    return out.file.getvalue()
+
+
+@pytest.mark.parametrize("unit", ["tokens", "trained_tokens", "samples"])
+def test_errors_after_every_pack_and_at_window_ends_are_those_counted_by_hand(unit):
+    recipe = recipe_of(f"data.share_unit={unit}")
+    report = mix(recipe, SOURCES, STEPS)
+    packs = packs_of(recipe, SOURCES)
+    worth = {"tokens": lambda n: n, "trained_tokens": lambda n: n // 2, "samples": lambda n: 1}[unit]
+    given, errors = np.zeros(3), []
+    for pack in packs:
+        for source, sample in pack.items:
+            given[source] += worth(SOURCES[source].lengths[sample])
+        errors.append(np.abs(given - np.array([source.share for source in SOURCES]) * given.sum()))
+    pack = 64 if unit == "tokens" else given.sum() / len(packs)
+    for number, source in enumerate(report["sources"]):
+        assert source["error_inside_in_packs"] == pytest.approx(max(e[number] for e in errors) / pack)
+        assert source["error_in_packs"] == pytest.approx(max(e[number] for e in errors[63::64]) / pack)
+        assert source["achieved"] == pytest.approx(given[number] / given.sum())
+    assert report["largest_error_in_packs"] == max(source["error_in_packs"] for source in report["sources"])
+    assert max(report["windows"]["largest_error_inside_in_packs"]) == report["largest_error_inside_in_packs"]
+    assert report["windows"]["count"] == 3, "two and a half"
+
+
+def test_images_are_counted_as_they_are_shown_encoded_and_needed():
+    recipe = recipe_of()
+    report = mix(recipe, SOURCES, STEPS)
+    packs = packs_of(recipe, SOURCES)
+    shown = [[image for s, i in pack.items for image in set(SOURCES[s].shown[i])] for pack in packs]
+    distinct = Counter(len(set(images)) for images in shown)
+    assert report["packs"]["by_distinct_images"] == [distinct[number] for number in range(max(distinct) + 1)]
+    assert report["packs"]["images_per_pack"] == sum(map(len, shown)) / len(packs)
+    assert report["packs"]["encodes_saved"] == pytest.approx(
+        1 - sum(n * packs for n, packs in distinct.items()) / sum(map(len, shown))
+    )
+    assert [source["budget"]["images"] for source in report["sources"]] == [3, 0, 2]
+    assert [source["budget"]["pieces"] for source in report["sources"]] == [4, 2, 1]
+    assert sum(report["packs"]["by_fill"]) == report["packs"]["count"] == STEPS * 8
+
+
+def test_errors_are_counted_anew_where_a_source_leaves_its_share_to_the_others():
+    few = Toy(0.5, [8] * 600, name="few", max_epochs=1, when_exhausted="reweight")
+    report = mix(recipe_of(), [few, Toy(0.25, [8], name="a"), Toy(0.25, [8], name="b")], STEPS * 2)
+    assert report["largest_error_in_packs"] <= 3
+    assert report["sources"][0]["ended_at_step"] == 24, "600 of 64 x 8 samples a window, half of them"
+    assert report["warnings"][-1] == "few ends after max_epochs at step 24; the others take its share"
+    assert report["ended_by"] is None
+
+
+def test_what_data_are_called_is_printed_as_it_is():
+    hostile = "[bold]x[/bold] [/] :smile: \x1b[2J"
+    report = mix(recipe_of(), [Toy(1, [8], name=hostile)], 1)
+    report["sources"][0]["skipped"] = {"no [red]answer[/red] \x1b]0;x\x07": 3}
+    for out in (console(), Console(width=120)):  # with markup, even
+        text = printed(report, out)
+        assert "\x1b" not in text and "\x07" not in text
+        assert "no [red]answer[/red]" in text
+        if out.width == 120:
+            assert "3 skipped" in text
+
+
+def test_a_thousand_sources_stay_readable_and_exact():
+    sources = [Toy((1 + n % 7) / 3997, [4 + n % 9, 20, 33] * 15, name=f"source {n}") for n in range(1000)]
+    assert sum(source.share for source in sources) == pytest.approx(1)
+    report = mix(recipe_of("training.tokens_per_step=32768"), sources, 2)
+    assert report["largest_error_in_packs"] <= 3
+    for source in report["sources"]:
+        source["skipped"] = {"no answer": 2}
+    lines = printed(report).splitlines()
+    assert len(lines) < 75 and max(map(len, lines)) <= 120
+    assert any("977 others" in line for line in lines)
+    assert "2,000 skipped, no answer (1,000 sources)" in lines
+    assert len(json.loads(json.dumps(report))["sources"]) == 1000

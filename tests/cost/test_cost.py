@@ -1,0 +1,284 @@
+"""Planning: parameters to the digit, the formula beside the real model, advice that holds, published points."""
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from conftest import REPOSITORY, status_of, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trainer import write_recipe
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+from sft.cli.main import app
+from sft.cost.devices import DEVICES, GIB
+from sft.cost.estimate import plan
+from sft.cost.idefics.configs import RELEASED, read_config
+from sft.cost.idefics.fake_step import measure
+from sft.cost.idefics.formula import FOUR_BIT_BYTES, cost, trained_parameters
+from sft.cost.idefics.setting import PARTS, Setting
+from sft.cost.idefics.shapes import shape_of
+from sft.models.activation_checkpointing import is_recomputed
+from sft.recipe import load_recipe
+
+SMALL = Setting(tokens=256, images=2, trained_tokens=255)
+CARD = REPOSITORY / "recipes" / "idefics-9b-instruct.yaml"
+
+
+def released(size):
+    return shape_of(read_config(f"HuggingFaceM4/idefics-{size}"))
+
+
+def middling_config():
+    """Large enough that what the formula leaves out, numbers for each token, is little."""
+    config = tiny_config(2000).to_dict()
+    config |= {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
+    config["vision_config"] |= {"embed_dim": 128, "intermediate_size": 512, "image_size": 112}
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------ parameters
+
+
+def test_parameters_of_the_released_models_to_the_digit():
+    assert replace(released("9b"), extra_rows=2).parameters == 8_929_679_632
+    assert released("9b").parameters == released("9b-instruct").parameters == 8_929_687_824
+    assert replace(released("80b"), extra_rows=2).parameters == 79_967_843_624
+    assert released("80b").parameters == 79_967_860_008
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_resampler": False}, {"alpha_type": "vector", "qk_layer_norms": False}])
+def test_parameters_are_those_of_the_model(changes):
+    config = tiny_config(400).to_dict() | changes
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(IdeficsConfig.from_dict(config))
+    assert shape_of(config).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_adapters_of_the_official_notebook_have_the_size_that_it_prints():
+    extra_rows = 2 * 3 * 4096  # of embedding and head, which the notebook does not train
+    assert trained_parameters(released("9b"), replace(SMALL, mode="lora")) == 19_750_912 + extra_rows
+
+
+def test_nf4_with_double_quantisation_takes_4_127_bits():
+    assert round(8 * FOUR_BIT_BYTES, 3) == 4.127
+
+
+# --------------------------------------------------------------------------------------- the formula and the oracle
+
+
+LAYERS = shape_of(middling_config()).layers_of
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "8-bit states": {"optimizer": "adamw_8bit"},
+    "not the language model": {"trainable": ("cross_attention", "gates", "resampler", "vision")},
+    "lora": {"mode": "lora", "lora_layers": LAYERS(("language", "cross_attention"))},
+    "lora everywhere": {"mode": "lora", "lora_layers": LAYERS(PARTS)},
+    "qlora": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention"))},
+    "qlora, feature cache": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention")), "encoded": True},
+    "qlora and gates": {
+        "mode": "qlora",
+        "trainable": ("gates", "resampler", "extra_rows"),
+        "lora_layers": LAYERS(["language.mlp"]),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "checkpointing"),
+    [(way, 0.0) for way in WAYS]
+    + [(way, 1.0) for way in ("full", "lora everywhere", "qlora and gates")]
+    + [("full", 0.5), ("qlora and gates", 0.25)],
+)
+def test_the_formula_agrees_with_the_real_model_under_fake_tensors(way, checkpointing):
+    setting = replace(SMALL, checkpointing=checkpointing, **WAYS[way])
+    config = middling_config()
+    measured, quick = measure(IdeficsConfig.from_dict(config), setting), cost(shape_of(config), setting)
+    assert measured.trainable_parameters == trained_parameters(shape_of(config), setting)
+    assert quick.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.10)
+    assert quick.flop == pytest.approx(measured.flop, rel=0.02)
+
+
+settings = st.builds(
+    Setting,
+    tokens=st.integers(1, 8192),
+    images=st.integers(0, 64),
+    trained_tokens=st.just(1),
+    mode=st.sampled_from(["full", "lora", "qlora"]),
+    optimizer=st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_8bit"]),
+    engine=st.sampled_from(["ddp", "zero3", "fsdp2"]),
+    gpus=st.sampled_from([1, 2, 64]),
+    checkpointing=st.sampled_from([0.0, 0.3, 1.0]),
+    accumulates=st.booleans(),
+    precision=st.sampled_from(["bfloat16", "float32"]),
+)
+
+
+@given(settings)
+def test_more_to_do_never_takes_less_and_less_precise_states_never_more(setting):
+    shape = released("9b")
+    here = cost(shape, setting)
+    assert all(size >= 0 for size in here.bytes.values())
+    for more in ({"tokens": setting.tokens + 64}, {"images": setting.images + 1}, {"trained_tokens": 999}):
+        there = cost(shape, replace(setting, **more))
+        assert there.peak_bytes >= here.peak_bytes and there.flop > here.flop
+    assert cost(shape, replace(setting, optimizer="adamw")).peak_bytes >= here.peak_bytes
+    assert cost(shape, replace(setting, checkpointing=0.0)).flop <= here.flop
+
+
+# ----------------------------------------------------------------------------------------------- published points
+
+
+def test_the_official_notebook_fits_a_t4():
+    """Batches of two captions with an image each, r = 16 on queries, keys and values, float16, no checkpointing."""
+    notebook = Setting(
+        tokens=256, images=2, trained_tokens=256, mode="qlora", lora_dropout=0.05, precision="float16",
+        optimizer="paged_adamw_8bit",
+    )  # fmt: skip
+    assert cost(released("9b"), notebook).peak_bytes < DEVICES["t4-16"].usable_bytes
+
+
+def test_80b_instruct_fits_384_a100_and_takes_about_the_three_days_of_its_card():
+    overrides = ("model.path=HuggingFaceM4/idefics-80b", "training.tokens_per_step=614400")
+    report = plan(load_recipe(CARD, overrides), DEVICES["a100-80"], 384, 0.35, 1.0).report
+    assert report["fits"]
+    assert 2 < report["seconds"] / 86400 < 4
+    assert report["cost"] == pytest.approx(report["seconds"] / 3600 * 384)
+
+
+def test_a_qlora_recipe_is_planned_by_its_keys_and_checkpointing_brings_it_onto_a_t4():
+    overrides = ["model.mode=qlora", "model.lora.r=8", "training.gradient_checkpointing=false"]
+    planned = plan(load_recipe(CARD, overrides), DEVICES["t4-16"], 1, 0.35, None)
+    D, F, E = 4096, 11008, 1280
+    a_layer = 8 * (4 * (D + D) + 3 * (D + F))
+    looking = 8 * (2 * (D + D) + 2 * (E + D) + 3 * (D + F))
+    assert planned.report["trainable_parameters"] == 32 * a_layer + 8 * looking + 2 * 3 * D
+    assert planned.setting.precision == "float16" and not planned.report["fits"]
+    assert planned.report["advice"][0].startswith("training.gradient_checkpointing=true: ")
+    assert not any("--gpus" in line for line in planned.report["advice"])
+
+
+def test_targets_trainable_groups_and_the_optimizer_of_a_recipe_count():
+    def report(*overrides):
+        return plan(load_recipe(CARD, ["model.mode=lora", *overrides]), DEVICES["a100-80"], 1, 0.35, None).report
+
+    text = report("model.lora.targets=[language.attention]")
+    assert text["trainable_parameters"] == 32 * 16 * 4 * (4096 + 4096) + 2 * 3 * 4096
+    gated = report("model.lora.targets=[language.attention]", "model.trainable=[gates, resampler]")
+    resampler = released("9b").part_parameters("resampler")
+    assert gated["trainable_parameters"] == text["trainable_parameters"] + resampler + 8 * 2
+    by_target = ("attention", "mlp")
+    assert report()["trainable_parameters"] == sum(
+        report(f"model.lora.targets=[{group}.{target}]")["trainable_parameters"]
+        for group in ("language", "cross_attention")
+        for target in by_target
+    ) - 3 * (2 * 3 * 4096)
+    assert report("training.optimizer=adamw_8bit")["bytes"]["optimizer"] < text["bytes"]["optimizer"]
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+def planned(capsys, *arguments):
+    assert status_of("plan", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_report_has_the_keys_of_the_contract_and_its_parts_add_up(capsys):
+    report = planned(capsys, "quickstart", "--gpu", "t4-16")
+    assert list(report) == (
+        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "seconds", "gpus", "cost",
+         "feature_cache", "checkpointing", "advice"]
+    )  # fmt: skip
+    assert report["fits"] and report["advice"] == [] and report["cost"] is None
+    assert sum(report["bytes"].values()) == report["peak_bytes"] < GIB
+    assert planned(capsys, "quickstart", "--gpu-memory", "24")["seconds"] is None
+
+
+@given(number=st.integers(0, 100), share=st.floats(0, 1, exclude_max=True))
+def test_a_share_of_layers_is_spread_evenly_and_begins_at_the_first(number, share):
+    again = is_recomputed(number, share)
+    assert sum(again) == math.floor(number * share)
+    assert not again or not again[-1]
+    for end in range(number + 1):
+        assert abs(sum(again[end:]) - (number - end) * share) < 1
+    assert is_recomputed(4, 0.5) == [True, False, True, False] and is_recomputed(3, 1.0) == [True] * 3
+
+
+def test_a_share_of_layers_takes_memory_and_work_between_all_and_none(capsys):
+    rows = planned(capsys, CARD, "training.gradient_checkpointing=0.6", "data.augment=none")["checkpointing"]
+    assert [row["share"] for row in rows] == [0, 0.25, 0.5, 0.6, 0.75, 1]
+    peaks, work = ([row[key] for row in rows] for key in ("peak_bytes", "work"))
+    assert peaks == sorted(peaks, reverse=True) and work == sorted(work) and work[0] == 1
+    assert [row["fits"] for row in rows] == [peak <= DEVICES["a100-80"].usable_bytes for peak in peaks]
+
+
+def test_the_feature_cache_is_told_where_a_recipe_can_have_one(capsys, tmp_path):
+    recipe = write_recipe(tmp_path)
+    assert planned(capsys, recipe)["feature_cache"] is None, "everything is trained"
+    adapters = (recipe, "model.mode=qlora", "model.path=HuggingFaceM4/idefics-9b")
+    told = planned(capsys, *adapters)["feature_cache"]
+    assert told | {"saves": 0} == {"on": False, "bytes_per_image": 163_840, "images": None, "bytes": None, "saves": 0}
+    assert status_of("prepare", recipe) == 0 and capsys.readouterr()
+    with_it = planned(capsys, *adapters, "data.feature_cache=on")
+    assert (with_it["feature_cache"]["images"], with_it["feature_cache"]["bytes"]) == (5, 5 * 163_840)
+    saved = 1 - with_it["seconds"] / planned(capsys, *adapters)["seconds"]
+    assert saved == pytest.approx(with_it["feature_cache"]["saves"]) and saved > 0.3
+
+
+@pytest.mark.parametrize("gpu", ["a100-80", "l4-24"])
+def test_every_advice_makes_it_fit(capsys, gpu):
+    advice = planned(capsys, CARD, "--gpu", gpu)["advice"]
+    assert advice
+    for line in advice:
+        changes, _, gib = line.rpartition(": ")
+        words = re.sub(r" \(\w+\)", "", changes).split()
+        report = planned(capsys, CARD, *([] if "--gpu " in changes else ["--gpu", gpu]), *words)
+        assert report["fits"] and f"{report['peak_bytes'] / GIB:.1f} GiB" == gib
+
+
+def test_a_person_sees_parts_peak_time_and_advice(capsys):
+    assert status_of("plan", CARD) == 0
+    printed = capsys.readouterr().out
+    assert "8,929,687,824 parameters" in printed
+    assert "does not fit" in printed and "--gpus 2 (zero3)" in printed
+    assert "GPU hours" in printed
+
+
+def test_commands_of_the_page_have_the_options_that_are_named():
+    page = (REPOSITORY / "docs" / "planning.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^ *idefics-sft (.*)", page, re.MULTILINE)]
+    assert len(commands) == 5
+    for name, *arguments in commands:
+        typer.main.get_command(app).commands[name].make_context(name, arguments)
+
+
+def test_what_cannot_be_planned_is_said_in_one_line(refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    printed = refusal("plan", CARD, "model.path=acme/idefics-7b")
+    assert "acme/idefics-7b" in printed and "give a folder" in printed and all(name in printed for name in RELEASED)
+    assert "not a hub id" in refusal("plan", CARD, "model.path=no/such/folder")
+    assert "no config.json" in refusal("plan", CARD, f"model.path={tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "model_type is 'llama'" in refusal("plan", CARD, f"model.path={tmp_path}")
+    assert "give one of them" in refusal("plan", CARD, "--gpu", "l4-24", "--gpu-memory", "20")
+    assert "has no bfloat16" in refusal("plan", CARD, "--gpu", "t4-16", "training.precision=bfloat16")
+    for option in ("--gpu-memory", "--price-per-hour"):
+        assert "less than or equal to 1000000" in refusal("plan", CARD, option, "inf")
+
+
+def test_nothing_is_planned_or_advised_that_training_refuses(refusal, capsys):
+    assert "zero3 shares out the states of adamw" in refusal("plan", CARD, "--gpus", 2, "training.optimizer=adamw_8bit")
+    assert "cannot share out weights in 4 bits" in refusal(
+        "plan", CARD, "--gpus", 2, "model.mode=qlora", "distributed.engine=fsdp2"
+    )
+    assert "zero3 does not train in float16" in refusal("plan", CARD, "--gpus", 8, "--gpu", "t4-16")
+    assert status_of("plan", CARD, "--gpus", 8, "--gpu", "l4-24", "--json") == 0
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert advice and not any("8bit" in line for line in advice)  # it would fit with them, and ZeRO-3 has none

@@ -1,0 +1,174 @@
+"""How questions are put, what is shown before them, what a written answer names, and the file for MMBench's server."""
+
+import hashlib
+
+import pytest
+
+from sft.core.errors import UserError
+from sft.core.sample import ImageRef
+from sft.evaluation.mmbench.parse_letter import find_letter
+from sft.evaluation.mmbench.protocols import answers, check_protocol, group_rows, query, question_text
+from sft.evaluation.mmbench.questions import PASS, Row
+from sft.evaluation.mmbench.score import Benchmark, load_benchmark
+from sft.evaluation.mmbench.shots import draw_shots, split_support
+from sft.evaluation.mmbench.submission import check_submission, write_submission
+from sft.evaluation.results import Asked, QuestionResult, Result
+
+IMAGE = "<fake_token_around_image><image><fake_token_around_image>"
+
+
+def a_row(index: int = 7, image: str = "farm", **fields: object) -> Row:
+    head = dict(
+        question="Which?", hint="", letters=("A", "B", "C"), options=("cat", "dog", "cow"), answer="B", category="",
+        l2_category="",
+    )  # fmt: skip
+    sha256 = hashlib.sha256(image.encode()).hexdigest()
+    return Row(index=index, image=ImageRef(source=image.encode()), image_sha256=sha256, **head | fields)
+
+
+ASKED = "Context: On a farm.\nQuestion: Which?\nPossible answers:\nA: cat\nB: dog\nC: cow\nCorrect answer:"
+
+
+def test_the_card_s_prompt_is_that_of_the_released_checkpoints_to_the_letter(template):
+    asked, shot = a_row(hint="On a farm."), a_row(8, "sea", question="What?")
+    text = template.text(query(asked, "card", "letter", shots=[shot]).messages, add_generation_prompt=True)
+    assert text == (
+        "<s>The user asks a multiple-choice question and the assistant uses the image to answer.\n"
+        f"User:{IMAGE}Question: What?\nPossible answers:\nA: cat\nB: dog\nC: cow\nCorrect answer: <end_of_utterance>\n"
+        "Assistant: B.<end_of_utterance>\n"
+        f"User:{IMAGE}{ASKED} <end_of_utterance>\nAssistant:"
+    )
+    assert answers(asked, "card", "letter") == ("A", "B", "C", "D")
+
+
+@pytest.mark.parametrize("protocol", ["vanilla", "circular"])
+def test_other_protocols_ask_the_same_question_without_the_prefix(template, protocol):
+    asked = a_row(hint="On a farm.")
+    assert question_text(asked) == ASKED
+    text = template.text(query(asked, protocol, "letter").messages, add_generation_prompt=True)
+    assert text == f"<s>User:{IMAGE}{ASKED}<end_of_utterance>\nAssistant:"
+    assert answers(asked, protocol, "letter") == ("A", "B", "C")
+    assert answers(asked, protocol, "text") == ("cat", "dog", "cow")
+    assert query(asked, protocol, "letter", blind=True, shots=[a_row(8)]).images == ()
+
+
+def test_the_answers_of_shots_are_those_that_are_ranked():
+    said = [query(a_row(), "circular", rank, shots=[a_row(8)]).messages[1].content for rank in ("letter", "text")]
+    assert said == [("B",), ("dog",)]
+
+
+def test_the_card_ranks_letters_only():
+    check_protocol("card", ("letter",))
+    with pytest.raises(UserError, match="protocol card ranks letters, found text"):
+        check_protocol("card", ("letter", "text"))
+    with pytest.raises(UserError, match="protocol: unknown 'round'"):
+        group_rows([], "round")
+
+
+# --------------------------------------------------------------------------------------------------------- shots
+
+ROWS = [a_row(number + by * PASS, f"image {number // 2}") for number in range(40) for by in range(3)]
+
+
+@pytest.mark.parametrize("protocol", ["card", "circular"])
+def test_support_and_questions_share_no_question_and_no_image(protocol):
+    asked, support = split_support(group_rows(ROWS, protocol), num_shots=2, seed=0)
+    assert {q.cluster for q in asked}.isdisjoint(q.cluster for q in support)
+    assert len({q.first.question_index for q in support}) == 4  # a tenth
+    assert len(asked) + len(support) == len(group_rows(ROWS, protocol))
+
+
+def test_shots_depend_on_question_and_seed_alone_and_never_show_what_is_asked():
+    questions = group_rows(ROWS, "circular")
+    everything = [row for question in questions for row in question.rotations]
+    for question in questions:
+        shots = draw_shots(question, everything, num_shots=5, seed=0)
+        assert len({shot.question_index for shot in shots}) == 5
+        assert question.cluster not in {shot.image_sha256 for shot in shots}
+        assert shots == draw_shots(question, everything, num_shots=5, seed=0)
+    drawn = [draw_shots(questions[0], everything, num_shots=5, seed=seed) for seed in range(2)]
+    assert drawn[0] != drawn[1]
+    with pytest.raises(UserError, match="question 0 can be shown 38 others with answers, 39 are asked for"):
+        draw_shots(questions[0], everything, num_shots=39, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------- extraction
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("(B).", "B"),
+        ("B. dog", "B"),
+        ("The correct answer is B", "B"),
+        ("The answer is A, since it meows.", "A"),
+        ("A cat sits there.", "A"),  # by its text; the word is the article
+        ("A big animal stands there", ""),
+        ("It is a DOG", "B"),
+        ("Some cattle", ""),  # a word of its own
+        ("cat or dog", ""),
+        ("A or B", ""),
+        ("D", ""),  # no such option
+        ("", ""),
+        ("a dog, which is an animal that has lived with people for ten thousand years", ""),
+    ],
+)
+def test_a_written_answer_names_an_option_or_none(answer, letter):
+    assert find_letter(answer, ("A", "B", "C"), ("cat", "dog", "cow")) == letter
+
+
+def test_an_option_inside_another_counts_for_the_longer_one():
+    assert find_letter("the red dog", ("A", "B"), ("dog", "red dog")) == "B"
+
+
+# ---------------------------------------------------------------------------------------------------- submission
+
+
+def a_result(*predictions: tuple[int, str]) -> Result:
+    return Result(
+        benchmark="toy", protocol="circular", protocol_hash="abc", rank="letter", blind=False,
+        questions=tuple(
+            QuestionResult(
+                question=index, cluster="x", image_sha256="x", category="",
+                rotations=(Asked(index=index, answer="", prediction=letter, log_probs={}, num_tokens={}),),
+            )
+            for index, letter in predictions
+        ),
+    )  # fmt: skip
+
+
+def test_a_submission_has_a_line_for_each_row_and_formulas_stay_text(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    rows = [a_row(7, options=("=1+1", "None", "a\x01b")), a_row(8), a_row(9)]
+    write_submission(tmp_path / "s.xlsx", rows, a_result((7, "C"), (8, "")))
+    sheet = openpyxl.load_workbook(tmp_path / "s.xlsx").active
+    assert list(sheet.iter_rows(values_only=True)) == [
+        ("index", "question", "A", "B", "C", "D", "prediction"),
+        (7, "Which?", "=1+1", "None", "ab", None, "C"),
+        (8, "Which?", "cat", "dog", "cow", None, "Z"),
+        (9, "Which?", "cat", "dog", "cow", None, "Z"),
+    ]
+    assert sheet["C2"].data_type == "s"
+
+
+def test_a_submission_that_would_lack_rows_is_refused(tmp_path):
+    pytest.importorskip("openpyxl")
+    rows = [row for row in ROWS if row.index % PASS < 2]
+    every, first = (
+        Benchmark(name="toy", protocol=p, fingerprint="", questions=tuple(group_rows(rows, p)), rows=tuple(rows))
+        for p in ("circular", "vanilla")
+    )
+    check_submission(tmp_path / "s.xlsx", every, ("letter",))
+    with pytest.raises(UserError, match="every row of the file, 4 of 6 are not asked"):
+        check_submission(tmp_path / "s.xlsx", first, ("letter",))
+    with pytest.raises(UserError, match=r"expected the name of an \.xlsx file"):
+        check_submission(tmp_path / "s.csv", every, ("letter",))
+    with pytest.raises(UserError, match="one ranking, found letter, text"):
+        check_submission(tmp_path / "s.xlsx", every, ("letter", "text"))
+
+
+def test_an_empty_file_is_no_benchmark(tmp_path):
+    (tmp_path / "empty.tsv").write_text("index\tquestion\tA\tB\timage\n")
+    with pytest.raises(UserError, match=r"empty\.tsv: no questions found"):
+        load_benchmark(tmp_path / "empty.tsv")

@@ -1,0 +1,589 @@
+"""Choosing among the evaluated checkpoints of a run, and what is asked of them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, batch_of, conversation, place, status_of
+from PIL import Image
+from scipy import stats
+from test_runs import copied, printed, trained  # noqa: F401
+
+from sft.core.errors import RunError, UserError
+from sft.core.sample import ImageRef
+from sft.evaluation import task
+from sft.evaluation.held_out_loss import recorded_losses
+from sft.evaluation.results import Asked, QuestionResult, Result, half_of, read_result, result_file, write_result
+from sft.evaluation.run_benchmark import keep, recipe_benchmark, score_model
+from sft.evaluation.short_answers import is_match, normalise, read_questions
+from sft.evaluation.task import scored_by
+from sft.models import idefics
+from sft.models.open_model import load_for_inference
+from sft.recipe import EvaluationConfig
+from sft.runs.checkpoint import checkpoints, write_folder
+from sft.runs.names import find_recipe
+from sft.runs.status import RunStatus
+from sft.selection import plot, select
+from sft.selection.outcomes import read_outcomes
+from sft.selection.pruning import prune, prune_weights, weights_to_prune
+from sft.selection.rules import choose, choose_by_recorded_loss, is_chosen_on_half, write_selection
+
+
+def result(hits: str, rank: str = "text", **fields: object) -> Result:
+    """`x` is a hit; each question has an image of its own; every other one is of the category `even`."""
+    head = dict(benchmark="toy", protocol="circular", protocol_hash=f"hash-{rank}", rank=rank, blind=False)
+    return Result(
+        questions=tuple(
+            QuestionResult(
+                question=number,
+                cluster=f"image {number}",
+                image_sha256=f"image {number}",
+                category="odd" if number % 2 else "even",
+                rotations=(
+                    Asked(
+                        index=number,
+                        answer="A",
+                        prediction="A" if hit == "x" else "B",
+                        log_probs={"A": -1.0, "B": -1.0},
+                        num_tokens={},
+                    ),
+                ),
+            )
+            for number, hit in enumerate(hits)
+        ),
+        **head | fields,
+    )
+
+
+def outcomes(run, hits_by_step, seed=0):
+    for step, hits in hits_by_step.items():
+        write_result(result(hits), run, f"checkpoint-{step}")
+    return read_outcomes(run, "toy", seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------------- outcomes
+
+
+def test_answers_are_read_back_as_one_table(tmp_path):
+    table = outcomes(tmp_path, {100: "xx-x", 20: "x---"})
+    assert table.steps == (20, 100) and table.checkpoints == ("checkpoint-20", "checkpoint-100")
+    assert table.values_KQ.tolist() == [[1, 0, 0, 0], [1, 1, 0, 1]]
+    assert table.categories_Q.tolist() == ["even", "odd", "even", "odd"]
+    assert table.halves_Q.tolist() == [half_of(f"image {number}", 0) for number in range(4)]
+
+
+def test_a_value_is_the_mean_over_rankings_and_blind_answers_do_not_count(tmp_path):
+    for rank, hits in (("letter", "----"), ("text", "xx--")):
+        write_result(result(hits, rank), tmp_path, "checkpoint-10")
+    write_result(result("xxxx", blind=True, protocol_hash="blind"), tmp_path, "checkpoint-10")
+    write_result(result("xxxx"), tmp_path, "base")
+    table = read_outcomes(tmp_path, "toy", seed=0)
+    assert table.ranks == ("letter", "text")
+    assert table.values_KQ.tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def test_losses_count_by_their_trained_tokens_with_their_sign_turned(tmp_path):
+    line = {"cluster": "c", "image_sha256": "", "category": "s"}
+    lines = [line | {"question": "a", "loss": 1.0, "trained_tokens": 3}]
+    lines += [line | {"question": "b", "loss": 4.0, "trained_tokens": 1}]
+    keep(tmp_path, "held_out_loss", "hash", "checkpoint-5", {"weights": ""}, lines)
+    table = read_outcomes(tmp_path, "held_out_loss", seed=0)
+    assert table.values_KQ.tolist() == [[-1, -4]] and table.weights_Q.tolist() == [3, 1]
+
+
+def test_a_run_without_comparable_evaluations_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no evaluations of checkpoints found"):
+        read_outcomes(tmp_path, "toy", seed=0)
+    write_result(result("xx"), tmp_path, "checkpoint-10")
+    write_result(result("xx", "letter"), tmp_path, "checkpoint-10")
+    write_result(result("xx"), tmp_path, "checkpoint-20")
+    with pytest.raises(UserError, match="checkpoint-20 lacks some of the rankings letter, text"):
+        read_outcomes(tmp_path, "toy", seed=0)
+    write_result(result("xx", "letter", protocol_hash="other"), tmp_path, "checkpoint-20")
+    with pytest.raises(UserError, match="evaluations by letter of several protocols found"):
+        read_outcomes(tmp_path, "toy", seed=0)
+    assert read_outcomes(tmp_path, "toy", seed=0, protocol_hashes=["hash-text"]).steps == (10, 20)
+
+
+def test_checkpoints_that_were_asked_other_questions_are_refused(tmp_path):
+    with pytest.raises(UserError, match="checkpoint-20: was asked other questions"):
+        outcomes(tmp_path, {10: "x" * 40, 20: "x" * 39})
+
+
+# --------------------------------------------------------------------------------------------------------- choice
+
+CLOSE = {10: "x" * 60 + "-" * 40, 20: "x" * 88 + "-" * 12, 30: "-" + "x" * 89 + "-" * 10}
+"""The third is better than the second by one question in which they differ by three; the first is far behind."""
+
+
+def test_the_rules_choose_from_the_same_set(tmp_path):
+    table = outcomes(tmp_path, CLOSE)
+    by_score, earliest = choose(table, by="mmbench"), choose(table, by="mmbench", rule="earliest_not_worse")
+    assert (by_score.selected, earliest.selected) == ("checkpoint-30", "checkpoint-20")
+    assert by_score.best == earliest.best == "checkpoint-30", "the card's rule, beside whatever rule"
+    assert by_score.tied == earliest.tied == ("checkpoint-20", "checkpoint-30")
+    assert [score.score for score in by_score.scores] == [0.6, 0.88, 0.89]
+    assert sum(score.p_best for score in by_score.scores) == pytest.approx(1)
+    assert all(score.interval[0] < score.score < score.interval[1] for score in by_score.scores)
+    assert by_score.cross_fitted == pytest.approx(0.89, abs=0.02)
+    assert by_score.cross_fitted_interval[0] < by_score.cross_fitted < by_score.cross_fitted_interval[1]
+    assert by_score.questions == (100, 100) and by_score.images == 100
+    assert by_score.categories["odd"].questions == 50 and by_score.categories["odd"].scores[0] == 0.6
+
+
+def test_a_benchmark_that_is_too_small_to_tell_is_warned_of(tmp_path):
+    (warning,) = choose(outcomes(tmp_path / "close", CLOSE), by="mmbench").warnings
+    assert warning.startswith("100 questions cannot tell 2 of 3 checkpoints apart; the smallest difference")
+    clear = outcomes(tmp_path / "clear", {10: "x" * 10 + "-" * 90, 20: "x" * 90 + "-" * 10})
+    assert choose(clear, by="mmbench").warnings == ()
+    few = choose(outcomes(tmp_path / "few", {10: "x" * 20 + "-" * 10}), by="mmbench").warnings
+    assert few == ("figures from 30 images are less sure than they say; from 50 on they can be relied on",)
+
+
+def test_what_is_always_right_is_not_certain(tmp_path):
+    selection = choose(outcomes(tmp_path, {10: "x" * 60, 20: "x" * 60}), by="mmbench")
+    wilson = stats.binomtest(60, 60).proportion_ci(method="wilson")
+    assert selection.scores[0].interval == pytest.approx((wilson.low, 1))
+    assert selection.cross_fitted == 1 and selection.cross_fitted_interval == selection.scores[0].interval
+    assert selection.warnings == ("60 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
+
+
+def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):
+    halves = [half_of(f"image {number}", seed=0) for number in range(40)]
+    good_on_0, good_on_1 = ("".join("-x"[half == wanted] for half in halves) for wanted in (0, 1))
+    selection = choose(outcomes(tmp_path, {10: good_on_0, 20: good_on_1}), by="mmbench", chosen_on="half")
+    assert selection.selected == "checkpoint-10"
+    assert [score.score for score in selection.scores] == [0, 1]
+    assert [score.p_best for score in selection.scores] == [0, 1]
+    assert selection.cross_fitted == 0
+    assert selection.questions == (halves.count(0), halves.count(1))
+    write_selection(selection, tmp_path)
+    assert is_chosen_on_half(tmp_path)
+
+
+def test_only_what_has_its_weights_is_selected_and_all_that_was_evaluated_is_compared(tmp_path):
+    table = outcomes(tmp_path, CLOSE)
+    selection = choose(table, by="mmbench", rule="earliest_not_worse", with_weights=["checkpoint-10", "checkpoint-30"])
+    assert selection.selected == "checkpoint-30"
+    assert [score.has_weights for score in selection.scores] == [True, False, True]
+    assert selection.tied == ("checkpoint-20", "checkpoint-30")
+
+
+def test_of_losses_the_lowest_is_the_best(tmp_path):
+    for step, losses in {1: [3.0, 2.0] * 40, 2: [2.5, 1.5] * 40}.items():
+        lines = [
+            {"question": n, "cluster": str(n), "image_sha256": "", "category": "s", "loss": loss, "trained_tokens": 2}
+            for n, loss in enumerate(losses)
+        ]
+        keep(tmp_path, "held_out_loss", "hash", f"checkpoint-{step}", {"weights": ""}, lines)
+    selection = choose(read_outcomes(tmp_path, "held_out_loss", seed=0), by="loss")
+    assert selection.selected == "checkpoint-2" and selection.tied == ("checkpoint-2",)
+    assert [score.score for score in selection.scores] == [2.5, 2.0]
+    low, high = selection.scores[1].interval
+    assert low < 2.0 < high and selection.cross_fitted == 2.0
+
+
+def test_the_loss_that_training_wrote_down_is_the_mean_over_trained_tokens(tmp_path):
+    parts = {"a": {"loss": 1.0, "trained_tokens": 30}, "b": {"loss": 3.0, "trained_tokens": 10}}
+    lines = [{"step": 1}, {"step": 2, "validation": parts}, {"step": 4, "validation": {"a": parts["a"]}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recorded_losses(tmp_path) == {2: 1.5, 4: 1.0}
+    selection = choose_by_recorded_loss({2: 1.5, 4: 1.0})
+    assert selection.selected == "checkpoint-4" and selection.scores[0].standard_error is None
+    assert recorded_losses(tmp_path / "nowhere") == {}
+
+
+def test_one_image_cannot_be_halved(tmp_path):
+    table = outcomes(tmp_path, {10: "-", 20: "x"})
+    selection = choose(table, by="mmbench")
+    assert selection.selected == "checkpoint-20" and selection.cross_fitted is None
+    with pytest.raises(UserError, match="a half of its images has no questions"):
+        choose(table, by="mmbench", chosen_on="half")
+
+
+@pytest.mark.parametrize(
+    ("settings", "by"),
+    [
+        ({}, "loss"),
+        ({"benchmark": "b.tsv"}, "mmbench"),
+        ({"benchmark": "b.jsonl"}, "exact_match"),
+        ({"benchmark": "easy_vqa"}, "mmbench"),
+        ({"benchmark": "b.tsv", "by": "loss"}, "loss"),
+        ({"by": "mmbench"}, "--by mmbench needs a benchmark"),
+        ({"benchmark": "b.tsv", "by": "exact_match"}, "reads a .jsonl"),
+        ({"benchmark": "b.jsonl", "by": "mmbench"}, "reads a TSV"),
+    ],
+)
+def test_the_benchmark_tells_what_it_is_scored_by(settings, by):
+    if " " not in by:
+        assert scored_by(EvaluationConfig(**settings)) == by
+    else:
+        with pytest.raises(UserError, match=by):
+            scored_by(EvaluationConfig(**settings))
+
+
+# ----------------------------------------------------------------------------------------------------------- plot
+
+
+def test_the_plot_stands_by_itself_and_is_the_same_every_time(tmp_path):
+    selection = choose(outcomes(tmp_path, CLOSE), by="mmbench", rule="earliest_not_worse")
+    for name in ("first.svg", "second.svg"):
+        plot.plot(selection, tmp_path / name)
+    content = (tmp_path / "first.svg").read_bytes()
+    assert content == (tmp_path / "second.svg").read_bytes()
+    links = [value for node in ElementTree.fromstring(content).iter() for name, value in node.items() if "href" in name]
+    assert all(link.startswith("#") for link in links)
+    plot.plot(choose_by_recorded_loss({2: 1.5, 4: 1.0}), tmp_path / "loss.svg")
+
+
+# -------------------------------------------------------------------------------------------------------- pruning
+
+
+def write_checkpoint(run, step, state=False):
+    folder = run / "checkpoints" / f"checkpoint-{step}"
+    write_folder(folder, lambda path: (path / "model.safetensors").write_text(str(step)))
+    if state:
+        (folder / "state").mkdir()
+        (folder / "state" / "optimizer.pt").write_text("state")
+    return folder
+
+
+def names(run):
+    return [path.name for path in checkpoints(run / "checkpoints")]
+
+
+def test_pruning_keeps_the_selected_the_best_the_newest_and_what_is_not_evaluated(tmp_path):
+    selection = choose(outcomes(tmp_path, CLOSE | {5: "-" * 100}), by="mmbench", rule="earliest_not_worse")
+    assert (selection.selected, selection.best) == ("checkpoint-20", "checkpoint-30")
+    present = [f"checkpoint-{step}" for step in (5, 10, 15, 20, 30, 40)]
+    assert weights_to_prune(selection, present) == ["checkpoint-5", "checkpoint-10"]
+    assert weights_to_prune(selection, ["checkpoint-10"]) == [], "the newest"
+    assert weights_to_prune(selection, []) == []
+
+
+def test_pruned_weights_are_not_found_and_the_state_beside_them_is_whole(tmp_path):
+    for step in (5, 10, 20, 30):
+        write_checkpoint(tmp_path, step, state=step == 10)
+    selection = choose(outcomes(tmp_path, CLOSE | {5: "-" * 100}), by="mmbench")
+    assert prune_weights(tmp_path, selection) == ["checkpoint-5", "checkpoint-10", "checkpoint-20"]
+    assert names(tmp_path) == ["checkpoint-30"]
+    left = tmp_path / "checkpoints" / "checkpoint-10"
+    assert [path.name for path in left.iterdir()] == ["state"]
+    prune(left, "state")
+    assert not left.exists()
+    assert prune_weights(tmp_path, selection) == []
+
+
+def test_state_is_pruned_from_beside_weights_and_what_a_kill_has_left_goes_with_the_next(tmp_path):
+    folder = write_checkpoint(tmp_path, 10, state=True)
+    prune(folder, "state")
+    assert names(tmp_path) == ["checkpoint-10"] and not (folder / "state").exists()
+    torn = write_checkpoint(tmp_path, 20, state=True)
+    (torn / "manifest.json").unlink()  # where a kill stopped removing weights
+    prune_weights(tmp_path, choose(outcomes(tmp_path, {10: "x-" * 20}), by="mmbench"))
+    assert [path.name for path in torn.iterdir()] == ["state"]
+
+
+# -------------------------------------------------------------------------------------------------- short answers
+
+
+@pytest.mark.parametrize(
+    ("said", "normalised"),
+    [
+        ("The  red bus.", "red bus"),
+        ("Two", "2"),
+        ("a 10,000", "10000"),
+        ("3.5 metres", "3.5 metres"),
+        ("don't", "dont"),
+        ("blue/green", "blue green"),
+        ("yes , it is", "yes it is"),
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_vqa_does(said, normalised):
+    assert normalise(said) == normalised
+
+
+def test_an_answer_matches_any_of_those_given():
+    assert is_match("A Dark-red.", ("red", "dark red")) and is_match("ten", ("10",))
+    assert not is_match("reddish", ("red",)) and not is_match("", ("red",))
+
+
+@pytest.mark.skipif("IDEFICS_SFT_SAMPLES" not in os.environ, reason="IDEFICS_SFT_SAMPLES names no real samples")
+def test_real_answers_match_where_m4s_score_is_not_zero():
+    """With ten human answers, m4's VQA accuracy is over 0 as soon as one of them is the answer."""
+    folder = Path(os.environ["IDEFICS_SFT_SAMPLES"]) / "vqa_accuracy"
+    said, scored = (json.loads((folder / f"textvqa_{name}.json").read_text()) for name in
+                    ("predictions_400", "per_question_scores"))  # fmt: skip
+    annotations = json.loads((folder / "textvqa_annotations_400.json").read_text())["annotations"]
+    answers = {line["question_id"]: tuple(answer["answer"] for answer in line["answers"]) for line in annotations}
+    scores = {line["question_id"]: line["m4_gt_vision_lab_oe"] for line in scored}
+    assert len(said) == 400
+    for line in said:
+        number = line["question_id"]
+        assert is_match(line["answer"], answers[number]) == (scores[number] > 0), line
+
+
+def test_questions_are_read_and_mistakes_are_named(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"question": " Is it? ", "answer": "no"}\n\n{"question": "q", "answers": ["a", "b"], "id": "x"}\n')
+    first, second = read_questions(file)
+    assert (first.id, first.text, first.answers, first.category) == ("1", "Is it?", ("no",), "")
+    assert (second.id, second.where, second.answers) == ("x", f"{file}:3", ("a", "b"))
+    for line, expected in (
+        ("{", ":1: not JSON"),
+        ("[]", ':1: expected an object with "question"'),
+        ('{"question": "q"}', ":1: no answer"),
+        ('{"question": "q", "answer": 3}', ':1: expected "answer" as a text'),
+        ('{"question": "q", "answer": "a", "anwser": 1}', ":1: unknown key 'anwser'"),
+        ('{"question": "q", "answer": "a", "image": "../x.png"}', ":1: image path leaves the folder"),
+        ('{"question": "q", "answer": "a", "image": "none.png"}', ":1: image file missing"),
+        ('{"question": "q", "answer": "a", "id": 1}\n{"question": "q", "answer": "a", "id": 1}', ":2: id '1' is that"),
+        ("", "no questions found"),
+    ):
+        file.write_text(line)
+        with pytest.raises(UserError, match=f"own.jsonl.*{expected}"):
+            read_questions(file)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: No such file"):
+        read_questions(tmp_path / "nowhere.jsonl")
+
+
+def test_the_examples_of_the_documentation_are_read(tmp_path):
+    page = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (tmp_path / "own.jsonl").write_text(page.partition("```json\n")[2].partition("```")[0])
+    for name in ("photos/bus.jpg", "street.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name)
+    bus, street = read_questions(tmp_path / "own.jsonl")
+    assert bus.answers == ("red", "dark red") and len(bus.images) == 1
+    assert (street.id, street.category, street.image_sha256) == ("rain-1", "yes/no", bus.image_sha256)
+    assert [type(item) for item in bus.prompt[0].content] == [ImageRef, str]
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def kept(run) -> dict[str, int]:
+    """The evaluations of a run, and when each was written."""
+    return {str(file): file.stat().st_mtime_ns for file in (run / "evaluations").rglob("checkpoint-*.json")}
+
+
+def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):  # noqa: F811
+    selection, _ = printed(capsys, "select", copied)
+    before = kept(copied)
+    assert len(before) == 4, "two checkpoints, each by text and by letter"
+    assert selection.keys() >= {"by", "rule", "selected", "scores", "tied", "cross_fitted"}
+    assert selection["scores"][0].keys() >= {"checkpoint", "step", "score", "standard_error", "p_best"}
+    assert json.loads((copied / "selection.json").read_text()) == selection
+    assert (copied / "selection.svg").is_file()
+    again, _ = printed(capsys, "select", copied, "--rule", "earliest_not_worse")
+    assert again["rule"] == "earliest_not_worse" and again["scores"] == selection["scores"]
+    assert kept(copied) == before
+    assert status_of("select", copied) == 0
+    assert "* selected, by the rule best: checkpoint-" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
+    run = tmp_path / "run"
+    options = (f"output_dir={run}", "model.mode=lora", "training.learning_rate=0.1")
+    assert status_of("train", trained, *options) == 0
+    loaded, load_model = [], idefics.load_model
+    monkeypatch.setattr(idefics, "load_model", lambda path, **kwargs: loaded.append(path) or load_model(path, **kwargs))
+    assert [score["step"] for score in printed(capsys, "select", run)[0]["scores"]] == [1, 2]
+    assert len(loaded) == 1
+    recipe = find_recipe(str(run))
+    for path in checkpoints(run / "checkpoints"):
+        alone = score_model(path, recipe_benchmark(recipe), run_dir=None, name=path.name, ranks=("text", "letter"))
+        for result in alone.values():
+            file = result_file(run, result.benchmark, result.protocol_hash, path.name)
+            assert read_result(file).questions == result.questions, "as loaded alone"
+
+
+@pytest.mark.slow
+def test_two_processes_select_as_one_does(copied, capfd):  # noqa: F811
+    found = []
+    for nproc in (1, 2):
+        assert status_of("select", copied, "--nproc", nproc, "--json") == 0
+        answers = {file: file.read_text() for file in (copied / "evaluations").rglob("checkpoint-*.jsonl")}
+        found.append((json.loads(capfd.readouterr().out), answers))
+        shutil.rmtree(copied / "evaluations")
+    assert found[0] == found[1] and len(found[0][1]) == 4
+
+
+def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):  # noqa: F811
+    lines = [{"question": f"What is {n}?", "answer": "red", "category": "ab"[n % 2]} for n in range(20)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    selection, _ = printed(capsys, "select", copied, "--benchmark", tmp_path / "own.jsonl")
+    assert (selection["by"], selection["benchmark"], selection["questions"]) == ("exact_match", "own", [20, 20])
+    before = kept(copied)
+    assert len(before) == 2
+    assert printed(capsys, "select", copied, "--benchmark", tmp_path / "own.jsonl")[0] == selection
+    assert kept(copied) == before
+    (file,) = (copied / "evaluations" / "own").glob("*/checkpoint-1.jsonl")
+    assert json.loads(file.read_text().splitlines()[0]).keys() >= {"question", "cluster", "prediction", "hit"}
+
+
+def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp_path, capsys):  # noqa: F811
+    chats = [[f"Say {n}.", "one two three"[: 3 + 2 * n]] for n in range(6)]
+    lines = [{"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]} for u, a in chats]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = yaml.safe_load((copied / "recipe.yaml").read_text())
+    values["data"]["validation"] = {"path": str(tmp_path / "own")}
+    values["evaluation"]["rule"] = "earliest_not_worse"  # for which recorded means are not enough
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert status_of("prepare", copied) == 0
+    selection, _ = printed(capsys, "select", copied, "--by", "loss")
+    assert (selection["by"], selection["questions"]) == ("loss", [6, 6])
+
+    loaded = load_for_inference(copied / "checkpoints" / "checkpoint-2", precision="float32")
+    (file,) = (copied / "evaluations" / "held_out_loss").glob("*/checkpoint-2.jsonl")
+    kept_lines = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["question"])
+    for (user, assistant), line in zip(chats, kept_lines, strict=True):
+        alone = place(loaded.template, conversation(user, assistant))
+        with torch.inference_mode():
+            loss = loaded.model(batch=batch_of([alone], train_on="assistant")).loss
+        assert line["loss"] == pytest.approx(float(loss), rel=0.02), "in bfloat16 where the processor has it"
+
+
+def test_what_does_not_go_together_is_refused(copied, refusal):  # noqa: F811
+    assert "--by tea: expected mmbench, exact_match or loss" in refusal("select", copied, "--by", "tea")
+    assert "--rule tea: expected best or earliest_not_worse" in refusal("select", copied, "--rule", "tea")
+    assert "--by loss takes no --benchmark" in refusal("select", copied, "--by", "loss", "--benchmark", "x.tsv")
+    assert "nothing to choose by" in refusal("select", copied, "--by", "loss")
+    assert "x.jsonl: No such file" in refusal("select", copied, "--benchmark", "x.jsonl")
+
+
+def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys, monkeypatch):  # noqa: F811
+    last = copied / "checkpoints" / "checkpoint-2"
+    hidden = last.rename(copied / "hidden")
+    RunStatus(status="running", step=1, max_steps=2).write(copied)
+
+    def training_goes_on(seconds):
+        hidden.rename(last)
+        RunStatus(status="finished", step=2, max_steps=9, why="evaluation.patience: …").write(copied)
+
+    monkeypatch.setattr(select.time, "sleep", training_goes_on)
+    selection, said = printed(capsys, "select", copied, "--watch")
+    assert [score["step"] for score in selection["scores"]] == [1, 2]
+    assert said.count("running; waiting for checkpoints") == 1
+    assert "finished at step 2: evaluation.patience: …" in said
+
+
+def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, capsys, monkeypatch):  # noqa: F811
+    ask = task.score_model
+
+    def broken(path, *arguments, **options):
+        if path.name == "checkpoint-2":
+            raise RuntimeError("out of memory")
+        return ask(path, *arguments, **options)
+
+    monkeypatch.setattr(task, "score_model", broken)
+    assert status_of("select", copied, "--watch") == 1
+    said = capsys.readouterr()
+    assert "could not be evaluated: checkpoint-2 (RuntimeError: out of memory)" in said.err
+    assert "checkpoint-2: the evaluation failed" in said.out
+    selection = json.loads((copied / "selection.json").read_text())
+    assert selection["selected"] == "checkpoint-1"
+    assert selection["warnings"][-1] == "left out: checkpoint-2: RuntimeError: out of memory"
+
+
+def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsys, monkeypatch):  # noqa: F811
+    ask = task.score_model
+    other = copied / "checkpoints" / "checkpoint-1"
+
+    def diverged(path, *arguments, **options):
+        if path.name == "checkpoint-1":
+            raise RunError("the model gives no finite likelihood")
+        return ask(path, *arguments, **options)
+
+    monkeypatch.setattr(task, "score_model", diverged)
+    assert status_of("select", copied) == 1
+    said = capsys.readouterr()
+    assert "could not be evaluated: checkpoint-1 (the model gives no finite likelihood)" in said.err
+    assert json.loads((copied / "selection.json").read_text())["selected"] == "checkpoint-2"
+
+    def vanished(path, *arguments, **options):
+        if path.name == "checkpoint-1":
+            shutil.rmtree(other)
+        return ask(path, *arguments, **options)
+
+    monkeypatch.setattr(task, "score_model", vanished)
+    assert status_of("select", copied, "--watch") == 0
+    assert "checkpoint-1: was removed before it was evaluated" in capsys.readouterr().out
+
+
+def test_damaged_files_of_a_run_are_asked_anew_or_named(copied, capsys):  # noqa: F811
+    selection, _ = printed(capsys, "select", copied)
+    one, other = sorted((copied / "evaluations").rglob("checkpoint-1.jsonl"))
+    one.with_suffix(".json").write_text("{")
+    other.write_text(other.read_text().splitlines()[0])
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "vali')  # where training was killed
+    assert printed(capsys, "select", copied)[0] == selection and recorded_losses(copied) == {}
+
+
+def in_its_size_but_other(checkpoint):
+    weights = next(checkpoint.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4000] + bytes(4000))
+
+
+def cut_off(checkpoint):
+    (checkpoint / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (in_its_size_but_other, "model.safetensors changed since it was written"),
+        (cut_off, "files of its weights are missing or cut off"),
+    ],
+)
+def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied, capsys, damage, what):  # noqa: F811
+    printed(capsys, "select", copied)
+    damage(copied / "checkpoints" / "checkpoint-1")
+    assert status_of("select", copied) == 1
+    said = capsys.readouterr()
+    assert said.out.count(f"checkpoint-1: it is left out: {what}") == 1
+    assert f"could not be evaluated: checkpoint-1 ({what})" in said.err
+    selection = json.loads((copied / "selection.json").read_text())
+    assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
+    assert selection["warnings"][-1] == f"left out: checkpoint-1: {what}" and "not to be told apart" not in said.out
+    assert status_of("report", copied) == 0
+    assert f"Left out: checkpoint-1: {what}." in (copied / "report.html").read_text()
+    damage(copied / "checkpoints" / "checkpoint-2")
+    assert status_of("select", copied) != 0
+    assert "checkpoint-1" in capsys.readouterr().err, "and with none left, why"
+
+
+def test_a_damaged_checkpoint_is_not_chosen_by_a_loss_written_down(copied, capsys):  # noqa: F811
+    lines = [{"step": n, "validation": {"mine": {"loss": 0.1 * n, "trained_tokens": 9}}} for n in (1, 2)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert printed(capsys, "select", copied, "--by", "loss")[0]["selected"] == "checkpoint-1"
+    in_its_size_but_other(copied / "checkpoints" / "checkpoint-1")
+    assert status_of("select", copied, "--by", "loss") == 1
+    selection = json.loads((copied / "selection.json").read_text())
+    assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
+    assert [warning.partition(": model")[0] for warning in selection["warnings"]] == ["left out: checkpoint-1"]
+
+
+def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):  # noqa: F811
+    before = printed(capsys, "select", copied)[0]["scores"]
+    for file in [*(copied / "evaluations").rglob("checkpoint-1.json*")]:
+        (file.parent / file.name.replace("-1.", "-9.")).write_bytes(file.read_bytes())
+    assert printed(capsys, "select", copied)[0]["scores"] == before, "of a run that was resumed before step 9"
+
+
+def test_weights_go_when_the_recipe_says_so(copied, capsys):  # noqa: F811
+    recipe = (copied / "recipe.yaml").read_text()
+    (copied / "recipe.yaml").write_text(recipe.replace("keep_weights: all", "keep_weights: best+last"))
+    selection, _ = printed(capsys, "select", copied)
+    stay = {selection["selected"], selection["best"], "checkpoint-2"}
+    assert set(names(copied)) == stay
+    assert printed(capsys, "select", copied)[0] == selection
+    assert [score["has_weights"] for score in selection["scores"]] == [f"checkpoint-{step}" in stay for step in (1, 2)]
