@@ -18,6 +18,7 @@ from sft.batches import mixture
 from sft.batches.collate import collate
 from sft.cli.main import main
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
+from sft.data.sources import Sources
 from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
 
@@ -86,6 +87,19 @@ def make_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, extra: in
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model.eval()
+
+
+@pytest.fixture
+def sources(tmp_path: Path, template: ChatTemplate) -> Sources:
+    """Two sources, the first of two datasets; the red image is in all three."""
+    from helpers.planning import data_config
+    from helpers.sources import BLUE, GREEN, RED, part
+    from helpers.stores import shown
+
+    first = part(tmp_path / "a", template, shown("a0", RED, "What?"), shown("a1", "Hi."))
+    second = part(tmp_path / "b", template, shown("b0", BLUE, RED, "Same?"))
+    third = part(tmp_path / "c", template, shown("c0", GREEN, "Green?"), shown("c1", RED, "Red?"))
+    return Sources([[first, second], [third]], data_config("one", "two", train_on="all"))
 
 
 @pytest.fixture

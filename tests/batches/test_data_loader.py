@@ -9,10 +9,9 @@ from itertools import islice
 import pytest
 import torch
 from conftest import IMAGE_SIZE
-from test_pack_stream import settings
-from test_sources import BLUE, RED, key_of, part
-from test_sources import sources as sources  # a fixture
-from test_store import shown
+from helpers.planning import data_config
+from helpers.sources import BLUE, RED, key_of, part
+from helpers.stores import shown
 
 from sft.batches.data_loader import MicroBatches
 from sft.batches.pack_stream import Planner
@@ -127,7 +126,7 @@ def test_too_many_dirty_samples_end_the_run_and_are_named(sources, no_red):
 def test_a_pack_without_samples_is_a_dummy(tmp_path, template):
     """Three sources take turns about one image that may stand in a pack once: some packs find no sample."""
     parts = [[part(tmp_path / name, template, shown(name, RED, "?"))] for name in "abc"]
-    sources = Sources(parts, settings("a", "b", "c", max_samples_per_image_per_pack=1))
+    sources = Sources(parts, data_config("a", "b", "c", max_samples_per_image_per_pack=1))
     batches = first(128, sources)
     empty = [batch for batch in batches if not batch.keys]
     assert empty, "the case is there"

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, batch_of, conversation, place
+from helpers.sources import BLUE, GREEN, RED, key_of
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_distributed import OPTIONS, assert_same_steps, sft
 from test_resume import assert_same_state, folder_of, metrics, recipe_of, trained
-from test_sources import BLUE, GREEN, RED, key_of
-from test_sources import sources as sources  # a fixture
 from test_trainer import write_recipe
 from transformers import IdeficsConfig
 

@@ -2,11 +2,10 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import pytest
+from helpers.planning import Toy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,44 +16,6 @@ from sft.data.orders import Cursor, Groups, Order, permute
 
 UNITS = ("tokens", "trained_tokens", "samples")
 CAPS = Caps(tokens=100, images=4, samples_per_image=2)
-
-
-@dataclass
-class Toy:
-    """A source of samples of these lengths, which show these images; half of each is trained."""
-
-    share: float
-    lengths: list[int]
-    shown: list[tuple[int, ...]] | None = None
-    name: str = "toy"
-    max_epochs: float | None = None
-    when_exhausted: str = "stop"
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def num_tokens(self, rows):
-        return np.array(self.lengths)[rows]
-
-    def num_trained(self, rows):
-        return self.num_tokens(rows) // 2
-
-    def images(self, rows):
-        shown = [sorted(set(self.images_of(row))) for row in rows]
-        return np.array([*chain.from_iterable(shown)], dtype=np.int64), np.array([*map(len, shown)], dtype=np.int64)
-
-    def images_of(self, row):
-        return () if self.shown is None else self.shown[row]
-
-    @property
-    def groups(self):
-        names = [frozenset(self.images_of(row)) or row for row in range(len(self))]
-        by_name = {name: [row for row, other in enumerate(names) if other == name] for name in names}
-        starts = np.cumsum([0, *map(len, by_name.values())])
-        return Groups(np.array([*chain.from_iterable(by_name.values())]), starts) if self.shown else None
-
-
-source = Toy
 
 
 def mixture_of(*sources, unit="tokens", seed=0, caps=CAPS):

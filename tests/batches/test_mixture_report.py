@@ -7,8 +7,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from helpers.planning import Toy
 from rich.console import Console
-from test_mixture import Toy
 
 from sft.batches.mixture_report import mix
 from sft.batches.pack_stream import Planner

@@ -7,43 +7,23 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from helpers.planning import Toy, data_config, mixtures
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_mixture import Toy
 
 from sft.batches.pack_stream import MIN_WINDOW_PACKS, Planner
 from sft.core.errors import UserError
 from sft.core.sample import PackItem
 from sft.data.orders import Cursor
-from sft.recipe import DataConfig
-
-
-def settings(*names, **options):
-    """Data settings for sources of equal share; the planner reads shares from the sizes it is given."""
-    names = names or ("toy",)
-    mixture = [{"name": name, "share": 1 / len(names), "datasets": [{"dataset": "toys"}]} for name in names]
-    return DataConfig(mixture=mixture, **{"sequence_length": 64} | options)
 
 
 def planner_of(sizes, *, packs_per_step=4, seed=0, **options):
-    return Planner(sizes, settings(**options), packs_per_step=packs_per_step, seed=seed)
+    return Planner(sizes, data_config(**options), packs_per_step=packs_per_step, seed=seed)
 
 
 def windows(planner, number):
     return list(islice(planner.windows(), number))
-
-
-@st.composite
-def mixtures(draw, longest=40):
-    """One to four sources; some samples have images, which sources share."""
-    shares = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
-    sizes = []
-    for share in shares:
-        lengths = draw(st.lists(st.integers(4, longest), min_size=1, max_size=8))
-        images = [tuple(draw(st.lists(st.integers(0, 3), max_size=2))) for _ in lengths]
-        sizes.append(Toy(share / sum(shares), lengths, images, name=f"source {len(sizes)}"))
-    return sizes
 
 
 @given(sizes=mixtures(), images=st.integers(2, 6), sharing=st.integers(1, 4))

@@ -11,9 +11,9 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import REPOSITORY, make_tiny_model, status_of
+from helpers.golden_ids import A_DOG, CHAT_IDS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_golden_ids import A_DOG, CHAT_IDS
 from test_trainer import write_recipe
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast

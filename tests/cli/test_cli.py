@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import status_of
+from helpers.files import write_tsv
 from PIL import Image
 from test_trainer import DATA, write_recipe
 
@@ -222,11 +223,6 @@ def questions(tmp_path):
     image = base64.b64encode((DATA / "easy_vqa" / "train" / "images" / "0.png").read_bytes()).decode()
     columns = {"index": 1, "question": "What is it?", "A": "A circle.", "B": "A square.", "answer": "A", "image": image}
     return write_tsv(tmp_path / "questions.tsv", columns)
-
-
-def write_tsv(file, columns):
-    file.write_text("\t".join(columns) + "\n" + "\t".join(map(str, columns.values())) + "\n")
-    return file
 
 
 def test_a_model_that_is_not_idefics_is_refused(llama, questions, refusal):

@@ -1,34 +1,14 @@
 """Prepared sources as the planner and the collator see them."""
 
-import hashlib
-
 import numpy as np
 import pytest
 from conftest import IMAGE_SIZE
-from test_pack_stream import settings
-from test_store import Toys, encoded, shown
+from helpers.planning import data_config
+from helpers.sources import BLUE, GREEN, RED, key_of, part
+from helpers.stores import shown
 
 from sft.core.sample import PackItem
-from sft.data.encoded_arrays import encode_samples
-from sft.data.sources import Part, Sources
-from sft.data.store import Settings, prepare_store
-from sft.data.store.image_keys import image_key
-
-RED, BLUE, GREEN = (encoded(colour, size=(IMAGE_SIZE, IMAGE_SIZE)) for colour in ("red", "blue", "lime"))
-
-
-def part(path, template, *samples, limits=None):
-    store = prepare_store(Toys(*samples), path, asked={}, settings=Settings(max_skip_share=0))
-    return Part(store, encode_samples(store, template, path / "encoded" / "toy", limits=limits))
-
-
-@pytest.fixture
-def sources(tmp_path, template):
-    """Two sources, the first of two datasets; the red image is in all three."""
-    first = part(tmp_path / "a", template, shown("a0", RED, "What?"), shown("a1", "Hi."))
-    second = part(tmp_path / "b", template, shown("b0", BLUE, RED, "Same?"))
-    third = part(tmp_path / "c", template, shown("c0", GREEN, "Green?"), shown("c1", RED, "Red?"))
-    return Sources([[first, second], [third]], settings("one", "two", train_on="all"))
+from sft.data.sources import Sources
 
 
 def numbers(source):
@@ -36,10 +16,6 @@ def numbers(source):
     rows = np.arange(len(source))
     images, num_images = source.images(rows)
     return source.num_tokens(rows).tolist(), [set(own.tolist()) for own in np.split(images, np.cumsum(num_images))[:-1]]
-
-
-def key_of(content: bytes) -> int:
-    return image_key(hashlib.sha256(content).hexdigest())
 
 
 def test_equal_images_have_one_key_in_all_stores(sources):
@@ -54,7 +30,7 @@ def test_equal_images_have_one_key_in_all_stores(sources):
 
 def test_an_image_that_stands_there_twice_is_one_image_shown_twice(tmp_path, template):
     twice = part(tmp_path / "a", template, shown("a0", RED, BLUE, RED), shown("a1"), shown("a2", BLUE))
-    (source,) = Sources([[twice]], settings()).sources
+    (source,) = Sources([[twice]], data_config()).sources
     assert numbers(source)[1] == [{key_of(RED), key_of(BLUE)}, set(), {key_of(BLUE)}]
     assert source.num_shown(np.arange(3)).tolist() == [3, 0, 1]
 
@@ -74,8 +50,8 @@ def test_a_place_leads_to_its_sample(sources):
 def test_groups_are_samples_about_the_same_images(tmp_path, template):
     first = part(tmp_path / "a", template, shown("0", RED), shown("1", BLUE, RED), shown("2"), shown("3", RED, BLUE))
     second = part(tmp_path / "b", template, shown("4", RED), shown("5"))
-    (source,) = Sources([[first, second]], settings()).sources
+    (source,) = Sources([[first, second]], data_config()).sources
     members, starts = source.groups
     assert sorted(sorted(own.tolist()) for own in np.split(members, starts[1:-1])) == [[0, 4], [1, 3], [2], [5]]
-    (unshared,) = Sources([[first]], settings(max_samples_per_image_per_pack=1)).sources
+    (unshared,) = Sources([[first]], data_config(max_samples_per_image_per_pack=1)).sources
     assert unshared.groups is None

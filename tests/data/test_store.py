@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import xxhash
+from helpers.stores import BLUE, RED, Toys, encoded, prepared, shown
 from PIL import Image
 
 from sft.core.errors import RunError, UserError
@@ -18,16 +19,7 @@ from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, TOO_MANY_PIXELS, TOO_NARR
 from sft.core.parallel import ordered_map
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
 from sft.data.datasets import Adapter
-from sft.data.store import Settings, Store, is_store_folder, prepare_store, write
-
-
-def encoded(colour: str, format: str = "PNG", size: tuple[int, int] = (4, 3)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, format)
-    return buffer.getvalue()
-
-
-RED, BLUE = encoded("red"), encoded("blue")
+from sft.data.store import Store, is_store_folder, write
 
 
 def header_of(width: int, height: int) -> bytes:
@@ -39,50 +31,9 @@ def header_of(width: int, height: int) -> bytes:
     )
 
 
-class Toys:
-    """An adapter whose records are samples, or the reason to leave them out; its raw files are only looked at."""
-
-    name = "toys"
-    licence = "MIT"
-
-    def __init__(self, *records: Sample | SkipSample, file: Path | None = None, version: int = 1) -> None:
-        self.records = records
-        self.raw = file or Path(__file__)
-        self.version = version
-        self.num_read = 0
-
-    def files(self):
-        return [self.raw]
-
-    def all_files(self):
-        return self.files()
-
-    def rows(self, file):
-        for record in self.records:
-            self.num_read += 1
-            yield record if isinstance(record, SkipSample) else {"sample": record}
-
-    def to_sample(self, row):
-        return row["sample"]
-
-
-def shown(key: str, *items: str | bytes) -> Sample:
-    """A question of texts and encoded images, answered yes."""
-    content = tuple(ImageRef(source=item) if isinstance(item, bytes) else item for item in items)
-    return Sample(
-        key=key,
-        messages=(Message(role="user", content=content), Message(role="assistant", content=("Yes.",))),
-    )
-
-
 def framed(key: str, file: Path) -> Sample:
     """A document of an image file."""
     return Sample(key=key, messages=(Message(role="document", content=(ImageRef(source=file), "A photo.")),))
-
-
-def prepared(path, adapter, *, on_progress=lambda records, share: None, max_skip_share=1.0, **settings) -> Store:
-    settings = Settings(max_skip_share=max_skip_share, **settings)
-    return prepare_store(adapter, path / "toys", asked={"dataset": "toys"}, settings=settings, on_progress=on_progress)
 
 
 def keys(store: Store) -> list[str]:
@@ -381,11 +332,12 @@ def test_progress_counts_records(tmp_path):
 
 
 def test_the_tables_are_those_of_datasets(tmp_path):
-    store = prepared(tmp_path, Toys(shown("one", RED, "Is it red?"), shown("two", "Hi.")))
+    wide = encoded("red", size=(4, 3))
+    store = prepared(tmp_path, Toys(shown("one", wide, "Is it red?"), shown("two", "Hi.")))
     samples, images = (datasets.load_from_disk(str(store.path / name)) for name in ("samples", "images"))
     assert samples["key"] == ["one", "two"]
     assert samples[0]["messages"][0]["content"][1]["text"] == "Is it red?"
-    assert (images[0]["bytes"], images[0]["width"], images[0]["height"]) == (RED, 4, 3)
+    assert (images[0]["bytes"], images[0]["width"], images[0]["height"]) == (wide, 4, 3)
 
 
 def test_referenced_images_stay_where_they_are(tmp_path):

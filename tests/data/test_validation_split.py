@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.planning import data_config
+from helpers.sources import part
+from helpers.stores import Toys, encoded, shown
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pack_stream import settings
-from test_sources import part
-from test_store import Toys, encoded, shown
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef, Message, PackItem, Sample
@@ -124,7 +124,7 @@ def keys(sources):
 
 
 def test_an_image_held_out_in_one_source_is_held_out_in_all(parts):
-    data = settings("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    data = data_config("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
     sources = Sources(parts, data)
     assert keys(sources) == [["a/0"], ["b/2"]]
     assert keys(sources.held_out()) == [["a/1"], ["b/1"]]
@@ -133,14 +133,14 @@ def test_an_image_held_out_in_one_source_is_held_out_in_all(parts):
 
 
 def test_without_validation_everything_is_trained_on(parts):
-    sources = Sources(parts, settings("one", "two"))
+    sources = Sources(parts, data_config("one", "two"))
     assert keys(sources) == [["a/0", "a/1"], ["b/0", "b/1", "b/2"]]
     assert sources.held_out() is None
 
 
 def test_images_of_a_validation_file_are_held_out_of_every_source(parts, tmp_path, template):
     own = part(tmp_path / "own", template, shown("own", KEPT, "How many?"))
-    data = settings("one", "two").model_copy(update={"validation": ValidationConfig(path="own.jsonl")})
+    data = data_config("one", "two").model_copy(update={"validation": ValidationConfig(path="own.jsonl")})
     sources = Sources(parts, data, validation=own)
     assert keys(sources) == [["a/1"], ["b/1"]]
     assert keys(sources.held_out()) == [["own/0"]]
@@ -159,7 +159,7 @@ def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
         )
     ]
     own = part(tmp_path / "b", template, *pages, limits=Limits(99, images=1))
-    data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    data = data_config("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
     (source,) = Sources([[own]], data).sources
     assert own.encoded.samples.tolist() == [0, 0, 1, 2]
     assert source.sides.tolist() == [Side.NEITHER, Side.NEITHER, Side.TRAIN, Side.VALIDATION]
@@ -168,21 +168,21 @@ def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
 
 
 def test_a_source_of_which_nothing_is_left_is_named(tmp_path, template):
-    data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    data = data_config("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
     only = part(tmp_path / "a", template, shown("held", HELD, "?"))
     with pytest.raises(UserError, match=r"source 'one': data\.validation leaves none of 1 samples to train"):
         Sources([[only]], data)
 
 
 def test_a_source_of_one_image_leaves_the_others_to_validate(tmp_path, template):
-    data = settings("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    data = data_config("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
     parts = [[part(tmp_path / name, template, *samples)] for name, samples in SMALL.items()]
     sources = Sources(parts, data)
     assert sources.not_held_out == ["one"]
     held_out = sources.held_out()
     assert keys(held_out) == [["b/1"]] and [(s.name, s.share) for s in held_out.sources] == [("two", 1.0)]
     with pytest.raises(UserError, match=r"data\.validation: holds out none of 1 samples"):
-        Sources(parts[:1], settings("one").model_copy(update={"validation": data.validation})).held_out()
+        Sources(parts[:1], data_config("one").model_copy(update={"validation": data.validation})).held_out()
 
 
 SMALL = {"a": [shown("kept", KEPT, "?")], "b": [shown("kept", KEPT, "?"), shown("held", HELD, "!")]}
@@ -191,7 +191,7 @@ SMALL = {"a": [shown("kept", KEPT, "?")], "b": [shown("kept", KEPT, "?"), shown(
 def test_ten_images_of_which_the_share_holds_out_none_hold_out_one(tmp_path, template):
     ten = [picture(number) for number in range(1000) if not is_held(picture(number), 0.1)][:10]
     samples = [shown(f"{n}", content, question) for n, content in enumerate(ten) for question in ("What?", "Where?")]
-    data = settings("one").model_copy(update={"validation": ValidationConfig(share=0.1)})
+    data = data_config("one").model_copy(update={"validation": ValidationConfig(share=0.1)})
     sources = Sources([[part(tmp_path / "a", template, *samples)]], data)
     (held,) = keys(sources.held_out())
     assert held in [[f"a/{row}", f"a/{row + 1}"] for row in range(0, 20, 2)], "both questions about one image"
@@ -238,7 +238,7 @@ def test_a_dialogue_held_out_in_one_source_is_held_out_in_all(tmp_path, template
     talks = [said(f"talk {n}", f"What is {n}?", f"{n}.") for n in range(20)]
     first = part(tmp_path / "a", template, *talks)
     second = part(tmp_path / "b", template, said("inserted", "Hi.", "Hi."), *reversed(talks))
-    data = settings("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
+    data = data_config("one", "two").model_copy(update={"validation": ValidationConfig(share=0.5)})
     one, two = (source.sides.tolist() for source in Sources([[first], [second]], data).sources)
     assert 4 < sum(one) < 16
     assert two[1:] == one[::-1]

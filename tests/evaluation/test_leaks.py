@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import status_of
+from helpers.files import write_tsv
+from helpers.stores import Toys, prepared, shown
 from PIL import Image
-from test_cli import write_tsv
-from test_store import Toys, prepared, shown
 
 from sft.core.images import decode_rgb
 from sft.evaluation import leaks

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, conversation
+from helpers.golden_ids import A_DOG, ASSISTANT, CHAT_IDS
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -24,18 +25,6 @@ PROMPT = "<s>User: What is in this image?<fake_token_around_image><image><fake_t
 PROMPT_IDS = [1, 4911, 29901, 1724, 338, 297, 445, 1967, 29973, 32000, 32001, 32000]
 
 TURNS = conversation(("<dog>", "Describe this image."), "A dog.", "What is it?", "A dog.").messages
-ASSISTANT = [29871, 13, 7900, 22137, 29901]  # ▁ \n Ass istant :
-A_DOG = [319, 11203, 29889, 32002]  # ▁A ▁dog . <end_of_utterance>
-CHAT_IDS = [
-    *(1, 4911, 29901),  # <s> ▁User :
-    *(32000, 32001, 32000),  # <fake> <image> <fake>
-    *(20355, 915, 445, 1967, 29889, 32002),  # ▁Desc ribe ▁this ▁image . <end_of_utterance>
-    *ASSISTANT,
-    *A_DOG,
-    *(29871, 13, 2659, 29901),  # ▁ \n User :
-    *(1724, 338, 372, 29973, 32002),  # ▁What ▁is ▁it ? <end_of_utterance>
-    *ASSISTANT,
-]  # fmt: skip
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import base_tokenizer, make_tiny_model, status_of, tiny_config
+from helpers.files import write_tsv
+from helpers.stores import encoded
 from safetensors.torch import load_file, save_file
-from test_cli import write_tsv
-from test_store import encoded
 from test_trainer import write_recipe
 
 from sft.cli.quickstart import REPORT, _delete_run

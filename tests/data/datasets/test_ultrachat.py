@@ -6,7 +6,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import DATA, adapter, outcomes, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
 
 from sft.core.errors import UserError
 

@@ -1,7 +1,8 @@
 """LRV-Instruction, and images of Visual Genome by their id."""
 
 import pytest
-from outcomes import DATA, adapter, outcomes, picture, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import SkipSample
@@ -111,7 +112,7 @@ def visual_genome(tmp_path):
     for name in ("VG_100K/1", "VG_100K_2/1", "1", "VG_100K_2/2", "2", "3"):
         file = tmp_path / f"{name}.jpg"
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(picture("red", "JPEG"))
+        file.write_bytes(encoded("red", "JPEG"))
     return tmp_path
 
 
@@ -135,7 +136,7 @@ def test_an_image_that_is_nowhere_is_missing(visual_genome):
 
 
 def test_an_image_that_links_out_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "secret.jpg").write_bytes(picture("red", "JPEG"))
+    (tmp_path / "secret.jpg").write_bytes(encoded("red", "JPEG"))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "5.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(SkipSample, match="image path leaves the folder"):

@@ -1,10 +1,9 @@
-"""What adapters make of raw records, for the tests beside this file."""
+"""What adapters make of raw records."""
 
 import base64
-import io
 from pathlib import Path
 
-from PIL import Image
+from helpers.stores import encoded
 
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import Adapter
@@ -46,13 +45,6 @@ def said(sample: Sample) -> list[tuple[str, str]]:
     return [(message.role, "|".join(map(show, message.content))) for message in sample.messages]
 
 
-def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (4, 4)) -> bytes:
-    """An encoded image of one colour."""
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, format)
-    return buffer.getvalue()
-
-
-def picture_base64(colour: str) -> str:
-    """The same as base64."""
-    return base64.b64encode(picture(colour)).decode()
+def encoded_base64(colour: str) -> str:
+    """An image of one colour as base64."""
+    return base64.b64encode(encoded(colour)).decode()

@@ -8,13 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import DATA, adapter, outcomes, picture, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
 from sft.data.formats import read_jsonl, read_parquet
 
-RED = picture("red", "JPEG")
+RED = encoded("red", "JPEG")
 URL = "https://example.org/"
 NO_RULES = {
     "skip_ending_with_two_images": False,

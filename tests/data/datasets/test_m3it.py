@@ -6,14 +6,15 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import adapter, outcomes, picture, picture_base64, said, samples
+from helpers.adapters import adapter, encoded_base64, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.images import decode_rgb
 from sft.core.sample import ImageRef, Message, Sample
 from sft.data.datasets.m3it import SELECTION
 
-RED = picture_base64("red")
+RED = encoded_base64("red")
 LOADER_ROW = {"instruction": "Look.", "inputs": "What is it?", "image_base64_str": [RED], "outputs": "Red.\n"}
 RAW_ROWS = {
     "coco": {"image": RED, "meta": {"targets": ["A red square."]}},
@@ -66,7 +67,7 @@ def test_a_row_of_the_loader_form_is_an_image_a_question_and_a_stripped_answer()
 def test_the_loader_form_is_read_from_a_file_a_subset_folder_or_parquet(tmp_path):
     folder = write(tmp_path / "gqa", LOADER_ROW)
     pq.write_table(pa.Table.from_pylist([LOADER_ROW]), tmp_path / "train-00000-of-00001.parquet")
-    as_struct = {"instruction": "Look.", "inputs": "What is it?", "outputs": "Red.", "image": {"bytes": picture("red")}}
+    as_struct = {"instruction": "Look.", "inputs": "What is it?", "outputs": "Red.", "image": {"bytes": encoded("red")}}
     (tmp_path / "copy/data").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist([as_struct]), tmp_path / "copy/data/train-00000-of-00001.parquet")
 
@@ -163,7 +164,7 @@ def test_the_image_may_have_any_published_name_and_be_in_a_list(tmp_path, field,
 
     (sample,) = samples(adapter("m3it", folder))
 
-    assert sample.images[0].source == picture("red")
+    assert sample.images[0].source == encoded("red")
 
 
 def test_several_images_keep_their_order_in_subsets_that_have_them():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from outcomes import DATA, adapter, outcomes, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample

@@ -6,7 +6,8 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import DATA, adapter, outcomes, picture, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
@@ -25,7 +26,7 @@ JUNK = (None, 7, [], {}, "", "\ud83d", True, [None, None], [[], {}], ["\ud83d", 
 
 def test_images_come_from_the_data_in_the_order_of_their_ids():
     first, *_ = samples(adapter(NAME))
-    assert [image.source for image in first.images] == [picture("red"), picture("green")]
+    assert [image.source for image in first.images] == [encoded("red"), encoded("green")]
     assert said(first)[1] == ("assistant", "The first one, in a kitchen.")
     assert first.key == "general_scene_difference/CGD_instructions.json:CGD_INS_000000"
 
@@ -54,7 +55,7 @@ def test_an_id_with_too_many_zeros_is_found_in_json_and_parquet(tmp_path):
     images = json.loads((HERE / "CGD.json").read_text())
     pq.write_table(pa.table({"base64": list(images.values()), "id": list(images)}), tmp_path / "CGD.parquet")
     for path in (HERE, tmp_path):
-        assert [image.source for image in samples(adapter(NAME, path))[2].images] == [picture("blue"), picture("red")]
+        assert [image.source for image in samples(adapter(NAME, path))[2].images] == [encoded("blue"), encoded("red")]
 
 
 @pytest.mark.parametrize("options", [{}, {"image_folder": "train2017"}])
@@ -67,12 +68,12 @@ def test_multi_turn_joins_what_is_asked_about_the_same_images(options):
 
 
 def test_rows_of_the_hub_hold_their_images(tmp_path):
-    images = [{"bytes": picture("red"), "path": "a.png"}, {"bytes": picture("blue"), "path": "b.png"}]
+    images = [{"bytes": encoded("red"), "path": "a.png"}, {"bytes": encoded("blue"), "path": "b.png"}]
     row = {"id": "CGD_INS_000000", "instruction": "What differs?", "answer": "The colour.", "images": images}
     (tmp_path / "CGD").mkdir()
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "CGD" / "train-00000-of-00001.parquet")
     [sample] = samples(adapter(NAME, tmp_path))
-    assert [image.source for image in sample.images] == [picture("red"), picture("blue")]
+    assert [image.source for image in sample.images] == [encoded("red"), encoded("blue")]
     pq.write_table(
         pa.Table.from_pylist([row | {"__further__": "x"}]), tmp_path / "CGD" / "train-00000-of-00001.parquet"
     )

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from outcomes import DATA, adapter, outcomes
+from helpers.adapters import DATA, adapter, outcomes
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef, Message, Sample

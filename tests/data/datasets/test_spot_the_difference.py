@@ -6,7 +6,8 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import DATA, adapter, outcomes, picture, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.images import MAX_BYTES
@@ -53,7 +54,7 @@ def outcome(folder, record, **options) -> Sample | str:
 def test_both_images_stand_before_the_question_in_the_order_of_their_ids():
     first = samples(adapter(NAME, MIMIC_IT))[0]
     assert [message.role for message in first.messages] == ["user", "assistant"]
-    assert pictures(first) == [picture("red"), picture("green")]
+    assert pictures(first) == [encoded("red"), encoded("green")]
     assert first.messages[0].content[2:] == VAN[:1] and first.messages[1].content == VAN[1:]
     assert first.key == "spot_the_difference/SD_instructions.json:SD_INS_00000"
 
@@ -62,7 +63,7 @@ def test_images_are_read_as_a_string_or_a_list_of_one_urlsafe_and_unpadded():
     assert isinstance(IMAGES["SD_IMG_00007_2"], list)
     assert set(IMAGES["SD_IMG_00021_1"]) & set("-_") and len(IMAGES["SD_IMG_00021_1"]) % 4
     dog = samples(adapter(NAME, MIMIC_IT))[2]
-    assert pictures(dog)[0].startswith(picture("blue")) and pictures(dog)[1] == picture("white")
+    assert pictures(dog)[0].startswith(encoded("blue")) and pictures(dog)[1] == encoded("white")
 
 
 def test_markers_and_line_breaks_in_an_instruction_are_removed():
@@ -215,7 +216,7 @@ def test_an_image_parquet_that_is_none_is_refused(tmp_path):
 
 
 def hub_row(**fields) -> dict:
-    images = [{"bytes": picture("red"), "path": None}, {"bytes": picture("green"), "path": "b.png"}]
+    images = [{"bytes": encoded("red"), "path": None}, {"bytes": encoded("green"), "path": "b.png"}]
     return {"id": "SD_INS_00000", "instruction": VAN[0], "answer": VAN[1], "images": images} | fields
 
 
@@ -227,7 +228,7 @@ def write_hub(folder, *rows):
 def test_rows_of_the_hub_hold_their_images(tmp_path):
     write_hub(tmp_path / "SD", hub_row(**{"related instructions": ["SD_INS_00001"]}), hub_row(answer="  "))
     sample, broken = outcomes(adapter(NAME, tmp_path))
-    assert pictures(sample) == [picture("red"), picture("green")]
+    assert pictures(sample) == [encoded("red"), encoded("green")]
     assert [text.rpartition("|")[2] for _, text in said(sample)] == list(VAN)
     assert sample.key == "spot_the_difference/train-00000-of-00001.parquet:1"
     assert broken == "empty answer"
@@ -238,9 +239,9 @@ def test_rows_of_the_hub_hold_their_images(tmp_path):
     [
         (None, "images are not a list"),
         ([], "no image"),
-        ([{"bytes": picture("red"), "path": None}], "one image only"),
-        ([{"bytes": picture("red"), "path": None}] * 3, "more than two images"),
-        ([None, {"bytes": picture("red"), "path": None}], "image not in the data"),
+        ([{"bytes": encoded("red"), "path": None}], "one image only"),
+        ([{"bytes": encoded("red"), "path": None}] * 3, "more than two images"),
+        ([None, {"bytes": encoded("red"), "path": None}], "image not in the data"),
         ([{"bytes": None, "path": "a.png"}] * 2, "image without bytes"),
         ([{"bytes": b"", "path": "a.png"}] * 2, "image without bytes"),
         ([7, 7], "image is not base64"),

@@ -7,14 +7,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import DATA, adapter, outcomes, picture, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.formats import read_jsonl, record_limit
 
 MEMBERS = DATA / "image_text_pairs" / "members"
-RED = picture("red")
+RED = encoded("red")
 
 
 def pairs(path: Path, **options):

@@ -6,7 +6,8 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from outcomes import DATA, adapter, outcomes, picture, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
@@ -57,7 +58,7 @@ def test_other_spellings():
 
 def test_parquet_holds_images_as_bytes_or_paths(tmp_path):
     shutil.copytree(HERE / "photos", tmp_path / "photos")
-    red = picture("red")
+    red = encoded("red")
     images = [[{"bytes": red, "path": "red.png"}], [{"bytes": None, "path": "photos/dog.png"}], []]
     talks = [ASKED, ASKED, TALK]
     pq.write_table(pa.table({"messages": talks, "images": images}), tmp_path / "train-00000-of-00002.parquet")

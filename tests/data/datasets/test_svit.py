@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from outcomes import DATA, adapter, outcomes, said, samples
+from helpers.adapters import DATA, adapter, outcomes, said, samples
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample
