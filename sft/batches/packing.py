@@ -27,7 +27,7 @@ LARGE = 0.75
 """A bundle over this part of a pack goes where it leaves least room (best fit), a smaller one to the pack with most
 room, so that images, which come with short samples, find tokens to spare in every pack. With 0.25 here a few packs are
 full of images and half empty of tokens: the card's mixture filled 94.6 % under 24 images; with 0.5 to 1, 99.6 %
-(scripts/bench_mixture.py)."""
+(scripts/bench/bench_mixture.py)."""
 
 
 def pack_window(

@@ -1,7 +1,7 @@
 """From a checkpoint to a model to hand on: a plain transformers folder with processor, chat template and model card.
 
 Adapters are merged into their unquantised base (merging into 4 bits would round again), one weight at a time: the
-memory that takes does not grow with the model (scripts/bench_merge.py). The checkpoint of a full run is copied.
+memory that takes does not grow with the model (scripts/bench/bench_merge.py). The checkpoint of a full run is copied.
 """
 
 from __future__ import annotations

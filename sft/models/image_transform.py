@@ -7,7 +7,7 @@ IDEFICS's pipeline does not, in training nor in transformers.
 JPEG is decoded by simplejpeg (libjpeg-turbo, from memory straight into an array), the rest by Pillow. Everything is
 resized by torch's integer kernel: vectorised, as Pillow's is not, with the same result on every instruction set. JPEGs
 are decoded whole. Decoding to a half, a quarter or an eighth (Pillow's `draft`) would save a tenth to a quarter of the
-time, but letters come out by 7/255 differently and fine texture by 4/255; `scripts/bench_pixels.py --alternatives`.
+time, but letters come out by 7/255 differently and fine texture by 4/255; scripts/bench/bench_pixels.py --alternatives.
 """
 
 from __future__ import annotations

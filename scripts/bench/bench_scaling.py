@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How the cost grows: CPU seconds against what is scaled, and how far that is from what the arithmetic says.
 
-    scripts/bench_scaling.py [--json] [--quick] [--rounds 3] [--only sequence_length,images,…]
+    scripts/bench/bench_scaling.py [--json] [--quick] [--rounds 3] [--only sequence_length,images,…]
 
 A random IDEFICS of idefics-9b's proportions (hidden 256, an image costs as many text tokens as there), float32, one
 thread, full training; sides alternate, medians of CPU seconds.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast a training step is beside what a user would write without this toolkit, at the same losses.
 
-    scripts/bench_training.py [--json] [--rounds 2] [--samples 16] [--quick]
+    scripts/bench/bench_training.py [--json] [--rounds 2] [--samples 16] [--quick]
 
 A random IDEFICS of about 60 M parameters with the proportions of idefics-9b (an image costs as many text tokens as
 there) and LLaMA's 32,000 words; 224-pixel images, 64 latents; one thread. Two workloads with the lengths that

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Memory that `idefics-sft merge` takes: that of a few weight matrices, however large the model.
 
-    scripts/bench_merge.py [--gib 4] [--json]
+    scripts/bench/bench_merge.py [--gib 4] [--json]
 
 Makes a base of random bfloat16 weights with the layers of IDEFICS and about `--gib` GiB, in files of 5 GiB, and rank-16
 adapters of its language and cross-attention layers; merges them in a process of its own and watches that.

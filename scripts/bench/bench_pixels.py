@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast encoded images become a batch on the device, and how close they are to transformers' pixels.
 
-    scripts/bench_pixels.py [--json] [--alternatives] [--images 16] [--rounds 15]
+    scripts/bench/bench_pixels.py [--json] [--alternatives] [--images 16] [--rounds 15]
 
 Both sides start from the same JPEG bytes and end with normalised float32 (N, 3, 224, 224): ours by `load_pixels`, a
 stack of uint8 and the model's own `normalise`, the other by `transformers.IdeficsImageProcessor`. One thread; sides

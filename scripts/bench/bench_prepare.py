@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast `prepare` is, as ratios taken side by side in one run.
 
-    scripts/bench_prepare.py [--json] [--images 400] [--dialogues 4000] [--rounds 5]
+    scripts/bench/bench_prepare.py [--json] [--images 400] [--dialogues 4000] [--rounds 5]
 
 Everything is made here: photographs of noise and gradients of about 100 KB as base64 in M3IT's loader form, dialogues
 in UltraChat's form. Sides alternate; a ratio is of medians of CPU seconds of one process, larger is better for us:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the data loader costs the training process: CPU time with the real loader beside that on batches made before.
 
-    scripts/bench_loader.py [--json] [--batches 96] [--rounds 3] [--hidden 512] [--workers 2]
+    scripts/bench/bench_loader.py [--json] [--batches 96] [--rounds 3] [--hidden 512] [--workers 2]
 
 A random IDEFICS of the proportions of idefics-9b, 224-pixel images; full training by the trainer itself, packs of 1,024
 tokens. Workloads: `short`, 46 samples of a sentence and 9 images a pack; `long`, eight of 120 tokens, two images. Two

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What sharing costs and what it gives: the quickstart, shortened, with 1, 4 and 30 samples about an image in a pack.
 
-    scripts/bench_sharing.py [--json] [--steps 150] [--seeds 2] [--limits 1,4,30]
+    scripts/bench/bench_sharing.py [--json] [--steps 150] [--seeds 2] [--limits 1,4,30]
 
 Every run trains on the same number of tokens (a cap of 64 images lets packs be full whatever the limit), with the
 learning rate going to zero at its last step. Twentieth parts of the images and dialogues are held out of all of them,

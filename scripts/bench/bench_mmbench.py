@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much cheaper a benchmark is ranked than by what one would write first, and that the answers are the same.
 
-    scripts/bench_mmbench.py [--json] [--questions 6] [--rounds 3] [--hidden-size 512] [--new-tokens 15]
+    scripts/bench/bench_mmbench.py [--json] [--questions 6] [--rounds 3] [--hidden-size 512] [--new-tokens 15]
 
 A random IDEFICS with the proportions of idefics-9b: a quarter of its language layers, an eighth of its widths, so that
 an image costs as many text tokens as there (`image_cost_in_tokens`: 23 there, printed here), gates open; made questions

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the feature cache gives: the second epoch with it beside an epoch without.
 
-    scripts/bench_cache.py [--json] [--rounds 3] [--steps 8] [--hidden 512] [--modes lora,qlora]
+    scripts/bench/bench_cache.py [--json] [--rounds 3] [--steps 8] [--hidden 512] [--modes lora,qlora]
 
 A random IDEFICS of the proportions of idefics-9b (an image costs as many text tokens as there), photographs of
 640 x 480 as JPEG, packs of 1,024 tokens and at most 24 images; the trainer itself, batches made in its process. Two

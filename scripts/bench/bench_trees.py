@@ -2,7 +2,7 @@
 """The quickstart's training in two worktrees: CPU seconds of a step, before a change and after.
 
     git worktree add /elsewhere/before REVISION
-    scripts/bench_trees.py /elsewhere/before . [--json] [--rounds 3] [--steps 52]
+    scripts/bench/bench_trees.py /elsewhere/before . [--json] [--rounds 3] [--steps 52]
 
 Each tree prepares the quickstart itself and trains it by its own command, on one thread, in turns. A run of `--steps`
 steps less one of twelve, the medians of each, is what the steps between take: start and checkpoint cancel out.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How full packs are and how fast they are planned, on the card's mixture by stated sizes. No data is needed.
 
-scripts/bench_mixture.py [--json] [--steps 200]
+scripts/bench/bench_mixture.py [--json] [--steps 200]
 
 fill                of real tokens, at 2,048 tokens and 24 distinct images; also at 16, 20 and without a cap on images
 packs_to_bound      packs / the larger of the two lower bounds, tokens / 2,048 and distinct images / 24
