@@ -1,49 +1,38 @@
 """One process at a time in a folder."""
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from sft.core.errors import UserError
+
+_TIMEOUT_SECONDS = 0.1
+"""Long enough to try again where the lock file was removed between opening and locking it."""
 
 
 @contextmanager
 def locked(folder: Path, *, beside: bool = False) -> Iterator[None]:
-    """Hold a folder for this process; it is let go when the process ends, however it ends.
+    """Hold a folder until the block ends; the system releases it when the process is killed.
 
-    The file that tells lies in the folder, which is made if need be; or `beside` it, where the folder itself is to be
-    replaced. It is there only as long as the folder is held.
+    The lock is a hidden file in the folder, which is created if need be, or `beside` the folder where the folder
+    itself will be replaced. It is removed while the lock is still held, so that it is no other process's.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the folder.
     """
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=_TIMEOUT_SECONDS, poll_interval=_TIMEOUT_SECONDS / 5)
     try:
-        file = _locked_file(path)
-    except BlockingIOError as error:
+        lock.acquire()
+    except Timeout as error:
         raise UserError(
             f"{folder}: another idefics-sft is writing here; wait for it, or choose another folder"
         ) from error
-    with file:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is held, so that it is no one else's
-
-
-def _locked_file(path: Path) -> IO[str]:
-    """The file at `path`, held. One that its last holder has just removed holds nothing: then there is another."""
-    while True:
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()

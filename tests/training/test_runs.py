@@ -1,7 +1,6 @@
 """Folders and models as a run meets them: nothing foreign is deleted, nothing damaged is trusted, one run at a time."""
 
 import base64
-import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -315,18 +314,3 @@ def test_after_training_select_is_named_where_something_can_choose_else_chat(rec
 def test_an_image_named_on_the_command_line_must_be_one(trained, refusal):
     refused = refusal("chat", trained, "--image", trained)
     assert f"{trained}: image does not decode; expected a JPEG, PNG, WEBP, GIF or BMP image" in refused
-
-
-def test_a_lock_that_was_removed_while_it_was_waited_for_holds_nothing(tmp_path, monkeypatch):
-    """Between opening the file and holding it, its last holder may have removed it, and another made a new one."""
-    lock_it = fcntl.flock
-
-    def flock(file, how):
-        monkeypatch.setattr("sft.core.file_lock.fcntl.flock", lock_it)
-        (tmp_path / ".lock").unlink()
-        lock_it(file, how)
-
-    monkeypatch.setattr("sft.core.file_lock.fcntl.flock", flock)
-    with locked(tmp_path), pytest.raises(UserError, match="another idefics-sft is writing here"), locked(tmp_path):
-        pass
-    assert not list(tmp_path.iterdir()), "nothing is left of it"
