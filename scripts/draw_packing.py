@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from sft.batches.declared_sizes import stated_sources
-from sft.batches.mixture import SourceSizes
 from sft.batches.pack_stream import Planner
+from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
 from sft.core.shipped import recipe_path
 from sft.recipe import Recipe, load_recipe

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
-from sft.batches import mixture
+from sft.batches import source_stream
 from sft.batches.collate import collate
 from sft.cli.main import main
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
@@ -31,7 +31,7 @@ IMAGE_SIZE = 28
 NUM_LATENTS = 8
 
 torch.set_num_threads(1)  # toys are too small to share
-mixture.CHUNK_SAMPLES = 32  # of toys: the look-ahead has to be filled again and again
+source_stream.CHUNK_SAMPLES = 32  # of toys: the look-ahead has to be filled again and again
 settings.register_profile("toys", deadline=None, max_examples=50)  # no deadline: the machine may be busy
 settings.load_profile("toys")
 

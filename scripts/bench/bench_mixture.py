@@ -67,11 +67,11 @@ def plan(recipe: Recipe, steps: int) -> dict[str, Any]:
         samples.append(sum(len(pack.items) for pack in window))
         seconds.append(time.process_time())
     seconds = np.diff(seconds)
-    tokens = sum(stream.given.tokens for stream in planner.mixture.streams)
+    tokens = sum(stream.counters.tokens for stream in planner.mixture.streams)
     carried = sum(bundle.num_tokens for bundle in planner.carry)
     packs = (steps + 1) * recipe.packs_per_step
     images = sum(
-        int(source.images(np.arange(2000))[1].mean() * stream.given.samples)
+        int(source.images(np.arange(2000))[1].mean() * stream.counters.samples)
         for source, stream in zip(sources, planner.mixture.streams, strict=True)
     )
     length, cap = recipe.data.sequence_length, recipe.data.max_images_per_pack

@@ -2,6 +2,7 @@
 
 sources ─mixture─> samples ─packing, pack_stream─> packs ─steps─> micro-batches ─data_loader, collate─> Batch
 
+source_stream   one source: the order of its samples, where it stands, what it gives next
 mixture         exact shares: which source gives the next sample
 packing         samples -> packs under two caps
 pack_stream     the endless, resumable stream of packs

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError, nearest
-from sft.data.orders import Groups, Ints, mix64
+from sft.data.orders import ImageGroups, Ints, mix64
 from sft.recipe import DataConfig, SourceConfig
 
 SHORTEST = 12
@@ -69,7 +69,7 @@ CARD = {
 class StatedSource:
     """What `sft.batches.mixture` asks of a source, by formula: a function of the row, in no memory."""
 
-    groups: Groups | None = None
+    groups: ImageGroups | None = None
 
     def __init__(self, source: SourceConfig, share: float, stated: Stated, data: DataConfig, index: int) -> None:
         self.name, self.share, self.stated = source.name, share, stated

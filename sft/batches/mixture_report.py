@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.batches.declared_sizes import StatedSource
-from sft.batches.mixture import SourceSizes
 from sft.batches.pack_stream import Planner
+from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
 from sft.data.orders import Ints
 from sft.data.sources import PreparedSource
@@ -257,8 +257,8 @@ def _line(recipe: Recipe, planner: Planner, totals: _Totals, index: int, pack: f
     fitted = sum((Counter(part.encoded.changes) for part in parts), Counter())
     filtered = sum((Counter(manifest["filtered"]) for manifest in manifests), Counter())
     skipped = sum((Counter(manifest["skipped"]) for manifest in manifests), Counter())
-    if stream.given.dropped:
-        filtered["drawn but does not fit a pack"] = stream.given.dropped
+    if stream.counters.dropped:
+        filtered["drawn but does not fit a pack"] = stream.counters.dropped
     return {
         "name": source.name,
         "asked": source.share,

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sft.batches.mixture import Draw, Mixture, SourceSizes
+from sft.batches.mixture import Mixture
 from sft.batches.packing import Bundle, pack_window
+from sft.batches.source_stream import Draw, SourceSizes
 from sft.core.sample import Caps, Pack, PackItem
 from sft.recipe import DataConfig
 

@@ -1,4 +1,4 @@
-"""Seeded orders: every epoch of a source another permutation, computed at any place rather than stored."""
+"""Seeded orders of the samples of a source: a permutation for each epoch, computed at any place rather than stored."""
 
 from __future__ import annotations
 
@@ -8,112 +8,103 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_ROUNDS = 6
 
 
-class Groups(NamedTuple):
+class ImageGroups(NamedTuple):
     """Samples about the same images: group g is `members[starts[g]:starts[g + 1]]`."""
 
     members: Ints
     starts: Ints
 
 
-_ROUNDS = 6
-
-
-def permute(places: Ints, size: int, key: int) -> Ints:
-    """A permutation of 0 … size - 1 that is a function of `key`, at some places. O(1) memory.
-
-    A Feistel network over the next power of four, walked on until it lands inside (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002): a bijection whatever its round function is.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    result = places.astype(np.uint64)
-    outside = np.arange(len(result))
-    while len(outside):
-        values = result[outside]
-        left, right = values >> shift, values & mask
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (mix64(right, key + number) & mask)
-        values = (left << shift) | right
-        result[outside] = values
-        outside = outside[values >= size]
-    return result.astype(np.int64)
-
-
-def mix64(values: NDArray[np.uint64] | Ints, key: int) -> NDArray[np.uint64]:
-    """A hash of 64-bit numbers (splitmix64, Steele and others, 2014)."""
-    with np.errstate(over="ignore"):
-        x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15 * (2 * key + 1) % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(31)))
-
-
 class Cursor(NamedTuple):
     """A place in the endless order of a source."""
 
     unit: int = 0
-    """Groups gone by, over all epochs; samples, where there are no groups."""
+    """How many groups come before it over all epochs; how many samples, where there are no groups."""
     offset: int = 0
-    """Samples of the present group gone by."""
+    """How many samples of its own group come before it."""
 
 
-class Taken(NamedTuple):
-    """Samples in their order."""
+class Ordered(NamedTuple):
+    """Samples in the order of their source."""
 
     rows: Ints
     groups: Ints
     """Equal for samples about the same images."""
     units: Ints
     offsets: Ints
-    """The place of each, as of a cursor."""
+    """The place of each sample, as in `Cursor`."""
 
-    def part(self, start: int) -> Taken:
-        """Those from one on."""
-        return Taken(*(array[start:] for array in self))
+    def after(self, number: int) -> Ordered:
+        """Return the samples without the first `number`."""
+        return Ordered(*(array[number:] for array in self))
 
-    def then(self, more: Taken) -> Taken:
-        """These and more."""
-        return Taken(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
+    def followed_by(self, more: Ordered) -> Ordered:
+        """Return these samples and then others."""
+        return Ordered(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
 
 
 class Order:
     """The order of a source: every epoch another permutation of its groups, and of the samples in each."""
 
-    def __init__(self, size: int, groups: Groups | None, key: int) -> None:
+    def __init__(self, size: int, groups: ImageGroups | None, key: int) -> None:
         self.size = size
         self.groups = groups
         self.key = key
         self.num_units = size if groups is None else len(groups.starts) - 1
 
-    def take(self, cursor: Cursor, number: int) -> Taken:
-        """Some samples from a place on, about `number`."""
-        units_wanted = number if self.groups is None else -(-number * self.num_units // self.size) + 1
-        units = np.arange(cursor.unit, cursor.unit + units_wanted)
+    def take(self, cursor: Cursor, number: int) -> Ordered:
+        """Return about `number` samples from a place on."""
+        num_units = number if self.groups is None else -(-number * self.num_units // self.size) + 1
+        units = np.arange(cursor.unit, cursor.unit + num_units)
         epochs = units // self.num_units
-        places = [
-            permute(units[epochs == epoch] % self.num_units, self.num_units, self._key(epoch))
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        drawn = np.concatenate(places)
+        keys = mix64(epochs, self.key) >> np.uint64(8)
+        drawn = permute(units % self.num_units, self.num_units, keys)
         if self.groups is None:
-            return Taken(drawn, drawn, units, np.zeros_like(units))
-        rows, of, offsets = self._expand(drawn, epochs)
-        return Taken(rows, drawn[of], units[of], offsets).part(cursor.offset)
+            return Ordered(drawn, drawn, units, np.zeros_like(units))
+        return self._members(self.groups, drawn, units, epochs).after(cursor.offset)
 
-    def _expand(self, drawn: Ints, epochs: Ints) -> tuple[Ints, Ints, Ints]:
-        """The rows of some groups, in an order of their own in each epoch."""
-        assert self.groups is not None
-        starts = self.groups.starts[drawn]
-        sizes = self.groups.starts[drawn + 1] - starts
+    def _members(self, groups: ImageGroups, drawn: Ints, units: Ints, epochs: Ints) -> Ordered:
+        """Return the samples of some groups, in an order of their own in each epoch."""
+        starts = groups.starts[drawn]
+        sizes = groups.starts[drawn + 1] - starts
         of = np.repeat(np.arange(len(drawn)), sizes)
-        ends = np.cumsum(sizes)
-        offsets = np.arange(int(ends[-1])) - np.repeat(ends - sizes, sizes)
-        rows = self.groups.members[np.repeat(starts, sizes) + offsets]
+        offsets = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = groups.members[np.repeat(starts, sizes) + offsets]
         rank = mix64(rows + mix64(epochs[of], self.key).view(np.int64), self.key)
-        return rows[np.lexsort((rank, of))], of, offsets
+        return Ordered(rows[np.lexsort((rank, of))], drawn[of], units[of], offsets)
 
-    def _key(self, epoch: int) -> int:
-        return int(mix64(np.array([epoch]), self.key)[0]) >> 8
+
+def permute(places: Ints, size: int, key: int | NDArray[np.uint64]) -> Ints:
+    """Return what a permutation of 0 … size - 1, a function of `key`, has at some places, in O(1) memory.
+
+    Each place may have a key of its own. The permutation is a Feistel network over the next power of four, walked on
+    until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection whatever its
+    round function is.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), places.shape)
+    result = places.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        values, own = result[outside], keys[outside]
+        left, right = values >> half, values & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (mix64(right, own + np.uint64(number)) & mask)
+        values = (left << half) | right
+        result[outside] = values
+        outside = outside[values >= size]
+    return result.astype(np.int64)
+
+
+def mix64(values: NDArray[np.uint64] | Ints, key: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a hash of 64-bit numbers (splitmix64, Steele and others, 2014), by one key or by one for each number."""
+    with np.errstate(over="ignore"):
+        odd = np.uint64((2 * key + 1) % 2**64) if isinstance(key, int) else 2 * key + 1
+        x = values.astype(np.uint64) + odd * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(x ^ (x >> np.uint64(31)))

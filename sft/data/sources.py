@@ -23,7 +23,7 @@ from sft.core.files import read_ahead
 from sft.core.images import size_of
 from sft.core.sample import PackItem, PlacedSample
 from sft.data.encoded_arrays import EncodedSamples
-from sft.data.orders import Groups, Ints, mix64
+from sft.data.orders import ImageGroups, Ints, mix64
 from sft.data.store import Store
 from sft.data.validation_split import HoldOut, SampleKeys, Side, Sides, hold_out_share, sample_keys, texts_of
 from sft.models.image_transform import load_pixels, training_crop
@@ -104,7 +104,7 @@ class PreparedSource:
         return self._gather(rows, lambda part, own: part.encoded.images(own)[1])
 
     @cached_property
-    def groups(self) -> Groups | None:
+    def groups(self) -> ImageGroups | None:
         """Samples about the same images; None where none share any, or where they are not to share a pack."""
         if self.data.max_samples_per_image_per_pack == 1 or self._shows_each_image_once():
             return None
@@ -121,7 +121,7 @@ class PreparedSource:
         members = np.argsort(names, kind="stable")
         in_order = names[members]
         starts = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1], [True])))
-        return Groups(members, starts)
+        return ImageGroups(members, starts)
 
     @property
     def num_held_out(self) -> dict[str, int]:

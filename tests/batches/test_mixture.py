@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sft.batches.mixture import Mixture
 from sft.core.errors import UserError
 from sft.core.sample import Caps
-from sft.data.orders import Cursor, Groups, Order, permute
+from sft.data.orders import Cursor, ImageGroups, Order, permute
 
 UNITS = ("tokens", "trained_tokens", "samples")
 CAPS = Caps(tokens=100, images=4, samples_per_image=2)
@@ -64,7 +64,7 @@ def test_permutations_are_as_random_as_they_should_be():
 def test_an_order_goes_on_from_any_place(lengths, key, cuts):
     """Three epochs in one go, and some samples at a time from the place reached: the same rows."""
     size = sum(lengths)
-    order = Order(size, Groups(np.arange(size), np.cumsum([0, *lengths])), key)
+    order = Order(size, ImageGroups(np.arange(size), np.cumsum([0, *lengths])), key)
     whole, _, units, _ = order.take(Cursor(), 8 * size + 8)
     for epoch in range(3):
         assert sorted(whole[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
@@ -110,7 +110,7 @@ def test_every_source_is_within_half_a_sample_of_its_target(unit, sources, room)
         assert max(levels) - min(levels) <= 1e-6 * max(levels), "all targets are shares of one level"
         for stream in mixture.streams:
             largest = {"tokens": 50, "trained_tokens": 25, "samples": 1}[unit]
-            assert abs(getattr(stream.given, unit) - stream.target) <= largest / 2
+            assert abs(getattr(stream.counters, unit) - stream.target) <= largest / 2
 
 
 @given(sources=toys(), room=st.integers(100, 600))
@@ -119,6 +119,15 @@ def test_a_draw_is_about_as_long_as_asked(sources, room):
     for _ in range(3):
         drawn = sum(int(own.num_tokens.sum()) for own in draw(mixture, num_tokens=room))
         assert room - 50 * len(sources) - 2 <= drawn <= room
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_look_ahead_is_about_as_long_as_the_draw(unit):
+    """A search that began at 100,000 units would look at 100,000 samples to draw some 3,000."""
+    mixture = mixture_of(Toy(0.5, [20] * 50), Toy(0.5, [40] * 50), unit=unit)
+    draws = draw(mixture, num_tokens=100_000)
+    for stream, own in zip(mixture.streams, draws, strict=True):
+        assert len(stream._lookahead.ordered.rows) <= 4 * len(own.rows)
 
 
 @given(sources=toys(), seed=st.integers(0, 9))
@@ -163,7 +172,7 @@ def test_what_no_pack_can_hold_is_counted_and_takes_nobodys_place():
     draws = draw(mixture, num_tokens=1000)
     assert 1 not in draws[0].rows and 1 not in draws[1].rows
     assert [int(own.num_tokens.sum()) for own in draws] == [500, 500]
-    assert [stream.given.dropped > 0 for stream in mixture.streams] == [True, True]
+    assert [stream.counters.dropped > 0 for stream in mixture.streams] == [True, True]
     with pytest.raises(UserError, match=r"source 'toy': no sample fits .*; its shortest has 101"):
         mixture_of(Toy(1, [101, 102]))
     with pytest.raises(UserError, match="none of its samples has trained tokens"):

@@ -41,7 +41,7 @@ def test_windows_keep_every_promise(sizes, images, sharing):
             assert max(shown_images.values(), default=0) <= sharing
             packed.update(item.source for item in pack.items)
     carried = Counter(item.source for bundle in planner.carry for item in bundle.items)
-    assert [stream.given.dropped for stream in planner.mixture.streams] == [0] * len(sizes)
+    assert [stream.counters.dropped for stream in planner.mixture.streams] == [0] * len(sizes)
     assert [packed[s] + carried[s] for s in range(len(sizes))] == [stream.passed for stream in planner.mixture.streams]
 
 
@@ -86,9 +86,9 @@ def test_a_thousand_sources_are_exact_and_restored():
     assert windows(again, 1) == windows(planner, 1)
     for stream in planner.mixture.streams:  # where step 22,000 of the card is: 4.5 billion tokens
         stream.target += 4.5e9 * stream.sizes.share
-        stream.given.tokens, stream.given.trained_tokens = round(stream.target) + 7, round(stream.target / 2)
+        stream.counters.tokens, stream.counters.trained_tokens = round(stream.target) + 7, round(stream.target / 2)
         stream.passed += 200_000
-        stream._cursor, stream._chunk = Cursor(stream.passed), None
+        stream._cursor, stream._lookahead = Cursor(stream.passed), None
     assert len(json.dumps(planner.mixture.state())) < 48_000
 
 
@@ -142,7 +142,7 @@ def test_a_sample_that_no_pack_can_hold_is_counted_and_takes_nobodys_place():
     planner = planner_of(sizes, max_images_per_pack=2)
     drawn = Counter(item for window in windows(planner, 3) for pack in window for item in pack.items)
     assert PackItem(0, 1) not in drawn and PackItem(1, 1) not in drawn
-    assert min(stream.given.dropped for stream in planner.mixture.streams) > 0
+    assert min(stream.counters.dropped for stream in planner.mixture.streams) > 0
     tokens = [10 * sum(number for item, number in drawn.items() if item.source == s) for s in (0, 1)]
     assert abs(tokens[0] - sum(tokens) / 2) <= 3 * 64
 

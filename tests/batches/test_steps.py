@@ -35,24 +35,13 @@ def steps_of(plans, number):
     return [taken[first : first + of_step] for first in range(0, len(taken), of_step)]
 
 
-def steps_of_ranks(sizes, num_ranks, micro_batch_packs):
-    """The first three steps of every rank.
-
-    The first four ranks plan for themselves, as all do in a run. The others are given the windows that the first one
-    planned, which know of no rank: planning 64 times in each of 50 examples would take minutes.
-    """
-    windows = list(islice(plans_of(sizes).planner.windows(), 2))
-    for number in range(num_ranks):
-        plans = plans_of(sizes, micro_batch_packs=micro_batch_packs, rank=Rank(number, num_ranks))
-        if number >= 4:
-            plans.planner.windows = lambda: iter(windows)
-        yield steps_of(plans, 3)
-
-
 @given(sizes=mixtures(), num_ranks=st.sampled_from([2, 3, 4, 64]), micro_batch_packs=st.integers(1, 3))
 def test_ranks_share_out_the_steps_that_one_would_do(sizes, num_ranks, micro_batch_packs):
     alone = steps_of(plans_of(sizes), 3)
-    ranks = list(steps_of_ranks(sizes, num_ranks, micro_batch_packs))
+    ranks = [
+        steps_of(plans_of(sizes, micro_batch_packs=micro_batch_packs, rank=Rank(number, num_ranks)), 3)
+        for number in range(num_ranks)
+    ]
     for step, plans in enumerate(alone):
         own = [plan for rank in ranks for plan in rank[step]]
         assert Counter(pack for plan in own for pack in plan.packs) == Counter(pack for p in plans for pack in p.packs)

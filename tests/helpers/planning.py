@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 from hypothesis import strategies as st
 
-from sft.data.orders import Groups
+from sft.data.orders import ImageGroups
 from sft.recipe import DataConfig
 
 
@@ -42,7 +42,7 @@ class Toy:
         names = [frozenset(self.images_of(row)) or row for row in range(len(self))]
         by_name = {name: [row for row, other in enumerate(names) if other == name] for name in names}
         starts = np.cumsum([0, *map(len, by_name.values())])
-        return Groups(np.array([*chain.from_iterable(by_name.values())]), starts) if self.shown else None
+        return ImageGroups(np.array([*chain.from_iterable(by_name.values())]), starts) if self.shown else None
 
 
 def data_config(*names, **options):
