@@ -3,7 +3,7 @@
 
     scripts/draw_packing.py
 
-Packs are those that the planner makes of the sources by stated sizes (sft/batches/declared_sizes.py); nothing is drawn
+Packs are those that the planner makes of sources by declared sizes (sft/batches/declared_sizes.py); nothing is drawn
 by hand.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.batches.declared_sizes import stated_sources
+from sft.batches.declared_sizes import declared_sources
 from sft.batches.pack_stream import Planner
 from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
@@ -130,7 +130,7 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
 
 def main() -> None:
     recipe = load_recipe(recipe_path("idefics-9b-instruct"))
-    sizes = stated_sources(recipe.data)
+    sizes = declared_sources(recipe.data)
     planner = Planner(sizes, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(picture(recipe, sizes, next(planner.windows())), encoding="utf-8")

@@ -104,10 +104,10 @@ distributed.TIMEOUT = timedelta(seconds=2)
 import sft.cli.main
 from sft.cli.main import main
 def hang(*arguments, **options):
-    with distributed.joined() as rank:
+    with distributed.process_group() as rank:
         if rank.number:
             time.sleep(60)
-        distributed.wait_for_all()
+        distributed.barrier()
 sft.cli.main.app = hang
 main([])
 """

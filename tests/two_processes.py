@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft.cli.terminal import quiet_libraries
-from sft.core.distributed import Rank, joined, wait_for_all
+from sft.core.distributed import Rank, barrier, process_group
 from sft.data.prepare import open_prepared
 from sft.recipe import Recipe, load_recipe
 from sft.runs.status import RunStatus
@@ -46,7 +46,7 @@ def stopped_after_a_step(recipe: Recipe, rank: Rank) -> Path:
     if rank.is_main:
         run_dir.mkdir()
         (run_dir / "stop").touch()
-    wait_for_all()
+    barrier()
     assert trained(recipe, rank).status == "stopped"
     return run_dir / "checkpoints" / "checkpoint-1"
 
@@ -58,7 +58,7 @@ def main(engine: str, path: Path, folder: Path) -> None:
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, to go round gloo
-    with joined() as rank:
+    with process_group() as rank:
         trained(recipe_of(path, engine, folder / "whole", OPTIONS), rank)
         for name, options in (("broken", OPTIONS), ("lora", LORA)):
             recipe = recipe_of(path, engine, folder / name, options)

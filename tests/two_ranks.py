@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny_model
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from sft.core.distributed import ALONE, Rank, joined
+from sft.core.distributed import ALONE, Rank, process_group
 from sft.core.sample import Batch
 from sft.models import idefics
 from sft.recipe import TrainingConfig
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
     """Every step is called a spike, so that it is seen who names which packs."""
     Spikes.add = lambda self, line: Spike(line["loss"], 0.0, 0.0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    with joined() as rank:
+    with process_group() as rank:
         work = torch.load(folder / "work.pt", weights_only=False)
         found = {
             name: step(folder / name, tokenizer, of_ranks[rank.number], rank, **options)

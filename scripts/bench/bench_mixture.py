@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How full packs are and how fast they are planned, on the card's mixture by stated sizes. No data is needed.
+"""How full packs are and how fast they are planned, on the card's mixture by declared sizes. No data is needed.
 
 scripts/bench/bench_mixture.py [--json] [--steps 200]
 
@@ -31,14 +31,14 @@ import numpy as np
 from measuring import print_figures
 from numpy.typing import NDArray
 
-from sft.batches.declared_sizes import StatedSource, stated_sources
+from sft.batches.declared_sizes import DeclaredSource, declared_sources
 from sft.batches.mixture import Mixture
 from sft.batches.pack_stream import Planner
 from sft.core.sample import Caps
 from sft.core.shipped import recipe_path
 from sft.data.encoded_arrays import EncodedSamples
 from sft.data.orders import Cursor, mix64
-from sft.data.sources import Part, PreparedSource
+from sft.data.prepared_source import PreparedDataset, PreparedSource
 from sft.data.store.image_keys import read_numbers
 from sft.data.validation_split import Side
 from sft.recipe import Recipe, load_recipe
@@ -51,14 +51,14 @@ def recipe_with(*overrides: str) -> Recipe:
     return load_recipe(recipe_path("idefics-9b-instruct"), overrides)
 
 
-def planner_of(recipe: Recipe, sources: list[StatedSource]) -> Planner:
+def planner_of(recipe: Recipe, sources: list[DeclaredSource]) -> Planner:
     """A planner at step 0."""
     return Planner(sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
 
 
 def plan(recipe: Recipe, steps: int) -> dict[str, Any]:
     """Plan steps; how full the packs are and how long it took."""
-    sources = stated_sources(recipe.data)
+    sources = declared_sources(recipe.data)
     planner = planner_of(recipe, sources)
     windows = planner.windows()
     next(windows)  # look-ahead is filled
@@ -89,7 +89,7 @@ def first_fit_fill(recipe: Recipe, chunks: int = 40, chunk: int = 64) -> float:
     """Tokens in packs over what they hold, each source packed by itself: shares decide how much each counts."""
     length, cap = recipe.data.sequence_length, recipe.data.max_images_per_pack
     packs_per_token = 0.0
-    for source in stated_sources(recipe.data):
+    for source in declared_sources(recipe.data):
         tokens = packs = 0
         for number in range(chunks):
             rows = np.arange(number * chunk, (number + 1) * chunk)
@@ -112,7 +112,7 @@ def restore_seconds(recipe: Recipe, planner: Planner) -> float:
     """From the state to the next window, everything opened anew."""
     state = json.dumps(planner.state())
     started = time.perf_counter()
-    again = planner_of(recipe, stated_sources(recipe.data))
+    again = planner_of(recipe, declared_sources(recipe.data))
     again.restore(json.loads(state))
     window = next(again.windows())
     seconds = time.perf_counter() - started
@@ -135,11 +135,11 @@ def memory_of_large_source() -> dict[str, int]:
 def _memory(folder: Path) -> dict[str, int]:
     recipe = recipe_with("data.mixture=[{name: obelics, share: 1, datasets: [{dataset: obelics, path: raw}]}]")
     order = (
-        Mixture(stated_sources(recipe.data), unit="tokens", seed=recipe.seed, caps=Caps(2048, 24, 1)).streams[0].order
+        Mixture(declared_sources(recipe.data), unit="tokens", seed=recipe.seed, caps=Caps(2048, 24, 1)).streams[0].order
     )
     write_arrays(folder, order.take(Cursor(), ROWS_WRITTEN).rows)
     store = SimpleNamespace(path=folder, num_images=NUM_IMAGES, image_keys=read_numbers(folder / "image_keys.bin"))
-    part = Part(store, EncodedSamples(folder))
+    part = PreparedDataset(store, EncodedSamples(folder))
     source = PreparedSource(recipe.data.mixture[0], 1.0, [part], recipe.data, None, Side.TRAIN)
     planner = Planner([source], recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     most = {"RssAnon": 0, "RssFile": 0}

@@ -42,7 +42,7 @@ from sft.cli.terminal import console, quiet_libraries, table
 from sft.core.sample import Batch, EncodedSample, PlacedSample
 from sft.data.encoded_arrays import EncodedSamples
 from sft.data.orders import mix64
-from sft.data.sources import Part, PreparedSource
+from sft.data.prepared_source import PreparedDataset, PreparedSource
 from sft.data.store.image_keys import read_numbers
 from sft.data.validation_split import Side
 from sft.models import idefics
@@ -164,7 +164,7 @@ def planning(folder: Path, rounds: int, quick: bool) -> dict[str, Rows]:
         path.mkdir()
         write_arrays(path, size)
         store = SimpleNamespace(path=path, num_images=size // 4, image_keys=read_numbers(path / "image_keys.bin"))
-        parts[size] = Part(store, EncodedSamples(path))  # type: ignore[arg-type]
+        parts[size] = PreparedDataset(store, EncodedSamples(path))  # type: ignore[arg-type]
         windows[size] = Planner([opened(size)], data, packs_per_step=100, seed=0).windows()
         packs = next(windows[size])  # look-ahead is filled
         tokens[size] = float(len(packs) * data.sequence_length)

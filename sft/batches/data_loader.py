@@ -26,7 +26,7 @@ from sft.batches.feature_cache import FeatureCache
 from sft.batches.steps import Plan, Plans
 from sft.core.errors import RunError
 from sft.core.sample import Batch, PlacedSample
-from sft.data.sources import Place, Reader
+from sft.data.reader import Location, Reader
 
 NUM_NAMED = 5
 """Samples that an error names."""
@@ -77,7 +77,7 @@ class BatchMaker(Dataset[Batch]):
         self._note(())
         return batch
 
-    def _sample(self, place: Place) -> PlacedSample:
+    def _sample(self, place: Location) -> PlacedSample:
         self._note([self.reader.parts[place.source][place.part].encoded.key(place.row)])
         return self.reader.sample(place)
 

@@ -1,4 +1,4 @@
-"""Sources by stated numbers instead of data: what a mixture would be, before anything is downloaded.
+"""Sources by declared sizes instead of data: what a mixture would be, before anything is downloaded.
 
 `CARD` are the sources of the idefics-9b-instruct model card. Numbers of samples are the card's own and, for the replay,
 those of OBELICS' and LAION's pages. Of the lengths two are published: UltraChat's mean, 1,467 tokens, and OBELICS' 115
@@ -22,7 +22,7 @@ SHORTEST = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stated:
+class Sizes:
     """Lengths are log-normal: their median, and the standard deviation of their logarithm."""
 
     samples: int
@@ -38,16 +38,16 @@ class Stated:
 
 
 CARD = {
-    "m3it": Stated(samples=1_500_000, median_tokens=65, spread=0.6, trained_share=0.25, distinct_images=1_000_000),
-    "lrv_instruction": Stated(samples=155_000, median_tokens=50, spread=0.4, trained_share=0.4, distinct_images=35_000),
-    "llava_instruct": Stated(samples=158_000, median_tokens=300, spread=0.5, trained_share=0.7, distinct_images=81_000),
-    "llavar": Stated(samples=15_500, median_tokens=200, spread=0.5, trained_share=0.5, distinct_images=15_500),
-    "svit": Stated(samples=3_200_000, median_tokens=65, spread=0.4, trained_share=0.4, distinct_images=108_077),
-    "scene_difference": Stated(
+    "m3it": Sizes(samples=1_500_000, median_tokens=65, spread=0.6, trained_share=0.25, distinct_images=1_000_000),
+    "lrv_instruction": Sizes(samples=155_000, median_tokens=50, spread=0.4, trained_share=0.4, distinct_images=35_000),
+    "llava_instruct": Sizes(samples=158_000, median_tokens=300, spread=0.5, trained_share=0.7, distinct_images=81_000),
+    "llavar": Sizes(samples=15_500, median_tokens=200, spread=0.5, trained_share=0.5, distinct_images=15_500),
+    "svit": Sizes(samples=3_200_000, median_tokens=65, spread=0.4, trained_share=0.4, distinct_images=108_077),
+    "scene_difference": Sizes(
         samples=158_000, median_tokens=60, spread=0.3, trained_share=0.5, images_per_sample=2, distinct_images=144_000
     ),
-    "ultrachat": Stated(samples=1_468_348, median_tokens=1350, spread=0.4, trained_share=0.85, images_per_sample=0),
-    "image_text_pairs": Stated(
+    "ultrachat": Sizes(samples=1_468_348, median_tokens=1350, spread=0.4, trained_share=0.85, images_per_sample=0),
+    "image_text_pairs": Sizes(
         samples=400_000_000,
         median_tokens=28,
         spread=0.4,
@@ -55,7 +55,7 @@ CARD = {
         distinct_images=400_000_000,
         bytes_per_image=40_000,
     ),
-    "obelics": Stated(
+    "obelics": Sizes(
         samples=141_047_697,
         median_tokens=560,
         spread=0.9,
@@ -66,40 +66,40 @@ CARD = {
 }
 
 
-class StatedSource:
+class DeclaredSource:
     """What `sft.batches.mixture` asks of a source, by formula: a function of the row, in no memory."""
 
     groups: ImageGroups | None = None
 
-    def __init__(self, source: SourceConfig, share: float, stated: Stated, data: DataConfig, index: int) -> None:
-        self.name, self.share, self.stated = source.name, share, stated
+    def __init__(self, source: SourceConfig, share: float, declared: Sizes, data: DataConfig, index: int) -> None:
+        self.name, self.share, self.declared = source.name, share, declared
         self.max_epochs, self.when_exhausted = source.max_epochs, source.when_exhausted
         self.longest = data.sequence_length
         self.train_on = data.train_on
         self.seed = index + 1
 
     def __len__(self) -> int:
-        return self.stated.samples
+        return self.declared.samples
 
     def num_bytes(self, num_tokens: int, num_images: int) -> int:
         """Of some of its texts and images: about four bytes a token."""
-        return 4 * num_tokens + self.stated.bytes_per_image * num_images
+        return 4 * num_tokens + self.declared.bytes_per_image * num_images
 
     def num_tokens(self, rows: Ints) -> Ints:
         """Tokens of each; what is longer than a pack counts as cut to it."""
         radius = np.sqrt(-2 * np.log(self._uniform(rows, 1)))
         normal = radius * np.cos(2 * np.pi * self._uniform(rows, 2))  # Box and Muller
-        lengths = self.stated.median_tokens * np.exp(self.stated.spread * normal)
+        lengths = self.declared.median_tokens * np.exp(self.declared.spread * normal)
         return np.asarray(np.clip(lengths, SHORTEST, self.longest), dtype=np.int64)
 
     def num_trained(self, rows: Ints) -> Ints:
         """Trained tokens of each."""
-        share = 1.0 if self.train_on == "all" else self.stated.trained_share
+        share = 1.0 if self.train_on == "all" else self.declared.trained_share
         return np.asarray(np.maximum(np.floor(share * self.num_tokens(rows)), 1), dtype=np.int64)
 
     def images(self, rows: Ints) -> tuple[Ints, Ints]:
         """Images of the distinct ones: each in turn, or drawn where samples differ in how many they have."""
-        mean = self.stated.images_per_sample
+        mean = self.declared.images_per_sample
         if mean == int(mean):
             numbers = np.full(len(rows), int(mean))
         else:
@@ -107,7 +107,7 @@ class StatedSource:
         of = np.repeat(rows, numbers)
         place = np.arange(len(of)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
         turns = of * int(mean) + place if mean == int(mean) else mix64(of * 64 + place, self.seed) >> np.uint64(1)
-        keys = turns.astype(np.int64) % max(self.stated.distinct_images, 1)
+        keys = turns.astype(np.int64) % max(self.declared.distinct_images, 1)
         return keys + self.seed * 2**40, numbers
 
     def _uniform(self, rows: Ints, number: int) -> NDArray[np.float64]:
@@ -115,19 +115,19 @@ class StatedSource:
         return (mix64(rows, 64 * self.seed + number).astype(np.float64) + 1) / 2.0**64
 
 
-def stated_sources(data: DataConfig) -> list[StatedSource]:
-    """The sources of a recipe by the numbers stated for their names.
+def declared_sources(data: DataConfig) -> list[DeclaredSource]:
+    """The sources of a recipe by the sizes declared for their names.
 
     Raises:
-        UserError: nothing is stated for a source.
+        UserError: no sizes are declared for a source.
     """
     for source in data.mixture:
         if source.name not in CARD:
             raise UserError(
-                f"source {source.name!r}: no sizes are stated for it{nearest(source.name, CARD)}"
-                f" (stated: {', '.join(CARD)})"
+                f"source {source.name!r}: no sizes are declared for it{nearest(source.name, CARD)}"
+                f" (declared: {', '.join(CARD)})"
             )
     return [
-        StatedSource(source, share, CARD[source.name], data, index)
+        DeclaredSource(source, share, CARD[source.name], data, index)
         for index, (source, share) in enumerate(zip(data.mixture, data.shares, strict=True))
     ]

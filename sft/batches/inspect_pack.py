@@ -53,7 +53,7 @@ def inspect_pack(
     data = recipe.data
     number, pack = find_pack(recipe, sources, number, source)
     step = number // recipe.packs_per_step + 1
-    placed = [sources.place(item) for item in pack.items]
+    placed = [sources.sample(item) for item in pack.items]
     problems: list[str | None] = []
 
     def load(image: int) -> Pixels:

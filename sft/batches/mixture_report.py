@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.batches.declared_sizes import StatedSource
+from sft.batches.declared_sizes import DeclaredSource
 from sft.batches.pack_stream import Planner
 from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
 from sft.data.orders import Ints
-from sft.data.sources import PreparedSource
+from sft.data.prepared_source import PreparedSource
 from sft.recipe import Recipe
 
 UNITS = ("tokens", "trained_tokens", "samples")
@@ -288,7 +288,7 @@ def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
     distinct images, and the bytes of both."""
     pieces = min(tally.samples, len(source))
     images = len(tally.distinct_images)
-    if isinstance(source, StatedSource):
+    if isinstance(source, DeclaredSource):
         size = source.num_bytes(round(tally.tokens * pieces / max(tally.samples, 1)), images)
     elif isinstance(source, PreparedSource):
         size = round(pieces * _bytes_of_each(source, "samples") + images * _bytes_of_each(source, "images"))

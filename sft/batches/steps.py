@@ -22,9 +22,10 @@ import numpy as np
 
 from sft.batches.pack_stream import Planner
 from sft.core.distributed import ALONE, Rank
-from sft.core.parallel import ahead
+from sft.core.parallel import prefetch
 from sft.core.sample import Pack
-from sft.data.sources import Place, Sources
+from sft.data.reader import Location
+from sft.data.sources import Sources
 
 
 class Plan(NamedTuple):
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
 
     step: int
     """The optimizer step, the first of which is 1."""
-    packs: tuple[tuple[Place, ...], ...]
+    packs: tuple[tuple[Location, ...], ...]
     """None where the rank is left without one: it computes a dummy then."""
     num_trained_tokens: int
     """Of the whole step, on all ranks."""
@@ -87,7 +88,7 @@ class Plans:
         return 1 - self.planner.packs_per_step / places
 
     def __iter__(self) -> Iterator[Plan]:
-        for window in ahead(self._planned()):
+        for window in prefetch(self._planned()):
             self._starts.append((window.first_step, window.state))
             size = self.planner.packs_per_step
             steps = [window.packs[first : first + size] for first in range(0, len(window.packs), size)]

@@ -51,7 +51,7 @@ def run(
     What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
     images of that recipe's benchmark, figures come from the other.
     """
-    from sft.core.distributed import joined
+    from sft.core.distributed import process_group
     from sft.core.errors import UserError
 
     for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, RANKS)):
@@ -69,7 +69,7 @@ def run(
         start(
             nproc, ["evaluate", model], asked | options | {"details": details, "submission": submission, "json": json}
         )
-    with joined() as process:
+    with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
         evaluation = _Evaluation(model, process, asked | {"ranks": ranks}, submission)
@@ -107,20 +107,20 @@ class _Evaluation:
         Raises:
             UserError: there is no such model, or what is asked for does not go together.
         """
-        from sft.core.distributed import as_main
+        from sft.core.distributed import from_main
         from sft.recipe import EvaluationConfig
         from sft.runs.names import find_model, recipe_of_model
 
-        self.path = as_main(process, lambda: _base_of(model) or find_model(model))
+        self.path = from_main(lambda: _base_of(model) or find_model(model))
         recipe = recipe_of_model(model)
         chooses = recipe is not None and asked["benchmark"] in (None, recipe.evaluation.benchmark)
         self.settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), chooses, asked)
         quiet_libraries()
-        from sft.core.distributed import together
+        from sft.core.distributed import all_or_none
         from sft.evaluation.run_benchmark import ScoredModel, load_settings
         from sft.selection.rules import is_chosen_on_half
 
-        with together():
+        with all_or_none():
             self.benchmark = load_settings(self.settings, Path(recipe.data.store) if recipe else Path("stores"))
         _check(self.benchmark, self.settings, submission)
         run_dir = Path(recipe.output_dir) if recipe else None

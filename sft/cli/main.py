@@ -36,7 +36,7 @@ from sft.cli import (
     train,
     validate,
 )
-from sft.core.distributed import speaks
+from sft.core.distributed import reports_the_error
 from sft.core.errors import RunError, UserError, printable
 
 app = typer.Typer(
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise
-        if speaks():
+        if reports_the_error():
             print(f"idefics-sft: {printable(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"idefics-sft: {where}{error.strerror}", file=sys.stderr)
         sys.exit(1 if is_disk else 2)
     except (KeyboardInterrupt, Abort):
-        if speaks():
+        if reports_the_error():
             print(STOPPED_LINE, file=sys.stderr)
         sys.exit(INTERRUPTED)
 

@@ -34,7 +34,7 @@ def run(
     overrides: Overrides = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; the recipe's, if left out.")] = None,
     sizes: Annotated[
-        Literal["card"] | None, typer.Option(help="Stated sizes instead of data: those of the model card's sources.")
+        Literal["card"] | None, typer.Option(help="Declared sizes instead of data: those of the model card's sources.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -46,7 +46,7 @@ def run(
     from sft.batches.mixture_report import mix
 
     wanted = steps or found.training.max_steps
-    sources = _stated(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
+    sources = _declared(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
     with progress("planning", wanted, console(to_stderr=True)) as update:
         report = mix(found, sources, wanted, update)
     if json:
@@ -55,10 +55,10 @@ def run(
         show(report, console())
 
 
-def _stated(recipe: Any) -> Sequence[Any]:
-    from sft.batches.declared_sizes import stated_sources
+def _declared(recipe: Any) -> Sequence[Any]:
+    from sft.batches.declared_sizes import declared_sources
 
-    return stated_sources(recipe.data)
+    return declared_sources(recipe.data)
 
 
 def _prepared(recipe: Any, arguments: Sequence[str]) -> Sequence[Any]:

@@ -17,7 +17,7 @@ from sft.cli.terminal import Json, Overrides, console, percent, preparation, pri
 from sft.core.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from sft.data.sources import Part
+    from sft.data.prepared_source import PreparedDataset
     from sft.data.store import Store
 EXAMPLES = (
     "prepare my-data.yaml --num-proc 8",
@@ -107,7 +107,7 @@ def _refuse_dataset_options(**given: Any) -> None:
             raise UserError(f"--{name} goes with --dataset; a RECIPE has the key {example}, in it or after it")
 
 
-def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[Part]:
+def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[PreparedDataset]:
     from sft.data.prepare import prepare as prepare_sources
     from sft.evaluation.run_benchmark import recipe_benchmark
     from sft.runs.names import find_recipe

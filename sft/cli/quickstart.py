@@ -25,8 +25,8 @@ from sft.cli.terminal import (
     table,
 )
 from sft.cli.train import train
-from sft.core.distributed import STOPPED
 from sft.core.errors import UserError
+from sft.core.launch import STOPPED
 
 REPORT = "quickstart.json"
 DEFAULT_OUTPUT_DIR = Path("runs/quickstart")

@@ -39,7 +39,7 @@ def run(
 
     What is left out comes from the recipe. Without a benchmark, the loss on what data.validation holds out chooses.
     """
-    from sft.core.distributed import joined
+    from sft.core.distributed import process_group
     from sft.runs.names import find_recipe
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, rule=rule)
@@ -47,7 +47,7 @@ def run(
         options = {"by": by, "benchmark": benchmark, "rule": rule, "watch": watch, "json": json}
         start(nproc, ["select", run], options)
     selection = session = None
-    with joined() as process:
+    with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
         if watch:

@@ -23,9 +23,10 @@ def start(nproc: int, arguments: Sequence[str], options: Mapping[str, object]) -
     """
     import torch
 
-    from sft.core.distributed import launch, launched_as
+    from sft.core.distributed import launched_rank
+    from sft.core.launch import launch
 
-    if launched_as().of > 1:
+    if launched_rank().of > 1:
         raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
     if torch.cuda.is_available() and nproc > torch.cuda.device_count():
         raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")

@@ -24,8 +24,9 @@ from sft.cli.terminal import (
     quiet_libraries,
     table,
 )
-from sft.core.distributed import ALONE, STOPPED, Rank, as_main
+from sft.core.distributed import ALONE, Rank, from_main
 from sft.core.errors import UserError
+from sft.core.launch import STOPPED
 from sft.training.resume import check_changes, what_is_there
 
 BAR_WIDTH = 70
@@ -53,18 +54,19 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
-    from sft.core.distributed import joined, launch, launched_as
+    from sft.core.distributed import launched_rank, process_group
+    from sft.core.launch import launch
     from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
     named = [recipe, *(overrides or ())]
     if dry_run:
-        if nproc > 1 or launched_as().of > 1:
+        if nproc > 1 or launched_rank().of > 1:
             raise UserError("--dry-run measures one process; leave --nproc and launchers out")
         _rehearse(found, console(to_stderr=json), json=json)
         return
     if nproc > 1:
-        if launched_as().of > 1:
+        if launched_rank().of > 1:
             raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
         if resume != "none":
             check_changes(found, Path(found.output_dir), allow_changed)
@@ -72,7 +74,7 @@ def run(
         options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
         options += ["--quiet"] * is_quiet()
         sys.exit(launch(nproc, ["train", *named, *options]))
-    with redirect_stdout(sys.stderr) if json else nullcontext(), joined() as rank:  # DeepSpeed prints
+    with redirect_stdout(sys.stderr) if json else nullcontext(), process_group() as rank:  # DeepSpeed prints
         out = notes(to_stderr=json)
         out.quiet |= not rank.is_main
         status = train(found, out, resume=resume, allow_changed=allow_changed, rank=rank, named=named)
@@ -148,7 +150,7 @@ def train(
         UserError: a run of another recipe is in the folder, or the checkpoint to go on from is not whole.
     """
     run_dir = Path(recipe.output_dir)
-    finished, resume_from = as_main(rank, lambda: what_is_there(recipe, run_dir, resume, allow_changed, out))
+    finished, resume_from = from_main(lambda: what_is_there(recipe, run_dir, resume, allow_changed, out))
     if finished:
         return finished
     quiet_libraries()

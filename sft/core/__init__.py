@@ -2,10 +2,12 @@
 
 sample       Sample, EncodedSample, PlacedSample, Pack, Batch: what flows through the toolkit
 errors       the two ways to fail on purpose
-files        files that are whole or not there; file_lock: one process at a time in a folder
-images       images that nobody vouches for, opened and checked
-parallel     work in several processes or a thread, results in order
-distributed  processes that train together: which one this is, starting them, what they tell each other
-precision    what is computed in
+files        files that are written whole or not at all
+file_lock    one process at a time in a folder
+images       images from untrusted files, opened and checked
+parallel     a map over several processes, a prefetching thread
+launch       starting several processes that work together
+distributed  which of them this one is, what they tell each other, how work is assigned
+precision    number formats of the computation
 shipped      files that travel with the toolkit
 """

@@ -1,62 +1,52 @@
-"""Several processes that train together: which of them this one is, starting them, what they tell each other.
+"""Several processes that work together: which of them this one is, what they tell each other, how work is assigned.
 
-torchrun, SLURM and `launch` say in the environment which process this is. What they keep of a model is the engines'
-matter (`sft.training.engines`). torch is imported only where there are several processes.
-
-Work shared out to the processes that are connected; alone, a process does it all.
+torchrun, SLURM and `sft.core.launch` say in the environment which process this is. What the processes keep of a model
+is the engines' matter (`sft.training.engines`). torch is imported only where there are several processes; alone, a
+process does all the work.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from sft.core.errors import RunError, UserError
+from sft.core.errors import RunError, UserError, reason_of
+from sft.core.launch import end_with_launcher
 
 if TYPE_CHECKING:
     import torch
 
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-STOPPED = 75
-"""Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
 TIMEOUT = timedelta(hours=1)
 """How long a process waits for the others; one that writes a checkpoint of 9b lets them wait for minutes."""
-GRACE_SECONDS = 10.0
-"""How long processes have to end by themselves after one of them failed."""
-_LIFELINE = "IDEFICS_SFT_LIFELINE"
-"""Number of the file that ends when the process that started this one does."""
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _LATE = ("Timed out waiting", "timed out")
 """What gloo and its store say when another process has ended, or does not come."""
 
 
 class Rank(NamedTuple):
-    """One of the processes that train together."""
+    """One of the processes that work together."""
 
     number: int = 0
     of: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this one prints and writes."""
+        """Whether this process prints and writes."""
         return self.number == 0
 
 
 ALONE = Rank()
 
 
-# ------------------------------------------------------------------------------------------------ which one this is
+# ------------------------------------------------------------------------------------------ which process this is
 
 
 class _Names(NamedTuple):
@@ -69,11 +59,11 @@ class _Names(NamedTuple):
 
 _TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SRUN = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-"""Of a task of srun; the batch script itself has the first of them too, but no number of tasks of a step."""
+"""A task of srun has all three; the batch script itself has the first too, but no number of tasks of a step."""
 
 
-def launched_as() -> Rank:
-    """Which process this is, by the environment: torchrun's, else srun's.
+def launched_rank() -> Rank:
+    """Return which process this is, by the environment: torchrun's, else srun's.
 
     Raises:
         UserError: the environment is of a launcher, but damaged.
@@ -94,15 +84,15 @@ def launched_as() -> Rank:
 
 
 @contextmanager
-def joined() -> Iterator[Rank]:
-    """Connect this process with those that train with it, if there are any, on the GPU of its own.
+def process_group() -> Iterator[Rank]:
+    """Connect this process with those that work with it, if there are any, on the GPU of its own.
 
     Raises:
-        UserError: see `launched_as`, or there are more processes than GPUs.
+        UserError: see `launched_rank`, or there are more processes than GPUs.
         RunError: another process is gone.
     """
-    rank = launched_as()
-    is_ours = _end_with_launcher()
+    rank = launched_rank()
+    is_ours = end_with_launcher()
     if rank.of == 1:
         yield rank
         return
@@ -121,7 +111,7 @@ def joined() -> Iterator[Rank]:
         dist.destroy_process_group()
     except RuntimeError as error:
         if is_ours and any(sign in str(error) for sign in _GONE):
-            sys.exit(1)  # the launcher sees which one it was, and says so
+            sys.exit(1)  # `launch` sees which process it was, and says so
         if any(sign in str(error) for sign in (*_GONE, *_LATE)):
             raise RunError(f"process {rank.number} of {rank.of}: another one is gone or late ({error})") from error
         raise
@@ -136,8 +126,22 @@ def _own_gpu() -> int:
     return local
 
 
-def speaks() -> bool:
-    """Whether this process is the one that says why all of them end: the first that asks. Alone, it is."""
+def current_rank() -> Rank:
+    """Return which of the connected processes this one is."""
+    if not _is_connected():
+        return ALONE
+    import torch.distributed as dist
+
+    return Rank(dist.get_rank(), dist.get_world_size())
+
+
+def is_main_process() -> bool:
+    """Return whether this process prints and writes."""
+    return current_rank().is_main
+
+
+def reports_the_error() -> bool:
+    """Return whether this process is the one that says why all of them end: the first that asks. Alone, it is."""
     if not _is_connected():
         return "RANK" not in os.environ or os.environ["RANK"] == "0"
     try:
@@ -145,10 +149,7 @@ def speaks() -> bool:
 
         return bool(torch.distributed.distributed_c10d._get_default_store().add("idefics-sft/ended", 1) == 1)
     except RuntimeError:
-        return False  # the process that keeps the count has ended, and has spoken
-
-
-# ------------------------------------------------------------------------------------------------ telling each other
+        return False  # the process that keeps the count has ended, and has reported
 
 
 def _is_connected() -> bool:
@@ -156,28 +157,11 @@ def _is_connected() -> bool:
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def as_main(rank: Rank, call: Callable[[], Value]) -> Value:
-    """What the call returns or raises in the main process, in all of them. The others do not call it."""
-    if rank.of == 1:
-        return call()
-    import torch
-    import torch.distributed as dist
-
-    said: list[Any] = [None, None]
-    if rank.is_main:
-        try:
-            said[0] = call()
-        except (UserError, RunError) as error:
-            said[1] = error
-    dist.broadcast_object_list(said, device=torch.device("cpu"))
-    if said[1] is not None:
-        raise said[1]
-    value: Value = said[0]
-    return value
+# ------------------------------------------------------------------------------------------ telling each other
 
 
-def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in each of them; alone, the tensor itself."""
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all processes, in each of them; alone, the tensor itself."""
     if not _is_connected():
         return tensor
     import torch.distributed as dist
@@ -188,192 +172,96 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_process(is_so: bool) -> bool:
-    """Whether something is so in any of them, in each."""
+    """Return whether something is so in any process, in each of them."""
     if not _is_connected():
         return is_so
     import torch
 
-    return bool(summed(torch.tensor([float(is_so)])).item())
+    return bool(all_reduce_sum(torch.tensor([float(is_so)])).item())
 
 
-def this_process() -> Rank:
-    """Which of those that are connected this one is."""
-    if not _is_connected():
-        return ALONE
-    import torch.distributed as dist
+def all_gather(own: list[Value]) -> list[Value]:
+    """Return the lists of all processes end to end, in each of them.
 
-    return Rank(dist.get_rank(), dist.get_world_size())
-
-
-def of_all(own: list[Value]) -> list[Value]:
-    """What all processes have, in their order. Not accelerate's `gather_object`: under DeepSpeed it takes processes
-    without a GPU for one (accelerate 1.15)."""
+    Not accelerate's `gather_object`: under DeepSpeed it takes processes without a GPU for one (accelerate 1.15).
+    """
     if not _is_connected():
         return own
     import torch.distributed as dist
 
-    found: list[Any] = [None] * dist.get_world_size()
+    found: list[list[Value]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return [one for part in found for one in part]
 
 
-def wait_for_all() -> None:
-    """Until every process is here."""
+def all_gather_dict(own: dict[Item, Value]) -> dict[Item, Value]:
+    """Return the dictionaries of all processes as one, in each of them."""
+    return dict(all_gather([*own.items()]))
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
     if _is_connected():
         import torch.distributed as dist
 
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------- starting
-
-
-def launch(number: int, arguments: Sequence[str]) -> int:
-    """Run `idefics-sft ARGUMENTS` in several processes of this machine; the exit status of them all.
-
-    Signals are handed on, once to each, and a process that fails ends all. Not torch's launcher: it prints a screen of
-    its own about a user's mistake, hides the exit status, and kills what needs more than 30 seconds to stop.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    read, write = os.pipe()
-    threads = max((os.cpu_count() or 1) // number, 1)
-    shared = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), _LIFELINE: str(read)}
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def hand_on(signal_number: int, _: Any) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal_number)
-
-    before = {sign: signal.signal(sign, hand_on) for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        for rank in range(number):
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "sft.cli.main", *arguments],
-                    env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    pass_fds=(read,),
-                    start_new_session=True,  # else a terminal would interrupt them, and then we would again
-                )
-            )
-        return _status_of_all(processes)
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
-        for process in processes:
-            process.kill()
-        os.close(read)
-        os.close(write)
-
-
-def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for processes to end; once one has failed the others get a little while to.
-
-    Raises:
-        RunError: one was killed.
-    """
-    deadline = None
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.1)
-        if deadline is None and any(process.returncode not in (None, 0, STOPPED) for process in processes):
-            deadline = time.monotonic() + GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            break
-    ended = {number: process.poll() for number, process in enumerate(processes)}
-    statuses = {status for status in ended.values() if status is not None}
-    killed = {number: -status for number, status in ended.items() if status is not None and status < 0}
-    if killed and 2 not in statuses:
-        number, sign = next(iter(killed.items()))
-        raise RunError(
-            f"process {number} of {len(ended)} was ended by {signal.Signals(sign).name}"
-            + (", perhaps for want of memory" if sign == signal.SIGKILL else "")
-        )
-    worst_first = (2, *sorted(status for status in statuses if status not in (0, 2, STOPPED)), STOPPED, 0)
-    return next(status for status in worst_first if status in statuses)
-
-
-def _end_with_launcher() -> bool:
-    """A process whose launcher is killed would wait for the others, or train on unseen. Whether it is `launch`."""
-    lifeline = os.environ.pop(_LIFELINE, None)
-    if lifeline is None:
-        return False
-
-    def watch() -> None:
-        os.read(int(lifeline), 1)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-    return True
-
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
-
-def deal(items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:
-    """The items of this process, each with all that the processes do in that round.
-
-    Every process has equally many: one that the last round leaves short repeats another's. Engines that shard a model
-    wait for every process in every layer.
-    """
-    own = this_process()
-    rounds = [items[first : first + own.of] for first in range(0, len(items), own.of)]
-    return [(one[min(own.number, len(one) - 1)], one) for one in rounds]
-
-
-def gathered(found: dict[Item, Found]) -> dict[Item, Found]:
-    """What all processes found."""
-    return dict(of_all([*found.items()]))
-
-
 @contextmanager
-def together() -> Iterator[None]:
-    """What fails inside in one process fails in all of them at the end, so that none waits for what never comes.
+def all_or_none() -> Iterator[None]:
+    """Let what fails inside in one process fail in all of them at the end, so that none waits for what never comes.
 
     Inside, a process waits for others only where all of them do.
 
     Raises:
         UserError, RunError: it failed in another process. Where it failed in this one, the error itself.
     """
-    own: Exception | None = None
     try:
         yield
-    except Exception as error:  # whatever it is, the others have to know
-        own = error
-    found = of_all([_told(own)])
-    if own is not None:
-        raise own
-    for number, problem in enumerate(found):
+    finally:
+        own = sys.exception()
+        if own is None or isinstance(own, Exception):  # what is more, Ctrl-C say, ends this process at once
+            problems = all_gather([_for_others(own)])
+            if own is None:
+                _raise_first(problems)
+
+
+def _raise_first(problems: list[tuple[type[UserError | RunError], str] | None]) -> None:
+    for number, problem in enumerate(problems):
         if problem:
             kind, text = problem
-            raise kind(text if kind is UserError else f"process {number} of {len(found)}: {text}")
+            raise kind(text if kind is UserError else f"process {number} of {len(problems)}: {text}")
 
 
-def _told(error: Exception | None) -> tuple[type[UserError | RunError], str] | None:
-    """An error as the other processes raise it."""
+def _for_others(error: BaseException | None) -> tuple[type[UserError | RunError], str] | None:
+    """Return an error as the other processes raise it."""
     if error is None:
         return None
-    is_ours = isinstance(error, UserError | RunError)
-    text = str(error) if is_ours else f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return (UserError if isinstance(error, UserError) else RunError), text
+    return (UserError if isinstance(error, UserError) else RunError), reason_of(error)
 
 
-def from_main(call: Callable[[], Found]) -> Found:
-    """What the call returns in the main process, in all of them. The others do not call it.
+def from_main(call: Callable[[], Value]) -> Value:
+    """Return in all processes what the call returns in the main one. The others do not call it.
 
     Raises:
-        UserError, RunError: see `together`.
+        UserError, RunError: see `all_or_none`.
     """
-    found: list[Found] = []
-    with together():
+    found: list[Value] = []
+    with all_or_none():
         if is_main_process():
             found.append(call())
-    return of_all(found)[0]
+    return all_gather(found)[0]
 
 
-def is_main_process() -> bool:
-    """Whether this one prints and writes."""
-    return this_process().is_main
+# ------------------------------------------------------------------------------------------ assigning work
+
+
+def assign(items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:
+    """Return the items of this process, each with all that the processes do in that round.
+
+    Every process has equally many: one that the last round leaves short repeats another's. Engines that shard a model
+    wait for every process in every layer.
+    """
+    own = current_rank()
+    rounds = [items[first : first + own.of] for first in range(0, len(items), own.of)]
+    return [(one[min(own.number, len(one) - 1)], one) for one in rounds]

@@ -48,8 +48,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
             pool.shutdown(cancel_futures=True)
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; a thread makes the next one while one is used."""
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the same items; a thread makes the next one while one is used."""
     end = object()
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, items, end)

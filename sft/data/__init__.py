@@ -8,7 +8,10 @@ store/            prepared datasets on disk
 truncate          what does not fit a pack: shortened, split or left out
 encoded_arrays    the token ids of a store as flat arrays
 validation_split  what is held out of training
-sources           the sources of a mixture; orders: seeded permutations of their samples
+orders            seeded permutations of the samples of a source
+prepared_source   one source of a mixture: what the planner asks of it
+reader            samples and pixels, read by their place
+sources           all sources of a mixture, on one side of what is held out
 prepare           all of it for a recipe; check_recipe: whether what it names is there
 statistics        what a store holds; export: the same for other toolkits
 """

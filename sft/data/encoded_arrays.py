@@ -231,8 +231,8 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
     }
 
 
-def fingerprint(template: ChatTemplate, limits: Limits | None = None) -> str:
-    """Name of the folder that holds what this template and tokenizer encode within these limits."""
+def encoding_name(template: ChatTemplate, limits: Limits | None = None) -> str:
+    """Return the name of the folder that holds what this template and tokenizer encode within these limits."""
     parts = [template.fingerprint, f"v{VERSION}"]
     if limits is not None:
         parts += [f"{limits.tokens}-tokens", f"{limits.images}-images", limits.long_conversations]

@@ -14,8 +14,9 @@ from sft.core.errors import UserError
 from sft.core.file_lock import locked
 from sft.data.check_recipe import check_recipe
 from sft.data.datasets import Adapter
-from sft.data.encoded_arrays import INDEX, EncodedSamples, encode_samples, fingerprint
-from sft.data.sources import Part, Sources
+from sft.data.encoded_arrays import INDEX, EncodedSamples, encode_samples, encoding_name
+from sft.data.prepared_source import PreparedDataset
+from sft.data.sources import Sources
 from sft.data.store import MANIFEST, Settings, Store, is_store_folder, prepare_store
 from sft.data.truncate import Limits
 from sft.models import get_family
@@ -52,7 +53,7 @@ def prepare(
         template = load_template(get_family(recipe.model.family), prepare_base(recipe))
         limits = sample_limits(recipe)
 
-        def prepared(source: str, dataset: DatasetConfig) -> Part:
+        def prepared(source: str, dataset: DatasetConfig) -> PreparedDataset:
             name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
             path = Path(recipe.data.store) / _store_name(dataset, options.limit)
             with locked(path, beside=True):
@@ -65,7 +66,7 @@ def prepare(
                     num_proc=options.num_proc,
                     on_progress=lambda samples: on_progress(f"{name}, token ids", samples, samples / len(store)),
                 )
-            return Part(store, encoded)
+            return PreparedDataset(store, encoded)
 
         return _sources(recipe, prepared)
 
@@ -145,7 +146,7 @@ def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str
     """
     limits = sample_limits(recipe)
 
-    def opened(_: str, dataset: DatasetConfig) -> Part:
+    def opened(_: str, dataset: DatasetConfig) -> PreparedDataset:
         store = _opened_store(recipe, dataset, arguments)
         path = encoded_path(store, template, limits)
         if not (path / INDEX).is_file():
@@ -153,7 +154,7 @@ def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str
                 f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
                 f"data.long_conversations; run `{_command(arguments)}` first"
             )
-        return Part(store, EncodedSamples(path))
+        return PreparedDataset(store, EncodedSamples(path))
 
     return _sources(recipe, opened)
 
@@ -185,7 +186,7 @@ def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Source
     return open_sources(recipe, template, arguments), template
 
 
-def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], Part]) -> Sources:
+def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], PreparedDataset]) -> Sources:
     parts = [[part(source.name, dataset) for dataset in source.datasets] for source in recipe.data.mixture]
     validation = recipe.data.validation
     if validation is None or validation.path is None:
@@ -219,4 +220,4 @@ def sample_limits(recipe: Recipe) -> Limits:
 
 def encoded_path(store: Store, template: ChatTemplate, limits: Limits) -> Path:
     """Where a store keeps what a template encodes."""
-    return store.path / "encoded" / fingerprint(template, limits)
+    return store.path / "encoded" / encoding_name(template, limits)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from sft.core.distributed import deal, gathered, together
+from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.sample import Sample
 from sft.inference.generate import prompt_of, write_on
 from sft.models.chat_template import ChatTemplate
@@ -38,8 +38,8 @@ def write_answers(
     batches = [fitting[first : first + BATCH_SIZE] for first in range(0, len(fitting), BATCH_SIZE)]
     answers: dict[int, str] = {}
     done = 0
-    with together():
-        for own, turn in deal(batches):
+    with all_or_none():
+        for own, turn in assign(batches):
             texts = write_on(
                 model,
                 template.tokenizer,
@@ -52,5 +52,5 @@ def write_answers(
             done += sum(map(len, turn))
             if on_progress:
                 on_progress(done, len(fitting))
-    answers = gathered(answers)
+    answers = all_gather_dict(answers)
     return [answers.get(number) for number in range(len(samples))]

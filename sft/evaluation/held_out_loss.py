@@ -22,7 +22,7 @@ from torch import nn
 
 from sft.batches.collate import collate
 from sft.batches.pack_stream import Planner
-from sft.core.distributed import deal, gathered, together
+from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.errors import RunError
 from sft.core.files import hash_file
 from sft.core.sample import PackItem
@@ -97,7 +97,7 @@ def sample_losses(
     device = next(model.parameters()).device
     for pack in packs:
         # Each sample is a source of its own, so that the forward hands back which loss is whose.
-        placed = [sources.place(item)._replace(source=number) for number, item in enumerate(pack)]
+        placed = [sources.sample(item)._replace(source=number) for number, item in enumerate(pack)]
         with before_forward():
             batch = collate(
                 [placed],
@@ -171,7 +171,7 @@ def ask_held_out_loss(
     data = held_out.sources.data
 
     def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        with together():
+        with all_or_none():
             loaded = load(path)
         samples = shared_losses(
             loaded.model, held_out, image_size=loaded.image_size, autocast=loaded.autocast, on_progress=on_progress
@@ -212,8 +212,8 @@ def shared_losses(
     """
     own: dict[int, list[SampleLoss]] = {}
     done = 0
-    with nullcontext() if always_whole else together():
-        for number, turn in deal(range(len(held_out.packs))):
+    with nullcontext() if always_whole else all_or_none():
+        for number, turn in assign(range(len(held_out.packs))):
             packs = [held_out.packs[number]]
             own[number] = [
                 *sample_losses(
@@ -223,12 +223,12 @@ def shared_losses(
                     image_size=image_size,
                     autocast=autocast,
                     always_whole=always_whole,
-                    before_forward=together if always_whole else nullcontext,
+                    before_forward=all_or_none if always_whole else nullcontext,
                 )
             ]
             done += sum(len(held_out.packs[other]) for other in turn)
             on_progress(done, held_out.num_samples)
-    by_pack = gathered(own)
+    by_pack = all_gather_dict(own)
     return [sample for number in sorted(by_pack) for sample in by_pack[number]]
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sft.core import images
-from sft.core.distributed import deal, gathered, together
+from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.sample import IGNORE_INDEX, Batch, ImageRef, Sample
 from sft.models.chat_template import ChatTemplate
 from sft.models.image_transform import load_pixels
@@ -108,13 +108,13 @@ def score_answers(
     """
     paths, refs, too_long = _plan(template, requests, max_positions)
     forwards = list(_forwards(paths, tokens_per_forward))
-    rounds = deal(forwards)
+    rounds = assign(forwards)
     total, done = sum(len(forward.tokens_T) for forward in forwards), 0
     found: dict[tuple[int, int], AnswerScore] = {}
     was_training = model.training
     model.eval()
     try:
-        with together():
+        with all_or_none():
             batches = _prefetched(lambda forward: _batch(forward, refs, image_size), [own for own, _ in rounds])
             for (own, turn), batch in zip(rounds, batches, strict=True):
                 log_probs = _log_probs(model, own, batch, autocast=autocast)
@@ -125,7 +125,7 @@ def score_answers(
                     on_progress(done, total)
     finally:
         model.train(was_training)
-    found = gathered(found)
+    found = all_gather_dict(found)
     return [
         None if number in too_long else [found[number, answer] for answer in range(len(request.answers))]
         for number, request in enumerate(requests)

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sft.core.distributed import from_main, is_main_process, together
+from sft.core.distributed import all_or_none, from_main, is_main_process
 from sft.core.files import hash_file, write_atomically
 from sft.core.shipped import resolve
 from sft.evaluation.mmbench.score import Benchmark, evaluate, load_benchmark, protocol_hash
@@ -90,7 +90,7 @@ class ScoredModel:
         found, weights = from_main(lambda: (self._kept(benchmark, ranks, blind), self._weights))
         missing = [rank for rank in ranks if rank not in found]
         if missing:
-            with together():
+            with all_or_none():
                 loaded = self.loaded
             made = evaluate(
                 loaded.model,
@@ -104,7 +104,7 @@ class ScoredModel:
                 max_positions=loaded.max_positions,
                 on_progress=on_progress,
             )
-            with together():
+            with all_or_none():
                 if self.run_dir and is_main_process():
                     for result in made.values():
                         write_result(result, self.run_dir, self.name)
@@ -161,7 +161,7 @@ def asked_once(
     weights = from_main(lambda: weights_hash(path))
     if not from_main(lambda: is_kept(run_dir, benchmark, protocol_hash, path.name, weights=weights)):
         summary, lines = ask()
-        with together():
+        with all_or_none():
             if is_main_process():
                 keep(run_dir, benchmark, protocol_hash, path.name, {"weights": weights} | summary, lines)
     return protocol_hash

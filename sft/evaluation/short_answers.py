@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.core import images
-from sft.core.distributed import together
+from sft.core.distributed import all_or_none
 from sft.core.errors import UserError
 from sft.core.files import hash_file
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
@@ -141,7 +141,7 @@ def ask_short_answers(
     }
 
     def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        with together():
+        with all_or_none():
             loaded = load(path)
         said = write_answers(
             loaded.model,

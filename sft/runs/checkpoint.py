@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from sft.core.distributed import ALONE, Rank, wait_for_all
+from sft.core.distributed import ALONE, Rank, barrier
 from sft.core.errors import RunError, UserError
 from sft.core.files import discard, disk_full_told, hash_file, remove_leftovers, staged, staging_of
 
@@ -69,12 +69,12 @@ def _write_folder(
         if write_state:
             if rank.is_main:
                 (staging / STATE).mkdir()
-            wait_for_all()
+            barrier()
             write_state(staging / STATE)
-            wait_for_all()
+            barrier()
             if rank.is_main:
                 _write_manifest(staging / STATE)
-    wait_for_all()
+    barrier()
 
 
 def _write_manifest(folder: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sft.core.distributed import from_main, is_main_process, together
+from sft.core.distributed import all_or_none, from_main, is_main_process
 from sft.core.errors import RunError, UserError, reason_of
 from sft.core.file_lock import locked
 from sft.data.sources import Sources
@@ -92,7 +92,7 @@ class Session:
         Raises:
             UserError: there is nothing to choose by, or it cannot be read.
         """
-        with together():
+        with all_or_none():
             self._questionnaire = self._questionnaire or self._make_questionnaire()
 
     def ask_new(self, every_steps: int) -> Selection | None:
@@ -120,7 +120,7 @@ class Session:
     def _held(self) -> Iterator[None]:
         """RUN/evaluations, by the first process for all."""
         with ExitStack() as held:
-            with together():
+            with all_or_none():
                 if is_main_process():
                     held.enter_context(locked(self.run_dir / "evaluations"))
             yield

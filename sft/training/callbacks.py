@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sft.core.distributed import Rank, any_process, of_all, summed
+from sft.core.distributed import Rank, all_gather, all_reduce_sum, any_process
 from sft.core.errors import RunError
 from sft.core.files import write_atomically
 from sft.models.activation_checkpointing import recompute_share
@@ -163,7 +163,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         if not self.last_was_spike:
             return
         number = self.trainer.rank.number
-        found = of_all([(pack, number) for pack in packs])
+        found = all_gather([(pack, number) for pack in packs])
         if not self.trainer.rank.is_main or spike is None:
             return
         found.sort(key=lambda pair: spike.expected * pair[0].trained_tokens - pair[0].loss_sum)
@@ -283,7 +283,7 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
 
     def _in_any_process(self, own: list[bool]) -> list[bool]:
         """Each process has a share of every tensor, or has seen a gradient of its own."""
-        return [count > 0 for count in summed(torch.tensor(own, dtype=torch.float32)).tolist()]
+        return [count > 0 for count in all_reduce_sum(torch.tensor(own, dtype=torch.float32)).tolist()]
 
 
 class FillGradients(TrainerCallback):  # type: ignore[misc]

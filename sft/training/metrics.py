@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sft.core.distributed import summed
+from sft.core.distributed import all_reduce_sum
 from sft.core.files import disk_full_told
 from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch
 
@@ -94,7 +94,7 @@ class StepMetrics:
     def line(self) -> dict[str, Any]:
         """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
         dirty = torch.tensor([float(self.dirty_samples)], dtype=torch.float64)
-        sums = summed(torch.cat([self._sums_S3[:-1].flatten().cpu(), dirty]))
+        sums = all_reduce_sum(torch.cat([self._sums_S3[:-1].flatten().cpu(), dirty]))
         by_source = sums[:-1].view(-1, 3)
         loss_sum, tokens, trained_tokens = by_source.sum(0).tolist()
         sources = {

@@ -14,7 +14,7 @@ from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerpri
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
 from sft.checks.before_training import before_training
-from sft.core.distributed import ALONE, Rank, any_process, as_main
+from sft.core.distributed import ALONE, Rank, any_process, from_main
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
 from sft.core.precision import choose_precision, device, torch_dtype
@@ -83,7 +83,7 @@ def _train(
     engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank, recipe.training.optimizer)
     get_engine(engine).check_precision(_precision(recipe))
     set_seed(recipe.seed)
-    before = as_main(rank, lambda: progress_of(resume_from, sources)) if resume_from else None
+    before = from_main(lambda: progress_of(resume_from, sources)) if resume_from else None
     if resume_from and before:
         check_readable(resume_from, before, engine, rank)
     with out_of_memory_told(recipe, lambda: recipe.model.path):
@@ -94,7 +94,7 @@ def _train(
         say(f"warning: {warning}")
     looks = recipe if engine == "ddp" else _without_evaluation(recipe, engine, say)
     monitors = Monitors(looks, sources, template, image_size=family.image_size(model.config), say=say)
-    as_main(rank, lambda: go_back_to(recipe, resume_from) if resume_from else take_over(recipe, run_dir))
+    from_main(lambda: go_back_to(recipe, resume_from) if resume_from else take_over(recipe, run_dir))
     frozen = family.select_trainable(model, recipe.model.trainable)
     say(table_of(what_is_trained(model, recipe.training, family.group_of)))
     if frozen:

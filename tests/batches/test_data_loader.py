@@ -19,7 +19,8 @@ from sft.batches.steps import Plans
 from sft.core.distributed import ALONE
 from sft.core.errors import RunError
 from sft.core.sample import IGNORE_INDEX, NO_SOURCE, SkipSample
-from sft.data.sources import Reader, Sources, _open_reader
+from sft.data.reader import Reader, _open_reader
+from sft.data.sources import Sources
 
 
 def micro_batches(sources, micro_batch_packs, rank=ALONE):

@@ -1,9 +1,9 @@
-"""Mixtures by stated sizes, and what `mix` reports of them."""
+"""Mixtures by declared sizes, and what `mix` reports of them."""
 
 import numpy as np
 import pytest
 
-from sft.batches.declared_sizes import CARD, stated_sources
+from sft.batches.declared_sizes import CARD, declared_sources
 from sft.batches.mixture_report import mix
 from sft.core.errors import UserError
 from sft.core.shipped import recipe_path
@@ -17,23 +17,23 @@ def card(*overrides):
 @pytest.fixture(scope="module")
 def report():
     recipe = card()
-    return mix(recipe, stated_sources(recipe.data), steps=6)
+    return mix(recipe, declared_sources(recipe.data), steps=6)
 
 
-def test_stated_lengths_are_those_that_are_stated():
+def test_declared_lengths_are_those_that_are_declared():
     rows = np.arange(20_000)
-    for source in stated_sources(card().data):
+    for source in declared_sources(card().data):
         tokens, (_, images) = source.num_tokens(rows), source.images(rows)
         assert np.median(tokens) == pytest.approx(CARD[source.name].median_tokens, rel=0.05)
         assert images.mean() == pytest.approx(CARD[source.name].images_per_sample, rel=0.05)
         assert tokens.max() <= 2048 and tokens.min() >= 12
-    few = stated_sources(card().data)[3]
+    few = declared_sources(card().data)[3]
     assert few.num_tokens(rows[:5]).tolist() == few.num_tokens(rows)[:5].tolist(), "a function of the row"
 
 
 def test_two_published_means_are_met():
     """UltraChat: 1,467 tokens a dialogue (a little less here, cut to a pack); OBELICS: 2.5 images a document."""
-    sources = {source.name: source for source in stated_sources(card().data)}
+    sources = {source.name: source for source in declared_sources(card().data)}
     rows = np.arange(50_000)
     assert sources["ultrachat"].num_tokens(rows).mean() == pytest.approx(1400, rel=0.05)
     assert sources["obelics"].images(rows)[1].mean() == pytest.approx(353 / 141, rel=0.05)
@@ -66,7 +66,7 @@ def test_what_has_to_be_downloaded_is_told(report):
 
 def test_a_source_whose_epochs_are_over_ends_it_all():
     recipe = card("data.mixture.3.max_epochs=0.1")
-    report = mix(recipe, stated_sources(recipe.data), steps=60)
+    report = mix(recipe, declared_sources(recipe.data), steps=60)
     assert report["ended_by"] == "llavar"
     assert report["steps"] < 60
     llavar = report["sources"][3]
@@ -75,13 +75,13 @@ def test_a_source_whose_epochs_are_over_ends_it_all():
 
 def test_a_source_may_leave_its_share_to_the_others():
     recipe = card("data.mixture.3.max_epochs=0.1", "data.mixture.3.when_exhausted=reweight")
-    report = mix(recipe, stated_sources(recipe.data), steps=60)
+    report = mix(recipe, declared_sources(recipe.data), steps=60)
     assert report["ended_by"] is None and report["steps"] == 60
     assert report["sources"][3]["achieved"] < 0.063
     assert report["packs"]["fill"] >= 0.98
 
 
-def test_nothing_is_stated_for_a_source_of_your_own():
+def test_nothing_is_declared_for_a_source_of_your_own():
     recipe = card("data.mixture=[{name: utrachat, share: 1, datasets: [{dataset: ultrachat, path: raw}]}]")
-    with pytest.raises(UserError, match="no sizes are stated for it; did you mean"):
-        stated_sources(recipe.data)
+    with pytest.raises(UserError, match="no sizes are declared for it; did you mean"):
+        declared_sources(recipe.data)

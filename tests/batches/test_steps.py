@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
 from sft.core.distributed import ALONE, Rank
-from sft.data.sources import Place
+from sft.data.reader import Location
 
 
 class Located:
@@ -20,7 +20,7 @@ class Located:
 
     @staticmethod
     def locate(item):
-        return Place(item.source, 0, item.sample)
+        return Location(item.source, 0, item.sample)
 
 
 def plans_of(sizes, *, micro_batch_packs=1, rank=ALONE, packs_per_step=5, **options):

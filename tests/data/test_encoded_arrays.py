@@ -5,7 +5,7 @@ import pytest
 from conftest import conversation, document, num_trained
 
 from sft.data import encoded_arrays
-from sft.data.encoded_arrays import encode_samples, fingerprint
+from sft.data.encoded_arrays import encode_samples, encoding_name
 from sft.data.truncate import Fitter, Limits
 from sft.models.chat_template import ChatTemplate
 
@@ -112,6 +112,6 @@ def test_nothing_may_fit(template, tmp_path):
 
 def test_another_template_or_tokenizer_has_another_fingerprint(template, tokenizer):
     other = ChatTemplate(template.template.replace("User:", "Human:"), tokenizer)
-    assert fingerprint(other) != fingerprint(template)
-    assert fingerprint(ChatTemplate(template.template, tokenizer)) == fingerprint(template)
-    assert fingerprint(template, Limits(8, 2)) != fingerprint(template, Limits(9, 2))
+    assert encoding_name(other) != encoding_name(template)
+    assert encoding_name(ChatTemplate(template.template, tokenizer)) == encoding_name(template)
+    assert encoding_name(template, Limits(8, 2)) != encoding_name(template, Limits(9, 2))

@@ -39,11 +39,11 @@ def test_a_place_leads_to_its_sample(sources):
     for index, source in enumerate(sources.sources):
         lengths, images = numbers(source)
         for row in range(len(source)):
-            placed = sources.place(PackItem(index, row))
+            placed = sources.sample(PackItem(index, row))
             assert len(placed.encoded.input_ids) == lengths[row]
             assert set(placed.images) == images[row]
             assert placed.source == index
-    keys = [sources.place(PackItem(0, row)).encoded.key for row in range(3)]
+    keys = [sources.sample(PackItem(0, row)).encoded.key for row in range(3)]
     assert keys == ["a/0", "a/1", "b/0"]
 
 

@@ -118,7 +118,7 @@ def parts(tmp_path, template):
 def keys(sources):
     """The samples of each source, by number in their dataset."""
     return [
-        [sources.place(PackItem(index, row)).encoded.key for row in range(len(source))]
+        [sources.sample(PackItem(index, row)).encoded.key for row in range(len(source))]
         for index, source in enumerate(sources.sources)
     ]
 

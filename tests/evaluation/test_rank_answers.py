@@ -287,20 +287,20 @@ ON_A_RANK = """
 import json, sys
 from conftest import IMAGE_SIZE, REPOSITORY, base_tokenizer, make_tiny_model
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.core.distributed import joined
-from sft.core.distributed import from_main, together
+from sft.core.distributed import process_group
+from sft.core.distributed import from_main, all_or_none
 from sft.models import idefics
 from test_rank_answers import results_of
 
 tokenizer = base_tokenizer()
 tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
 template = ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
-with joined() as process:
+with process_group() as process:
     found = results_of(make_tiny_model(tokenizer), template)
     found["failed"] = []
     for failing in (0, 1):
         try:
-            with together():
+            with all_or_none():
                 if process.number == failing:
                     raise ValueError("out of\\nmemory")
         except Exception as error:

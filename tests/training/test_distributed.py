@@ -23,7 +23,7 @@ from two_ranks import step
 from sft.batches.data_loader import MicroBatches
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
-from sft.core.distributed import ALONE, Rank, launched_as
+from sft.core.distributed import ALONE, Rank, launched_rank
 from sft.core.errors import RunError, UserError
 from sft.core.sample import NO_SOURCE
 from sft.data.prepare import prepare
@@ -374,11 +374,11 @@ def test_the_environment_says_which_process_this_is(monkeypatch, environment, ex
         monkeypatch.delenv(name, raising=False)
     for name, value in (environment | {"MASTER_ADDR": "here", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert launched_as() == expected
+    assert launched_rank() == expected
     if expected.of > 1:
         monkeypatch.delenv("MASTER_ADDR")
         with pytest.raises(UserError, match="no MASTER_ADDR"):
-            launched_as()
+            launched_rank()
 
 
 def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):

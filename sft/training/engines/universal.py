@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from sft.core.distributed import Rank, as_main, wait_for_all
+from sft.core.distributed import Rank, barrier, from_main
 from sft.core.errors import RunError
 from sft.core.files import discard
 from sft.training.engines.sharded_state import MOMENTS, STEP, begin, check_names, trained
@@ -37,10 +37,10 @@ def converted(folder: Path, rank: Rank) -> Iterator[Path]:
     """
     checkpoint = folder.parents[1]
     output = checkpoint.parent / f".{checkpoint.name}.universal" / "universal"
-    as_main(rank, lambda: _convert(folder, output))
+    from_main(lambda: _convert(folder, output))
     yield output
-    wait_for_all()
-    as_main(rank, lambda: discard(output.parent))
+    barrier()
+    from_main(lambda: discard(output.parent))
 
 
 def _convert(folder: Path, output: Path) -> None:

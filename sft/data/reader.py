@@ -1,0 +1,82 @@
+"""Samples and pixels of prepared datasets, read by their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.core.images import size_of
+from sft.core.sample import PlacedSample
+from sft.data.encoded_arrays import EncodedSamples
+from sft.data.prepared_source import PreparedDataset
+from sft.data.store import Store
+from sft.models.image_transform import load_pixels, training_crop
+from sft.recipe import DataConfig
+
+
+class Location(NamedTuple):
+    """Where a sample of a pack is read: which source, which of its datasets, which row there."""
+
+    source: int
+    part: int
+    row: int
+
+
+class Reader:
+    """Reads samples and images. To another process it goes as the paths of the stores, which are opened anew there."""
+
+    def __init__(self, parts: Sequence[Sequence[PreparedDataset]], data: DataConfig) -> None:
+        self.parts = parts
+        self.data = data
+        self._stores = list(dict.fromkeys(part.store for own in parts for part in own))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _open_reader, ([[(part.store.path, part.encoded.path) for part in own] for own in self.parts], self.data)
+
+    def sample(self, place: Location) -> PlacedSample:
+        """The encoded sample at a place, with the keys of its images."""
+        part = self.parts[place.source][place.part]
+        keys = part.store.image_keys
+        images = tuple(int(keys[image_row]) for image_row in part.encoded.image_rows(place.row))
+        return PlacedSample(part.encoded[place.row], images, place.source)
+
+    def image_bytes(self, key: int) -> bytes:
+        """The encoded bytes of an image, from whichever store has it.
+
+        Raises:
+            SkipSample: the file it was left in cannot be read any more.
+        """
+        for store in self._stores:
+            if (row := store.find_image(key)) is not None:
+                return store.image_bytes(row)
+        raise KeyError(key)
+
+    def pixels(self, image: int, size: int) -> NDArray[np.uint8]:
+        """The pixels of an image, (C, H, W), as evaluation sees it: whole.
+
+        Raises:
+            SkipSample: it cannot be read any more, or does not decode.
+        """
+        return load_pixels(self.image_bytes(image), size)
+
+    def training_pixels(self, image: int, size: int, *, seed: int, step: int) -> NDArray[np.uint8]:
+        """The pixels of an image as an optimizer step sees it, the first of which is 1: cropped if `data.augment` says
+        so.
+
+        Raises:
+            SkipSample: as `pixels`.
+        """
+        content = self.image_bytes(image)
+        if self.data.augment == "none":
+            return load_pixels(content, size)
+        width, height = size_of(content)
+        return load_pixels(content, size, training_crop(width, height, seed=seed, step=step, image_key=image))
+
+
+def _open_reader(paths: Sequence[Sequence[tuple[Path, Path]]], data: DataConfig) -> Reader:
+    parts = [[PreparedDataset(Store(store), EncodedSamples(encoded)) for store, encoded in own] for own in paths]
+    return Reader(parts, data)
