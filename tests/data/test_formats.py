@@ -34,7 +34,7 @@ from sft.data.formats import (
     read_json_list,
     read_jsonl,
     read_parquet,
-    read_place,
+    read_range,
     read_tar,
     record_limit,
 )
@@ -397,7 +397,7 @@ def test_the_first_pattern_that_matches_is_taken(tmp_path):
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {name: read_place(path, place) for name, place in index_base64_object(path).items()}
+    return {name: read_range(path, place) for name, place in index_base64_object(path).items()}
 
 
 names = st.text(

@@ -30,9 +30,10 @@ from sft.data.formats import (
     Row,
     batch_rows,
     index_base64_object,
+    is_parquet,
     read_json_items,
     read_parquet,
-    read_place,
+    read_range,
     require_file,
 )
 
@@ -40,7 +41,7 @@ BLOCK_BYTES = 512 * 1024 * 1024
 """So much of an image parquet is held in memory, about."""
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     """Where the base64 of an image stands."""
 
     file: Path
@@ -60,9 +61,9 @@ def beside(file: Path) -> list[Path]:
     return [path for suffix in ("json", "parquet") if (path := file.with_name(f"{name}.{suffix}")).is_file()][:1]
 
 
-def read_records(file: Path, *, multi_turn: bool, with_images: bool = True) -> Iterator[Row | SkipSample]:
+def read_instructions(file: Path, *, multi_turn: bool, with_images: bool = True) -> Iterator[Row | SkipSample]:
     """Instructions, each with `images`: the two images, or what they are read from."""
-    if file.suffix != ".parquet":
+    if not is_parquet(file):
         records = _dialogues(file) if multi_turn else _instructions(file)
         return _with_images(records, file) if with_images else records
     if multi_turn or not with_images:
@@ -105,10 +106,10 @@ def two_of(images: object) -> list[Any]:
 def _image(source: object, detail: str) -> ImageRef:
     if source is None:
         raise SkipSample("image not in the data", detail=detail)
-    if isinstance(source, Place):
+    if isinstance(source, ImageLocation):
         if source.length > MAX_BYTES * 4 // 3 + 4:
             raise SkipSample(TOO_MANY_BYTES, detail=detail)
-        return base64_image(read_place(source.file, source[1:]))
+        return base64_image(read_range(source.file, source[1:]))
     if not isinstance(source, dict):
         return base64_image(source)
     content = source.get("bytes")
@@ -196,7 +197,7 @@ def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Ro
 
 
 def _with_places(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
-    places = {_plain(name): Place(file, *place) for name, place in index_base64_object(file).items()}
+    places = {_plain(name): ImageLocation(file, *place) for name, place in index_base64_object(file).items()}
     for record in records:
         yield record if isinstance(record, SkipSample) else _with(record, places)
 

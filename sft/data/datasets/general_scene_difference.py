@@ -14,7 +14,7 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets import _mimic_it
-from sft.data.datasets._mimic_it import patterns, read_records, to_messages, two_images, two_of
+from sft.data.datasets._mimic_it import patterns, read_instructions, to_messages, two_images, two_of
 from sft.data.datasets.llava_instruct import folder_of, image_of
 from sft.data.formats import Row, find_files
 
@@ -37,7 +37,7 @@ def rows(
     file: Path, split: str, *, image_folder: str | None = None, multi_turn: bool = False
 ) -> Iterator[Row | SkipSample]:
     """One row an instruction. `multi_turn`: related instructions on the same two images are one dialogue."""
-    return read_records(file, multi_turn=multi_turn, with_images=image_folder is None)
+    return read_instructions(file, multi_turn=multi_turn, with_images=image_folder is None)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:

@@ -29,7 +29,7 @@ from typing import Any
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
-from sft.data.formats import Row, find_files, read_parquet, read_tar
+from sft.data.formats import Row, find_files, is_parquet, read_parquet, read_tar
 
 LICENCE = "LAION: CC-BY-4.0 for URLs and captions; PMD: that of each source; images belong to their owners"
 IMAGES = ("image", "image.jpeg", "jpg", "jpeg", "png", "webp")
@@ -46,7 +46,7 @@ def rows(
     file: Path, split: str, *, image_column: str | None = None, text_column: str | None = None
 ) -> Iterator[Row | SkipSample]:
     """The samples of a tar, or the rows of a parquet file with the name of the file, after which images are kept."""
-    if file.suffix != ".parquet":
+    if not is_parquet(file):
         yield from read_tar(file, ["json", *_columns(image_column, IMAGES), *_columns(text_column, TEXTS)])
         return
     for row in read_parquet(file):

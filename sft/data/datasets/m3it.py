@@ -33,7 +33,7 @@ from pathlib import Path
 from sft.core.errors import UserError, nearest
 from sft.core.images import base64_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
-from sft.data.formats import Row, read_json, read_jsonl, read_parquet
+from sft.data.formats import Row, read_json, read_records
 
 LICENCE = "other: every subset keeps the licence of its source"
 
@@ -145,7 +145,7 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
     """
     subset = subsets[0] if subsets and len(subsets) == 1 else _subset_of(file)
     instructions: list[str] = []
-    for row in read_parquet(file) if file.suffix == ".parquet" else read_jsonl(file):
+    for row in read_records(file):
         if isinstance(row, SkipSample):
             yield row
             continue

@@ -29,12 +29,11 @@ from typing import Any, NamedTuple, get_args
 from sft.core.errors import UserError
 from sft.core.images import base64_image, local_image
 from sft.core.sample import ImageRef, Message, Role, Sample, SkipSample
-from sft.data.formats import Row, first_json_byte, read_json_list, read_jsonl, read_parquet
+from sft.data.formats import READERS, Row, first_json_byte, is_parquet
 
 LICENCE = "your own"
 MARKER = "<image>"
 ROLES = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
-READERS = {".jsonl": read_jsonl, ".json": read_json_list, ".parquet": read_parquet}
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
 OTHER_FORMS = ("prompt", "completion", "instruction", "output", "query", "response", "question", "answer", "text")
 
@@ -86,7 +85,7 @@ def _what_is_in(folder: Path) -> str:
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
     """The records of a file."""
     suffix = file.suffix.lower()
-    if suffix != ".parquet":
+    if not is_parquet(file):
         _check_beginning(file, first_json_byte(file), suffix)
     records = READERS[suffix](file)
     first = next(records, None)

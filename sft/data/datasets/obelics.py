@@ -30,7 +30,7 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
-from sft.data.formats import Row, find_files, read_jsonl, read_parquet, read_tar
+from sft.data.formats import Row, find_files, is_parquet, read_parquet, read_records, read_tar
 
 LICENCE = "CC-BY-4.0 (texts and images belong to their owners)"
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
@@ -49,11 +49,7 @@ def files(path: Path, split: str) -> list[Path]:
 def beside(file: Path, *, image_folder: str | None = None) -> list[Path]:
     """The lists of the shard's images."""
     folder = _folder(file, image_folder)
-    return find_files(folder, *LISTS, what="the shard's images and what URLs they were") if _is_parquet(file) else []
-
-
-def _is_parquet(file: Path) -> bool:
-    return file.suffix == ".parquet"
+    return find_files(folder, *LISTS, what="the shard's images and what URLs they were") if is_parquet(file) else []
 
 
 def _folder(file: Path, image_folder: str | None) -> Path:
@@ -63,7 +59,7 @@ def _folder(file: Path, image_folder: str | None) -> Path:
 def rows(file: Path, split: str, *, image_folder: str | None = None) -> Iterator[Row | SkipSample]:
     """The documents of a shard, each with its texts and images in reading order."""
     folder = _folder(file, image_folder)
-    if _is_parquet(file):
+    if is_parquet(file):
         pages, names = read_parquet(file, columns=("images", "texts")), _image_map(folder)
     else:
         pages, names = read_tar(file, ("text.txt", "image.jpeg", "metadata.txt")), {}
@@ -84,7 +80,7 @@ def _image_map(folder: Path) -> dict[str, str]:
     """URL -> file below the folder, of the images that were downloaded."""
     names: dict[str, str] = {}
     for file in find_files(folder, *LISTS, what="the shard's images and what URLs they were"):
-        for record in read_parquet(file) if file.suffix == ".parquet" else read_jsonl(file):
+        for record in read_records(file):
             if isinstance(record, SkipSample) or record.get("status", "success") != "success":
                 continue
             url, name, key = (record.get(column) for column in ("url", "path", "key"))

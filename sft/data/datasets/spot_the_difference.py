@@ -21,9 +21,9 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import Message, Sample, SkipSample
-from sft.data.datasets._mimic_it import beside, patterns, read_records, to_messages, two_images
+from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
 from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, first_json_byte, read_json_list
+from sft.data.formats import Row, find_files, first_json_byte, is_parquet, read_json_list
 
 __all__ = ["beside", "files", "rows", "to_sample"]
 
@@ -61,7 +61,7 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
 def rows(file: Path, split: str, *, multi_turn: bool = False) -> Iterator[Row | SkipSample]:
     """One row a record. `multi_turn`: related instructions of MIMIC-IT on the same two images are one dialogue."""
     if not _is_original(file):
-        return read_records(file, multi_turn=multi_turn)
+        return read_instructions(file, multi_turn=multi_turn)
     if multi_turn:
         raise UserError(f"{file}: multi_turn is for MIMIC-IT; the original Spot-the-Diff has no related records")
     return read_json_list(file)
@@ -105,7 +105,7 @@ def _corrected(sentence: str) -> str:
 
 def _is_original(file: Path) -> bool:
     """A list of annotations; MIMIC-IT's are an object or a parquet."""
-    return file.suffix != ".parquet" and first_json_byte(file) == "["
+    return not is_parquet(file) and first_json_byte(file) == "["
 
 
 def _image_folder(path: Path, image_folder: str | None) -> Path:

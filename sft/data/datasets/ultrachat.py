@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample, SkipSample
-from sft.data.formats import Row, find_files, read_jsonl, read_parquet
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "MIT"
 
@@ -48,7 +48,7 @@ def _check_no_gap(parts: list[Path]) -> None:
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
     """The dialogues of a part, of either form."""
-    return read_parquet(file) if file.suffix == ".parquet" else read_jsonl(file)
+    return read_records(file)
 
 
 def to_sample(row: Row, path: Path) -> Sample:

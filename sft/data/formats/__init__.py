@@ -10,27 +10,31 @@ failed download say, is a `UserError`: what it should have held cannot be counte
 extracted to disk, and no pickle is ever opened.
 """
 
-from sft.data.formats.base64_object import BytesPlace, index_base64_object, read_place
+from sft.data.formats.base64_object import ByteRange, index_base64_object, read_range
 from sft.data.formats.json_text import first_json_byte, read_json, read_json_items, read_json_list, read_jsonl
 from sft.data.formats.parquet import batch_rows, read_parquet
+from sft.data.formats.records import READERS, is_parquet, read_records
 from sft.data.formats.rows import MAX_RECORD_BYTES, Row, find_files, max_record_bytes, record_limit, require_file
 from sft.data.formats.tar import read_tar
 
 __all__ = [
     "MAX_RECORD_BYTES",
-    "BytesPlace",
+    "READERS",
+    "ByteRange",
     "Row",
     "batch_rows",
     "find_files",
     "first_json_byte",
     "index_base64_object",
+    "is_parquet",
     "max_record_bytes",
     "read_json",
     "read_json_items",
     "read_json_list",
     "read_jsonl",
     "read_parquet",
-    "read_place",
+    "read_range",
+    "read_records",
     "read_tar",
     "record_limit",
     "require_file",

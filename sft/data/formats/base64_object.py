@@ -10,11 +10,11 @@ from sft.data.formats.rows import require_file
 
 _BASE64_MEMBER = re.compile(rb'"(?<!\\")([^"\\]{1,256})"\s*:\s*(?:\[\s*)?"([^"\\]*)"')
 
-BytesPlace = tuple[int, int]
+ByteRange = tuple[int, int]
 """Offset and length in a file."""
 
 
-def index_base64_object(path: Path) -> dict[str, BytesPlace]:
+def index_base64_object(path: Path) -> dict[str, ByteRange]:
     """Where each value of a JSON object `{"name": "base64", …}` stands; a value may be a list of one such string.
 
     The file may have any size (CGD.json: 118,287 images): it is scanned once, and only names and places are kept. This
@@ -29,7 +29,7 @@ def index_base64_object(path: Path) -> dict[str, BytesPlace]:
         }
 
 
-def read_place(path: Path, place: BytesPlace) -> bytes:
+def read_range(path: Path, place: ByteRange) -> bytes:
     """The bytes at a place in a file."""
     offset, length = place
     with path.open("rb") as file:
