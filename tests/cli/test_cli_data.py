@@ -166,8 +166,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from sft.data.datasets import Adapter
-from sft.data.store import Settings, prepare_store, write
-write.PIECE_RECORDS = 20
+from sft.data.store import Settings, prepare_store, schedule
+schedule.PIECE_RECORDS = 20
 adapter = Adapter("messages", sys.argv[1], "train", {})
 prepare_store(adapter, Path(sys.argv[2]), asked={}, settings=Settings(num_proc=int(sys.argv[3])))
 """
@@ -238,7 +238,7 @@ def test_after_a_kill_encoding_goes_on_where_it_stopped(tmp_path, monkeypatch, t
 @pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_after_kill_9_it_goes_on_and_the_result_is_the_same(tmp_path, monkeypatch, num_proc):
-    monkeypatch.setattr("sft.data.store.write.PIECE_RECORDS", 20)
+    monkeypatch.setattr("sft.data.store.schedule.PIECE_RECORDS", 20)
     raw, store = tmp_path / "raw.jsonl", tmp_path / "store"
     question, answer = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
     raw.write_text("".join(json.dumps({"messages": [question, answer], "n": n}) + "\n" for n in range(4000)))
@@ -258,7 +258,7 @@ def test_after_kill_9_it_goes_on_and_the_result_is_the_same(tmp_path, monkeypatc
         made.append(piece.path.name)
         return write_piece(piece)
 
-    monkeypatch.setattr("sft.data.store.write.write_piece", write)
+    monkeypatch.setattr("sft.data.store.schedule.write_piece", write)
     adapter = Adapter("messages", str(raw), "train", {})
     resumed = prepare_store(adapter, store, asked={}, settings=Settings())
     assert made and not finished & set(made), "finished pieces are not made again"

@@ -19,7 +19,7 @@ from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, TOO_MANY_PIXELS, TOO_NARR
 from sft.core.parallel import ordered_map
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
 from sft.data.datasets import Adapter
-from sft.data.store import Store, is_store_folder, write
+from sft.data.store import Store, is_store_folder, schedule
 
 
 def header_of(width: int, height: int) -> bytes:
@@ -119,7 +119,7 @@ def test_who_allows_more_bad_records_goes_on_at_once(tmp_path):
 
 
 def test_who_allows_no_more_bad_records_has_mended_something(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "PIECE_RECORDS", 1)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 1)
     made = []
 
     class Counted(Toys):
@@ -144,8 +144,8 @@ def test_an_image_that_is_there_at_last_is_not_skipped_again(tmp_path):
 
 
 def test_it_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "PIECE_RECORDS", 2)
-    monkeypatch.setattr(write, "EARLY_RECORDS", 4)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 2)
+    monkeypatch.setattr(schedule, "EARLY_RECORDS", 4)
     bad = [SkipSample("no messages")]
     toys = Toys(*[shown("good", "Hi.")] * 2, *bad * 18)
     with pytest.raises(UserError, match=r"66\.7% of 6 records bad \(allowed: 5\.0%\)"):
@@ -380,7 +380,7 @@ def contents(store: Store):
 def test_pieces_make_the_same_samples_as_one(tmp_path, monkeypatch):
     records = many(50)
     whole = prepared(tmp_path / "whole", Toys(*records))
-    monkeypatch.setattr(write, "PIECE_RECORDS", 4)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 4)
     cut = prepared(tmp_path / "cut", Toys(*records))
     assert contents(cut) == contents(whole)
     assert [cut.sample(row) for row in range(len(cut))] == [r for r in records if isinstance(r, Sample)]
@@ -395,7 +395,7 @@ def test_processes_change_nothing(tmp_path, monkeypatch):
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "!"}]} for n in range(30)
     ]
     raw.write_text("".join(json.dumps(line if n % 9 else {}) + "\n" for n, line in enumerate(lines)))
-    monkeypatch.setattr(write, "PIECE_RECORDS", 7)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 7)
     adapter = Adapter("messages", str(raw), "train", {})
     one, two = (prepared(tmp_path / f"{n}", adapter, num_proc=n) for n in (1, 2))
     assert len(one) == 26
@@ -415,7 +415,7 @@ def test_a_kill_before_a_piece_has_its_name_leaves_nothing(tmp_path, monkeypatch
 
 
 def test_an_image_file_changed_after_a_kill_is_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "PIECE_RECORDS", 1)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 1)
     photo = tmp_path / "photo.png"
     photo.write_bytes(RED)
 
@@ -460,16 +460,16 @@ def test_pieces_left_beside_a_finished_store_are_removed(tmp_path):
 
 
 def test_a_piece_ends_at_so_many_bytes_of_images_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "PIECE_BYTES", 10)
+    monkeypatch.setattr(schedule, "PIECE_BYTES", 10)
     rows = [{"images": [ImageRef(source=b"1234567890")]}] * 3
-    assert [len(block) for block, _ in write._blocks(rows)] == [1, 1, 1]
+    assert [len(block) for block, _ in schedule._blocks(rows)] == [1, 1, 1]
 
 
 def test_a_record_may_be_nested_deeper_than_the_stack():
     row: dict = {"text": "12345"}
     for _ in range(100_000):
         row = {"in": [row]}
-    [(block, is_last)] = write._blocks([row])
+    [(block, is_last)] = schedule._blocks([row])
     assert len(block) == 1 and is_last
     while "in" in row:  # Python frees it level by level
         row = row.pop("in").pop()
@@ -493,7 +493,7 @@ def test_what_a_process_refuses_comes_out_as_itself():
 
 @pytest.mark.parametrize("stop_at", [0, 9, 10, 19, 39])
 def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path, monkeypatch, stop_at):
-    monkeypatch.setattr(write, "PIECE_RECORDS", 5)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 5)
     records = many(40)
 
     class Killed(Toys):
@@ -516,7 +516,7 @@ def test_a_killed_preparation_goes_on_where_it_stopped(tmp_path, monkeypatch, st
 
 
 def test_other_raw_files_begin_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "PIECE_RECORDS", 2)
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 2)
     raw = tmp_path / "raw.jsonl"
     raw.write_text("old")
 

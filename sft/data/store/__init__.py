@@ -12,7 +12,8 @@
 
 A store without a manifest is unfinished and is made again.
 
-    write        raw files -> pieces -> store, resumable
+    write        raw files -> a finished store; what is checked on the way
+    schedule     its pieces: which are finished, which are still to be written
     pieces       raw records -> a finished piece: the work of one process
     join         finished pieces -> the two tables, each image once
     read         the finished store
@@ -22,6 +23,7 @@ A store without a manifest is unfinished and is made again.
 """
 
 from sft.data.store.read import MANIFEST, Store, is_store_folder
-from sft.data.store.write import RawDataset, Settings, prepare_store
+from sft.data.store.schedule import RawDataset, Settings
+from sft.data.store.write import prepare_store
 
 __all__ = ["MANIFEST", "RawDataset", "Settings", "Store", "is_store_folder", "prepare_store"]

@@ -79,8 +79,8 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """The task of one process."""
+class PieceTask:
+    """A piece that a process is to write."""
 
     adapter: ToSample
     rows: list[Row | SkipSample]
@@ -95,11 +95,11 @@ class Piece:
     verify: Verify
 
 
-def write_piece(piece: Piece) -> Counts:
+def write_piece(task: PieceTask) -> Counts:
     """Write a piece and return its counts."""
-    with staged(piece.path) as folder:
-        counts = _write_tables(piece, folder)
-        (folder / "piece.json").write_text(json.dumps(counts.to_json() | {"is_last": piece.is_last}))
+    with staged(task.path) as folder:
+        counts = _write_tables(task, folder)
+        (folder / "piece.json").write_text(json.dumps(counts.to_json() | {"is_last": task.is_last}))
     return counts
 
 
@@ -109,7 +109,7 @@ def read_piece(path: Path) -> tuple[Counts, bool]:
     return Counts.from_json(values), values["is_last"]
 
 
-def _write_tables(piece: Piece, folder: Path) -> Counts:
+def _write_tables(task: PieceTask, folder: Path) -> Counts:
     counts = Counts()
     seen: dict[str, int] = {}  # sha256 -> row, within the piece
     with (
@@ -119,16 +119,16 @@ def _write_tables(piece: Piece, folder: Path) -> Counts:
         TableWriter(folder / "images.arrow", IMAGES) as images,
     ):
         reader = ImageReader(image_files)
-        for number, row in enumerate(piece.rows, start=piece.first):
+        for number, row in enumerate(task.rows, start=task.first):
             counts.records += 1
-            key = f"{piece.adapter.name}/{row.get('__from__', number) if isinstance(row, dict) else number}"
+            key = f"{task.adapter.name}/{row.get('__from__', number) if isinstance(row, dict) else number}"
             try:
                 if isinstance(row, SkipSample):
                     raise row
-                sample = piece.adapter.to_sample(row)
+                sample = task.adapter.to_sample(row)
                 key = sample.key
                 _check_text(sample)
-                loaded = [_load(image, reader, seen, piece) for image in sample.images]
+                loaded = [_load(image, reader, seen, task) for image in sample.images]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
                 line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
@@ -155,14 +155,14 @@ def _check_text(sample: Sample) -> None:
                 raise SkipSample("text is not Unicode") from error
 
 
-def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], piece: Piece) -> dict[str, Any]:
+def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
     """The row of images/ for an image; verified unless it was before."""
     content, sha256 = reader.read(image)
     if sha256 in seen:
         return {"sha256": sha256}
-    width, height = verified_size(content) if piece.verify == "decode" else size_of(content)
+    width, height = verified_size(content) if task.verify == "decode" else size_of(content)
     path = str(image.source.absolute()) if isinstance(image.source, Path) else None
-    is_kept = piece.images == "embed" or path is None
+    is_kept = task.images == "embed" or path is None
     return {
         "sha256": sha256,
         "bytes": content if is_kept else None,

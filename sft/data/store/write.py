@@ -1,88 +1,32 @@
-"""Raw files -> a finished store, piece by piece.
-
-The records of each raw file are cut into pieces of fixed borders; pieces are written by one or several processes and
-joined at the end. A piece that is finished is never written again: after a kill the raw file is read on to where it
-stopped, and an unfinished piece has left nothing. The result is the same for any number of processes.
-"""
+"""Raw files -> a finished store: what was asked for, checked before, while and after its pieces are written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sft.core.errors import RunError, UserError
 from sft.core.files import discard, hash_file, remove_leftovers, staged
-from sft.core.parallel import ordered_map
-from sft.core.sample import ImageRef, Sample, SkipSample
-from sft.data.formats import MAX_RECORD_BYTES, Row, record_limit
-from sft.data.store.image_files import IMAGE_FILES, changed_image_files, stamp_of
+from sft.data.formats import record_limit
+from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
-from sft.data.store.pieces import Counts, Images, Piece, Verify, read_piece, write_piece
+from sft.data.store.pieces import Counts, Verify, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
-
-PIECE_RECORDS = 4096
-PIECE_BYTES = 48 * 1024 * 1024
-"""A piece ends at so many records or bytes of them, whichever is first; a process holds one piece in memory."""
-
-EARLY_RECORDS = 2000
-"""After so many records of which most are bad, more of them will not help."""
-
-_FAILED = "failed.json"
-"""In the folder of pieces: the `max_skip_share` that was not enough."""
-
-Progress = Callable[[int, float], None]
-"""Called with the records done so far, and the share of all raw bytes."""
-
-
-class RawDataset(Protocol):
-    """What a store is made from; `sft.data.datasets.Adapter` is one."""
-
-    name: str
-
-    @property
-    def version(self) -> int:
-        """Raised when the same records become other samples."""
-
-    @property
-    def licence(self) -> str:
-        """Of the data."""
-
-    def files(self) -> list[Path]:
-        """The raw files, in a fixed order."""
-
-    def all_files(self) -> list[Path]:
-        """The raw files and whatever else the rows are read from."""
-
-    def rows(self, file: Path) -> Iterable[Row | SkipSample]:
-        """The raw records of a file."""
-
-    def to_sample(self, row: Row) -> Sample:
-        """One record as a sample."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a store is made."""
-
-    images: Images = "embed"
-    """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
-    verify: Verify = "decode"
-    """`decode`: each distinct image is decoded once. `header`: only its header is read."""
-    limit: int | None = None
-    """Only the first so many records."""
-    max_record_bytes: int = MAX_RECORD_BYTES
-    max_skip_share: float = 0.05
-    """More bad records than this are a failure."""
-    num_proc: int = 1
-    fresh: bool = False
-    """Make it anew, whatever is there."""
+from sft.data.store.schedule import (
+    FAILED,
+    OnRecords,
+    RawDataset,
+    Settings,
+    open_pieces,
+    piece_folders,
+    pieces_folder,
+    write_pieces,
+)
 
 
 def prepare_store(
@@ -91,7 +35,7 @@ def prepare_store(
     *,
     asked: dict[str, Any],
     settings: Settings,
-    on_progress: Progress = lambda records, share: None,
+    on_progress: OnRecords = lambda records, share: None,
     called: str | None = None,
 ) -> Store:
     """Make the store of a dataset, or open the finished one that was made of the same files in the same way.
@@ -106,55 +50,85 @@ def prepare_store(
     """
     called = called or path.name
     files, all_files = raw.files(), raw.all_files()
-    wanted = {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked} | {
-        key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")
-    }
-    if (path / MANIFEST).is_file() and not settings.fresh:
-        store = Store(path)
-        _check_adapter(store, raw)
-        if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files):
-            _check_share(Counts.from_json(store.manifest), called, path / "skips.jsonl", settings.max_skip_share)
-            _clean_up(path)
-            return store
+    wanted = _wanted(raw, asked, settings)
+    if not settings.fresh and (store := _finished_store(path, raw, all_files, wanted, settings)):
+        _check_share(Counts.from_json(store.manifest), called, path / "skips.jsonl", settings.max_skip_share)
+        _clean_up(path)
+        return store
     _check_ours(path)
     if settings.fresh:
         discard(path)
-        discard(_staging(path))
+        discard(pieces_folder(path))
     stamps = [_stamp(file) for file in all_files]
-    pieces = _open_staging(path, wanted | {"verify": settings.verify, "files": stamps}, settings.max_skip_share)
+    plan = wanted | {"verify": settings.verify, "files": stamps}
+    pieces = open_pieces(path, [VERSION, plan], settings.max_skip_share)
     with record_limit(settings.max_record_bytes):
-        early = _write_pieces(raw, files, pieces, settings, on_progress)
+        early = write_pieces(raw, files, pieces, settings, on_progress)
     _check_unchanged(stamps, pieces)
-    finished = _piece_folders(pieces)
-    counts = early or Counts()
-    for piece in [] if early else finished:
-        counts.add(read_piece(piece)[0])
+    counts = early or _all_counts(pieces)
     _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
-    entries = [
-        stamp | {"xxh3": hash_file(file) if file.is_file() else None}
-        for file, stamp in zip(all_files, stamps, strict=True)
-    ]
+    hashes = [hash_file(file) if file.is_file() else None for file in all_files]
     _check_unchanged(stamps, pieces)
     with staged(path) as target:
-        counts.distinct_images = join_pieces(finished, target)
-        manifest = {
-            "version": VERSION,
-            **wanted,
-            "verify": settings.verify,
-            "files": entries,
-            **counts.to_json(),
-            "licence": raw.licence,
-            "versions": {name: version(name) for name in ("idefics-sft", "pyarrow", "pillow")},
-        }
-        (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        counts.distinct_images = join_pieces(piece_folders(pieces), target)
+        entries = [stamp | {"xxh3": xxh3} for stamp, xxh3 in zip(stamps, hashes, strict=True)]
+        _write_manifest(target, raw, wanted, settings, entries, counts)
     _clean_up(path)
     return Store(path)
 
 
+def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return what a store has to be made of and how, as its manifest says it."""
+    how = {key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")}
+    return {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked, **how}
+
+
+def _finished_store(
+    path: Path, raw: RawDataset, all_files: Sequence[Path], wanted: dict[str, Any], settings: Settings
+) -> Store | None:
+    """Return the finished store that is there, if it is what is wanted and no file has changed since.
+
+    Raises:
+        UserError: it was made by another version of the adapter, or is damaged.
+    """
+    if not (path / MANIFEST).is_file():
+        return None
+    store = Store(path)
+    _check_adapter(store, raw)
+    return store if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files) else None
+
+
+def _all_counts(pieces: Path) -> Counts:
+    counts = Counts()
+    for piece in piece_folders(pieces):
+        counts.add(read_piece(piece)[0])
+    return counts
+
+
+def _write_manifest(
+    target: Path,
+    raw: RawDataset,
+    wanted: dict[str, Any],
+    settings: Settings,
+    files: Sequence[dict[str, Any]],
+    counts: Counts,
+) -> None:
+    manifest = {
+        "version": VERSION,
+        **wanted,
+        "verify": settings.verify,
+        "files": files,
+        **counts.to_json(),
+        "licence": raw.licence,
+        "versions": {name: version(name) for name in ("idefics-sft", "pyarrow", "pillow")},
+    }
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def _clean_up(path: Path) -> None:
     """Remove what is of no use beside a finished store: leftovers of a kill, the skips of a failure."""
-    discard(_staging(path))
-    for place in (path, _staging(path)):
+    discard(pieces_folder(path))
+    for place in (path, pieces_folder(path)):
         remove_leftovers(place)
     _skips_of_failure(path).unlink(missing_ok=True)
 
@@ -192,158 +166,18 @@ def _stamp(file: Path) -> dict[str, Any]:
     return {"path": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _staging(path: Path) -> Path:
-    return path.with_name(f".{path.name}.pieces")
-
-
 def _skips_of_failure(path: Path) -> Path:
     return path.with_name(f"{path.name}.skips.jsonl")
 
 
-def _open_staging(path: Path, plan: dict[str, Any], max_skip_share: float) -> Path:
-    """The folder of unfinished work: emptied unless it was begun for the same plan.
-
-    After too many bad records, pieces with some are kept only for whoever allows more of them now; else something was
-    mended, if only in the adapter.
-    """
-    pieces = _staging(path)
-    digest = hashlib.sha256(json.dumps([VERSION, plan], sort_keys=True).encode()).hexdigest()
-    if not (pieces / digest).is_file():
-        discard(pieces)
-        pieces.mkdir(parents=True)
-        (pieces / digest).touch()
-    if (pieces / _FAILED).is_file():
-        if max_skip_share <= json.loads((pieces / _FAILED).read_text()):
-            for piece in _piece_folders(pieces):
-                if read_piece(piece)[0].skipped:
-                    discard(piece)
-        (pieces / _FAILED).unlink()
-    return pieces
-
-
-def _piece_folders(pieces: Path) -> list[Path]:
-    """The finished pieces, in order. A hidden folder is one that was being written, whatever it holds."""
-    return sorted(piece.parent for piece in pieces.glob("[0-9]*/piece.json"))
-
-
-def _write_pieces(
-    raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: Progress
-) -> Counts | None:
-    """Write the missing pieces; return the counts so far if that was given up because most records are bad."""
-    finished = _finished_pieces(pieces)
-    done = Counts()
-    for of_file in finished.values():
-        for counts, _ in of_file.values():
-            done.add(counts)
-    missing = _missing_pieces(raw, files, pieces, finished, settings)
-    for counts, share in ordered_map(_write, missing, settings.num_proc):
-        done.add(counts)
-        on_progress(done.records, share)
-        if done.records >= EARLY_RECORDS and done.skip_share > max(0.5, settings.max_skip_share):
-            return done
-    return None
-
-
-def _write(piece: Piece) -> tuple[Counts, float]:
-    return write_piece(piece), piece.share_read
-
-
-def _missing_pieces(
-    raw: RawDataset,
-    files: Sequence[Path],
-    pieces: Path,
-    finished: dict[int, dict[int, tuple[Counts, bool]]],
-    settings: Settings,
-) -> Iterator[Piece]:
-    """The pieces that are still to be written, in order."""
-    sizes = [file.stat().st_size for file in files]
-    whole = max(sum(sizes), 1)
-    left = settings.limit
-    for number, file in enumerate(files):
-        if left is not None and left <= 0:
-            return
-        own = finished.get(number, {})
-        records = 0
-        if _is_whole(own):
-            records = sum(counts.records for counts, _ in own.values())
-        else:
-            for block, (rows, is_last) in enumerate(_blocks(islice(raw.rows(file), left))):
-                if block not in own:
-                    share = 1.0 if is_last else _share_read(rows)
-                    yield Piece(
-                        adapter=raw,
-                        rows=rows,
-                        first=records,
-                        is_last=is_last,
-                        share_read=(sum(sizes[:number]) + share * sizes[number]) / whole,
-                        path=pieces / f"{number:05d}-{block:06d}",
-                        images=settings.images,
-                        verify=settings.verify,
-                    )
-                records += len(rows)
-        left = None if left is None else left - records
-
-
-def _share_read(rows: Sequence[Row | SkipSample]) -> float:
-    """How much of its file was read when the last of these rows was; what an adapter keeps of `__at__` tells."""
-    return next((row["__at__"] for row in reversed(rows) if isinstance(row, dict) and "__at__" in row), 0.0)
-
-
-def _blocks(rows: Iterable[Row | SkipSample]) -> Iterator[tuple[list[Row | SkipSample], bool]]:
-    """Rows in blocks of PIECE_RECORDS or PIECE_BYTES, and whether it is the last; no rows make one empty block."""
-    block: list[Row | SkipSample] = []
-    num_bytes = 0
-    for row in rows:
-        if len(block) >= PIECE_RECORDS or num_bytes >= PIECE_BYTES:
-            yield block, False
-            block, num_bytes = [], 0
-        block.append(row)
-        num_bytes += _num_bytes(row)
-    yield block, True
-
-
-def _num_bytes(row: object) -> int:
-    """About the size of a row: of its texts and bytes, however deep they are."""
-    num_bytes, waiting = 0, [row]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, ImageRef):
-            value = value.source
-        if isinstance(value, dict):
-            waiting.extend(value.values())
-        elif isinstance(value, list | tuple):
-            waiting.extend(value)
-        else:
-            num_bytes += len(value) if isinstance(value, str | bytes) else 8
-    return num_bytes
-
-
-def _finished_pieces(pieces: Path) -> dict[int, dict[int, tuple[Counts, bool]]]:
-    """The finished pieces of each raw file, by number; of those written side by side a later one may be done first.
-    One of image files that changed since is removed."""
-    finished: dict[int, dict[int, tuple[Counts, bool]]] = defaultdict(dict)
-    for piece in _piece_folders(pieces):
-        if any(changed_image_files(piece / IMAGE_FILES)):
-            discard(piece)
-            continue
-        file_number, _, number = piece.name.partition("-")
-        finished[int(file_number)][int(number)] = read_piece(piece)
-    return finished
-
-
-def _is_whole(finished: dict[int, tuple[Counts, bool]]) -> bool:
-    """Whether these are all the pieces of their raw file."""
-    return bool(finished) and len(finished) == max(finished) + 1 and finished[max(finished)][1]
-
-
 def _check_counts(counts: Counts, called: str, listed: Path, pieces: Path, max_skip_share: float) -> None:
-    """Stop when too much is bad, or nothing is left. The list of skips stays; so do the pieces, see `_open_staging`."""
+    """Stop when too much is bad, or nothing is left. The list of skips stays; so do the pieces, see `open_pieces`."""
     if counts.samples and counts.skip_share <= max_skip_share:
         return
     with listed.open("wb") as file:
-        for piece in _piece_folders(pieces):
+        for piece in piece_folders(pieces):
             file.write((piece / "skips.jsonl").read_bytes())
-    (pieces / _FAILED).write_text(json.dumps(max_skip_share))
+    (pieces / FAILED).write_text(json.dumps(max_skip_share))
     _check_share(counts, called, listed, max_skip_share)
     discard(pieces)
     raise UserError(
@@ -359,5 +193,5 @@ def _check_share(counts: Counts, called: str, listed: Path, max_skip_share: floa
         )
 
 
-def _table(reasons: Any, counts: Counts) -> str:
+def _table(reasons: Counter[str], counts: Counts) -> str:
     return ", ".join(f"{n:,} {reason} (as {counts.examples[reason]})" for reason, n in reasons.most_common())
