@@ -82,23 +82,23 @@ class DeclaredSource:
         return self.declared.samples
 
     def num_bytes(self, num_tokens: int, num_images: int) -> int:
-        """Of some of its texts and images: about four bytes a token."""
+        """Return the bytes of some of its texts and images, about four a token."""
         return 4 * num_tokens + self.declared.bytes_per_image * num_images
 
     def num_tokens(self, rows: Ints) -> Ints:
-        """Tokens of each; what is longer than a pack counts as cut to it."""
+        """Return the tokens of each sample; what is longer than a pack counts as cut to it."""
         radius = np.sqrt(-2 * np.log(self._uniform(rows, 1)))
         normal = radius * np.cos(2 * np.pi * self._uniform(rows, 2))  # Box and Muller
         lengths = self.declared.median_tokens * np.exp(self.declared.spread * normal)
         return np.asarray(np.clip(lengths, SHORTEST, self.longest), dtype=np.int64)
 
     def num_trained(self, rows: Ints) -> Ints:
-        """Trained tokens of each."""
+        """Return the trained tokens of each sample."""
         share = 1.0 if self.train_on == "all" else self.declared.trained_share
         return np.asarray(np.maximum(np.floor(share * self.num_tokens(rows)), 1), dtype=np.int64)
 
     def images(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Images of the distinct ones: each in turn, or drawn where samples differ in how many they have."""
+        """Return the distinct images of each sample: in turn, or drawn where samples differ in how many they have."""
         mean = self.declared.images_per_sample
         if mean == int(mean):
             numbers = np.full(len(rows), int(mean))
@@ -111,12 +111,12 @@ class DeclaredSource:
         return keys + self.seed * 2**40, numbers
 
     def _uniform(self, rows: Ints, number: int) -> NDArray[np.float64]:
-        """A number between 0 and 1, without 0, for each row."""
+        """Return a number between 0 and 1, without 0, for each row."""
         return (mix64(rows, 64 * self.seed + number).astype(np.float64) + 1) / 2.0**64
 
 
 def declared_sources(data: DataConfig) -> list[DeclaredSource]:
-    """The sources of a recipe by the sizes declared for their names.
+    """Return the sources of a recipe by the sizes declared for their names.
 
     Raises:
         UserError: no sizes are declared for a source.

@@ -96,7 +96,7 @@ class _Errors:
             self.of_ends.append(float(errors_PS[-1].max()))
 
     def begin_anew(self) -> None:
-        """A source has come to its end."""
+        """Count errors anew, since a source has come to its end."""
         self.off = np.zeros_like(self.off)
 
 
@@ -113,7 +113,7 @@ class _Totals:
         """Packs by the number of their distinct images."""
 
     def sum(self, name: str) -> int:
-        """Over all sources."""
+        """Return a count summed over all sources."""
         return sum(getattr(tally, name) for tally in self.of_source)
 
     @property
@@ -128,7 +128,8 @@ def mix(
     steps: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
-    """What `steps` optimizer steps will draw, in the form of `idefics-sft mix --json`. Shares are fractions of 1.
+    """Return what `steps` optimizer steps will draw, in the form of `idefics-sft mix --json`. Shares are fractions of
+    1.
 
     Errors of shares are in packs: of `sequence_length` tokens, or of what a pack holds on average in another unit.
     """
@@ -150,7 +151,7 @@ def mix(
 
 
 def _windows(planner: Planner, wanted: int) -> Iterator[tuple[list[Pack], Floats]]:
-    """Windows up to a number of packs, each with the shares it is steered by; the last may be a part of one."""
+    """Yield windows up to a number of packs, each with the shares it is steered by; the last may be a part of one."""
     windows = planner.windows()
     while wanted > 0:
         shares_S = np.array(planner.mixture.shares())
@@ -200,7 +201,7 @@ def _count(totals: _Totals, packs: Sequence[Pack], sources: Sequence[SourceSizes
 
 
 def _num_distinct(of_pack: Ints, keys: Ints, num_packs: int) -> Ints:
-    """Distinct images of each pack."""
+    """Return the distinct images of each pack."""
     order = np.lexsort((keys, of_pack))
     of_pack, keys = of_pack[order], keys[order]
     is_first = np.ones(len(keys), bool)
@@ -284,8 +285,8 @@ def _line(recipe: Recipe, planner: Planner, totals: _Totals, index: int, pack: f
 
 
 def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
-    """What has to be there for these steps: pieces, which are samples or the parts of long ones, each once, their
-    distinct images, and the bytes of both."""
+    """Return what has to be there for these steps: pieces, which are samples or the parts of long ones, each once,
+    their distinct images, and the bytes of both."""
     pieces = min(tally.samples, len(source))
     images = len(tally.distinct_images)
     if isinstance(source, DeclaredSource):
@@ -298,7 +299,7 @@ def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
 
 
 def _bytes_of_each(source: PreparedSource, table: str) -> float:
-    """Bytes of a sample, or of the part of one that fits a pack, or of an image in the stores, on average."""
+    """Return the bytes of a sample, of the part of one that fits a pack, or of an image in the stores, on average."""
     number = sum(len(part.encoded) if table == "samples" else part.store.num_images for part in source.parts)
     return sum(_size(part.store.path / table) for part in source.parts) / max(number, 1)
 
@@ -308,20 +309,20 @@ def _size(folder: Path) -> int:
 
 
 def _in_hundredths(packs_with_tokens: Ints) -> list[int]:
-    """Packs that are 0, 1, … 100 hundredths full, rounded down."""
+    """Return how many packs are 0, 1, … 100 hundredths full, rounded down."""
     places = np.arange(len(packs_with_tokens)) * 100 // (len(packs_with_tokens) - 1)
     return [int(number) for number in np.bincount(places, packs_with_tokens, 101)]
 
 
 def _thinned(values: Sequence[float], unit: float) -> list[float]:
-    """At most MAX_POINTS of them, the largest of each stretch, in a unit."""
+    """Return at most MAX_POINTS values, the largest of each stretch, in a unit."""
     if not values:
         return []
     return [float(stretch.max()) / unit for stretch in np.array_split(values, min(MAX_POINTS, len(values)))]
 
 
 def _warnings(sources: Sequence[dict[str, Any]], ended_by: str | None, done: int, steps: int) -> list[str]:
-    """What a person should know before paying for it."""
+    """Return what a person should know before paying for it."""
     found = [
         f"{source['name']} is gone through {source['epochs']:.1f} times"
         for source in sources

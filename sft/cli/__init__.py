@@ -8,7 +8,7 @@ STOPPED_LINE = "idefics-sft: stopped"
 
 
 def start() -> None:
-    """What the installed command calls: Ctrl-C is one line also while modules are imported."""
+    """Run the installed command; Ctrl-C is one line also while modules are imported."""
     try:
         from sft.cli.main import main
     except KeyboardInterrupt:

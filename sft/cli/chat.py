@@ -49,7 +49,8 @@ def run(
 
 
 def _opened(file: str, allow_dir: Path | None) -> ImageRef:
-    """An image that was named on the command line: it may stand anywhere, or in `allow_dir` alone, but must be one."""
+    """Return an image that was named on the command line: it may stand anywhere, or in `allow_dir` alone, but must be
+    one."""
     from sft.core.images import DOES_NOT_DECODE, READ, open_image
     from sft.core.sample import SkipSample
 

@@ -52,7 +52,7 @@ def run(
 
 
 def headline(description: dict[str, Any]) -> str:
-    """A pack in a line."""
+    """Return a pack in a line."""
     figures = description["figures"]
     return (
         f"pack {description['pack']}, drawn for step {description['step']:,} of {description['steps']:,}: "
@@ -125,5 +125,5 @@ def _token(token: dict[str, Any], images: list[dict[str, Any]]) -> tuple[str, st
 
 
 def _visible(text: str) -> str:
-    """Text that cannot steer a terminal."""
+    """Return a text that cannot steer a terminal."""
     return _STEERING.sub("�", text)

@@ -90,7 +90,7 @@ def show(report: dict[str, Any], out: Console) -> None:
 
 
 def _in_lines(sources: list[Source]) -> tuple[list[Source], list[Source]]:
-    """The sources that get a line of their own, in the recipe's order, and the smaller ones that share one."""
+    """Return the sources that get a line of their own, in the recipe's order, and the smaller ones that share one."""
     if len(sources) <= MAX_ROWS:
         return sources, []
     in_order = sorted(sources, key=lambda source: source["achieved"], reverse=True)
@@ -138,7 +138,8 @@ def _shares(report: dict[str, Any], own: list[Source], others: list[Source], wid
 
 
 def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> Table:
-    """What has to be there for these steps, and what was left out. Columns of nothing but zeros are left out too."""
+    """Return the table of what has to be there for these steps, and what was left out. Columns of nothing but zeros are
+    left out too."""
 
     def numbers(source: Source) -> list[int]:
         budget = source["budget"]
@@ -188,7 +189,8 @@ KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a p
 
 
 def _reasons(sources: list[Source]) -> list[str]:
-    """Why samples were left out, source by source; over all of them, the commonest first, where that is too much."""
+    """Return why samples were left out, source by source; over all of them, the commonest first, where that is too
+    much."""
     lines, of_all, naming = [], Counter[str](), Counter[str]()
     for source in sources:
         for kind, what in KINDS.items():
@@ -205,7 +207,7 @@ def _reasons(sources: list[Source]) -> list[str]:
 
 
 def _plots(report: dict[str, Any]) -> Iterator[str]:
-    """How far off shares are over the windows, and what packs hold."""
+    """Yield how far off shares are over the windows, and what packs hold."""
     windows, packs = report["windows"], report["packs"]
     if report["largest_error_inside_in_packs"]:
         many = "s" if windows["count"] > 1 else ""
@@ -229,12 +231,12 @@ def _plots(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _bar(share: float, largest: float, width: int) -> str:
-    """A share as a bar, the largest of all being full."""
+    """Return a share as a bar, the largest of all being full."""
     eighths = round(share / max(largest, 1e-9) * width * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _columns(values: Sequence[float]) -> str:
-    """Numbers as columns side by side, the largest being full; only nothing is drawn as nothing."""
+    """Return numbers as columns in a row, the largest being full; only nothing is drawn as nothing."""
     largest = max(values)
     return "".join(" ▁▂▃▄▅▆▇█"[ceil(value / largest * 8) if value > 0 else 0] for value in values)

@@ -123,7 +123,7 @@ def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: s
 
 
 def _value(share: float) -> str:
-    """As a recipe says it."""
+    """Return a value as a recipe says it."""
     return {0.0: "false", 1.0: "true"}.get(share, f"{share:g}")
 
 
@@ -141,7 +141,7 @@ def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """2.4 days, 3.1 hours, 5.0 minutes, 7.2 seconds"""
+    """Return a duration in the unit that suits it: 2.4 days, 3.1 hours, 5.0 minutes, 7.2 seconds."""
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {name}"

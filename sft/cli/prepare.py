@@ -96,7 +96,7 @@ RECIPE_KEYS = {
 
 
 def _refuse_dataset_options(**given: Any) -> None:
-    """A recipe says these things by itself.
+    """Refuse the options that go with --dataset: a recipe says these things by itself.
 
     Raises:
         UserError: one of the options that go with --dataset is given; it names the key of the recipe.
@@ -144,7 +144,7 @@ def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
 
 
 def show(stores: Sequence[Store], out: Console) -> None:
-    """What each store holds, and what was left out of it and why."""
+    """Print what each store holds, and what was left out of it and why."""
     rows = [
         (
             printable(store.path),

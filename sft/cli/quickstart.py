@@ -66,7 +66,7 @@ def run(
 
 
 def _recipe(output_dir: Path, overrides: list[str]) -> Any:
-    """The recipe with what is asked for beside it.
+    """Return the recipe with the overrides.
 
     Raises:
         UserError: an override is wrong, or of what the command itself says.
@@ -85,7 +85,7 @@ def _recipe(output_dir: Path, overrides: list[str]) -> Any:
 
 
 def _page(output_dir: Path) -> Path:
-    """The report of the run, as a file to open in a browser."""
+    """Return the report of the run, as a file to open in a browser."""
     from sft.report import report
 
     return report(output_dir)
@@ -103,7 +103,7 @@ def _delete_run(output_dir: Path) -> None:
 
 
 def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, Any]:
-    """Every stage in turn; returns what is printed at the end."""
+    """Run every stage in turn; return what is printed at the end."""
     started = time.perf_counter()
     quiet_libraries()
     import torch
@@ -138,7 +138,8 @@ def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, An
 
 
 def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
-    """Accuracy of the base, every checkpoint and the selected one without images, all on the reporting half."""
+    """Return the accuracy of the base, of every checkpoint and of the selected one without images, on the reporting
+    half."""
     from sft.evaluation.run_benchmark import recipe_benchmark, score_model
     from sft.models.base_model import base_path
     from sft.runs.names import run_checkpoints
@@ -177,7 +178,7 @@ def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
 
 
 def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
-    """Three questions about test images, answered by the selected model in one conversation each."""
+    """Return three questions about test images, answered by the selected model in one conversation each."""
     from sft.data.datasets import Adapter
     from sft.inference.chat import Conversation, responder
     from sft.models.open_model import load_for_inference
@@ -205,7 +206,7 @@ def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
 
 
 def _show(report: dict[str, Any], out: Console) -> None:
-    """The table of accuracies and the conversation."""
+    """Print the table of accuracies and the conversation."""
     lines = [("base, before fine-tuning", report["base"])]
     lines += [
         (("* " if name == report["selected_checkpoint"] else "  ") + name, figures)

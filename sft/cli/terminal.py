@@ -31,21 +31,21 @@ from sft.core.errors import printable
 
 
 def complete_shipped(incomplete: str) -> list[str]:
-    """Shipped recipes, for the shell."""
+    """Return the shipped recipes that begin like this, for the shell."""
     from sft.core.shipped import shipped_recipes
 
     return [name for name in shipped_recipes() if name.startswith(incomplete)]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Shipped recipes, recipe files and folders, for the shell."""
+    """Return the shipped recipes, recipe files and folders that begin like this, for the shell."""
     found = [path for path in sorted(Path().glob(f"{glob.escape(incomplete)}*"))]
     files = [str(path) for path in found if path.suffix in (".yaml", ".yml")]
     return [*complete_shipped(incomplete), *files, *(f"{path}/" for path in found if path.is_dir())]
 
 
 def complete_override(incomplete: str) -> list[str]:
-    """Dotted keys of a recipe, and the values of those that have a few, for the shell."""
+    """Return the dotted keys of a recipe, or the values of one that has a few, that begin like this, for the shell."""
     from sft.recipe.json_schema import choices_of, dotted_keys
 
     key, equals, _ = incomplete.partition("=")
@@ -55,7 +55,7 @@ def complete_override(incomplete: str) -> list[str]:
 
 
 def examples(commands: Iterable[str]) -> str:
-    """The end of a command's help: examples, a line each."""
+    """Return the end of a command's help: examples, a line each."""
     lines = "\n".join(f"  idefics-sft {command}" for command in commands)
     return f"Examples:\n{lines}".replace("[", "\\[")
 
@@ -96,36 +96,36 @@ _progress_is_shown = True
 
 
 def show_progress(wanted: bool) -> None:
-    """Whether bars, and notes on the way, are shown; --quiet turns them off."""
+    """Choose whether bars, and notes on the way, are shown; --quiet turns them off."""
     global _progress_is_shown
     _progress_is_shown = wanted
 
 
 def is_quiet() -> bool:
-    """Whether only results and errors are wanted."""
+    """Return whether only results and errors are wanted."""
     return not _progress_is_shown
 
 
 def notes(to_stderr: bool = False) -> Console:
-    """Where what is said on the way goes: nowhere under --quiet."""
+    """Return where notes on the way go: nowhere under --quiet."""
     out = console(to_stderr)
     out.quiet = is_quiet()
     return out
 
 
 def console(to_stderr: bool = False) -> Console:
-    """Where tables and progress go. Data are printed there, so nothing is read as markup."""
+    """Return where tables and progress go. Data are printed there, so nothing is read as markup."""
     width = None if Console(stderr=to_stderr).is_terminal else 120
     return Console(stderr=to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object."""
+    """Print the one JSON object."""
     sys.stdout.write(json.dumps(value) + "\n")
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """A plain table; the first column is text, the others are numbers."""
+    """Return a plain table; the first column is text, the others are numbers."""
     result = Table(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
     )
@@ -137,13 +137,13 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]
 
 
 def percent(share: float) -> str:
-    """0.077 -> 7.7 %"""
+    """Return a share as a percentage: 0.077 -> 7.7 %"""
     return f"{share * 100:.1f} %"
 
 
 @contextmanager
 def progress(description: str, total: int | None, out: Console) -> Iterator[Any]:
-    """A bar with time used and time left; yields `update(done, note)`. In a log it prints a line now and then."""
+    """Show a bar with time used and time left; yield `update(done, note)`. In a log it prints a line now and then."""
     if is_quiet():
         yield lambda done, note="": None
         return
@@ -169,7 +169,7 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Any]
 
 @contextmanager
 def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
-    """A bar for each dataset that is prepared; yields `update(name, records, share of the whole)`."""
+    """Show a bar for each dataset that is prepared; yield `update(name, records, share of the whole)`."""
     if is_quiet():
         yield lambda name, records, share: None
         return
@@ -204,7 +204,7 @@ class _Rate:
         self.first: tuple[int, float] | None = None
 
     def after(self, records: int, now: float) -> str:
-        """`, 1,234/s`; nothing while it cannot be told."""
+        """Return the rate as `, 1,234/s`; nothing while it cannot be known."""
         if self.first is None or records < self.first[0]:
             self.first = (records, now) if records else None
             return ""
@@ -216,7 +216,7 @@ _LOG_EVERY_SECONDS = 15.0
 
 
 def _preparation_lines(out: Console) -> Callable[[str, int, float], None]:
-    """The same for a log: a line at the beginning, one now and then, one at the end."""
+    """Return the same for a log: it prints a line at the beginning, one now and then, one at the end."""
     printed: dict[str, float] = {}
     first: dict[str, tuple[float, float]] = {}
     rates: dict[str, _Rate] = {}
@@ -242,7 +242,7 @@ def _preparation_lines(out: Console) -> Callable[[str, int, float], None]:
 
 
 def _time_left(first: tuple[float, float] | None, share: float, now: float) -> str:
-    """By what was done since the first share that was told of, and when."""
+    """Return the time left by what was done since the first share that was told of, and when."""
     if first is None or not first[0] < share < 1:
         return ""
     return f", {(now - first[1]) * (1 - share) / (share - first[0]):,.0f} s left"

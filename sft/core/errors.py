@@ -28,7 +28,7 @@ _NAMES_OF_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def without_secrets(text: str) -> str:
-    """The same with `***` in place of what gives access to something: what libraries say may hold it."""
+    """Return a text with `***` in place of what gives access to something: messages of libraries may hold it."""
     for name, value in os.environ.items():
         if name.upper().endswith(_NAMES_OF_SECRETS) and len(value) >= 8:
             text = text.replace(value, "***")
@@ -36,20 +36,20 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: object) -> str:
-    """The same on one line of any terminal: control characters and halves of surrogate pairs are escaped. Secrets are
-    left out."""
+    """Return a text that fits on one line of any terminal and holds no secrets: control characters and halves of
+    surrogate pairs are escaped."""
     text = without_secrets(str(text))
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, on one line and without secrets: what libraries say may have many of the one, and some of the
-    other."""
+    """Return what went wrong, on one line and without secrets: messages of libraries may have many lines, and hold
+    some."""
     said = without_secrets(" ".join(str(error).split()))
     return said if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
+    """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string when none is close."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -19,7 +19,7 @@ from sft.core.errors import RunError
 
 
 def hash_file(path: Path) -> str:
-    """xxh3 of a file."""
+    """Return the xxh3 hash of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -55,7 +55,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that gets its name when the block ends without an error. Makes the folder.
+    """Yield a binary file that gets its name when the block ends without an error. The folder is made if need be.
 
     Raises:
         OSError: as `write_atomically`.
@@ -68,7 +68,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _renamed(path: Path) -> Iterator[Path]:
-    """A hidden name for a file that becomes `path` when the block ends without an error, and is gone after one."""
+    """Yield a hidden name for a file that becomes `path` when the block ends without an error, else is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_of(path)
     try:
@@ -98,7 +98,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def staging_of(path: Path) -> Path:
-    """The hidden folder that becomes `path`."""
+    """Return the hidden folder that becomes `path`."""
     return path.with_name(f".{path.name}.staging")
 
 
@@ -108,7 +108,7 @@ def _discarded(path: Path) -> Path:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `path` when the block ends without an error."""
+    """Yield a hidden folder that becomes `path` when the block ends without an error."""
     staging = staging_of(path)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -125,7 +125,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A file of numbers, mapped into memory to be read here and there; an empty one cannot be.
+    """Return a file of numbers, mapped into memory to be read here and there; an empty file cannot be mapped.
 
     Without advice the system reads ahead around every number that is looked at.
     """
@@ -151,7 +151,7 @@ def _advise(numbers: np.memmap[Any, Any], advice: str) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

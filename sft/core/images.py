@@ -33,7 +33,7 @@ TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
 
 
 def local_image(folder: Path, name: object) -> ImageRef:
-    """An image file that a record names, below `folder`; whether it is there is seen when it is read.
+    """Return the image file that a record names, below `folder`; whether it is there is seen when it is read.
 
     Raises:
         SkipSample: not a path, or one that leads out of the folder: a URL, `..`, an absolute path, a symbolic link.
@@ -51,7 +51,8 @@ def local_image(folder: Path, name: object) -> ImageRef:
 
 
 def base64_image(encoded: object) -> ImageRef:
-    """An image that a record holds as base64, of the plain or the URL-safe alphabet, padded or not; or a list of one.
+    """Return the image that a record holds as base64, or as a list of one such string: of the plain or the URL-safe
+    alphabet, padded or not.
 
     Raises:
         SkipSample: not base64.
@@ -70,7 +71,7 @@ def base64_image(encoded: object) -> ImageRef:
 
 
 def _decode_unusual_base64(encoded: str | bytes) -> bytes:
-    """URL-safe, unpadded or broken into lines."""
+    """Decode base64 that is URL-safe, unpadded or broken into lines."""
     text = encoded.encode("ascii", "replace") if isinstance(encoded, str) else encoded
     text = b"".join(text.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
     try:
@@ -81,7 +82,7 @@ def _decode_unusual_base64(encoded: str | bytes) -> bytes:
 
 
 def read_bytes(image: ImageRef) -> bytes:
-    """The encoded bytes of an image.
+    """Return the encoded bytes of an image.
 
     Raises:
         SkipSample: the file is missing or cannot be read, or it is larger than MAX_BYTES.
@@ -103,7 +104,7 @@ def read_bytes(image: ImageRef) -> bytes:
 
 
 def decode_rgb(content: bytes) -> Image.Image:
-    """Decode to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform).
+    """Decode an image to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform).
 
     Raises:
         SkipSample: not an image of a known format, over the limits, or it does not decode.
@@ -121,7 +122,7 @@ def decode_rgb(content: bytes) -> Image.Image:
 
 
 def open_checked(content: bytes) -> Image.Image:
-    """An image whose header was read and is within the limits; nothing is decoded yet.
+    """Return an image whose header was read and is within the limits; nothing is decoded yet.
 
     Raises:
         SkipSample: as `decode_rgb`, for what the header tells.
@@ -131,7 +132,7 @@ def open_checked(content: bytes) -> Image.Image:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height by the header alone: a body that does not decode is not noticed.
+    """Return width and height by the header alone: a body that does not decode is not noticed.
 
     Raises:
         SkipSample: as `decode_rgb`, for what the header tells.
@@ -140,7 +141,7 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def verified_size(content: bytes) -> tuple[int, int]:
-    """Width and height of an image that decodes.
+    """Return width and height of an image that decodes.
 
     A JPEG is decoded at an eighth of its size: the whole of its data is read and checked, in a third of the time.
 
@@ -164,8 +165,8 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _unread_format(content: bytes) -> str | None:
-    """TIFF, and what telephones write, by their first bytes (TIFF 6.0; HEIF, ISO/IEC 23008-12): Pillow is not let near
-    them."""
+    """Return the name of a format that is not read, by its first bytes: TIFF (TIFF 6.0), and HEIC and AVIF (HEIF,
+    ISO/IEC 23008-12), as telephones write. Pillow is not let near them."""
     if content[:4] in (b"II*\0", b"MM\0*"):
         return "TIFF"
     is_heif = content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"avif")
@@ -174,7 +175,8 @@ def _unread_format(content: bytes) -> str | None:
 
 @contextmanager
 def _as_skips() -> Iterator[None]:
-    """Whatever Pillow finds wrong, as a reason to skip; what it only warns of, broken EXIF say, is not wrong."""
+    """Turn whatever Pillow finds wrong into a reason to skip; what it only warns of, broken EXIF for instance, is not
+    wrong."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -194,12 +196,12 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as 8; Pillow's own conversion makes everything over 255 white."""
+    """Return grey of 16 bits as 8; Pillow's own conversion makes everything over 255 white."""
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file as RGB.
+    """Return an image file as RGB.
 
     Raises:
         SkipSample: see `read_bytes` and `decode_rgb`.

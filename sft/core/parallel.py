@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
-    """`map` over `num_proc` processes: results in the order of the items, of which at most two a process wait.
+    """Map a function over items in `num_proc` processes: results come in the order of the items, and at most two a
+    process wait.
 
     One process means this one. Others are spawned, since forking a process that has threads can hang.
 
@@ -66,7 +67,8 @@ def _call(pickled: bytes) -> Any:
 
 
 def _end_at_once() -> None:
-    """A worker whose parent is killed would wait for work for ever; by Ctrl-C it would go on to what waits for it."""
+    """End this worker at once on Ctrl-C or when its parent is killed: it would go on with waiting work, or wait for
+    ever."""
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
     parent = parent_process()
     assert parent is not None

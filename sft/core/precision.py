@@ -6,19 +6,20 @@ from sft.core.errors import UserError
 
 
 def device() -> torch.device:
-    """The current GPU if there is one, else the CPU. With its number: accelerate takes `cuda` and `cuda:0` for two."""
+    """Return the current GPU if there is one, else the CPU. The GPU has its number: accelerate takes `cuda` and
+    `cuda:0` for two."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes bfloat16 natively: on CPU by AMX or avx512_bf16."""
+    """Return whether the device computes bfloat16 natively: on CPU by AMX or avx512_bf16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """`bfloat16`, `float16` or `float32`, as asked, or as the device allows for `auto`.
+    """Return `bfloat16`, `float16` or `float32`: what is asked for, or for `auto` what the device allows.
 
     float16, for GPUs before Ampere (a T4, say), is for training, where a gradient scaler keeps small gradients.
 
@@ -37,6 +38,6 @@ def choose_precision(asked: str, device: torch.device) -> str:
 
 
 def torch_dtype(precision: str) -> torch.dtype:
-    """`bfloat16` -> `torch.bfloat16`."""
+    """Return the dtype of that name: `bfloat16` -> `torch.bfloat16`."""
     dtype: torch.dtype = getattr(torch, precision)
     return dtype

@@ -97,7 +97,7 @@ class EncodedSample:
     """Where the `<image>` token of each image stands, in reading order."""
 
     def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
-        """The token ranges that are predicted: the answers, or `all` tokens after the first."""
+        """Return the token ranges that are predicted: the answers, or `all` tokens after the first."""
         return self.trained_spans if train_on == "assistant" else ((1, len(self.input_ids)),)
 
 
@@ -168,7 +168,7 @@ class Batch:
         return tuple(key for pack in self.packs for key in pack)
 
     def to(self, device: object) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
         return replace(self, **moved)

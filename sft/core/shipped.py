@@ -13,13 +13,13 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def shipped_root() -> Path:
-    """The folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
+    """Return the folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
     installed = _PACKAGE / "shipped_files"
     return installed if installed.is_dir() else _PACKAGE.parent
 
 
 def resolve(path: str | Path) -> Path:
-    """A path as a recipe writes it -> a path on disk, relative to the current directory.
+    """Return the path on disk of a path in a recipe, which is relative to the current directory.
 
     Raises:
         UserError: a shipped file of that name does not exist.
@@ -34,7 +34,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def is_local(path: str) -> bool:
-    """Whether a model path is a folder rather than a hub id, which has the form `owner/name`."""
+    """Return whether a model path is a folder rather than a hub id, which has the form `owner/name`."""
     return path.startswith((PREFIX, "/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()
 
 
@@ -45,13 +45,13 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def recipe_title(file: Path) -> str:
-    """What a recipe is for: the first sentence of its comment, after the line for editors."""
+    """Return what a recipe is for: the first sentence of its comment, after the line for editors."""
     comment = file.read_text(encoding="utf-8").partition("\n")[2].partition("#\n")[0]
     return " ".join(comment.replace("#", " ").split()).partition(". ")[0].rstrip(".")
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe given by path or by the name of a shipped one.
+    """Return the file of a recipe given by path or by the name of a shipped one.
 
     Raises:
         UserError: neither a file nor a shipped recipe; a folder, which is no recipe.
@@ -66,7 +66,7 @@ def recipe_path(name: str) -> Path:
 
 
 def shipped_recipe(name: str) -> Path:
-    """The file of a shipped recipe.
+    """Return the file of a shipped recipe.
 
     Raises:
         UserError: there is none of that name; it names the nearest.

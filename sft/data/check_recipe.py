@@ -13,7 +13,7 @@ from sft.recipe import BUILT_BENCHMARKS, Recipe
 
 
 def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
-    """Whether model family, adapters, their options and, unless told otherwise, all files of a recipe are there.
+    """Check that model family, adapters, their options and, unless `paths` is false, all files of a recipe are there.
 
     Raises:
         UserError: all that is wrong, each with its key or dataset.

@@ -35,7 +35,7 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, row: int) -> Sample:
-        """A sample with its images."""
+        """Return a sample with its images."""
 
 
 class Exported(NamedTuple):
@@ -98,7 +98,7 @@ def _schema() -> pa.Schema:
 
 
 def _row_groups(samples: Samples) -> Iterator[list[dict[str, Any]]]:
-    """Rows in runs of about ROW_GROUP_BYTES."""
+    """Yield rows in runs of about ROW_GROUP_BYTES."""
     rows: list[dict[str, Any]] = []
     size = 0
     for number in range(len(samples)):

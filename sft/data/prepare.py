@@ -72,7 +72,8 @@ def prepare(
 
 
 def _store_name(dataset: DatasetConfig, limit: int | None) -> str:
-    """A store of the first records alone has a name of its own: it is to look at, and no other takes it for a whole."""
+    """Return the folder name of a store. One of the first records alone has a name of its own, so that it is not taken
+    for a whole one."""
     return dataset.store_name if limit is None else f"{dataset.store_name}-first-{limit}"
 
 
@@ -99,7 +100,7 @@ def prepare_one(
     options: PrepareOptions,
     on_progress: Progress,
 ) -> Store:
-    """The store of one dataset in the folder `path`, without a recipe. `asked` and `how` are keys of a recipe's
+    """Return the store of one dataset in the folder `path`, without a recipe. `asked` and `how` are keys of a recipe's
     dataset and of its `data`.
 
     Raises:
@@ -123,7 +124,7 @@ def prepare_one(
 
 
 def _check_limit(path: Path, options: PrepareOptions) -> None:
-    """The first records of a dataset do not take the place of more of them.
+    """Check that the first records of a dataset do not take the place of more of them.
 
     Raises:
         UserError: they would.
@@ -139,7 +140,7 @@ def _check_limit(path: Path, options: PrepareOptions) -> None:
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
-    """The prepared sources of a recipe, which `arguments` name on the command line.
+    """Return the prepared sources of a recipe, which `arguments` name on the command line.
 
     Raises:
         UserError: something is not prepared; the message names the command.
@@ -171,8 +172,8 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Sources, ChatTemplate]:
-    """What `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and nothing is
-    downloaded.
+    """Return what `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and
+    nothing is downloaded.
 
     Raises:
         UserError: something is not prepared; the message names the command.
@@ -196,7 +197,7 @@ def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], PreparedDatase
 
 
 def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
-    """How the stores of a recipe are made."""
+    """Return how the stores of a recipe are made."""
     return Settings(
         images=data.images,
         verify=data.verify,
@@ -209,8 +210,8 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
 
 
 def sample_limits(recipe: Recipe) -> Limits:
-    """How long a sample may be, and how many images it may show: what fits a pack. Where samples do not see each other
-    a pack may be longer than the prepared base has positions for, a sample may not."""
+    """Return how long a sample may be and how many images it may show, so that it fits a pack. Where samples do not see
+    each other a pack may be longer than the prepared base has positions for, a sample may not."""
     family = get_family(recipe.model.family)
     data = recipe.data
     max_positions = family.max_positions(family.load_config(base_path(recipe)))
@@ -219,5 +220,5 @@ def sample_limits(recipe: Recipe) -> Limits:
 
 
 def encoded_path(store: Store, template: ChatTemplate, limits: Limits) -> Path:
-    """Where a store keeps what a template encodes."""
+    """Return the folder in which a store keeps what a template encodes."""
     return store.path / "encoded" / encoding_name(template, limits)

@@ -30,7 +30,7 @@ class PreparedDataset:
     encoded: EncodedSamples
 
     def image_keys(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Keys of the images of some samples, one sample after another, and how many each has."""
+        """Return the keys of the images of some samples, one sample after another, and how many each has."""
         image_rows, numbers = self.encoded.images(rows)
         return np.asarray(self.store.image_keys[image_rows]), numbers
 
@@ -73,15 +73,16 @@ class PreparedSource:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
     def num_tokens(self, rows: Ints) -> Ints:
-        """Tokens of each of some samples."""
+        """Return the tokens of each of some samples."""
         return self._gather(rows, lambda part, own: part.encoded.num_tokens(own))
 
     def num_trained(self, rows: Ints) -> Ints:
-        """Trained tokens of each."""
+        """Return the trained tokens of each of some samples."""
         return self._gather(rows, lambda part, own: part.encoded.num_trained(own, self.data.train_on))
 
     def images(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Keys of the distinct images of each, one sample after another, and how many each has."""
+        """Return the keys of the distinct images of each of some samples, one sample after another, and how many each
+        has."""
         keys, of = self._shown(rows)
         if len(of) == 0:
             return keys, np.zeros(len(rows), np.int64)
@@ -92,7 +93,7 @@ class PreparedSource:
         return keys[is_first], np.bincount(of[is_first], minlength=len(rows))
 
     def num_shown(self, rows: Ints) -> Ints:
-        """How many images each shows, one that stands there twice counted twice."""
+        """Return how many images each of some samples shows, one that stands there twice counted twice."""
         return self._gather(rows, lambda part, own: part.encoded.images(own)[1])
 
     @cached_property
@@ -136,12 +137,13 @@ class PreparedSource:
         return number, sample - int(self._starts[number])
 
     def _shows_each_image_once(self) -> bool:
-        """Told without looking at samples; false where several datasets, or parts of a sample, could share some."""
+        """Return whether no two samples share an image, as far as that is known without looking at them; false where
+        several datasets, or parts of a sample, could share some."""
         first = self.parts[0]
         return len(self.parts) == 1 and not first.encoded.changes and first.encoded.num_images == first.store.num_images
 
     def _shown(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Keys of all images shown, and the place in `rows` of the sample that shows each."""
+        """Return the keys of all images shown, and the place in `rows` of the sample that shows each."""
         keys, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for part, places, own in self._by_part(rows):
             found, numbers = part.image_keys(own)
@@ -150,14 +152,15 @@ class PreparedSource:
         return np.concatenate(keys), np.concatenate(of)
 
     def _gather(self, rows: Ints, ask: Callable[[PreparedDataset, Ints], Ints]) -> Ints:
-        """One number for each sample, asked of the dataset that holds it."""
+        """Return one number for each sample, asked of the dataset that holds it."""
         result = np.empty(len(rows), np.int64)
         for part, places, own in self._by_part(rows):
             result[places] = ask(part, own)
         return result
 
     def _by_part(self, rows: Ints) -> Iterator[tuple[PreparedDataset, Ints, Ints]]:
-        """The datasets that hold some samples: each with the places of its samples in `rows`, and their rows there."""
+        """Yield the datasets that hold some samples: each with the places of its samples in `rows`, and their rows
+        there."""
         samples = rows if self._kept is None else self._kept[rows]
         if len(self.parts) == 1:
             yield self.parts[0], np.arange(len(rows)), samples

@@ -50,7 +50,7 @@ class Sources:
         self.reader = Reader(parts, data)
 
     def held_out(self) -> Sources | None:
-        """The other side: what is held out of training, or the dataset of `data.validation.path` as one source.
+        """Return the other side: what is held out of training, or the dataset of `data.validation.path` as one source.
 
         A source of which nothing can be held out is not among them.
 
@@ -83,12 +83,12 @@ class Sources:
         return [source.name for source in self.sources if not source.num_held_out["validation"]]
 
     def longest(self) -> int:
-        """Tokens of the longest sample."""
+        """Return the tokens of the longest sample."""
         lengths = (part.encoded.num_tokens(part.encoded.all_rows) for own in self.parts for part in own)
         return max(int(own.max(initial=0)) for own in lengths)
 
     def fingerprint(self) -> str:
-        """Changes when what is prepared does, and with it the order of the data."""
+        """Return a hash that changes when what is prepared does, and with it the order of the data."""
         of_parts = [
             [part.encoded.path.name, len(part.encoded), part.encoded.total_tokens]
             + [file["xxh3"] for file in part.store.manifest["files"]]
@@ -100,7 +100,7 @@ class Sources:
         return xxhash.xxh3_64_hexdigest(json.dumps(of_parts).encode())
 
     def _sides(self) -> Sequence[Sides | None]:
-        """The sides of the rows of each source."""
+        """Return the sides of the rows of each source."""
         validation = self.data.validation
         if validation is None:
             return [None] * len(self.parts)
@@ -113,16 +113,16 @@ class Sources:
         return [_by_row(own, parts) for own, parts in zip(sides, self.parts, strict=True)]
 
     def locate(self, item: PackItem) -> Location:
-        """Where a sample is read."""
+        """Return where a sample is read."""
         return Location(item.source, *self.sources[item.source].locate(item.sample))
 
     def sample(self, item: PackItem) -> PlacedSample:
-        """The encoded sample at a place, with the keys of its images."""
+        """Return the encoded sample at a place, with the keys of its images."""
         return self.reader.sample(self.locate(item))
 
 
 def _sample_keys(parts: Sequence[PreparedDataset], *, texts: bool) -> SampleKeys:
-    """By what the samples of a source are held out that have rows: whole samples, though some stand in several rows."""
+    """Return the keys by which the samples of a source are held out: whole samples that have rows, some several."""
     each = []
     for part in parts:
         read_ahead(part.store.image_keys)
@@ -137,7 +137,7 @@ def _sample_keys(parts: Sequence[PreparedDataset], *, texts: bool) -> SampleKeys
 
 
 def _by_row(sides: Sides, parts: Sequence[PreparedDataset]) -> Sides:
-    """The side of each row: that of the whole sample it comes from."""
+    """Return the side of each row: that of the whole sample it comes from."""
     of_sample = [np.unique(part.encoded.samples, return_inverse=True) for part in parts]
     starts = accumulate((len(samples) for samples, _ in of_sample), initial=0)
     rows: Ints = np.concatenate([own + start for start, (_, own) in zip(starts, of_sample, strict=False)])

@@ -14,7 +14,7 @@ from sft.data.store import Store
 
 
 def store_stats(store: Store) -> dict[str, Any]:
-    """Samples, images, turns and lengths of a store, and what was left out of it.
+    """Return the samples, images, turns and lengths of a store, and what was left out of it.
 
     Lengths are characters of text in a sample (`text`) and in an answer (`answer`); a turn is a message of the
     assistant. Counts of images are of images shown; an image that several samples show is one distinct image.
@@ -45,7 +45,7 @@ def store_stats(store: Store) -> dict[str, Any]:
 
 
 def _batch_stats(store: Store) -> Iterator[dict[str, Any]]:
-    """For each batch of samples: numbers a sample, and characters of every answer."""
+    """Yield, for each batch of samples, numbers for each sample and the characters of every answer."""
     for batch in store.sample_batches():
         messages = batch.column("messages")
         content = messages.values.field("content")
@@ -65,7 +65,7 @@ def _batch_stats(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _sums(values: NDArray[Any], borders: NDArray[Any]) -> NDArray[np.int64]:
-    """The sum of values between each two borders."""
+    """Return the sum of values between each two borders."""
     return np.asarray(np.diff(np.concatenate(([0], np.cumsum(values)))[borders]), dtype=np.int64)
 
 
@@ -74,7 +74,7 @@ def _joined(parts: list[dict[str, Any]], name: str) -> NDArray[np.int64]:
 
 
 def _summary(values: NDArray[np.int64]) -> dict[str, float]:
-    """Total, mean, median, 95th percentile and largest; zeros for none."""
+    """Return total, mean, median, 95th percentile and largest; zeros for none."""
     if not len(values):
         return {"total": 0, "mean": 0.0, "median": 0.0, "p95": 0.0, "max": 0}
     median, p95 = np.percentile(values, (50, 95)).tolist()

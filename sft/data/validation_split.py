@@ -42,7 +42,7 @@ class SampleKeys(NamedTuple):
 
 
 def sample_keys(texts: Iterable[bytes] | None, image_keys: Ints, num_images: Ints) -> SampleKeys:
-    """Keys of samples by their texts and by the keys of their images: those of all samples one after another, and how
+    """Return the keys of samples by their texts and by the keys of their images, one sample after another, and how
     many each has. Without texts, a sample without images has no key."""
     if texts is None:
         return SampleKeys(image_keys, num_images)
@@ -61,12 +61,12 @@ class HoldOut:
         self.keys = np.empty(0, np.int64) if keys is None else keys
 
     def holds(self, keys: Ints) -> NDArray[np.bool_]:
-        """For the key of each image or text, whether it is held out."""
+        """Return, for the key of each image or text, whether it is held out."""
         held = keys < self.share * NUM_KEYS
         return np.asarray(held | np.isin(keys, self.keys) if len(self.keys) else held)
 
     def sides(self, samples: SampleKeys) -> Sides:
-        """The side of each sample."""
+        """Return the side of each sample."""
         ends = np.cumsum(samples.numbers)
         num_held = np.diff(np.concatenate(([0], np.cumsum(self.holds(samples.keys))))[np.concatenate(([0], ends))])
         has_all = num_held == samples.numbers
@@ -74,8 +74,8 @@ class HoldOut:
 
 
 def hold_out_share(share: float, sources: Sequence[Callable[[], SampleKeys]]) -> tuple[HoldOut, list[Sides]]:
-    """What a share holds out of all sources, at least a sample of each where that leaves some of each to train on; and
-    the sides of the samples of each source. `sources` are read anew by each call, not held in memory."""
+    """Return what a share holds out of all sources, at least a sample of each where that leaves some of each to train
+    on, and the sides of the samples of each source. `sources` are read anew by each call, not held in memory."""
 
     def sides_by(hold_out: HoldOut) -> list[Sides]:
         return [hold_out.sides(read()) for read in sources]
@@ -97,7 +97,7 @@ def hold_out_share(share: float, sources: Sequence[Callable[[], SampleKeys]]) ->
 
 
 def _lowest(samples: SampleKeys) -> Ints:
-    """Keys of the sample that a growing share would hold out first, whatever the order of samples."""
+    """Return the keys of the sample that a growing share would hold out first, whatever the order of samples."""
     starts = np.cumsum(samples.numbers) - samples.numbers
     last = np.maximum.reduceat(samples.keys, starts)
     own = [samples.keys[starts[n] : starts[n] + samples.numbers[n]] for n in np.flatnonzero(last == last.min())]
@@ -105,8 +105,8 @@ def _lowest(samples: SampleKeys) -> Ints:
 
 
 def texts_of(batches: Iterable[Any]) -> Iterator[bytes]:
-    """The text of each sample in batches of a store's samples/: roles, lengths and characters of its messages, as they
-    lie in memory one after another. Equal for equal messages, in whatever parts their text comes."""
+    """Yield the text of each sample in batches of a store's samples/: roles, lengths and characters of its messages, as
+    they lie in memory one after another. Equal for equal messages, in whatever parts their text comes."""
     for batch in batches:
         messages = batch.column("messages")
         content, roles = messages.values.field("content"), messages.values.field("role")
@@ -123,7 +123,7 @@ def texts_of(batches: Iterable[Any]) -> Iterator[bytes]:
 
 
 def _borders(strings: Any) -> NDArray[np.int32]:
-    """Where each string of an Arrow array begins among the bytes of all, and where the last one ends."""
+    """Return where each string of an Arrow array begins among the bytes of all, and where the last one ends."""
     return np.frombuffer(strings.buffers()[1], np.int32)[strings.offset : strings.offset + len(strings) + 1]
 
 

@@ -71,7 +71,7 @@ class Adapter:
         return int(getattr(self.module, "VERSION", 1))
 
     def files(self) -> list[Path]:
-        """The raw files, in a fixed order.
+        """Return the raw files, in a fixed order.
 
         Raises:
             UserError: there are none.
@@ -81,7 +81,7 @@ class Adapter:
         return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
 
     def all_files(self) -> list[Path]:
-        """The raw files and what is read beside them."""
+        """Return the raw files and what is read beside them."""
         files = self.files()
         beside = getattr(self.module, "beside", None)
         if beside is None:
@@ -90,12 +90,12 @@ class Adapter:
         return list(dict.fromkeys([*files, *(other for file in files for other in beside(file, **options))]))
 
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
-        """The raw records of one of the files."""
+        """Return the raw records of one of the files."""
         rows: Iterable[Row | SkipSample] = self.module.rows(file, self.split, **self._own(self.module.rows))
         return rows
 
     def to_sample(self, row: Row) -> Sample:
-        """One record as a sample.
+        """Return one record as a sample.
 
         Raises:
             SkipSample: the record is left out, with a named reason.
@@ -108,7 +108,7 @@ class Adapter:
         return self._own(self.module.to_sample)
 
     def _own(self, function: Any) -> dict[str, Any]:
-        """The options that a function has."""
+        """Return the options that a function has."""
         return {name: value for name, value in self.options.items() if name in _options(function)}
 
     def _path(self, path: str | None) -> Path:
@@ -124,7 +124,8 @@ class Adapter:
 
 
 def _how_to_get(dataset: str) -> str:
-    """Own data are where the user says; those that are published have to be downloaded first."""
+    """Return a hint how to get a published dataset, which has to be downloaded first; one's own data are where the user
+    says."""
     if dataset == "messages" or "." in dataset:
         return ""
     return (
@@ -142,14 +143,14 @@ def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:
 
 
 def _options(function: Any) -> dict[str, Any]:
-    """Keyword-only arguments of a function and their types."""
+    """Return the keyword-only arguments of a function and their types."""
     types = get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     return {p.name: types.get(p.name, Any) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def adapter_names() -> list[str]:
-    """The adapters of this package; modules with an underscore are what some of them share."""
+    """Return the adapters of this package; modules with an underscore are what some of them share."""
     return [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
 
 

@@ -50,19 +50,19 @@ class ImageLocation(NamedTuple):
 
 
 def patterns(name: str, split: str) -> list[str]:
-    """Where either form may lie in a folder; the instructions are of the one published split, train."""
+    """Return where either form may lie in a folder; the instructions are of the one published split, train."""
     instructions = [f"{name}_instructions.json", f"{name}/{name}_instructions.json"] if split == "train" else []
     return [*instructions, f"{name}/{split}-*.parquet", f"{split}-*.parquet"]
 
 
 def beside(file: Path) -> list[Path]:
-    """The images of an instructions file."""
+    """Return the images of an instructions file."""
     name = file.name.partition("_instructions")[0]
     return [path for suffix in ("json", "parquet") if (path := file.with_name(f"{name}.{suffix}")).is_file()][:1]
 
 
 def read_instructions(file: Path, *, multi_turn: bool, with_images: bool = True) -> Iterator[Row | SkipSample]:
-    """Instructions, each with `images`: the two images, or what they are read from."""
+    """Yield instructions, each with `images`: the two images, or what they are read from."""
     if not is_parquet(file):
         records = _dialogues(file) if multi_turn else _instructions(file)
         return _with_images(records, file) if with_images else records
@@ -72,7 +72,7 @@ def read_instructions(file: Path, *, multi_turn: bool, with_images: bool = True)
 
 
 def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
-    """Both images and the question, the answer, and further turns where there are some.
+    """Return both images and the question, the answer, and further turns where there are some.
 
     Raises:
         SkipSample: no text where there should be one.
@@ -85,7 +85,7 @@ def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
 
 
 def two_images(row: Row) -> tuple[ImageRef, ...]:
-    """The images of a row, in its order.
+    """Return the images of a row, in its order.
 
     Raises:
         SkipSample: not two, or one of them is absent or broken.
@@ -95,7 +95,7 @@ def two_images(row: Row) -> tuple[ImageRef, ...]:
 
 
 def two_of(images: object) -> list[Any]:
-    """The list itself, when it has two items."""
+    """Return the list itself when it has two items."""
     if not isinstance(images, list):
         raise SkipSample("images are not a list")
     if len(images) != 2:
@@ -147,7 +147,7 @@ def _instructions(file: Path) -> Iterator[Row | SkipSample]:
 
 
 def _dialogues(file: Path) -> Iterator[Row | SkipSample]:
-    """Instructions with those related ones as further turns that show the same images; each is asked once.
+    """Yield instructions with those related ones as further turns that show the same images; each is asked once.
 
     All texts are held in memory: 5 MB for SD, about 50 MB for CGD.
     """
@@ -166,7 +166,7 @@ def _dialogues(file: Path) -> Iterator[Row | SkipSample]:
 
 
 def _related(record: Row, records: dict[str, Any]) -> list[str]:
-    """Names of the related records that are sound and show the same images, each name once."""
+    """Return the names of the related records that are sound and show the same images, each name once."""
     names = record.get("rel_ins_ids")
     names = dict.fromkeys(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
     sound = [name for name in names if _is_sound(records.get(name))]
@@ -188,7 +188,7 @@ def _is_sound(record: object) -> bool:
 
 
 def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
-    """Instructions with the images of NAME.json or NAME.parquet beside them."""
+    """Yield instructions with the images of NAME.json or NAME.parquet beside them."""
     name = file.name.partition("_instructions")[0]
     in_json, in_parquet = file.with_name(f"{name}.json"), file.with_name(f"{name}.parquet")
     if in_json.is_file() and in_json != file:
@@ -203,7 +203,8 @@ def _with_places(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Ro
 
 
 def _from_parquet(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
-    """The parquet is read through once for every block of instructions; what the block shows fits BLOCK_BYTES.
+    """Yield instructions with images of the parquet file, which is read through once for every block of instructions;
+    what the block shows fits BLOCK_BYTES.
 
     Images cannot be read one at a time: pandas writes up to a million rows as one row group, here the whole file.
     """
@@ -222,25 +223,25 @@ def _block_from_parquet(block: list[Row | SkipSample], file: Path) -> Iterator[R
 
 
 def _with(record: Row, images: Mapping[Any, Any]) -> Row:
-    """The record with its images, None for one that is absent."""
+    """Return the record with its images, None for one that is absent."""
     has_ids = isinstance(record.get("image_ids"), list)
     return record | {"images": [images.get(name) for name in _names(record)] if has_ids else None}
 
 
 def _names(record: Row) -> list[str | None]:
-    """Its image ids, in the form in which they are compared; None for what is no id."""
+    """Return the image ids of a record, in the form in which they are compared; None for what is no id."""
     ids = record.get("image_ids")
     return [_plain(name) if isinstance(name, str) else None for name in ids] if isinstance(ids, list) else []
 
 
 def _plain(name: str) -> str:
-    """An image id without leading zeros: `CGD_IMG_000000000042` -> `CGD_IMG_42`."""
+    """Return an image id without leading zeros: `CGD_IMG_000000000042` -> `CGD_IMG_42`."""
     head, _, number = name.rpartition("_")
     return f"{head}_{number.lstrip('0')}" if number.isdecimal() else name
 
 
 def _read_images(file: Path) -> Iterator[tuple[str, Any]]:
-    """Ids and base64 strings of an image parquet."""
+    """Yield the ids and base64 strings of an image parquet."""
     with _open_parquet(file) as parquet:
         others = [name for name in parquet.schema_arrow.names if name != "base64"]
         if len(others) != 1 or len(parquet.schema_arrow) != 2:

@@ -16,7 +16,7 @@ from sft.core.sample import ImageRef, SkipSample
 
 
 def image_of(image_id: object, folder: Path) -> ImageRef:
-    """The image with this id, a whole number or a string of its digits, below `folder`.
+    """Return the image with this id, a whole number or a string of its digits, below `folder`.
 
     Raises:
         SkipSample: not an id, or no such file.

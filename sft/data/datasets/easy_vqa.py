@@ -25,19 +25,19 @@ Form = Literal["questions", "choices", "captions"]
 
 
 def default_path() -> Path:
-    """The data of the installed package."""
+    """Return the data of the installed package."""
     import easy_vqa
 
     return Path(easy_vqa.__file__).parent / "data"
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The questions of the split."""
+    """Return the questions of the split."""
     return [require_file(path / split / "questions.json", "the questions of easy-vqa")]
 
 
 def rows(file: Path, split: str, *, form: Form = "questions") -> Iterator[Row | SkipSample]:
-    """One row a question; for captions one row an image; for choices four rows an open question."""
+    """Yield a row for each question; for captions a row for each image; for choices four for each open question."""
     questions = read_json(file)
     if form == "captions":
         yield from _captions(questions, split)
@@ -67,7 +67,8 @@ def _captions(questions: list[tuple[str, str, int]], split: str) -> Iterator[Row
 
 
 def to_sample(row: Row, path: Path, *, form: Form = "questions", seed: int = 0) -> Sample:
-    """`seed` and the row's key draw the order of options, so that it depends on nothing else."""
+    """Return one question and its answer. `seed` and the row's key draw the order of options, so that it depends on
+    nothing else."""
     key = f"easy_vqa/{row['key']}"
     image = ImageRef(source=path / row["split"] / "images" / f"{row['image']}.png")
     if form == "captions":
@@ -86,7 +87,7 @@ def to_sample(row: Row, path: Path, *, form: Form = "questions", seed: int = 0) 
 
 
 def draw_options(answer: str, rng: random.Random) -> list[str]:
-    """All three shapes, or the right colour among three others, shuffled."""
+    """Return all three shapes, or the right colour among three others, shuffled."""
     if answer in SHAPES:
         options = list(SHAPES)
     else:
@@ -96,12 +97,12 @@ def draw_options(answer: str, rng: random.Random) -> list[str]:
 
 
 def _some_of(options: list[str], answer: str, rng: random.Random) -> list[str]:
-    """Two to all of the options in their order, the right one among them."""
+    """Return two to all of the options in their order, the right one among them."""
     wrong = rng.sample([option for option in options if option != answer], rng.randint(1, len(options) - 1))
     return [option for option in options if option == answer or option in wrong]
 
 
 def multiple_choice(question: str, options: list[str]) -> str:
-    """A question with lettered options, in the layout HuggingFaceM4 asked MMBench in (make_mmbench.py)."""
+    """Return a question with lettered options, in the layout HuggingFaceM4 asked MMBench in (make_mmbench.py)."""
     lines = [f"{letter}: {option}" for letter, option in zip("ABCD", options, strict=False)]
     return "\n".join([f"Question: {question}", "Possible answers:", *lines, "Correct answer:"])

@@ -22,26 +22,27 @@ LICENCE = "tagged MIT; the agreement on the hub allows scientific or research us
 
 
 def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Path]:
-    """The instructions, or the parquet files of the hub."""
+    """Return the instructions, or the parquet files of the hub."""
     if image_folder is not None and not (folder := folder_of(path) / image_folder).is_dir():
         raise UserError(f"{folder}: folder not found; expected image_folder, the JPEG files of COCO train2017")
     return find_files(path, *patterns("CGD", split), what="CGD of MIMIC-IT, published as train only")
 
 
 def beside(file: Path, *, image_folder: str | None = None) -> list[Path]:
-    """The images, unless they are COCO's."""
+    """Return the files of the images, unless they are COCO's."""
     return _mimic_it.beside(file) if image_folder is None else []
 
 
 def rows(
     file: Path, split: str, *, image_folder: str | None = None, multi_turn: bool = False
 ) -> Iterator[Row | SkipSample]:
-    """One row an instruction. `multi_turn`: related instructions on the same two images are one dialogue."""
+    """Yield a row for each instruction. `multi_turn`: related instructions on the same two images are one dialogue."""
     return read_instructions(file, multi_turn=multi_turn, with_images=image_folder is None)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """One dialogue. `image_folder` has COCO's files or its `train2017`; relative to the data's folder, or absolute."""
+    """Return one dialogue. `image_folder` has COCO's files or its `train2017`; relative to the data's folder, or
+    absolute."""
     if image_folder is None:
         images = two_images(row)
     else:

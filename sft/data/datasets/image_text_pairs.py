@@ -37,7 +37,7 @@ TEXTS = ("text", "text.txt", "txt", "TEXT", "caption")
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The tars of a folder or else its parquet files, those named after the split where there are some."""
+    """Return the tars of a folder or else its parquet files, those named after the split where there are some."""
     parquets = (f"{split}-*.parquet", f"data/{split}-*.parquet", "*.parquet")
     return find_files(path, "*.tar", "*.tar.gz", "*.tgz", *parquets, what="shards of image-text pairs")
 
@@ -45,7 +45,7 @@ def files(path: Path, split: str) -> list[Path]:
 def rows(
     file: Path, split: str, *, image_column: str | None = None, text_column: str | None = None
 ) -> Iterator[Row | SkipSample]:
-    """The samples of a tar, or the rows of a parquet file with the name of the file, after which images are kept."""
+    """Yield the samples of a tar, or the rows of a parquet file with its name, after which images are kept."""
     if not is_parquet(file):
         yield from read_tar(file, ["json", *_columns(image_column, IMAGES), *_columns(text_column, TEXTS)])
         return
@@ -63,7 +63,7 @@ def to_sample(
     prob_image_at_end: float = 0.0,
     seed: int = 0,
 ) -> Sample:
-    """`seed` and the key draw whether the image stands at the end."""
+    """Return one image and its caption. `seed` and the key draw whether the image stands at the end."""
     if not 0 <= prob_image_at_end <= 1:
         raise UserError(f"dataset 'image_text_pairs': prob_image_at_end is {prob_image_at_end}; expected 0 to 1")
     if _status(row) != "success":
@@ -86,7 +86,8 @@ def _first(row: Row, columns: Sequence[str]) -> Any:
 
 
 def _status(row: Row) -> object:
-    """What became of the download: from the row, or from the json member of a tar. Without a word, it went well."""
+    """Return what became of the download, from the row or from the json member of a tar: success where neither says
+    anything."""
     if "__key__" in row and row.get("json") is not None:
         row = _json_object(row["json"])
     return row.get("status") or "success"

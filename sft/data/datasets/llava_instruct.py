@@ -38,7 +38,7 @@ Turn = tuple[Role, str]
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The file, or in a folder the merged list, or its three parts."""
+    """Return the file, or in a folder the merged list, or its three parts."""
     if path.is_file():
         return [path]
     if (path / MERGED).is_file():
@@ -47,24 +47,24 @@ def files(path: Path, split: str) -> list[Path]:
 
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """The records of one list."""
+    """Yield the records of one list."""
     return read_json_list(file)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """One conversation. `image_folder` is relative to the data's folder, which it is when not given."""
+    """Return one conversation. `image_folder` is relative to the data's folder, which it is when not given."""
     name = row.get("image")
     image = None if name is None else image_of(name, folder_of(path) / (image_folder or ""))
     return Sample(key=f"llava_instruct/{row['__from__']}", messages=to_messages(row.get("conversations"), image))
 
 
 def folder_of(path: Path) -> Path:
-    """The data's folder, where the path is the folder or its file."""
+    """Return the data's folder, where the path is the folder or its file."""
     return path if path.is_dir() else path.parent
 
 
 def image_of(name: object, folder: Path) -> ImageRef:
-    """The image with this name, in the folder itself or where COCO is unpacked below it."""
+    """Return the image with this name, in the folder itself or where COCO is unpacked below it."""
     if isinstance(name, str) and not name.isprintable():  # half of a surrogate pair cannot be looked for
         raise SkipSample("image is not a local path", detail=repr(name)[:200])
     for place in (name, f"train2017/{name}", f"coco/train2017/{name}"):
@@ -75,7 +75,7 @@ def image_of(name: object, folder: Path) -> ImageRef:
 
 
 def to_messages(conversations: object, image: ImageRef | None) -> tuple[Message, ...]:
-    """LLaVA's turns as messages, the image where its marker stands, or first where there is none.
+    """Return LLaVA's turns as messages, the image where its marker stands, or first where there is none.
 
     Raises:
         SkipSample: the turns are not a conversation, or do not match the image.
@@ -94,7 +94,8 @@ def to_messages(conversations: object, image: ImageRef | None) -> tuple[Message,
 
 
 def _question_first(conversations: object) -> list[Turn]:
-    """Turns from a question to an answer: LLaVA itself drops a leading answer, and a last question trains nothing."""
+    """Return turns from a question to an answer: LLaVA itself drops a leading answer, and a last question trains
+    nothing."""
     if not isinstance(conversations, list):
         raise SkipSample("conversations is not a list")
     turns = [_turn(turn) for turn in conversations]

@@ -24,12 +24,13 @@ OWN_RECORDS = {SMALL: 15_500, LARGE: 19_800}
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The file, or the 16k list of a folder (15.5K is what IDEFICS was trained on), or its 20k list."""
+    """Return the file, or the 16k list of a folder (15.5K is what IDEFICS was trained on), or its 20k list."""
     return find_files(path, SMALL, LARGE, what="a list of LLaVAR; one of another name is named in `path`")
 
 
 def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[Row | SkipSample]:
-    """The last `own_records` of the list; when not given, as many as the published file of this name has, else all."""
+    """Yield the last `own_records` of the list; when not given, as many as the published file of this name has, else
+    all."""
     own = OWN_RECORDS.get(file.name) if own_records is None else own_records
     if own is None:
         yield from read_json_list(file)
@@ -44,6 +45,6 @@ def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str = "finetune") -> Sample:
-    """One conversation. `image_folder` is relative to the data's folder, or absolute."""
+    """Return one conversation. `image_folder` is relative to the data's folder, or absolute."""
     image = image_of(row.get("image"), folder_of(path) / image_folder)
     return Sample(key=f"llavar/{row['__from__']}", messages=to_messages(row.get("conversations"), image))

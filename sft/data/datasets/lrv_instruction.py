@@ -30,17 +30,17 @@ COORDINATES = re.compile(rf"\b(X{NUMBER}\W{{0,3}}Y{NUMBER}|Width{NUMBER}\W{{0,3}
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The file, or `filter_cap.json` of the folder."""
+    """Return the file, or `filter_cap.json` of the folder."""
     return find_files(path, "filter_cap.json", what="a list of LRV-Instruction; one of another name is named in `path`")
 
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """The records of the list, bare or under `annotations`."""
+    """Yield the records of the list, bare or under `annotations`."""
     return read_json_list(file, "annotations.item" if first_json_byte(file) == "{" else "item")
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str = "image", with_coordinates: bool = True) -> Sample:
-    """One question with its answer. `image_folder` is relative to the data's folder, or absolute."""
+    """Return one question with its answer. `image_folder` is relative to the data's folder, or absolute."""
     question, answer = _text(row, "question"), _text(row, "answer")
     if not with_coordinates and (COORDINATES.search(question) or COORDINATES.search(answer)):
         raise SkipSample("coordinates in the text", filtered=True)

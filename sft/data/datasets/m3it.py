@@ -64,7 +64,7 @@ MAX_DOCVQA_CHARACTERS = 1_000_000
 
 
 def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[Path]:
-    """The files of the chosen subsets. `path` is the dataset, its `data`, one subset's folder, or one file.
+    """Return the files of the chosen subsets. `path` is the dataset, its `data`, one subset's folder, or one file.
 
     Raises:
         UserError: an unknown subset, or one whose files are not there.
@@ -87,7 +87,7 @@ def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[P
 
 
 def _chosen(subsets: list[str] | None) -> Sequence[str]:
-    """The subsets asked for, checked."""
+    """Return the subsets asked for, checked."""
     if subsets is None:
         return SELECTION
     for name in subsets:
@@ -103,19 +103,19 @@ def _chosen(subsets: list[str] | None) -> Sequence[str]:
 
 
 def _folder_names(name: str) -> tuple[str, str]:
-    """science-qa lies in `science_qa`, a-okvqa in `a-okvqa`."""
+    """Return the folder names that a subset may have: science-qa lies in `science_qa`, a-okvqa in `a-okvqa`."""
     folder = FOLDERS.get(name, name)
     return folder, folder.replace("-", "_")
 
 
 def _subset_files(root: Path, name: str, split: str) -> list[Path]:
-    """Of the first folder that has the split: iqa was moved between tasks."""
+    """Return the files of a subset in the first folder that has the split: iqa was moved between tasks."""
     folders = [folder for each in _folder_names(name) for folder in (root / each, *sorted(root.glob(f"*/{each}")))]
     return next((found for folder in folders if (found := _split_files(folder, split))), [])
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The one JSON-lines file of a split in its best version, else the parquet files of the split."""
+    """Return the one JSON-lines file of a split in its best version, else the parquet files of the split."""
     words = SPLITS.get(split, re.escape(split))
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     for version in VERSIONS:
@@ -128,7 +128,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def beside(file: Path) -> list[Path]:
-    """Instructions and class names."""
+    """Return the files of instructions and class names."""
     names = ("instructions.json", "instruction.json", "mapping.txt")
     return [path for name in names if (path := file.with_name(name)).is_file()]
 
@@ -137,7 +137,7 @@ def beside(file: Path) -> list[Path]:
 
 
 def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int = 0) -> Iterator[Row | SkipSample]:
-    """The rows of a file, those of the raw form brought into the loader form; `seed` and its key draw a row's
+    """Yield the rows of a file, those of the raw form brought into the loader form; `seed` and its key draw a row's
     instruction and the order of its options.
 
     Raises:
@@ -165,7 +165,7 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
 
 
 def _loader_form(row: Row, instruction: str) -> Row:
-    """What M3IT.py made of a raw row."""
+    """Return what M3IT.py made of a raw row."""
     subset = row["__subset__"]
     inputs, outputs = TEMPLATES.get(subset, _general)(row)
     if subset in ("mocheg", "vsr"):
@@ -177,7 +177,7 @@ def _loader_form(row: Row, instruction: str) -> Row:
 
 
 def _subset_of(file: Path) -> str:
-    """By the name of its folder."""
+    """Return the subset of a file by the name of its folder."""
     folder = file.parent.name
     return next((name for name in SELECTION + OTHERS if folder in _folder_names(name)), folder)
 
@@ -196,7 +196,7 @@ def _instructions(file: Path, subset: str) -> list[str]:
 
 
 def _classes(file: Path) -> dict[str, str]:
-    """The class names of imagenet, by WordNet id, in the order of their numbers."""
+    """Return the class names of imagenet, by WordNet id, in the order of their numbers."""
     path = file.with_name("mapping.txt")
     if not path.is_file():
         raise UserError(f"{path}: file not found; expected the class names of imagenet")
@@ -207,7 +207,7 @@ def _classes(file: Path) -> dict[str, str]:
 
 
 def _captions(row: Row) -> list[Row]:
-    """The five captions of a coco image are five rows."""
+    """Return five rows for the five captions of a coco image."""
     meta = row.get("meta")
     captions = meta.get("targets") if isinstance(meta, dict) else None
     if not isinstance(captions, list) or not captions:
@@ -219,7 +219,7 @@ def _captions(row: Row) -> list[Row]:
 
 
 def to_sample(row: Row, path: Path) -> Sample:
-    """One question and its answer."""
+    """Return one question and its answer."""
     instruction, inputs, outputs = (_text(row, name) for name in ("instruction", "inputs", "outputs"))
     question = "\n".join(text.strip() for text in (instruction, inputs) if text.strip())
     if not question or not outputs.strip():
@@ -234,7 +234,7 @@ def to_sample(row: Row, path: Path) -> Sample:
 
 
 def _images(row: Row) -> Iterator[ImageRef]:
-    """The images of a row; one in the subsets of the selection, or none in science-qa."""
+    """Yield the images of a row; one in the subsets of the selection, or none in science-qa."""
     subset = row["__subset__"]
     if not any(field in row for field in IMAGE_FIELDS):
         raise SkipSample("no image field")
@@ -264,7 +264,7 @@ def _image(encoded: object) -> ImageRef:
 
 
 def _text(row: Row, *fields: str) -> str:
-    """The first of the fields that is there."""
+    """Return the first of the fields that is there."""
     value = next((row[field] for field in fields if row.get(field) is not None), None)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
@@ -304,7 +304,7 @@ def _sentence(row: Row) -> tuple[str, str]:
 
 
 def _paraphrase(row: Row) -> tuple[str, str]:
-    """The answer as a sentence, where it could be made one."""
+    """Return the answer as a sentence, where it could be made one."""
     paraphrased = row.get("paraphrased_answer")
     if isinstance(paraphrased, str) and paraphrased.strip() and "not answerable" not in paraphrased.lower():
         return _question(row), paraphrased
@@ -337,7 +337,7 @@ def _entailment(row: Row) -> tuple[str, str]:
 
 
 def _class_name(row: Row) -> tuple[str, str]:
-    """The name of an imagenet label, which is a number or a WordNet id."""
+    """Return the name of an imagenet label, which is a number or a WordNet id."""
     label, classes = row.get("label"), row["__classes__"]
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
         return "", list(classes.values())[label]
@@ -347,7 +347,7 @@ def _class_name(row: Row) -> tuple[str, str]:
 
 
 def _class_options(row: Row) -> tuple[str, str]:
-    """The name among nine others."""
+    """Return the class name among nine others."""
     _, answer = _class_name(row)
     others = sorted(set(row["__classes__"].values()) - {answer})
     options = [answer, *row["__rng__"].sample(others, min(9, len(others)))]
@@ -356,7 +356,8 @@ def _class_options(row: Row) -> tuple[str, str]:
 
 
 def _region(row: Row) -> tuple[str, str]:
-    """coco-goi: a heading and then an option a line, of which M3IT.py keeps 24, for the letters' sake."""
+    """Return options and answer of coco-goi: a heading and then an option a line, of which M3IT.py keeps 24, for the
+    letters' sake."""
     options = [option.strip() for option in _text(row, "input").strip().split("\n")[1:25]]
     if not (answer := _text(row, "outputs").strip()):
         raise SkipSample("empty message")

@@ -48,7 +48,7 @@ class _Place(NamedTuple):
 
 
 def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Path]:
-    """The file itself, or the split's file of the folder."""
+    """Return the file itself, or the split's file of the folder."""
     if image_folder is not None and not _images_of(path, image_folder).is_dir():
         raise UserError(f"{_images_of(path, image_folder)}: no such folder; expected images (option image_folder)")
     if path.is_file():
@@ -83,7 +83,7 @@ def _what_is_in(folder: Path) -> str:
 
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """The records of a file."""
+    """Yield the records of a file."""
     suffix = file.suffix.lower()
     if not is_parquet(file):
         _check_beginning(file, first_json_byte(file), suffix)
@@ -108,7 +108,8 @@ def _check_beginning(file: Path, first: str, suffix: str) -> None:
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """`image_folder` holds the images where that is not the data's own folder; relative to that one, or absolute."""
+    """Return one conversation or document. `image_folder` holds the images where that is not the data's own folder; it
+    is relative to that one, or absolute."""
     here = _folder_of(path) / row["__from__"]
     if any(row.get(key) for key in ("videos", "audios", "tools")):
         raise SkipSample("record has videos, audio or tools")
@@ -128,7 +129,7 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
 
 
 def _messages(row: Row, here: Path) -> list[Any]:
-    """The record's list of messages, in whichever form."""
+    """Return the record's list of messages, in whichever form."""
     messages = row.get("messages") or row.get("conversations")
     others = [f"`{key}`" for key in OTHER_FORMS if key in row]
     if others and "messages" not in row and "conversations" not in row:
@@ -187,7 +188,7 @@ def _items(content: Any, has_images: bool) -> Iterator[str | _Place]:
 
 
 def _check_markers(num_markers: int, num_images: int, here: Path) -> None:
-    """Your own file is yours to mend, so the first such record ends the run."""
+    """Raise a UserError where markers and images differ in number: your own file is yours to mend."""
     if num_markers != num_images:
         raise UserError(
             f"{here}: {num_markers} {MARKER} marker{'s' * (num_markers != 1)} but {num_images}"

@@ -42,12 +42,12 @@ Items = list[str | ImageRef]
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The shards of the split, or else all tars."""
+    """Return the shards of the split, or else all tars."""
     return find_files(path, f"{split}-*.parquet", f"data/{split}-*.parquet", "*.tar", "*.tar.gz", what="web documents")
 
 
 def beside(file: Path, *, image_folder: str | None = None) -> list[Path]:
-    """The lists of the shard's images."""
+    """Return the lists of the shard's images."""
     folder = _folder(file, image_folder)
     return find_files(folder, *LISTS, what="the shard's images and what URLs they were") if is_parquet(file) else []
 
@@ -57,7 +57,7 @@ def _folder(file: Path, image_folder: str | None) -> Path:
 
 
 def rows(file: Path, split: str, *, image_folder: str | None = None) -> Iterator[Row | SkipSample]:
-    """The documents of a shard, each with its texts and images in reading order."""
+    """Yield the documents of a shard, each with its texts and images in reading order."""
     folder = _folder(file, image_folder)
     if is_parquet(file):
         pages, names = read_parquet(file, columns=("images", "texts")), _image_map(folder)
@@ -77,7 +77,7 @@ def rows(file: Path, split: str, *, image_folder: str | None = None) -> Iterator
 
 
 def _image_map(folder: Path) -> dict[str, str]:
-    """URL -> file below the folder, of the images that were downloaded."""
+    """Return a map from URL to file below the folder, of the images that were downloaded."""
     names: dict[str, str] = {}
     for file in find_files(folder, *LISTS, what="the shard's images and what URLs they were"):
         for record in read_records(file):
@@ -93,7 +93,7 @@ def _image_map(folder: Path) -> dict[str, str]:
 
 
 def _parquet_items(page: Row, names: dict[str, str], folder: Path) -> Items:
-    """What the slots hold, without the images that were not downloaded."""
+    """Return what the slots hold, without the images that were not downloaded."""
     urls, texts = page.get("images"), page.get("texts")
     if not isinstance(urls, list) or not isinstance(texts, list):
         raise SkipSample("images or texts is not a list")
@@ -113,7 +113,7 @@ def _parquet_items(page: Row, names: dict[str, str], folder: Path) -> Items:
 
 
 def _tar_items(page: Row) -> Items:
-    """What the slots hold, in the order of their numbers: `tar --sort=name` put 10 before 2."""
+    """Return what the slots hold in the order of their numbers: `tar --sort=name` put 10 before 2."""
     listed = page.get("metadata.txt", b"").decode("utf-8", "replace").splitlines()
     if not listed:
         raise SkipSample("no list of the members")
@@ -138,7 +138,7 @@ def _decoded(text: bytes) -> str:
 
 
 def _documents(items: Items) -> list[Items]:
-    """The page, taken apart at its markers; a page with nothing in it stays one document."""
+    """Return the documents of a page, taken apart at its markers; a page with nothing in it stays one document."""
     documents: list[Items] = [[]]
     for item in items:
         if isinstance(item, ImageRef):
@@ -161,7 +161,8 @@ def to_sample(
     skip_single_trailing_image: bool = True,
     skip_texts_with_image_tokens: bool = False,
 ) -> Sample:
-    """The last image alone is seen by no text, so a document whose only image it is teaches nothing about images."""
+    """Return one document, unless a rule leaves it out. The last image alone is seen by no text, so a document whose
+    only image it is teaches nothing about images."""
     items = row.get("items")
     if not isinstance(items, list):
         raise SkipSample("no items")
@@ -189,7 +190,7 @@ def _is_here(image: object) -> bool:
 
 
 def _joined(items: Iterable[str | ImageRef]) -> tuple[str | ImageRef, ...]:
-    """Adjacent texts as one, with a space between them, and no space at the ends of the document."""
+    """Return adjacent texts as one, with a space between them, and no space at the ends of the document."""
     joined: Items = []
     for item in items:
         if isinstance(item, str) and joined and isinstance(joined[-1], str):

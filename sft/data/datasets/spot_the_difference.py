@@ -46,7 +46,7 @@ PROMPTS = (
 
 
 def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Path]:
-    """Instructions of MIMIC-IT, else the annotations of the original."""
+    """Return the instructions of MIMIC-IT, else the annotations of the original."""
     original = [f"{folder}{split}.json" for folder in ("", "annotations/", "data/annotations/")]
     what = "SD of MIMIC-IT, published as train only, or annotations of Spot-the-Diff"
     found = find_files(path, *patterns("SD", split), *original, what=what)
@@ -59,7 +59,8 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
 
 
 def rows(file: Path, split: str, *, multi_turn: bool = False) -> Iterator[Row | SkipSample]:
-    """One row a record. `multi_turn`: related instructions of MIMIC-IT on the same two images are one dialogue."""
+    """Yield a row for each record. `multi_turn`: related instructions of MIMIC-IT on the same two images are one
+    dialogue."""
     if not _is_original(file):
         return read_instructions(file, multi_turn=multi_turn)
     if multi_turn:
@@ -70,9 +71,9 @@ def rows(file: Path, split: str, *, multi_turn: bool = False) -> Iterator[Row | 
 def to_sample(
     row: Row, path: Path, *, image_folder: str | None = None, correct_casing: bool = True, seed: int = 0
 ) -> Sample:
-    """One record. The other options are for the original: where its images lie (`resized_images` when not given),
-    whether sentences get a capital and a final period, as HuggingFaceM4 gave them (the answers of other datasets have
-    both), and what draws the prompt."""
+    """Return one record as a sample. The other options are for the original: where its images lie (`resized_images`
+    when not given), whether sentences get a capital and a final period, as HuggingFaceM4 gave them (the answers of
+    other datasets have both), and what draws the prompt."""
     key = f"spot_the_difference/{row['__from__']}"
     if "img_id" not in row and "sentences" not in row:
         return Sample(key=key, messages=to_messages(row, two_images(row)))
@@ -89,7 +90,7 @@ def to_sample(
 
 
 def _answer(sentences: object, correct_casing: bool) -> str:
-    """The sentences that are not empty: in one line, or one a line where no periods part them."""
+    """Return the sentences that are not empty: in one line, or one a line where no periods part them."""
     if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
         raise SkipSample("sentences are not a list of text")
     said = [sentence.strip() for sentence in sentences if sentence.strip()]
@@ -99,12 +100,12 @@ def _answer(sentences: object, correct_casing: bool) -> str:
 
 
 def _corrected(sentence: str) -> str:
-    """With a capital first letter and a final period."""
+    """Return a sentence with a capital first letter and a final period."""
     return sentence[0].upper() + sentence[1:] + ("" if sentence.endswith((".", "!", "?")) else ".")
 
 
 def _is_original(file: Path) -> bool:
-    """A list of annotations; MIMIC-IT's are an object or a parquet."""
+    """Return whether a file is a list of annotations; MIMIC-IT's are an object or a parquet."""
     return not is_parquet(file) and first_json_byte(file) == "["
 
 

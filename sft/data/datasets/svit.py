@@ -40,7 +40,7 @@ Unit = Literal["conversation", "question"]
 
 
 def files(path: Path, split: str, *, tasks: list[Task] | None = None) -> list[Path]:
-    """The file, or in a folder those of the tasks; there is no split but train."""
+    """Return the file, or in a folder those of the tasks; there is no split but train."""
     if path.is_file():
         return [path]
     wanted = dict.fromkeys(tasks or ("conversation", "complex_reasoning"))
@@ -51,7 +51,7 @@ def files(path: Path, split: str, *, tasks: list[Task] | None = None) -> list[Pa
 def rows(
     file: Path, split: str, *, unit: Unit = "conversation", keep_held_out: bool = False
 ) -> Iterator[Row | SkipSample]:
-    """One row a conversation, or one a question with its answer; one a record in LLaVA's form."""
+    """Yield a row for each conversation, or for each question with its answer; one for each record in LLaVA's form."""
     held_out = frozenset() if keep_held_out else _held_out_ids(file)
     for record in read_json_list(file):
         if isinstance(record, SkipSample) or ("id" in record and "image_id" not in record):
@@ -63,13 +63,13 @@ def rows(
 
 
 def beside(file: Path) -> list[Path]:
-    """The list of the test images."""
+    """Return the list of the test images."""
     folders = (file.parent, file.parent / "data", file.parent.parent)
     return [path for folder in folders if (path := folder / "test_image_ids.txt").is_file()][:1]
 
 
 def _held_out_ids(file: Path) -> frozenset[str]:
-    """Ids of the test images; none without their list."""
+    """Return the ids of the test images; none without their list."""
     for listed in beside(file):
         ids = listed.read_text(encoding="utf-8-sig", errors="replace").split()
         if not ids or not all(image_id.isdecimal() for image_id in ids):
@@ -79,7 +79,7 @@ def _held_out_ids(file: Path) -> frozenset[str]:
 
 
 def _conversations(record: Row, unit: Unit) -> Iterator[Row | SkipSample]:
-    """The conversations of an image, each with its place among them."""
+    """Yield the conversations of an image, each with its place among them."""
     blocks = record.pop("conversations", None)
     if not isinstance(blocks, list) or not blocks:
         yield SkipSample("no conversations", detail=record["__from__"])
@@ -94,7 +94,8 @@ def _conversations(record: Row, unit: Unit) -> Iterator[Row | SkipSample]:
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """One conversation. `image_folder` holds VG_100K and VG_100K_2; relative to the data's folder, its default."""
+    """Return one conversation. `image_folder` holds VG_100K and VG_100K_2; it is relative to the data's
+    folder, which is the default."""
     folder = llava_instruct.folder_of(path) / (image_folder or "")
     if "image_id" not in row:  # LLaVA's form
         image = None if row.get("image") is None else llava_instruct.image_of(row["image"], folder)
@@ -115,7 +116,7 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
 
 
 def _in_llava_form(turns: Any) -> Any:
-    """SVIT's user is LLaVA's human; what is no turn is left for LLaVA's checks."""
+    """Return a turn in LLaVA's form: SVIT's user is LLaVA's human, and what is no turn is left for LLaVA's checks."""
     if not isinstance(turns, list):
         return turns
     return [
@@ -124,7 +125,7 @@ def _in_llava_form(turns: Any) -> Any:
 
 
 def _boxes_are_sound(text: str) -> bool:
-    """Every bracket is a box and every name has both its marks; a name may stand without a box."""
+    """Return whether every bracket is a box and every name has both its marks; a name may stand without a box."""
     boxes = re.findall(r"\[([^\[\]]*)\]", text)
     names = re.findall(r"<st>[^<>]*<ed>", text)
     return (
@@ -135,7 +136,7 @@ def _boxes_are_sound(text: str) -> bool:
 
 
 def _is_box(numbers: str) -> bool:
-    """`x1, y1, x2, y2` with 0 ≤ x1 < x2 ≤ 1 and the same for y."""
+    """Return whether a text is `x1, y1, x2, y2` with 0 ≤ x1 < x2 ≤ 1 and the same for y."""
     try:
         x1, y1, x2, y2 = map(float, numbers.split(","))
     except ValueError:

@@ -28,7 +28,7 @@ LICENCE = "MIT"
 
 
 def files(path: Path, split: str) -> list[Path]:
-    """The parts of the split in order; the first ones alone are fine, a gap is not."""
+    """Return the parts of the split in order; the first ones alone are fine, a gap is not."""
     patterns = ["train_[0-9].jsonl"] if split == "train" else []
     parquet = "train_sft" if split == "train" else split
     patterns += [f"data/{parquet}-[0-9]*-of-*.parquet", f"{parquet}-[0-9]*-of-*.parquet"]
@@ -39,7 +39,7 @@ def files(path: Path, split: str) -> list[Path]:
 
 
 def _check_no_gap(parts: list[Path]) -> None:
-    """Parts counted on by one; else a download failed, or two revisions lie in one folder."""
+    """Raise a UserError unless parts count on by one: else a download failed, or two revisions lie in one folder."""
     numbers = [int(re.search(r"[-_]([0-9]+)", part.stem)[1]) for part in parts]  # type: ignore[index]
     if numbers != list(range(len(parts))):
         has = ", ".join(map(str, numbers))
@@ -47,12 +47,12 @@ def _check_no_gap(parts: list[Path]) -> None:
 
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """The dialogues of a part, of either form."""
+    """Yield the dialogues of a part, of either form."""
     return read_records(file)
 
 
 def to_sample(row: Row, path: Path) -> Sample:
-    """One dialogue, user first."""
+    """Return one dialogue, user first."""
     texts = _texts_of_messages(row["messages"]) if "messages" in row else row.get("data")
     if not isinstance(texts, list):
         raise SkipSample("dialogue is not a list")
@@ -63,7 +63,7 @@ def to_sample(row: Row, path: Path) -> Sample:
 
 
 def _texts_of_messages(messages: object) -> list[object]:
-    """What is said in ultrachat_200k, where roles are named."""
+    """Return the texts of ultrachat_200k, where roles are named."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise SkipSample("dialogue is not a list")
     for place, message in enumerate(messages):

@@ -15,7 +15,8 @@ ByteRange = tuple[int, int]
 
 
 def index_base64_object(path: Path) -> dict[str, ByteRange]:
-    """Where each value of a JSON object `{"name": "base64", …}` stands; a value may be a list of one such string.
+    """Return where each value of a JSON object `{"name": "base64", …}` stands; a value may be a list of one such
+    string.
 
     The file may have any size (CGD.json: 118,287 images): it is scanned once, and only names and places are kept. This
     works since base64 has neither quotes nor escapes; a member that has some is left out of the index.
@@ -30,7 +31,7 @@ def index_base64_object(path: Path) -> dict[str, ByteRange]:
 
 
 def read_range(path: Path, place: ByteRange) -> bytes:
-    """The bytes at a place in a file."""
+    """Return the bytes at a place in a file."""
     offset, length = place
     with path.open("rb") as file:
         file.seek(offset)

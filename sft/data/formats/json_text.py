@@ -27,7 +27,7 @@ from sft.data.formats.rows import (
 
 
 def read_json(path: Path) -> Any:
-    """A whole JSON file; for files of megabytes.
+    """Return a whole JSON file; for files of megabytes.
 
     Raises:
         UserError: missing, over MAX_RECORD_BYTES, or not JSON.
@@ -41,7 +41,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[Row | SkipSample]:
-    """The objects of a JSON-lines file. A line that is none, or is too long, is a reason to skip it."""
+    """Yield the objects of a JSON-lines file. A line that is none, or is too long, is a reason to skip it."""
     limit, size = max_record_bytes.get(), require_file(path, "a JSON-lines file").stat().st_size
     at = number = 0
     with path.open("rb", buffering=BLOCK_BYTES) as file:
@@ -73,8 +73,8 @@ def _parsed(line: bytes, here: str, at: float) -> Row | SkipSample:
 
 
 def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSample]:
-    """The objects of a JSON list of any size, streamed. `prefix` says where the list is: `item` for a list
-    at the top, `annotations.item` for one under a key.
+    """Yield the objects of a JSON list of any size, streamed. `prefix` says where the list is: `item` for a list at the
+    top, `annotations.item` for one under a key.
 
     Raises:
         UserError: missing, a record over the limit, or it stops being JSON somewhere.
@@ -93,8 +93,8 @@ def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSampl
 
 
 def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The keys and values of a JSON object of any size, streamed: the object at `prefix`, "" for the top. A value that
-    is nested too deep is a SkipSample.
+    """Yield the keys and values of a JSON object of any size, streamed: the object at `prefix`, "" for the top. A value
+    that is nested too deep is a SkipSample.
 
     Raises:
         UserError: missing, a value over the limit, or it stops being JSON somewhere.
@@ -110,7 +110,7 @@ def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def first_json_byte(path: Path) -> str:
-    """`[` or `{`, to tell a list from an object; "" for a file of blanks."""
+    """Return `[` or `{`, to tell a list from an object; "" for a file of blanks."""
     with require_file(path, "a JSON file").open("rb") as file:
         return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1].decode("latin-1")
 
@@ -145,7 +145,7 @@ class _JsonText:
             raise UserError(f"{self.path}: not readable as JSON after {last()}: {one_line(error)}") from error
 
     def walk(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """What `read` reads below the keys, and on to the end of the text."""
+        """Yield what `read` reads below the keys, and on to the end of the text."""
         yield from self._below(keys, read)
         if rest := self.peek():
             raise ValueError(f"it goes on behind its end with {rest!r}")
@@ -163,7 +163,7 @@ class _JsonText:
                     self.value()
 
     def elements(self) -> Iterator[Any]:
-        """The elements of the list that stands here; none where something else does."""
+        """Yield the elements of the list that stands here; none where something else does."""
         if self.peek() != "[":
             self.value()
         elif self._opens("[", "]"):
@@ -172,7 +172,7 @@ class _JsonText:
                 yield self.value()
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """The members of the object that stands here; none where something else does."""
+        """Yield the members of the object that stands here; none where something else does."""
         if self.peek() != "{":
             self.value()
         else:
@@ -180,7 +180,7 @@ class _JsonText:
                 yield key, self.value()
 
     def _keys(self) -> Iterator[str]:
-        """The keys of an object; whoever asks for the next one has read the value."""
+        """Yield the keys of an object; whoever asks for the next one has read the value."""
         if self._opens("{", "}"):
             yield self._key()
             while self._takes(",", "}") == ",":
@@ -208,7 +208,7 @@ class _JsonText:
         return found
 
     def peek(self) -> str:
-        """The next character that is no blank, "" at the end."""
+        """Return the next character that is no blank, "" at the end."""
         while True:
             self.at = _BLANKS.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text):
@@ -217,7 +217,7 @@ class _JsonText:
                 return ""
 
     def value(self) -> Any:
-        """The value that stands here; where it is nested too deep, that."""
+        """Return the value that stands here, or a SkipSample where it is nested too deep."""
         self.peek()
         while True:
             try:
@@ -241,7 +241,7 @@ class _JsonText:
         return SkipSample(TOO_DEEP) if num_brackets > MAX_DEPTH and _is_deep(value) else value
 
     def _end_of_brackets(self) -> int:
-        """Where the list or object that stands here ends, by its brackets alone."""
+        """Return where the list or object that stands here ends, by its brackets alone."""
         while True:
             depth = 0
             for found in _BRACKET_OR_STRING.finditer(self.text, self.at):

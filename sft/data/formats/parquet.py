@@ -22,7 +22,7 @@ MAX_UNPACKED_TIMES = 1000
 
 
 def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[Row | SkipSample]:
-    """The rows of a parquet file, a few at a time; only some `columns`, where that spares reading.
+    """Yield the rows of a parquet file, a few at a time; only some `columns`, where that spares reading.
 
     The limit on records is one on the text of a row, and on each of its images by itself.
 
@@ -53,7 +53,8 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
 
 
 def batch_rows(path: Path, group: Any, columns: Sequence[str] | None = None) -> int:
-    """How many rows of a row group make up BATCH_BYTES, at the most; its metadata tell how large they are unpacked.
+    """Return how many rows of a row group make up BATCH_BYTES, at the most; its metadata tell how large they are
+    unpacked.
 
     Raises:
         UserError: they are a bomb.
@@ -74,7 +75,7 @@ def batch_rows(path: Path, group: Any, columns: Sequence[str] | None = None) -> 
 
 
 def _dictionary_bytes(path: Path, column: Any) -> int:
-    """Unpacked size of the values that a column names by number: the second number in the header of their page."""
+    """Return the unpacked size of a column's dictionary: the second number in the header of its page."""
     with path.open("rb") as file:
         file.seek(max(column.dictionary_page_offset, 0))
         found = _PAGE_HEADER.match(file.read(16))
@@ -89,13 +90,13 @@ _PAGE_HEADER = re.compile(rb"\x15[\x00-\x7f]\x15([\x80-\xff]{0,4}[\x00-\x7f])", 
 
 
 def _is_too_long(one: Any, limit: int) -> bool:
-    """Whether the text of a row is over the limit, or one of its images, or all of them together by far."""
+    """Return whether the text of a row is over the limit, or one of its images, or all of them together by far."""
     num_bytes = [size for column in one.columns for size in _binary_sizes(column)]
     return max(num_bytes, default=0) > limit or one.nbytes - sum(num_bytes) > limit or one.nbytes > IMAGES_A_ROW * limit
 
 
 def _binary_sizes(values: Any) -> list[int]:
-    """Sizes of the bytes anywhere in an Arrow array."""
+    """Return the sizes of the bytes anywhere in an Arrow array."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -35,7 +35,7 @@ def record_limit(limit: int) -> Iterator[None]:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """The path itself, when it is a file.
+    """Return the path itself, when it is a file.
 
     Raises:
         UserError: it is not there; `what` says what was expected.
@@ -46,7 +46,8 @@ def require_file(path: Path, what: str) -> Path:
 
 
 def find_files(path: Path, *patterns: str, what: str) -> list[Path]:
-    """The path itself when it is a file, else the files below it that match the first pattern that any file matches.
+    """Return the path itself when it is a file, else the files below it that match the first pattern that any file
+    matches.
 
     Raises:
         UserError: there are none; `what` says what was expected.
@@ -60,7 +61,7 @@ def find_files(path: Path, *patterns: str, what: str) -> list[Path]:
 
 
 def placed(row: Row, here: str, at: float) -> Row:
-    """A raw row with what every reader adds, and without what might be taken for ours."""
+    """Return a raw row with what every reader adds, and without names that only our own keys may have."""
     for name in [name for name in row if name.startswith("__") and name.endswith("__")]:
         del row[name]
     row["__from__"], row["__at__"] = here, at

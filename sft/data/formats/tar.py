@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 64 * 1024
 
 
 def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample]:
-    """The samples of a WebDataset shard (.tar, .tar.gz): members that share a name up to its first dot, as
+    """Yield the samples of a WebDataset shard (.tar, .tar.gz): members that share a name up to its first dot, as
     {"__key__": name, extension: bytes}. A number may stand before an extension (`000.3.image.jpeg`). Members with other
     extensions are not even read; nothing is ever unpickled.
 
@@ -67,7 +67,7 @@ class _Tar:
         self.tar = tarfile.open(fileobj=cast(IO[bytes], self.file), mode="r:")  # noqa: SIM115  (`raw` is its caller's)
 
     def members(self) -> Iterator[tarfile.TarInfo]:
-        """All but folders."""
+        """Yield all members but folders."""
         while True:
             self.file.left = MAX_HEADER_BYTES
             member = self.tar.next()
@@ -80,7 +80,7 @@ class _Tar:
                 yield member
 
     def content(self, member: tarfile.TarInfo) -> bytes:
-        """The whole of a plain file."""
+        """Return the whole of a plain file."""
         self.file.seek(member.offset_data)
         self.file.left = member.size
         content = self.file.read(member.size)
@@ -120,7 +120,7 @@ class _Bounded:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """`a/000.image.jpg` -> (`a/000`, `image.jpg`), as webdataset does."""
+    """Return the key and the extension of a member, as webdataset does: `a/000.image.jpg` -> (`a/000`, `image.jpg`)."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()

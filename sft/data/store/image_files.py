@@ -29,7 +29,7 @@ class ImageReader:
         self._known: set[str] = set()
 
     def read(self, image: ImageRef) -> tuple[bytes, str]:
-        """The bytes of an image and their sha256.
+        """Return the bytes of an image and their sha256.
 
         Raises:
             SkipSample: see `read_bytes`; that file is written down too.
@@ -53,7 +53,7 @@ class ImageReader:
 
 
 def changed_image_files(listed: Path) -> Iterator[Path]:
-    """The files of a list that are another now; one is read again only where its size or time of change tell so."""
+    """Yield the files of a list that have changed; one is read again only where its size or time of change tell so."""
     with listed.open(encoding="utf-8") as lines:
         for line in lines:
             entry = json.loads(line)
@@ -64,7 +64,7 @@ def changed_image_files(listed: Path) -> Iterator[Path]:
 
 
 def stamp_of(file: Path) -> Stamp | None:
-    """Size and time of change of a file; None where there is none."""
+    """Return the size and time of change of a file; None where there is none."""
     try:
         stat = file.stat()
     except (OSError, ValueError):  # ValueError: a zero byte in its name

@@ -18,7 +18,7 @@ NUM_KEYS = 2**63
 
 
 def image_key(sha256: str) -> int:
-    """The key of an image by its sha256, in hexadecimal."""
+    """Return the key of an image by its sha256, in hexadecimal."""
     return int.from_bytes(bytes.fromhex(sha256[:16]), "little") >> 1
 
 
@@ -30,5 +30,5 @@ def write_image_keys(folder: Path, first_words: NDArray[np.uint64]) -> None:
 
 
 def read_numbers(file: Path) -> NDArray[np.int64]:
-    """A file of numbers, mapped into memory."""
+    """Return a file of numbers, mapped into memory."""
     return mapped(file, np.dtype(np.int64))

@@ -49,8 +49,8 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> int:
 def _distinct(
     pieces: Sequence[Path], starts: Sequence[int], target: Path
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """For every image of all pieces, end to end: whether it is the first with its content, and the row its content
-    gets."""
+    """Return, for every image of all pieces, end to end, whether it is the first with its content, and the row its
+    content gets."""
     total = starts[-1]
     if not total:
         write_image_keys(target, np.empty(0, np.uint64))

@@ -33,7 +33,7 @@ class ToSample(Protocol):
     name: str
 
     def to_sample(self, row: Row) -> Sample:
-        """The sample, or SkipSample."""
+        """Return the sample of a record, or raise SkipSample."""
 
 
 @dataclass
@@ -63,12 +63,12 @@ class Counts:
         self.examples = other.examples | self.examples
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object; `dataclasses.asdict` would count the items of a Counter anew."""
+        """Return the counts as a JSON object; `dataclasses.asdict` would count the items of a Counter anew."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Counts:
-        """What `to_json` gave, among other things."""
+        """Return counts from an object that holds what `to_json` gave, among other things."""
         own = {name: type(value)(values[name]) for name, value in vars(Counts()).items()}
         return Counts(**own)
 
@@ -104,7 +104,7 @@ def write_piece(task: PieceTask) -> Counts:
 
 
 def read_piece(path: Path) -> tuple[Counts, bool]:
-    """Counts of a finished piece, and whether its raw file ends with it."""
+    """Return the counts of a finished piece, and whether its raw file ends with it."""
     values = json.loads((path / "piece.json").read_text())
     return Counts.from_json(values), values["is_last"]
 
@@ -146,7 +146,7 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
 
 
 def _check_text(sample: Sample) -> None:
-    """Half a surrogate pair, which JSON can spell, is no text: it has no bytes to write."""
+    """Skip a sample whose text holds half a surrogate pair, which JSON can spell and which has no bytes to write."""
     for text in (sample.key, *(i for m in sample.messages for i in m.content if isinstance(i, str))):
         if not text.isascii():
             try:
@@ -156,7 +156,7 @@ def _check_text(sample: Sample) -> None:
 
 
 def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
-    """The row of images/ for an image; verified unless it was before."""
+    """Return the row of images/ for an image; verified unless it was before."""
     content, sha256 = reader.read(image)
     if sha256 in seen:
         return {"sha256": sha256}

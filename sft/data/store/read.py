@@ -113,7 +113,7 @@ class Store:
         return read_numbers(self.path / KEYS)
 
     def find_image(self, key: int) -> int | None:
-        """The row of the image with a key, None where it is not in this store."""
+        """Return the row of the image with a key, None where it is not in this store."""
         place = int(np.searchsorted(self.image_keys, key, sorter=self._image_order))
         if place == len(self.image_keys) or self.image_keys[self._image_order[place]] != key:
             return None
@@ -134,12 +134,12 @@ class Store:
         return self._samples.column("key")
 
     def image(self, row: int) -> ImageRef:
-        """An image: its bytes, or the file it was left in."""
+        """Return an image: its bytes, or the file it was left in."""
         content = self._images.value(row, _BYTES)
         return ImageRef(source=content if content is not None else Path(self._images.value(row, _PATH)))
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded bytes of an image.
+        """Return the encoded bytes of an image.
 
         Raises:
             SkipSample: the file it was left in cannot be read any more.
@@ -147,24 +147,24 @@ class Store:
         return read_bytes(self.image(row))
 
     def sample(self, row: int) -> Sample:
-        """A sample with its images."""
+        """Return a sample with its images."""
         record = self._samples.value(row, _MESSAGES)
         images = {image_row: self.image(image_row) for image_row in image_rows_of(record)}
         return Sample(key=self._samples.value(row, _KEY), messages=to_messages(record, images))
 
     def sample_batches(self) -> list[pa.RecordBatch]:
-        """The Arrow batches of samples/."""
+        """Return the Arrow batches of samples/."""
         return self._samples.batches
 
     def stored_samples(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Sample, tuple[int, ...]]]:
-        """Samples with the rows of their images in reading order; the images themselves are left out."""
+        """Yield samples with the rows of their images in reading order; the images themselves are left out."""
         nothing = ImageRef(source=b"")
         for key, record in self._samples.rows(start, len(self) if stop is None else stop):
             rows = image_rows_of(record)
             yield Sample(key=key, messages=to_messages(record, dict.fromkeys(rows, nothing))), rows
 
     def changed_files(self, files: Sequence[Path]) -> list[Path]:
-        """What is no longer as it was when the store was made: raw files, and image files that records name.
+        """Return what is no longer as it was when the store was made: raw files, and image files that records name.
 
         A file is read again only where its time of change tells that it may be another; what was deleted since is no
         change, since the store has what it needs of it.
@@ -179,7 +179,8 @@ class Store:
 
 
 def is_store_folder(path: Path) -> bool:
-    """Whether a folder is a store, finished or not, and holds nothing else: whoever writes a store may remove it."""
+    """Return whether a folder is a store, finished or not, and holds nothing else: whoever writes a store may remove
+    it."""
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     return names <= _LAYOUT and (KEYS in names or {"samples", "images"} <= names)
 

@@ -54,16 +54,16 @@ class RawDataset(Protocol):
         """Of the data."""
 
     def files(self) -> list[Path]:
-        """The raw files, in a fixed order."""
+        """Return the raw files, in a fixed order."""
 
     def all_files(self) -> list[Path]:
-        """The raw files and whatever else the rows are read from."""
+        """Return the raw files and whatever else the rows are read from."""
 
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
-        """The raw records of a file."""
+        """Return the raw records of a file."""
 
     def to_sample(self, row: Row) -> Sample:
-        """One record as a sample."""
+        """Return one record as a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +174,12 @@ def _missing_pieces(
 
 
 def _share_read(rows: Sequence[Row | SkipSample]) -> float:
-    """How much of its file was read when the last of these rows was; what an adapter keeps of `__at__` tells."""
+    """Return how much of its file was read when the last of these rows was; what an adapter keeps of `__at__` tells."""
     return next((row["__at__"] for row in reversed(rows) if isinstance(row, dict) and "__at__" in row), 0.0)
 
 
 def _blocks(rows: Iterable[Row | SkipSample]) -> Iterator[tuple[list[Row | SkipSample], bool]]:
-    """Rows in blocks of PIECE_RECORDS or PIECE_BYTES, and whether it is the last; no rows make one empty block."""
+    """Yield rows in blocks of PIECE_RECORDS or PIECE_BYTES, and whether it is the last; no rows make an empty block."""
     block: list[Row | SkipSample] = []
     num_bytes = 0
     for row in rows:
@@ -192,7 +192,7 @@ def _blocks(rows: Iterable[Row | SkipSample]) -> Iterator[tuple[list[Row | SkipS
 
 
 def _num_bytes(row: object) -> int:
-    """About the size of a row: of its texts and bytes, however deep they are."""
+    """Return about the size of a row: of its texts and bytes, however deep they are."""
     num_bytes, waiting = 0, [row]
     while waiting:
         value = waiting.pop()

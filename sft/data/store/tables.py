@@ -80,7 +80,7 @@ class TableWriter:
 
 
 def batches_of(file: Path) -> list[pa.RecordBatch]:
-    """The batches of an IPC stream, mapped into memory."""
+    """Return the batches of an IPC stream, mapped into memory."""
     batches: list[pa.RecordBatch] = pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
     return batches
 
@@ -122,7 +122,7 @@ class Table:
         return self._starts[-1]
 
     def value(self, row: int, column: int) -> Any:
-        """One value of a row.
+        """Return one value of a row.
 
         Raises:
             IndexError: there is no such row.
@@ -137,7 +137,7 @@ class Table:
         return {name: number for number, name in enumerate(self.batches[0].schema.names)} if self.batches else {}
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[Any, ...]]:
-        """The values of rows `start` to `stop`, some at a time."""
+        """Yield the values of rows `start` to `stop`, some at a time."""
         for first, batch in zip(self._starts, self.batches, strict=False):
             begin, end = max(start - first, 0), min(stop - first, batch.num_rows)
             for piece in range(begin, end, _READ_ROWS):
@@ -145,7 +145,7 @@ class Table:
                 yield from zip(*(column.to_pylist() for column in columns), strict=True)
 
     def column(self, name: str) -> Iterator[Any]:
-        """All values of a column."""
+        """Yield all values of a column."""
         for batch in self.batches:
             yield from batch.column(self._column_of[name]).to_pylist()
 
@@ -154,7 +154,8 @@ class Table:
 
 
 def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
-    """A sample as a row of samples/, with the row of each of its images in reading order. Empty texts are left out."""
+    """Return a sample as a row of samples/, with the row of each of its images in reading order. Empty texts are left
+    out."""
     remaining = iter(image_rows)
 
     def item(part: str | ImageRef) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
 
 
 def to_messages(record: Sequence[dict[str, Any]], images: dict[int, ImageRef]) -> tuple[Message, ...]:
-    """The `messages` of a row of samples/ as messages, with the image of each row of images/."""
+    """Return the `messages` of a row of samples/ as messages, with the image of each row of images/."""
     return tuple(
         Message(
             role=message["role"],
@@ -184,12 +185,12 @@ def to_messages(record: Sequence[dict[str, Any]], images: dict[int, ImageRef]) -
 
 
 def image_rows_of(record: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-    """Rows in images/ of the images in `messages`, in reading order."""
+    """Return the rows in images/ of the images in `messages`, in reading order."""
     return tuple(i["image"] for message in record for i in message["content"] if i["type"] == "image")
 
 
 def renumber_images(batch: pa.RecordBatch, new_rows: NDArray[np.int64]) -> pa.RecordBatch:
-    """A batch of samples whose image row i becomes `new_rows[i]`."""
+    """Return a batch of samples whose image row i becomes `new_rows[i]`."""
     messages = batch.column(1)
     content = messages.values.field("content")
     items = content.values

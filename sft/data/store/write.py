@@ -134,7 +134,7 @@ def _clean_up(path: Path) -> None:
 
 
 def _check_ours(path: Path) -> None:
-    """What is no store is not removed to make room for one."""
+    """Refuse to remove what is no store to make room for one."""
     if path.exists() and not is_store_folder(path) and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: is there already and is no prepared dataset; choose another folder")
 
@@ -156,7 +156,7 @@ def _check_adapter(store: Store, raw: RawDataset) -> None:
 
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
-    """Whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
+    """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
     manifest = store.manifest
     return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
