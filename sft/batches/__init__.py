@@ -9,6 +9,6 @@ pack_stream     the endless, resumable stream of packs
 steps           the packs of a step, assigned to processes
 collate         packs -> Batch: the only place where tensors are made
 data_loader     batches by worker processes; feature_cache: what a frozen tower makes of images, kept
-mixture_report  what a mixture will be; declared_sizes: the same from published numbers alone
+mixture_report  what a mixture will be; mixture_counts: what its packs hold; declared_sizes: sources without data
 inspect_pack    one pack as the model sees it
 """

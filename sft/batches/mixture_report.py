@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sft.batches.declared_sizes import DeclaredSource
+from sft.batches.mixture_counts import Floats, MixtureCounts, SourceCounts, count_packs
 from sft.batches.pack_stream import Planner
 from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
@@ -26,101 +24,6 @@ MANY_EPOCHS = 4
 MAX_POINTS = 60
 """Of what is told window by window; the largest of several windows stands for them."""
 
-Floats = NDArray[np.float64]
-
-
-class _Distinct:
-    """Counts distinct numbers, in a few bytes for each."""
-
-    def __init__(self) -> None:
-        self._seen = np.empty(0, np.int64)
-        self._new: list[Ints] = []
-        self._num_new = 0
-
-    def add(self, numbers: Ints) -> None:
-        self._new.append(numbers)
-        self._num_new += len(numbers)
-        if self._num_new > max(len(self._seen), 2**16):
-            self._merge()
-
-    def __len__(self) -> int:
-        self._merge()
-        return len(self._seen)
-
-    def _merge(self) -> None:
-        self._seen = np.unique(np.concatenate([self._seen, *self._new]))
-        self._new, self._num_new = [], 0
-
-
-@dataclass
-class _Tally:
-    """What a source has given in packs."""
-
-    tokens: int = 0
-    trained_tokens: int = 0
-    samples: int = 0
-    images: int = 0
-    """Shown: one that two samples show counts twice."""
-    distinct_images: _Distinct = field(default_factory=_Distinct)
-    ended_at_step: int | None = None
-    """When it came to the end of `max_epochs`."""
-
-
-class _Errors:
-    """How far sources are from their shares, in the mixture's unit: after each pack, and at the ends of windows.
-
-    A share is what the planner steers by, so it is that of the sources that are left. In the window in which a source
-    comes to its end the others take its place at once; errors are counted anew from there.
-    """
-
-    def __init__(self, num_sources: int) -> None:
-        self.off = np.zeros(num_sources)
-        """Where each source stands, above its share or below."""
-        self.inside = np.zeros(num_sources)
-        """The largest so far, after any pack."""
-        self.at_ends = np.zeros(num_sources)
-        self.of_windows: list[float] = []
-        """The largest of all sources in each window, …"""
-        self.of_ends: list[float] = []
-        """… and at its end."""
-
-    def add(self, given_PS: Floats, shares_S: Floats, *, is_whole: bool) -> None:
-        """Count a window, or a part of one at the end of a run."""
-        off_PS = self.off + np.cumsum(given_PS - given_PS.sum(axis=1, keepdims=True) * shares_S, axis=0)
-        self.off = off_PS[-1]
-        errors_PS = np.abs(off_PS)
-        self.inside = np.maximum(self.inside, errors_PS.max(axis=0))
-        self.of_windows.append(float(errors_PS.max()))
-        if is_whole:
-            self.at_ends = np.maximum(self.at_ends, errors_PS[-1])
-            self.of_ends.append(float(errors_PS[-1].max()))
-
-    def begin_anew(self) -> None:
-        """Count errors anew, since a source has come to its end."""
-        self.off = np.zeros_like(self.off)
-
-
-class _Totals:
-    """What was counted over all windows."""
-
-    def __init__(self, num_sources: int, sequence_length: int) -> None:
-        self.of_source = [_Tally() for _ in range(num_sources)]
-        self.errors = _Errors(num_sources)
-        self.packs = 0
-        self.packs_with_tokens = np.zeros(sequence_length + 1, np.int64)
-        """Packs by the number of their tokens."""
-        self.packs_with_images = np.zeros(1, np.int64)
-        """Packs by the number of their distinct images."""
-
-    def sum(self, name: str) -> int:
-        """Return a count summed over all sources."""
-        return sum(getattr(tally, name) for tally in self.of_source)
-
-    @property
-    def distinct_images(self) -> int:
-        """In each pack, summed over packs: what is encoded."""
-        return int(self.packs_with_images @ np.arange(len(self.packs_with_images)))
-
 
 def mix(
     recipe: Recipe,
@@ -128,16 +31,15 @@ def mix(
     steps: int | None = None,
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
-    """Return what `steps` optimizer steps will draw, in the form of `idefics-sft mix --json`. Shares are fractions of
-    1.
+    """Return what `steps` optimizer steps will draw, as `idefics-sft mix --json` prints it; shares are fractions of 1.
 
     Errors of shares are in packs: of `sequence_length` tokens, or of what a pack holds on average in another unit.
     """
     steps = steps or recipe.training.max_steps
     planner = Planner(sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
-    totals = _Totals(len(sources), recipe.data.sequence_length)
+    totals = MixtureCounts(len(sources), recipe.data.sequence_length)
     for packs, shares_S in _windows(planner, steps * recipe.packs_per_step):
-        given_PS = _count(totals, packs, sources, recipe.data.share_unit)
+        given_PS = count_packs(totals, packs, sources, recipe.data.share_unit)
         ended = [index for index, stream in enumerate(planner.mixture.streams) if stream.is_exhausted]
         is_new = [index for index in ended if totals.of_source[index].ended_at_step is None]
         for index in is_new:
@@ -162,57 +64,7 @@ def _windows(planner: Planner, wanted: int) -> Iterator[tuple[list[Pack], Floats
         wanted -= len(packs)
 
 
-def _count(totals: _Totals, packs: Sequence[Pack], sources: Sequence[SourceSizes], unit: str) -> Floats:
-    """Count some packs; what each has of each source, in the mixture's unit."""
-    num_items = np.array([len(pack.items) for pack in packs])
-    items = np.fromiter(chain.from_iterable(chain.from_iterable(pack.items for pack in packs)), np.int64)
-    of_source, samples = items.reshape(-1, 2).T
-    of_pack = np.repeat(np.arange(len(packs)), num_items)
-    order = np.argsort(of_source, kind="stable")
-    borders = np.searchsorted(of_source[order], np.arange(len(sources) + 1))
-    given_PS = np.zeros((len(packs), len(sources)))
-    tokens_P = np.zeros(len(packs))
-    shown_in, keys = [], []
-    for index in np.flatnonzero(np.diff(borders)).tolist():
-        source, tally = sources[index], totals.of_source[index]
-        own = order[borders[index] : borders[index + 1]]
-        rows, numbers = samples[own], of_pack[own]
-        images, num_images = source.images(rows)
-        counts = {
-            "tokens": source.num_tokens(rows),
-            "trained_tokens": source.num_trained(rows),
-            "samples": np.ones_like(rows),
-            "images": source.num_shown(rows) if isinstance(source, PreparedSource) else num_images,
-        }
-        for name, numbers_of in counts.items():
-            setattr(tally, name, getattr(tally, name) + int(numbers_of.sum()))
-        tally.distinct_images.add(images)
-        tokens_P += np.bincount(numbers, counts["tokens"], len(packs))
-        given_PS[:, index] = np.bincount(numbers, counts[unit], len(packs))
-        shown_in.append(np.repeat(numbers, num_images))
-        keys.append(images)
-    totals.packs += len(packs)
-    totals.packs_with_tokens += np.bincount(tokens_P.astype(np.int64), minlength=len(totals.packs_with_tokens))
-    images_P = _num_distinct(np.concatenate(shown_in), np.concatenate(keys), len(packs))
-    more = np.bincount(images_P, minlength=len(totals.packs_with_images))
-    more[: len(totals.packs_with_images)] += totals.packs_with_images
-    totals.packs_with_images = more
-    return given_PS
-
-
-def _num_distinct(of_pack: Ints, keys: Ints, num_packs: int) -> Ints:
-    """Return the distinct images of each pack."""
-    order = np.lexsort((keys, of_pack))
-    of_pack, keys = of_pack[order], keys[order]
-    is_first = np.ones(len(keys), bool)
-    is_first[1:] = (keys[1:] != keys[:-1]) | (of_pack[1:] != of_pack[:-1])
-    return np.bincount(of_pack[is_first], minlength=num_packs)
-
-
-# ------------------------------------------------------------------------------------------------------- report
-
-
-def _report(recipe: Recipe, planner: Planner, totals: _Totals, steps: int) -> dict[str, Any]:
+def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int) -> dict[str, Any]:
     length, unit = recipe.data.sequence_length, recipe.data.share_unit
     pack = length if unit == "tokens" else totals.sum(unit) / max(totals.packs, 1)
     sources = [_line(recipe, planner, totals, index, pack) for index in range(len(planner.sizes))]
@@ -250,7 +102,7 @@ def _report(recipe: Recipe, planner: Planner, totals: _Totals, steps: int) -> di
     }
 
 
-def _line(recipe: Recipe, planner: Planner, totals: _Totals, index: int, pack: float) -> dict[str, Any]:
+def _line(recipe: Recipe, planner: Planner, totals: MixtureCounts, index: int, pack: float) -> dict[str, Any]:
     source, tally, stream = planner.sizes[index], totals.of_source[index], planner.mixture.streams[index]
     achieved = {unit: getattr(tally, unit) / max(totals.sum(unit), 1) for unit in UNITS}
     parts = source.parts if isinstance(source, PreparedSource) else []
@@ -284,7 +136,7 @@ def _line(recipe: Recipe, planner: Planner, totals: _Totals, index: int, pack: f
     }
 
 
-def _budget(source: SourceSizes, tally: _Tally) -> dict[str, int]:
+def _budget(source: SourceSizes, tally: SourceCounts) -> dict[str, int]:
     """Return what has to be there for these steps: pieces, which are samples or the parts of long ones, each once,
     their distinct images, and the bytes of both."""
     pieces = min(tally.samples, len(source))

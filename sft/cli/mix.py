@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from sft.cli.terminal import (
     table,
 )
 from sft.core.errors import printable
+
+if TYPE_CHECKING:
+    from sft.batches.source_stream import SourceSizes
+    from sft.recipe import Recipe
 
 EXAMPLES = (
     "mix my-data.yaml",
@@ -55,13 +59,13 @@ def run(
         show(report, console())
 
 
-def _declared(recipe: Any) -> Sequence[Any]:
+def _declared(recipe: "Recipe") -> "Sequence[SourceSizes]":
     from sft.batches.declared_sizes import declared_sources
 
     return declared_sources(recipe.data)
 
 
-def _prepared(recipe: Any, arguments: Sequence[str]) -> Sequence[Any]:
+def _prepared(recipe: "Recipe", arguments: Sequence[str]) -> "Sequence[SourceSizes]":
     from sft.data.prepare import open_prepared
 
     return open_prepared(recipe, arguments)[0].sources

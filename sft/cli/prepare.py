@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from sft.cli.terminal import Json, Overrides, console, percent, preparation, pri
 from sft.core.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from sft.data.prepared_source import PreparedDataset
+    from sft.data.prepare import PrepareOptions
     from sft.data.store import Store
 EXAMPLES = (
     "prepare my-data.yaml --num-proc 8",
@@ -52,37 +52,33 @@ def run(
     out = console(to_stderr=json)
     options = PrepareOptions(num_proc=num_proc, limit=limit, fresh=fresh)
     if dataset is not None:
-        if recipe is not None or (path is None and output is None) or output is None:
+        if recipe is not None or output is None:
             raise UserError("prepare --dataset NAME needs --path RAW and --output DIR, and no RECIPE")
-        options_of_it = _adapter_options(option or ())
-        asked = {"dataset": dataset, "path": path, "split": split or "train", "options": options_of_it}
+        asked = {"dataset": dataset, "path": path, "split": split or "train", "options": _adapter_options(option or ())}
         how = {name: value for name, value in (("verify", verify), ("images", images)) if value is not None}
-        stores = [_one(asked, how, output, max_skip_share, options, out)]
-        fitted: list[dict[str, int]] = [{}]
-        following = shlex.join(["idefics-sft", "stats", str(output)])
+        prepared = _one(asked, how, output, max_skip_share, options, out)
     else:
         if recipe is None:
             raise UserError("prepare needs a RECIPE, or --dataset NAME --path RAW --output DIR")
-        _refuse_dataset_options(
-            path=path, output=output and str(output), split=split, option=option, verify=verify, images=images
-        )
-        own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
-        parts = _all(recipe, [*(overrides or ()), *own], options, out)
-        stores, fitted = [part.store for part in parts], [part.encoded.changes for part in parts]
-        arguments = shlex.join([recipe, *(overrides or ())])
-        following = f"idefics-sft mix {arguments}, or idefics-sft train {arguments}"
-        if limit is not None:
-            paths = dict.fromkeys(str(store.path) for store in stores)
-            following = ", ".join(shlex.join(["idefics-sft", "stats", path]) for path in paths)
-            following += f". The first {limit:,} records are for looking: mix and train want all, without --limit"
+        folder = None if output is None else str(output)
+        _refuse_dataset_options(path=path, output=folder, split=split, option=option, verify=verify, images=images)
+        prepared = _all(recipe, overrides or (), max_skip_share, options, out)
     if json:
-        print_json({"stores": [_summary(store, own) for store, own in zip(stores, fitted, strict=True)]})
-        return
-    show(stores, out)
-    for store, changes in zip(stores, fitted, strict=True):
-        for what, number in changes.items():
-            out.print(printable(f"{store.path.name}: {number:,} times, for it does not fit a pack: {what}"))
-    out.print(f"Next: {printable(following)}")
+        pairs = zip(prepared.stores, prepared.changes, strict=True)
+        print_json({"stores": [_summary(store, changes) for store, changes in pairs]})
+    else:
+        show(prepared.stores, out)
+        _show_end(prepared, out)
+
+
+class _Prepared(NamedTuple):
+    """What was prepared."""
+
+    stores: list[Store]
+    changes: list[dict[str, int]]
+    """What was done, and how often, with samples of each store that do not fit a pack."""
+    following: str
+    """The next command."""
 
 
 RECIPE_KEYS = {
@@ -95,7 +91,7 @@ RECIPE_KEYS = {
 }
 
 
-def _refuse_dataset_options(**given: Any) -> None:
+def _refuse_dataset_options(**given: str | list[str] | None) -> None:
     """Refuse the options that go with --dataset: a recipe says these things by itself.
 
     Raises:
@@ -107,25 +103,44 @@ def _refuse_dataset_options(**given: Any) -> None:
             raise UserError(f"--{name} goes with --dataset; a RECIPE has the key {example}, in it or after it")
 
 
-def _all(recipe: str, overrides: Sequence[str], options: Any, out: Console) -> list[PreparedDataset]:
+def _all(
+    recipe: str, overrides: Sequence[str], max_skip_share: float | None, options: PrepareOptions, out: Console
+) -> _Prepared:
+    """Prepare the datasets of a recipe, its base model and its benchmark."""
     from sft.data.prepare import prepare as prepare_sources
     from sft.evaluation.run_benchmark import recipe_benchmark
     from sft.runs.names import find_recipe
 
-    found = find_recipe(recipe, overrides)
+    own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
+    found = find_recipe(recipe, [*overrides, *own])
     with preparation(out) as update:
         sources = prepare_sources(found, update, options)
     recipe_benchmark(found)
-    return [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
+    parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
+    stores = [part.store for part in parts]
+    arguments = shlex.join([recipe, *overrides])
+    following = f"idefics-sft mix {arguments}, or idefics-sft train {arguments}"
+    if options.limit is not None:
+        paths = dict.fromkeys(str(store.path) for store in stores)
+        following = ", ".join(shlex.join(["idefics-sft", "stats", path]) for path in paths)
+        following += f". The first {options.limit:,} records are for looking: mix and train want all, without --limit"
+    return _Prepared(stores, [part.encoded.changes for part in parts], following)
 
 
 def _one(
-    asked: dict[str, Any], how: dict[str, str], output: Path, max_skip_share: float | None, options: Any, out: Console
-) -> Store:
+    asked: dict[str, Any],
+    how: dict[str, str],
+    output: Path,
+    max_skip_share: float | None,
+    options: PrepareOptions,
+    out: Console,
+) -> _Prepared:
+    """Prepare one dataset without a recipe."""
     from sft.data.prepare import prepare_one
 
     with preparation(out) as update:
-        return prepare_one(asked, how, output, max_skip_share, options, update)
+        store = prepare_one(asked, how, output, max_skip_share, options, update)
+    return _Prepared([store], [{}], shlex.join(["idefics-sft", "stats", str(output)]))
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
@@ -167,6 +182,14 @@ def show(stores: Sequence[Store], out: Console) -> None:
             out.print(
                 f"{printable(store.path.name)}: only the first {store.manifest['limit']:,} records, as --limit said"
             )
+
+
+def _show_end(prepared: _Prepared, out: Console) -> None:
+    """Print what was done with samples that do not fit a pack, and the next command."""
+    for store, changes in zip(prepared.stores, prepared.changes, strict=True):
+        for what, number in changes.items():
+            out.print(printable(f"{store.path.name}: {number:,} times, for it does not fit a pack: {what}"))
+    out.print(f"Next: {printable(prepared.following)}")
 
 
 def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json as jsonlib
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,10 @@ from sft.cli.terminal import (
 from sft.cli.train import train
 from sft.core.errors import UserError
 from sft.core.launch import STOPPED
+
+if TYPE_CHECKING:
+    from sft.recipe import Recipe
+    from sft.selection.rules import Selection
 
 REPORT = "quickstart.json"
 DEFAULT_OUTPUT_DIR = Path("runs/quickstart")
@@ -65,7 +69,7 @@ def run(
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
 
 
-def _recipe(output_dir: Path, overrides: list[str]) -> Any:
+def _recipe(output_dir: Path, overrides: list[str]) -> Recipe:
     """Return the recipe with the overrides.
 
     Raises:
@@ -102,7 +106,7 @@ def _delete_run(output_dir: Path) -> None:
             (output_dir / name).unlink(missing_ok=True)
 
 
-def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, Any]:
+def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str, Any]:
     """Run every stage in turn; return what is printed at the end."""
     started = time.perf_counter()
     quiet_libraries()
@@ -137,7 +141,7 @@ def _quickstart(recipe: Any, overrides: list[str], out: Console) -> dict[str, An
     }
 
 
-def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
+def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, Any]:
     """Return the accuracy of the base, of every checkpoint and of the selected one without images, on the reporting
     half."""
     from sft.evaluation.run_benchmark import recipe_benchmark, score_model
@@ -177,7 +181,7 @@ def _figures(recipe: Any, selection: Any, out: Console) -> dict[str, Any]:
     }
 
 
-def _ask(recipe: Any, path: Path) -> list[dict[str, str]]:
+def _ask(recipe: Recipe, path: Path) -> list[dict[str, str]]:
     """Return three questions about test images, answered by the selected model in one conversation each."""
     from sft.data.datasets import Adapter
     from sft.inference.chat import Conversation, responder

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -141,11 +141,17 @@ def percent(share: float) -> str:
     return f"{share * 100:.1f} %"
 
 
+class Update(Protocol):
+    """Called with what is done, and what to say with it."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def progress(description: str, total: int | None, out: Console) -> Iterator[Any]:
+def progress(description: str, total: int | None, out: Console) -> Iterator[Update]:
     """Show a bar with time used and time left; yield `update(done, note)`. In a log it prints a line now and then."""
     if is_quiet():
-        yield lambda done, note="": None
+        yield _nothing
         return
     if not out.is_terminal:
         yield _lines(description, total, out)
@@ -248,7 +254,12 @@ def _time_left(first: tuple[float, float] | None, share: float, now: float) -> s
     return f", {(now - first[1]) * (1 - share) / (share - first[0]):,.0f} s left"
 
 
-def _lines(description: str, total: int | None, out: Console) -> Any:
+def _nothing(done: int, note: str = "") -> None:
+    """Show nothing, under --quiet."""
+
+
+def _lines(description: str, total: int | None, out: Console) -> Update:
+    """Return an update for a log, which prints eight lines or so."""
     printed = 0
 
     def update(done: int, note: str = "") -> None:

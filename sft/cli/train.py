@@ -161,8 +161,8 @@ def train(
     if rank.of > 1:
         sources, _ = open_prepared(recipe, named)
     else:
-        with preparation(out) as update:
-            sources = prepare(recipe, update)
+        with preparation(out) as on_progress:
+            sources = prepare(recipe, on_progress)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ about ten wordings. Rows come in two forms, told apart by the field `instruction
     loader form  {"instruction": …, "inputs": …, "image_base64_str": [base64], "outputs": …}, JSON lines or parquet; the
                  parquet copy HuggingFaceM4/M3IT holds the image as {"bytes": …} under `image`
     raw form     other fields in each subset, joined into sentences by the published loader, M3IT.py. It no longer runs
-                 (datasets 4 dropped such scripts), so its templates are here
+                 (datasets 4 dropped such scripts), so its templates are in `_m3it_templates.py`
 
 Without `subsets` these are the 25 English single-image subsets that IDEFICS was tuned on (create_m3it.py of
 HuggingFaceM4: no Chinese, video, translation or several images), and all of them have to be there.
@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.core.errors import UserError, nearest
 from sft.core.images import base64_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.data.datasets._m3it_templates import TEMPLATES, general, text_of
 from sft.data.formats import Row, read_json, read_records
 
 LICENCE = "other: every subset keeps the licence of its source"
@@ -50,7 +51,6 @@ OTHERS = (
     *("ss", "msrvtt", "msrvtt-qa", "msvd-qa", "ivqa", "activitynet-qa"),
 )
 FOLDERS = {"coco-itm": "itm", "vqa-v2": "vqav2", "imagenet-open-ended": "imagenet"}
-WITHOUT_QUESTION = {"textcap", "image-paragraph-captioning", "coco-text", "coco-cn", "flickr8k-cn", "msrvtt"}
 SPLITS = {"val": "val|validation", "validation": "val|validation"}
 VERSIONS = ("_v2", "_new", ".large", "")
 """Of one split, best first: what was uploaded again is the repaired one; okvqa's answers are only in `_v2`."""
@@ -167,7 +167,7 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
 def _loader_form(row: Row, instruction: str) -> Row:
     """Return what M3IT.py made of a raw row."""
     subset = row["__subset__"]
-    inputs, outputs = TEMPLATES.get(subset, _general)(row)
+    inputs, outputs = TEMPLATES.get(subset, general)(row)
     if subset in ("mocheg", "vsr"):
         instruction += " Options: True or False."
     if "[HYPO]" in instruction:  # snli-ve: the sentence stands inside the instruction
@@ -220,7 +220,7 @@ def _captions(row: Row) -> list[Row]:
 
 def to_sample(row: Row, path: Path) -> Sample:
     """Return one question and its answer."""
-    instruction, inputs, outputs = (_text(row, name) for name in ("instruction", "inputs", "outputs"))
+    instruction, inputs, outputs = (text_of(row, name) for name in ("instruction", "inputs", "outputs"))
     question = "\n".join(text.strip() for text in (instruction, inputs) if text.strip())
     if not question or not outputs.strip():
         raise SkipSample("empty message")
@@ -258,133 +258,3 @@ def _image(encoded: object) -> ImageRef:
     if not isinstance(content := encoded.get("bytes"), bytes):
         raise SkipSample("image has no bytes")
     return ImageRef(source=content)
-
-
-# ---------------------------------------------------------------------- inputs and outputs of the raw form
-
-
-def _text(row: Row, *fields: str) -> str:
-    """Return the first of the fields that is there."""
-    value = next((row[field] for field in fields if row.get(field) is not None), None)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise SkipSample(f"{fields[0]} is not text")
-    return value
-
-
-def _the_answer_is(answer: str) -> str:
-    return f"The answer is {answer}." if answer.strip() else ""
-
-
-def _question(row: Row) -> str:
-    if not (question := _text(row, "question", "inputs", "input", "context").strip()):
-        raise SkipSample("no question")
-    return question
-
-
-def _general(row: Row) -> tuple[str, str]:
-    inputs = "" if row["__subset__"] in WITHOUT_QUESTION else _question(row)
-    return inputs, _text(row, "answer", "outputs", "output", "caption", "response")
-
-
-def _caption(row: Row) -> tuple[str, str]:
-    return "", _text(row, "caption")
-
-
-def _story(row: Row) -> tuple[str, str]:
-    sentences = row.get("sentences")
-    if not isinstance(sentences, list) or not all(isinstance(one, str) for one in sentences):
-        raise SkipSample("sentences is not a list of texts")
-    return "", " ".join(sentences)
-
-
-def _sentence(row: Row) -> tuple[str, str]:
-    return _question(row), _the_answer_is(_text(row, "answer", "output"))
-
-
-def _paraphrase(row: Row) -> tuple[str, str]:
-    """Return the answer as a sentence, where it could be made one."""
-    paraphrased = row.get("paraphrased_answer")
-    if isinstance(paraphrased, str) and paraphrased.strip() and "not answerable" not in paraphrased.lower():
-        return _question(row), paraphrased
-    return _question(row), _the_answer_is(_text(row, "answer", "original_answer"))
-
-
-def _rationale(row: Row) -> tuple[str, str]:
-    if not (answer := _text(row, "answer").strip()):
-        raise SkipSample("empty message")
-    return _question(row), f"{_text(row, 'rationale').strip()} So the answer is {answer}."
-
-
-def _shapes(row: Row) -> tuple[str, str]:
-    answer = {"true": "yes", "false": "no"}.get(str(row.get("answer")).lower())
-    if answer is None:
-        raise SkipSample("answer is neither true nor false")
-    return f"{_question(row).removesuffix('?')}?", _the_answer_is(answer)
-
-
-def _text_vqa(row: Row) -> tuple[str, str]:
-    inputs, outputs = _general(row)
-    return inputs, outputs.replace("?.", ".")
-
-
-def _entailment(row: Row) -> tuple[str, str]:
-    answer = {"entailment": "yes", "contradiction": "no", "neutral": "maybe"}.get(_text(row, "gold_label"))
-    if answer is None:
-        raise SkipSample("unknown gold_label")
-    return _text(row, "hypothesis"), answer
-
-
-def _class_name(row: Row) -> tuple[str, str]:
-    """Return the name of an imagenet label, which is a number or a WordNet id."""
-    label, classes = row.get("label"), row["__classes__"]
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
-        return "", list(classes.values())[label]
-    if isinstance(label, str) and label in classes:
-        return "", classes[label]
-    raise SkipSample("unknown label")
-
-
-def _class_options(row: Row) -> tuple[str, str]:
-    """Return the class name among nine others."""
-    _, answer = _class_name(row)
-    others = sorted(set(row["__classes__"].values()) - {answer})
-    options = [answer, *row["__rng__"].sample(others, min(9, len(others)))]
-    row["__rng__"].shuffle(options)
-    return _lettered(options, answer)
-
-
-def _region(row: Row) -> tuple[str, str]:
-    """Return options and answer of coco-goi: a heading and then an option a line, of which M3IT.py keeps 24, for the
-    letters' sake."""
-    options = [option.strip() for option in _text(row, "input").strip().split("\n")[1:25]]
-    if not (answer := _text(row, "outputs").strip()):
-        raise SkipSample("empty message")
-    if answer not in options:
-        options.append(answer)
-        row["__rng__"].shuffle(options)
-    return _lettered(options, answer)
-
-
-def _lettered(options: list[str], answer: str) -> tuple[str, str]:
-    lettered = [f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options)]
-    return "\n".join(["Options:", *lettered]), lettered[options.index(answer)]
-
-
-TEMPLATES: dict[str, Callable[[Row], tuple[str, str]]] = {
-    "coco": _caption,
-    "vist": _story,
-    "shapes": _shapes,
-    "okvqa": _paraphrase,
-    "viquae": _paraphrase,
-    "vqa-v2": _paraphrase,
-    "a-okvqa": _rationale,
-    "st-vqa": _sentence,
-    "nlvr": _sentence,
-    "text-vqa": _text_vqa,
-    "snli-ve": _entailment,
-    "coco-goi": _region,
-    "imagenet": _class_options,
-    "imagenet-open-ended": _class_name,
-}
