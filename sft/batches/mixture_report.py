@@ -22,7 +22,7 @@ UNITS = ("tokens", "trained_tokens", "samples")
 MANY_EPOCHS = 4
 """Beyond four epochs repeated data is worth less and less than new (Muennighoff and others, 2023)."""
 MAX_POINTS = 60
-"""Of what is told window by window; the largest of several windows stands for them."""
+"""At most so many figures are given window by window; the largest of several windows stands for them."""
 
 
 def mix(
@@ -176,7 +176,7 @@ def _thinned(values: Sequence[float], unit: float) -> list[float]:
 def _warnings(sources: Sequence[dict[str, Any]], ended_by: str | None, done: int, steps: int) -> list[str]:
     """Return what a person should know before paying for it."""
     found = [
-        f"{source['name']} is gone through {source['epochs']:.1f} times"
+        f"{source['name']} is drawn for {source['epochs']:.1f} epochs"
         for source in sources
         if source["epochs"] > MANY_EPOCHS
     ]

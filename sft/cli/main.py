@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"idefics-sft: {printable(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # told without a name while a file is written
+        is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # comes without a name while a file is written
         if "--debug" in arguments or (error.filename is None and not is_disk):
             raise
         where = "" if error.filename is None else f"{printable(error.filename)}: "

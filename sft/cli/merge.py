@@ -56,6 +56,6 @@ def run(
     out.print(f"{made.output}: {how}; {made.parameters:,} parameters in {made.dtype}, {made.bytes / 1e6:,.1f} MB")
     if check:
         rows = [(k, f"{v.largest:.2g}", f"{v.mean:.2g}", percent(v.same_choice)) for k, v in differences.items()]
-        title = "logits of the merged model beside those of"
+        title = "logits of the merged model compared with those of"
         out.print(table(title, ("", "largest difference", "mean", "same likeliest token"), rows))
     out.print(f"Next: idefics-sft chat {made.output}")

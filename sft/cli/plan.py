@@ -29,7 +29,7 @@ def run(
     gpu: Annotated[Gpu | None, typer.Option(help="Which; a100-80, if left out.")] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another GPU; then no time is told."),
+        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another GPU; then no time is given."),
     ] = None,
     utilisation: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the GPU's peak that training reaches.")

@@ -49,18 +49,18 @@ def run(
 ) -> None:
     """Fine-tune the shipped small base on real pictures, choose a checkpoint, and talk to it. Needs no GPU."""
     out = console(to_stderr=json)
-    asked = overrides or []
-    recipe = _recipe(output_dir, asked)
+    overrides = overrides or []
+    recipe = _recipe(output_dir, overrides)
     if fresh:
         _delete_run(output_dir)
     report_file = output_dir / REPORT
     if report_file.is_file():
         report = jsonlib.loads(report_file.read_text())
-        if asked != report.get("overrides", []):
+        if overrides != report.get("overrides", []):
             raise UserError(f"{output_dir}: holds a finished run with other settings; --fresh starts anew")
         out.print(f"{output_dir}: a finished run was found; --fresh starts anew")
     else:
-        report = _quickstart(recipe, asked, notes(to_stderr=json)) | {"overrides": asked}
+        report = _quickstart(recipe, overrides, notes(to_stderr=json)) | {"overrides": overrides}
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
     out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}")
@@ -189,7 +189,7 @@ def _ask(recipe: Recipe, path: Path) -> list[dict[str, str]]:
 
     test = Adapter("easy_vqa", None, "test", {"form": "questions"})
     rows = [row for file in test.files() for row in test.rows(file) if isinstance(row, dict)]
-    asked = [
+    questions = [
         next(row for row in rows if row["image"] == 3 and row["question"].startswith("what color")),
         next(row for row in rows if row["image"] == 4 and row["question"].startswith("what shape")),
         next(row for row in rows if row["image"] == 7 and row["answer"] in ("yes", "no")),
@@ -197,7 +197,7 @@ def _ask(recipe: Recipe, path: Path) -> list[dict[str, str]]:
     loaded = load_for_inference(path)
     respond = responder(loaded.model, loaded.template, autocast=loaded.autocast)
     lines = []
-    for row in asked:
+    for row in questions:
         image, question = test.to_sample(row).messages[0].content
         assert not isinstance(image, str)
         answer = Conversation(respond).say(str(question), image)

@@ -1,4 +1,4 @@
-"""`--nproc`: the same command in several processes of this machine, that share its work out."""
+"""`--nproc`: the same command in several processes of this machine, among which its work is divided."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from sft.core.errors import UserError
 
-Nproc = Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that share the work out.")]
+Nproc = Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that divide the work.")]
 
 
 def start(nproc: int, arguments: Sequence[str], options: Mapping[str, object]) -> NoReturn:

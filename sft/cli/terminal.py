@@ -204,7 +204,7 @@ def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
 
 
 class _Rate:
-    """Records a second, from the first that are told of: those may have been done by an earlier run."""
+    """Records a second since the first report: what that one counts may have been done by an earlier run."""
 
     def __init__(self) -> None:
         self.first: tuple[int, float] | None = None
@@ -248,7 +248,7 @@ def _preparation_lines(out: Console) -> Callable[[str, int, float], None]:
 
 
 def _time_left(first: tuple[float, float] | None, share: float, now: float) -> str:
-    """Return the time left by what was done since the first share that was told of, and when."""
+    """Return the time left, by what was done since the first report."""
     if first is None or not first[0] < share < 1:
         return ""
     return f", {(now - first[1]) * (1 - share) / (share - first[0]):,.0f} s left"

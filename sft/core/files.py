@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, and renamed once."""
+"""Files that are written whole or not at all: under a hidden name in the same folder, synced, and renamed once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
-def disk_full_told(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
+def explain_full_disk(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
     """
     Raises:
         RunError: the disk is full, or the quota. What stood there before is whole; `then` says what follows.
@@ -37,17 +37,17 @@ def disk_full_told(path: Path, then: str = "checkpoints before it are whole") ->
 
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors tells of it in words only
+    except (OSError, SafetensorError) as error:  # safetensors says so in words only
         if getattr(error, "errno", None) not in (ENOSPC, EDQUOT) and os.strerror(ENOSPC) not in str(error):
             raise
         raise RunError(f"{path}: the disk is full; {then}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing: beside it first, then renamed. Makes the folder.
+    """Write a whole text file or nothing; the folder is made if need be.
 
     Raises:
-        OSError: naming the file; nothing is left beside it then.
+        OSError: it names the file, and nothing of it is left.
     """
     with _renamed(path) as staging:
         staging.write_text(text, encoding="utf-8", newline="")
@@ -77,7 +77,7 @@ def _renamed(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             staging.unlink()
-        if isinstance(error, OSError) and error.filename in (None, str(staging)):  # a full disk is not told by name
+        if isinstance(error, OSError) and error.filename in (None, str(staging)):  # a full disk comes without a name
             error.filename = str(path)
         raise
 
@@ -92,7 +92,7 @@ def discard(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a kill while `path` was staged or discarded has left beside it."""
+    """Remove what a kill has left that came while `path` was staged or discarded."""
     for folder in (staging_of(path), _discarded(path)):
         shutil.rmtree(folder, ignore_errors=True)
 

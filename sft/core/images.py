@@ -125,7 +125,7 @@ def open_checked(content: bytes) -> Image.Image:
     """Return an image whose header was read and is within the limits; nothing is decoded yet.
 
     Raises:
-        SkipSample: as `decode_rgb`, for what the header tells.
+        SkipSample: as `decode_rgb`, for what the header says.
     """
     with _as_skips():
         return _open(content)
@@ -135,7 +135,7 @@ def size_of(content: bytes) -> tuple[int, int]:
     """Return width and height by the header alone: a body that does not decode is not noticed.
 
     Raises:
-        SkipSample: as `decode_rgb`, for what the header tells.
+        SkipSample: as `decode_rgb`, for what the header says.
     """
     return open_checked(content).size
 

@@ -1,4 +1,4 @@
-"""What is computed in. What is trained stays float32; autocast rounds on the way through a layer."""
+"""Number formats of the computation. Trained weights stay float32; autocast rounds on the way through a layer."""
 
 import torch
 
@@ -18,7 +18,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def choose_precision(asked: str, device: torch.device) -> str:
+def choose_precision(wanted: str, device: torch.device) -> str:
     """Return `bfloat16`, `float16` or `float32`: what is asked for, or for `auto` what the device allows.
 
     float16, for GPUs before Ampere (a T4, say), is for training, where a gradient scaler keeps small gradients.
@@ -26,15 +26,15 @@ def choose_precision(asked: str, device: torch.device) -> str:
     Raises:
         UserError: bfloat16 is asked of a GPU that has none, or float16 without a GPU.
     """
-    if asked == "auto":
+    if wanted == "auto":
         if has_bfloat16(device):
             return "bfloat16"
         return "float16" if device.type == "cuda" else "float32"
-    if asked == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
+    if wanted == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
         raise UserError("training.precision: this GPU has no bfloat16; set auto, float16 or float32")
-    if asked == "float16" and device.type != "cuda":
+    if wanted == "float16" and device.type != "cuda":
         raise UserError("training.precision: float16 needs a GPU; set auto, bfloat16 or float32")
-    return asked
+    return wanted
 
 
 def torch_dtype(precision: str) -> torch.dtype:

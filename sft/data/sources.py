@@ -96,7 +96,7 @@ class Sources:
             for part in own
         ]
         if self.validation is None and self._hold_out and len(self._hold_out.keys):
-            of_parts.append(sorted(self._hold_out.keys.tolist()))  # chosen beside the share, by all sources together
+            of_parts.append(sorted(self._hold_out.keys.tolist()))  # chosen besides the share, by all sources together
         return xxhash.xxh3_64_hexdigest(json.dumps(of_parts).encode())
 
     def _sides(self) -> Sequence[Sides | None]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sft.batches.collate import collate
 from sft.core.errors import UserError
-from sft.core.files import disk_full_told, remove_leftovers, staged
+from sft.core.files import explain_full_disk, remove_leftovers, staged
 from sft.core.sample import Batch, EncodedSample, ImageRef, Message, PlacedSample
 from sft.core.shipped import is_local
 from sft.models.family import ModelFamily
@@ -109,7 +109,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
         RunError: the disk is full.
     """
     try:
-        with disk_full_told(output, "choose another --output"), staged(output) as folder:
+        with explain_full_disk(output, "choose another --output"), staged(output) as folder:
             yield folder
     except BaseException:
         remove_leftovers(output)

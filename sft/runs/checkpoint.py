@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sft.core.distributed import ALONE, Rank, barrier
 from sft.core.errors import RunError, UserError
-from sft.core.files import discard, disk_full_told, hash_file, remove_leftovers, staged, staging_of
+from sft.core.files import discard, explain_full_disk, hash_file, remove_leftovers, staged, staging_of
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -51,7 +51,7 @@ def write_folder(
         RunError: the disk is full. Nothing is left of the folder then.
     """
     try:
-        with disk_full_told(path):
+        with explain_full_disk(path):
             _write_folder(path, write, write_state, rank)
     except RunError:
         if rank.is_main:

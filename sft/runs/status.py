@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sft.core.errors import UserError
-from sft.core.files import disk_full_told, write_atomically
+from sft.core.files import explain_full_disk, write_atomically
 
 FILE = "run.json"
 
@@ -54,7 +54,7 @@ class RunStatus:
         Raises:
             RunError: the disk is full.
         """
-        with disk_full_told(run_dir / FILE):
+        with explain_full_disk(run_dir / FILE):
             write_atomically(run_dir / FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @property

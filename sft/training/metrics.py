@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sft.core.distributed import all_reduce_sum
-from sft.core.files import disk_full_told
+from sft.core.files import explain_full_disk
 from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch
 
 METRICS, BEFORE, NONFINITE, SPIKES = "metrics.jsonl", "before.json", "nonfinite.jsonl", "spikes.jsonl"
@@ -116,7 +116,7 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
     Raises:
         RunError: the disk is full.
     """
-    with disk_full_told(file), file.open("a", encoding="utf-8") as opened:
+    with explain_full_disk(file), file.open("a", encoding="utf-8") as opened:
         opened.write(json.dumps(line, allow_nan=False) + "\n")
 
 

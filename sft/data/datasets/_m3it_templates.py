@@ -1,6 +1,6 @@
 """Inputs and outputs of M3IT's raw rows, as the published loader M3IT.py joined their fields into sentences.
 
-What these templates rest on is told in `m3it.py`.
+`m3it.py` says what these templates rest on.
 """
 
 from __future__ import annotations

@@ -147,21 +147,21 @@ def _instructions(file: Path) -> Iterator[Row | SkipSample]:
 
 
 def _dialogues(file: Path) -> Iterator[Row | SkipSample]:
-    """Yield instructions with those related ones as further turns that show the same images; each is asked once.
+    """Yield instructions with those related ones as further turns that show the same images; each is used once.
 
     All texts are held in memory: 5 MB for SD, about 50 MB for CGD.
     """
     records = dict(read_json_items(file, "data"))
-    asked: set[str] = set()
+    used: set[str] = set()
     for name, record in records.items():
-        if name in asked:
+        if name in used:
             yield SkipSample("asked in the dialogue of a related record", filtered=True, detail=name)
         elif not isinstance(record, dict):
             yield SkipSample("record is not a JSON object", detail=name)
         else:
-            asked.add(name)
-            related = [other for other in _related(record, records) if other not in asked] if _is_sound(record) else []
-            asked.update(related)
+            used.add(name)
+            related = [other for other in _related(record, records) if other not in used] if _is_sound(record) else []
+            used.update(related)
             yield record | {"__further__": [records[other] for other in related]}
 
 

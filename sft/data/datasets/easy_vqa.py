@@ -5,7 +5,7 @@ Three forms of the same data:
     questions  every question with its one-word answer
     choices    open questions with two to all of their options, in the layout of MMBench: three times to be answered by
                a letter and once by the text, each time with options drawn anew
-    captions   "a blue circle" as a document, for images whose colour and shape some answer tells
+    captions   "a blue circle" as a document, for images whose colour and shape some answer gives
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ def to_sample(
     return Sample(key=key, messages=(Message(role="document", content=content),))
 
 
-def _columns(asked: str | None, usual: Sequence[str]) -> Sequence[str]:
-    return (asked,) if asked else usual
+def _columns(chosen: str | None, usual: Sequence[str]) -> Sequence[str]:
+    return (chosen,) if chosen else usual
 
 
 def _first(row: Row, columns: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Spot the Difference: what differs between two frames of a surveillance camera. Two forms, told by the file:
+"""Spot the Difference: what differs between two frames of a surveillance camera. Two forms, told apart by the file:
 
 MIMIC-IT's SD, 15,989 questions and answers made from the sentences below: see `_mimic_it.py` for layout and source.
 

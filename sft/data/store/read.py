@@ -166,7 +166,7 @@ class Store:
     def changed_files(self, files: Sequence[Path]) -> list[Path]:
         """Return what is no longer as it was when the store was made: raw files, and image files that records name.
 
-        A file is read again only where its time of change tells that it may be another; what was deleted since is no
+        A file is read again only where its time of change says that it may be another; what was deleted since is no
         change, since the store has what it needs of it.
         """
         known = {entry["path"]: entry for entry in self.manifest["files"]}

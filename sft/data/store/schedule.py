@@ -174,7 +174,7 @@ def _missing_pieces(
 
 
 def _share_read(rows: Sequence[Row | SkipSample]) -> float:
-    """Return how much of its file was read when the last of these rows was; what an adapter keeps of `__at__` tells."""
+    """Return how much of its file was read with the last of these rows: `__at__`, if the adapter keeps it."""
     return next((row["__at__"] for row in reversed(rows) if isinstance(row, dict) and "__at__" in row), 0.0)
 
 

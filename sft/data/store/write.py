@@ -1,4 +1,4 @@
-"""Raw files -> a finished store: what was asked for, checked before, while and after its pieces are written."""
+"""Raw files -> a finished store: checked before its pieces are written, meanwhile and afterwards."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _write_manifest(
 
 
 def _clean_up(path: Path) -> None:
-    """Remove what is of no use beside a finished store: leftovers of a kill, the skips of a failure."""
+    """Remove what a finished store makes useless: leftovers of a kill, the skips of a failure."""
     discard(pieces_folder(path))
     for place in (path, pieces_folder(path)):
         remove_leftovers(place)
