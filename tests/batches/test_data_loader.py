@@ -75,7 +75,7 @@ def test_a_crop_is_drawn_by_seed_step_and_image(sources, monkeypatch):
     def crop(width, height, *, seed, step, image_key):
         asked.append((seed, step, image_key))
 
-    monkeypatch.setattr("sft.data.sources.training_crop", crop)
+    monkeypatch.setattr("sft.data.reader.training_crop", crop)
     first(8, sources)
     assert not asked, "augment: none"
     batches = first(8, with_data(sources, augment="crop"))
@@ -138,6 +138,7 @@ def test_a_pack_without_samples_is_a_dummy(tmp_path, template):
 # ----------------------------------------------------------------------------------------------------------- workers
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_batches_in_the_same_order(sources):
     sources = with_data(sources, augment="crop")
     state = torch.random.get_rng_state()
@@ -148,6 +149,7 @@ def test_any_number_of_workers_makes_the_same_batches_in_the_same_order(sources)
     assert torch.equal(torch.random.get_rng_state(), state), "training draws the same numbers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_go_on_from_the_step_of_a_state(sources, no_red, num_workers):
     if not num_workers:
@@ -196,6 +198,7 @@ def test_a_worker_that_hangs_is_named(sources):
         first(1, faulty(sources, 0, worker_timeout=20))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_named(sources):
     with pytest.raises(RunError, match=r"a worker died.* busy with c/1 "):
         first(40, faulty(sources, 1))

@@ -253,7 +253,7 @@ OF_CHECKS = 2
 def work(monkeypatch):
     """Counts images that are encoded, and decoded."""
     done = {"encoded": 0, "decoded": 0}
-    encode, decode = idefics.PackedIdefics.encode_images, "sft.data.sources.load_pixels"
+    encode, decode = idefics.PackedIdefics.encode_images, "sft.data.reader.load_pixels"
     from sft.models.image_transform import load_pixels
 
     def encoded(self, pixels_NCHW):
@@ -299,6 +299,7 @@ def test_an_image_is_encoded_once_and_losses_are_those_without_a_cache(tmp_path,
     assert losses(cached[2]) != losses(cached[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_a_break_is_the_run_without_whatever_became_of_the_cache(tmp_path):
     whole, broken = (recipe_of(tmp_path / name, *CACHED, "model.lora.dropout=0.1") for name in ("whole", "broken"))
     trained(whole)
@@ -310,6 +311,7 @@ def test_a_run_with_a_break_is_the_run_without_whatever_became_of_the_cache(tmp_
     assert_same_state(folder_of(broken, 4), folder_of(whole, 4))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_write_the_same_cache(tmp_path):
     """Some ranks have no pack, some none with images, some none to encode: none waits for another."""
     file, stores = write_recipe(tmp_path), tmp_path / "stores"

@@ -77,6 +77,7 @@ def test_an_unfinished_folder_is_made_again(encoded, template):
     assert len(again) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_blocks_and_processes_change_nothing(encoded, template, tmp_path, monkeypatch, num_proc):
     monkeypatch.setattr(encoded_arrays, "BLOCK_SAMPLES", 1)

@@ -137,11 +137,13 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert is_complete(folder / STATE) and broken_files(folder / STATE) == []
 
 
+@pytest.mark.slow
 def test_two_copies_train_as_one_does(recipe, alone):
     """Five packs: the last micro-batch of one process is a dummy."""
     assert_same_run(trained(recipe, "ddp", "--nproc", 2, "distributed.engine=ddp"), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_a_model_that_is_shared_out_trains_as_a_whole_one_does_with_a_break_and_without(
     recipe, alone, engine, tmp_path, monkeypatch
@@ -177,6 +179,7 @@ def test_a_model_that_is_shared_out_trains_as_a_whole_one_does_with_a_break_and_
     assert max((weights[name] - own[name]).abs().max() for name in own) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(recipe, alone):
     run_dir = recipe.parent / "stopped"
     run_dir.mkdir()
@@ -248,6 +251,7 @@ def assert_same_step(found, expected) -> None:
         assert (gradients[name] - gradient).abs().max() < 1e-6 * norm, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [4, 5], ids=["without a dummy", "with a dummy"])
 def test_accumulation_processes_and_one_big_batch_make_the_same_step(ways, number):
     _, found = ways
@@ -308,6 +312,7 @@ def test_the_steps_have_what_could_make_ranks_wait(recipe):
     assert any(one[0] and other[0] and (one[1] == 0) != (other[1] == 0) for one, other in together), "no image"
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_and_one_line_says_what_is_wrong(recipe, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sft.cli.main")
     done = sft("train", recipe, f"data.store={tmp_path}", f"output_dir={tmp_path / 'run'}", launcher=torchrun)
@@ -318,6 +323,7 @@ def test_torchrun_starts_the_same_and_one_line_says_what_is_wrong(recipe, tmp_pa
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_and_is_named(recipe):
     run_dir = recipe.parent / "killed"
     command = [sys.executable, "-m", "sft.cli.main", "train", str(recipe), f"output_dir={run_dir}", "--nproc", "2"]

@@ -132,6 +132,7 @@ def test_the_loss_in_training_is_the_one_that_select_takes(validated, tmp_path, 
         assert category["scores"][-1] == pytest.approx(metrics_of(recipe)[-1]["validation"][name]["loss"], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_trained_is_the_same_bit_by_bit_whatever_validation_does(validated, tmp_path, monkeypatch, precision):
     """With dropout, which draws random numbers; here so does what answers the questions, and it changes the mode."""
@@ -201,6 +202,7 @@ def evaluated(trained, folder, *overrides):  # noqa: F811
     return said
 
 
+@pytest.mark.slow
 def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
     said = evaluated(trained, tmp_path / "run", "evaluation.every_steps=2", "training.max_steps=4")
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
@@ -213,6 +215,7 @@ def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatc
     assert printed(capsys, "select", tmp_path / "run")[0] == later
 
 
+@pytest.mark.slow
 def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path):  # noqa: F811
     said = evaluated(trained, tmp_path / "run", *STILL, "evaluation.patience=2")
     status = RunStatus.read(tmp_path / "run")
@@ -221,6 +224,7 @@ def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path)
     assert status.why == "evaluation.patience: 2 evaluations brought no better score than checkpoint-1"
 
 
+@pytest.mark.slow
 def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: F811
     said = evaluated(trained, tmp_path / "run", *STILL, "checkpoints.keep_weights=best+last")
     assert sorted(names_of(tmp_path / "run")) == ["checkpoint-1", "checkpoint-4"]
@@ -237,6 +241,7 @@ def test_of_recorded_losses_too(validated, tmp_path):
     assert sorted(names_of(tmp_path / "run")) == kept == sorted({selection["best"], "checkpoint-3"})
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_is_told_and_training_goes_on(trained, tmp_path, monkeypatch):  # noqa: F811
     ask = task.score_model
 

@@ -70,6 +70,7 @@ def assert_same_state(one, other):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -244,6 +245,7 @@ def test_a_signal_stops_with_75_and_the_same_command_goes_on(tmp_path, monkeypat
     assert "nothing is trained" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_one_that_was_left_alone():
     """Really killed, in processes of their own; `scripts/kill_test.py --kills 20` is the long form."""
     script = Path(__file__).parent.parent.parent / "scripts" / "kill_test.py"

@@ -259,6 +259,7 @@ def test_a_copied_run_is_the_one_that_is_used(trained, copied, capsys):
     assert contents(trained.parent / "run") == before, "nothing is written where it was copied from"
 
 
+@pytest.mark.slow
 def test_a_run_is_selected_again_after_its_questions_changed(copied, capsys):
     assert printed(capsys, "select", copied)[0]["questions"] == [8, 8]
     values = yaml.safe_load((copied / "recipe.yaml").read_text())
