@@ -279,6 +279,7 @@ def losses(recipe):
     return [line["loss"] for line in metrics(recipe)]
 
 
+@pytest.mark.slow
 def test_an_image_is_encoded_once_and_losses_are_those_without_a_cache(tmp_path, work):
     epochs = ("training.max_steps=6", "training.precision=float32")
     plain = recipe_of(tmp_path / "run", *CACHED, *epochs, "data.feature_cache=off", f"output_dir={tmp_path / 'plain'}")

@@ -259,6 +259,7 @@ def test_accumulation_processes_and_one_big_batch_make_the_same_step(ways, numbe
         assert_same_step(found[name], found[f"{number} at once"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [4, 5], ids=["without a dummy", "with a dummy"])
 def test_two_processes_take_the_mean_of_micro_batch_means_as_in_2023(ways, template, number):
     """m4: cross entropy averaged over each micro-batch's tokens, divided by their number on a rank, averaged over ranks

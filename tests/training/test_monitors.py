@@ -231,6 +231,7 @@ def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: 
     assert "checkpoints.keep_weights: removed the weights of checkpoint-2" in said
 
 
+@pytest.mark.slow
 def test_of_recorded_losses_too(validated, tmp_path):
     options = ("evaluation.every_steps=1", "checkpoints.every_steps=1", "checkpoints.keep_weights=best+last")
     recipe, said = again(validated[0], tmp_path / "run", *options, "training.learning_rate=1e-2"), []
