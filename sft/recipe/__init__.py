@@ -11,7 +11,6 @@ from sft.recipe.config import (
     DataConfig,
     DatasetConfig,
     DistributedConfig,
-    Engine,
     EvaluationConfig,
     Group,
     GroupConfig,
@@ -25,23 +24,29 @@ from sft.recipe.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from sft.recipe.engines import ENGINES, AskedEngine, EngineName
 from sft.recipe.load import load_recipe, with_overrides
+from sft.recipe.optimizers import OPTIMIZERS, OptimizerName
 
 __all__ = [
     "BUILT_BENCHMARKS",
+    "ENGINES",
     "GROUPS",
+    "OPTIMIZERS",
+    "AskedEngine",
     "By",
     "CheckpointsConfig",
     "DataConfig",
     "DatasetConfig",
     "DistributedConfig",
-    "Engine",
+    "EngineName",
     "EvaluationConfig",
     "Group",
     "GroupConfig",
     "LoraSettings",
     "LoraTarget",
     "ModelConfig",
+    "OptimizerName",
     "Rank",
     "Recipe",
     "Rule",

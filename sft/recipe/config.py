@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sft.core.sample import Policy, TrainOn
+from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
+from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
 BUILT_BENCHMARKS = ("easy_vqa",)
 """Benchmarks that are made here rather than downloaded: modules of sft/evaluation/mmbench/ with `write_benchmark`."""
@@ -49,12 +52,6 @@ LoraTarget = Literal[
 """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
 Rate = Annotated[float, Field(gt=0), Number]
 Decay = Annotated[float, Field(ge=0), Number]
-Engine = Literal[
-    "auto",  # zero3 where model.mode is full and there are several processes, else ddp
-    "ddp",  # the whole model in each process
-    "zero3",  # weights, gradients and optimizer states shared out by DeepSpeed, as the idefics-9b-instruct card says
-    "fsdp2",  # the same by torch's fully_shard
-]
 By = Literal[
     "mmbench",  # multiple-choice questions of MMBench's layout
     "exact_match",  # questions of your own with short answers
@@ -64,6 +61,11 @@ Rule = Literal[
     "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
     "earliest_not_worse",  # the earliest that cannot be told apart from the best
 ]
+
+
+def _listed(table: Mapping[str, Optimizer] | Mapping[str, Engine]) -> str:
+    """`name`: its meaning. For each entry of a table."""
+    return " ".join(f"`{name}`: {entry.meaning}." for name, entry in table.items())
 
 
 class _Part(BaseModel):
@@ -259,8 +261,7 @@ class TrainingConfig(_Part):
     """In place of `final_learning_rate`: the step at which the linear decay would reach 0. Training may stop before."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW, with 8-bit states (a quarter of their memory), or with 8-bit states that may move to main memory."""
+    optimizer: OptimizerName = Field("adamw", description=_listed(OPTIMIZERS))
     weight_decay: Decay = 0.1
     """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -302,9 +303,7 @@ class TrainingConfig(_Part):
 
 
 class DistributedConfig(_Part):
-    engine: Engine = "auto"
-    """What several processes do with the model. `ddp`: each has all of it. `zero3`, `fsdp2`: each keeps a share.
-    `auto`: zero3 where `model.mode` is full, else ddp."""
+    engine: AskedEngine = Field("auto", description=f"{_listed(ENGINES)} `auto`: {AUTO}.")
 
 
 class CheckpointsConfig(_Part):
