@@ -6,6 +6,7 @@ whatever it likes, so no narrower class of exception would do.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,16 +28,15 @@ class Contained:
 
 
 @contextmanager
-def contained(*kinds: type[Exception]) -> Iterator[Contained]:
-    """Run the block and keep its exception, if there is one, in place of raising it.
+def contained(kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[Contained]:
+    """Run the block; keep an exception of one of these kinds in place of raising it.
 
-    With `kinds`, only exceptions of these classes are kept, and others are raised. KeyboardInterrupt and SystemExit are
-    always raised.
+    KeyboardInterrupt and SystemExit are always raised.
     """
     outcome = Contained()
     try:
         yield outcome
-    except Exception as error:
-        if kinds and not isinstance(error, kinds):
-            raise
+    except kinds as error:
+        # The exception is kept, and with it the frames that it passed: what these hold, a model for example, is freed.
+        traceback.clear_frames(error.__traceback__)
         outcome.error = error

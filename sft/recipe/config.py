@@ -261,7 +261,7 @@ class TrainingConfig(_Part):
     """In place of `final_learning_rate`: the step at which the linear decay would reach 0. Training may stop before."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
-    optimizer: OptimizerName = Field("adamw", description=_listed(OPTIMIZERS))
+    optimizer: OptimizerName = Field(default="adamw", description=_listed(OPTIMIZERS))
     weight_decay: Decay = 0.1
     """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -303,7 +303,7 @@ class TrainingConfig(_Part):
 
 
 class DistributedConfig(_Part):
-    engine: AskedEngine = Field("auto", description=f"{_listed(ENGINES)} `auto`: {AUTO}.")
+    engine: AskedEngine = Field(default="auto", description=f"{_listed(ENGINES)} `auto`: {AUTO}.")
 
 
 class CheckpointsConfig(_Part):

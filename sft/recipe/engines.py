@@ -39,9 +39,11 @@ ENGINES = {
 }
 
 if TYPE_CHECKING:
-    EngineName = AskedEngine = str
+    EngineName = str
+    AskedEngine = str
 else:
-    EngineName, AskedEngine = Literal[tuple(ENGINES)], Literal[("auto", *ENGINES)]
+    EngineName = Literal[tuple(ENGINES)]
+    AskedEngine = Literal[("auto", *ENGINES)]
 
 AUTO = "zero3 where `model.mode` is full and there are several processes, else ddp"
 

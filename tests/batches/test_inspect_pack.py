@@ -21,7 +21,7 @@ from conftest import (
 )
 from PIL import Image
 from rich.console import Console
-from test_trainer import write_recipe
+from training_helpers import write_recipe
 
 from sft.batches.data_loader import MicroBatches
 from sft.batches.inspect_pack import describe, find_pack, inspect_pack, page, token_texts

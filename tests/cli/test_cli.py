@@ -12,7 +12,7 @@ import pytest
 from conftest import status_of
 from helpers.files import write_tsv
 from PIL import Image
-from test_trainer import DATA, write_recipe
+from training_helpers import DATA, write_recipe
 
 from sft.cli.main import main
 from sft.core.errors import UserError

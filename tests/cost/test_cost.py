@@ -13,7 +13,7 @@ import typer
 from conftest import REPOSITORY, status_of, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trainer import write_recipe
+from training_helpers import write_recipe
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from sft.cli.main import app
@@ -25,7 +25,7 @@ from sft.cost.idefics.formula import FOUR_BIT_BYTES, cost, trained_parameters
 from sft.cost.idefics.setting import PARTS, Setting
 from sft.cost.idefics.shapes import shape_of
 from sft.models.activation_checkpointing import is_recomputed
-from sft.recipe import load_recipe
+from sft.recipe import ENGINES, OPTIMIZERS, load_recipe
 
 SMALL = Setting(tokens=256, images=2, trained_tokens=255)
 CARD = REPOSITORY / "recipes" / "idefics-9b-instruct.yaml"
@@ -111,8 +111,8 @@ settings = st.builds(
     images=st.integers(0, 64),
     trained_tokens=st.just(1),
     mode=st.sampled_from(["full", "lora", "qlora"]),
-    optimizer=st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_8bit"]),
-    engine=st.sampled_from(["ddp", "zero3", "fsdp2"]),
+    optimizer=st.sampled_from([*OPTIMIZERS]),
+    engine=st.sampled_from([*ENGINES]),
     gpus=st.sampled_from([1, 2, 64]),
     checkpointing=st.sampled_from([0.0, 0.3, 1.0]),
     accumulates=st.booleans(),
@@ -274,8 +274,8 @@ def test_what_cannot_be_planned_is_said_in_one_line(refusal, monkeypatch, tmp_pa
 
 
 def test_nothing_is_planned_or_advised_that_training_refuses(refusal, capsys):
-    assert "zero3 shares out the states of adamw" in refusal("plan", CARD, "--gpus", 2, "training.optimizer=adamw_8bit")
-    assert "cannot share out weights in 4 bits" in refusal(
+    assert "zero3 shards the states of adamw" in refusal("plan", CARD, "--gpus", 2, "training.optimizer=adamw_8bit")
+    assert "cannot shard weights in 4 bits" in refusal(
         "plan", CARD, "--gpus", 2, "model.mode=qlora", "distributed.engine=fsdp2"
     )
     assert "zero3 does not train in float16" in refusal("plan", CARD, "--gpus", 8, "--gpu", "t4-16")

@@ -16,7 +16,7 @@ import torch
 import two_processes
 from conftest import batch_of, conversation, document, make_tiny_model, place
 from safetensors.torch import load_file
-from test_trainer import Watch, trainer_of, write_recipe
+from training_helpers import Watch, trainer_of, write_recipe
 from two_processes import OPTIONS
 from two_ranks import step
 
@@ -386,19 +386,19 @@ def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
     assert choose_engine("auto", "full", ALONE) == choose_engine("auto", "lora", Rank(0, 2)) == "ddp"
     for engine, mode, expected in (
         ("auto", "full", "needs DeepSpeed, which is not installed"),
-        ("zero3", "qlora", "cannot share out weights in 4 bits"),
-        ("fsdp2", "qlora", "cannot share out weights in 4 bits"),
+        ("zero3", "qlora", "cannot shard weights in 4 bits"),
+        ("fsdp2", "qlora", "cannot shard weights in 4 bits"),
     ):
         with pytest.raises(UserError, match=expected):
             choose_engine(engine, mode, Rank(0, 2))
-    with pytest.raises(UserError, match="fsdp2 shares out the states of adamw, not of adamw_8bit"):
+    with pytest.raises(UserError, match="fsdp2 shards the states of adamw, not of adamw_8bit"):
         choose_engine("fsdp2", "full", Rank(0, 2), "adamw_8bit")
-    with pytest.raises(UserError, match="fsdp2 trains in bfloat16 or float32"):
+    with pytest.raises(UserError, match="fsdp2 does not train in float16"):
         fsdp2.check_precision("float16")
 
 
 def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
-    monkeypatch.setattr("sft.training.engines.find_spec", lambda name: None)
+    monkeypatch.setattr("sft.training.engines.zero3.find_spec", lambda name: None)
     by_two = {"engine": "zero3", "processes": 2}
     for written_by, engine, processes, expected in (
         (by_two, "fsdp2", 2, "was written under zero3, which fsdp2 cannot read; set distributed.engine=zero3"),
@@ -412,7 +412,7 @@ def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
 
 
 def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):
-    with pytest.raises(RunError, match="fsdp2 has not shared the model out: it is a PackedIdefics"):
+    with pytest.raises(RunError, match="fsdp2 has not sharded the model: it is a PackedIdefics"):
         fsdp2.check_prepared(model)
 
 

@@ -15,9 +15,8 @@ import torch
 from conftest import status_of
 from PIL import Image
 from safetensors.torch import load_file
-from test_runs import printed, trained  # noqa: F401
 from test_selection import names as names_of
-from test_trainer import metrics_of, write_recipe
+from training_helpers import metrics_of, printed, write_recipe
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -31,9 +30,9 @@ from sft.report.page import render
 from sft.report.reading import read_run, source_totals
 from sft.runs.checkpoint import listed_hashes, write_folder
 from sft.runs.status import RunStatus
-from sft.training import run, trackers, validation
+from sft.training import held_out_questions, run, trackers, validation
+from sft.training.preserve_state import preserve_state
 from sft.training.trackers import tracked
-from sft.training.validation import undisturbed
 
 HELD_OUT = ("data.validation.share=0.4", "training.max_steps=3", "checkpoints.every_steps=2")
 
@@ -43,7 +42,7 @@ def validated(tmp_path_factory):
     """A recipe with held-out data that was trained, and what was said."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("validated")), HELD_OUT)
     said = []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     return recipe, said
 
 
@@ -83,7 +82,7 @@ def test_held_out_loss_and_answers_are_written_at_every_checkpoint_and_at_the_en
             assert own["loss"] > 0 and own["trained_tokens"] > 0
         assert f"step {line['step']}: held-out loss" in "\n".join(said)
     asked = [[(one["key"], one["prompt"]) for one in line["generations"]] for line in (second, third)]
-    assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == validation.NUM_ANSWERS
+    assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == held_out_questions.NUM_ANSWERS
     assert {key.partition("/")[0] for key, _ in asked[0]} == {"easy_vqa", "messages"}, "one source after the other"
     assert any(prompt.startswith("<image>") for _, prompt in asked[0])
 
@@ -102,7 +101,7 @@ def test_what_the_base_says_is_kept_with_the_images_for_who_wants_to_compare(val
         assert one["expected"]
         assert not one["images"] or "<image>" in one["prompt"]
         for image in one["images"]:
-            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= validation.THUMBNAIL
+            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= held_out_questions.THUMBNAIL
     assert any(one["images"] for one in before["generations"])
 
 
@@ -166,7 +165,7 @@ def test_what_is_trained_is_the_same_bit_by_bit_whatever_validation_does(validat
 def test_every_module_gets_its_mode_back():
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))
     model[0].eval()
-    with pytest.raises(ValueError, match="whatever"), undisturbed(model):
+    with pytest.raises(ValueError, match="whatever"), preserve_state(model):
         assert not model.training and not model[1].training
         raise ValueError("whatever")
     assert [module.training for module in model.modules()] == [True, False, True]
@@ -178,7 +177,7 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(validated, tmp_pat
 
     monkeypatch.setattr(validation, "shared_losses", broken)
     recipe, said = again(validated[0], tmp_path / "run"), []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     assert "step 2: validation failed, training goes on: RuntimeError: out of memory" in said
     assert [line.get("validation_failed") for line in metrics_of(recipe)] == [None] + [
         "RuntimeError: out of memory"
@@ -194,14 +193,14 @@ STILL = ("training.learning_rate=1e-12", "evaluation.every_steps=1", "training.m
 """Every checkpoint is the base: all score the same."""
 
 
-def evaluated(trained, folder, *overrides):  # noqa: F811
+def evaluated(trained, folder, *overrides):
     """What was said while a recipe with a benchmark was trained, and evaluated meanwhile."""
     recipe, said = load_recipe(trained, (f"output_dir={folder}", *overrides)), []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     return said
 
 
-def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatch):
     said = evaluated(trained, tmp_path / "run", "evaluation.every_steps=2", "training.max_steps=4")
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
     assert [score["step"] for score in selection["scores"]] == [2, 4]
@@ -213,7 +212,7 @@ def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatc
     assert printed(capsys, "select", tmp_path / "run")[0] == later
 
 
-def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path):  # noqa: F811
+def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path):
     said = evaluated(trained, tmp_path / "run", *STILL, "evaluation.patience=2")
     status = RunStatus.read(tmp_path / "run")
     assert (status.status, status.step) == ("finished", 3)
@@ -221,7 +220,7 @@ def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path)
     assert status.why == "evaluation.patience: 2 evaluations brought no better score than checkpoint-1"
 
 
-def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: F811
+def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):
     said = evaluated(trained, tmp_path / "run", *STILL, "checkpoints.keep_weights=best+last")
     assert sorted(names_of(tmp_path / "run")) == ["checkpoint-1", "checkpoint-4"]
     assert "checkpoints.keep_weights: removed the weights of checkpoint-2" in said
@@ -230,14 +229,14 @@ def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: 
 def test_of_recorded_losses_too(validated, tmp_path):
     options = ("evaluation.every_steps=1", "checkpoints.every_steps=1", "checkpoints.keep_weights=best+last")
     recipe, said = again(validated[0], tmp_path / "run", *options, "training.learning_rate=1e-2"), []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
     assert [score["step"] for score in selection["scores"]] == [1, 2, 3], "those that were pruned are still compared"
     kept = [score["checkpoint"] for score in selection["scores"] if score["has_weights"]]
     assert sorted(names_of(tmp_path / "run")) == kept == sorted({selection["best"], "checkpoint-3"})
 
 
-def test_an_evaluation_that_fails_is_told_and_training_goes_on(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evaluation_that_fails_is_told_and_training_goes_on(trained, tmp_path, monkeypatch):
     ask = task.score_model
 
     def broken(path, *arguments, **options):
@@ -255,7 +254,7 @@ def test_an_evaluation_that_fails_is_told_and_training_goes_on(trained, tmp_path
     assert [score["step"] for score in scores] == [1, 3]
 
 
-def test_what_cannot_choose_is_told_before_training(trained, tmp_path, refusal):  # noqa: F811
+def test_what_cannot_choose_is_told_before_training(trained, tmp_path, refusal):
     file = tmp_path / "test.tsv"
     header, *rows = (trained.parent / "colours.tsv").read_text().splitlines()
     place = header.split("\t").index("answer")
@@ -305,7 +304,7 @@ def test_trackers_get_every_line_until_they_fail(validated, tmp_path, monkeypatc
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
     monkeypatch.setattr(trackers, "PACKAGES", {"wandb": ("torch",)})
     recipe, said = again(validated[0], tmp_path / "run", "training.report_to=[wandb]"), []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     (begin, first, second), lines = Tracker.told, metrics_of(recipe)
     assert begin == ("run", "idefics-sft")
     assert (first[0], first[1]["train/loss"]) == (1, lines[0]["loss"])

@@ -11,9 +11,8 @@ from sft.training.optimizer import (
     make_optimizer,
     parameter_groups,
     schedule,
-    table_of,
-    what_is_trained,
 )
+from sft.training.trained_parts import trained_parts, trained_table
 
 
 def settings(**options) -> TrainingConfig:
@@ -120,14 +119,14 @@ def test_a_group_has_its_own_learning_rate_and_weight_decay(model):
     assert found == {("vision", 0.1): 1e-5, ("vision", 0.0): 1e-5, ("head", 0.5): 1e-3, ("gates", 0.0): 1e-3}
 
 
-def test_the_table_counts_what_is_trained(model):
+def test_the_table_counts_trained_parts(model):
     idefics.select_trainable(model, ["gates", "head"])
-    parts = what_is_trained(model, settings(), idefics.group_of)
+    parts = trained_parts(model, settings(), idefics.group_of)
     assert {part.group: (part.tensors, part.parameters, part.weight_decay) for part in parts} == {
         "head": (1, model.lm_head.weight.numel(), "0.1"),
         "gates": (4, 4, "0"),
     }
-    lines = table_of(parts).splitlines()
+    lines = trained_table(parts).splitlines()
     assert lines[0].split() == [
         "group",
         "trained",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import status_of
 from safetensors.torch import load_file
-from test_trainer import write_recipe
+from training_helpers import write_recipe
 
 from sft.cli.terminal import console
 from sft.cli.train import train
@@ -282,7 +282,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_lists_its_samples(tmp_pat
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
-    recipe = recipe_of(tmp_path / "run", "training.max_nonfinite_steps=2")
+    monkeypatch.setattr("sft.training.callbacks.MAX_NONFINITE_STEPS", 2)
+    recipe = recipe_of(tmp_path / "run")
     poisoned(monkeypatch, {2, 3, 4})
     with pytest.raises(RunError, match=r"step 3: .* not finite, as in 2 steps in a row"):
         trained(recipe)
