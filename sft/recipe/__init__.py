@@ -1,6 +1,9 @@
 """The recipe: one YAML file that says which model is trained on what, how, and what chooses the checkpoint.
 
-`config` has every key, `load` turns a file and overrides into a `Recipe`, `json_schema` serves editors.
+config       every key, with its meaning
+optimizers   the table of optimizers, a row each; engines: that of engines, and what they refuse
+load         a file and overrides -> a `Recipe`, or what is wrong and where
+json_schema  the schema by which editors complete and check recipes
 """
 
 from sft.recipe.config import (
