@@ -14,7 +14,7 @@ from conftest import REPOSITORY, status_of
 from training_helpers import write_recipe
 
 from sft.core.errors import RunError, printable
-from sft.recipe import load_recipe
+from sft.recipe import load_recipe, with_overrides
 from sft.runs.checkpoint import newest_state, write_folder
 from sft.runs.status import RunStatus
 from sft.training.metrics import append_line
@@ -54,6 +54,9 @@ def test_what_is_done_already_is_not_advised(tmp_path):
     overrides = ("model.mode=qlora", "training.gradient_checkpointing=true", "training.optimizer=paged_adamw_8bit")
     recipe = load_recipe(write_recipe(tmp_path), overrides)
     assert lighter_settings(recipe).startswith("a smaller data.max_images_per_pack")
+    for optimizer, advised in (("adamw", True), ("adamw_8bit", True), ("adafactor", False)):
+        settings = lighter_settings(with_overrides(recipe, [f"training.optimizer={optimizer}"]))
+        assert ("training.optimizer=paged_adamw_8bit" in settings) == advised, optimizer
     with pytest.raises(RunError, match="tiny: out of memory"), explain_out_of_memory(recipe, lambda: "tiny"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     with pytest.raises(RuntimeError, match="is invalid"), explain_out_of_memory(recipe, lambda: "tiny"):

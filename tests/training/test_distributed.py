@@ -382,7 +382,7 @@ def test_the_environment_says_which_process_this_is(monkeypatch, environment, ex
 
 
 def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sft.training.engines.zero3.find_spec", lambda name: None)
     assert choose_engine("auto", "full", ALONE) == choose_engine("auto", "lora", Rank(0, 2)) == "ddp"
     for engine, mode, expected in (
         ("auto", "full", "needs DeepSpeed, which is not installed"),

@@ -77,8 +77,9 @@ def assert_same_state(one, other):
         ("model.mode=lora", "model.lora.dropout=0.1", "data.num_workers=2", "data.augment=crop"),
         ("model.mode=qlora", "training.optimizer=adamw_8bit"),
         ("training.optimizer=paged_adamw_8bit", "training.precision=float32"),
+        ("training.optimizer=adafactor",),
     ],
-    ids=["full", "lora, dropout, crops, workers", "qlora, 8 bits", "full, paged, float32"],
+    ids=["full", "lora, dropout, crops, workers", "qlora, 8 bits", "full, paged, float32", "full, adafactor"],
 )
 def test_a_run_with_a_break_is_the_run_without_to_the_bit(tmp_path, overrides):
     whole, broken = recipe_of(tmp_path / "whole", *overrides), recipe_of(tmp_path / "broken", *overrides)
