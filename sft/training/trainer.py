@@ -29,12 +29,13 @@ from sft.core.precision import choose_precision, device
 from sft.core.sample import NO_SOURCE, Batch
 from sft.models.loss import trained_positions
 from sft.recipe import EngineName, TrainingConfig
-from sft.training.callbacks import FillGradients, RecomputeShare, Resume, Stop, WriteMetrics
+from sft.training.callbacks import FillGradients, RecomputeShare, Resume, Stop
 from sft.training.check_gradients import CheckGradients
 from sft.training.engines import Writers, get_engine
 from sft.training.engines.resume_state import Spent, read_progress, write_progress
 from sft.training.metrics import Line, Log, StepMetrics
 from sft.training.optimizer import make_optimizer, parameter_groups, schedule
+from sft.training.write_metrics import WriteMetrics
 
 
 @dataclass(frozen=True, kw_only=True)

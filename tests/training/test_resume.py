@@ -283,7 +283,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_lists_its_samples(tmp_pat
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("sft.training.callbacks.MAX_NONFINITE_STEPS", 2)
+    monkeypatch.setattr("sft.training.write_metrics.MAX_NONFINITE_STEPS", 2)
     recipe = recipe_of(tmp_path / "run")
     poisoned(monkeypatch, {2, 3, 4})
     with pytest.raises(RunError, match=r"step 3: .* not finite, as in 2 steps in a row"):

@@ -29,7 +29,7 @@ from sft.models.lora import add_adapters
 from sft.models.open_model import load_for_inference
 from sft.recipe import LoraSettings, Recipe, load_recipe
 from sft.runs.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
-from sft.training import callbacks, run
+from sft.training import run, write_metrics
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
@@ -208,7 +208,7 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template,
 
 
 def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model, monkeypatch):
-    monkeypatch.setattr(callbacks, "MAX_NONFINITE_STEPS", 1)
+    monkeypatch.setattr(write_metrics, "MAX_NONFINITE_STEPS", 1)
     idefics.select_trainable(model)
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
@@ -238,7 +238,7 @@ def test_writing_a_checkpoint_is_no_part_of_the_next_steps_speed(template, tmp_p
     now = itertools.count()
     saving = []
     clock = SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: next(now) + 3600 * len(saving))
-    monkeypatch.setattr("sft.training.callbacks.time", clock)
+    monkeypatch.setattr("sft.training.write_metrics.time", clock)
     batches = [batch_of([place(template, SAMPLES[0])]) for _ in range(2)]
     options = {"checkpoint_every": 1, "write_checkpoint": lambda: saving.append(True)}
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2, **options)
@@ -427,7 +427,7 @@ def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
 
 
 def test_a_run_that_fails_says_so(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "MAX_NONFINITE_STEPS", 1)
+    monkeypatch.setattr(write_metrics, "MAX_NONFINITE_STEPS", 1)
     recipe = load_recipe(
         Path(finished.output_dir) / "recipe.yaml",
         (f"output_dir={tmp_path}", "training.learning_rate=1e30"),
