@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, status_of
-from training_helpers import write_recipe
+from helpers.training import write_recipe
 
 from sft.core.errors import RunError, printable
 from sft.recipe import load_recipe, with_overrides

@@ -26,6 +26,7 @@ from sft.cli.terminal import (
 )
 from sft.core.distributed import ALONE, Rank, from_main
 from sft.core.errors import UserError
+from sft.core.launch import STOPPED
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
@@ -65,7 +66,7 @@ def run(
     if dry_run:
         from sft.cli.dry_run import show_dry_run
 
-        if nproc > 1 or launched_as().of > 1:
+        if nproc > 1 or launched_rank().of > 1:
             raise UserError("--dry-run measures one process; leave --nproc and launchers out")
         show_dry_run(found, json=json)
         return
@@ -120,7 +121,7 @@ def train(
     """
     from sft.training.resume import find_run
 
-    found = as_main(rank, lambda: find_run(recipe, resume, allow_changed, out.print))
+    found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
     if found.finished:
         return found.finished
     quiet_libraries()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from sft.core.distributed import any_process, summed
+from sft.core.distributed import all_reduce_sum, any_process
 from sft.core.errors import RunError
 from sft.training.callbacks import Training
 
@@ -92,4 +92,4 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
 
     def _in_any_process(self, own: list[bool]) -> list[bool]:
         """Combine what the processes found: each has a shard of every tensor, or has recorded gradients of its own."""
-        return [count > 0 for count in summed(torch.tensor(own, dtype=torch.float32)).tolist()]
+        return [count > 0 for count in all_reduce_sum(torch.tensor(own, dtype=torch.float32)).tolist()]

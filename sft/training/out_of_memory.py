@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sft.core.distributed import this_process
+from sft.core.distributed import current_rank
 from sft.core.errors import RunError
 from sft.recipe import ENGINES, OPTIMIZERS, Recipe
 from sft.recipe.engines import resolve_engine
@@ -52,7 +52,7 @@ def lighter_settings(recipe: Recipe) -> str:
 
 def _lightest_optimizer(recipe: Recipe) -> list[str]:
     """Return the optimizer that takes the least memory of those that the engine can use; none if it is used already."""
-    shards = ENGINES[resolve_engine(recipe.distributed.engine, recipe.model.mode, this_process().of)].shards
+    shards = ENGINES[resolve_engine(recipe.distributed.engine, recipe.model.mode, current_rank().of)].shards
     lighter = lighter_optimizers(recipe.training.optimizer)
     usable = [name for name in lighter if OPTIMIZERS[name].is_shardable or not shards]
     return [min(usable, key=lambda name: OPTIMIZERS[name].gpu_bytes_per_parameter)] if usable else []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sft.batches.data_loader import MicroBatches
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
-from sft.core.distributed import ALONE, Rank, any_process, as_main
+from sft.core.distributed import ALONE, Rank, any_process, from_main
 from sft.core.file_lock import locked
 from sft.data.sources import Sources
 from sft.models.base_model import prepare_base
@@ -79,7 +79,7 @@ class TrainingRun:
         self.saved = self._read_saved()
         self.opened = open_model(recipe, base, log)
         self.monitors = self._make_monitors()
-        as_main(rank, lambda: go_back_to(recipe, resume_from) if resume_from else claim_folder(recipe, self.run_dir))
+        from_main(lambda: go_back_to(recipe, resume_from) if resume_from else claim_folder(recipe, self.run_dir))
         choose_trained(recipe, self.opened, log)
         self.plans = plan_steps(recipe, sources, self.opened, rank)
         self.trainer = self._make_trainer()
@@ -89,7 +89,7 @@ class TrainingRun:
         checkpoint = self.resume_from
         if checkpoint is None:
             return None
-        saved = as_main(self.rank, lambda: progress_of(checkpoint, self.sources))
+        saved = from_main(lambda: progress_of(checkpoint, self.sources))
         check_readable(checkpoint, saved, self.engine, self.rank)
         return saved
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sft.core.distributed import any_process, of_all
+from sft.core.distributed import all_gather, any_process
 from sft.core.errors import RunError
 from sft.core.files import write_atomically
 from sft.training.callbacks import Training
@@ -106,7 +106,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         if not self.last_was_spike:
             return
         number = self.trainer.rank.number
-        found = of_all([(pack, number) for pack in packs])
+        found = all_gather([(pack, number) for pack in packs])
         if not self.trainer.rank.is_main or spike is None:
             return
         found.sort(key=lambda pair: spike.expected * pair[0].trained_tokens - pair[0].loss_sum)

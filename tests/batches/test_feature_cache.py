@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, batch_of, conversation, place
+from helpers.processes import assert_same_steps, sft
+from helpers.resume import assert_same_state, folder_of, metrics, recipe_of, trained
 from helpers.sources import BLUE, GREEN, RED, key_of
+from helpers.training import write_recipe
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_distributed import OPTIONS, assert_same_steps, sft
-from test_resume import assert_same_state, folder_of, metrics, recipe_of, trained
-from test_sources import BLUE, GREEN, RED, key_of
-from test_sources import sources as sources  # a fixture
-from training_helpers import write_recipe
 from transformers import IdeficsConfig
+from two_processes import OPTIONS
 
 from sft.batches.collate import collate
 from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
@@ -256,7 +255,7 @@ OF_CHECKS = 2
 def work(monkeypatch):
     """Counts images that are encoded, and decoded."""
     done = {"encoded": 0, "decoded": 0}
-    encode, decode = idefics.PackedIdefics.encode_images, "sft.data.sources.load_pixels"
+    encode, decode = idefics.PackedIdefics.encode_images, "sft.data.reader.load_pixels"
     from sft.models.image_transform import load_pixels
 
     def encoded(self, pixels_NCHW):

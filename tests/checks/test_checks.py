@@ -12,11 +12,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_tiny_model, status_of
 from helpers.golden_ids import A_DOG, CHAT_IDS
+from helpers.training import write_recipe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_golden_ids import A_DOG, CHAT_IDS
 from tokenizers import Tokenizer
-from training_helpers import write_recipe
 from transformers import PreTrainedTokenizerFast
 
 from sft.batches.pack_stream import Planner

@@ -11,9 +11,9 @@ import pytest
 import torch
 import typer
 from conftest import REPOSITORY, status_of, tiny_config
+from helpers.training import write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from training_helpers import write_recipe
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from sft.cli.main import app

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, batch_of, conversation, place, status_of
+from helpers.training import printed
 from PIL import Image
 from scipy import stats
-from training_helpers import printed
 
 from sft.core.errors import RunError, UserError
 from sft.core.sample import ImageRef

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import batch_of, conversation, document, place
-from training_helpers import trainer_of
+from helpers.training import trainer_of
 
 from sft.models import idefics
 from sft.training import loss_spikes

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import status_of
+from helpers.training import metrics_of, printed, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
-from test_selection import names as names_of
-from training_helpers import metrics_of, printed, write_recipe
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -28,7 +27,7 @@ from sft.evaluation import run_benchmark, task
 from sft.recipe import load_recipe
 from sft.report.page import render
 from sft.report.reading import read_run, source_totals
-from sft.runs.checkpoint import listed_hashes, write_folder
+from sft.runs.checkpoint import checkpoints, listed_hashes, write_folder
 from sft.runs.status import RunStatus
 from sft.training import held_out_questions, run, trackers, validation
 from sft.training.preserve_state import preserve_state
@@ -44,6 +43,10 @@ def validated(tmp_path_factory):
     said = []
     run.train(recipe, prepare(recipe), log=said.append)
     return recipe, said
+
+
+def names_of(run_dir):
+    return [path.name for path in checkpoints(run_dir / "checkpoints")]
 
 
 def again(recipe, folder, *overrides):

@@ -1,6 +1,5 @@
 """Folders and models as a run meets them: nothing foreign is deleted, nothing damaged is trusted, one run at a time."""
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import base_tokenizer, make_tiny_model, status_of, tiny_config
-from helpers.files import write_tsv
-from helpers.stores import encoded
+from helpers.training import printed, write_recipe
 from safetensors.torch import load_file, save_file
-from training_helpers import printed, write_recipe
 
 from sft.cli.quickstart import REPORT, _delete_run
 from sft.cli.select import select

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import IMAGE_SIZE, batch_of, conversation, document, make_tiny_model, place
+from helpers.training import Watch, metrics_of, trainer_of, write_recipe
 from safetensors.torch import load_file
-from training_helpers import Watch, metrics_of, trainer_of, write_recipe
 from transformers import AutoTokenizer, IdeficsForVisionText2Text
 
 from sft.batches.collate import collate

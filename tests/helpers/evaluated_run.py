@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import status_of
-from training_helpers import write_recipe
+from helpers.files import write_tsv
+from helpers.stores import encoded
+from helpers.training import write_recipe
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The recipe of a run with two checkpoints and a benchmark of eight images, in a folder of its own."""
-    from test_cli import write_tsv
-    from test_store import encoded
-
     folder = tmp_path_factory.mktemp("runs")
     recipe = write_recipe(folder)
     colours = ("red", "green", "blue", "yellow", "teal", "brown", "gray", "black")

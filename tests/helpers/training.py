@@ -11,7 +11,7 @@ from sft.models import idefics
 from sft.recipe import Recipe, TrainingConfig
 from sft.training.trainer import Trainer, TrainerParts
 
-DATA = Path(__file__).parent / "fixtures"
+DATA = Path(__file__).parent.parent / "fixtures"
 
 
 def write_recipe(folder: Path) -> Path:
