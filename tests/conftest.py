@@ -27,6 +27,8 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 
 from build_tiny_base import train_tokenizer  # noqa: E402
 
+pytest_plugins = ["helpers.evaluated_run"]
+
 IMAGE_SIZE = 28
 NUM_LATENTS = 8
 

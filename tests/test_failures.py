@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, status_of
-from test_trainer import write_recipe
+from helpers.training import write_recipe
 
 from sft.core.errors import RunError, printable
-from sft.recipe import load_recipe
+from sft.recipe import load_recipe, with_overrides
 from sft.runs.checkpoint import newest_state, write_folder
 from sft.runs.status import RunStatus
 from sft.training.metrics import append_line
-from sft.training.out_of_memory import out_of_memory_told, what_takes_less
+from sft.training.out_of_memory import explain_out_of_memory, lighter_settings
 from sft.training.run_folder import recorded
 from sft.training.trainer import Trainer
 
@@ -53,10 +53,13 @@ def test_a_precision_that_is_not_to_be_had_is_told_before_anything_is_prepared(t
 def test_what_is_done_already_is_not_advised(tmp_path):
     overrides = ("model.mode=qlora", "training.gradient_checkpointing=true", "training.optimizer=paged_adamw_8bit")
     recipe = load_recipe(write_recipe(tmp_path), overrides)
-    assert what_takes_less(recipe).startswith("a smaller data.max_images_per_pack")
-    with pytest.raises(RunError, match="tiny: out of memory"), out_of_memory_told(recipe, lambda: "tiny"):
+    assert lighter_settings(recipe).startswith("a smaller data.max_images_per_pack")
+    for optimizer, advised in (("adamw", True), ("adamw_8bit", True), ("adafactor", False)):
+        settings = lighter_settings(with_overrides(recipe, [f"training.optimizer={optimizer}"]))
+        assert ("training.optimizer=paged_adamw_8bit" in settings) == advised, optimizer
+    with pytest.raises(RunError, match="tiny: out of memory"), explain_out_of_memory(recipe, lambda: "tiny"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-    with pytest.raises(RuntimeError, match="is invalid"), out_of_memory_told(recipe, lambda: "tiny"):
+    with pytest.raises(RuntimeError, match="is invalid"), explain_out_of_memory(recipe, lambda: "tiny"):
         raise RuntimeError("shape '[2]' is invalid")
 
 

@@ -16,7 +16,7 @@ from sft.core.sample import Batch
 from sft.models import idefics
 from sft.recipe import TrainingConfig
 from sft.training.loss_spikes import Spike, Spikes
-from sft.training.trainer import Trainer
+from sft.training.trainer import Trainer, TrainerParts
 
 Step = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
@@ -41,26 +41,24 @@ def step(
     model = make_tiny_model(tokenizer)
     idefics.select_trainable(model)
     kept = KeepGradients(model)
-    Trainer(
-        model,
+    parts = TrainerParts(
+        model=model,
         group_of=idefics.group_of,
         tokenizer=tokenizer,
         micro_batches=[{"batch": batch} for batch in batches],
         micro_batches_per_step=len(batches),
-        data_state=lambda step: {},
         settings=TrainingConfig(
             max_steps=1, tokens_per_step=1, learning_rate=1e-3, precision="float32", clip=1e9, **options
         ),
         checkpoint_every=1000,
-        write_checkpoint=lambda trainer: None,
         run_dir=folder,
         seed=0,
         source_names=["toy"],
-        on_step=lambda step, line: None,
         callbacks=[kept],
         rank=rank,
         micro_batches_of_all=of_all,
-    ).train()
+    )
+    Trainer(parts).train()
     return kept.gradients, json.loads((folder / "metrics.jsonl").read_text()) if rank.is_main else {}
 
 

@@ -43,7 +43,7 @@ from sft.data.sources import Sources
 from sft.models import idefics
 from sft.models.open_model import load_template
 from sft.recipe import Recipe
-from sft.training.run import load_for_training
+from sft.training.open_model import load_for_training
 
 WORKLOADS = {
     "short": {"number": 2000, "words": 6, "images": 400, "per_image": 2},
@@ -83,28 +83,27 @@ class Run:
     """Training of one model that can be gone on with."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        from sft.training.trainer import Trainer  # its libraries talk while they are imported
+        from sft.training.trainer import Trainer, TrainerParts  # its libraries talk while they are imported
 
         base = folder / "model"
         self.template = load_template(idefics, base)
         self.model = load_for_training(recipe, idefics, base)
         idefics.select_trainable(self.model)
-        self.folder, self.recipe, self.trainer_class = folder / "run", recipe, Trainer
+        self.folder, self.recipe = folder / "run", recipe
+        self.make_trainer = lambda **parts: Trainer(TrainerParts(**parts))
 
     def seconds(self, batches: Iterable[dict[str, Batch]], steps: int) -> float:
         """CPU seconds of this process a step, but for the first."""
         clock: list[float] = []
         settings = self.recipe.training.model_copy(update={"max_steps": steps + 1})
-        trainer = self.trainer_class(
-            self.model,
+        trainer = self.make_trainer(
+            model=self.model,
             group_of=idefics.group_of,
             tokenizer=self.template.tokenizer,
             micro_batches=batches,
             micro_batches_per_step=1,
-            data_state=lambda step: {},
             settings=settings,
             checkpoint_every=10**6,
-            write_checkpoint=lambda trainer: None,
             run_dir=self.folder,
             seed=0,
             source_names=["talk"],

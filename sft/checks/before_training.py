@@ -1,4 +1,4 @@
-"""What is checked at the start of every training: room for its checkpoints, and the model by one small forward."""
+"""The checks at the start of every training: disk for its checkpoints, and the model by one small forward."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from sft.core.precision import choose_precision, device
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import ModelFamily
 from sft.models.lora import has_adapters
-from sft.recipe import Recipe
+from sft.recipe import OPTIMIZERS, Recipe
 
 
 def check_writable(folder: Path) -> None:
-    """Whether a run can be written there, by a file without a name: nothing stays. To root all permissions are given,
-    and yet /proc takes no file.
+    """Check that a run can be written in a folder, by making a file without a name, of which nothing stays.
+
+    Permissions would not do: root has all of them, and yet /proc takes no file.
 
     Raises:
         UserError: it cannot.
@@ -46,24 +47,24 @@ def check_writable(folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Bytes that the checkpoints of a run take."""
+    """Disk space in bytes that the checkpoints of a run take."""
 
     snapshot: int
-    """Weights, or adapters: what is evaluated."""
+    """A weight snapshot, or adapters: the part that is evaluated."""
     state: int
-    """What a run goes on from."""
+    """A state: the part that a run resumes from."""
     total: int
-    """All of them, when the run ends."""
+    """All checkpoints, when the run ends."""
 
     @property
     def one(self) -> int:
-        """A checkpoint."""
+        """One checkpoint."""
         return self.snapshot + self.state
 
 
 def room_for(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Room:
-    """What a run will write: full runs keep bfloat16 weights, others what they train in float32; the state has float32
-    weights and two moments of what is trained."""
+    """Return what the checkpoints of a run will take. Full runs keep bfloat16 weights, others their trained float32
+    weights; the state has the trained weights in float32 and the optimizer's states."""
     trained = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -71,8 +72,7 @@ def room_for(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Room:
     )
     everything = sum(parameter.numel() for parameter in model.parameters())
     snapshot = 4 * trained if has_adapters(model) else 2 * everything
-    moments = 8 if recipe.training.optimizer == "adamw" else 2
-    state = (4 + moments) * trained
+    state = round((4 + OPTIMIZERS[recipe.training.optimizer].bytes_per_parameter) * trained)
     snapshots = -(-recipe.training.max_steps // recipe.checkpoints.every_steps)
     if recipe.checkpoints.keep_weights == "best+last":
         snapshots = min(snapshots, 3)  # the best, the selected and the newest
@@ -81,7 +81,7 @@ def room_for(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Room:
 
 
 def check_room(folder: Path, room: Room) -> Finding:
-    """Whether the checkpoints fit the disk. What the folder holds of checkpoints already is counted as free: they are
+    """Check that the checkpoints fit the disk. Checkpoints that the folder holds already count as free: they are
     replaced, or are among those counted."""
     held = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
     free = shutil.disk_usage(existing(folder)).free + held
@@ -102,14 +102,14 @@ def before_training(
 ) -> list[str]:
     """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings.
 
-    The random numbers of training are not touched. Where this is the only process the model goes to its device.
+    No random number is drawn. Where this is the only process, the model is moved to its device.
 
     Raises:
-        UserError: what the user gave is wrong: weights, tokenizer, too little disk.
+        UserError: the user's input is wrong: weights, tokenizer, too little disk.
         RunError: this machine or these versions of the libraries compute something else than they should.
     """
     findings = [versions_in_a_line(), check_room(run_dir, room_for(recipe, family, model))]
-    if recipe.model.mode == "qlora" or recipe.training.optimizer != "adamw":
+    if recipe.model.mode == "qlora" or OPTIMIZERS[recipe.training.optimizer].needs_bitsandbytes:
         findings.append(check_bitsandbytes())
     raise_failed(findings)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and next(model.parameters()).device != device():

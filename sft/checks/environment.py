@@ -13,30 +13,31 @@ from packaging.version import Version
 from torch import nn
 
 from sft.checks.finding import Finding
+from sft.core.contain import contained
 from sft.core.precision import choose_precision, device, has_bfloat16
 from sft.core.shipped import shipped_root
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "datasets")
-"""Whose versions can change what is trained."""
+"""Libraries whose versions can change what is trained."""
 
 GIB = 1024**3
 LITTLE_DISK = GIB
-"""Less than this is free: not even the quickstart's stores and checkpoints fit."""
+"""Free disk space below which not even the quickstart's stores and checkpoints fit."""
 
 
 def environment(folder: Path) -> list[Finding]:
-    """Everything that needs no model. `folder`: where runs are to be written."""
+    """Run every check that needs no model. `folder` is where runs are to be written."""
     return [*check_versions(), check_device(), check_precision(), check_bitsandbytes(), check_free_disk(folder)]
 
 
 def tested_versions() -> dict[str, str]:
-    """Library -> the version that this toolkit is tested with, by constraints.txt."""
+    """Return the version of each library that this toolkit is tested with, by constraints.txt."""
     lines = (shipped_root() / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return dict(line.split("==") for line in lines if "==" in line)
 
 
 def check_versions() -> list[Finding]:
-    """Each library beside the tested version, and beside the lowest that this package allows."""
+    """Compare each library with the tested version, and with the versions that this package allows."""
     tested = tested_versions()
     allowed = {r.name: r.specifier for r in map(Requirement, requires("idefics-sft") or ()) if r.marker is None}
     findings = []
@@ -60,19 +61,19 @@ def check_versions() -> list[Finding]:
 
 
 def versions_in_a_line() -> Finding:
-    """The versions of all libraries as one finding."""
+    """Return the versions of all libraries as one finding."""
     findings = check_versions()
     failed = [finding for finding in findings if finding.result == "failed"]
     others = [finding for finding in findings if finding.result == "warning"]
-    told = "; ".join(f"{finding.name} {finding.found}" for finding in failed or others)
+    listed = "; ".join(f"{finding.name} {finding.found}" for finding in failed or others)
     advice = "`idefics-sft doctor` says what to install"
     if failed or others:
-        return Finding(name="versions", result="failed" if failed else "warning", found=told, advice=advice)
+        return Finding(name="versions", result="failed" if failed else "warning", found=listed, advice=advice)
     return Finding(name="versions", result="ok", found="those this toolkit is tested with")
 
 
 def check_device() -> Finding:
-    """What is computed on, and its memory."""
+    """Report the device that is computed on, and its memory."""
     chosen = device()
     if chosen.type == "cuda":
         free, total = torch.cuda.mem_get_info(chosen)
@@ -84,7 +85,7 @@ def check_device() -> Finding:
 
 
 def free_memory(of: torch.device) -> int:
-    """Bytes that can be allocated: of the GPU, or of this machine."""
+    """Return the bytes that can be allocated, on the GPU or in this machine."""
     if of.type == "cuda":
         return int(torch.cuda.mem_get_info(of)[0])
     try:
@@ -95,7 +96,7 @@ def free_memory(of: torch.device) -> int:
 
 
 def check_precision() -> Finding:
-    """Whether the device computes bfloat16 itself, and what `training.precision: auto` takes."""
+    """Report whether the device computes bfloat16 natively, and which precision `auto` means."""
     native = "native" if has_bfloat16(device()) else "not native"
     return Finding(
         name="bfloat16", result="ok", found=f"{native}; precision auto takes {choose_precision('auto', device())}"
@@ -103,17 +104,17 @@ def check_precision() -> Finding:
 
 
 def check_bitsandbytes() -> Finding:
-    """4-bit weights as QLoRA stores them, and an 8-bit optimizer, really computed on this device.
+    """Compute with 4-bit weights as QLoRA stores them, and make a step of an 8-bit optimizer, on this device.
 
-    A forward with gradients, one without, and one with again: on CPUs with avx512_bf16 bitsandbytes 0.50.2 fails at the
-    third, if it is left to repack weights.
+    The forward is done with gradients, without, and with them again: on CPUs with avx512_bf16, bitsandbytes 0.50.2
+    fails at the third if it may repack weights.
     """
     name = "bitsandbytes on this device"
-    try:
-        with torch.random.fork_rng(devices=[]):  # the seed of a training is not touched
-            wrong = _wrong_with_bitsandbytes(device())
-    except Exception as error:  # whatever a library without code for the device raises: RuntimeError, OSError, …
-        wrong = f"{type(error).__name__}: {_first_line(error)}"
+    wrong = ""
+    with contained() as failure, torch.random.fork_rng(devices=[]):  # the seed of a training is not touched
+        wrong = _wrong_with_bitsandbytes(device())
+    if failure.error:  # a library without code for the device raises RuntimeError, OSError and others
+        wrong = f"{type(failure.error).__name__}: {_first_line(failure.error)}"
     if wrong:
         advice = "model.mode qlora and the 8-bit optimizers do not work here; `python -m bitsandbytes` tells more"
         return Finding(name=name, result="failed", found=wrong, advice=advice)
@@ -121,6 +122,7 @@ def check_bitsandbytes() -> Finding:
 
 
 def _wrong_with_bitsandbytes(on: torch.device) -> str:
+    """Return what is computed wrong; empty where nothing is."""
     import bitsandbytes as bnb
 
     torch.manual_seed(0)
@@ -153,7 +155,7 @@ def _wrong_with_bitsandbytes(on: torch.device) -> str:
 
 
 def check_free_disk(folder: Path) -> Finding:
-    """What is free where runs would be written."""
+    """Report the free disk space where runs would be written."""
     free = shutil.disk_usage(existing(folder)).free
     found = f"{free / 1e9:.1f} GB; a checkpoint of idefics-9b takes 17.9 GB"
     if free < LITTLE_DISK:
@@ -164,7 +166,7 @@ def check_free_disk(folder: Path) -> Finding:
 
 
 def existing(path: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """Return the folder itself, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 

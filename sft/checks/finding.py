@@ -1,4 +1,4 @@
-"""What a check has found, and how a training stops for it."""
+"""The result of a check, and how a training stops for it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from sft.core.errors import RunError, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one check has found."""
+    """The result of one check."""
 
     name: str
     result: Literal["ok", "warning", "failed", "skipped"]
     found: str
     advice: str = ""
     of_input: bool = False
-    """Whether a failure is that of what the user gave: `UserError` stops a training then, else `RunError`."""
+    """Whether a failure is the user's input: `UserError` stops a training then, else `RunError`."""
 
 
 def raise_failed(findings: Iterable[Finding]) -> None:
-    """
+    """Stop for the first check that failed, if there is one.
+
     Raises:
-        UserError: naming the first that failed, if it is the user's input that is wrong.
-        RunError: naming the first that failed, if it is not.
+        UserError: it failed for the user's input.
+        RunError: it failed for another reason.
     """
     for finding in findings:
         if finding.result == "failed":
@@ -34,5 +35,5 @@ def raise_failed(findings: Iterable[Finding]) -> None:
 
 
 def line_of(finding: Finding) -> str:
-    """`name: what was found; what to do`."""
+    """Return `name: what was found; what to do`."""
     return f"{finding.name}: {finding.found}" + (f"; {finding.advice}" if finding.advice else "")

@@ -1,4 +1,4 @@
-"""Checks of a model: is its tokenizer the one it was trained with, does it see, is our forward transformers' own?"""
+"""Checks of a model: its tokenizer is the one it was trained with, it sees, and our forward equals transformers'."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sft.models.lora import is_adapter_folder
 from sft.models.open_model import find_base, load_for_inference
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""How far logits of two correct forwards may be apart, as a share of the largest. Wrong attention was seen at 0.2 and
-more; right attention at 1e-6 in float32 and 0.01 in bfloat16."""
+"""Largest difference of the logits of two correct forwards, as a share of the largest logit. Measured: 0.2 and more
+with wrong attention; with right attention 1e-6 in float32 and 0.01 in bfloat16."""
 
 CHAT = (
     Message(role="user", content=(ImageRef(source=b""), "Describe this image.")),
@@ -38,9 +38,10 @@ CHAT = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, and what is asked of it: one question about two images, and a text.
+    """A model in evaluation mode, and the samples of its checks: one question about two images, and a text.
 
-    The first image is asked about twice. What its two answers differ by is rounding; the other's must differ by more.
+    The question is asked twice about the first image: its two results differ by rounding alone, and that of the other
+    image must differ by more.
     """
 
     family: ModelFamily
@@ -50,7 +51,7 @@ class Subject:
 
     @cached_property
     def samples(self) -> list[PlacedSample]:
-        """Short conversations: images 0, 1 and 0, and none."""
+        """Short conversations about images 0, 1 and 0, and one about none."""
         return [*(self._placed(CHAT, (image,)) for image in (0, 1, 0)), self._placed(CHAT[2:], ())]
 
     def _placed(self, messages: Sequence[Message], images: tuple[int, ...]) -> PlacedSample:
@@ -58,13 +59,13 @@ class Subject:
 
     @cached_property
     def batch(self) -> Batch:
-        """All samples as one pack, every token after the first trained."""
+        """All samples as one pack, with every token but the first trained."""
         size = self.family.image_size(self.model.config)
         on = next(self.model.parameters()).device
         return collate([self.samples], lambda number: noise(number, size), train_on="all", image_size=size).to(on)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """What training computes in."""
+        """Return the autocast of training."""
         dtype = torch_dtype(self.precision)
         return torch.autocast(self.batch.input_ids_T.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -91,16 +92,16 @@ class Subject:
 
     @property
     def finite(self) -> bool:
-        """Whether all logits are numbers."""
+        """Whether all logits are finite."""
         return all(bool(logits.isfinite().all()) for logits in self.packed[1])
 
 
 def load_subject(path: str | Path) -> Subject:
-    """A model folder, a folder of adapters or a hub id as a subject: in float32 where there is memory for it, since
-    what is compared differs by rounding alone then.
+    """Load a model folder, a folder of adapters or a hub id: in float32 where there is memory for it, so that correct
+    forwards differ by little.
 
     Raises:
-        UserError: as `load_for_inference`.
+        UserError: see `load_for_inference`.
     """
     base = Path(find_base(Path(path)) if is_adapter_folder(path) else path)
     stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))  # in bfloat16, as a rule
@@ -111,12 +112,12 @@ def load_subject(path: str | Path) -> Subject:
 
 
 def noise(number: int, size: int) -> NDArray[np.uint8]:
-    """An image of noise that depends on its number alone."""
+    """Return an image (3, size, size) of noise that depends on its number alone."""
     return np.random.default_rng(number).integers(0, 256, (3, size, size), dtype=np.uint8)
 
 
 def check_model(subject: Subject) -> Iterator[Finding]:
-    """All checks of a model, one after another. Where weights are no numbers, the rest has nothing to go by."""
+    """Run all checks of a model, one after another. Where weights are not finite, the others are skipped."""
     yield check_tokens(subject)
     weights = check_weights(subject)
     yield weights
@@ -132,10 +133,10 @@ def check_model(subject: Subject) -> Iterator[Finding]:
 
 
 def check_tokens(subject: Subject) -> Finding:
-    """A chat has the ids that the model was trained with, where they are known, and follows the rules of LLaMA-1 where
-    they are not.
+    """Check that a chat has the ids that the model was trained with, where they are known, and follows the rules of
+    LLaMA-1 where they are not.
 
-    transformers 5 can rebuild a tokenizer by other rules without a word: 32 tokens in place of 35 for a short chat.
+    transformers 5 can rebuild a tokenizer by other rules without a warning: 32 tokens in place of 35 for a short chat.
     """
     name, template, config = "token ids", subject.template, subject.model.config
     ids = template.encode(Sample(key="check", messages=CHAT)).input_ids.tolist()
@@ -157,7 +158,7 @@ def check_tokens(subject: Subject) -> Finding:
 
 
 def _wrong_with_tokens(template: ChatTemplate, ids: Sequence[int], text: str, num_rows: int) -> str:
-    """What a vocabulary that is not LLaMA-1's must hold to all the same."""
+    """Return which rule of LLaMA-1 a vocabulary breaks that is not LLaMA-1's; empty where it keeps them all."""
     tokenizer = template.tokenizer
     tokens = tokenizer.convert_ids_to_tokens(list(ids))
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -177,7 +178,7 @@ def _wrong_with_tokens(template: ChatTemplate, ids: Sequence[int], text: str, nu
 
 
 def check_weights(subject: Subject) -> Finding:
-    """Every weight is a number."""
+    """Check that every weight is finite."""
     broken = [name for name, weight in subject.model.named_parameters() if not _is_finite(weight.detach())]
     if broken:
         found = f"{len(broken)} tensors hold NaN or infinity, {broken[0]} among them"
@@ -198,7 +199,7 @@ def _gates(subject: Subject) -> list[Tensor]:
 
 
 def check_gates(subject: Subject) -> Finding:
-    """Cross-attention gets through: a model whose gates are all zero has not learned to see."""
+    """Check that a gate of cross-attention is open: a model whose gates are all zero has not learned to see."""
     largest = max((float(gate.abs().max()) for gate in _gates(subject)), default=0.0)
     if largest == 0.0:
         advice = "train model.trainable: [gates, …], and give it images to learn from"
@@ -207,7 +208,7 @@ def check_gates(subject: Subject) -> Finding:
 
 
 def check_image(subject: Subject) -> Finding:
-    """Another image changes what the model says next."""
+    """Check that another image changes the logits."""
     name = "image changes logits"
     if not subject.finite:
         return _not_finite(name, subject)
@@ -229,13 +230,13 @@ def _not_finite(name: str, subject: Subject) -> Finding:
 
 
 def check_loss(subject: Subject) -> Finding:
-    """The loss is the mean cross entropy of transformers' logits, over base and extra vocabulary, each position
-    predicting the next token."""
+    """Check that the loss is the mean cross entropy of transformers' logits, over base and extra vocabulary, each
+    position predicting the next token."""
     return _check_loss(subject, "transformers' logits", TOLERANCE[subject.precision])
 
 
 def check_own_loss(subject: Subject) -> Finding:
-    """The same of our own logits, which takes no second forward."""
+    """Check the same against our own logits, which takes no second forward."""
     return _check_loss(subject, "our logits", TOLERANCE["float32"])
 
 
@@ -254,7 +255,7 @@ def _check_loss(subject: Subject, what: str, tolerance: float) -> Finding:
 
 
 def _cross_entropy(subject: Subject, logits: Sequence[Tensor]) -> float:
-    """By its definition, in float64, of the samples' own tokens."""
+    """Return the mean cross entropy by its definition, in float64, of the samples' own tokens."""
     total, count = 0.0, 0
     for sample, logits_TV in zip(subject.samples, logits, strict=True):
         targets_T = torch.from_numpy(sample.encoded.input_ids[1:]).to(logits_TV.device)
@@ -264,7 +265,7 @@ def _cross_entropy(subject: Subject, logits: Sequence[Tensor]) -> float:
 
 
 def check_extra_rows(subject: Subject) -> Finding:
-    """A backward reaches every row of the extra vocabulary, in the embedding and in the head."""
+    """Check that a backward reaches every row of the extra vocabulary, in the embedding and in the head."""
     name, model = "gradients of the extra rows", subject.model
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     rows = {n: p for n, p in model.named_parameters() if subject.family.group_of(n) == "extra_rows"}
@@ -285,7 +286,7 @@ def check_extra_rows(subject: Subject) -> Finding:
 
 
 def check_attention(subject: Subject) -> Finding:
-    """Samples in one pack, attended by groups, give the logits that transformers gives each by itself."""
+    """Check that samples in one pack, attended by groups, have the logits that transformers gives each by itself."""
     name = "grouped attention"
     ours, plain = subject.packed[1], subject.plain
     apart = max(float((a - b).abs().max()) for a, b in zip(ours, plain, strict=True))

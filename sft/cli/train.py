@@ -1,12 +1,13 @@
 """`idefics-sft train RECIPE`: fine-tune, writing checkpoints."""
 
+from __future__ import annotations
+
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,12 +23,14 @@ from sft.cli.terminal import (
     print_json,
     progress,
     quiet_libraries,
-    table,
 )
 from sft.core.distributed import ALONE, Rank, from_main
 from sft.core.errors import UserError
 from sft.core.launch import STOPPED
-from sft.training.resume import check_changes, what_is_there
+
+if TYPE_CHECKING:
+    from sft.recipe import Recipe
+    from sft.runs.status import RunStatus
 
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
@@ -61,16 +64,16 @@ def run(
     found = find_recipe(recipe, overrides or ())
     named = [recipe, *(overrides or ())]
     if dry_run:
+        from sft.cli.dry_run import show_dry_run
+
         if nproc > 1 or launched_rank().of > 1:
             raise UserError("--dry-run measures one process; leave --nproc and launchers out")
-        _rehearse(found, console(to_stderr=json), json=json)
+        show_dry_run(found, json=json)
         return
     if nproc > 1:
         if launched_rank().of > 1:
             raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
-        if resume != "none":
-            check_changes(found, Path(found.output_dir), allow_changed)
-        _prepare_for(nproc, found, console(to_stderr=json))
+        _prepare_for(nproc, found, console(to_stderr=json), resume, allow_changed)
         options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
         options += ["--quiet"] * is_quiet()
         sys.exit(launch(nproc, ["train", *named, *options]))
@@ -78,86 +81,54 @@ def run(
         out = notes(to_stderr=json)
         out.quiet |= not rank.is_main
         status = train(found, out, resume=resume, allow_changed=allow_changed, rank=rank, named=named)
-    if not rank.is_main:
-        return
+    if rank.is_main:
+        _show(found, status, [*named, *(["--nproc", str(rank.of)] if rank.of > 1 else [])], json=json)
+
+
+def _show(recipe: Recipe, status: RunStatus, arguments: list[str], *, json: bool) -> None:
+    """Print how the training ended and the command that comes next."""
     out = console(to_stderr=json)
     if json:
-        print_json({"output_dir": found.output_dir} | vars(status))
+        print_json({"output_dir": recipe.output_dir} | vars(status))
     if status.status == "stopped":
-        arguments = shlex.join([*named, *(["--nproc", str(rank.of)] if rank.of > 1 else [])])
-        out.print(f"Go on with: idefics-sft train {arguments}", markup=False, soft_wrap=True)
+        out.print(f"Go on with: idefics-sft train {shlex.join(arguments)}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if not json:
-        command = "select" if _can_choose(found) else "chat"
+        # A checkpoint can be selected by a benchmark, or by the loss on held-out data.
+        selects = recipe.evaluation.benchmark or (Path(recipe.output_dir) / "before.json").is_file()
         why = f" ({status.why})" if status.step < status.max_steps and status.why else ""
         out.print(
-            f"{found.output_dir}: {status.status} at step {status.step}{why}. "
-            f"Next: idefics-sft {command} {found.output_dir}"
+            f"{recipe.output_dir}: {status.status} at step {status.step}{why}. "
+            f"Next: idefics-sft {'select' if selects else 'chat'} {recipe.output_dir}"
         )
-
-
-def _can_choose(recipe: Any) -> bool:
-    """Whether there is something to select a checkpoint by: a benchmark, or a loss on what is held out."""
-    return bool(recipe.evaluation.benchmark) or (Path(recipe.output_dir) / "before.json").is_file()
-
-
-def _rehearse(recipe: Any, out: Console, *, json: bool) -> None:
-    quiet_libraries()
-    from sft.checks.before_training import check_writable
-    from sft.core.precision import choose_precision, device
-    from sft.data.prepare import prepare
-    from sft.training.run import dry_run
-
-    check_writable(Path(recipe.output_dir))
-    with preparation(out) as update:
-        sources = prepare(recipe, update)
-    measured = dry_run(recipe, sources, notes(to_stderr=json).print)
-    precision = choose_precision(recipe.training.precision, device())
-    if json:
-        batches = [asdict(one) for one in measured]
-        print_json({"device": device().type, "precision": precision, "micro_batches": batches})
-        return
-    rows = [
-        (
-            one.what,
-            f"{one.tokens:,}",
-            f"{one.images:,}",
-            f"{one.seconds:.2f}",
-            f"{one.tokens_per_second:,.0f}",
-            f"{one.peak_memory_bytes / 2**30:.2f}",
-        )
-        for one in measured
-    ]
-    header = ("micro-batch", "tokens", "images", "seconds", "tokens/s", "peak GiB")
-    out.print(table(f"On {device().type} in {precision}", header, rows))
-    out.print(f"nothing was written to {recipe.output_dir}")
 
 
 def train(
-    recipe: Any,
+    recipe: Recipe,
     out: Console,
     *,
     resume: str = "auto",
     allow_changed: bool = False,
     rank: Rank = ALONE,
     named: Sequence[str] = (),
-) -> Any:
+) -> RunStatus:
     """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
 
     One of several processes, `rank` of them, prepares nothing: all would. `named` names the recipe on the command line.
 
     Raises:
-        UserError: a run of another recipe is in the folder, or the checkpoint to go on from is not whole.
+        UserError: a run of another recipe is in the folder, or the checkpoint to resume from is not complete.
     """
-    run_dir = Path(recipe.output_dir)
-    finished, resume_from = from_main(lambda: what_is_there(recipe, run_dir, resume, allow_changed, out))
-    if finished:
-        return finished
+    from sft.training.resume import find_run
+
+    found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
+    if found.finished:
+        return found.finished
     quiet_libraries()
     from sft.data.prepare import open_prepared, prepare
     from sft.training import run as runs
 
-    _check_before_preparing(recipe)
+    check_before_preparing(recipe)
     if rank.of > 1:
         sources, _ = open_prepared(recipe, named)
     else:
@@ -168,11 +139,11 @@ def train(
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
-        return runs.train(recipe, sources, on_step, out.print, resume_from, rank)
+        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank)
 
 
 def note(line: dict[str, Any], width: int | None) -> str:
-    """Loss, loss of each source as far as `width` has room for them, and speed: what the bar says beside a step."""
+    """Return the text after the bar: loss, speed, and the losses of as many sources as `width` has room for."""
     parts = [f"{name} {own['loss']:.3f}" for name, own in line["sources"].items() if own["loss"] is not None]
     head = "loss not finite" if line["loss"] is None else f"loss {line['loss']:.3f}"
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
@@ -184,8 +155,8 @@ def note(line: dict[str, Any], width: int | None) -> str:
     return f"{head}  {speed}"
 
 
-def _check_before_preparing(recipe: Any) -> None:
-    """What training would refuse after hours of preparation.
+def check_before_preparing(recipe: Recipe) -> None:
+    """Refuse before hours of preparation what training would refuse after them.
 
     Raises:
         UserError: the folder cannot be written to or holds other things, a tracker is missing, or the precision.
@@ -201,12 +172,16 @@ def _check_before_preparing(recipe: Any) -> None:
     choose_precision(recipe.training.precision, device())
 
 
-def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
-    """Prepare what several processes are to train on; what they would refuse is refused before.
+def _prepare_for(nproc: int, recipe: Recipe, out: Console, resume: str, allow_changed: bool) -> None:
+    """Prepare the data for several processes; what they would refuse is refused before.
 
     Raises:
         UserError: see `train`, or there are fewer GPUs than processes.
     """
+    from sft.training.resume import check_changes
+
+    if resume != "none":
+        check_changes(recipe, allow_changed)
     import torch
 
     from sft.data.prepare import prepare
@@ -216,6 +191,6 @@ def _prepare_for(nproc: int, recipe: Any, out: Console) -> None:
         raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
     choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc), recipe.training.optimizer)
     quiet_libraries()
-    _check_before_preparing(recipe)
+    check_before_preparing(recipe)
     with preparation(out) as update:
         prepare(recipe, update)

@@ -1,7 +1,7 @@
 """What every other folder stands on: the nouns, errors, files, images, processes. Imports nothing of `sft` outside it.
 
 sample       Sample, EncodedSample, PlacedSample, Pack, Batch: what flows through the toolkit
-errors       the two ways to fail on purpose
+errors       the two ways to fail on purpose; contain: work whose failure must not end what runs around it
 files        files that are written whole or not at all
 file_lock    one process at a time in a folder
 images       images from untrusted files, opened and checked

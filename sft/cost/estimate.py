@@ -14,11 +14,12 @@ from sft.core.errors import UserError
 from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.idefics.configs import read_config
 from sft.cost.idefics.formula import Cost, cost, trained_parameters
-from sft.cost.idefics.setting import Engine, Precision, Setting
+from sft.cost.idefics.setting import Precision, Setting
 from sft.cost.idefics.shapes import Shape, shape_of
 from sft.data.store import MANIFEST, Store
-from sft.recipe import LoraSettings, Recipe, with_overrides
-from sft.training.engines import check_shared_out
+from sft.recipe import ENGINES, EngineName, LoraSettings, Recipe, with_overrides
+from sft.recipe.engines import check_can_shard, check_engine_precision, resolve_engine
+from sft.recipe.optimizers import lighter_optimizers
 
 MAX_GPUS = 1024
 """More are not suggested."""
@@ -81,10 +82,8 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
     tokens = packs * recipe.data.sequence_length
     lora = model.lora or LoraSettings()
     engine, precision = _engine(recipe, gpus), _precision(training.precision, device)
-    if engine != "ddp":
-        check_shared_out(engine, model.mode, training.optimizer)
-        if precision == "float16":
-            raise UserError(f"training.precision: {engine} does not train in float16; set float32, or ddp")
+    check_can_shard(engine, model.mode, training.optimizer)
+    check_engine_precision(engine, precision)
     return Setting(
         tokens=tokens,
         images=packs * recipe.data.max_images_per_pack,
@@ -138,14 +137,8 @@ def _distinct_images(recipe: Recipe) -> int | None:
     return len(np.unique(np.concatenate([Store(store).image_keys for store in stores])))
 
 
-def _engine(recipe: Recipe, gpus: int) -> Engine:
-    """`auto`: a copy on each GPU where adapters are trained or there is but one GPU, else ZeRO-3, as the card."""
-    asked = recipe.distributed.engine
-    if gpus == 1:
-        return "ddp"
-    if asked == "auto":
-        return "zero3" if recipe.model.mode == "full" else "ddp"
-    return asked
+def _engine(recipe: Recipe, gpus: int) -> EngineName:
+    return resolve_engine(recipe.distributed.engine, recipe.model.mode, gpus)
 
 
 def _precision(asked: str, device: Device) -> Precision:
@@ -211,17 +204,18 @@ def _eased(recipe: Recipe, change: _Change) -> Iterator[_Change]:
     for is_open, override in (
         (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
         (training.micro_batch_packs > 1, "training.micro_batch_packs=1"),
-        (training.optimizer == "adamw", "training.optimizer=adamw_8bit"),
     ):
         if is_open:
             overrides += (override,)
             yield change._replace(overrides=overrides)
+    for name in lighter_optimizers(training.optimizer):
+        yield change._replace(overrides=(*overrides, f"training.optimizer={name}"))
 
 
 def _more_gpus(recipe: Recipe, change: _Change) -> Iterator[_Change]:
     """Sharded over more GPUs, in powers of two, no more than there are packs in a step."""
     gpus = 2 * change.gpus
-    while (engine := _engine(recipe, gpus)) != "ddp" and gpus <= min(MAX_GPUS, recipe.packs_per_step):
+    while ENGINES[engine := _engine(recipe, gpus)].shards and gpus <= min(MAX_GPUS, recipe.packs_per_step):
         yield change._replace(gpus=gpus, options=f"--gpus {gpus} ({engine})")
         gpus *= 2
 

@@ -1,6 +1,9 @@
 """The recipe: one YAML file that says which model is trained on what, how, and what chooses the checkpoint.
 
-`config` has every key, `load` turns a file and overrides into a `Recipe`, `json_schema` serves editors.
+config       every key, with its meaning
+optimizers   the table of optimizers, a row each; engines: that of engines, and what they refuse
+load         a file and overrides -> a `Recipe`, or what is wrong and where
+json_schema  the schema by which editors complete and check recipes
 """
 
 from sft.recipe.config import (
@@ -11,7 +14,6 @@ from sft.recipe.config import (
     DataConfig,
     DatasetConfig,
     DistributedConfig,
-    Engine,
     EvaluationConfig,
     Group,
     GroupConfig,
@@ -25,23 +27,29 @@ from sft.recipe.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from sft.recipe.engines import ENGINES, AskedEngine, EngineName
 from sft.recipe.load import load_recipe, with_overrides
+from sft.recipe.optimizers import OPTIMIZERS, OptimizerName
 
 __all__ = [
     "BUILT_BENCHMARKS",
+    "ENGINES",
     "GROUPS",
+    "OPTIMIZERS",
+    "AskedEngine",
     "By",
     "CheckpointsConfig",
     "DataConfig",
     "DatasetConfig",
     "DistributedConfig",
-    "Engine",
+    "EngineName",
     "EvaluationConfig",
     "Group",
     "GroupConfig",
     "LoraSettings",
     "LoraTarget",
     "ModelConfig",
+    "OptimizerName",
     "Rank",
     "Recipe",
     "Rule",

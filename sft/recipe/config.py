@@ -1,22 +1,25 @@
-"""Every key of a recipe, with its meaning under it. docs/recipes.md is made of this file (`sft.recipe.reference`)."""
+"""Every key of a recipe, with its meaning under it. scripts/build_reference.py makes docs/recipes.md of this file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sft.core.sample import Policy, TrainOn
+from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
+from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
 BUILT_BENCHMARKS = ("easy_vqa",)
 """Benchmarks that are made here rather than downloaded: modules of sft/evaluation/mmbench/ with `write_benchmark`."""
 
 
 def _no_truth_value(value: Any) -> Any:
-    """Pydantic takes `true` for 1."""
+    """Refuse `true` and `false`, which pydantic would take for 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("expected a number")
     return value
@@ -46,15 +49,9 @@ LoraTarget = Literal[
     "language", "language.attention", "language.mlp",
     "cross_attention", "cross_attention.attention", "cross_attention.mlp",
 ]  # fmt: skip
-"""Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
+"""The linear layers of a whole group, or of its attention or its MLPs only, that get an adapter."""
 Rate = Annotated[float, Field(gt=0), Number]
 Decay = Annotated[float, Field(ge=0), Number]
-Engine = Literal[
-    "auto",  # zero3 where model.mode is full and there are several processes, else ddp
-    "ddp",  # the whole model in each process
-    "zero3",  # weights, gradients and optimizer states shared out by DeepSpeed, as the idefics-9b-instruct card says
-    "fsdp2",  # the same by torch's fully_shard
-]
 By = Literal[
     "mmbench",  # multiple-choice questions of MMBench's layout
     "exact_match",  # questions of your own with short answers
@@ -64,6 +61,11 @@ Rule = Literal[
     "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
     "earliest_not_worse",  # the earliest that cannot be told apart from the best
 ]
+
+
+def _listed(table: Mapping[str, Optimizer] | Mapping[str, Engine]) -> str:
+    """`name`: its meaning. For each entry of a table."""
+    return " ".join(f"`{name}`: {entry.meaning}." for name, entry in table.items())
 
 
 class _Part(BaseModel):
@@ -88,17 +90,17 @@ class ModelConfig(_Part):
     """Kind of model: a folder of sft/models/."""
     mode: Literal["full", "lora", "qlora"] = "full"
     """How it is trained. `full`: the weights themselves, as the idefics-9b-instruct card says. `lora`: low-rank
-    adapters beside frozen weights. `qlora`: the same, the weights under the adapters in 4 bits."""
+    adapters of frozen weights. `qlora`: the same, with the frozen weights in 4 bits."""
     trainable: tuple[Group, ...] = GROUPS
-    """Groups whose weights themselves are trained. In `full` mode all of them, if left out. In `lora` and `qlora` none
-    but the extra rows (embedding and head of the special tokens), which always are; gates, say, can be added."""
+    """Groups whose weights themselves are trained. Left out: all of them in `full` mode, and in `lora` and `qlora` only
+    the extra rows (embedding and head of the special tokens), which are always trained there."""
     lora: LoraSettings | None = None
     """The adapters of `lora` and `qlora`."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """What the mode implies, so that a kept recipe says it."""
+        """Fill in what the mode implies, so that the recipe in a run's folder has it."""
         if not isinstance(values, dict) or values.get("mode") not in ("lora", "qlora"):
             return values
         trainable = values.get("trainable", ())
@@ -117,13 +119,13 @@ class ModelConfig(_Part):
         both = sorted(set(self.trainable) & {target.partition(".")[0] for target in self.lora.targets})
         if both:
             raise ValueError(
-                f"trainable and lora.targets both name {both[0]}; train its weights or adapters beside them, not both"
+                f"trainable and lora.targets both name {both[0]}; train its weights or adapters of them, not both"
             )
         return self
 
     @property
     def trained_groups(self) -> frozenset[str]:
-        """Groups of which something is trained: weights, or adapters beside them."""
+        """Groups of which something is trained: weights, or adapters of them."""
         targets = self.lora.targets if self.lora else ()
         return frozenset((*self.trainable, *(target.partition(".")[0] for target in targets)))
 
@@ -140,28 +142,27 @@ class DatasetConfig(_Part):
 
     @property
     def store_name(self) -> str:
-        """Name of the prepared store: the adapter and a digest of what was asked of it."""
+        """Name of the prepared store: the adapter and a digest of path, split and options."""
         asked = json.dumps([self.path, self.split, self.options], sort_keys=True)
         return f"{self.dataset.rsplit('.', 1)[-1]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
 
 class SourceConfig(_Part):
     name: str
-    """How the source is called in tables, logs and metrics."""
+    """Name of the source in tables, logs and metrics."""
     share: Share
     """Share of the mixture, in `data.share_unit`. All shares sum to 1, or to 100."""
     datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
     """Prepared one by one, joined in proportion to their size."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
-    """The source gives no more than this."""
+    """How often the source may be repeated."""
     when_exhausted: Literal["stop", "reweight"] = "stop"
     """After `max_epochs`: `stop` training, or `reweight`: leave its share to the other sources."""
 
 
 class ValidationConfig(_Part):
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the images (of the samples, where they have none) of every source that is held out; one, where that is
-    none."""
+    """Share of the images (of the samples, where they have none) of every source that is held out; at least one."""
     path: str | None = None
     """Conversations of your own, in the form of the `messages` dataset; their images are held out of every source."""
 
@@ -180,7 +181,7 @@ class DataConfig(_Part):
     share_unit: Literal["tokens", "trained_tokens", "samples"] = "tokens"
     """What a share counts. Under answers-only training a third of the tokens can be over half of the gradient."""
     train_on: TrainOn = "assistant"
-    """`assistant`: the answers. `all`: every token after the first, as in 2023."""
+    """Which tokens are trained. `assistant`: the answers. `all`: every token after the first, as in 2023."""
     sequence_length: Positive = 2048
     """Tokens of a pack."""
     max_images_per_pack: Positive = 24
@@ -192,7 +193,7 @@ class DataConfig(_Part):
     with the system text and the images shown before (`split`), or is left out (`drop`). Documents are always split,
     between paragraphs or before an image."""
     pack_isolation: bool = True
-    """Samples of a pack do not see each other. false: they do, as in 2023."""
+    """Whether the samples of a pack are isolated. `false`: they see each other, as in 2023."""
     validation: ValidationConfig | None = None
     """What is held out of training. An image held out of one source is held out of all."""
     verify: Literal["decode", "header"] = "decode"
@@ -200,17 +201,17 @@ class DataConfig(_Part):
     images: Literal["embed", "reference"] = "embed"
     """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
     augment: Literal["crop", "none"] = "none"
-    """What training does to images. `crop`: a random box of nine tenths or more of the image, another at each step, as
-    the idefics-9b-instruct card's transform does. `none`: the whole image."""
+    """Augmentation of training images. `crop`: a random box of nine tenths or more of the image, another at each step,
+    as the idefics-9b-instruct card's transform does. `none`: the whole image."""
     feature_cache: bool = False
-    """What the vision tower and the resampler make of an image is kept in the store, in float16, and no image is
-    encoded twice: for adapters (`model.mode` lora, qlora) and wherever neither of the two is trained. It takes disk,
+    """Keep the output of the vision tower and the resampler for each image in the store, in float16, so that no image
+    is encoded twice. For adapters (`model.mode` lora, qlora) and wherever neither of the two is trained. It takes disk,
     164 KB an image at idefics-9b; `idefics-sft plan` says how much."""
     max_dirty_samples: Annotated[int, Field(ge=0)] = 100
-    """Training stops when more samples than this have an image that was sound when prepared and is not any more. Up to
-    there such an image is black, and its samples are not trained on."""
+    """Training stops when more samples than this have an image that was sound when prepared and is damaged now. Up to
+    this number such an image is black, and its samples are not trained on."""
     num_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that make batches and decode images. 0: the training process does it between two batches."""
+    """Processes that make batches and decode images. 0: the training process does it between two steps."""
     worker_timeout: Positive = 120
     """Seconds that training waits for a batch of a worker before it stops and names the samples being worked on."""
     max_skip_share: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -241,7 +242,7 @@ class GroupConfig(_Part):
     learning_rate: Rate | None = None
     """Peak learning rate; `training.learning_rate` if left out. It decays in the same proportion."""
     weight_decay: Decay | None = None
-    """`training.weight_decay` if left out. What m4's rule spares stays undecayed."""
+    """`training.weight_decay` if left out. Parameters that m4's rule does not decay stay undecayed."""
 
 
 class TrainingConfig(_Part):
@@ -259,12 +260,11 @@ class TrainingConfig(_Part):
     """In place of `final_learning_rate`: the step at which the linear decay would reach 0. Training may stop before."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW, with 8-bit states (a quarter of their memory), or with 8-bit states that may move to main memory."""
+    optimizer: OptimizerName = Field(default="adamw", description=_listed(OPTIMIZERS))
     weight_decay: Decay = 0.1
-    """Of AdamW, without norms, biases, gates and the resampler (m4's rule)."""
+    """Weight decay, without norms, biases, gates and the resampler (m4's rule)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Of AdamW."""
+    """Decay rates of AdamW's two moments."""
     groups: dict[Group, GroupConfig] = {}
     """Learning rate and weight decay of single groups of parameters."""
     clip: Rate = 1.0
@@ -276,16 +276,21 @@ class TrainingConfig(_Part):
     """What a step's loss is. `token_mean`: the mean over all its trained tokens. `micro_batch_mean`: the mean over its
     micro-batches of their own means, as in 2023; a token then counts more in a micro-batch with few of them."""
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What is computed in; what is trained stays float32. `auto`: bfloat16 where the processor has it, else float16
+    """Precision of computing; trained weights stay float32. `auto`: bfloat16 where the processor has it, else float16
     with a gradient scaler on a GPU, else float32."""
-    max_nonfinite_steps: Positive = 3
-    """Training stops when so many steps in a row have a loss or gradient that is not finite. Up to there such a step
-    changes nothing, and its samples are listed in nonfinite.jsonl."""
     gradient_checkpointing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Recompute activations in the backward pass: less memory, about a third more work. `true`, or the share of the
-    layers, evenly spread, that do so; `idefics-sft plan` shows what each share takes."""
+    layers, evenly spread, that do so; `idefics-sft plan` shows the memory and work of each share."""
     report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
-    """Trackers that get what metrics.jsonl gets. Their packages are installed separately."""
+    """Trackers that get every line of metrics.jsonl. Their packages are installed separately."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_retired(cls, values: Any) -> Any:
+        """Drop a key of earlier versions, a constant now, as the recipes of their runs have it."""
+        if not isinstance(values, dict) or values.get("max_nonfinite_steps") != 3:
+            return values
+        return {key: value for key, value in values.items() if key != "max_nonfinite_steps"}
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -302,18 +307,17 @@ class TrainingConfig(_Part):
 
 
 class DistributedConfig(_Part):
-    engine: Engine = "auto"
-    """What several processes do with the model. `ddp`: each has all of it. `zero3`, `fsdp2`: each keeps a share.
-    `auto`: zero3 where `model.mode` is full, else ddp."""
+    engine: AskedEngine = Field(default="auto", description=f"{_listed(ENGINES)} `auto`: {AUTO}.")
 
 
 class CheckpointsConfig(_Part):
     every_steps: Positive = 1000
     """A checkpoint is written every so many steps, and at the end."""
     keep_state: Positive = 2
-    """How many of the newest checkpoints keep what is needed to go on from them."""
+    """How many of the newest checkpoints keep the state that a run resumes from."""
     keep_weights: Literal["all", "best+last"] = "all"
-    """Which weights stay. `best+last`: once they are evaluated, those of the best, the selected and the newest one."""
+    """Which weights are kept. `best+last`: of the evaluated ones, those of the best, the selected and the newest
+    checkpoint."""
 
 
 class EvaluationConfig(_Part):
@@ -328,23 +332,23 @@ class EvaluationConfig(_Part):
     """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
     did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
     every_steps: Positive | None = None
-    """Training waits every so many steps while the checkpoint of that step is evaluated. Left out: `idefics-sft select`
-    does it."""
+    """Steps between evaluations during training, which waits for them. Left out: `idefics-sft select` evaluates after
+    it."""
     patience: Positive | None = None
-    """Training stops when so many evaluations, one after another, bring no better score."""
+    """Training stops when so many evaluations in a row bring no better score."""
     protocol: Literal["card", "vanilla", "circular"] = "circular"
     """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one.
     `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
     ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("letter",)
-    """By what an option is chosen: the likelihood of its letter, of its text, or the answer that is written."""
+    """How an option is chosen: by the likelihood of its letter, of its text, or by the generated answer."""
     shots: Annotated[int, Field(ge=0)] = 0
-    """Answered questions shown before each."""
+    """Answered questions shown before each question."""
     support: str | None = None
-    """The TSV they come from; left out, a tenth of the benchmark's images, which are then not asked."""
+    """The TSV of the shots. Left out: a tenth of the benchmark's images, which are then not asked about."""
     max_questions: Positive | None = None
-    """A seeded part of the benchmark, by whole images."""
+    """Evaluate a seeded part of the benchmark of at most so many questions, by whole images."""
     seed: Seed = 0
-    """Draws that part, the shots, and the half of the images that chooses."""
+    """Seed of that part, of the shots, and of the half of the images that chooses."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
@@ -359,17 +363,17 @@ class Recipe(_Part):
     data: DataConfig
     """What it is trained on: sources, their shares, packs."""
     training: TrainingConfig
-    """How: steps, learning rate, optimizer, precision."""
+    """How it is trained: steps, learning rate, optimizer, precision."""
     distributed: DistributedConfig = DistributedConfig()
-    """On several GPUs."""
+    """Training on several GPUs."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
-    """What is kept on the way."""
+    """Which checkpoints are written and kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What chooses the checkpoint."""
     output_dir: str
     """Where the run is written. Paths are relative to the current directory."""
     seed: Seed = 0
-    """Of the data order and of training."""
+    """Seed of the data order and of training."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -405,5 +409,5 @@ class Recipe(_Part):
         return self.training.tokens_per_step // self.data.sequence_length
 
     def to_yaml(self) -> str:
-        """The whole recipe with every default filled in."""
+        """Return the whole recipe as YAML, with every default filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,10 +1,11 @@
 """The JSON schema of a recipe, by which editors complete keys, show their meaning and mark mistakes.
 
-It stands beside the shipped recipes, and `idefics-sft recipes copy` lays it beside a copy, so that the line
+The schema file is in the folder of the shipped recipes, and `idefics-sft recipes copy` puts it next to a copy, so that
+the line
 
     # yaml-language-server: $schema=recipe.schema.json
 
-at the head of a recipe leads to it wherever the two are. VS Code (with the extension YAML), JetBrains, Neovim and Helix
+at the head of a recipe finds it wherever the two are. VS Code (with the extension YAML), JetBrains, Neovim and Helix
 read that line, by yaml-language-server.
 """
 
@@ -23,7 +24,7 @@ MODELINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The schema, with each field's meaning as its description."""
+    """Return the schema, with each field's meaning as its description."""
     schema = Recipe.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -33,12 +34,12 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The schema as the file holds it."""
+    """Return the text of the schema file."""
     return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def dotted_keys() -> list[str]:
-    """What an override can set, as far as it has no number or name of its own in it: `training.max_steps`."""
+    """Return the keys that an override can set, without those that need a number or name: `training.max_steps`."""
     found = []
     for name, field in Recipe.model_fields.items():
         part = field.annotation
@@ -48,7 +49,7 @@ def dotted_keys() -> list[str]:
 
 
 def choices_of(key: str) -> list[str]:
-    """The values that a dotted key can have, if they are a few: those of `model.mode`, or true and false."""
+    """Return the values that a dotted key can have, if they are few: those of `model.mode`, or true and false."""
     part: Any = Recipe
     for name in key.split("."):
         fields = part.model_fields if isinstance(part, type) and issubclass(part, BaseModel) else {}
@@ -61,14 +62,14 @@ def _is_union(kind: Any) -> bool:
 
 
 def _values(kind: Any) -> list[str]:
-    """Those of one type, as a recipe writes them."""
+    """Return the values of one type, as a recipe writes them."""
     if kind is bool:
         return ["true", "false"]
     return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def _on_one_line(value: Any) -> Any:
-    """The same without the line breaks of docstrings, and without titles that only repeat the key."""
+    """Return a schema without the line breaks of docstrings, and without titles that only repeat the key."""
     if isinstance(value, dict):
         kept = {key: part for key, part in value.items() if not (key == "title" and isinstance(part, str))}
         return {

@@ -1,4 +1,4 @@
-"""Reads a recipe strictly: what is wrong is named with its line and what would be right.
+"""Reads a recipe strictly: an error has its line, what was found and what would be right.
 
 Overrides from the command line are dotted, `training.max_steps=100`, and read as YAML values.
 """
@@ -21,14 +21,15 @@ from sft.recipe.json_schema import dotted_keys
 MAX_RECIPE_BYTES = 1024 * 1024
 
 Location = tuple[int | str, ...]
-"""Keys, and numbers of entries, from the outermost on."""
+"""The keys, and numbers of entries, that lead to a value, from the outermost on."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply dotted overrides.
 
     Raises:
-        UserError: with the line or the override, what was found and what would be right.
+        UserError: the file or an override is wrong; the message has the line or the override, what was found and what
+            would be right.
     """
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
@@ -49,16 +50,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
-        in_file = _explained(values)
+        in_file = _problems(values)
         lines = []
-        for told, location in _explained(changed):
-            is_own = (told, location) in in_file
-            lines.append(f"{_place(path, node, location) if is_own else _blamed(overrides, told, location)}: {told}")
+        for problem, location in _problems(changed):
+            is_own = (problem, location) in in_file
+            where = _place(path, node, location) if is_own else _blame(overrides, problem, location)
+            lines.append(f"{where}: {problem}")
         raise UserError("; ".join(lines)) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with some dotted overrides; what it left out is filled in anew.
+    """Apply dotted overrides to a recipe; keys that it left out get their defaults anew.
 
     Raises:
         UserError: it would not be a recipe.
@@ -129,8 +131,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Its problems, without lists that are too short only since something in them is wrong, and keys that are missing
-    only since they are misspelt."""
+    """Return the problems of an error, without lists that are too short only because an entry is wrong, and without
+    keys that are missing only because they are misspelt."""
     problems = error.errors()
     around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
@@ -143,8 +145,8 @@ def _causes(error: ValidationError) -> list[Any]:
     return [problem for problem in problems if not follows(problem["type"], problem["loc"])]
 
 
-def _explained(values: Any) -> list[tuple[str, Location]]:
-    """What is wrong with a recipe, and where."""
+def _problems(values: Any) -> list[tuple[str, Location]]:
+    """Return the explained problems of a recipe, and where each is."""
     try:
         Recipe.model_validate(values)
     except ValidationError as error:
@@ -153,7 +155,7 @@ def _explained(values: Any) -> list[tuple[str, Location]]:
 
 
 def _explain(problem: Any) -> str:
-    """One line for one pydantic error: which key, what was found, what would be right."""
+    """Explain one pydantic error on one line: which key, what was found, what would be right."""
     location = problem["loc"]
     name = ".".join(str(part) for part in location if part != "[key]")
     if problem["type"] == "extra_forbidden":
@@ -178,11 +180,11 @@ _EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     "string_type": "text",
 }
-"""What would be right, by pydantic's name of a problem, where its message has Python's words."""
+"""Expected values in plain words, by pydantic's name of a problem, where pydantic's message uses Python's words."""
 
 
 def _in_words(value: Any) -> str:
-    """What a YAML value is, without Python's words."""
+    """Return a YAML value in plain words instead of Python's."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):
@@ -195,7 +197,7 @@ def _in_words(value: Any) -> str:
 
 
 def _of_what(location: Location) -> str:
-    """` of sources` for the list of them."""
+    """Return what a list is of: ` of sources`, for example."""
     field = _part_at(location[:-1]).model_fields.get(str(location[-1]))
     entry = next(iter(get_args(field.annotation)), None) if field else None
     if isinstance(entry, type) and issubclass(entry, BaseModel):
@@ -204,7 +206,8 @@ def _of_what(location: Location) -> str:
 
 
 def _hint(location: Location) -> str:
-    """The known key that an unknown one may stand for: of its own name in another part, else one of a near name."""
+    """Return a hint at the key that an unknown one may stand for: one of the same name in another part, else of a near
+    name."""
     name = str(location[-1])
     near = nearest(name, _part_at(location[:-1]).model_fields)
     if len(location) > 2:  # deeper, names like `path` mean other things
@@ -213,14 +216,14 @@ def _hint(location: Location) -> str:
 
 
 def _hint_undotted(name: str) -> str:
-    """For `training.max_steps` as one key of a file."""
+    """Return the hint for `training.max_steps` as one key of a file."""
     meant = get_close_matches(name, dotted_keys(), n=1) if "." in name else []
     part, dot, last = meant[0].partition(".") if meant else ("", "", "")
     return f"; in a file, {last!r} stands inside {part!r}" if dot else ""
 
 
 def _hint_elsewhere(name: str, likeness: float) -> str:
-    """For `max_steps` outside `training`."""
+    """Return the hint for `max_steps` outside `training`."""
     places: dict[str, list[str]] = {}
     for key in dotted_keys():
         places.setdefault(key.rpartition(".")[2], []).append(repr(key))
@@ -228,8 +231,9 @@ def _hint_elsewhere(name: str, likeness: float) -> str:
     return f"; did you mean {' or '.join(places[close[0]])}?" if close else ""
 
 
-def _blamed(overrides: Sequence[str], told: str, location: Location) -> str:
-    """The overrides of a key, of what it stands in, and of what stands in it; if some of them are told of, these."""
+def _blame(overrides: Sequence[str], problem: str, location: Location) -> str:
+    """Return the overrides that may have caused a problem: those of the key, of what it is in, and of what is in it; of
+    these, if the problem names some, only those."""
     place = [str(part) for part in location]
 
     def key_of(override: str) -> list[str]:
@@ -239,7 +243,7 @@ def _blamed(overrides: Sequence[str], told: str, location: Location) -> str:
         return all(one == other for one, other in zip(key_of(override), place, strict=False))
 
     there = [override for override in overrides if stands_there(override)] or overrides
-    blamed = [override for override in there if key_of(override)[-1] in told] or there
+    blamed = [override for override in there if key_of(override)[-1] in problem] or there
     return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
 
 
@@ -249,7 +253,7 @@ def _place(path: Path, node: yaml.Node | None, location: Location) -> str:
 
 
 def _line(node: yaml.Node | None, location: Location) -> int | None:
-    """Line of the deepest key of `location` that the file has."""
+    """Return the line of the deepest key of `location` that the file has."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -266,7 +270,7 @@ def _line(node: yaml.Node | None, location: Location) -> int | None:
 
 
 def _part_at(location: Location) -> type[BaseModel]:
-    """The part of a recipe at `location`."""
+    """Return the part of a recipe at `location`."""
     part: type[BaseModel] = Recipe
     for name in location:
         if name in part.model_fields:  # else the number of an entry, or a key of a mapping
@@ -275,7 +279,7 @@ def _part_at(location: Location) -> type[BaseModel]:
 
 
 def _part_of(annotation: Any) -> type[BaseModel]:
-    """The model inside `X`, `X | None`, `tuple[X, ...]` or `dict[key, X]`."""
+    """Return the model inside `X`, `X | None`, `tuple[X, ...]` or `dict[key, X]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inside = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)

@@ -1,6 +1,6 @@
-"""What a run leaves on disk, for all that write or read it: the command line, training, evaluation, reports.
+"""The files of a run, for everything that writes or reads them: the command line, training, evaluation, reports.
 
 names       what RECIPE, RUN and MODEL on the command line stand for
 status      run.json: how far a run is
-checkpoint  complete checkpoints only
+checkpoint  checkpoints that are complete or not there
 """

@@ -1,9 +1,9 @@
-"""Complete checkpoints only: staged, listed with their hashes, renamed once.
+"""Checkpoints that are complete or not there: staged, listed with their hashes, renamed once.
 
 A folder `checkpoint-<step>` exists only after everything in it is on disk. It has two parts, each complete by its own
 manifest.json, which lists each file with its size and xxh3 hash: the weights, which are everything outside `state/`,
-and in `state/` what training needs to go on. Whatever a killed process left is in a hidden staging folder and is never
-found.
+and in `state/` what training needs to resume. Files of a killed process are in a hidden staging folder, which is never
+read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoint_name(step: int) -> str:
-    """`checkpoint-<step>`."""
+    """Return `checkpoint-<step>`."""
     return f"checkpoint-{step}"
 
 
 def step_of(path: Path) -> int:
-    """The step a checkpoint folder is named after."""
+    """Return the step that a checkpoint folder is named after.
+
+    Raises:
+        UserError: the name is of another form.
+    """
     match = _NAME.fullmatch(path.name)
     if not match:
         raise UserError(f"{path}: not a checkpoint folder; expected a name like checkpoint-100")
@@ -42,10 +46,10 @@ def write_folder(
     write_state: Callable[[Path], None] | None = None,
     rank: Rank = ALONE,
 ) -> None:
-    """Have `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
+    """Let `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
     name in one rename.
 
-    All processes call it. The main one does everything; the others add their shares of the state to the same folder.
+    All processes call it. The main one does everything; the others add their shards of the state to the same folder.
 
     Raises:
         RunError: the disk is full. Nothing is left of the folder then.
@@ -84,7 +88,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether every file of the manifest is there in its size. Contents are checked by `broken_files`."""
+    """Return whether every file of the manifest is there in its size. `broken_files` checks the contents."""
     try:
         files = json.loads((path / MANIFEST).read_text())
         return all(_has_size(path / name, file["bytes"]) for name, file in files.items())
@@ -93,13 +97,13 @@ def is_complete(path: Path) -> bool:
 
 
 def broken_files(path: Path) -> list[str]:
-    """Files whose content is not what the manifest says."""
+    """Return the files whose content does not match the manifest."""
     files = json.loads((path / MANIFEST).read_text())
     return [name for name, file in files.items() if hash_file(path / name) != file["xxh3"]]
 
 
 def problem_of_weights(path: Path) -> str | None:
-    """What is wrong with the weights of a checkpoint, None where they are as they were written. Reads them all."""
+    """Read all weights of a checkpoint and return what is wrong with them; None where they are as they were written."""
     if not is_complete(path):
         return "files of its weights are missing or cut off"
     if broken := broken_files(path):
@@ -108,7 +112,8 @@ def problem_of_weights(path: Path) -> str | None:
 
 
 def listed_hashes(path: Path) -> dict[str, str]:
-    """The xxh3 hash that a checkpoint's manifest gives each file which has its size; empty for any other folder."""
+    """Return the xxh3 hash of each file of a checkpoint, by its manifest, if the file has its size; empty for any other
+    folder."""
     manifest = path / MANIFEST
     if not (_NAME.fullmatch(path.name) and manifest.is_file()):
         return {}
@@ -121,33 +126,34 @@ def _has_size(file: Path, size: int) -> bool:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints in a folder, by step."""
+    """Return the complete checkpoints in a folder, by step."""
     found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=step_of)
 
 
 def incomplete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints whose weights were written, but are damaged; not those whose weights were removed."""
+    """Return the checkpoints whose weights were written, but are damaged; not those whose weights were removed."""
     named = (path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in named if (path / MANIFEST).is_file() and not is_complete(path)), key=step_of)
 
 
-def newest_state(directory: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose state is complete and as it was written, None where there is none; `say` is told
-    why newer ones are passed over."""
+def newest_state(directory: Path, log: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint whose state is complete and as it was written; None where there is none. `log` gets
+    the reason why a newer one is skipped."""
     found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     for path in sorted(found, key=step_of, reverse=True):
         problem = _problem_of_state(path)
         if problem is None:
             return path
-        say(f"{path}: not gone on from: {problem}")
+        log(f"{path}: not gone on from: {problem}")
     return None
 
 
 def check_state(path: Path) -> None:
-    """
+    """Check that training can resume from a checkpoint.
+
     Raises:
-        UserError: the folder holds no state, or not all of it, or some that is not as it was written.
+        UserError: the checkpoint has no state, or the state is incomplete or has changed.
     """
     problem = _problem_of_state(path)
     if problem is not None:
@@ -168,7 +174,7 @@ def _problem_of_state(path: Path) -> str | None:
 
 
 def keep_newest_states(directory: Path, number: int) -> None:
-    """Remove the state of all checkpoints but the newest, and what is left of weights that were removed before."""
+    """Remove the state of all checkpoints but the newest `number`, and folders whose weights were removed before."""
     found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / STATE).is_dir()]
     for path in sorted(found, key=step_of)[:-number]:
         discard(path / STATE)

@@ -13,7 +13,7 @@ from sft.runs.checkpoint import checkpoint_name, checkpoints, incomplete_checkpo
 
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
+    """Load the recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
     file = _recipe_file(name)
     _refuse_ambiguity(name, file)
     recipe = load_recipe(file, overrides)
@@ -28,9 +28,10 @@ def _recipe_file(name: str) -> Path:
 
 
 def _refuse_ambiguity(name: str, file: Path) -> None:
-    """
+    """Refuse the name of a shipped recipe when a changed copy of it is in the current directory.
+
     Raises:
-        UserError: the name stands for a shipped recipe, and a changed copy of it is here.
+        UserError: there is one.
     """
     copy = Path(f"{name}.yaml")
     if file.name == copy.name and copy.is_file() and copy.read_bytes() != file.read_bytes():
@@ -40,7 +41,7 @@ def _refuse_ambiguity(name: str, file: Path) -> None:
 
 
 def _recipe_if_any(name: str) -> Recipe | None:
-    """The recipe called `name`, or None where nothing is called so. One with a mistake in it says so."""
+    """Load the recipe called `name`; None where there is none. A recipe with a mistake in it raises UserError."""
     try:
         _recipe_file(name)
     except UserError:
@@ -49,7 +50,7 @@ def _recipe_if_any(name: str) -> Recipe | None:
 
 
 def run_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, by step.
+    """Return the complete checkpoints of a run, by step.
 
     Raises:
         UserError: there are none.
@@ -68,13 +69,13 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_model(name: str) -> Path | str:
-    """MODEL as the command line takes it -> a folder or a hub id. `shipped:tiny_base` is the small base.
+    """Return the folder or hub id that MODEL on the command line stands for. `shipped:tiny_base` is the small base.
 
-    A RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means that
-    step's.
+    A RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means the
+    checkpoint of that step.
 
     Raises:
-        UserError: nothing of that name, or the step has no complete checkpoint.
+        UserError: there is nothing of that name, or the step has no complete checkpoint.
     """
     if name.startswith(PREFIX):
         return resolve(name)
@@ -105,7 +106,7 @@ def find_model(name: str) -> Path | str:
 
 
 def _sound(checkpoint: Path, name: str) -> Path:
-    """The checkpoint itself, when everything in it is as it was written.
+    """Return the checkpoint, if everything in it is as it was written.
 
     Raises:
         UserError: it is not there, or a file of it has changed.
@@ -118,7 +119,7 @@ def _sound(checkpoint: Path, name: str) -> Path:
 
 
 def recipe_of_model(name: str) -> Recipe | None:
-    """The recipe of the run that MODEL belongs to, if it names a run, a recipe or a checkpoint of a run."""
+    """Return the recipe of the run that MODEL belongs to; None where it names no run, recipe or checkpoint of a run."""
     text = name.partition("@")[0]
     path = Path(text)
     if path.name.startswith("checkpoint-") and (path.parent.parent / "recipe.yaml").is_file():

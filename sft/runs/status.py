@@ -14,7 +14,7 @@ FILE = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """What run.json says."""
+    """The content of run.json."""
 
     status: str
     """running, stopped, finished or failed"""
@@ -29,11 +29,11 @@ class RunStatus:
     why: str = ""
     """What ended it, in words; empty while it is running."""
     failed_evaluations: dict[str, str] | None = None
-    """Checkpoints whose evaluation failed during training, and steps whose validation did, and why."""
+    """Checkpoints whose evaluation failed during training, and steps whose validation failed, with the reasons."""
 
     @staticmethod
     def read(run_dir: Path) -> RunStatus | None:
-        """The status of a run, or None where there is none.
+        """Read the status of a run; None where there is none.
 
         Raises:
             UserError: the file is damaged.
@@ -49,7 +49,7 @@ class RunStatus:
             ) from error
 
     def write(self, run_dir: Path) -> None:
-        """Write run.json, whole or not at all.
+        """Write run.json, completely or not at all.
 
         Raises:
             RunError: the disk is full.
@@ -59,5 +59,5 @@ class RunStatus:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole training, by the clock."""
+        """Tokens per second of the whole training, by the clock."""
         return self.tokens / max(self.seconds, 1e-9)

@@ -1,11 +1,13 @@
 """From a recipe and its prepared sources to checkpoints.
 
-run ─> Trainer ─> step ─> callbacks ─> metrics.jsonl, checkpoints ─> monitors
+recipe, sources ─> TrainingRun ─> Trainer ─> step ─> callbacks ─> metrics.jsonl, checkpoints ─> monitors
 
-run           the one place that knows all parts; run_folder: what the folder of a run holds
-trainer       the loop; optimizer: what is trained at which rate; engines/: how processes share a model out
-callbacks     what happens beside the steps; metrics: the lines of metrics.jsonl; loss_spikes; out_of_memory
-resume        whether and where to go on (engines/resume_state: what that needs); stop_signal: ending when asked
-monitors      the benchmark during training; validation: held-out loss and answers; trackers: wandb and others
-dry_run       one step as it will be, measured
+run            a run of a recipe: its parts, its status, its checkpoints
+open_model     the model, loaded, checked, with the groups chosen that are trained; trained_parts: the table of these
+trainer        the loop; optimizer: parameter groups, optimizer, schedule; engines/: how processes shard a model
+callbacks      resuming, stopping, missing gradients; check_gradients: training reaches everything it should
+write_metrics  the lines of metrics.jsonl; metrics: what is in them; loss_spikes: losses that jump
+run_folder     the folder of a run; resume: whether and where to resume; stop_signal: stopping on request
+monitors       validation (held_out_questions), checkpoint_evaluation, trackers; preserve_state: without side effects
+cached_features  images encoded once; dry_run: one step, measured; out_of_memory: what takes less
 """

@@ -1,7 +1,7 @@
-"""One optimizer step as it will be, before the run is paid for: what it takes of memory and time.
+"""One optimizer step as it will be, before the run is paid for: its memory and its time.
 
 The trainer itself does it, on two micro-batches: the costliest of the first window of the plan, and one that is full to
-the caps of the recipe, which no micro-batch can exceed. What it writes goes to a temporary folder.
+the caps of the recipe, which no micro-batch can exceed. Everything it writes goes to a temporary folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,79 +21,92 @@ from sft.batches.collate import collate
 from sft.batches.data_loader import BatchMaker
 from sft.batches.steps import Plan, Plans
 from sft.core.sample import Batch, EncodedSample, PlacedSample
+from sft.data.sources import Sources
+from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import ModelFamily
 from sft.recipe import Recipe
-from sft.training.out_of_memory import out_of_memory_told
-from sft.training.trainer import Trainer
+from sft.training.metrics import Line, Log
+from sft.training.open_model import OpenedModel, choose_trained, open_model
+from sft.training.out_of_memory import explain_out_of_memory
+from sft.training.run import plan_steps
+from sft.training.trainer import Trainer, TrainerParts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A micro-batch, and what a step of such took."""
+class StepCost:
+    """The measured cost of a micro-batch."""
 
     what: str
     tokens: int
     images: int
     seconds: float
-    """Of one micro-batch, forward and backward, with its part of the optimizer's step."""
+    """Time of one micro-batch, forward and backward, with its part of the optimizer's step."""
     tokens_per_second: float
     peak_memory_bytes: int
-    """Of the GPU during the step; on a CPU of this process so far."""
+    """Peak memory of the GPU during the step; on a CPU, of this process so far."""
 
 
-def measure(
-    recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate, plans: Plans
-) -> list[Measured]:
-    """A step of each of the two micro-batches; the first once more before it, in which kernels are chosen and
-    optimizer states are made. The model is trained by them.
+def dry_run(recipe: Recipe, sources: Sources, log: Log = lambda line: None) -> list[StepCost]:
+    """Do everything up to the first steps of a training and measure two steps; write nothing into output_dir.
+
+    Raises:
+        UserError: as `sft.training.run.train`, or a check of `sft.checks` fails.
+        RunError: a check fails, or there is not enough memory.
+    """
+    opened = open_model(recipe, prepare_base(recipe), log)
+    choose_trained(recipe, opened, log)
+    return measure(recipe, opened, plan_steps(recipe, sources, opened))
+
+
+def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]:
+    """Measure a step of each of the two micro-batches. The first is done once more before, when kernels are chosen and
+    optimizer states are made. The model is trained by the steps.
 
     Raises:
         RunError: there is not enough memory, or a trainable tensor gets no gradient.
     """
-    size = family.image_size(model.config)
+    family, model = opened.family, opened.model
     plan = costliest(plans)
-    maker = BatchMaker(plans.sources.reader, image_size=size, seed=recipe.seed)
+    maker = BatchMaker(plans.sources.reader, image_size=family.image_size(model.config), seed=recipe.seed)
     kinds = [
         (f"costliest of the first window (step {plan.step})", maker[plan]),
-        ("full to the caps of the recipe", batch_of_caps(recipe, family, model, template)),
+        ("full to the caps of the recipe", batch_of_caps(recipe, family, model, opened.template)),
     ]
     steps = [kinds[0], *kinds]
     repeats = min(2, plans.micro_batches_per_step)  # from the second on, gradients are held while activations are
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
 
-    def on_step(step: int, line: dict[str, Any]) -> None:
+    def on_step(step: int, line: Line) -> None:
         lines.append(line)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     with TemporaryDirectory(prefix="idefics-sft-") as folder:
-        trainer = Trainer(
-            model,
+        parts = TrainerParts(
+            model=model,
             group_of=family.group_of,
-            tokenizer=template.tokenizer,
+            tokenizer=opened.template.tokenizer,
             micro_batches=_Given([batch for _, batch in steps for _ in range(repeats)]),
             micro_batches_per_step=repeats,
-            data_state=lambda step: {},
             settings=recipe.training.model_copy(update={"max_steps": len(steps), "warmup_steps": 0}),
             checkpoint_every=len(steps) + 1,
-            write_checkpoint=lambda trainer: None,
             run_dir=Path(folder),
             seed=recipe.seed,
             source_names=[source.name for source in recipe.data.mixture],
             on_step=on_step,
         )
-        with out_of_memory_told(recipe, lambda: _named(*steps[len(lines)])):
-            trainer.train()
-    return [_measured(what, batch, repeats, line) for (what, batch), line in zip(kinds, lines[1:], strict=True)]
+        with explain_out_of_memory(recipe, lambda: _describe(*steps[len(lines)])):
+            Trainer(parts).train()
+    return [_cost(what, batch, repeats, line) for (what, batch), line in zip(kinds, lines[1:], strict=True)]
 
 
-def _named(what: str, batch: Batch) -> str:
+def _describe(what: str, batch: Batch) -> str:
     return f"a micro-batch of {len(batch.input_ids_T):,} tokens and {len(batch.pixel_values_NCHW)} images ({what})"
 
 
-def _measured(what: str, batch: Batch, repeats: int, line: dict[str, Any]) -> Measured:
-    return Measured(
+def _cost(what: str, batch: Batch, repeats: int, line: Line) -> StepCost:
+    return StepCost(
         what=what,
         tokens=len(batch.input_ids_T),
         images=len(batch.pixel_values_NCHW),
@@ -105,7 +117,7 @@ def _measured(what: str, batch: Batch, repeats: int, line: dict[str, Any]) -> Me
 
 
 class _Given(IterableDataset[dict[str, Batch]]):
-    """Some micro-batches."""
+    """Micro-batches that are made already."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -115,7 +127,7 @@ class _Given(IterableDataset[dict[str, Batch]]):
 
 
 def costliest(plans: Plans) -> Plan:
-    """The plan of the first window that costs most: text tokens, and distinct images at their worth."""
+    """Return the plan of the first window that costs most, by text tokens and by distinct images at their worth."""
     planner, reader = plans.planner, plans.sources.reader
     last_step = planner.window_packs // planner.packs_per_step
 
@@ -128,7 +140,7 @@ def costliest(plans: Plans) -> Plan:
 
 
 def batch_of_caps(recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate) -> Batch:
-    """A micro-batch that no other exceeds: packs full of tokens, every one of them trained, in samples as long as the
+    """Return a micro-batch that no other exceeds: packs full of tokens, each of them trained, in samples as long as the
     model takes, with as many different images as a pack may show."""
     data = recipe.data
     longest = family.max_positions(model.config) if data.pack_isolation else data.sequence_length

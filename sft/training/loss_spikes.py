@@ -1,8 +1,8 @@
-"""A loss that jumps, noticed against what the last steps make of the same sources.
+"""Loss spikes: steps whose loss is far above what the last steps lead to expect of the same sources.
 
-What the loss of a step should be is the mean over its trained tokens of what its sources usually have, and how far it
-usually is from that depends on them too. So neither a step that holds more of a hard source nor the end of an easy one
-is a spike. Usual are medians: mean and standard deviation are moved by the very outliers they are to find, and one
+The expected loss of a step is the mean of the usual losses of its sources over its trained tokens; the usual distance
+from it depends on the sources too. So neither a step that holds more of a hard source nor the end of an easy one is a
+spike. "Usual" means the median: mean and standard deviation are moved by the outliers that they are to find, and one
 spike would hide the next.
 """
 
@@ -18,40 +18,42 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 WINDOW = 128
-"""Steps that are looked back on, and LIMIT how many standard deviations above the usual a spike is: as OLMo-core's
-optimizer has it, which leaves such steps out. Of normal noise not one step in 400,000 is a spike by this."""
+"""Number of past steps that a step is compared with. OLMo-core's optimizer, which leaves such steps out, has the same
+window and limit."""
 LIMIT = 6.0
+"""Standard deviations above the expected loss from which on a loss is a spike. Of normal noise not one step in 400,000
+is that far."""
 LEAST_STEPS, LEAST_OF_SOURCE = 32, 8
-"""Steps before which nothing is called unusual, and steps with a source before which it is not known. A spread that is
+"""Steps before the first spike is reported, and steps with a source before its usual loss is known. A spread that is
 estimated from 32 steps is within a third of the true one: 2 steps in 100,000 would be spikes."""
 LEAST_RISE = 0.1
-"""Share of the expected loss under which a rise is nobody's concern, however quiet the steps before were."""
+"""Share of the expected loss below which a rise is no spike, however small the spread before."""
 _SIGMA = 1.4826
 """The standard deviation of normal noise, in median absolute deviations."""
 _TINY = 1e-12
 
 
 class Spike(NamedTuple):
-    """A loss that is far above the expected."""
+    """A loss that is far above the expected loss."""
 
     loss: float
     expected: float
     spread: float
-    """Standard deviation of the difference of the two, in the steps before."""
+    """Standard deviation of the difference between loss and expected loss in the steps before."""
 
 
 class Spikes:
-    """The last steps of a run, as far as the next is judged by them."""
+    """The losses of the last steps of a run, with which the next step is compared."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """`names` of the sources."""
+        """`names`: those of the sources."""
         self.names = names
         self._losses: deque[Floats] = deque(maxlen=WINDOW + 1)  # of each source; nan where it had no trained token
         self._weights: deque[Floats] = deque(maxlen=WINDOW + 1)  # share of each source in the trained tokens
 
     def add(self, line: Mapping[str, Any]) -> Spike | None:
-        """Take in a line of metrics.jsonl; its loss, if that is a spike. One that is not finite is none, and forgotten:
-        it has a file of its own."""
+        """Take in a line of metrics.jsonl and return its loss if that is a spike. A loss that is not finite is ignored:
+        it is reported in nonfinite.jsonl."""
         own = [line["sources"].get(name, {"loss": None, "trained_tokens": 0}) for name in self.names]
         tokens_S = np.array([source["trained_tokens"] for source in own], np.float64)
         losses_S = np.array([np.nan if source["loss"] is None else source["loss"] for source in own], np.float64)
@@ -59,10 +61,10 @@ class Spikes:
             return None
         self._losses.append(losses_S)
         self._weights.append(tokens_S / tokens_S.sum())
-        return self._judged() if len(self._losses) > LEAST_STEPS else None
+        return self._judge_last() if len(self._losses) > LEAST_STEPS else None
 
-    def _judged(self) -> Spike | None:
-        """The last step, N - 1, by those before it."""
+    def _judge_last(self) -> Spike | None:
+        """Compare the last of N steps with those before it."""
         losses_NS, weights_NS = np.stack(self._losses), np.stack(self._weights)
         is_known_S = np.isfinite(losses_NS[:-1]).sum(0) >= LEAST_OF_SOURCE
         losses_NK, weights_NK = losses_NS[:, is_known_S], weights_NS[:, is_known_S]

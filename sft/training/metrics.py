@@ -1,4 +1,4 @@
-"""What is known of an optimizer step when it ends, and the files of a run that keep it, a line of JSON a step."""
+"""The metrics of an optimizer step, and the files of a run that keep them, a line of JSON for each step."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch
 METRICS, BEFORE, NONFINITE, SPIKES = "metrics.jsonl", "before.json", "nonfinite.jsonl", "spikes.jsonl"
 
 
+Log = Callable[[str], None]
+"""Gets a line that a person should read."""
+Line = dict[str, Any]
+"""A line of metrics.jsonl."""
+
+
 class PackLoss(NamedTuple):
-    """What a pack of the step gave."""
+    """The loss of one pack of a step."""
 
     keys: tuple[str, ...]
-    """Of its samples."""
+    """Keys of its samples."""
     loss_sum: float
     trained_tokens: int
 
 
 class StepMetrics:
-    """Sums of the running optimizer step on this rank, by source. They stay on the device until somebody asks: a
-    micro-batch that is counted waits for nothing.
+    """Sums of the running optimizer step on this rank, by source. They stay on the device until they are read, so that
+    counting a micro-batch waits for nothing.
 
-    Shape letter: S sources, and one more row for what belongs to none.
+    Shape letters: S sources, and one more row for tokens that belong to none; P trained positions; K packs.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -42,9 +48,9 @@ class StepMetrics:
         """Begin a step."""
         self.dirty_samples = 0
         self.keys: list[tuple[str, ...]] = []
-        """The samples of each micro-batch."""
+        """Keys of the samples of each micro-batch."""
         self._sums_S3 = torch.zeros(len(self.names) + 1, 3, dtype=torch.float64)
-        """Losses, tokens, trained tokens."""
+        """Sums of losses, tokens and trained tokens."""
         self._looking = torch.zeros((), dtype=torch.long)
         self._packs: list[tuple[tuple[tuple[str, ...], ...], Tensor]] = []
 
@@ -64,7 +70,7 @@ class StepMetrics:
         return torch.where(sources == NO_SOURCE, len(self.names), sources)
 
     def _packs_of(self, batch: Batch, losses_P: Tensor) -> Tensor:
-        """Loss and trained tokens of each pack. The dummy of a batch comes after its packs, and is a row more."""
+        """Return loss and trained tokens of each pack, and of the dummy that comes after the packs of a batch."""
         trained_T = (batch.labels_T.to(losses_P.device) != IGNORE_INDEX).cumsum(0)
         ends = torch.tensor(batch.pack_ends, dtype=torch.long, device=losses_P.device)
         upto = trained_T[ends - 1] * (ends > 0)  # nothing is trained before a pack that holds nothing
@@ -74,25 +80,25 @@ class StepMetrics:
 
     @property
     def has_images(self) -> bool:
-        """Whether a token of this rank looks at an image."""
+        """Whether a token of this rank attends to an image."""
         return bool(self._looking)
 
     @property
     def has_finite_loss(self) -> bool:
-        """Whether the loss of this rank is."""
+        """Whether the loss of this rank is finite."""
         return math.isfinite(float(self._sums_S3[:-1, 0].sum()))
 
     @property
     def packs(self) -> list[PackLoss]:
-        """The packs of this rank."""
+        """The losses of the packs of this rank."""
         return [
             PackLoss(keys, loss, int(trained))
             for packs, found_K2 in self._packs
-            for keys, (loss, trained) in zip(packs, found_K2.tolist(), strict=False)  # the last row is of no pack
+            for keys, (loss, trained) in zip(packs, found_K2.tolist(), strict=False)  # the last row is the dummy's
         ]
 
-    def line(self) -> dict[str, Any]:
-        """The step's part of a line of metrics.jsonl: of all ranks, each of which asks for it."""
+    def line(self) -> Line:
+        """Return the step's part of a line of metrics.jsonl, summed over all ranks. All ranks call it."""
         dirty = torch.tensor([float(self.dirty_samples)], dtype=torch.float64)
         sums = all_reduce_sum(torch.cat([self._sums_S3[:-1].flatten().cpu(), dirty]))
         by_source = sums[:-1].view(-1, 3)
@@ -110,8 +116,8 @@ class StepMetrics:
         }
 
 
-def append_line(file: Path, line: dict[str, Any]) -> None:
-    """Add a line, whose numbers are finite, to a file.
+def append_line(file: Path, line: Line) -> None:
+    """Append a line, whose numbers are finite, to a file.
 
     Raises:
         RunError: the disk is full.
@@ -121,13 +127,13 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
 
 
 def lines_upto(file: Path, step: int) -> list[str]:
-    """The lines of a file, without those of later steps and one that a kill left unfinished."""
+    """Return the lines of a file without those of later steps, and without one that a kill left unfinished."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 def finite(value: Any) -> Any:
-    """A line of metrics with null in place of what is not finite, which JSON does not know."""
+    """Return a line of metrics with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -136,14 +142,9 @@ def finite(value: Any) -> Any:
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory so far: of the GPU, or of this process."""
+    """Return the largest memory so far, of the GPU or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-Say = Callable[[str], None]
-Line = dict[str, Any]
-"""A line of metrics.jsonl."""

@@ -1,50 +1,61 @@
-"""Whether the folder of a recipe holds a run to go on with, and from which checkpoint."""
+"""Whether a folder holds a run to resume, and from which checkpoint; which settings of a recipe have changed since."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, NamedTuple
 
 from sft.core.errors import UserError
+from sft.recipe import Recipe, load_recipe
+from sft.runs.checkpoint import check_state, newest_state
+from sft.runs.status import RunStatus
+
+if TYPE_CHECKING:
+    from sft.training.metrics import Log
+
+FREE = {
+    "data": {"store", "num_workers", "worker_timeout", "max_dirty_samples"},
+    "training": {"report_to"},
+}
+"""Settings that do not change what is trained."""
 
 
-def what_is_there(
-    recipe: Any, run_dir: Path, resume: str, allow_changed: bool, out: Console
-) -> tuple[Any, Path | None]:
-    """The status of a run that is finished; or the checkpoint to go on from, None to start anew.
+class Found(NamedTuple):
+    """What is there of a run: nothing, a finished run, or a checkpoint to resume from."""
+
+    finished: RunStatus | None = None
+    checkpoint: Path | None = None
+
+
+def find_run(recipe: Recipe, resume: str, allow_changed: bool, log: Log) -> Found:
+    """Look for a run in the recipe's output_dir. `resume` is auto, none or a checkpoint, as on the command line.
 
     Raises:
-        UserError: see `train`.
+        UserError: the folder holds a run of another recipe, or nothing to resume as `resume` asks.
     """
-    from sft.runs.status import RunStatus
-
+    run_dir = Path(recipe.output_dir)
     status = None if resume == "none" else RunStatus.read(run_dir)
     if status is None:
         if resume not in ("auto", "none"):
             raise UserError(f"--resume {resume}: {run_dir} holds no run to go on with")
-        return None, None
-    changed = check_changes(recipe, run_dir, allow_changed)
+        return Found()
+    changed = check_changes(recipe, allow_changed)
     if changed:
-        out.print(f"changed, so not as it would have been without a break: {', '.join(changed)}", markup=False)
+        log(f"changed, so not as it would have been without a break: {', '.join(changed)}")
     if status.status == "finished" and resume == "auto" and not changed:
-        out.print(f"{run_dir}: a finished run is here already; nothing is trained", markup=False)
-        return status, None
-    return None, _checkpoint(resume, run_dir, out)
+        log(f"{run_dir}: a finished run is here already; nothing is trained")
+        return Found(finished=status)
+    return Found(checkpoint=_find_checkpoint(resume, run_dir, log))
 
 
-def check_changes(recipe: Any, run_dir: Path, allow_changed: bool) -> list[str]:
-    """Settings that differ from those of the run in a folder, if there is one.
+def check_changes(recipe: Recipe, allow_changed: bool) -> list[str]:
+    """Return the settings that differ from those of the run in the recipe's output_dir, if there is one.
 
     Raises:
-        UserError: there are some, and they are not allowed.
+        UserError: some do, and `allow_changed` is false.
     """
-    from sft.runs.status import RunStatus
-
-    if RunStatus.read(run_dir) is None:
-        return []
-    changed = changed_settings(recipe, run_dir)
+    run_dir = Path(recipe.output_dir)
+    changed = changed_settings(recipe, run_dir) if RunStatus.read(run_dir) else []
     if changed and not allow_changed:
         raise UserError(
             f"{run_dir}: holds a run of another recipe (other: {', '.join(changed)}); choose another output_dir, "
@@ -53,48 +64,12 @@ def check_changes(recipe: Any, run_dir: Path, allow_changed: bool) -> list[str]:
     return changed
 
 
-def _checkpoint(resume: str, run_dir: Path, out: Console) -> Path | None:
-    """Where to go on; None where the run has no checkpoint yet.
-
-    Raises:
-        UserError: the one that is asked for is none of this run, or not whole; or there are checkpoints, but none to go
-            on from, and starting anew would delete them.
-    """
-    from sft.runs.checkpoint import check_state, newest_state
-
-    folder = run_dir / "checkpoints"
-    if resume != "auto":
-        asked = Path(resume)
-        if asked.resolve().parent != folder.resolve():
-            raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
-        check_state(asked)
-        out.print(f"going on from {asked}", markup=False)
-        return asked
-    found = newest_state(folder, lambda line: out.print(line, markup=False))
-    if found is None and any(folder.glob("checkpoint-*")):
-        raise UserError(
-            f"{run_dir}: holds checkpoints, but none with a state to go on from; "
-            "--resume none deletes them and starts anew, another output_dir leaves them"
-        )
-    out.print(f"going on from {found}" if found else f"{run_dir}: no checkpoint yet; starting anew", markup=False)
-    return found
-
-
-FREE = {
-    "data": {"store", "num_workers", "worker_timeout", "max_dirty_samples"},
-    "training": {"report_to", "max_nonfinite_steps"},
-}
-"""Settings that change nothing of what is trained."""
-
-
-def changed_settings(recipe: Any, run_dir: Path) -> list[str]:
-    """Dotted names of settings that differ from those of the run in a folder, and change what it trains.
+def changed_settings(recipe: Recipe, run_dir: Path) -> list[str]:
+    """Return the dotted names of settings that change what is trained and differ from those of the run in a folder.
 
     Raises:
         UserError: the run has no recipe.
     """
-    from sft.recipe import load_recipe
-
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: has a run.json but no recipe.yaml; --resume none starts anew")
@@ -108,3 +83,28 @@ def changed_settings(recipe: Any, run_dir: Path) -> list[str]:
         names = sorted(now[part].keys() - FREE.get(part, set()))
         changed += [f"{part}.{name}" for name in names if before[part][name] != now[part][name]]
     return changed
+
+
+def _find_checkpoint(resume: str, run_dir: Path, log: Log) -> Path | None:
+    """Return the checkpoint to resume from; None where the run has no checkpoint yet.
+
+    Raises:
+        UserError: the checkpoint asked for is not one of this run, or not complete; or there are checkpoints, but none
+            to resume from, and starting anew would delete them.
+    """
+    folder = run_dir / "checkpoints"
+    if resume != "auto":
+        asked = Path(resume)
+        if asked.resolve().parent != folder.resolve():
+            raise UserError(f"--resume {resume}: not a checkpoint of this run; they are in {folder}")
+        check_state(asked)
+        log(f"going on from {asked}")
+        return asked
+    found = newest_state(folder, log)
+    if found is None and any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"{run_dir}: holds checkpoints, but none with a state to go on from; "
+            "--resume none deletes them and starts anew, another output_dir leaves them"
+        )
+    log(f"going on from {found}" if found else f"{run_dir}: no checkpoint yet; starting anew")
+    return found

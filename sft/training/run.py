@@ -5,54 +5,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft.batches.data_loader import MicroBatches
-from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
-from sft.checks.before_training import before_training
 from sft.core.distributed import ALONE, Rank, any_process, from_main
-from sft.core.errors import UserError
 from sft.core.file_lock import locked
-from sft.core.precision import choose_precision, device, torch_dtype
 from sft.data.sources import Sources
-from sft.models import get_family
 from sft.models.base_model import prepare_base
-from sft.models.family import ModelFamily
-from sft.models.lora import add_adapters
-from sft.models.open_model import load_template
-from sft.recipe import Recipe
+from sft.recipe import ENGINES, Recipe
 from sft.runs.checkpoint import STATE, checkpoint_name, keep_newest_states, write_folder
 from sft.runs.status import RunStatus
+from sft.training.cached_features import encoder_of, open_feature_cache
 from sft.training.engines import check_readable, choose_engine, get_engine
-from sft.training.optimizer import table_of, what_is_trained
-from sft.training.out_of_memory import out_of_memory_told
-from sft.training.run_folder import go_back_to, hardware, progress_of, recorded, save_snapshot, take_over, versions
+from sft.training.engines.resume_state import Progress, Spent
+from sft.training.metrics import Line, Log
+from sft.training.open_model import OpenedModel, choose_trained, open_model, precision_of
+from sft.training.out_of_memory import explain_out_of_memory
+from sft.training.run_folder import claim_folder, go_back_to, hardware, progress_of, recorded, save_snapshot, versions
 from sft.training.stop_signal import StopRequest
 
 if TYPE_CHECKING:
-    import torch
-
-    from sft.training.dry_run import Measured
+    from sft.training.monitors import Monitors
+    from sft.training.trainer import Trainer
 
 
 def train(
     recipe: Recipe,
     sources: Sources,
-    on_step: Callable[[int, dict[str, Any]], None] = lambda step, line: None,
-    say: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[int, Line], None] = lambda step, line: None,
+    log: Log = lambda line: None,
     resume_from: Path | None = None,
     rank: Rank = ALONE,
 ) -> RunStatus:
-    """Fine-tune as the recipe says, into its output_dir; what an earlier run left there goes first.
+    """Fine-tune as the recipe says, into its output_dir; outputs of an earlier run there are deleted first.
 
-    `on_step` gets every line of metrics.jsonl as it is written, `say` what a person should know besides. With
-    `resume_from`, a checkpoint of the run, training goes on after its step, and later checkpoints go. `rank` says which
-    of several processes this is, all of which call this; only the main one writes. A signal, or a file `stop` in the
-    folder, ends training after a step with a checkpoint; the status is `stopped` then.
+    `on_step` gets every line of metrics.jsonl when it is written, `log` what a person should know besides. With
+    `resume_from`, a checkpoint of the run, training continues after its step, and later checkpoints are deleted. `rank`
+    says which of several processes this is, all of which call this; only the main one writes. A signal, or a file
+    `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then.
 
     Raises:
         UserError: the folder is in use or holds other things, or the pack is too long for the model; or the checkpoint
@@ -60,262 +53,208 @@ def train(
     """
     run_dir = Path(recipe.output_dir)
     with locked(run_dir) if rank.is_main else nullcontext(), StopRequest(run_dir) as stop:
-        return _train(recipe, sources, run_dir, on_step, say, resume_from, stop, rank)
+        return TrainingRun(recipe, sources, on_step, log, resume_from, stop, rank).train()
 
 
-def _train(
-    recipe: Recipe,
-    sources: Sources,
-    run_dir: Path,
-    on_step: Callable[[int, dict[str, Any]], None],
-    say: Callable[[str], None],
-    resume_from: Path | None,
-    stop: StopRequest,
-    rank: Rank,
-) -> RunStatus:
-    from transformers import set_seed
+class TrainingRun:
+    """One run of a recipe. Making it makes its parts, in an order in which a mistake is found before it costs much:
+    engine and checkpoint before the model is loaded, model and monitors before the folder is claimed."""
 
-    from sft.training.monitors import Monitors
-    from sft.training.trainer import Trainer
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sources,
+        on_step: Callable[[int, Line], None],
+        log: Log,
+        resume_from: Path | None,
+        stop: StopRequest,
+        rank: Rank,
+    ) -> None:
+        self.recipe, self.sources, self.on_step, self.log = recipe, sources, on_step, log
+        self.resume_from, self.stop, self.rank = resume_from, stop, rank
+        self.run_dir = Path(recipe.output_dir)
+        base = prepare_base(recipe)
+        self.engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank, recipe.training.optimizer)
+        get_engine(self.engine).check_precision(precision_of(recipe))
+        self.saved = self._read_saved()
+        self.opened = open_model(recipe, base, log)
+        self.monitors = self._make_monitors()
+        from_main(lambda: go_back_to(recipe, resume_from) if resume_from else claim_folder(recipe, self.run_dir))
+        choose_trained(recipe, self.opened, log)
+        self.plans = plan_steps(recipe, sources, self.opened, rank)
+        self.trainer = self._make_trainer()
 
-    family = get_family(recipe.model.family)
-    base = prepare_base(recipe)
-    engine = choose_engine(recipe.distributed.engine, recipe.model.mode, rank, recipe.training.optimizer)
-    get_engine(engine).check_precision(_precision(recipe))
-    set_seed(recipe.seed)
-    before = from_main(lambda: progress_of(resume_from, sources)) if resume_from else None
-    if resume_from and before:
-        check_readable(resume_from, before, engine, rank)
-    with out_of_memory_told(recipe, lambda: recipe.model.path):
-        model = load_for_training(recipe, family, base)
-    _check_positions(recipe, family.max_positions(model.config))
-    template = load_template(family, base)
-    for warning in before_training(recipe, family, model, template, run_dir):
-        say(f"warning: {warning}")
-    looks = recipe if engine == "ddp" else _without_evaluation(recipe, engine, say)
-    monitors = Monitors(looks, sources, template, image_size=family.image_size(model.config), say=say)
-    from_main(lambda: go_back_to(recipe, resume_from) if resume_from else take_over(recipe, run_dir))
-    frozen = family.select_trainable(model, recipe.model.trainable)
-    say(table_of(what_is_trained(model, recipe.training, family.group_of)))
-    if frozen:
-        say(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
-    planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
-    plans = Plans(
-        sources,
-        planner,
-        micro_batch_packs=recipe.training.micro_batch_packs,
-        image_cost=family.image_cost_in_tokens(model.config),
-        rank=rank,
-    )
-    features = _feature_cache(recipe, family, model, sources, engine, say) if recipe.data.feature_cache else None
-    micro_batches = MicroBatches(plans, image_size=family.image_size(model.config), features=features)
-    if before:
-        micro_batches.restore(before["data"])
-    if rank.of > 1:
-        say(
-            f"{rank.of} processes, {engine}: {plans.micro_batches_per_step} micro-batches each a step, "
-            f"{plans.idle_share:.1%} of the places for packs idle"
+    def _read_saved(self) -> Progress | None:
+        """Return the progress in the checkpoint to resume from, after checking that these processes can read it."""
+        checkpoint = self.resume_from
+        if checkpoint is None:
+            return None
+        saved = from_main(lambda: progress_of(checkpoint, self.sources))
+        check_readable(checkpoint, saved, self.engine, self.rank)
+        return saved
+
+    def _make_monitors(self) -> Monitors:
+        from sft.training.monitors import Monitors
+
+        recipe, opened = self.recipe, self.opened
+        if ENGINES[self.engine].shards:
+            recipe = _without_evaluation(recipe, self.engine, self.log)
+        size = opened.family.image_size(opened.model.config)
+        return Monitors(recipe, self.sources, opened.template, image_size=size, log=self.log)
+
+    def _make_trainer(self) -> Trainer:
+        from sft.training.trainer import Trainer, TrainerParts
+
+        recipe, opened, plans = self.recipe, self.opened, self.plans
+        features = None
+        if recipe.data.feature_cache:
+            features = open_feature_cache(recipe, opened, self.sources, self.engine, self.log)
+        size = opened.family.image_size(opened.model.config)
+        micro_batches = MicroBatches(plans, image_size=size, features=features)
+        if self.saved:
+            micro_batches.restore(self.saved["data"])
+        if self.rank.of > 1:
+            self.log(
+                f"{self.rank.of} processes, {self.engine}: {plans.micro_batches_per_step} micro-batches each a step, "
+                f"{plans.idle_share:.1%} of the places for packs idle"
+            )
+        self.clock = _Clock(self.saved["spent"] if self.saved else {"tokens": 0, "seconds": 0, "cpu_seconds": 0})
+        get_engine(self.engine).shard(opened.model, precision_of(recipe))
+        return Trainer(
+            TrainerParts(
+                model=opened.model,
+                group_of=opened.family.group_of,
+                tokenizer=opened.template.tokenizer,
+                settings=recipe.training,
+                seed=recipe.seed,
+                micro_batches=micro_batches,
+                micro_batches_per_step=plans.micro_batches_per_step,
+                micro_batches_of_all=plans.micro_batches_of_all,
+                complete=encoder_of(recipe, opened, features, self.log) if features else lambda batch: batch,
+                source_names=[source.name for source in recipe.data.mixture],
+                run_dir=self.run_dir,
+                checkpoint_every=recipe.checkpoints.every_steps,
+                write_checkpoint=self.write_checkpoint,
+                data_state=micro_batches.state,
+                resume_from=self.resume_from / STATE if self.resume_from else None,
+                on_step=self._count_step,
+                log=self.log,
+                should_stop=lambda: self.stop.is_agreed(any_process),
+                validate=self.monitors.validate,
+                callbacks=self.monitors.callbacks,
+                rank=self.rank,
+                engine=self.engine,
+            )
         )
-    started, cpu_started = time.perf_counter(), time.process_time()
-    spent = {name: before["spent"][name] if before else 0 for name in ("tokens", "seconds", "cpu_seconds")}
 
-    def spent_so_far() -> dict[str, float]:
-        now = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
-        return spent | {name: spent[name] + value for name, value in now.items()}
+    def train(self) -> RunStatus:
+        """Train to the last step, or until something ends training before, and return the status."""
+        with recorded(self.run_dir, self.status, self._outcome) if self.rank.is_main else nullcontext():
+            if self._is_short:  # transformers would train a step more than there are
+                with explain_out_of_memory(self.recipe, lambda: f"step {self.steps_done + 1}"):
+                    self.trainer.train()
+            else:
+                self.log(f"step {self.steps_done:,} was the last (training.max_steps); nothing is left to train")
+            if self._is_short and not self._checkpoint.exists():
+                self.write_checkpoint()
+        self.opened.model.eval()
+        if self.stop.why and self._is_short:
+            self.log(f"stopped after step {self.steps_done:,} ({self.stop.why})")
+        return self.status(*self._outcome())
 
-    def write_checkpoint(trainer: Trainer) -> None:
-        def write_state(folder: Path) -> None:
-            trainer.save_state(folder, {"spent": spent_so_far(), "sources": sources.fingerprint()})
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far, those before a break among them."""
+        return max(int(self.trainer.state.global_step), self.saved["step"] if self.saved else 0)
 
-        path = run_dir / "checkpoints" / checkpoint_name(trainer.state.global_step)
-        weights = trainer.engine.gathered(trainer)
+    @property
+    def _is_short(self) -> bool:
+        return self.steps_done < self.recipe.training.max_steps
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.run_dir / "checkpoints" / checkpoint_name(self.steps_done)
+
+    def write_checkpoint(self) -> None:
+        """Write the weights and the state after the last step, and remove states that are not kept any longer."""
+        trainer, path = self.trainer, self._checkpoint
+        weights = trainer.engine.gather_weights(trainer)
 
         def write_weights(folder: Path) -> None:
-            save_snapshot(family, trainer.unwrapped, template, recipe, folder, weights)
+            save_snapshot(self.opened, trainer.unwrapped, self.recipe, folder, weights)
 
-        write_folder(path, write_weights, write_state, rank)
-        if rank.is_main:
-            keep_newest_states(path.parent, recipe.checkpoints.keep_state)
+        def write_state(folder: Path) -> None:
+            trainer.save_state(folder, spent=self.clock.spent, sources=self.sources.fingerprint())
 
-    def count(step: int, line: dict[str, Any]) -> None:
-        spent["tokens"] += line["tokens"]
-        monitors.log(line)
-        on_step(step, line)
+        write_folder(path, write_weights, write_state, self.rank)
+        if self.rank.is_main:
+            keep_newest_states(path.parent, self.recipe.checkpoints.keep_state)
 
-    get_engine(engine).share_out(model, _precision(recipe))
-    trainer = Trainer(
-        model,
-        group_of=family.group_of,
-        tokenizer=template.tokenizer,
-        micro_batches=micro_batches,
-        micro_batches_per_step=plans.micro_batches_per_step,
-        data_state=micro_batches.state,
-        settings=recipe.training,
-        checkpoint_every=recipe.checkpoints.every_steps,
-        write_checkpoint=write_checkpoint,
-        run_dir=run_dir,
-        seed=recipe.seed,
-        source_names=[source.name for source in recipe.data.mixture],
-        on_step=count,
-        say=say,
-        should_stop=lambda: stop.is_agreed(any_process),
-        resume_from=resume_from / STATE if resume_from else None,
-        complete=_encoder(recipe, model, features, say) if features else lambda batch: batch,
-        validate=monitors.validate,
-        callbacks=monitors.callbacks,
-        rank=rank,
-        engine=engine,
-        micro_batches_of_all=plans.micro_batches_of_all,
-    )
+    def _count_step(self, step: int, line: Line) -> None:
+        self.clock.tokens += line["tokens"]
+        self.monitors.log(line)
+        self.on_step(step, line)
 
-    def steps_done() -> int:
-        return max(int(trainer.state.global_step), before["step"] if before else 0)
-
-    def status(state: str, why: str) -> RunStatus:
+    def status(self, status: str, why: str) -> RunStatus:
+        """Return what run.json is to say now."""
+        spent = self.clock.spent
         return RunStatus(
-            status=state,
+            status=status,
             why=why,
-            step=steps_done(),
-            max_steps=recipe.training.max_steps,
-            precision=trainer.precision,
-            hardware=hardware(rank.of),
+            step=self.steps_done,
+            max_steps=self.recipe.training.max_steps,
+            seconds=spent["seconds"],
+            cpu_seconds=spent["cpu_seconds"],
+            tokens=spent["tokens"],
+            precision=self.trainer.precision,
+            hardware=hardware(self.rank.of),
             versions=versions(),
-            failed_evaluations=monitors.failed,
-            **spent_so_far(),  # type: ignore[arg-type]
+            failed_evaluations=self.monitors.failed,
         )
 
-    def is_short() -> bool:
-        return steps_done() < recipe.training.max_steps
-
-    def outcome() -> tuple[str, str]:
-        """How the training ended, and why."""
-        if not is_short():
+    def _outcome(self) -> tuple[str, str]:
+        """Return how the training ended, and why."""
+        if not self._is_short:
             return "finished", "training.max_steps"
-        if stop.why:
-            return "stopped", stop.why
-        return "finished", monitors.ended or f"{planner.mixture.ended()} came to the end of its max_epochs"
-
-    def next_step() -> str:
-        return f"step {steps_done() + 1}"
-
-    with recorded(run_dir, status, outcome) if rank.is_main else nullcontext():
-        if is_short():  # transformers would train a step more than there are
-            with out_of_memory_told(recipe, next_step):
-                trainer.train()
-        else:
-            say(f"step {steps_done():,} was the last (training.max_steps); nothing is left to train")
-        last = run_dir / "checkpoints" / checkpoint_name(steps_done())
-        if is_short() and not last.exists():
-            write_checkpoint(trainer)
-    model.eval()
-    if stop.why and is_short():
-        say(f"stopped after step {steps_done():,} ({stop.why})")
-    return status(*outcome())
+        if self.stop.why:
+            return "stopped", self.stop.why
+        exhausted = self.plans.planner.mixture.ended()
+        return "finished", self.monitors.ended or f"{exhausted} came to the end of its max_epochs"
 
 
-def _without_evaluation(recipe: Recipe, engine: str, say: Callable[[str], None]) -> Recipe:
-    """A checkpoint to be asked questions is loaded as a whole, for which no process may have the room."""
-    if recipe.evaluation.every_steps:
-        say(
-            f"evaluation.every_steps: not while {engine} shares the model out, nor evaluation.patience; run "
-            f"`idefics-sft select {recipe.output_dir} --watch` beside the training"
-        )
-    without = recipe.evaluation.model_copy(update={"every_steps": None, "patience": None})
-    return recipe.model_copy(update={"evaluation": without})
+class _Clock:
+    """Tokens, seconds and processor seconds of a run, those before a break among them."""
+
+    def __init__(self, before: Spent) -> None:
+        self.tokens = before["tokens"]
+        self._seconds = before["seconds"] - time.perf_counter()
+        self._cpu_seconds = before["cpu_seconds"] - time.process_time()
+
+    @property
+    def spent(self) -> Spent:
+        """Return what is spent so far."""
+        seconds, cpu_seconds = self._seconds + time.perf_counter(), self._cpu_seconds + time.process_time()
+        return {"tokens": self.tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-def _feature_cache(
-    recipe: Recipe, family: ModelFamily, model: Any, sources: Sources, engine: str, say: Callable[[str], None]
-) -> FeatureCache:
-    """
-    Raises:
-        UserError: the tower is shared out.
-    """
-    if engine != "ddp":
-        raise UserError(f"data.feature_cache: {engine} shares out the tower, whose weights it hangs on; set ddp")
-    weights = ((n, weight) for n, weight in model.named_parameters() if family.group_of(n) in ("vision", "resampler"))
-    how = {"model": family.tower_settings(model.config), "precision": _precision(recipe)}
-    stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
-    cache = FeatureCache(stores, fingerprint(weights, how), family.states_of_image(model.config))
-    there, images = cache.count()
-    size = bytes_of(cache.shape) * images
-    say(f"feature cache: {there:,} of {images:,} images are encoded already; {size / 1e9:.3g} GB when all are")
-    return cache
-
-
-def _encoder(recipe: Recipe, model: Any, features: FeatureCache, say: Callable[[str], None]) -> Encoder:
-    import torch
-
-    precision = _precision(recipe)
-    autocast = partial(torch.autocast, device().type, dtype=torch_dtype(precision), enabled=precision != "float32")
-    return Encoder(model, features, autocast, warn=lambda line: say(f"warning: {line}"))
-
-
-def _precision(recipe: Recipe) -> str:
-    return choose_precision(recipe.training.precision, device())
-
-
-def dry_run(recipe: Recipe, sources: Sources, say: Callable[[str], None] = lambda line: None) -> list[Measured]:
-    """Everything up to the first steps of `train`, and two steps measured; nothing is written into output_dir.
-
-    Raises:
-        UserError: as `train`, or a check of `sft.checks` fails.
-        RunError: a check fails, or there is not enough memory.
-    """
-    from transformers import set_seed
-
-    from sft.training.dry_run import measure
-
-    family, base = get_family(recipe.model.family), prepare_base(recipe)
-    set_seed(recipe.seed)
-    model = load_for_training(recipe, family, base)
-    _check_positions(recipe, family.max_positions(model.config))
-    template = load_template(family, base)
-    for warning in before_training(recipe, family, model, template, Path(recipe.output_dir)):
-        say(f"warning: {warning}")
-    family.select_trainable(model, recipe.model.trainable)
-    say(table_of(what_is_trained(model, recipe.training, family.group_of)))
-    plans = Plans(
+def plan_steps(recipe: Recipe, sources: Sources, opened: OpenedModel, rank: Rank = ALONE) -> Plans:
+    """Return the plan of every micro-batch of this process: which packs, in which order."""
+    return Plans(
         sources,
         Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed),
         micro_batch_packs=recipe.training.micro_batch_packs,
-        image_cost=family.image_cost_in_tokens(model.config),
+        image_cost=opened.family.image_cost_in_tokens(opened.model.config),
+        rank=rank,
     )
-    return measure(recipe, family, model, template, plans)
 
 
-def _check_positions(recipe: Recipe, max_positions: int) -> None:
-    """Where samples of a pack see each other, the whole pack must fit the model's positions.
-
-    Raises:
-        UserError: it does not.
-    """
-    length = recipe.data.sequence_length
-    if not recipe.data.pack_isolation and length > max_positions:
-        raise UserError(
-            f"data.sequence_length: without pack_isolation a pack has {length} tokens, "
-            f"the model has {max_positions} positions"
+def _without_evaluation(recipe: Recipe, engine: str, log: Log) -> Recipe:
+    """Return the recipe without evaluation during training: a checkpoint is evaluated as a whole model, for which no
+    process that keeps a share may have the memory."""
+    if recipe.evaluation.every_steps:
+        log(
+            f"evaluation.every_steps: not while {engine} shards the model, nor evaluation.patience; run "
+            f"`idefics-sft select {recipe.output_dir} --watch` during the training"
         )
-
-
-def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> torch.nn.Module:
-    """The base as the recipe's mode trains it: groups that are trained in float32, frozen ones in what is computed in,
-    or in 4 bits, with fresh adapters where the mode has them.
-
-    Raises:
-        UserError: a training.precision that this machine has not, or adapters of layers that the model has not.
-    """
-    settings = recipe.model
-    precision = choose_precision(recipe.training.precision, device())
-    if settings.lora is None and precision == "float16":
-        precision = "float32"  # frozen weights are a part of the snapshot, and would be rounded twice
-    model = family.load_model(
-        base,
-        trained=settings.trainable,
-        frozen_dtype=torch_dtype(precision),
-        quantised=settings.mode == "qlora",
-        device=device(),
-    )
-    if settings.lora:
-        add_adapters(model, family.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
-    return model
+    without = recipe.evaluation.model_copy(update={"every_steps": None, "patience": None})
+    return recipe.model_copy(update={"evaluation": without})

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, who may take it, and what its checkpoints are made of."""
+"""The folder of a run: its files, which run it belongs to, and what a weight snapshot in it consists of."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft.checks.environment import LIBRARIES
 from sft.core.errors import RunError, UserError, reason_of
 from sft.core.files import discard
 from sft.core.precision import torch_dtype
 from sft.data.sources import Sources
-from sft.models.chat_template import ChatTemplate
-from sft.models.family import ModelFamily
 from sft.models.lora import has_adapters, save_adapters
 from sft.recipe import Recipe
 from sft.runs.checkpoint import STATE, check_state, step_of
 from sft.runs.status import RunStatus
-from sft.training.engines.resume_state import read_progress
+from sft.training.engines.resume_state import Progress, read_progress
 
 if TYPE_CHECKING:
     import torch
+
+    from sft.training.open_model import OpenedModel
 
 OUTPUTS = (
     "nonfinite.jsonl",
@@ -38,18 +38,17 @@ OUTPUTS = (
     "report.html",
     "tensorboard",
 )
-"""What a run writes beside run.json."""
+"""What a run writes, besides run.json."""
 
 SNAPSHOT_DTYPE = "bfloat16"
 """Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
 
 
-def progress_of(checkpoint: Path, sources: Sources) -> dict[str, Any]:
-    """What the state of a checkpoint says.
+def progress_of(checkpoint: Path, sources: Sources) -> Progress:
+    """Return the progress in a checkpoint that this run can resume from.
 
     Raises:
-        UserError: the state is not complete, or the prepared data are others now, so that they would come in another
-            order.
+        UserError: the state is not complete, or the prepared data have changed and would come in another order.
     """
     check_state(checkpoint)
     progress = read_progress(checkpoint / STATE)
@@ -62,7 +61,7 @@ def progress_of(checkpoint: Path, sources: Sources) -> dict[str, Any]:
 
 
 def go_back_to(recipe: Recipe, checkpoint: Path) -> None:
-    """Remove later checkpoints, for their steps come again; the recipe is the one of now."""
+    """Remove later checkpoints, whose steps come again, and keep the recipe as it is now."""
     (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     for path in checkpoint.parent.glob("checkpoint-*"):
         if step_of(path) > step_of(checkpoint):
@@ -70,7 +69,8 @@ def go_back_to(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def check_ours(run_dir: Path) -> None:
-    """
+    """Check that a folder is free or holds a run of ours.
+
     Raises:
         UserError: the folder holds files of a run's names, run.json among them, that no run of ours has written.
     """
@@ -80,9 +80,9 @@ def check_ours(run_dir: Path) -> None:
             raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
 
 
-def take_over(recipe: Recipe, run_dir: Path) -> None:
-    """Make the folder ours: remove what an earlier run of ours wrote, so that no step of it is taken for one of this.
-    Its recipe stands in it then.
+def claim_folder(recipe: Recipe, run_dir: Path) -> None:
+    """Claim the folder for this run: delete what an earlier run wrote, so that no step of it is taken for one of this
+    run, and write the recipe.
 
     Raises:
         UserError: see `check_ours`.
@@ -95,7 +95,7 @@ def take_over(recipe: Recipe, run_dir: Path) -> None:
 
 
 def delete_outputs(run_dir: Path) -> None:
-    """Delete what a run has written, and nothing else."""
+    """Delete what a run has written in a folder, and nothing else."""
     for name in OUTPUTS:
         path = run_dir / name
         if path.is_dir():
@@ -110,13 +110,12 @@ def recorded(
     status: Callable[[str, str], RunStatus],
     outcome: Callable[[], tuple[str, str]] = lambda: ("finished", ""),
 ) -> Iterator[None]:
-    """Keep run.json true: running, then finished, stopped or failed, and why."""
-
+    """Keep run.json up to date: running, then finished, stopped or failed, and why."""
     status("running", "").write(run_dir)
     try:
         yield
     except BaseException as error:
-        with suppress(OSError, RunError):  # a full disk may be what ends the run, and is what is told then
+        with suppress(OSError, RunError):  # a full disk may be what ends the run, and is reported then
             is_wanted = isinstance(error, KeyboardInterrupt)
             why = "interrupted" if is_wanted else reason_of(error)
             status("stopped" if is_wanted else "failed", why).write(run_dir)
@@ -125,7 +124,7 @@ def recorded(
 
 
 def hardware(processes: int) -> str:
-    """What is trained on: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
+    """Return what is trained on: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
     import torch
 
     if torch.cuda.is_available():
@@ -136,23 +135,24 @@ def hardware(processes: int) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of the libraries that can change what is trained."""
     from importlib.metadata import version
 
     return {name: version(name) for name in LIBRARIES}
 
 
 def save_snapshot(
-    family: ModelFamily,
+    opened: OpenedModel,
     model: torch.nn.Module,
-    template: ChatTemplate,
     recipe: Recipe,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights or adapters, config, processor, chat template and recipe: a plain transformers or PEFT folder.
+    """Write weights or adapters, config, processor, chat template and recipe: a plain transformers or PEFT folder.
 
-    `weights` are those of the model, where an engine keeps them apart.
+    `model` is the opened model as the engine has it, and `weights` are its weights, where an engine shards them.
     """
+    family, template = opened.family, opened.template
     if has_adapters(model):
         save_adapters(model, folder, weights)
     else:
@@ -164,6 +164,6 @@ def save_snapshot(
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe as it is kept: what is written is found again from any current directory."""
+    """Return the recipe with absolute paths, by which its files are found from any current directory."""
     data = recipe.data.model_copy(update={"store": str(Path(recipe.data.store).absolute())})
     return recipe.model_copy(update={"data": data, "output_dir": str(Path(recipe.output_dir).absolute())})

@@ -1,4 +1,4 @@
-"""Stopping when asked: at the end of a step, with a checkpoint, so that nothing is lost."""
+"""Stopping on request: at the end of a step, with a checkpoint, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FILE = "stop"
 
 
 class StopRequest:
-    """While it is entered, the first of SIGNALS asks training to stop; a second one ends it at once.
+    """While it is entered, the first of SIGNALS, or a file `stop` in the folder of the run, asks training to stop.
 
-    So does a file `stop` in the folder of the run.
+    A second signal ends it at once.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / FILE
         self.why: str | None = None
-        """What asks to stop, None where nothing does."""
+        """What asks to stop; None where nothing does."""
         self._before: dict[signal.Signals, object] = {}
 
     def is_agreed(self, any_process: Callable[[bool], bool]) -> bool:
-        """Whether this process or one of those that train with it was asked to; all of them call this."""
+        """Return whether this process, or one that trains with it, was asked to stop. All of them call this."""
         if self.why is None and self.file.exists():
             self.why = f"{self.file} is there"
         if any_process(self.why is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,16 +12,17 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from sft.core.errors import UserError, reason_of
+from sft.core.contain import contained
+from sft.core.errors import UserError
 from sft.evaluation.held_out_loss import mean_loss
-from sft.training.metrics import Line, Say
+from sft.training.metrics import Line, Log
 
 PACKAGES = {"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""What has to be installed for a tracker: one of these."""
+"""The packages of each tracker, of which one has to be installed."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Whether the trackers of `training.report_to` are installed.
+    """Check that the trackers of `training.report_to` are installed.
 
     Raises:
         UserError: one is not.
@@ -32,17 +33,17 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers(TrainerCallback):  # type: ignore[misc]
-    """Hands every line of metrics.jsonl to trackers, by transformers' own integrations: `train/loss`,
-    `train/loss/<source>`, `eval/loss/<source>`. One that fails is told of and gets no more; training goes on."""
+    """Sends every line of metrics.jsonl to trackers, by transformers' own integrations: `train/loss`,
+    `train/loss/<source>`, `eval/loss/<source>`. A tracker that fails is reported and gets no more lines."""
 
-    def __init__(self, names: Sequence[str], run_dir: Path, *, say: Say) -> None:
+    def __init__(self, names: Sequence[str], run_dir: Path, *, log: Log) -> None:
         """
         Raises:
             UserError: a tracker is not installed, or broken.
         """
         check_trackers(names)
         self._run_dir = run_dir
-        self._say = say
+        self._report = log
         self._trackers = {}
         for name, kind in zip(names, get_reporting_integration_callbacks(list(names)), strict=True):
             with _usable(name):
@@ -65,34 +66,36 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
                 tracker.on_train_begin(*self._arguments, model=kwargs.get("model"))
 
     def log(self, line: Line) -> None:
-        """Hand on a line of metrics.jsonl."""
+        """Send a line of metrics.jsonl."""
         if self._arguments:
-            self._tell("on_log", logs=tracked(line))
+            values = tracked(line)
+            self._send(lambda tracker: tracker.on_log(*self._arguments, logs=values))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the trackers."""
-        self._tell("on_train_end", model=kwargs.get("model"))
+        model = kwargs.get("model")
+        self._send(lambda tracker: tracker.on_train_end(*self._arguments, model=model))
 
-    def _tell(self, event: str, **kwargs: Any) -> None:
+    def _send(self, event: Callable[[Any], None]) -> None:
         for name, tracker in list(self._trackers.items()):
-            try:
-                getattr(tracker, event)(*self._arguments, **kwargs)
-            except Exception as error:  # the network, say
+            with contained() as failure:  # the network, for example
+                event(tracker)
+            if failure:
                 del self._trackers[name]
-                self._say(f"{name}: gets nothing more of this run, training goes on: {reason_of(error)}")
+                self._report(f"{name}: gets nothing more of this run, training goes on: {failure.reason}")
 
 
 @contextmanager
 def _usable(name: str) -> Iterator[None]:
-    try:
+    with contained() as failure:
         yield
-    except Exception as error:
-        raise UserError(f"training.report_to: {name} cannot be used: {reason_of(error)}") from error
+    if failure:
+        raise UserError(f"training.report_to: {name} cannot be used: {failure.reason}") from failure.error
 
 
 def tracked(line: Line) -> dict[str, float | str]:
-    """Numbers and texts of a line of metrics.jsonl under the names that transformers' integrations expect: they put
-    `eval/` in place of `eval_`, and `train/` before everything else."""
+    """Return the numbers and texts of a line of metrics.jsonl under the names that transformers' integrations expect:
+    they put `eval/` in place of `eval_`, and `train/` before everything else."""
     found: Line = {name: value for name, value in line.items() if name not in ("step", "time")}
     sources, validation = found.pop("sources", {}), found.pop("validation", {})
     for name, own in sources.items():

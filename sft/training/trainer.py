@@ -1,4 +1,4 @@
-"""The training loop: TRL's trainer, of which only what transformers.Trainer has too is overridden.
+"""The training loop: TRL's trainer, of which only methods that transformers.Trainer has too are overridden.
 
 It knows neither datasets nor a model family: it gets a model whose `forward(batch=…)` returns a `PackedOutput`, a
 stream of micro-batches, and a function that writes a checkpoint.
@@ -7,8 +7,8 @@ stream of micro-batches, and a function that writes a checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -26,17 +28,56 @@ from sft.core.distributed import ALONE, Rank, any_process
 from sft.core.precision import choose_precision, device
 from sft.core.sample import NO_SOURCE, Batch
 from sft.models.loss import trained_positions
-from sft.recipe import Engine, TrainingConfig
-from sft.training.callbacks import CheckGradients, FillGradients, RecomputeShare, Resume, Stop, WriteMetrics
+from sft.recipe import EngineName, TrainingConfig
+from sft.training.callbacks import FillGradients, RecomputeShare, Resume, Stop
+from sft.training.check_gradients import CheckGradients
 from sft.training.engines import Writers, get_engine
-from sft.training.engines.resume_state import read_progress, write_progress
-from sft.training.metrics import StepMetrics
+from sft.training.engines.resume_state import Spent, read_progress, write_progress
+from sft.training.metrics import Line, Log, StepMetrics
 from sft.training.optimizer import make_optimizer, parameter_groups, schedule
+from sft.training.write_metrics import WriteMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerParts:
+    """What a trainer is made of."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    settings: TrainingConfig
+    group_of: Callable[[str], str]
+    """Names the group of a parameter."""
+    seed: int
+    micro_batches: Iterable[dict[str, Batch]]
+    micro_batches_per_step: int
+    """Micro-batches of this rank in a step."""
+    micro_batches_of_all: int | None = None
+    """Micro-batches of all ranks in a step that have packs. None: this is the only rank."""
+    complete: Callable[[Batch], Batch] = lambda batch: batch
+    """Completes a batch on the device before the model gets it."""
+    source_names: Sequence[str]
+    run_dir: Path
+    checkpoint_every: int
+    write_checkpoint: Callable[[], None] = lambda: None
+    data_state: Callable[[int], dict[str, Any]] = lambda step: {}
+    """Returns where `micro_batches` stand after a step, as JSON."""
+    resume_from: Path | None = None
+    """The `state/` of a checkpoint to resume from; `micro_batches` stand at its place in the data already."""
+    on_step: Callable[[int, Line], None] = lambda step, line: None
+    """Gets every line of metrics.jsonl."""
+    log: Log = lambda line: None
+    should_stop: Callable[[], bool] = lambda: False
+    validate: Callable[[nn.Module, int], Line] = lambda model, step: {}
+    """Returns a part of the line of a step; for step 0, before the first, the content of before.json."""
+    callbacks: Sequence[TrainerCallback] = ()
+    rank: Rank = ALONE
+    engine: EngineName = "ddp"
 
 
 class MicroBatchesOfStep:
-    """The micro-batches of a step one by one: all at once are gigabytes of pixels. Transformers asks for their number
-    beforehand; there are none after the last step."""
+    """The micro-batches of a step one by one: all at once they are gigabytes of pixels.
+
+    Their number, which transformers asks for first, is 0 after the last step."""
 
     def __init__(self, micro_batches: Iterator[dict[str, Batch]], number: int) -> None:
         self._first = [*islice(micro_batches, 1)]
@@ -55,99 +96,31 @@ class MicroBatchesOfStep:
 class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     """Supervised fine-tuning over a stream of packed micro-batches."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        group_of: Callable[[str], str],
-        tokenizer: PreTrainedTokenizerBase,
-        micro_batches: IterableDataset[dict[str, Batch]],
-        micro_batches_per_step: int,
-        data_state: Callable[[int], dict[str, Any]],
-        settings: TrainingConfig,
-        checkpoint_every: int,
-        write_checkpoint: Callable[[Trainer], None],
-        run_dir: Path,
-        seed: int,
-        source_names: Sequence[str],
-        on_step: Callable[[int, dict[str, Any]], None],
-        say: Callable[[str], None] = lambda line: None,
-        should_stop: Callable[[], bool] = lambda: False,
-        resume_from: Path | None = None,
-        complete: Callable[[Batch], Batch] = lambda batch: batch,
-        validate: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {},
-        callbacks: Sequence[TrainerCallback] = (),
-        rank: Rank = ALONE,
-        engine: Engine = "ddp",
-        micro_batches_of_all: int | None = None,
-    ) -> None:
-        """`micro_batches_per_step`: of this rank. `micro_batches_of_all`: those of all ranks that have packs.
-        `data_state` tells where `micro_batches` stand after a step. `write_checkpoint` is called with this trainer;
-        `resume_from` is the `state/` of a checkpoint, whose place in the data `micro_batches` stand at already.
-        `complete` is what a batch goes through on the device before the model gets it.
-        `validate` is called after every step, and what it returns is a part of the step's line of metrics.jsonl; and
-        before the first, as step 0, for before.json."""
-        self.validate = validate
-        self.complete = complete
-        self.rank = rank
-        self.engine_name: Engine = engine
-        self.engine = get_engine(engine)
-        self.micro_batches_of_all = micro_batches_of_all or micro_batches_per_step
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.lr_scheduler: Any = None
-        self.group_of = group_of
-        self.micro_batches = micro_batches
-        self.micro_batches_per_step = micro_batches_per_step
-        self.settings = settings
-        self.data_state = data_state
-        self.write_checkpoint = write_checkpoint
-        self.seed = seed
-        self.resume_from = resume_from
+    def __init__(self, parts: TrainerParts) -> None:
+        self.parts, self.settings, self.rank = parts, parts.settings, parts.rank
+        self.engine = get_engine(parts.engine)
+        self.precision = choose_precision(parts.settings.precision, device())
+        self.step_metrics = StepMetrics(parts.source_names)
         self.nonfinite_steps = 0
-        """In a row, up to now."""
-        self.step_metrics = StepMetrics(source_names)
-        self.precision = choose_precision(settings.precision, device())
-        arguments = SFTConfig(
-            output_dir=str(run_dir),
-            max_steps=settings.max_steps,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=micro_batches_per_step,
-            learning_rate=settings.learning_rate,
-            max_grad_norm=settings.clip,
-            bf16=self.precision == "bfloat16",
-            fp16=self.precision == "float16",
-            activation_checkpointing=bool(settings.gradient_checkpointing),
-            activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
-            logging_steps=1,
-            logging_nan_inf_filter=False,  # it would log 0.0 in place of a loss that is not a number
-            save_strategy="steps",
-            save_steps=checkpoint_every,
-            seed=seed,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            accelerator_config={"dispatch_batches": False, "split_batches": False},
-            **self.engine.arguments(clip=settings.clip, precision=self.precision, convert=self._converts()),
-        )
-        # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
-        numbers = datasets.Dataset.from_dict({"input_ids": [[step] for step in range(settings.max_steps)]})
-        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        """Steps that were not finite, in a row, up to now."""
+        self.optimizer: Optimizer | None = None
+        self.lr_scheduler: LRScheduler | None = None
+        trained = [(parameter, parameter.data) for parameter in parts.model.parameters() if parameter.requires_grad]
         super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=numbers,
+            model=parts.model,
+            args=self._arguments(),
+            # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
+            train_dataset=datasets.Dataset.from_dict({"input_ids": [[n] for n in range(self.settings.max_steps)]}),
             data_collator=lambda batch: batch,
-            processing_class=tokenizer,
+            processing_class=parts.tokenizer,
             callbacks=[
-                *callbacks,
+                *parts.callbacks,
                 Resume(self),
                 RecomputeShare(self),
-                WriteMetrics(self, run_dir, on_step, say),
+                WriteMetrics(self, parts.run_dir, parts.on_step, parts.log),
                 CheckGradients(self),
                 FillGradients(self),
-                Stop(should_stop),
+                Stop(parts.should_stop),
             ],
         )
         for parameter, data in trained:
@@ -159,22 +132,50 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
 
+    def _arguments(self) -> SFTConfig:
+        parts, settings = self.parts, self.settings
+        return SFTConfig(
+            output_dir=str(parts.run_dir),
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=parts.micro_batches_per_step,
+            learning_rate=settings.learning_rate,
+            max_grad_norm=settings.clip,
+            bf16=self.precision == "bfloat16",
+            fp16=self.precision == "float16",
+            activation_checkpointing=bool(settings.gradient_checkpointing),
+            activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind loses gradients of the tower
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would log 0.0 in place of a loss that is not a number
+            save_strategy="steps",
+            save_steps=parts.checkpoint_every,
+            seed=parts.seed,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            accelerator_config={"dispatch_batches": False, "split_batches": False},
+            **self.engine.arguments(clip=settings.clip, precision=self.precision, convert=self._converts()),
+        )
+
     def get_train_dataloader(self) -> DataLoader[dict[str, Batch]]:
-        """Micro-batches as they come; nothing is drawn, cut or sharded behind the planner's back."""
-        return DataLoader(self.micro_batches, batch_size=None)
+        """Return the micro-batches as they come; the planner has drawn, cut and sharded already."""
+        micro_batches: Any = self.parts.micro_batches
+        return DataLoader(micro_batches, batch_size=None)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Batch]], num_batches: int, device: torch.device
     ) -> tuple[MicroBatchesOfStep, None]:
-        """The micro-batches of a step. Each knows the step's number of trained tokens, so nothing is counted here."""
+        """Return the micro-batches of a step. Each knows the step's number of trained tokens."""
         return MicroBatchesOfStep(epoch_iterator, num_batches), None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the step's mean loss, as often as there are ranks: engines take the mean of the
-        ranks' gradients, and what is wanted is their sum."""
-        batch = self.complete(self._normalised(inputs["batch"]).to(self.args.device))
+        """Return this micro-batch's part of the step's mean loss, times the number of ranks: engines take the mean of
+        the ranks' gradients, and the sum is wanted."""
+        batch = self.parts.complete(self._normalised(inputs["batch"]).to(self.args.device))
         self._seed_micro_step()
         with self.compute_loss_context_manager():
             output = model(batch=batch, z_loss=self.settings.z_loss)
@@ -183,41 +184,42 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         return (loss, output) if return_outputs else loss
 
     def _normalised(self, batch: Batch) -> Batch:
-        """The batch with what its summed loss is divided by: the trained tokens of the step, as the planner counted
-        them, or under `micro_batch_mean` its own times the number of micro-batches on all ranks."""
+        """Return the batch with the number that its summed loss is divided by: the trained tokens of the step, as the
+        planner counted them, or under `micro_batch_mean` its own times the number of micro-batches on all ranks."""
         if self.settings.normalisation == "token_mean":
             return batch
         own = int((batch.source_ids_T[trained_positions(batch.labels_T) + 1] != NO_SOURCE).sum())
-        return replace(batch, num_trained_tokens=max(own, 1) * self.micro_batches_of_all)
+        micro_batches = self.parts.micro_batches_of_all or self.parts.micro_batches_per_step
+        return replace(batch, num_trained_tokens=max(own, 1) * micro_batches)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer over groups of parameters."""
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make the recipe's optimizer over groups of parameters."""
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.settings, self.group_of)
-            scaled = self.precision == "float16"
-            self.optimizer = make_optimizer(groups, self.settings, self.model, scaled=scaled)
+            groups = parameter_groups(self.model, self.settings, self.parts.group_of)
+            is_scaled = self.precision == "float16"
+            self.optimizer = make_optimizer(groups, self.settings, self.model, is_scaled=is_scaled)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Linear warm-up and decay."""
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Make the linear warm-up and decay."""
         if self.lr_scheduler is None:
             self.lr_scheduler = schedule(optimizer or self.create_optimizer(), self.settings)
         return self.lr_scheduler
 
     @property
     def overflowed(self) -> bool:
-        """Whether the last step was left out because a float16 gradient was too large; the scaler then scales less."""
+        """Whether the last step was left out because a float16 gradient overflowed; the scaler then scales less."""
         return self.precision == "float16" and bool(self.accelerator.optimizer_step_was_skipped)
 
     def _seed_micro_step(self) -> None:
-        """Random numbers (of dropout) are a function of seed, step and micro-step: a resumed run has the same."""
+        """Seed torch by seed, step, micro-step and rank, so that a resumed run draws the same random numbers."""
         micro_step = len(self.step_metrics.keys)
-        entropy = [self.seed, self.state.global_step, micro_step, self.rank.number]
+        entropy = [self.parts.seed, self.state.global_step, micro_step, self.rank.number]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """The norm of the gradient, which is clipped; one that is not finite is thrown away, and so is that of a loss
-        that is not, on all ranks, so that the step changes nothing. Under float16 the scaler does that."""
+        """Clip the gradient and return its norm. Where the gradient or the loss of any rank is not finite, all ranks
+        drop the gradient, so that the step changes nothing. Under float16 the scaler does that."""
         norm = self.engine.gradient_norm(self, super()._clip_grad_norm(model))
         is_scaled = self.precision == "float16"
         loss_is_finite = not any_process(not self.step_metrics.has_finite_loss)
@@ -230,39 +232,46 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
 
     @property
     def unwrapped(self) -> nn.Module:
-        """The model, of which this process may have but a share."""
+        """The model itself, of which this process may hold only a shard."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
     @property
-    def bare_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without what accelerate puts around it."""
+    def bare_optimizer(self) -> Optimizer:
+        """The optimizer inside accelerate's wrapper."""
         prepared: Any = self.optimizer
-        optimizer: torch.optim.Optimizer = prepared.optimizer
+        optimizer: Optimizer = prepared.optimizer
         return optimizer
 
-    def save_state(self, folder: Path, more: dict[str, Any]) -> None:
-        """Write what the next step needs, and `more` for whoever restores the rest. All processes call it."""
+    def save_state(self, folder: Path, *, spent: Spent, sources: str) -> None:
+        """Write everything that the next step needs, with what the run has spent and the fingerprint of its sources.
+        All processes call it."""
         self.engine.save(self, folder)
         if not self.rank.is_main:
             return
-        progress = {
-            "engine": self.engine_name,
-            "processes": self.rank.of,
-            "step": self.state.global_step,
-            "schedule": self.lr_scheduler.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "data": self.data_state(self.state.global_step),
-            **more,
-        }
-        write_progress(folder, progress)
+        assert self.lr_scheduler is not None
+        write_progress(
+            folder,
+            {
+                "engine": self.parts.engine,
+                "processes": self.rank.of,
+                "step": self.state.global_step,
+                "schedule": self.lr_scheduler.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "data": self.parts.data_state(self.state.global_step),
+                "spent": spent,
+                "sources": sources,
+            },
+        )
 
     def _converts(self) -> bool:
-        """Whether the state to go on from is of another number of processes."""
-        return self.resume_from is not None and Writers.of(read_progress(self.resume_from)).processes != self.rank.of
+        """Tell whether the state to resume from was written by another number of processes."""
+        folder = self.parts.resume_from
+        return folder is not None and Writers.of(read_progress(folder)).processes != self.rank.of
 
     def load_state(self, folder: Path) -> None:
-        """Go on after the step of a state. The data have their own (`MicroBatches.restore`)."""
+        """Continue after the step of a state. The data are restored elsewhere (`MicroBatches.restore`)."""
+        assert self.lr_scheduler is not None
         progress = read_progress(folder)
         self.engine.load(self, folder, Writers.of(progress))
         self.lr_scheduler.load_state_dict(progress["schedule"])
@@ -273,4 +282,4 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         self.state.global_step = self._globalstep_last_logged = progress["step"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.write_checkpoint(self)
+        self.parts.write_checkpoint()

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_SIZE, batch_of, conversation, place
+from helpers.processes import assert_same_steps, sft
+from helpers.resume import assert_same_state, folder_of, metrics, recipe_of, trained
 from helpers.sources import BLUE, GREEN, RED, key_of
+from helpers.training import write_recipe
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_distributed import OPTIONS, assert_same_steps, sft
-from test_resume import assert_same_state, folder_of, metrics, recipe_of, trained
-from test_trainer import write_recipe
 from transformers import IdeficsConfig
+from two_processes import OPTIONS
 
 from sft.batches.collate import collate
 from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
@@ -26,7 +27,8 @@ from sft.core.sample import SkipSample
 from sft.cost.idefics.configs import read_config
 from sft.models import idefics
 from sft.recipe import load_recipe
-from sft.training.run import _feature_cache
+from sft.training.cached_features import open_feature_cache
+from sft.training.open_model import OpenedModel
 
 SHAPE = (2, 3)
 CACHED = ("model.mode=lora", "data.feature_cache=on", "data.validation=null")
@@ -351,10 +353,11 @@ def test_full_training_without_the_tower_may_have_one(tmp_path):
     assert values.data.feature_cache
 
 
-def test_a_tower_that_is_shared_out_has_no_cache(sources, model, tmp_path):
+def test_a_tower_that_is_sharded_has_no_cache(sources, model, template, tmp_path):
+    opened = OpenedModel(family=idefics, model=model, template=template)
     recipe = load_recipe(write_recipe(tmp_path), CACHED)
-    with pytest.raises(UserError, match=r"data\.feature_cache: zero3 shares out the tower"):
-        _feature_cache(recipe, idefics, model, sources, "zero3", print)
+    with pytest.raises(UserError, match=r"data\.feature_cache: zero3 shards the tower"):
+        open_feature_cache(recipe, opened, sources, "zero3", print)
 
 
 def test_an_image_of_idefics_9b_takes_164_kilobytes():

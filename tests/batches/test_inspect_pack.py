@@ -19,9 +19,9 @@ from conftest import (
     status_of,
     visible,
 )
+from helpers.training import write_recipe
 from PIL import Image
 from rich.console import Console
-from test_trainer import write_recipe
 
 from sft.batches.data_loader import MicroBatches
 from sft.batches.inspect_pack import describe, find_pack, inspect_pack, page, token_texts

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, make_tiny_model, status_of
 from helpers.golden_ids import A_DOG, CHAT_IDS
+from helpers.training import write_recipe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_trainer import write_recipe
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -33,8 +33,8 @@ from sft.models.idefics import packed
 from sft.models.open_model import load_template
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import write_folder
-from sft.training import run
 from sft.training.dry_run import batch_of_caps, costliest
+from sft.training.open_model import load_for_training
 
 CHECKS = ("token ids", "weights", "gates", "image changes logits", "loss", "gradients of the extra rows")
 
@@ -220,7 +220,7 @@ def test_closed_gates_are_told_and_the_random_numbers_of_training_are_not_touche
 
     found = load_recipe(recipe, [f"model.path={base_with(tmp_path / 'base', close)}", "model.mode=qlora"])
     base = prepare_base(found)
-    trained = run.load_for_training(found, idefics, base).train()
+    trained = load_for_training(found, idefics, base).train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
     template = load_template(idefics, base)
@@ -232,7 +232,7 @@ def test_closed_gates_are_told_and_the_random_numbers_of_training_are_not_touche
 
 def test_room_is_that_of_the_weights_that_are_written(recipe, tmp_path):
     found = load_recipe(recipe)  # 4 steps, a checkpoint every 2
-    trained = run.load_for_training(found, idefics, prepare_base(found))
+    trained = load_for_training(found, idefics, prepare_base(found))
     numbers = sum(p.numel() for p in trained.parameters())
     room = before_training.room_for(found, idefics, trained)
     assert (room.snapshot, room.state) == (2 * numbers, 12 * numbers)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import status_of
 from helpers.files import write_tsv
+from helpers.training import DATA, write_recipe
 from PIL import Image
-from test_trainer import DATA, write_recipe
 
 from sft.cli.main import main
 from sft.core.errors import UserError

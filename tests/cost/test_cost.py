@@ -11,9 +11,9 @@ import pytest
 import torch
 import typer
 from conftest import REPOSITORY, status_of, tiny_config
+from helpers.training import write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trainer import write_recipe
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from sft.cli.main import app
@@ -24,8 +24,11 @@ from sft.cost.idefics.fake_step import measure
 from sft.cost.idefics.formula import FOUR_BIT_BYTES, cost, trained_parameters
 from sft.cost.idefics.setting import PARTS, Setting
 from sft.cost.idefics.shapes import shape_of
+from sft.models import idefics
 from sft.models.activation_checkpointing import is_recomputed
-from sft.recipe import load_recipe
+from sft.models.lora import add_adapters
+from sft.recipe import ENGINES, GROUPS, OPTIMIZERS, LoraSettings, TrainingConfig, load_recipe
+from sft.training.optimizer import make_optimizer, parameter_groups
 
 SMALL = Setting(tokens=256, images=2, trained_tokens=255)
 CARD = REPOSITORY / "recipes" / "idefics-9b-instruct.yaml"
@@ -77,6 +80,7 @@ LAYERS = shape_of(middling_config()).layers_of
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "8-bit states": {"optimizer": "adamw_8bit"},
+    "factored states": {"optimizer": "adafactor"},
     "not the language model": {"trainable": ("cross_attention", "gates", "resampler", "vision")},
     "lora": {"mode": "lora", "lora_layers": LAYERS(("language", "cross_attention"))},
     "lora everywhere": {"mode": "lora", "lora_layers": LAYERS(PARTS)},
@@ -105,14 +109,37 @@ def test_the_formula_agrees_with_the_real_model_under_fake_tensors(way, checkpoi
     assert quick.flop == pytest.approx(measured.flop, rel=0.02)
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_states_that_are_planned_are_those_of_the_real_optimizer(mode, optimizer):
+    config = middling_config()
+    model = idefics.PackedIdefics(IdeficsConfig.from_dict(config))
+    if mode == "lora":
+        add_adapters(model, idefics.lora_pattern(["language"]), LoraSettings(r=16, targets=["language"]), "base")
+    idefics.select_trainable(model, GROUPS if mode == "full" else ["extra_rows"])
+    training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-3, optimizer=optimizer)
+    made = make_optimizer(parameter_groups(model, training, idefics.group_of), training, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    made.step()
+    states = [tensor for own in made.state.values() for tensor in own.values() if torch.is_tensor(tensor)]
+    real = sum({tensor.data_ptr(): tensor.nbytes for tensor in states if tensor.ndim}.values())
+    setting = replace(SMALL, mode=mode, optimizer=optimizer, lora_layers=LAYERS(["language"]))
+    planned_bytes = cost(shape_of(config), setting).bytes["optimizer"]
+    if OPTIMIZERS[optimizer].is_paged:
+        assert planned_bytes == 0, "they lie in main memory when the GPU is full"
+    else:
+        assert planned_bytes == pytest.approx(real, rel=0.05 if OPTIMIZERS[optimizer].needs_bitsandbytes else 0.001)
+
+
 settings = st.builds(
     Setting,
     tokens=st.integers(1, 8192),
     images=st.integers(0, 64),
     trained_tokens=st.just(1),
     mode=st.sampled_from(["full", "lora", "qlora"]),
-    optimizer=st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_8bit"]),
-    engine=st.sampled_from(["ddp", "zero3", "fsdp2"]),
+    optimizer=st.sampled_from([*OPTIMIZERS]),
+    engine=st.sampled_from([*ENGINES]),
     gpus=st.sampled_from([1, 2, 64]),
     checkpointing=st.sampled_from([0.0, 0.3, 1.0]),
     accumulates=st.booleans(),
@@ -274,11 +301,14 @@ def test_what_cannot_be_planned_is_said_in_one_line(refusal, monkeypatch, tmp_pa
 
 
 def test_nothing_is_planned_or_advised_that_training_refuses(refusal, capsys):
-    assert "zero3 shares out the states of adamw" in refusal("plan", CARD, "--gpus", 2, "training.optimizer=adamw_8bit")
-    assert "cannot share out weights in 4 bits" in refusal(
+    assert "zero3 shards the states of adamw" in refusal("plan", CARD, "--gpus", 2, "training.optimizer=adamw_8bit")
+    assert "zero3 shards the states of adamw, not of adafactor" in refusal(
+        "plan", CARD, "--gpus", 2, "training.optimizer=adafactor"
+    )
+    assert "cannot shard weights in 4 bits" in refusal(
         "plan", CARD, "--gpus", 2, "model.mode=qlora", "distributed.engine=fsdp2"
     )
     assert "zero3 does not train in float16" in refusal("plan", CARD, "--gpus", 8, "--gpu", "t4-16")
     assert status_of("plan", CARD, "--gpus", 8, "--gpu", "l4-24", "--json") == 0
     advice = json.loads(capsys.readouterr().out)["advice"]
-    assert advice and not any("8bit" in line for line in advice)  # it would fit with them, and ZeRO-3 has none
+    assert advice and not any("training.optimizer" in line for line in advice)  # ZeRO-3 has none

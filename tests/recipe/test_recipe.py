@@ -261,6 +261,11 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path):
     assert read(tmp_path, text=recipe.to_yaml()) == recipe
 
 
+def test_the_recipe_of_an_older_run_is_read_though_a_key_of_it_is_a_constant_now(tmp_path):
+    assert read(tmp_path, "training.max_nonfinite_steps=3") == read(tmp_path)
+    assert "training.max_nonfinite_steps: unknown key" in refusal(tmp_path, "training.max_nonfinite_steps=4")
+
+
 def test_the_store_is_named_after_what_is_asked(tmp_path):
     cats, dogs = (source.datasets[0].store_name for source in read(tmp_path).data.mixture)
     assert cats != dogs

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, batch_of, conversation, place, status_of
+from helpers.training import printed
 from PIL import Image
 from scipy import stats
-from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.core.errors import RunError, UserError
 from sft.core.sample import ImageRef
@@ -373,7 +373,7 @@ def kept(run) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in (run / "evaluations").rglob("checkpoint-*.json")}
 
 
-def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):  # noqa: F811
+def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):
     selection, _ = printed(capsys, "select", copied)
     before = kept(copied)
     assert len(before) == 4, "two checkpoints, each by text and by letter"
@@ -388,7 +388,7 @@ def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):
     assert "* selected, by the rule best: checkpoint-" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     options = (f"output_dir={run}", "model.mode=lora", "training.learning_rate=0.1")
     assert status_of("train", trained, *options) == 0
@@ -405,7 +405,7 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_select_as_one_does(copied, capfd):  # noqa: F811
+def test_two_processes_select_as_one_does(copied, capfd):
     found = []
     for nproc in (1, 2):
         assert status_of("select", copied, "--nproc", nproc, "--json") == 0
@@ -415,7 +415,7 @@ def test_two_processes_select_as_one_does(copied, capfd):  # noqa: F811
     assert found[0] == found[1] and len(found[0][1]) == 4
 
 
-def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):  # noqa: F811
+def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):
     lines = [{"question": f"What is {n}?", "answer": "red", "category": "ab"[n % 2]} for n in range(20)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     selection, _ = printed(capsys, "select", copied, "--benchmark", tmp_path / "own.jsonl")
@@ -428,7 +428,7 @@ def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):  # n
     assert json.loads(file.read_text().splitlines()[0]).keys() >= {"question", "cluster", "prediction", "hit"}
 
 
-def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp_path, capsys):  # noqa: F811
+def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp_path, capsys):
     chats = [[f"Say {n}.", "one two three"[: 3 + 2 * n]] for n in range(6)]
     lines = [{"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]} for u, a in chats]
     (tmp_path / "own").mkdir()
@@ -451,7 +451,7 @@ def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp
         assert line["loss"] == pytest.approx(float(loss), rel=0.02), "in bfloat16 where the processor has it"
 
 
-def test_what_does_not_go_together_is_refused(copied, refusal):  # noqa: F811
+def test_what_does_not_go_together_is_refused(copied, refusal):
     assert "--by tea: expected mmbench, exact_match or loss" in refusal("select", copied, "--by", "tea")
     assert "--rule tea: expected best or earliest_not_worse" in refusal("select", copied, "--rule", "tea")
     assert "--by loss takes no --benchmark" in refusal("select", copied, "--by", "loss", "--benchmark", "x.tsv")
@@ -459,7 +459,7 @@ def test_what_does_not_go_together_is_refused(copied, refusal):  # noqa: F811
     assert "x.jsonl: No such file" in refusal("select", copied, "--benchmark", "x.jsonl")
 
 
-def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys, monkeypatch):  # noqa: F811
+def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys, monkeypatch):
     last = copied / "checkpoints" / "checkpoint-2"
     hidden = last.rename(copied / "hidden")
     RunStatus(status="running", step=1, max_steps=2).write(copied)
@@ -475,7 +475,7 @@ def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys,
     assert "finished at step 2: evaluation.patience: …" in said
 
 
-def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, capsys, monkeypatch):  # noqa: F811
+def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, capsys, monkeypatch):
     ask = task.score_model
 
     def broken(path, *arguments, **options):
@@ -493,7 +493,7 @@ def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, ca
     assert selection["warnings"][-1] == "left out: checkpoint-2: RuntimeError: out of memory"
 
 
-def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsys, monkeypatch):  # noqa: F811
+def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsys, monkeypatch):
     ask = task.score_model
     other = copied / "checkpoints" / "checkpoint-1"
 
@@ -518,7 +518,7 @@ def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsy
     assert "checkpoint-1: was removed before it was evaluated" in capsys.readouterr().out
 
 
-def test_damaged_files_of_a_run_are_asked_anew_or_named(copied, capsys):  # noqa: F811
+def test_damaged_files_of_a_run_are_asked_anew_or_named(copied, capsys):
     selection, _ = printed(capsys, "select", copied)
     one, other = sorted((copied / "evaluations").rglob("checkpoint-1.jsonl"))
     one.with_suffix(".json").write_text("{")
@@ -544,7 +544,7 @@ def cut_off(checkpoint):
         (cut_off, "files of its weights are missing or cut off"),
     ],
 )
-def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied, capsys, damage, what):  # noqa: F811
+def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied, capsys, damage, what):
     printed(capsys, "select", copied)
     damage(copied / "checkpoints" / "checkpoint-1")
     assert status_of("select", copied) == 1
@@ -561,7 +561,7 @@ def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied
     assert "checkpoint-1" in capsys.readouterr().err, "and with none left, why"
 
 
-def test_a_damaged_checkpoint_is_not_chosen_by_a_loss_written_down(copied, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_is_not_chosen_by_a_loss_written_down(copied, capsys):
     lines = [{"step": n, "validation": {"mine": {"loss": 0.1 * n, "trained_tokens": 9}}} for n in (1, 2)]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert printed(capsys, "select", copied, "--by", "loss")[0]["selected"] == "checkpoint-1"
@@ -572,14 +572,14 @@ def test_a_damaged_checkpoint_is_not_chosen_by_a_loss_written_down(copied, capsy
     assert [warning.partition(": model")[0] for warning in selection["warnings"]] == ["left out: checkpoint-1"]
 
 
-def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):  # noqa: F811
+def test_answers_of_weights_that_are_no_more_do_not_count(copied, capsys):
     before = printed(capsys, "select", copied)[0]["scores"]
     for file in [*(copied / "evaluations").rglob("checkpoint-1.json*")]:
         (file.parent / file.name.replace("-1.", "-9.")).write_bytes(file.read_bytes())
     assert printed(capsys, "select", copied)[0]["scores"] == before, "of a run that was resumed before step 9"
 
 
-def test_weights_go_when_the_recipe_says_so(copied, capsys):  # noqa: F811
+def test_weights_go_when_the_recipe_says_so(copied, capsys):
     recipe = (copied / "recipe.yaml").read_text()
     (copied / "recipe.yaml").write_text(recipe.replace("keep_weights: all", "keep_weights: best+last"))
     selection, _ = printed(capsys, "select", copied)

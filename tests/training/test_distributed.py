@@ -15,8 +15,9 @@ import pytest
 import torch
 import two_processes
 from conftest import batch_of, conversation, document, make_tiny_model, place
+from helpers.processes import SECONDS, assert_same_steps, lines_of, sft
+from helpers.training import Watch, trainer_of, write_recipe
 from safetensors.torch import load_file
-from test_trainer import Watch, trainer_of, write_recipe
 from two_processes import OPTIONS
 from two_ranks import step
 
@@ -33,19 +34,8 @@ from sft.runs.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_c
 from sft.training.engines import check_readable, choose_engine, fsdp2
 
 REPOSITORY = Path(__file__).parent.parent.parent
-SECONDS = 600
-"""More than enough even on a busy machine."""
 DEEPSPEED = REPOSITORY / ".cache" / "deepspeed"
 """Where scripts/install_deepspeed puts it."""
-
-
-def sft(*arguments: object, launcher: tuple[str, ...] = ("-m", "sft.cli.main"), **environment: str):
-    """A command in a process of its own, as a person starts it."""
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    own = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(
-        command, env=own | environment, capture_output=True, text=True, timeout=SECONDS, cwd=REPOSITORY
-    )
 
 
 @pytest.fixture(scope="module")
@@ -90,23 +80,6 @@ def trained(recipe: Path, name: str, *arguments: object) -> Path:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "finished"
     return run_dir
-
-
-def lines_of(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_steps(found: Path, expected: Path) -> None:
-    for line, own in zip(lines_of(found), lines_of(expected), strict=True):
-        for key in ("step", "tokens", "trained_tokens", "dirty_samples", "learning_rate"):
-            assert line[key] == own[key]
-        assert line["loss"] == pytest.approx(own["loss"], rel=1e-5, abs=1e-5)
-        # A key's bias has no gradient but rounding, and AdamW's first steps are as long for it as for the others.
-        assert line["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-5 if line["step"] == 1 else 1e-4)
-        for part in ("sources", "validation"):
-            for name, source in own.get(part, {}).items():
-                assert line[part][name] == pytest.approx(source, rel=1e-5, abs=1e-5) or not source["trained_tokens"]
-        assert line.get("generations") == own.get("generations")
 
 
 def computed(run_dir: Path) -> list[dict]:
@@ -389,23 +362,23 @@ def test_the_environment_says_which_process_this_is(monkeypatch, environment, ex
 
 
 def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sft.training.engines.zero3.find_spec", lambda name: None)
     assert choose_engine("auto", "full", ALONE) == choose_engine("auto", "lora", Rank(0, 2)) == "ddp"
     for engine, mode, expected in (
         ("auto", "full", "needs DeepSpeed, which is not installed"),
-        ("zero3", "qlora", "cannot share out weights in 4 bits"),
-        ("fsdp2", "qlora", "cannot share out weights in 4 bits"),
+        ("zero3", "qlora", "cannot shard weights in 4 bits"),
+        ("fsdp2", "qlora", "cannot shard weights in 4 bits"),
     ):
         with pytest.raises(UserError, match=expected):
             choose_engine(engine, mode, Rank(0, 2))
-    with pytest.raises(UserError, match="fsdp2 shares out the states of adamw, not of adamw_8bit"):
+    with pytest.raises(UserError, match="fsdp2 shards the states of adamw, not of adamw_8bit"):
         choose_engine("fsdp2", "full", Rank(0, 2), "adamw_8bit")
-    with pytest.raises(UserError, match="fsdp2 trains in bfloat16 or float32"):
+    with pytest.raises(UserError, match="fsdp2 does not train in float16"):
         fsdp2.check_precision("float16")
 
 
 def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
-    monkeypatch.setattr("sft.training.engines.find_spec", lambda name: None)
+    monkeypatch.setattr("sft.training.engines.zero3.find_spec", lambda name: None)
     by_two = {"engine": "zero3", "processes": 2}
     for written_by, engine, processes, expected in (
         (by_two, "fsdp2", 2, "was written under zero3, which fsdp2 cannot read; set distributed.engine=zero3"),
@@ -419,7 +392,7 @@ def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
 
 
 def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):
-    with pytest.raises(RunError, match="fsdp2 has not shared the model out: it is a PackedIdefics"):
+    with pytest.raises(RunError, match="fsdp2 has not sharded the model: it is a PackedIdefics"):
         fsdp2.check_prepared(model)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import batch_of, conversation, document, place
-from test_trainer import trainer_of
+from helpers.training import trainer_of
 
 from sft.models import idefics
 from sft.training import loss_spikes
@@ -65,7 +65,7 @@ def test_a_spike_is_told_once_and_kept_with_the_pack_that_made_it(template, tmp_
     odd = [place(template, document("0123456789 fox dog", key=key)) for key in ("odd", "odder")]
     batches = [batch_of([usual], [usual])] * 20 + [batch_of([usual], odd)] * 2
     said = []
-    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=22, learning_rate=1e-2, say=said.append)
+    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=22, learning_rate=1e-2, log=said.append)
     trainer.train()
     lines = [json.loads(text) for text in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert [found["step"] for found in lines] == [21, 22]

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import status_of
+from helpers.training import metrics_of, printed, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
-from test_runs import printed, trained  # noqa: F401
-from test_selection import names as names_of
-from test_trainer import metrics_of, write_recipe
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -29,11 +27,11 @@ from sft.evaluation import run_benchmark, task
 from sft.recipe import load_recipe
 from sft.report.page import render
 from sft.report.reading import read_run, source_totals
-from sft.runs.checkpoint import listed_hashes, write_folder
+from sft.runs.checkpoint import checkpoints, listed_hashes, write_folder
 from sft.runs.status import RunStatus
-from sft.training import run, trackers, validation
+from sft.training import held_out_questions, run, trackers, validation
+from sft.training.preserve_state import preserve_state
 from sft.training.trackers import tracked
-from sft.training.validation import undisturbed
 
 HELD_OUT = ("data.validation.share=0.4", "training.max_steps=3", "checkpoints.every_steps=2")
 
@@ -43,8 +41,12 @@ def validated(tmp_path_factory):
     """A recipe with held-out data that was trained, and what was said."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("validated")), HELD_OUT)
     said = []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     return recipe, said
+
+
+def names_of(run_dir):
+    return [path.name for path in checkpoints(run_dir / "checkpoints")]
 
 
 def again(recipe, folder, *overrides):
@@ -83,7 +85,7 @@ def test_held_out_loss_and_answers_are_written_at_every_checkpoint_and_at_the_en
             assert own["loss"] > 0 and own["trained_tokens"] > 0
         assert f"step {line['step']}: held-out loss" in "\n".join(said)
     asked = [[(one["key"], one["prompt"]) for one in line["generations"]] for line in (second, third)]
-    assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == validation.NUM_ANSWERS
+    assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == held_out_questions.NUM_ANSWERS
     assert {key.partition("/")[0] for key, _ in asked[0]} == {"easy_vqa", "messages"}, "one source after the other"
     assert any(prompt.startswith("<image>") for _, prompt in asked[0])
 
@@ -102,7 +104,7 @@ def test_what_the_base_says_is_kept_with_the_images_for_who_wants_to_compare(val
         assert one["expected"]
         assert not one["images"] or "<image>" in one["prompt"]
         for image in one["images"]:
-            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= validation.THUMBNAIL
+            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= held_out_questions.THUMBNAIL
     assert any(one["images"] for one in before["generations"])
 
 
@@ -167,7 +169,7 @@ def test_what_is_trained_is_the_same_bit_by_bit_whatever_validation_does(validat
 def test_every_module_gets_its_mode_back():
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))
     model[0].eval()
-    with pytest.raises(ValueError, match="whatever"), undisturbed(model):
+    with pytest.raises(ValueError, match="whatever"), preserve_state(model):
         assert not model.training and not model[1].training
         raise ValueError("whatever")
     assert [module.training for module in model.modules()] == [True, False, True]
@@ -179,7 +181,7 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(validated, tmp_pat
 
     monkeypatch.setattr(validation, "shared_losses", broken)
     recipe, said = again(validated[0], tmp_path / "run"), []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     assert "step 2: validation failed, training goes on: RuntimeError: out of memory" in said
     assert [line.get("validation_failed") for line in metrics_of(recipe)] == [None] + [
         "RuntimeError: out of memory"
@@ -191,19 +193,82 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(validated, tmp_pat
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 
-STILL = ("training.learning_rate=1e-12", "evaluation.every_steps=1", "training.max_steps=4")
-"""Every checkpoint is the base: all score the same."""
 
-
-def evaluated(trained, folder, *overrides):  # noqa: F811
+def evaluated(trained, folder, *overrides):
     """What was said while a recipe with a benchmark was trained, and evaluated meanwhile."""
     recipe, said = load_recipe(trained, (f"output_dir={folder}", *overrides)), []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     return said
 
 
+@pytest.fixture(scope="module")
+def still(trained, tmp_path_factory):
+    """A run whose checkpoints are all the base, so that they score the same, and of which one could not be scored; and
+    what was said."""
+    ask = task.score_model
+
+    def broken(path, *arguments, **options):
+        if path.name == "checkpoint-2":
+            raise RuntimeError("out of memory")
+        return ask(path, *arguments, **options)
+
+    folder = tmp_path_factory.mktemp("still")
+    options = ("training.learning_rate=1e-12", "training.max_steps=5", "evaluation.every_steps=1")
+    options += ("evaluation.patience=2", "checkpoints.keep_weights=best+last")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(task, "score_model", broken)
+        return folder, evaluated(trained, folder, *options)
+
+
+def test_training_ends_when_so_many_evaluations_bring_nothing(still):
+    folder, said = still
+    status = RunStatus.read(folder)
+    assert (status.status, status.step) == ("finished", 4)
+    assert "step 4: 2 evaluations brought no better score than checkpoint-1; training ends" in said[-1]
+    assert status.why == "evaluation.patience: 2 evaluations brought no better score than checkpoint-1"
+
+
+def test_only_the_best_and_the_newest_weights_stay_and_those_that_have_no_score(still):
+    folder, said = still
+    assert sorted(names_of(folder)) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
+    assert "checkpoints.keep_weights: removed the weights of checkpoint-3" in said
+
+
+def test_an_evaluation_that_fails_is_told_and_training_goes_on(still):
+    folder, said = still
+    status = RunStatus.read(folder)
+    assert status.status == "finished"
+    assert status.failed_evaluations == {"checkpoint-2": "RuntimeError: out of memory"}
+    assert "checkpoint-2: the evaluation failed, it is left out: RuntimeError: out of memory" in said
+    scores = json.loads((folder / "selection.json").read_text())["scores"]
+    assert [score["step"] for score in scores] == [1, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def tracked_run(validated, tmp_path_factory):
+    """A run that is evaluated by recorded losses, and whose tracker fails at step 3; what was logged and tracked."""
+    options = ("evaluation.every_steps=1", "checkpoints.every_steps=1", "checkpoints.keep_weights=best+last")
+    options += ("training.learning_rate=1e-2", "training.report_to=[wandb]")
+    recipe, said = again(validated[0], tmp_path_factory.mktemp("tracked") / "run", *options), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Tracker, "told", [])
+        patched.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+        patched.setattr(trackers, "PACKAGES", {"wandb": ("torch",)})
+        run.train(recipe, prepare(recipe), log=said.append)
+        return recipe, said, Tracker.told
+
+
+def test_of_recorded_losses_too(tracked_run):
+    recipe, _, _ = tracked_run
+    folder = Path(recipe.output_dir)
+    selection = json.loads((folder / "selection.json").read_text())
+    assert [score["step"] for score in selection["scores"]] == [1, 2, 3], "those that were pruned are still compared"
+    kept = [score["checkpoint"] for score in selection["scores"] if score["has_weights"]]
+    assert sorted(names_of(folder)) == kept == sorted({selection["best"], "checkpoint-3"})
+
+
 @pytest.mark.slow
-def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatch):
     said = evaluated(trained, tmp_path / "run", "evaluation.every_steps=2", "training.max_steps=4")
     selection = json.loads((tmp_path / "run" / "selection.json").read_text())
     assert [score["step"] for score in selection["scores"]] == [2, 4]
@@ -215,53 +280,7 @@ def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatc
     assert printed(capsys, "select", tmp_path / "run")[0] == later
 
 
-@pytest.mark.slow
-def test_training_ends_when_so_many_evaluations_bring_nothing(trained, tmp_path):  # noqa: F811
-    said = evaluated(trained, tmp_path / "run", *STILL, "evaluation.patience=2")
-    status = RunStatus.read(tmp_path / "run")
-    assert (status.status, status.step) == ("finished", 3)
-    assert "step 3: 2 evaluations brought no better score than checkpoint-1; training ends" in said[-1]
-    assert status.why == "evaluation.patience: 2 evaluations brought no better score than checkpoint-1"
-
-
-@pytest.mark.slow
-def test_only_the_best_and_the_newest_weights_stay(trained, tmp_path):  # noqa: F811
-    said = evaluated(trained, tmp_path / "run", *STILL, "checkpoints.keep_weights=best+last")
-    assert sorted(names_of(tmp_path / "run")) == ["checkpoint-1", "checkpoint-4"]
-    assert "checkpoints.keep_weights: removed the weights of checkpoint-2" in said
-
-
-@pytest.mark.slow
-def test_of_recorded_losses_too(validated, tmp_path):
-    options = ("evaluation.every_steps=1", "checkpoints.every_steps=1", "checkpoints.keep_weights=best+last")
-    recipe, said = again(validated[0], tmp_path / "run", *options, "training.learning_rate=1e-2"), []
-    run.train(recipe, prepare(recipe), say=said.append)
-    selection = json.loads((tmp_path / "run" / "selection.json").read_text())
-    assert [score["step"] for score in selection["scores"]] == [1, 2, 3], "those that were pruned are still compared"
-    kept = [score["checkpoint"] for score in selection["scores"] if score["has_weights"]]
-    assert sorted(names_of(tmp_path / "run")) == kept == sorted({selection["best"], "checkpoint-3"})
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_fails_is_told_and_training_goes_on(trained, tmp_path, monkeypatch):  # noqa: F811
-    ask = task.score_model
-
-    def broken(path, *arguments, **options):
-        if path.name == "checkpoint-2":
-            raise RuntimeError("out of memory")
-        return ask(path, *arguments, **options)
-
-    monkeypatch.setattr(task, "score_model", broken)
-    said = evaluated(trained, tmp_path / "run", "evaluation.every_steps=1", "training.max_steps=3")
-    status = RunStatus.read(tmp_path / "run")
-    assert status.status == "finished"
-    assert status.failed_evaluations == {"checkpoint-2": "RuntimeError: out of memory"}
-    assert "checkpoint-2: the evaluation failed, it is left out: RuntimeError: out of memory" in said
-    scores = json.loads((tmp_path / "run" / "selection.json").read_text())["scores"]
-    assert [score["step"] for score in scores] == [1, 3]
-
-
-def test_what_cannot_choose_is_told_before_training(trained, tmp_path, refusal):  # noqa: F811
+def test_what_cannot_choose_is_told_before_training(trained, tmp_path, refusal):
     file = tmp_path / "test.tsv"
     header, *rows = (trained.parent / "colours.tsv").read_text().splitlines()
     place = header.split("\t").index("answer")
@@ -306,20 +325,17 @@ class Tracker(TrainerCallback):
         self.told.append("end")
 
 
-def test_trackers_get_every_line_until_they_fail(validated, tmp_path, monkeypatch):
-    monkeypatch.setattr(Tracker, "told", [])
-    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
-    monkeypatch.setattr(trackers, "PACKAGES", {"wandb": ("torch",)})
-    recipe, said = again(validated[0], tmp_path / "run", "training.report_to=[wandb]"), []
-    run.train(recipe, prepare(recipe), say=said.append)
-    (begin, first, second), lines = Tracker.told, metrics_of(recipe)
+def test_trackers_get_every_line_until_they_fail(tracked_run):
+    recipe, said, (begin, first, first_score, second, second_score) = tracked_run
+    lines, scores = metrics_of(recipe), json.loads((Path(recipe.output_dir) / "selection.json").read_text())["scores"]
     assert begin == ("run", "idefics-sft")
     assert (first[0], first[1]["train/loss"]) == (1, lines[0]["loss"])
     assert first[1]["train/loss/talk"] == lines[0]["sources"]["talk"]["loss"]
     assert second[1]["eval/loss/talk"] == lines[1]["validation"]["talk"]["loss"]
     assert second[1]["eval/answer/0"].endswith(lines[1]["generations"][0]["answer"])
+    assert [first_score[1], second_score[1]] == [{"eval/score": score["score"]} for score in scores[:2]]
     assert "wandb: gets nothing more of this run, training goes on: ConnectionError: no network" in said
-    assert RunStatus.read(tmp_path / "run").status == "finished"
+    assert RunStatus.read(Path(recipe.output_dir)).status == "finished"
 
 
 def test_a_tracker_that_refuses_at_the_start_ends_it(validated, tmp_path, monkeypatch):

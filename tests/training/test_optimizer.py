@@ -5,15 +5,14 @@ import torch
 from conftest import make_tiny_model
 
 from sft.models import idefics
-from sft.recipe import GROUPS, TrainingConfig
+from sft.recipe import GROUPS, OPTIMIZERS, TrainingConfig
 from sft.training.optimizer import (
     linear_schedule,
     make_optimizer,
     parameter_groups,
     schedule,
-    table_of,
-    what_is_trained,
 )
+from sft.training.trained_parts import trained_parts, trained_table
 
 
 def settings(**options) -> TrainingConfig:
@@ -120,14 +119,14 @@ def test_a_group_has_its_own_learning_rate_and_weight_decay(model):
     assert found == {("vision", 0.1): 1e-5, ("vision", 0.0): 1e-5, ("head", 0.5): 1e-3, ("gates", 0.0): 1e-3}
 
 
-def test_the_table_counts_what_is_trained(model):
+def test_the_table_counts_trained_parts(model):
     idefics.select_trainable(model, ["gates", "head"])
-    parts = what_is_trained(model, settings(), idefics.group_of)
+    parts = trained_parts(model, settings(), idefics.group_of)
     assert {part.group: (part.tensors, part.parameters, part.weight_decay) for part in parts} == {
         "head": (1, model.lm_head.weight.numel(), "0.1"),
         "gates": (4, 4, "0"),
     }
-    lines = table_of(parts).splitlines()
+    lines = trained_table(parts).splitlines()
     assert lines[0].split() == [
         "group",
         "trained",
@@ -156,7 +155,7 @@ def three_steps(tokenizer, **options) -> dict[str, torch.Tensor]:
             parameter.grad = torch.cos(torch.arange(parameter.numel()).float()).view_as(parameter)
         optimizer.step()
     stored = {state.dtype for states in optimizer.state.values() for state in states.values() if torch.is_tensor(state)}
-    assert (torch.uint8 in stored) == (given.optimizer != "adamw")
+    assert (torch.uint8 in stored) == OPTIMIZERS[given.optimizer].needs_bitsandbytes
     return dict(model.named_parameters())
 
 
@@ -169,3 +168,13 @@ def test_8_bit_states_train_almost_as_adamw_does(tokenizer, kind):
         assert 0 < apart < 0.1 * moved, name
     for name in ("model.embed_tokens.weight", "model.norm.weight"):  # an embedding; fewer than 4,096 elements
         assert torch.allclose(found[name], exact[name], rtol=0, atol=1e-6), name
+
+
+def test_adafactor_moves_as_far_as_adamw_also_what_begins_at_zero(tokenizer):
+    """An update that were scaled by the size of its tensor, as in the paper, would leave gates and adapters at zero."""
+    start = dict(make_tiny_model(tokenizer).named_parameters())
+    exact, found = three_steps(tokenizer, weight_decay=0), three_steps(tokenizer, weight_decay=0, optimizer="adafactor")
+    assert start["model.gated_cross_attn_layers.0.mlp.up_proj.weight"].any()
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.gated_cross_attn_layers.0.alpha_dense"):
+        moved, expected = ((model[name] - start[name]).norm() for model in (found, exact))
+        assert 0.5 * expected < moved < 1.5 * expected, name

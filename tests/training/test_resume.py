@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import status_of
+from helpers.resume import STEPS, assert_same_state, folder_of, metrics, recipe_of, trained
+from helpers.training import write_recipe
 from safetensors.torch import load_file
-from test_trainer import write_recipe
 
 from sft.cli.terminal import console
 from sft.cli.train import train
@@ -23,51 +24,7 @@ from sft.report.reading import held_out, losses, read_run, series, source_losses
 from sft.runs.checkpoint import STATE, checkpoints, newest_state, step_of
 from sft.runs.status import RunStatus
 from sft.training import run
-from sft.training.engines.resume_state import read_progress
 from sft.training.resume import changed_settings
-
-STEPS = ("training.max_steps=4", "training.warmup_steps=1", "checkpoints.every_steps=1", "data.validation=null")
-
-
-def recipe_of(folder, *overrides):
-    folder.mkdir(exist_ok=True)
-    return load_recipe(write_recipe(folder), (*STEPS, *overrides))
-
-
-def trained(recipe, *, until=None, resume_from=None):
-    """Train; with `until`, stop after that step as a person would who lays a file there."""
-
-    def on_step(step, line):
-        if until and step == until - 1:
-            (Path(recipe.output_dir) / "stop").touch()
-
-    return run.train(recipe, prepare(recipe), on_step, resume_from=resume_from)
-
-
-def folder_of(recipe, step):
-    return Path(recipe.output_dir) / "checkpoints" / f"checkpoint-{step}"
-
-
-def metrics(recipe):
-    """What was computed at each step, without what it took."""
-    lines = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    took = ("time", "tokens_per_second", "peak_memory_bytes")
-    return [{key: value for key, value in line.items() if key not in took} for line in lines]
-
-
-def assert_same_state(one, other):
-    """Weights, optimizer, schedule and place in the data, to the bit."""
-    found, expected = (load_file(folder / STATE / "trained.safetensors") for folder in (one, other))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    found, expected = (torch.load(folder / STATE / "optimizer.pt", weights_only=True) for folder in (one, other))
-    torch.testing.assert_close(found["state"], expected["state"], rtol=0, atol=0)
-    assert found["param_groups"] == expected["param_groups"]
-    found, expected = (read_progress(folder / STATE) for folder in (one, other))
-    assert {key: found[key] for key in ("step", "schedule", "data")} == {
-        key: expected[key] for key in ("step", "schedule", "data")
-    }
 
 
 @pytest.mark.slow
@@ -78,8 +35,9 @@ def assert_same_state(one, other):
         ("model.mode=lora", "model.lora.dropout=0.1", "data.num_workers=2", "data.augment=crop"),
         ("model.mode=qlora", "training.optimizer=adamw_8bit"),
         ("training.optimizer=paged_adamw_8bit", "training.precision=float32"),
+        ("training.optimizer=adafactor",),
     ],
-    ids=["full", "lora, dropout, crops, workers", "qlora, 8 bits", "full, paged, float32"],
+    ids=["full", "lora, dropout, crops, workers", "qlora, 8 bits", "full, paged, float32", "full, adafactor"],
 )
 def test_a_run_with_a_break_is_the_run_without_to_the_bit(tmp_path, overrides):
     whole, broken = recipe_of(tmp_path / "whole", *overrides), recipe_of(tmp_path / "broken", *overrides)
@@ -284,7 +242,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_lists_its_samples(tmp_pat
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
-    recipe = recipe_of(tmp_path / "run", "training.max_nonfinite_steps=2")
+    monkeypatch.setattr("sft.training.write_metrics.MAX_NONFINITE_STEPS", 2)
+    recipe = recipe_of(tmp_path / "run")
     poisoned(monkeypatch, {2, 3, 4})
     with pytest.raises(RunError, match=r"step 3: .* not finite, as in 2 steps in a row"):
         trained(recipe)

@@ -1,6 +1,5 @@
 """Folders and models as a run meets them: nothing foreign is deleted, nothing damaged is trusted, one run at a time."""
 
-import base64
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +8,8 @@ import pytest
 import torch
 import yaml
 from conftest import base_tokenizer, make_tiny_model, status_of, tiny_config
-from helpers.files import write_tsv
-from helpers.stores import encoded
+from helpers.training import printed, write_recipe
 from safetensors.torch import load_file, save_file
-from test_trainer import write_recipe
 
 from sft.cli.quickstart import REPORT, _delete_run
 from sft.cli.select import select
@@ -201,52 +198,6 @@ def test_samples_must_fit_the_positions_of_the_model(recipe, refusal, isolation,
 
 
 # ------------------------------------------------------------------------------------------------- select, evaluate
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The recipe of a run with two checkpoints and a benchmark of eight images, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("runs")
-    recipe = write_recipe(folder)
-    colours = ("red", "green", "blue", "yellow", "teal", "brown", "gray", "black")
-    rows = []
-    for number, colour in enumerate(colours):
-        image = folder / f"{colour}.png"
-        image.write_bytes(encoded(colour, size=(28, 28)))
-        rows.append(question(number, colour, colours[number - 1], image))
-    write_tsv(folder / "colours.tsv", rows[0])
-    with (folder / "colours.tsv").open("a") as file:
-        file.writelines("\t".join(map(str, row.values())) + "\n" for row in rows[1:])
-    values = yaml.safe_load(recipe.read_text())
-    values["evaluation"] = {
-        "benchmark": str(folder / "colours.tsv"),
-        "protocol": "vanilla",
-        "ranks": ["text", "letter"],
-    }
-    values["training"]["max_steps"] = 2
-    values["checkpoints"]["every_steps"] = 1
-    recipe.write_text(yaml.safe_dump(values))
-    assert status_of("train", recipe) == 0
-    return recipe
-
-
-def question(number: int, right: str, wrong: str, image: Path) -> dict[str, object]:
-    content = base64.b64encode(image.read_bytes()).decode()
-    return {"index": number, "question": "Which color?", "A": right, "B": wrong, "answer": "A", "image": content}
-
-
-@pytest.fixture
-def copied(trained, tmp_path) -> Path:
-    """The run, copied to another place."""
-    return shutil.copytree(trained.parent / "run", tmp_path / "copy")
-
-
-def printed(capsys, *arguments: object) -> tuple[dict, str]:
-    """The JSON object of a command that succeeds, and what it said beside it."""
-    capsys.readouterr()
-    assert status_of(*arguments, "--json") == 0
-    out, err = capsys.readouterr()
-    return json.loads(out), err
 
 
 def test_a_copied_run_is_the_one_that_is_used(trained, copied, capsys):

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from conftest import IMAGE_SIZE, batch_of, conversation, document, make_tiny_model, place
+from helpers.training import Watch, metrics_of, trainer_of, write_recipe
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, IdeficsForVisionText2Text, TrainerCallback
+from transformers import AutoTokenizer, IdeficsForVisionText2Text
 
 from sft.batches.collate import collate
 from sft.batches.data_loader import MicroBatches
@@ -27,13 +27,9 @@ from sft.models import idefics
 from sft.models.base_model import base_path, prepare_base
 from sft.models.lora import add_adapters
 from sft.models.open_model import load_for_inference
-from sft.recipe import LoraSettings, Recipe, TrainingConfig, load_recipe
+from sft.recipe import LoraSettings, Recipe, load_recipe
 from sft.runs.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
-from sft.training import run
-from sft.training.trainer import Trainer
-
-DATA = Path(__file__).parent.parent / "fixtures"
-
+from sft.training import run, write_metrics
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
@@ -43,31 +39,6 @@ SAMPLES = (
     document("A fox.", "<fox>", "The quick brown fox."),
     conversation(("<cat>", "A cat.", "<dog>", "And this?"), "A dog.", "Sure?", "Yes."),
 )
-
-
-def settings(**options) -> TrainingConfig:
-    return TrainingConfig(
-        **{"max_steps": 1, "tokens_per_step": 4, "learning_rate": 1e-3, "precision": "float32"} | options
-    )
-
-
-def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, say=print, **options) -> Trainer:
-    return Trainer(
-        model,
-        group_of=idefics.group_of,
-        tokenizer=template.tokenizer,
-        micro_batches=[{"batch": batch} for batch in batches],
-        micro_batches_per_step=micro_batches_per_step,
-        data_state=lambda step: {},
-        settings=settings(**options),
-        checkpoint_every=1000,
-        write_checkpoint=lambda trainer: None,
-        run_dir=tmp_path,
-        seed=0,
-        source_names=["toy"],
-        on_step=lambda step, line: None,
-        say=say,
-    )
 
 
 def step_once(template, tmp_path, batches, **options) -> tuple[dict[str, torch.Tensor], dict]:
@@ -236,22 +207,13 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template,
     assert lines[0]["loss"] == lines[1]["loss"] > lines[2]["loss"]
 
 
-class Watch(TrainerCallback):
-    """Calls a function after each step."""
-
-    def __init__(self, look) -> None:
-        self.look = look
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.look()
-
-
-def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model):
+def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(write_metrics, "MAX_NONFINITE_STEPS", 1)
     idefics.select_trainable(model)
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
     batch = batch_of([place(template, SAMPLES[0])])
-    trainer = trainer_of(model, template, [batch], tmp_path, 1, max_nonfinite_steps=1)
+    trainer = trainer_of(model, template, [batch], tmp_path, 1)
     with pytest.raises(RunError, match=r"step 1: loss nan.*not finite"):
         trainer.train()
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -276,11 +238,10 @@ def test_writing_a_checkpoint_is_no_part_of_the_next_steps_speed(template, tmp_p
     now = itertools.count()
     saving = []
     clock = SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: next(now) + 3600 * len(saving))
-    monkeypatch.setattr("sft.training.callbacks.time", clock)
+    monkeypatch.setattr("sft.training.write_metrics.time", clock)
     batches = [batch_of([place(template, SAMPLES[0])]) for _ in range(2)]
-    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)
-    trainer.args.save_steps, trainer.write_checkpoint = 1, saving.append
-    trainer.state.compute_steps(trainer.args, 2)
+    options = {"checkpoint_every": 1, "write_checkpoint": lambda: saving.append(True)}
+    trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2, **options)
     trainer.train()
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert len(saving) == 2 and first["tokens_per_second"] == second["tokens_per_second"]
@@ -322,35 +283,6 @@ def test_a_broken_checkpoint_is_noticed(tmp_path):
 # ---------------------------------------------------------------------------------------------------- the whole way
 
 
-def write_recipe(folder: Path) -> Path:
-    """Four steps over the fixtures in tests/fixtures, everything under `folder`."""
-    values = {
-        "model": {"path": "shipped:tiny_base"},
-        "data": {
-            "store": str(folder / "stores"),
-            "sequence_length": 128,
-            "max_skip_share": 0.0,
-            "mixture": [
-                {
-                    "name": "pictures",
-                    "share": 75,
-                    "datasets": [
-                        {"dataset": "easy_vqa", "path": str(DATA / "easy_vqa"), "options": {"form": form}}
-                        for form in ("questions", "choices")
-                    ],
-                },
-                {"name": "talk", "share": 25, "datasets": [{"dataset": "messages", "path": str(DATA / "messages")}]},
-            ],
-        },
-        "training": {"max_steps": 4, "tokens_per_step": 256, "learning_rate": 1e-3, "precision": "float32"},
-        "checkpoints": {"every_steps": 2},
-        "output_dir": str(folder / "run"),
-    }
-    file = folder / "toy.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
-
-
 TOKEN = "hf_" + "0123456789" * 3
 
 
@@ -373,10 +305,6 @@ def finished(tmp_path_factory) -> Recipe:
 def test_no_token_is_in_what_a_run_writes(finished):
     files = [file for file in Path(finished.output_dir).rglob("*") if file.is_file()]
     assert len(files) > 10 and not [file for file in files if TOKEN.encode() in file.read_bytes()]
-
-
-def metrics_of(recipe: Recipe) -> list[dict]:
-    return [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_says_that_it_is_finished(finished):
@@ -464,7 +392,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
         (f"output_dir={tmp_path / 'run'}", f"model.mode={mode}", *overrides),
     )
     said = []
-    run.train(recipe, prepare(recipe), say=said.append)
+    run.train(recipe, prepare(recipe), log=said.append)
     assert [line.split()[0] for line in said[0].splitlines()[1:]] == [
         "extra_rows", "language", "gates", "cross_attention", "all",
     ]  # fmt: skip
@@ -498,10 +426,11 @@ def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
     assert [line["loss"] for line in metrics_of(recipe)] == [line["loss"] for line in metrics_of(finished)]
 
 
-def test_a_run_that_fails_says_so(finished, tmp_path):
+def test_a_run_that_fails_says_so(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_metrics, "MAX_NONFINITE_STEPS", 1)
     recipe = load_recipe(
         Path(finished.output_dir) / "recipe.yaml",
-        (f"output_dir={tmp_path}", "training.learning_rate=1e30", "training.max_nonfinite_steps=1"),
+        (f"output_dir={tmp_path}", "training.learning_rate=1e30"),
     )
     with pytest.raises(RunError, match="not finite"):
         run.train(recipe, prepare(recipe))

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from sft.cost.idefics.setting import PARTS, Setting
 from sft.cost.idefics.shapes import Linear, Part, Shape
 from sft.models.activation_checkpointing import is_recomputed
+from sft.recipe import ENGINES, OPTIMIZERS
 
 FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in nf4 with double quantisation: an 8-bit scale for 64 weights, a float32 one for 256 of those:
@@ -29,15 +30,8 @@ FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 QUANTISED: tuple[Part, ...] = ("language", "cross_attention")
 """Parts whose frozen matrices are stored in 4 bits in QLoRA (`sft.models.idefics.QUANTISED`)."""
 
-EIGHT_BIT_STATE_BYTES = 1 + 4 / 256
-"""Of one of Adam's two states in 8 bits: a float32 scale for 256 numbers (bitsandbytes' blockwise optimizers)."""
-
 CHUNK_LOGITS = 2**22
 """`sft.models.loss.CHUNK_LOGITS`; not imported, so that planning starts without torch."""
-
-MAX_LIVE_PARAMETERS = 1_000_000_000
-"""ZeRO-3 gathers up to this many parameters at a time, and updates as many (DeepSpeed's `stage3_max_live_parameters`
-and `sub_group_size`)."""
 
 
 class Cost(NamedTuple):
@@ -110,6 +104,34 @@ def _adapter_parameters(shape: Shape, setting: Setting, part: Part) -> int:
     return sum(setting.lora_rank * (linear.inputs + linear.outputs) * linear.count for linear in adapted)
 
 
+def _lines(shape: Shape, setting: Setting) -> int:
+    """Return the rows and columns of all trained matrices and the numbers of all other trained tensors: what a factored
+    second moment has a number for."""
+    trained = trained_parameters(shape, setting)
+    return trained - sum(
+        count * (rows * columns - rows - columns) for rows, columns, count in _matrices(shape, setting)
+    )
+
+
+def _matrices(shape: Shape, setting: Setting) -> Iterator[tuple[int, int, int]]:
+    """Yield rows, columns and number of the trained matrices."""
+    groups, hidden, vision_hidden = setting.trained, shape.hidden, shape.vision_hidden
+    for linear in shape.linears:
+        if linear.part in groups:
+            yield linear.outputs, linear.inputs, linear.count
+    for linear in _targets(shape, setting):
+        yield setting.lora_rank, linear.inputs, linear.count
+        yield linear.outputs, setting.lora_rank, linear.count
+    if "vision" in groups:
+        yield shape.patches, vision_hidden, 1
+        yield shape.patch_size, shape.patch_size, 3 * vision_hidden  # of the convolution by which the tower begins
+    if "resampler" in groups and shape.resampler_layers:
+        yield shape.resampler_latents, vision_hidden, 1
+    for group in ("embeddings", "head"):
+        yield shape.vocabulary, hidden, int(group in groups)
+    yield shape.extra_rows, hidden, 2 * ("extra_rows" in groups)
+
+
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
@@ -119,9 +141,11 @@ class _Memory:
     def __init__(self, shape: Shape, setting: Setting) -> None:
         self.shape, self.setting = shape, setting
         self.half = 4 if setting.precision == "float32" else 2
-        self.autocast = setting.engine == "ddp" and self.half == 2
+        self.engine = ENGINES[setting.engine]
+        self.autocast = not self.engine.shards and self.half == 2
         self.stream = 4 if self.autocast else self.half
-        self.shards = 1 if setting.engine == "ddp" else setting.gpus
+        self.shards = setting.gpus if self.engine.shards else 1
+        self.has_masters = self.engine.is_half and self.half == 2
         self.trained = _trained(shape, setting)
 
     def peak(self) -> dict[str, int]:
@@ -170,7 +194,7 @@ class _Memory:
     def weights(self) -> float:
         """Weights, and the float32 masters where the weights themselves are half precision."""
         trained = sum(self.trained.values())
-        master = 6 if self.setting.engine == "zero3" and self.half == 2 else 4
+        master = 6 if self.has_masters else 4
         adapters = sum(_adapter_parameters(self.shape, self.setting, part) for part in PARTS if self.frozen(part))
         frozen = self.shape.parameters - (trained - adapters)
         frozen_linears = {part: self.linear_weights(part) for part in PARTS if self.frozen(part)}
@@ -194,20 +218,23 @@ class _Memory:
     @property
     def gradient_bytes(self) -> int:
         """Of a gradient: ZeRO-3 keeps them as its weights, half precision."""
-        return self.half if self.setting.engine == "zero3" else 4
+        return self.half if self.engine.is_half else 4
 
     def buckets(self) -> float:
         """DDP sums gradients in buckets of its own, as large as they are."""
-        several = self.setting.engine == "ddp" and self.setting.gpus > 1
+        several = not self.engine.shards and self.setting.gpus > 1
         return 4 * sum(self.trained.values()) * several
 
     def optimizer(self) -> float:
-        """Adam's two states, of embeddings never in 8 bits; paged ones lie in the machine's memory when the GPU's is
-        short."""
-        trained, embedding = sum(self.trained.values()), self.trained["embedding"]
-        state = {"adamw": 4, "adamw_8bit": EIGHT_BIT_STATE_BYTES, "paged_adamw_8bit": 0}[self.setting.optimizer]
-        of_embedding = 0 if self.setting.optimizer == "paged_adamw_8bit" else 4
-        return 2 * (state * (trained - embedding) + of_embedding * embedding) / self.shards
+        """The optimizer's states. Paged ones are in the machine's memory when the GPU's is short, and count nothing."""
+        kind, embedding = OPTIMIZERS[self.setting.optimizer], self.trained["embedding"]
+        if kind.is_paged:
+            return 0
+        a_number = kind.bytes_per_parameter
+        of_embedding = a_number if kind.bytes_per_embedding_parameter is None else kind.bytes_per_embedding_parameter
+        others = sum(self.trained.values()) - embedding
+        lines = kind.bytes_per_line * _lines(self.shape, self.setting)
+        return (a_number * others + of_embedding * embedding + lines) / self.shards
 
     def pixels(self) -> float:
         """The images themselves, uint8, and what the tower's first layer keeps of them; or their features, float16."""
@@ -221,15 +248,14 @@ class _Memory:
         largest = self.half * max(self.layer_parameters("language"), self.layer_parameters("cross_attention"))
         if self.shards == 1:
             return 0
-        if self.setting.engine == "fsdp2":  # a layer, the next one, a layer's gradient
+        if self.engine.live_parameters is None:  # a layer, the next one, a layer's gradient
             return 3 * largest
-        live = min(MAX_LIVE_PARAMETERS, self.shape.parameters)
-        return self.half * live + largest
+        return self.half * min(self.engine.live_parameters, self.shape.parameters) + largest
 
     def update(self) -> float:
-        """ZeRO-3 turns the gradients of a group of parameters into float32 to update them."""
-        zero = self.setting.engine == "zero3" and self.half == 2
-        return 4 * min(MAX_LIVE_PARAMETERS, sum(self.trained.values()) / self.shards) * zero
+        """An engine with masters turns the gradients of a group of parameters into float32 to update them."""
+        group = min(self.engine.live_parameters or 0, sum(self.trained.values()) / self.shards)
+        return 4 * group * self.has_masters
 
     def weight_copies(self) -> float:
         """Half-precision copies of every float32 weight of a linear layer, held by autocast during the forward pass."""

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sft.cost.idefics.shapes import Part
-from sft.recipe import GROUPS
+from sft.recipe import GROUPS, EngineName, OptimizerName
 
 Mode = Literal["full", "lora", "qlora"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-Engine = Literal["ddp", "zero3", "fsdp2"]
 Precision = Literal["bfloat16", "float16", "float32"]
 PARTS: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
 """Parts of the model that have linear layers; groups of the recipe too."""
@@ -33,8 +31,8 @@ class Setting:
     lora_layers: tuple[str, ...] = tuple(f"{part}.{name}" for part in PARTS for name in ("q_proj", "k_proj", "v_proj"))
     """Linear layers that get an adapter, by part and name of `Shape.linears`; in LoRA only."""
     lora_dropout: float = 0.0
-    optimizer: Optimizer = "adamw"
-    engine: Engine = "ddp"
+    optimizer: OptimizerName = "adamw"
+    engine: EngineName = "ddp"
     gpus: int = 1
     checkpointing: float = 0.0
     """Share of the layers whose activations are computed again in the backward pass, layer by layer."""

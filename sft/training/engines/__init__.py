@@ -1,129 +1,141 @@
 """Engines: how several processes keep a model that they train together.
 
-An engine is a module of this package that offers what `EngineModule` lists, found by its name. Sharing out is the work
-of torch and DeepSpeed; what is here is how each is set up, and how what it keeps apart is written and read.
+ddp       each process has the whole model
+zero3     DeepSpeed shards it; universal: its states for another number of processes
+fsdp2     torch's `fully_shard` shards it; sharded_state: its states
+resume_state  the state of a checkpoint: the files of a whole model, and the progress that every engine writes
+
+An engine is a module of this package that offers what `EngineModule` lists, under the name that it has in
+`sft.recipe.ENGINES`. Sharding is the work of torch and DeepSpeed; here is how each is set up, and how its shards are
+written and read.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sft.core.distributed import Rank
 from sft.core.errors import UserError
-from sft.recipe import Engine
+from sft.recipe import ENGINES, AskedEngine, EngineName, OptimizerName
+from sft.recipe.engines import check_can_shard, resolve_engine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim.optimizer import Optimizer
+
+    from sft.training.engines.resume_state import Progress
 
 
 class Writers(NamedTuple):
-    """Who has written a state."""
+    """The engine and the number of processes that have written a state."""
 
-    engine: Engine
+    engine: EngineName
     processes: int
 
     @classmethod
-    def of(cls, progress: dict[str, Any]) -> Writers:
-        """By what the state says."""
+    def of(cls, progress: Progress) -> Writers:
+        """Return the writers of a state by its progress; states from before there were engines do not name them."""
         return cls(progress.get("engine", "ddp"), progress.get("processes", 1))
 
 
+class TrainedModel(Protocol):
+    """What an engine sees of the trainer (`sft.training.trainer.Trainer`)."""
+
+    rank: Rank
+    accelerator: Any
+    """accelerate's, which is not typed."""
+    model_wrapped: Any
+    """The model as the engine wraps it; DeepSpeed's engine under ZeRO-3."""
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model itself."""
+
+    @property
+    def bare_optimizer(self) -> Optimizer:
+        """The optimizer inside accelerate's wrapper."""
+
+
 class EngineModule(Protocol):
-    """What the trainer needs to know of an engine. All processes make each of these calls."""
+    """What the trainer needs of an engine. All processes make each of these calls."""
 
     KEEPS_GRADIENTS: bool
     """Whether gradients stand in `.grad` until the optimizer's step."""
-    READS: tuple[Engine, ...]
-    """Engines whose states it reads."""
 
-    def check(self, mode: str, optimizer: str) -> None:
-        """Raise UserError where it is not installed, or cannot do what is asked of it."""
+    def check_installed(self) -> None:
+        """Raise UserError where a package is missing."""
 
     def check_precision(self, precision: str) -> None:
-        """Raise UserError where it does not train in it here."""
+        """Raise UserError where the engine does not train in this precision here."""
+
+    def check_state(self, checkpoint: Path, *, written_by: int, read_by: int) -> None:
+        """Raise UserError where a state of so many processes cannot be read by so many."""
 
     def arguments(self, *, clip: float, precision: str, convert: bool) -> dict[str, Any]:
-        """The engine's part of transformers' TrainingArguments. `convert`: it goes on from a state of another number of
-        processes."""
+        """Return the engine's part of transformers' TrainingArguments. `convert`: training resumes from a state of
+        another number of processes."""
 
-    def share_out(self, model: nn.Module, precision: str) -> None:
-        """Leave this process its share of the weights, if that is done before the trainer is made."""
+    def shard(self, model: nn.Module, precision: str) -> None:
+        """Leave this process its shard of the weights, if that is done before the trainer is made."""
 
     def check_prepared(self, model: nn.Module) -> None:
         """Raise RunError where libraries have made something else of the model than this engine's."""
 
-    def own_part(self, tensor: Tensor) -> Tensor:
-        """What this process has of a parameter or gradient."""
+    def own_shard(self, tensor: Tensor) -> Tensor:
+        """Return what this process has of a parameter or gradient."""
 
-    def gradient_norm(self, trainer: Any, norm: Any) -> Any:
-        """The norm of the whole gradient, by what its clipping returned; not finite where the step is left out."""
+    def gradient_norm(self, trainer: TrainedModel, norm: Any) -> Any:
+        """Return the norm of the whole gradient, by what its clipping returned; not finite where the step is left
+        out."""
 
-    def gathered(self, trainer: Any) -> dict[str, Tensor] | None:
-        """The whole weights in the main process; None where it has them anyway."""
+    def gather_weights(self, trainer: TrainedModel) -> dict[str, Tensor] | None:
+        """Return the whole weights in the main process; None where it has them anyway."""
 
-    def save(self, trainer: Any, folder: Path) -> None:
-        """Write what is trained and the optimizer's tensors into a folder, each process its share."""
+    def save(self, trainer: TrainedModel, folder: Path) -> None:
+        """Write the trained weights and the optimizer's tensors into a folder, each process its shard."""
 
-    def load(self, trainer: Any, folder: Path, written_by: Writers) -> None:
-        """Set what is trained and the optimizer to what one of `READS` has saved."""
+    def load(self, trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
+        """Read what `save` of this engine has written, by any number of processes. An engine that does not shard reads
+        what any engine has written."""
+
+    def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
+        """Set a whole model and its optimizer to what `save` of this engine has written."""
 
 
-def get_engine(name: Engine) -> EngineModule:
-    """The engine called `name`, which is not `auto`."""
+def get_engine(name: EngineName) -> EngineModule:
+    """Return the engine called `name`, which is not `auto`."""
     return import_module(f"{__name__}.{name}")
 
 
-def choose_engine(asked: Engine, mode: str, rank: Rank, optimizer: str = "adamw") -> Engine:
-    """What `auto` means: ZeRO-3 where everything is trained on several processes, as the card; else a copy on each.
+def choose_engine(asked: AskedEngine, mode: str, rank: Rank, optimizer: OptimizerName = "adamw") -> EngineName:
+    """Return the engine that a recipe means for these processes.
 
     Raises:
         UserError: an engine that is not installed, or cannot do what is asked of it.
     """
-    if asked == "auto":
-        asked = "zero3" if mode == "full" else "ddp"
-    if rank.of == 1:
-        return "ddp"  # nothing to share
-    get_engine(asked).check(mode, optimizer)
-    return asked
+    engine = resolve_engine(asked, mode, rank.of)
+    check_can_shard(engine, mode, optimizer)
+    get_engine(engine).check_installed()
+    return engine
 
 
-def check_readable(checkpoint: Path, progress: dict[str, Any], engine: Engine, rank: Rank) -> None:
-    """Whether these processes can go on from a checkpoint that says this of itself.
+def check_readable(checkpoint: Path, progress: Progress, engine: EngineName, rank: Rank) -> None:
+    """Check that these processes can resume from a checkpoint with this progress.
 
     Raises:
         UserError: another engine has written it; or it has to be converted, and DeepSpeed is not installed.
     """
     writers = Writers.of(progress)
-    if writers.engine not in get_engine(engine).READS:
+    if ENGINES[engine].shards and writers.engine != engine:
         raise UserError(
             f"{checkpoint}: was written under {writers.engine}, which {engine} cannot read; set "
             f"distributed.engine={writers.engine}"
         )
-    if writers.engine == "zero3" and writers.processes != rank.of and find_spec("deepspeed") is None:
-        raise UserError(
-            f"{checkpoint}: was written under zero3 by another number of processes; DeepSpeed has to convert it, and "
-            "is not installed: `DS_BUILD_OPS=0 pip install --no-build-isolation 'idefics-sft[deepspeed]'`"
-        )
+    get_engine(writers.engine).check_state(checkpoint, written_by=writers.processes, read_by=rank.of)
 
 
-def is_shared_out(model: nn.Module) -> bool:
-    """Whether this process has but a share of a model's weights, and waits for the others in every layer."""
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether this process has only a shard of the weights, and waits for the others in every layer."""
     return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_tensor") for parameter in model.parameters())
-
-
-def check_shared_out(engine: Engine, mode: str, optimizer: str) -> None:
-    """What no engine that shares weights out can do.
-
-    Raises:
-        UserError: weights in 4 bits, or optimizer states in 8.
-    """
-    if mode == "qlora":
-        raise UserError(f"distributed.engine: {engine} cannot share out weights in 4 bits; set ddp, or model.mode lora")
-    if optimizer != "adamw":
-        raise UserError(
-            f"training.optimizer: {engine} shares out the states of adamw, not of {optimizer}; set adamw, or "
-            "distributed.engine ddp"
-        )

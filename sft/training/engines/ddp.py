@@ -9,23 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from sft.core.distributed import TIMEOUT
-from sft.training.engines import Writers, sharded_state, universal
-from sft.training.engines.resume_state import load_state, save_state
+from sft.training.engines import TrainedModel, Writers, get_engine
+from sft.training.engines.resume_state import load_state as load_whole
+from sft.training.engines.resume_state import save_state
+
+__all__ = ["load_whole"]
 
 KEEPS_GRADIENTS = True
-READS = ("ddp", "fsdp2", "zero3")
 
 
-def check(mode: str, optimizer: str) -> None:
-    """It can do everything."""
+def check_installed() -> None:
+    """Do nothing: torch is all that it takes."""
 
 
 def check_precision(precision: str) -> None:
-    """It trains in every precision."""
+    """Do nothing: it trains in every precision."""
+
+
+def check_state(checkpoint: Path, *, written_by: int, read_by: int) -> None:
+    """Do nothing: any number of processes reads the whole state."""
 
 
 def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
-    """Every parameter gets a gradient on every rank: sft.batches.collate's dummies see to it."""
+    """Return DDP's settings. Every parameter gets a gradient on every rank, by the dummies of sft.batches.collate."""
     return {
         "ddp_timeout": int(TIMEOUT.total_seconds()),
         "use_cpu": not torch.cuda.is_available(),
@@ -33,41 +39,36 @@ def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
     }
 
 
-def share_out(model: nn.Module, precision: str) -> None:
-    """Nothing is shared out."""
+def shard(model: nn.Module, precision: str) -> None:
+    """Do nothing: the model stays whole."""
 
 
 def check_prepared(model: nn.Module) -> None:
-    """Alone a process trains the bare model."""
+    """Do nothing: a process alone trains the bare model."""
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """All of it."""
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return the tensor, which is whole."""
     return tensor
 
 
-def gradient_norm(trainer: Any, norm: Any) -> Any:
-    """As it is."""
+def gradient_norm(trainer: TrainedModel, norm: Any) -> Any:
+    """Return the norm as it is."""
     return norm
 
 
-def gathered(trainer: Any) -> dict[str, Tensor] | None:
-    """They are whole."""
+def gather_weights(trainer: TrainedModel) -> dict[str, Tensor] | None:
+    """Return None: every process has the whole weights."""
     return None
 
 
-def save(trainer: Any, folder: Path) -> None:
-    """The main process writes it all."""
+def save(trainer: TrainedModel, folder: Path) -> None:
+    """Write everything in the main process."""
     if trainer.rank.is_main:
-        save_state(folder, trainer.unwrapped, trainer.optimizer)
+        save_state(folder, trainer.unwrapped, trainer.bare_optimizer)
 
 
-def load(trainer: Any, folder: Path, written_by: Writers) -> None:
-    """Each process reads it all, whatever engine has written it."""
-    match written_by.engine:
-        case "ddp":
-            load_state(folder, trainer.unwrapped, trainer.optimizer)
-        case "fsdp2":
-            sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
-        case "zero3":
-            universal.load(folder, trainer.unwrapped, trainer.bare_optimizer, trainer.rank)
+def load(trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
+    """Read everything in each process, whichever engine has written it."""
+    writer = get_engine(written_by.engine)
+    writer.load_whole(folder, trainer.unwrapped, trainer.bare_optimizer, trainer.rank)

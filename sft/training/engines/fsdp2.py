@@ -1,8 +1,8 @@
-"""FSDP2: torch's `fully_shard`. Every process has a share of the weights, gradients and optimizer states, and gathers a
-layer's weights when it comes to the layer.
+"""FSDP2: torch's `fully_shard`. Every process has a shard of the weights, gradients and optimizer states, and gathers
+a layer's weights when it comes to the layer.
 
-Shares are made here, before the trainer is. accelerate would do it too, but on GPUs only: without one it makes copies
-(DDP) instead and says nothing (accelerate 1.15, state.py), so that no test on CPUs would have seen FSDP2 train.
+The model is sharded here, before the trainer is made. accelerate would do it too, but on GPUs only: without one it
+makes copies (DDP) instead and does not say so (accelerate 1.15, state.py), and no test on CPUs would see FSDP2 train.
 """
 
 from __future__ import annotations
@@ -12,40 +12,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
-from sft.core.distributed import TIMEOUT
-from sft.core.errors import RunError, UserError
-from sft.training.engines import Writers, check_shared_out, sharded_state
+from sft.core.distributed import TIMEOUT, Rank
+from sft.core.errors import RunError
+from sft.recipe.engines import check_engine_precision
+from sft.training.engines import TrainedModel, Writers, sharded_state
 
 KEEPS_GRADIENTS = True
-READS = ("fsdp2",)
 
 
-def check(mode: str, optimizer: str) -> None:
-    """
-    Raises:
-        UserError: weights or optimizer states that it cannot share out.
-    """
-    check_shared_out("fsdp2", mode, optimizer)
+def check_installed() -> None:
+    """Do nothing: torch is all that it takes."""
 
 
 def check_precision(precision: str) -> None:
-    """
+    """Refuse float16.
+
     Raises:
-        UserError: float16, for which gradients would have to be scaled.
+        UserError: the precision is float16.
     """
-    if precision == "float16":
-        raise UserError("training.precision: fsdp2 trains in bfloat16 or float32, not in float16; set float32, or ddp")
+    check_engine_precision("fsdp2", precision)
+
+
+def check_state(checkpoint: Path, *, written_by: int, read_by: int) -> None:
+    """Do nothing: any number of processes reads the shards of any other."""
 
 
 def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
-    """The model that the trainer gets is shared out already."""
+    """Return the settings of a model that is sharded already."""
     return {"ddp_timeout": int(TIMEOUT.total_seconds()), "use_cpu": not torch.cuda.is_available()}
 
 
-def share_out(model: nn.Module, precision: str) -> None:
-    """Leave this process its share of every layer, which is gathered as a whole, and so are the embedding and the head;
-    what stands outside of them is gathered for the whole forward.
+def shard(model: nn.Module, precision: str) -> None:
+    """Leave this process its shard of every layer. A layer is gathered as a whole, and so are the embedding and the
+    head; everything else is gathered for the whole forward.
 
     Weights are kept as they are, and gathered and computed with in `precision`; gradients are summed in float32.
     """
@@ -66,9 +67,10 @@ def share_out(model: nn.Module, precision: str) -> None:
 
 
 def check_prepared(model: nn.Module) -> None:
-    """
+    """Check that every tensor is sharded.
+
     Raises:
-        RunError: what is trained is not shared out, or was wrapped as copies (DDP) by another version of accelerate.
+        RunError: one is whole, or another version of accelerate has wrapped the model as copies (DDP).
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -76,41 +78,47 @@ def check_prepared(model: nn.Module) -> None:
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if whole or not isinstance(model, FSDPModule):
         raise RunError(
-            f"distributed.engine: fsdp2 has not shared the model out: it is a {type(model).__name__}, {len(whole)} of "
+            f"distributed.engine: fsdp2 has not sharded the model: it is a {type(model).__name__}, {len(whole)} of "
             "whose tensors are whole; are transformers and accelerate those of constraints.txt?"
         )
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This process's rows."""
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return this process's rows."""
     own: Any = tensor
     return own.to_local() if hasattr(own, "to_local") else tensor
 
 
-def gradient_norm(trainer: Any, norm: Any) -> Any:
-    """Of the shares of all processes."""
+def gradient_norm(trainer: TrainedModel, norm: Any) -> Any:
+    """Return the norm over the shards of all processes."""
     return norm.full_tensor()
 
 
-def gathered(trainer: Any) -> dict[str, Tensor] | None:
-    """One after another; without what stays as it was in the base, where only adapters are kept of it."""
+def gather_weights(trainer: TrainedModel) -> dict[str, Tensor] | None:
+    """Gather one tensor after another. Where only adapters are written, the frozen weights of the base are left out."""
     from sft.models.lora import has_adapters
 
     only_trained = has_adapters(trainer.unwrapped)
     whole = {}
     for name, parameter in trainer.unwrapped.named_parameters():
         if parameter.requires_grad or not only_trained:
-            tensor = parameter.detach().full_tensor()
+            own: Any = parameter.detach()
+            tensor = own.full_tensor()
             if trainer.rank.is_main:
                 whole[name] = tensor.cpu()
     return whole
 
 
-def save(trainer: Any, folder: Path) -> None:
-    """Each process writes its share."""
+def save(trainer: TrainedModel, folder: Path) -> None:
+    """Write the shard of each process."""
     sharded_state.save(folder, trainer.unwrapped, trainer.bare_optimizer)
 
 
-def load(trainer: Any, folder: Path, written_by: Writers) -> None:
-    """Each process reads its share of what any number of processes have written."""
+def load(trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
+    """Read the shard of each process from what any number of processes have written."""
     sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
+
+
+def load_whole(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
+    """Set a whole model to the shards of all processes."""
+    sharded_state.load(folder, model, optimizer)

@@ -1,30 +1,57 @@
-"""What training needs to go on with the next step as if it had never stopped, in the `state/` of a checkpoint.
+"""The `state/` of a checkpoint: what training needs to continue with the next step as if it had never stopped.
 
-    trained.safetensors   what is trained, exactly: float32, where the weights beside it are rounded to bfloat16
+    trained.safetensors   the trained weights, exactly: float32, where the weight snapshot is rounded to bfloat16
     optimizer.pt          the optimizer's tensors; read with `weights_only=True`, after their hash matched
-    progress.json         everything else: who wrote it, step, schedule, scaler, place in the data
+    progress.json         everything else: who wrote it, step, schedule, scaler, place in the data, what was spent
 
-Engines that share a model out have files of their own in place of the first two (`sft.training.engines`).
+Engines that shard a model have files of their own in place of the first two (`sft.training.engines`).
 
-Random numbers need no place here: torch is seeded anew in every micro-step.
+Random numbers are not saved: torch is seeded anew in every micro-step.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
+from sft.core.distributed import ALONE, Rank
 from sft.core.errors import UserError
 
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.pt", "progress.json"
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write the first two files."""
+class Spent(TypedDict):
+    """What a run has spent so far, breaks not counted."""
+
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+
+
+class Progress(TypedDict):
+    """The content of progress.json."""
+
+    engine: NotRequired[str]
+    processes: NotRequired[int]
+    step: int
+    schedule: dict[str, Any]
+    """The state of the learning-rate schedule, by torch."""
+    scaler: dict[str, Any] | None
+    """The state of the gradient scaler, by torch."""
+    data: dict[str, Any]
+    """The place in the data, by `MicroBatches.state`."""
+    spent: Spent
+    sources: str
+    """The fingerprint of the prepared sources."""
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Write the trained weights and the optimizer of a whole model."""
     from safetensors.torch import save_file
 
     trained = {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
@@ -32,8 +59,8 @@ def save_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Set what is trained and the optimizer to what was saved.
+def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank = ALONE) -> None:
+    """Set the trained weights and the optimizer of a whole model to what was saved.
 
     Raises:
         UserError: other tensors were trained then.
@@ -49,14 +76,14 @@ def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
 
-def write_progress(folder: Path, progress: dict[str, Any]) -> None:
-    """Write the third; it is JSON."""
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Write progress.json."""
     (folder / PROGRESS).write_text(json.dumps(progress, separators=(",", ":")) + "\n")
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
-    """What `write_progress` was given."""
-    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+def read_progress(folder: Path) -> Progress:
+    """Read progress.json."""
+    progress: Progress = json.loads((folder / PROGRESS).read_text())
     return progress
 
 

@@ -1,6 +1,6 @@
-"""What is trained and AdamW's states as a distributed checkpoint of torch.
+"""The trained weights and AdamW's states as a distributed checkpoint of torch.
 
-Every process writes its share under the parameter's name; any number of processes, one among them, read theirs.
+Every process writes its shard under the parameter's name; any number of processes, a single one too, read theirs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ WEIGHT, STEP, MOMENTS = "weight", "step", ("exp_avg", "exp_avg_sq")
 
 
 def save(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write this process's share; all processes call it."""
+    """Write this process's shard. All processes call it."""
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     save_shards(_flat(_states(model, optimizer)), checkpoint_id=folder / FOLDER)
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Set this process's share; all processes call it.
+    """Read this process's shard. All processes call it.
 
     Raises:
         UserError: other tensors were trained then.
@@ -46,12 +46,12 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that are trained, by name."""
+    """Return the trained parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def begin(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's states of a parameter before the first step, as torch's AdamW would make them."""
+    """Make AdamW's states of a parameter before the first step, as torch's AdamW would make them."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
     state = {STEP: torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")}
     state |= {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
@@ -60,7 +60,8 @@ def begin(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 def check_names(folder: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-    """
+    """Check that the tensors of a state are those that are trained now.
+
     Raises:
         UserError: other tensors were trained when the state was written.
     """
@@ -69,7 +70,7 @@ def check_names(folder: Path, found: Mapping[str, object], expected: Mapping[str
 
 
 def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Of each trained parameter: itself, and the optimizer's states of it."""
+    """Return each trained parameter with the optimizer's states of it."""
     return {
         name: {WEIGHT: parameter.detach(), **optimizer.state[parameter]} for name, parameter in trained(model).items()
     }

@@ -1,7 +1,7 @@
-"""DeepSpeed's universal checkpoints: what ZeRO-3 wrote for one number of processes, for any other.
+"""DeepSpeed's universal checkpoints: states that ZeRO-3 has written for one number of processes, for any other.
 
-`zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt` hold whole tensors, flat. How many steps AdamW has made stands only in a
-pickle beside them, which is not read here, so a state has it in a file of its own.
+`zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt` hold whole tensors, flat. DeepSpeed keeps the number of AdamW's steps
+only in a pickle, which is not read here, so a state has it in a file of its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ADAM_STEPS = "adam_steps.json"
 
 @contextmanager
 def converted(folder: Path, rank: Rank) -> Iterator[Path]:
-    """DeepSpeed's files of a state in its universal form, while the block lasts; made by the main process, and as large
-    again. All processes call it.
+    """Yield DeepSpeed's files of a state in their universal form, which are there while the block lasts. The main
+    process makes them; they are as large as the state. All processes call it.
 
     Raises:
         RunError: the conversion failed.
@@ -55,7 +55,7 @@ def _convert(folder: Path, output: Path) -> None:
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
-    """Set what is trained and the optimizer of a whole model to what ZeRO-3 wrote into a state.
+    """Set the trained weights and the optimizer of a whole model to what ZeRO-3 has written into a state.
 
     Raises:
         UserError: other tensors were trained then, or see `converted`.

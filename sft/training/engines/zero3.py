@@ -1,5 +1,5 @@
-"""ZeRO stage 3, by DeepSpeed: every process has a share of the weights, gradients and optimizer states, and gathers a
-layer's weights when it comes to the layer. What the idefics-9b-instruct card trained with."""
+"""ZeRO stage 3, by DeepSpeed: every process has a shard of the weights, gradients and optimizer states, and gathers a
+layer's weights when it comes to the layer. The idefics-9b-instruct card trained with it."""
 
 from __future__ import annotations
 
@@ -11,43 +11,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
-from sft.core.distributed import TIMEOUT
+from sft.core.distributed import TIMEOUT, Rank
 from sft.core.errors import UserError
-from sft.training.engines import Writers, check_shared_out
+from sft.recipe.engines import check_engine_precision
+from sft.training.engines import TrainedModel, Writers, universal
 from sft.training.engines.universal import ADAM_STEPS, TAG, converted
 
 KEEPS_GRADIENTS = False
-READS = ("zero3",)
+_INSTALL = "`DS_BUILD_OPS=0 pip install --no-build-isolation 'idefics-sft[deepspeed]'`"
 
 
-def check(mode: str, optimizer: str) -> None:
-    """
+def check_installed() -> None:
+    """Check for DeepSpeed.
+
     Raises:
-        UserError: weights or optimizer states that it cannot share out, or DeepSpeed is not installed.
+        UserError: it is not installed.
     """
-    check_shared_out("zero3", mode, optimizer)
     if find_spec("deepspeed") is None:
         raise UserError(
-            "distributed.engine: zero3 needs DeepSpeed, which is not installed: `DS_BUILD_OPS=0 pip install "
-            "--no-build-isolation 'idefics-sft[deepspeed]'`; or set distributed.engine=fsdp2, or ddp, where memory "
-            "allows"
+            f"distributed.engine: zero3 needs DeepSpeed, which is not installed: {_INSTALL}; or set "
+            "distributed.engine=fsdp2, or ddp, where memory allows"
         )
 
 
 def check_precision(precision: str) -> None:
-    """
+    """Refuse float16, and bfloat16 without a GPU.
+
     Raises:
-        UserError: it does not train in it here.
+        UserError: the engine does not train in this precision here.
     """
-    if precision == "float16":
-        raise UserError("training.precision: zero3 trains in bfloat16 or float32, not in float16; set float32, or ddp")
+    check_engine_precision("zero3", precision)
     if precision == "bfloat16" and not torch.cuda.is_available():  # transformers refuses it
         raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
 
 
+def check_state(checkpoint: Path, *, written_by: int, read_by: int) -> None:
+    """Check for DeepSpeed where it has to convert the state.
+
+    Raises:
+        UserError: the state is of another number of processes, and DeepSpeed is not installed.
+    """
+    if written_by != read_by and find_spec("deepspeed") is None:
+        raise UserError(
+            f"{checkpoint}: was written under zero3 by another number of processes; DeepSpeed has to convert it, and "
+            f"is not installed: {_INSTALL}"
+        )
+
+
 def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
-    """Settings of DeepSpeed. Its own optimizers, which would have to be compiled, are not used."""
+    """Return the settings of DeepSpeed. Its own optimizers, which would have to be compiled, are not used."""
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": "auto",
@@ -66,41 +80,41 @@ def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
     return {"ddp_timeout": int(TIMEOUT.total_seconds()), "deepspeed": settings}
 
 
-def share_out(model: nn.Module, precision: str) -> None:
-    """DeepSpeed does it when training begins."""
+def shard(model: nn.Module, precision: str) -> None:
+    """Do nothing: DeepSpeed shards the model when training begins."""
 
 
 def check_prepared(model: nn.Module) -> None:
-    """DeepSpeed's engine stands beside the model."""
+    """Do nothing: DeepSpeed wraps the model in an engine of its own."""
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This process's slice of the flattened parameter."""
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return this process's slice of the flattened parameter."""
     return getattr(tensor, "ds_tensor", tensor)
 
 
-def gradient_norm(trainer: Any, norm: Any) -> Any:
-    """DeepSpeed has made the step by now. It leaves one out whose norm is not finite, and goes on to tell the last norm
-    that was."""
+def gradient_norm(trainer: TrainedModel, norm: Any) -> Any:
+    """Return NaN for a step that DeepSpeed has left out because its norm is not finite: DeepSpeed has made the step by
+    now, and goes on to report the last norm that was finite."""
     return math.nan if trainer.model_wrapped.optimizer.overflow else norm
 
 
-def gathered(trainer: Any) -> dict[str, Tensor] | None:
-    """As DeepSpeed keeps them for computing: bfloat16, or float32."""
+def gather_weights(trainer: TrainedModel) -> dict[str, Tensor] | None:
+    """Return the weights as DeepSpeed keeps them for computing: bfloat16, or float32."""
     weights: dict[str, Tensor] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return weights
 
 
-def save(trainer: Any, folder: Path) -> None:
-    """DeepSpeed's own files, two of each process; frozen weights are the base's."""
+def save(trainer: TrainedModel, folder: Path) -> None:
+    """Write DeepSpeed's own files, two of each process. Frozen weights are the base's and are left out."""
     trainer.model_wrapped.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True, save_latest=False)
     if trainer.rank.is_main:
         states = _adamw(trainer).state.values()
         (folder / ADAM_STEPS).write_text(json.dumps(int(next(iter(states))["step"])))
 
 
-def load(trainer: Any, folder: Path, written_by: Writers) -> None:
-    """Each process reads its share; of another number of processes through DeepSpeed's universal conversion."""
+def load(trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
+    """Read the shard of each process; from another number of processes through DeepSpeed's universal conversion."""
     if written_by.processes == trainer.rank.of:
         _load(trainer, folder, TAG)
         return
@@ -115,12 +129,17 @@ def load(trainer: Any, folder: Path, written_by: Writers) -> None:
         state["step"] = state["step"].clone()
 
 
-def _adamw(trainer: Any) -> Any:
-    """The optimizer, inside of DeepSpeed's."""
+def load_whole(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
+    """Set a whole model to the shards of all processes, through DeepSpeed's universal conversion."""
+    universal.load(folder, model, optimizer, rank)
+
+
+def _adamw(trainer: TrainedModel) -> Any:
+    """Return the optimizer inside DeepSpeed's."""
     return trainer.model_wrapped.optimizer.optimizer
 
 
-def _load(trainer: Any, folder: Path, tag: str) -> None:
+def _load(trainer: TrainedModel, folder: Path, tag: str) -> None:
     trainer.model_wrapped.load_checkpoint(
         str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
     )

@@ -1,0 +1,43 @@
+"""The feature cache of a run (`data.feature_cache`): images that a frozen tower has encoded are read, not encoded."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
+from sft.core.errors import UserError
+from sft.core.precision import device, torch_dtype
+from sft.data.sources import Sources
+from sft.recipe import ENGINES, EngineName, Recipe
+from sft.training.metrics import Log
+from sft.training.open_model import OpenedModel, precision_of
+
+
+def open_feature_cache(
+    recipe: Recipe, opened: OpenedModel, sources: Sources, engine: EngineName, log: Log
+) -> FeatureCache:
+    """Open the features of the recipe's images that this tower has made in this precision, and log how many there are.
+
+    Raises:
+        UserError: the engine shards the tower.
+    """
+    if ENGINES[engine].shards:
+        raise UserError(f"data.feature_cache: {engine} shards the tower, whose weights the cache depends on; set ddp")
+    family, model = opened.family, opened.model
+    weights = ((n, weight) for n, weight in model.named_parameters() if family.group_of(n) in ("vision", "resampler"))
+    settings = {"model": family.tower_settings(model.config), "precision": precision_of(recipe)}
+    stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
+    cache = FeatureCache(stores, fingerprint(weights, settings), family.states_of_image(model.config))
+    done, images = cache.count()
+    size = bytes_of(cache.shape) * images
+    log(f"feature cache: {done:,} of {images:,} images are encoded already; {size / 1e9:.3g} GB when all are")
+    return cache
+
+
+def encoder_of(recipe: Recipe, opened: OpenedModel, cache: FeatureCache, log: Log) -> Encoder:
+    """Return what encodes the images of a batch whose features are not in the cache, in the run's precision."""
+    precision = precision_of(recipe)
+    autocast = partial(torch.autocast, device().type, dtype=torch_dtype(precision), enabled=precision != "float32")
+    return Encoder(opened.model, cache, autocast, warn=lambda line: log(f"warning: {line}"))

@@ -1,0 +1,99 @@
+"""The model as a recipe trains it: loaded, checked, and with the groups chosen that are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sft.checks.before_training import before_training
+from sft.core.errors import UserError
+from sft.core.precision import choose_precision, device, torch_dtype
+from sft.models import get_family
+from sft.models.chat_template import ChatTemplate
+from sft.models.family import ModelFamily
+from sft.models.lora import add_adapters
+from sft.models.open_model import load_template
+from sft.recipe import Recipe
+from sft.training.metrics import Log
+from sft.training.out_of_memory import explain_out_of_memory
+from sft.training.trained_parts import trained_parts, trained_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model that is about to be trained."""
+
+    family: ModelFamily
+    model: nn.Module
+    template: ChatTemplate
+
+
+def precision_of(recipe: Recipe) -> str:
+    """Return the precision that a recipe is trained in on this machine."""
+    return choose_precision(recipe.training.precision, device())
+
+
+def open_model(recipe: Recipe, base: Path, log: Log) -> OpenedModel:
+    """Load the prepared base, seed all random generators, and check the model by one small forward.
+
+    Raises:
+        UserError: the pack is too long for the model, or a check finds the user's input wrong.
+        RunError: a check finds this machine wrong, or there is not enough memory.
+    """
+    from transformers import set_seed
+
+    family = get_family(recipe.model.family)
+    set_seed(recipe.seed)
+    with explain_out_of_memory(recipe, lambda: recipe.model.path):
+        model = load_for_training(recipe, family, base)
+    _check_positions(recipe, family.max_positions(model.config))
+    template = load_template(family, base)
+    for warning in before_training(recipe, family, model, template, Path(recipe.output_dir)):
+        log(f"warning: {warning}")
+    return OpenedModel(family=family, model=model, template=template)
+
+
+def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
+    """Freeze everything but the groups that the recipe trains, and log the table of what is trained."""
+    frozen = opened.family.select_trainable(opened.model, recipe.model.trainable)
+    log(trained_table(trained_parts(opened.model, recipe.training, opened.family.group_of)))
+    if frozen:
+        log(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
+
+
+def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> nn.Module:
+    """Load the base as the recipe's mode trains it: trained groups in float32, frozen ones in the precision that is
+    computed in or in 4 bits, with fresh adapters where the mode has them.
+
+    Raises:
+        UserError: this machine lacks training.precision, or the model lacks the layers that adapters are for.
+    """
+    settings, precision = recipe.model, precision_of(recipe)
+    if settings.lora is None and precision == "float16":
+        precision = "float32"  # frozen weights are a part of the snapshot, and would be rounded twice
+    model = family.load_model(
+        base,
+        trained=settings.trainable,
+        frozen_dtype=torch_dtype(precision),
+        quantised=settings.mode == "qlora",
+        device=device(),
+    )
+    if settings.lora:
+        add_adapters(model, family.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
+    return model
+
+
+def _check_positions(recipe: Recipe, max_positions: int) -> None:
+    """Check that the whole pack fits the model's positions where samples of a pack see each other.
+
+    Raises:
+        UserError: it does not.
+    """
+    length = recipe.data.sequence_length
+    if not recipe.data.pack_isolation and length > max_positions:
+        raise UserError(
+            f"data.sequence_length: without pack_isolation a pack has {length} tokens, "
+            f"the model has {max_positions} positions"
+        )
