@@ -20,13 +20,13 @@ from transformers import TrainerCallback
 from sft.core.distributed import from_main, is_main_process
 from sft.core.errors import reason_of
 from sft.data.sources import Sources
-from sft.evaluation.task import scored_by
+from sft.evaluation.tasks import named_tasks
 from sft.models.chat_template import ChatTemplate
 from sft.recipe import EvaluationConfig, Recipe
 from sft.runs.checkpoint import checkpoint_name
 from sft.selection.bootstrap import should_stop
-from sft.selection.rules import Selection
-from sft.selection.select import Session
+from sft.selection.record import Selection
+from sft.selection.session import Session
 from sft.training.metrics import Line, Say
 from sft.training.trackers import Trackers
 from sft.training.validation import Validation, undisturbed
@@ -52,14 +52,15 @@ class Monitors:
                 "its held-out loss is not known"
             )
         is_all = len(unseen) == len(sources.sources)
-        by_loss = recipe.evaluation.every_steps and scored_by(recipe.evaluation) == "loss"
+        tasks = [task.name for task in named_tasks(recipe.evaluation)]
+        by_loss = recipe.evaluation.every_steps and "loss" in tasks
         held_out = None if is_all and not by_loss else sources.held_out()
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), say=say_once)
         self._validation = self._evaluation = None
         if held_out:
             self._validation = Validation(recipe, held_out, template, image_size=image_size, say=say_once)
         if recipe.evaluation.every_steps:
-            session = Session(recipe, held_out=lambda: (held_out, template), say=say_once, progress=_no_bar)
+            session = Session(recipe, held_out=lambda: (held_out, template), log=say_once, progress=_no_bar)
             self._evaluation = Evaluation(session, recipe.evaluation, say=say_once, log=self._trackers.log)
 
     def validate(self, model: nn.Module, step: int) -> Line:
@@ -135,7 +136,7 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     def _ask(self, checkpoint: str) -> Selection | None:
         try:
-            selection = self.session.ask_new(self.every_steps)
+            selection = self.session.evaluate_new(self.every_steps)
         except Exception as error:  # whatever it is, it is no reason to end the training
             self.failed[checkpoint] = reason_of(error)
             self._say(f"{checkpoint}: the evaluation failed, training goes on: {self.failed[checkpoint]}")
@@ -153,8 +154,7 @@ class Evaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     def _why_to_end(self, selection: Selection | None) -> str:
         if selection is None or self.patience is None:
             return ""
-        sign = -1 if selection.by == "loss" else 1
-        if not should_stop([sign * score.score for score in selection.scores], self.patience):
+        if not should_stop([selection.metric.sign * score.score for score in selection.scores], self.patience):
             return ""
         return f"{self.patience} evaluations brought no better score than {selection.best}"
 
