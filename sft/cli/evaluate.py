@@ -217,7 +217,11 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
     if changes["support"] and not found.shots:
         raise UserError("--support is where shots come from; give --shots K too")
-    if "mmbench" not in (task.name for task in named_tasks(found)):
+    names = [task.name for task in named_tasks(found)]
+    for option in ("shots", "max_questions"):
+        if "exact_match" in names and changes[option]:
+            raise UserError(f"--{option.replace('_', '-')}: exact_match takes every question of its file, without shots")
+    if "mmbench" not in names:
         for option in ("protocol", "ranks", "support"):
             if changes[option] is not None:
                 raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")

@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-from importlib import import_module
 from json import dumps
 from typing import Annotated
 
@@ -34,9 +33,9 @@ def list_(json: Json = False) -> None:
 @app.command(epilog=examples(EXAMPLES[1:]))
 def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks list`.")]) -> None:
     """Print what a task needs and how it is asked."""
-    from sft.evaluation.tasks import task_type
+    from sft.evaluation.tasks import task_module, task_type
 
     task = task_type(name)
-    about = inspect.getdoc(import_module(f"sft.evaluation.tasks.{name}"))
+    about = inspect.getdoc(task_module(name))
     splits = f"; splits {', '.join(task.splits)}" if task.splits else ""
     console().print(f"{about}\n\nmetric {task.metric.name}; asked by: {task.how}{splits}")

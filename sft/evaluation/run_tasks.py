@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -44,21 +44,14 @@ class ScoredModel:
             UserError, RunError: the model cannot be loaded, or it is asked in vain; see the tasks.
         """
         hashes, kept, weights = from_main(lambda: self._kept(tasks))
-        results = dict(zip(tasks, kept, strict=True))
-        missing = [task for task, result in results.items() if result is None]
-        if missing:
+        results = {task: result for task, result in zip(tasks, kept, strict=True) if result}
+        missing = [task for task in tasks if task not in results]
+        for task, result in self._ask(missing, dict(zip(tasks, hashes, strict=True)), weights, on_progress):
             with all_or_none():
-                loaded = self.loaded
-        for _, group in groupby(missing, key=lambda task: task.benchmark):
-            own = list(group)
-            answers = ask(loaded, own, on_progress)
-            for task in own:
-                result = self._result(task, loaded, answers.get(task), hashes[tasks.index(task)], weights, on_progress)
-                with all_or_none():
-                    if self.run_dir and is_main_process():
-                        write_result(result, task.summary(result), self.run_dir, self.name)
-                results[task] = result
-        return [result for result in results.values() if result]
+                if self.run_dir and is_main_process():
+                    write_result(result, task.summary(result), self.run_dir, self.name)
+            results[task] = result
+        return [results[task] for task in tasks]
 
     def _kept(self, tasks: Sequence[Task]) -> tuple[list[str], list[Result | None], str]:
         """Return the hash of each task's protocol, what is kept of each, and the hash of the weights."""
@@ -73,21 +66,24 @@ class ScoredModel:
         ]
         return hashes, kept, weights
 
-    def _result(
-        self,
-        task: Task,
-        loaded: Loaded,
-        answers: Answers | None,
-        protocol_hash: str,
-        weights: str,
-        on_progress: OnProgress,
-    ) -> Result:
-        if isinstance(task, PromptedTask):
-            assert answers is not None
-            return task.result(answers, protocol_hash, weights)
-        assert isinstance(task, MeasuredTask)
-        outcomes = task.measure(Path(self.path), loaded, on_progress)
-        return Result(benchmark=task.benchmark, protocol_hash=protocol_hash, outcomes=tuple(outcomes), weights=weights)
+    def _ask(
+        self, tasks: Sequence[Task], hash_of: Mapping[Task, str], weights: str, on_progress: OnProgress
+    ) -> Iterator[tuple[Task, Result]]:
+        if tasks:
+            with all_or_none():
+                loaded = self.loaded
+        for benchmark, group in groupby(tasks, key=lambda task: task.benchmark):
+            own = list(group)
+            answers = ask(loaded, own, on_progress)
+            for task in own:
+                if isinstance(task, PromptedTask):
+                    yield task, task.result(answers[task], hash_of[task], weights)
+                elif isinstance(task, MeasuredTask):
+                    outcomes = tuple(task.measure(Path(self.path), loaded, on_progress))
+                    result = Result(
+                        benchmark=benchmark, protocol_hash=hash_of[task], outcomes=outcomes, weights=weights
+                    )
+                    yield task, result
 
 
 def score_model(

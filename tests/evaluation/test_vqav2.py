@@ -13,7 +13,7 @@ from sft.core.errors import UserError
 from sft.evaluation.metrics.vqa_accuracy import normalise, vqa_accuracy
 from sft.evaluation.open_questions import most_common
 from sft.evaluation.run_tasks import ask
-from sft.evaluation.tasks import NamedTask, open_tasks
+from sft.evaluation.tasks import NamedTask, named_tasks, open_tasks
 from sft.evaluation.tasks.vqav2 import INSTRUCTION, read_questions
 from sft.recipe import EvaluationConfig
 
@@ -215,6 +215,19 @@ def test_several_tasks_are_a_line_each_and_the_first_one_chooses(copied, tmp_pat
     assert selection["by"] == "vqav2" and "vqav2_val chooses; evaluated as well: own" in said
     evaluated = {file.stem for file in (copied / "evaluations" / "own").glob("*/checkpoint-*.json")}
     assert evaluated == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_dotted_name_loads_a_task_of_the_user_s_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_tools").mkdir()
+    (tmp_path / "my_tools" / "own_vqa.py").write_text(
+        "from sft.evaluation.tasks.vqav2 import VQAv2\n\n\nclass Own(VQAv2):\n    name = 'own_vqa'\n\n\nTASK = Own\n"
+    )
+    settings = EvaluationConfig(by=f"my_tools.own_vqa={write_split(tmp_path / 'coco')}")
+    (task,) = open_tasks(named_tasks(settings), settings, tmp_path)
+    assert task.name == "own_vqa" and len(task.items) == 6
+    with pytest.raises(UserError, match=r"my_tools.other.: no such module can be imported"):
+        named_tasks(EvaluationConfig(by="my_tools.other"))
 
 
 def test_tasks_are_listed_and_shown(capsys):

@@ -7,8 +7,8 @@ exact_match  questions of one's own with short answers
 loss         the loss on what a run's recipe holds out
 vqav2        VQAv2
 
-A new one needs no other change. It says what it is asked (`items`, `queries`), how (`how`) and what an answer is worth
-(`score`); vqav2.py is the shortest.
+A new one needs no other change, and a dotted name loads a module of the user's own. It says what it is asked (`items`,
+`queries`), how (`how`) and what an answer is worth (`score`); vqav2.py is the shortest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import NamedTuple
 
 from sft.core.errors import UserError, nearest
@@ -38,15 +39,31 @@ def task_names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
+def task_module(name: str) -> ModuleType:
+    """Return the module of a task: one of this folder, or one of the user's own by its dotted name.
+
+    Raises:
+        UserError: there is none of that name, or it names no task.
+    """
+    known = task_names()
+    if name not in known and "." not in name:
+        raise UserError(f"{name}: no such task{nearest(name, known)} (known: {', '.join(known)})")
+    try:
+        module = import_module(f"{__name__}.{name}" if name in known else name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"task {name!r}: no such module can be imported ({error})") from error
+    if not hasattr(module, "TASK"):
+        raise UserError(f"task {name!r}: the module has no TASK; set it to the class of the task")
+    return module
+
+
 def task_type(name: str) -> type[Task]:
     """Return the class of a task.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: see `task_module`.
     """
-    if name not in task_names():
-        raise UserError(f"{name}: no such task{nearest(name, task_names())} (known: {', '.join(task_names())})")
-    found: type[Task] = import_module(f"{__name__}.{name}").TASK
+    found: type[Task] = task_module(name).TASK
     return found
 
 

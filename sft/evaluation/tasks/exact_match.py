@@ -23,7 +23,6 @@ from sft.core.files import hash_file
 from sft.core.metric import ACCURACY
 from sft.core.sample import SkipSample
 from sft.core.shipped import resolve
-from sft.evaluation.draw_images import choose_part
 from sft.evaluation.metrics.vqa_accuracy import normalise_freely
 from sft.evaluation.open_questions import OpenQuestion, OpenQuestions
 from sft.evaluation.results import Result
@@ -43,9 +42,8 @@ class ExactMatch(OpenQuestions):
     name = "exact_match"
     metric = ACCURACY
 
-    def __init__(self, file: Path, questions: Sequence[OpenQuestion], *, is_part: bool = False) -> None:
+    def __init__(self, file: Path, questions: Sequence[OpenQuestion]) -> None:
         self.items = questions
-        self._is_part = is_part
         self.benchmark = file.stem
         self._file = file
 
@@ -55,24 +53,19 @@ class ExactMatch(OpenQuestions):
         Raises:
             UserError: see `read_questions`; no file is named, or one that is none of questions.
         """
-        data, settings = source.data, source.settings
+        data = source.data
         if data is None:
             raise UserError(
                 "--by exact_match needs a benchmark; give --benchmark FILE, or evaluation.benchmark in the recipe"
             )
         if data in BUILT_BENCHMARKS or not data.endswith(".jsonl"):
             raise UserError(f"{data}: --by exact_match reads a .jsonl of questions with short answers")
-        if settings.shots:
-            raise UserError(f"{data}: --by exact_match shows no shots; leave shots out")
         file = resolve(data)
-        questions = read_questions(file)
-        part = choose_part(questions, settings.max_questions, settings.seed)
-        return [cls(file, part, is_part=len(part) < len(questions))]
+        return [cls(file, read_questions(file))]
 
     def protocol(self, template: ChatTemplate) -> dict[str, Any]:
         """Return the file and its images, and how an answer is written and compared."""
         own: dict[str, Any] = {"blind": True} if self.blind else {}
-        own |= {"part": [question.id for question in self.items]} if self._is_part else {}
         return own | {
             "by": "exact_match",
             "template": template.fingerprint,

@@ -44,7 +44,7 @@ class VQAv2(OpenQuestions):
         Raises:
             UserError: a file or an image is missing, or a file is not of the official layout.
         """
-        folder, split, settings = source.path("vqav2"), source.split(self.splits), source.settings
+        folder, split, settings = source.path(self.name), source.split(self.splits), source.settings
         self.benchmark = f"vqav2_{split}"
         self.has_answers = not split.startswith("test")
         self.items = choose_part(read_questions(folder, split), settings.max_questions, settings.seed)
