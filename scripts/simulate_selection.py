@@ -32,7 +32,8 @@ from scipy.stats import norm
 
 from sft.cli.select import show
 from sft.cli.terminal import console
-from sft.evaluation.results import half_of
+from sft.core.metric import ACCURACY
+from sft.evaluation.draw_images import half_of
 from sft.selection.bootstrap import (
     bootstrap_scores,
     choose_best,
@@ -144,6 +145,7 @@ def example(seed: int) -> Outcomes:
     hits_KQ, images_Q = simulate(EXAMPLE, np.random.default_rng(seed))
     return Outcomes(
         benchmark="mmbench_dev_en",
+        metric=ACCURACY,
         ranks=("letter",),
         steps=tuple(2000 * number for number in range(1, len(hits_KQ) + 1)),
         values_KQ=hits_KQ,

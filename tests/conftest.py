@@ -21,6 +21,7 @@ from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
 from sft.data.sources import Sources
 from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
+from sft.models.open_model import Loaded
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -107,6 +108,14 @@ def sources(tmp_path: Path, template: ChatTemplate) -> Sources:
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> idefics.PackedIdefics:
     return make_tiny_model(tokenizer)
+
+
+def loaded_of(model: idefics.PackedIdefics, template: ChatTemplate, **options: Any) -> Loaded:
+    """A tiny model as `load_for_inference` returns it."""
+    own = dict(family=idefics, path="tiny", image_size=IMAGE_SIZE, max_positions=100_000, autocast=False)
+    loaded = Loaded(model=model, **own | options)
+    vars(loaded)["template"] = template
+    return loaded
 
 
 def picture(name: str) -> ImageRef:

@@ -17,7 +17,7 @@ import yaml
 from conftest import REPOSITORY, status_of
 from PIL import Image
 
-from sft.cli import recipes
+from sft.cli import recipes, tasks
 from sft.cli.main import COMMANDS as MODULES
 from sft.cli.main import app
 from sft.core.shipped import shipped_recipes
@@ -43,7 +43,7 @@ def commands_of(text: str) -> list[str]:
 
 COMMANDS = [command for page in PAGES.values() for command in commands_of(page)]
 OF_RECIPES = [re.sub(r"  .*", "", command) for head in HEADS.values() for command in commands_of(head)]
-OF_HELP = [command for module in (*MODULES, recipes) for command in getattr(module, "EXAMPLES", ())]
+OF_HELP = [command for module in (*MODULES, recipes, tasks) for command in getattr(module, "EXAMPLES", ())]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -115,7 +115,7 @@ WITHOUT_DATA = sorted(
     {
         line.partition(" #")[0].strip()
         for line in COMMANDS
-        if re.match(rf"plan ({'|'.join(HEADS)})\b(?!\.)|validate .*--no-paths|recipes (list|show)", line)
+        if re.match(rf"plan ({'|'.join(HEADS)})\b(?!\.)|validate .*--no-paths|recipes (list|show)|tasks ", line)
     }
 )
 
@@ -137,7 +137,7 @@ def test_mix_prints_what_the_page_shows(capsys):
 
 
 def test_every_command_has_examples_in_its_help_that_fit_a_terminal():
-    assert [module.__name__ for module in (*MODULES, recipes) if not getattr(module, "EXAMPLES", ())] == []
+    assert [module.__name__ for module in (*MODULES, recipes, tasks) if not getattr(module, "EXAMPLES", ())] == []
     assert [command for command in OF_HELP if len(f" idefics-sft {command}") > 79] == []
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import IMAGE_SIZE
+from conftest import loaded_of
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample
 from sft.data.datasets import Adapter
 from sft.data.encoded_arrays import encode_samples
 from sft.data.store import Settings, Store, prepare_store
-from sft.evaluation.mmbench.score import evaluate, load_benchmark
+from sft.evaluation.run_tasks import ask
+from sft.evaluation.tasks.mmbench.benchmark import load_benchmark
+from sft.evaluation.tasks.mmbench.multiple_choice import MMBench, chance
 from sft.models.chat_template import ChatTemplate
 
 VARIABLE = "IDEFICS_SFT_SAMPLES"
@@ -177,10 +179,12 @@ def test_twenty_questions_of_mmbench_are_read_and_asked(model, template):
     assert sorted(len(question.rotations) for question in benchmark.questions) == [3] * 2 + [4] * 18
     assert [row.index for row in firsts if row.hint] == [318]
     card = load_benchmark(file, protocol="card")
-    result = evaluate(model, template, card, image_size=IMAGE_SIZE)["letter"]
-    assert result.summary()["questions"] == result.summary()["rows"] == 20
-    assert (result.chance, result.filtered) == (0.25, {})
+    loaded, task = loaded_of(model, template), MMBench(card, "letter")
+    result = task.result(ask(loaded, [task])[task], "", "")
+    assert task.summary(result)["questions"] == task.summary(result)["rows"] == 20
+    assert (chance(result), result.filtered) == (0.25, {})
     for protocol in ("vanilla", "circular"):
         toy = load_benchmark(file, protocol=protocol, max_questions=3)
-        ranked = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("letter", "text"))
-        assert [len(result.questions) for result in ranked.values()] == [3, 3]
+        tasks = [MMBench(toy, scoring) for scoring in ("letter", "text")]
+        answers = ask(loaded, tasks)
+        assert [len(task.result(answers[task], "", "").outcomes) for task in tasks] == [3, 3]

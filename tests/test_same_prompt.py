@@ -7,8 +7,8 @@ from conftest import conversation
 
 from sft.core.sample import ImageRef
 from sft.data.datasets import Adapter
-from sft.evaluation.mmbench.protocols import query
-from sft.evaluation.mmbench.questions import Row
+from sft.evaluation.tasks.mmbench.protocols import query
+from sft.evaluation.tasks.mmbench.questions import Row
 from sft.inference.chat import Conversation
 
 RAW = str(Path(__file__).parent / "fixtures" / "easy_vqa")

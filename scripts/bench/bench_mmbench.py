@@ -42,9 +42,10 @@ from transformers.models.idefics.processing_idefics import IdeficsProcessor
 
 from sft.core.sample import ImageRef
 from sft.core.shipped import shipped_root
-from sft.evaluation.mmbench.protocols import answers, query
-from sft.evaluation.mmbench.questions import Row, all_rotations
-from sft.evaluation.rank_answers import AnswerRequest, score_answers
+from sft.evaluation.rank_answers import score_answers
+from sft.evaluation.task import Query
+from sft.evaluation.tasks.mmbench.protocols import compared, query
+from sft.evaluation.tasks.mmbench.questions import Row, all_rotations
 from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.image_transform import load_pixels
@@ -103,9 +104,9 @@ def make_rows(num_questions: int) -> list[Row]:
 # -------------------------------------------------------------------------------------------------------- sides
 
 
-def requests(rows: Sequence[Row], rank: Any) -> list[AnswerRequest]:
+def requests(rows: Sequence[Row], rank: Any) -> list[Query]:
     """What is asked of each row."""
-    return [AnswerRequest(query(row, "circular", rank), answers(row, "circular", rank)) for row in rows]
+    return [Query(query(row, "circular", rank), compared(row, "circular", rank)) for row in rows]
 
 
 def distinct_tokens(model: idefics.PackedIdefics, template: ChatTemplate, rows: Sequence[Row]) -> int:
@@ -134,7 +135,7 @@ def forward_per_option(
     found = []
     for row in rows:
         messages = query(row, "circular", rank).messages
-        encoded = [template.encode_answer(messages, answer) for answer in answers(row, "circular", rank)]
+        encoded = [template.encode_answer(messages, answer) for answer in compared(row, "circular", rank)]
         ids_BT = pad_sequence([torch.from_numpy(sample.input_ids) for sample, _ in encoded], batch_first=True)
         mask_BT = pad_sequence([torch.ones(len(sample.input_ids)).long() for sample, _ in encoded], batch_first=True)
         image_mask_BTN = torch.zeros(*ids_BT.shape, 1)

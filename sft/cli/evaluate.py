@@ -1,108 +1,141 @@
-"""`idefics-sft evaluate MODEL`: ask a model a benchmark of MMBench layout."""
+"""`idefics-sft evaluate MODEL`: score a model on benchmarks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
+from sft.cli.evaluation_tables import show_summaries
 from sft.cli.several import Nproc, start
-from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
 
 if TYPE_CHECKING:
-    from sft.core.distributed import Rank
-    from sft.evaluation.mmbench.score import Benchmark
     from sft.evaluation.results import Result
-    from sft.recipe import EvaluationConfig
+    from sft.evaluation.task import Task
+    from sft.recipe import EvaluationConfig, Recipe
 
 PROTOCOLS = ("card", "vanilla", "circular")
-RANKS = ("letter", "text", "generate")
+SCORINGS = ("letter", "text", "generate")
 EXAMPLES = (
     "evaluate runs/my-data --benchmark mmbench_dev_en.tsv",
     "evaluate runs/my-data@100 --benchmark mmbench.tsv --protocol card",
+    "evaluate runs/my-data --task vqav2=coco --task mmbench=dev_en.tsv",
 )
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several.")
+]
+Benchmark = Annotated[
+    str | None,
+    typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
+]
+Split = Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")]
+Protocol = Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")]
+Scored = Annotated[str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")]
+Generate = Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")]
+Shots = Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")]
+Support = Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")]
+Blind = Annotated[bool, typer.Option("--blind", help="Ask without the images.")]
+Baseline = Annotated[bool, typer.Option(help="Ask without the images too, to compare.")]
+MaxQuestions = Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")]
+Details = Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")]
+Submission = Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")]
 
 
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
-    ],
-    benchmark: Annotated[str | None, typer.Option(help="A TSV of MMBench layout, or easy_vqa.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")] = None,
-    rank: Annotated[
-        str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")
-    ] = None,
-    generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is written.")] = False,
-    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
-    support: Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Ask without the images.")] = False,
-    baseline: Annotated[bool, typer.Option(help="Ask without the images too, to compare.")] = True,
-    max_questions: Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")] = None,
-    details: Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")] = None,
-    submission: Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")] = None,
+    model: Model,
+    task: Tasks = None,
+    benchmark: Benchmark = None,
+    split: Split = None,
+    protocol: Protocol = None,
+    rank: Scored = None,
+    generate: Generate = False,
+    shots: Shots = None,
+    support: Support = None,
+    blind: Blind = False,
+    baseline: Baseline = True,
+    max_questions: MaxQuestions = None,
+    details: Details = None,
+    submission: Submission = None,
     nproc: Nproc = 1,
     json: Json = False,
 ) -> None:
-    """Score a model on multiple-choice questions: overall, by category, and beside what it scores without images.
+    """Score a model on benchmarks: overall, by category, and beside what it scores without images.
 
     What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
     images of that recipe's benchmark, figures come from the other.
     """
     from sft.core.distributed import process_group
+
+    given: dict[str, Any] = {
+        "benchmark": benchmark,
+        "split": split,
+        "protocol": protocol,
+        "shots": shots,
+        "support": support,
+    }
+    given["max_questions"] = max_questions
+    scorings = _scorings(protocol, rank, generate)
+    for option, file in (("details", details), ("submission", submission)):
+        _check_place(option, file)
+    if nproc > 1:
+        options = {"task": task, "rank": rank, "generate": generate, "blind": blind, "no_baseline": not baseline}
+        files = {"details": details, "submission": submission, "json": json}
+        start(nproc, ["evaluate", model], given | options | files)
+    with process_group() as process:
+        out = console(to_stderr=json)
+        out.quiet = not process.is_main
+        changes = given | {"by": tuple(task) if task else None, "ranks": scorings}
+        evaluation = _Evaluation(model, changes, submission)
+        out.print(f"model: {evaluation.path}")
+        found = evaluation.evaluate(blind, baseline, out)
+    if process.is_main:
+        _report(found, details, submission, json, out)
+        if evaluation.is_half and not json:
+            out.print("figures come from the half of the images that does not choose the checkpoint")
+
+
+def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[str, ...] | None:
+    """Return the ways of scoring options that are asked for; None leaves it to the recipe.
+
+    Raises:
+        UserError: an option has no such value, or two of them exclude each other.
+    """
     from sft.core.errors import UserError
 
-    for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, RANKS)):
+    for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, SCORINGS)):
         if value not in (None, *allowed):
             raise UserError(f"--{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
-    ranks = ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
-    for option, file in (("details", details), ("submission", submission)):
-        _check_place(option, file)
-    asked = {"benchmark": benchmark, "protocol": protocol, "shots": shots, "support": support}
-    asked["max_questions"] = max_questions
-    if nproc > 1:
-        options = {"rank": rank, "generate": generate, "blind": blind, "no_baseline": not baseline}
-        start(
-            nproc, ["evaluate", model], asked | options | {"details": details, "submission": submission, "json": json}
-        )
-    with process_group() as process:
-        out = console(to_stderr=json)
-        out.quiet = not process.is_main
-        evaluation = _Evaluation(model, process, asked | {"ranks": ranks}, submission)
-        out.print(f"model: {evaluation.path}")
-        results = evaluation.ask(blind, out)
-        without = evaluation.ask(True, out) if baseline and not blind and evaluation.benchmark.has_answers else {}
-    if not process.is_main:
-        return
-    summaries = [
-        result.summary(blind_accuracy=without[rank].on_questions_of(result).accuracy if without else None)
-        for rank, result in results.items()
-    ]
-    if details:
-        _write_details(details, results)
-    if submission:
-        from sft.evaluation.mmbench.submission import write_submission
+    return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
 
-        write_submission(submission, evaluation.benchmark.rows, results[evaluation.settings.ranks[0]])
-        summaries[0]["submission"] = str(submission)
-    if json:
-        by_rank = {summary["rank"]: summary for summary in summaries}
-        print_json(summaries[0] | ({"by_rank": by_rank} if len(by_rank) > 1 else {}))
-        return
-    for summary in summaries:
-        _show(summary, out)
-    if evaluation.is_half:
-        out.print("figures come from the half of the images that does not choose the checkpoint")
+
+class _Found(NamedTuple):
+    """A task with what the model scored on it, with images and without."""
+
+    task: Task
+    result: Result
+    blind: Result | None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What is printed."""
+        score = self.blind.on_items_of(self.result).score if self.blind else None
+        return self.task.summary(self.result, blind_score=score)
 
 
 class _Evaluation:
-    """A model, and what it is asked."""
+    """A model, and the tasks that it is asked."""
 
-    def __init__(self, model: str, process: Rank, asked: dict[str, Any], submission: Path | None) -> None:
+    def __init__(self, model: str, changes: dict[str, Any], submission: Path | None) -> None:
         """
         Raises:
             UserError: there is no such model, or what is asked for does not go together.
@@ -113,38 +146,47 @@ class _Evaluation:
 
         self.path = from_main(lambda: _base_of(model) or find_model(model))
         recipe = recipe_of_model(model)
-        chooses = recipe is not None and asked["benchmark"] in (None, recipe.evaluation.benchmark)
-        self.settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), chooses, asked)
+        run_dir = Path(recipe.output_dir) if recipe else None
+        self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
         from sft.core.distributed import all_or_none
-        from sft.evaluation.run_benchmark import ScoredModel, load_settings
-        from sft.selection.rules import is_chosen_on_half
+        from sft.evaluation.run_tasks import ScoredModel
+        from sft.selection.record import is_chosen_on_half
 
         with all_or_none():
-            self.benchmark = load_settings(self.settings, Path(recipe.data.store) if recipe else Path("stores"))
-        _check(self.benchmark, self.settings, submission)
-        run_dir = Path(recipe.output_dir) if recipe else None
+            self.tasks = _open_tasks(self._settings, recipe, submission)
         self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
         """Whether its checkpoint was chosen by the other half of the images."""
         name = "base" if model.endswith("@base") else Path(self.path).name
         self._scored = ScoredModel(self.path, run_dir=run_dir, name=name)
 
-    def ask(self, blind: bool, out: Console) -> dict[Any, Result]:
-        """The result by each ranking, of those questions that figures come from."""
-        with progress(f"asking{' without images' if blind else ''}", None, out) as update:
-            results = self._scored.score(
-                self.benchmark,
-                self.settings.ranks,
-                blind=blind,
-                on_progress=lambda done, total: update(done, f"of {total}"),
-            )
-        return {
-            rank: result.on_half(1, self.settings.seed) if self.is_half else result for rank, result in results.items()
-        }
+    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
+        """Return what it scored on each task, on those items that figures come from; without images too where that is
+        wanted and the task has any."""
+        from sft.core.errors import UserError
+        from sft.evaluation.task import PromptedTask
+
+        prompted = [task for task in self.tasks if isinstance(task, PromptedTask)]
+        if blind and len(prompted) < len(self.tasks):
+            raise UserError("--blind: the loss of held-out samples is not measured without their images")
+        tasks: Sequence[Task] = [task.without_images() for task in prompted] if blind else self.tasks
+        results = self._score(tasks, " without images" * blind, out)
+        compared: list[Task] = [task for task in prompted if task.has_answers] if baseline and not blind else []
+        twins = self._score([task.without_images() for task in compared], " without images", out)
+        blinds = dict(zip(compared, twins, strict=True))
+        return [_Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
+
+    def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
+        if not tasks:
+            return []
+        with progress(f"asking{how}", None, out) as update:
+            results = self._scored.score(tasks, lambda done, total: update(done, f"of {total}"))
+        seed, chose = self._settings.seed, self.tasks[0].benchmark
+        return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
 
 
 def _base_of(model: str) -> Path | None:
-    """The prepared base of a run, for RUN@base."""
+    """Return the prepared base of a run, for RUN@base."""
     if not model.endswith("@base"):
         return None
     from sft.models.base_model import prepare_base
@@ -153,30 +195,44 @@ def _base_of(model: str) -> Path | None:
     return prepare_base(find_recipe(model.removesuffix("@base")))
 
 
-def _settings(settings: EvaluationConfig, of_this_benchmark: bool, given: dict[str, Any]) -> EvaluationConfig:
-    """What the recipe says, and what is given in its place. How much of its benchmark a recipe asks says nothing about
-    another one."""
-    from sft.core.errors import UserError
-    from sft.evaluation.mmbench.protocols import check_protocol
+def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[EvaluationConfig, bool]:
+    """Return what the recipe says with what is given in its place, and whether that asks what chooses its checkpoint.
+    How much of its benchmark a recipe asks says nothing about another one.
 
-    if not of_this_benchmark:
-        settings = settings.model_copy(update={"max_questions": None})
-    settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
-    if settings.benchmark is None:
-        raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none)")
-    if settings.benchmark.endswith(".jsonl"):
-        raise UserError(
-            f"{settings.benchmark}: evaluate asks multiple-choice questions, of a TSV of MMBench layout; short answers "
-            f"choose among the checkpoints of a run: idefics-sft select RUN --benchmark {settings.benchmark}"
-        )
-    if given["support"] and not settings.shots:
+    Raises:
+        UserError: nothing says what to ask, or options do not go together.
+    """
+    from sft.core.errors import UserError
+    from sft.evaluation.tasks import named_tasks
+    from sft.evaluation.tasks.mmbench.protocols import check_protocol
+
+    changed = {name: value for name, value in changes.items() if value is not None}
+    if changes["benchmark"] and not changes["by"] and changes["benchmark"] != settings.benchmark:
+        changed["by"] = None
+    found = settings.model_copy(update=changed)
+    if found.benchmark is None and found.by is None:
+        raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none), or --task")
+    chooses = named_tasks(found)[0] == named_tasks(settings)[0]
+    if not chooses:
+        found = found.model_copy(update={"max_questions": changes["max_questions"]})
+    if changes["support"] and not found.shots:
         raise UserError("--support is where shots come from; give --shots K too")
-    check_protocol(settings.protocol, settings.ranks)
-    return settings
+    names = [task.name for task in named_tasks(found)]
+    for option in ("shots", "max_questions"):
+        if "exact_match" in names and changes[option]:
+            raise UserError(
+                f"--{option.replace('_', '-')}: exact_match takes every question of its file, without shots"
+            )
+    if "mmbench" not in names:
+        for option in ("protocol", "ranks", "support"):
+            if changes[option] is not None:
+                raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
+    check_protocol(found.protocol, found.ranks)
+    return found, chooses
 
 
 def _check_place(option: str, file: Path | None) -> None:
-    """Whether a file can be written there, before hours of work."""
+    """Check that a file can be written there, before hours of work."""
     from sft.core.errors import UserError
 
     if file is None:
@@ -186,52 +242,55 @@ def _check_place(option: str, file: Path | None) -> None:
         raise UserError(f"--{option} {file}: no file can be written there")
 
 
-def _check(questions: Benchmark, settings: EvaluationConfig, submission: Path | None) -> None:
-    """Whether there will be something to say at the end."""
+def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: Path | None) -> list[Task]:
+    """Read the benchmarks, and check that there will be something to say at the end."""
     from sft.core.errors import UserError
-    from sft.evaluation.mmbench.submission import check_submission
+    from sft.evaluation.held_out_loss import open_held_out
+    from sft.evaluation.tasks import named_tasks, open_tasks
+    from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
+    from sft.evaluation.tasks.mmbench.submission import check_submission
 
+    store = Path(recipe.data.store) if recipe else Path("stores")
+    held_out = (lambda: open_held_out(recipe)) if recipe and recipe.data.validation else None
+    tasks = open_tasks(named_tasks(settings), settings, store, held_out=held_out)
     if submission:
-        check_submission(submission, questions, settings.ranks)
-    elif not questions.has_answers:
-        raise UserError(f"{settings.benchmark}: a test split, without answers to score by; give --submission FILE.xlsx")
+        if not isinstance(tasks[0], MMBench):
+            raise UserError(f"--submission {submission}: goes with a benchmark of MMBench layout")
+        check_submission(submission, tasks[0].chosen, settings.ranks)
+    for task in tasks if not submission else ():
+        if not task.has_answers:
+            what = settings.benchmark or task.benchmark
+            raise UserError(f"{what}: a test split, without answers to score by; give --submission FILE.xlsx")
+    return tasks
 
 
-def _write_details(file: Path, results: dict[Any, Result]) -> None:
-    """One file, or one for each ranking with its name before the suffix."""
-    from sft.evaluation.results import write_questions
+def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
+    """Write the files that are asked for, and print the summaries."""
+    summaries = [one.summary for one in found]
+    if details:
+        _write_details(details, found)
+    if submission:
+        from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
+        from sft.evaluation.tasks.mmbench.submission import write_submission
 
-    for rank, result in results.items():
-        write_questions(result, file if len(results) == 1 else file.with_suffix(f".{rank}{file.suffix}"))
+        assert isinstance(found[0].task, MMBench)
+        write_submission(submission, found[0].task.chosen.rows, found[0].result)
+        summaries[0]["submission"] = str(submission)
+    if not json:
+        show_summaries(summaries, out)
+        return
+    by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}
+    by_task = {one.task.benchmark: summary for one, summary in reversed([*zip(found, summaries, strict=True)])}
+    more = {"by_rank": by_rank} if len(by_rank) > 1 else {}
+    print_json(summaries[0] | more | ({"by_task": by_task} if len(by_task) > 1 else {}))
 
 
-def _show(summary: dict[str, Any], out: Console) -> None:
-    """One ranking: by category, over all, and what to compare it with."""
-    shots = f", {summary['shots']} shot{'s' * (summary['shots'] > 1)}" if summary["shots"] else ""
-    blind = "" if summary["with_images"] else ", without images"
-    title = f"{summary['benchmark']}, {summary['protocol']}, by {summary['rank']}{shots}{blind}, {summary['rows']} rows"
-    if summary["accuracy"] is None:
-        out.print(f"{title}: answers not scored here, in {summary['submission']}")
-    else:
-        parts = [(*part, "") for part in summary["categories"].items()]
-        if summary["l2_categories"] != summary["categories"]:
-            parts += [(*part, " (l2)") for part in summary["l2_categories"].items()]
-        rows = [(f"{name}{kind}", str(part["questions"]), percent(part["accuracy"])) for name, part, kind in parts]
-        low, high = summary["interval"]
-        figure = f"{percent(summary['accuracy'])} ± {summary['standard_error'] * 100:.1f}"
-        rows.append(("all", str(summary["questions"]), figure))
-        out.print(table(title, ("category", "questions", "accuracy"), rows))
-        out.print(f"95 % interval {percent(low)} to {percent(high)}, over images as clusters")
-        if summary["blind"] is not None and summary["with_images"]:
-            out.print(f"without images {percent(summary['blind'])}")
-        again = f" ({percent(summary['independent_chance'])} guessing anew in each rotation)"
-        anew = again if summary["protocol"] == "circular" else ""
-        out.print(f"chance {percent(summary['chance'])}{anew}")
-    for reason, number in summary["filtered"].items():
-        out.print(f"{number} questions were not asked: {reason}")
-    if summary["not_finite"]:
-        out.print(f"{summary['not_finite']} rows count as wrong: the model's outputs are not finite there")
-    for deviation in summary["deviations"]:
-        out.print(f"differs from its source: {deviation}")
-    letters = ", ".join(f"{letter} {percent(share)}" for letter, share in summary["letters"].items())
-    out.print(f"letters predicted: {letters}; protocol {summary['protocol_hash']}\n")
+def _write_details(file: Path, found: list[_Found]) -> None:
+    """Write one file, or one for each result with what tells it apart before the suffix."""
+    from sft.evaluation.results import write_lines
+
+    benchmarks = {one.task.benchmark for one in found}
+    for task, result, _ in found:
+        names = [task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label)
+        label = ".".join(names)
+        write_lines(result, file if len(found) == 1 else file.with_suffix(f".{label}{file.suffix}"))

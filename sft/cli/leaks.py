@@ -15,20 +15,26 @@ EXAMPLES = ("leaks mmbench_dev_en.tsv stores/llava_instruct-1a2b3c4d",)
 
 
 def run(
-    benchmark: Annotated[Path, typer.Argument(metavar="TSV", help="A benchmark of MMBench layout.")],
+    benchmark: Annotated[
+        str, typer.Argument(metavar="TSV", help="A benchmark of MMBench layout, or the data of the task.")
+    ],
     stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Folders of prepared datasets.")],
+    task: Annotated[str | None, typer.Option(metavar="TASK", help="One of `tasks list`.")] = None,
+    split: Annotated[str | None, typer.Option(help="The part of the benchmark.")] = None,
     num_proc: Annotated[int, typer.Option(min=1, help="Processes that work side by side.")] = 1,
     json: Json = False,
 ) -> None:
     """Find the images of a benchmark in prepared datasets: the same bytes, or the same picture scaled or compressed."""
     from sft.data.store import Store
     from sft.evaluation import leaks
-    from sft.evaluation.mmbench.questions import read_tsv
+    from sft.evaluation.tasks import named_tasks, open_tasks
+    from sft.recipe import EvaluationConfig
 
     leaks.check_imagehash()
     out = console(to_stderr=json)
     opened = [Store(path) for path in stores]  # a wrong one is told before hours of work on the others
-    shown = leaks.benchmark_images(read_tsv(benchmark))
+    settings = EvaluationConfig(benchmark=benchmark, by=task, split=split, protocol="card")  # asks every row of a TSV
+    shown = leaks.benchmark_images(*open_tasks(named_tasks(settings), settings, Path("stores")))
     found = []
     for store in opened:
         with progress(f"comparing {printable(store.path)}", store.num_images, out) as update:
@@ -41,7 +47,7 @@ def run(
 
 
 def show(summary: dict[str, Any], out: Console) -> None:
-    """Counts by store, then the leaks themselves."""
+    """Print counts by store, then the leaks themselves."""
     rows = [
         (printable(store["store"]), *(f"{store[key]:,}" for key in ("images", "by_content", "by_sight", "unreadable")))
         for store in summary["stores"]

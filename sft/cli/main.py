@@ -32,6 +32,7 @@ from sft.cli import (
     schema,
     select,
     stats,
+    tasks,
     terminal,
     train,
     validate,
@@ -70,7 +71,7 @@ PANELS = {
     "Start": ("quickstart", "doctor", "recipes"),
     "Data": ("validate", "prepare", "mix", "inspect", "stats", "export", "leaks"),
     "Training": ("plan", "train"),
-    "Models": ("evaluate", "select", "report", "chat", "merge"),
+    "Models": ("tasks", "evaluate", "select", "report", "chat", "merge"),
 }
 """How the list of commands is divided; what stands in none comes last."""
 
@@ -84,6 +85,7 @@ for command in COMMANDS:
     epilog = terminal.examples(getattr(command, "EXAMPLES", ()))
     app.command(name=name, epilog=epilog, rich_help_panel=_panel(name))(command.run)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=_panel("recipes"))
+app.add_typer(tasks.app, name="tasks", rich_help_panel=_panel("tasks"))
 
 
 _UsageError: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "UsageError")

@@ -108,14 +108,15 @@ def _all(
 ) -> _Prepared:
     """Prepare the datasets of a recipe, its base model and its benchmark."""
     from sft.data.prepare import prepare as prepare_sources
-    from sft.evaluation.run_benchmark import recipe_benchmark
+    from sft.evaluation.tasks import named_tasks, open_tasks
     from sft.runs.names import find_recipe
 
     own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
     found = find_recipe(recipe, [*overrides, *own])
     with preparation(out) as update:
         sources = prepare_sources(found, update, options)
-    recipe_benchmark(found)
+    benchmarks = [task for task in named_tasks(found.evaluation) if task.name != "loss"]
+    open_tasks(benchmarks, found.evaluation, Path(found.data.store))  # built, and checked, before hours of training
     parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
     stores = [part.store for part in parts]
     arguments = shlex.join([recipe, *overrides])

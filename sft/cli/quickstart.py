@@ -30,7 +30,7 @@ from sft.core.launch import STOPPED
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
-    from sft.selection.rules import Selection
+    from sft.selection.record import Selection
 
 REPORT = "quickstart.json"
 DEFAULT_OUTPUT_DIR = Path("runs/quickstart")
@@ -144,29 +144,31 @@ def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str,
 def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, Any]:
     """Return the accuracy of the base, of every checkpoint and of the selected one without images, on the reporting
     half."""
-    from sft.evaluation.run_benchmark import recipe_benchmark, score_model
+    from sft.evaluation.run_tasks import score_model
+    from sft.evaluation.tasks import named_tasks, open_tasks
+    from sft.evaluation.tasks.mmbench.multiple_choice import chance
     from sft.models.base_model import base_path
     from sft.runs.names import run_checkpoints
 
     run_dir = Path(recipe.output_dir)
-    benchmark = recipe_benchmark(recipe)
-    assert benchmark is not None
+    settings = recipe.evaluation.model_copy(update={"ranks": ("text", "letter")})
+    tasks = open_tasks(named_tasks(settings), settings, Path(recipe.data.store))
 
     def score(path: Path, name: str, blind: bool = False) -> dict[str, Any]:
         with progress(f"asking {name}{' without images' if blind else ''}", None, out) as update:
             results = score_model(
                 path,
-                benchmark,
+                [task.without_images() for task in tasks] if blind else tasks,
                 run_dir=run_dir,
                 name=name,
-                ranks=("text", "letter"),
-                blind=blind,
                 on_progress=lambda done, total: update(done, f"of {total} tokens"),
             )
-        return {rank: result.on_half(1, recipe.evaluation.seed) for rank, result in results.items()}
+        return {
+            task.label: result.on_half(1, recipe.evaluation.seed) for task, result in zip(tasks, results, strict=True)
+        }
 
     def accuracies(results: dict[str, Any]) -> dict[str, float]:
-        return {f"{rank}_accuracy": result.accuracy for rank, result in results.items()}
+        return {f"{rank}_accuracy": result.score for rank, result in results.items()}
 
     base = score(base_path(recipe), "base")
     every = {path.name: score(path, path.name) for path in run_checkpoints(run_dir)}
@@ -175,7 +177,7 @@ def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, An
         "base": accuracies(base),
         "blind": accuracies(score(selected, selection.selected, blind=True)),
         "selected": accuracies(every[selection.selected]),
-        "chance": {rank: result.chance for rank, result in base.items()},
+        "chance": {rank: chance(result) for rank, result in base.items()},
         "questions": {"chosen_on": selection.questions[0], "reported": selection.questions[1]},
         "checkpoints": {name: accuracies(results) for name, results in every.items()},
     }

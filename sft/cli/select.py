@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from rich.console import Console
 
+from sft.cli.evaluation_tables import score_text
 from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, notes, percent, print_json, progress, quiet_libraries, table
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
-    from sft.selection.rules import CheckpointScore, ChosenOn, Selection
-    from sft.selection.select import Session
+    from sft.selection.record import CheckpointScore, ChosenOn, Selection
+    from sft.selection.session import Session
 EXAMPLES = (
     "select runs/my-data",
     "select runs/my-data --benchmark questions.jsonl",
@@ -24,10 +25,15 @@ EXAMPLES = (
 
 def run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
-    by: Annotated[str | None, typer.Option(help="mmbench, exact_match or loss; told from the benchmark.")] = None,
-    benchmark: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A TSV of MMBench layout, or a .jsonl of short answers.")
+    by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; told from the benchmark. The first chooses."),
     ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option("--benchmark", "--data", metavar="PATH", help="A TSV, a .jsonl, or the data of the task."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
     rule: Annotated[str | None, typer.Option(help="best (default) or earliest_not_worse.")] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
@@ -42,9 +48,9 @@ def run(
     from sft.core.distributed import process_group
     from sft.runs.names import find_recipe
 
-    recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, rule=rule)
+    recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
-        options = {"by": by, "benchmark": benchmark, "rule": rule, "watch": watch, "json": json}
+        options = {"by": by, "benchmark": benchmark, "split": split, "rule": rule, "watch": watch, "json": json}
         start(nproc, ["select", run], options)
     selection = session = None
     with process_group() as process:
@@ -57,35 +63,40 @@ def run(
             selection, session = _select(recipe, out)
             show(selection, out)
     if process.is_main and json:
-        from sft.selection.rules import as_json
+        from sft.selection.record import as_json
 
         print_json(as_json(selection))
     elif process.is_main:
         out.print(f"Plot: {Path(recipe.output_dir) / 'selection.svg'}. Next: idefics-sft chat {run}")
     if session:
-        session.check_all_asked()
+        session.check_all_evaluated()
 
 
-def _with_options(recipe: Recipe, *, by: str | None, benchmark: str | None, rule: str | None) -> Recipe:
-    """The recipe with what the command line says about its evaluation.
+def _with_options(
+    recipe: Recipe, *, by: list[str] | None, benchmark: str | None, split: str | None, rule: str | None
+) -> Recipe:
+    """Return the recipe with what the command line says about its evaluation.
 
     Raises:
         UserError: an option has no such value, or two of them do not go together.
     """
     from sft.core.errors import UserError
-    from sft.recipe import By, Rule
+    from sft.evaluation.tasks import named_tasks
+    from sft.recipe import Rule
 
-    for option, value, known in (("by", by, get_args(By)), ("rule", rule, get_args(Rule))):
-        if value not in (None, *known):
-            raise UserError(f"--{option} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
-    if by == "loss" and benchmark:
+    if rule not in (None, *get_args(Rule)):
+        raise UserError(f"--rule {rule}: expected {' or '.join(get_args(Rule))}")
+    if by == ["loss"] and benchmark:
         raise UserError("--by loss takes no --benchmark: it is the loss on what data.validation holds out")
     given: dict[str, Any] = {"rule": rule} if rule else {}
+    given |= {"split": split} if split else {}
     if by or benchmark:
-        given["by"] = by
-    if benchmark or by == "loss":
+        given["by"] = tuple(by) if by else None
+    if benchmark or by == ["loss"]:
         given["benchmark"] = benchmark
-    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=given)})
+    evaluation = recipe.evaluation.model_copy(update=given)
+    named_tasks(evaluation)
+    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Selection:
@@ -96,7 +107,7 @@ def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Sele
         RunError: a checkpoint could not be evaluated.
     """
     selection, session = _select(recipe, out, chosen_on)
-    session.check_all_asked()
+    session.check_all_evaluated()
     return selection
 
 
@@ -110,28 +121,20 @@ def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> tuple[
 
 def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
     quiet_libraries()
-    from sft.core.distributed import from_main
-    from sft.data.prepare import open_sources
-    from sft.models import get_family
-    from sft.models.base_model import prepare_base
-    from sft.models.open_model import load_template
-    from sft.selection.select import Session
-
-    def held_out() -> Any:
-        template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))
-        return open_sources(recipe, template, [recipe.output_dir]).held_out(), template
+    from sft.evaluation.held_out_loss import open_held_out
+    from sft.selection.session import Session
 
     return Session(
         recipe,
-        held_out=held_out,
-        say=notes(out.stderr).print,
+        held_out=lambda: open_held_out(recipe),
+        log=notes(out.stderr).print,
         progress=lambda name: progress(name, None, out),
         chosen_on=chosen_on,
     )
 
 
 def show(selection: Selection, out: Console) -> None:
-    """The choice as a table, and what to know before believing it."""
+    """Print the choice as a table, and what to know before believing it."""
     rows = [_row(score, selection) for score in selection.scores]
     header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
     out.print(table(_title(selection), header, rows))
@@ -160,12 +163,12 @@ def _row(score: CheckpointScore, selection: Selection) -> tuple[str, ...]:
 
 
 def _has_ties(selection: Selection) -> bool:
-    """Whether there is more in the set than the best one itself."""
+    """Return whether there is more in the set than the best one itself."""
     return bool(set(selection.tied) - {selection.best})
 
 
 def _figure(value: float, selection: Selection) -> str:
-    return f"{value:.4f}" if selection.by == "loss" else percent(value)
+    return score_text(value, selection.metric)
 
 
 def _between(limits: tuple[float, float] | None, selection: Selection) -> str:

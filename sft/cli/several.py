@@ -16,7 +16,8 @@ Nproc = Annotated[int, typer.Option(min=1, help="Processes on this machine, one 
 def start(nproc: int, arguments: Sequence[str], options: Mapping[str, object]) -> NoReturn:
     """Run `idefics-sft ARGUMENTS OPTIONS` in so many processes, and end with their exit status.
 
-    Options by the names of their parameters: True and False are switches, what is None is left out.
+    Options by the names of their parameters: True and False are switches, a list repeats its option, what is None is
+    left out.
 
     Raises:
         UserError: they are started already, or there are fewer GPUs.
@@ -37,4 +38,4 @@ def _option(name: str, value: object) -> list[str]:
     switch = f"--{name.replace('_', '-')}"
     if value is None or isinstance(value, bool):
         return [switch] if value else []
-    return [f"{switch}={value}"]
+    return [f"{switch}={one}" for one in (value if isinstance(value, list) else [value])]

@@ -21,9 +21,11 @@ def run(
 ) -> None:
     """Check a recipe: its keys, shares, datasets and paths."""
     from sft.data.check_recipe import check_recipe
+    from sft.evaluation.tasks import named_tasks
     from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
+    named_tasks(found.evaluation)
     check_recipe(found, paths=not no_paths)
     command = f"idefics-sft prepare {shlex.join([recipe, *(overrides or ())])}"
     if json:

@@ -37,7 +37,7 @@ def _of_paths(recipe: Recipe) -> Iterator[str]:
     if is_local(recipe.model.path) and not resolve(recipe.model.path).is_dir():
         yield f"model.path: {recipe.model.path} is not a folder; expected one, or a hub id like owner/name"
     benchmark = recipe.evaluation.benchmark
-    if benchmark is not None and benchmark not in BUILT_BENCHMARKS and not resolve(benchmark).is_file():
+    if benchmark is not None and benchmark not in BUILT_BENCHMARKS and not resolve(benchmark).exists():
         known = ", ".join(BUILT_BENCHMARKS)
         yield (
             f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}, "

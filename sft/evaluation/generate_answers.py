@@ -1,4 +1,4 @@
-"""Answers that a model writes, for benchmarks that are not asked by likelihood."""
+"""Answers that a model generates, for tasks that are not asked by likelihood."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft.models.chat_template import ChatTemplate
 BATCH_SIZE = 16
 
 
-def write_answers(
+def generate_answers(
     model: nn.Module,
     template: ChatTemplate,
     samples: Sequence[Sample],
@@ -24,9 +24,9 @@ def write_answers(
     autocast: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str | None]:
-    """The model's greedy answer to each conversation, in the order given; None where the prompt leaves no room for
-    `max_new_tokens` within `max_positions`. Prompts of similar length are answered together; `on_progress` is told
-    (answers written, answers in all).
+    """Return the model's greedy answer to each conversation, in the order given; None where the prompt leaves no room
+    for `max_new_tokens` within `max_positions`. Prompts of similar length are answered together; `on_progress` is
+    called with (answers written, answers in all).
 
     Raises:
         SkipSample: an image does not decode.

@@ -1,9 +1,7 @@
 """The loss on what `data.validation` holds out, sample by sample: the same packs in training and in `select`.
 
-The loss on what `data.validation` holds out: what a checkpoint is chosen by where there is no benchmark.
-
 Training writes it into metrics.jsonl, as means by source. Where it has not, or where the spread over samples is needed,
-every checkpoint is asked here: the same packs of held-out samples for all, at the mixture's shares, sample by sample.
+`sft.evaluation.tasks.loss` measures it for every checkpoint: the same packs for all, at the mixture's shares.
 """
 
 from __future__ import annotations
@@ -22,14 +20,15 @@ from torch import nn
 
 from sft.batches.collate import collate
 from sft.batches.pack_stream import Planner
-from sft.core.distributed import all_gather_dict, all_or_none, assign
-from sft.core.errors import RunError
-from sft.core.files import hash_file
+from sft.core.distributed import all_gather_dict, all_or_none, assign, from_main
 from sft.core.sample import PackItem
+from sft.data.prepare import open_sources
 from sft.data.sources import Sources
-from sft.evaluation.run_benchmark import asked_once
+from sft.models import get_family
+from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate
-from sft.models.open_model import Load
+from sft.models.open_model import load_template
+from sft.recipe import Recipe
 
 NUM_PACKS = 64
 
@@ -38,7 +37,7 @@ HeldOutPack = tuple[PackItem, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutPacks:
-    """The same packs for every checkpoint: each sample once."""
+    """The packs that every checkpoint is measured on: each sample once."""
 
     sources: Sources
     packs: tuple[HeldOutPack, ...]
@@ -50,7 +49,7 @@ class HeldOutPacks:
 
 
 class SampleLoss(NamedTuple):
-    """What a model makes of one held-out sample that has trained tokens."""
+    """The loss of a model on one held-out sample that has trained tokens."""
 
     key: str
     cluster: str
@@ -62,7 +61,7 @@ class SampleLoss(NamedTuple):
 
 
 def held_out_packs(held_out: Sources, *, seed: int) -> HeldOutPacks:
-    """The first packs that a planner makes of what is held out, each sample once though little may be held out.
+    """Return the first packs that a planner makes of what is held out, each sample once though little may be held out.
 
     Raises:
         UserError: no held-out sample of a source fits a pack.
@@ -86,7 +85,7 @@ def sample_losses(
     always_whole: bool = False,
     before_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[SampleLoss]:
-    """The loss of each sample by a model in evaluation mode, a forward for each pack; images are seen whole.
+    """Yield the loss of each sample by a model in evaluation mode, a forward for each pack; images are seen whole.
 
     `autocast` computes in bfloat16; for `always_whole` see `collate`. What is done before a forward is done inside
     `before_forward`.
@@ -126,18 +125,15 @@ def sample_losses(
 
 
 def mean_loss(by_source: dict[str, Any]) -> float | None:
-    """The mean over the trained tokens of all sources, of a `validation` in metrics.jsonl; None without any."""
+    """Return the mean loss over the trained tokens of all sources, from a `validation` in metrics.jsonl; None without
+    any."""
     parts = [part for part in by_source.values() if part["trained_tokens"]]
     tokens = sum(part["trained_tokens"] for part in parts)
     return sum(part["loss"] * part["trained_tokens"] for part in parts) / tokens if tokens else None
 
 
-BENCHMARK = "held_out_loss"
-"""Its folder in RUN/evaluations."""
-
-
 def recorded_losses(run_dir: Path) -> dict[int, float]:
-    """Step -> held-out loss that training wrote into metrics.jsonl: the mean over the trained tokens of all sources."""
+    """Return the held-out loss at each step that training wrote into metrics.jsonl."""
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         return {}
@@ -154,47 +150,6 @@ def recorded_losses(run_dir: Path) -> dict[int, float]:
     return losses
 
 
-def ask_held_out_loss(
-    path: Path,
-    held_out: HeldOutPacks,
-    template: ChatTemplate,
-    run_dir: Path,
-    load: Load,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> str:
-    """Take the loss of every held-out sample and keep it, unless it is kept already. Returns the protocol's hash.
-
-    Raises:
-        SkipSample: an image was changed since it was prepared.
-        RunError: a loss is not finite.
-    """
-    data = held_out.sources.data
-
-    def ask() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        with all_or_none():
-            loaded = load(path)
-        samples = shared_losses(
-            loaded.model, held_out, image_size=loaded.image_size, autocast=loaded.autocast, on_progress=on_progress
-        )
-        if broken := sum(not math.isfinite(sample.loss) for sample in samples):
-            raise RunError(
-                f"{path}: the loss of {broken} of {len(samples)} held-out samples is not finite: training diverged"
-            )
-        tokens = sum(sample.trained_tokens for sample in samples)
-        loss = sum(sample.loss * sample.trained_tokens for sample in samples) / tokens
-        return {"by": "loss", "loss": loss}, [_line(sample) for sample in samples]
-
-    protocol = {
-        "by": "loss",
-        "template": template.fingerprint,
-        "packs": held_out.packs,
-        "stores": [hash_file(part.store.path / "manifest.json") for own in held_out.sources.parts for part in own],
-        "train_on": data.train_on,
-        "pack_isolation": data.pack_isolation,
-    }
-    return asked_once(path, run_dir, BENCHMARK, protocol, ask)
-
-
 def shared_losses(
     model: nn.Module,
     held_out: HeldOutPacks,
@@ -204,7 +159,7 @@ def shared_losses(
     always_whole: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SampleLoss]:
-    """The loss of every held-out sample, in the order of the packs, which are shared out to the processes; see
+    """Return the loss of every held-out sample, in the order of the packs, which are divided among the processes; see
     `sample_losses`.
 
     With `always_whole` the processes wait for each other in every forward: what fails before it in one of them fails in
@@ -232,12 +187,11 @@ def shared_losses(
     return [sample for number in sorted(by_pack) for sample in by_pack[number]]
 
 
-def _line(sample: SampleLoss) -> dict[str, Any]:
-    return {
-        "question": sample.key,
-        "cluster": sample.cluster,
-        "image_sha256": "",
-        "category": sample.source,
-        "loss": sample.loss,
-        "trained_tokens": sample.trained_tokens,
-    }
+def open_held_out(recipe: Recipe) -> tuple[Sources | None, ChatTemplate]:
+    """Open what a run's recipe holds out, with the template that encodes it.
+
+    Raises:
+        UserError: the data are not prepared.
+    """
+    template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))
+    return open_sources(recipe, template, [recipe.output_dir]).held_out(), template

@@ -9,6 +9,7 @@ Shape letters: B images of the benchmark, S images of a piece of a store.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from sft.core.parallel import ordered_map
 from sft.core.sample import ImageRef, SkipSample
 from sft.data.store import Store
 from sft.data.store.image_keys import image_key
-from sft.evaluation.mmbench.questions import Row
+from sft.evaluation.task import PromptedTask, Task
 
 MAX_DISTANCE = 6
 """Bits. Of 32 photographs, every copy made by JPEG at quality 20 to 90, by scaling to a quarter, a half or a square, in
@@ -46,7 +47,7 @@ class Hash(NamedTuple):
 
 
 def perceptual_hash(content: bytes) -> Hash:
-    """The hash of an encoded image.
+    """Return the perceptual hash of an encoded image.
 
     Raises:
         SkipSample: it does not decode.
@@ -63,25 +64,36 @@ class BenchmarkImages:
     """The distinct images of a benchmark."""
 
     sha256s: tuple[str, ...]
-    questions: tuple[tuple[int, ...], ...]
-    """Indices of the questions about each; the passes of a question share theirs."""
+    questions: tuple[tuple[int | str, ...], ...]
+    """The names of the questions about each; the passes of a question share theirs."""
     hashes_B: NDArray[np.uint64]
     has_features_B: NDArray[np.bool_]
 
 
-def benchmark_images(rows: Sequence[Row]) -> BenchmarkImages:
-    """The images of a benchmark's rows."""
-    shown: dict[str, dict[int, None]] = {}
-    contents: dict[str, ImageRef] = {}
-    for row in rows:
-        shown.setdefault(row.image_sha256, {})[row.question_index] = None
-        contents[row.image_sha256] = row.image
-    hashes = [perceptual_hash(images.read_bytes(contents[sha256])) for sha256 in shown]
+def benchmark_images(*tasks: Task) -> BenchmarkImages:
+    """Return the images of the tasks' items.
+
+    Raises:
+        UserError: an image is missing or does not decode.
+    """
+    items: dict[ImageRef, dict[int | str, None]] = {}
+    for task in tasks:
+        if isinstance(task, PromptedTask):
+            for item, queries in zip(task.items, task.all_queries(), strict=True):
+                for image in (image for query in queries for image in query.sample.images):
+                    items.setdefault(image, {})[item.id] = None
+    shown: dict[str, dict[int | str, None]] = {}
+    hashes: dict[str, Hash] = {}
+    for image, names in items.items():
+        content = images.read_bytes(image)
+        sha256 = hashlib.sha256(content).hexdigest()
+        shown[sha256] = shown.get(sha256, {}) | names
+        hashes.setdefault(sha256, perceptual_hash(content))
     return BenchmarkImages(
         sha256s=tuple(shown),
         questions=tuple(tuple(indices) for indices in shown.values()),
-        hashes_B=np.array([found.bits for found in hashes], dtype=np.uint64),
-        has_features_B=np.array([found.has_features for found in hashes], dtype=np.bool_),
+        hashes_B=np.array([found.bits for found in hashes.values()], dtype=np.uint64),
+        has_features_B=np.array([found.has_features for found in hashes.values()], dtype=np.bool_),
     )
 
 
@@ -94,8 +106,8 @@ class Leak:
     """Bits by which the perceptual hashes differ."""
     image_sha256: str
     """In the benchmark."""
-    questions: tuple[int, ...]
-    """Their indices in the benchmark."""
+    questions: tuple[int | str, ...]
+    """Their names in the benchmark."""
     row: int
     """In the store's images/."""
     samples: tuple[str, ...]
@@ -167,14 +179,15 @@ def find_leaks(
 
 
 def _same_content(benchmark: BenchmarkImages, store: Store) -> Iterator[tuple[int, int]]:
-    """(number in the benchmark, row in the store) of images of the same bytes."""
+    """Yield (number in the benchmark, row in the store) of images of the same bytes."""
     for number, sha256 in enumerate(benchmark.sha256s):
         if (row := store.find_image(image_key(sha256))) is not None:
             yield number, row
 
 
 def _compare(benchmark: BenchmarkImages, store: Store, first: int) -> tuple[list[_Near], int]:
-    """What looks like an image of the benchmark among _PIECE images of a store, and how many could not be read."""
+    """Return what looks like an image of the benchmark among _PIECE images of a store, and how many could not be
+    read."""
     rows, hashes, unreadable = [], [], 0
     for row in range(first, min(first + _PIECE, store.num_images)):
         try:
@@ -192,7 +205,7 @@ def _compare(benchmark: BenchmarkImages, store: Store, first: int) -> tuple[list
 
 
 def _samples_showing(store: Store, rows: set[int]) -> dict[int, list[str]]:
-    """For rows of images/, keys of the samples that show them."""
+    """Return, for rows of images/, the keys of the samples that show them."""
     showing: dict[int, list[str]] = {}
     if rows:
         for sample, shown in store.stored_samples():
@@ -213,7 +226,7 @@ def check_imagehash() -> None:
 
 
 def summary(name: str, benchmark: BenchmarkImages, found: Sequence[StoreLeaks]) -> dict[str, Any]:
-    """Counts and ids, as `idefics-sft leaks --json` prints them."""
+    """Return counts and ids, as `idefics-sft leaks --json` prints them."""
     leaked = {leak.image_sha256: leak.questions for store in found for leak in store.leaks}
     return {
         "benchmark": name,

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from sft.core import images
 from sft.core.distributed import all_gather_dict, all_or_none, assign
-from sft.core.sample import IGNORE_INDEX, Batch, ImageRef, Sample
+from sft.core.sample import IGNORE_INDEX, Batch, ImageRef
+from sft.evaluation.task import AnswerScore, Query
 from sft.models.chat_template import ChatTemplate
 from sft.models.image_transform import load_pixels
 
@@ -40,21 +41,6 @@ TOKENS_PER_FORWARD = 4096
 
 _IMAGE = 1 << 32
 """What looking at the next image adds to a token id."""
-
-
-class AnswerRequest(NamedTuple):
-    """A conversation that ends with the user's turn, and the answers to compare."""
-
-    sample: Sample
-    answers: tuple[str, ...]
-
-
-class AnswerScore(NamedTuple):
-    """What the model gives one answer."""
-
-    log_prob: float
-    """Sum over the answer's tokens of the natural logarithm of their probability."""
-    num_tokens: int
 
 
 class _Path(NamedTuple):
@@ -86,7 +72,7 @@ class _Forward(NamedTuple):
 def score_answers(
     model: nn.Module,
     template: ChatTemplate,
-    requests: Sequence[AnswerRequest],
+    requests: Sequence[Query],
     *,
     image_size: int,
     autocast: bool = False,
@@ -94,12 +80,12 @@ def score_answers(
     max_positions: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[AnswerScore] | None]:
-    """Log-probability of every answer to every prompt, in the order given; None for a request that has a sequence of
-    more than `max_positions` tokens.
+    """Return the log-probability of every option of every query, in the order given; None for a query that has a
+    sequence of more than `max_positions` tokens.
 
     `model(batch=Batch, read_P=positions)` returns float32 logits in evaluation mode. `autocast` lets the rest of the
-    model compute in bfloat16. `on_progress` is told (tokens done, tokens in all) after each forward. Prompts about the
-    same images that have more than `tokens_per_forward` tokens are cut into several forwards.
+    model compute in bfloat16. `on_progress` is called with (tokens done, tokens in all) after each forward. Prompts
+    about the same images that have more than `tokens_per_forward` tokens are cut into several forwards.
 
     Under several processes each gets all scores, and each runs the same number of forwards.
 
@@ -127,21 +113,21 @@ def score_answers(
         model.train(was_training)
     found = all_gather_dict(found)
     return [
-        None if number in too_long else [found[number, answer] for answer in range(len(request.answers))]
+        None if number in too_long else [found[number, answer] for answer in range(len(request.options))]
         for number, request in enumerate(requests)
     ]
 
 
 def _plan(
-    template: ChatTemplate, requests: Sequence[AnswerRequest], max_positions: int | None
+    template: ChatTemplate, requests: Sequence[Query], max_positions: int | None
 ) -> tuple[list[_Path], list[ImageRef], set[int]]:
-    """The paths to compute, the distinct images by number, and the requests that are too long."""
+    """Return the paths to compute, the distinct images by number, and the requests that are too long."""
     numbers: dict[ImageRef, int] = {}
     paths: list[_Path] = []
     too_long: set[int] = set()
     for number, request in enumerate(requests):
         image_numbers = [numbers.setdefault(image, len(numbers)) for image in request.sample.images]
-        own = [_path(template, number, answer, request, image_numbers) for answer in range(len(request.answers))]
+        own = [_path(template, number, answer, request, image_numbers) for answer in range(len(request.options))]
         if max_positions is not None and max(path.start + len(path.token_ids) for path in own) >= max_positions:
             too_long.add(number)
         else:
@@ -149,10 +135,8 @@ def _plan(
     return paths, list(numbers), too_long
 
 
-def _path(
-    template: ChatTemplate, number: int, answer: int, request: AnswerRequest, image_numbers: Sequence[int]
-) -> _Path:
-    encoded, (start, end) = template.encode_answer(request.sample.messages, request.answers[answer])
+def _path(template: ChatTemplate, number: int, answer: int, request: Query, image_numbers: Sequence[int]) -> _Path:
+    encoded, (start, end) = template.encode_answer(request.sample.messages, request.options[answer])
     image_ids = np.full(end - 1, -1)
     for image, position in zip(image_numbers, encoded.image_positions, strict=True):
         image_ids[position:] = image
@@ -161,8 +145,8 @@ def _path(
 
 
 def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forward]:
-    """Paths about the same images side by side, the longest first: what does not fit into memory shows at once, and
-    lengths inside a forward are similar."""
+    """Yield paths about the same images side by side, the longest first: what does not fit into memory shows at once,
+    and lengths inside a forward are similar."""
     bundles: dict[tuple[int, ...], list[_Path]] = defaultdict(list)
     for path in paths:
         bundles[tuple(np.unique(path.tokens // _IMAGE))].append(path)
@@ -180,7 +164,7 @@ def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forw
 
 
 def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[list[_Path], int]]:
-    """Paths with the number of their distinct tokens, cut where they are more than fit a forward."""
+    """Yield paths with the number of their distinct tokens, cut where they are more than fit a forward."""
     piece: list[_Path] = []
     num_tokens = 0
     for path in sorted(paths, key=_order):
@@ -194,7 +178,8 @@ def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[l
 
 
 def _lay(paths: Iterable[_Path]) -> _Forward:
-    """In the order of their tokens a path shares with the one before it as much as with any other before it."""
+    """Lay paths into one row, in the order of their tokens: there a path shares with the one before it as much as with
+    any other before it."""
     laid = sorted(paths, key=_order)
     tokens: list[NDArray[np.int64]] = []
     positions: list[NDArray[np.int64]] = []
@@ -226,14 +211,14 @@ def _order(path: _Path) -> bytes:
 
 
 def _num_shared(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """How many tokens two paths have in common from their beginning."""
+    """Return how many tokens two paths have in common from their beginning."""
     length = min(len(one), len(other))
     different = np.flatnonzero(one[:length] != other[:length])
     return int(different[0]) if len(different) else length
 
 
 def _prefetched(make: Callable[[_Forward], Batch], forwards: Sequence[_Forward]) -> Iterator[Batch]:
-    """Each forward's batch, made while the one before it is computed."""
+    """Yield each forward's batch, made while the one before it is computed."""
     with ThreadPoolExecutor(1) as pool:
         before = None
         for forward in forwards:
@@ -246,7 +231,7 @@ def _prefetched(make: Callable[[_Forward], Batch], forwards: Sequence[_Forward])
 
 
 def _batch(forward: _Forward, refs: Sequence[ImageRef], image_size: int) -> Batch:
-    """The row as a batch; nothing is trained."""
+    """Return a row as a batch; nothing is trained."""
     input_ids_T = torch.from_numpy(forward.tokens_T % _IMAGE)
     image_ids_T = forward.tokens_T // _IMAGE - 1
     numbers = np.unique(image_ids_T[image_ids_T >= 0])
@@ -269,7 +254,7 @@ def _batch(forward: _Forward, refs: Sequence[ImageRef], image_size: int) -> Batc
 
 
 def _log_probs(model: nn.Module, forward: _Forward, batch: Batch, *, autocast: bool) -> NDArray[np.float64]:
-    """Log-probability of the answer of each path."""
+    """Return the log-probability of the option of each path."""
     sizes = [len(path.token_ids) for path in forward.paths]
     read = [
         place[path.start : path.start + size]

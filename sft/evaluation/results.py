@@ -1,332 +1,214 @@
-"""What an evaluation found, question by question, and the files of a run that hold it.
+"""What a model scored on a task, item by item, and the files of a run that keep it:
 
     RUN/evaluations/<benchmark>/<protocol_hash>/<checkpoint>.json     the summary
-    RUN/evaluations/<benchmark>/<protocol_hash>/<checkpoint>.jsonl    one line per question
+    RUN/evaluations/<benchmark>/<protocol_hash>/<checkpoint>.jsonl    one line per item
 
 Without torch, so that choosing among finished evaluations is instant.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from sft.core.errors import UserError
 from sft.core.files import write_atomically
-
-Rank = Literal[
-    "letter",  # the option whose letter is the likeliest answer
-    "text",  # the option whose full text is
-    "generate",  # the option that the written answer names
-]
-
-_Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """One row that was asked, with what the model made of it."""
-
-    index: int
-    answer: str
-    """Empty where the file keeps the answers back."""
-    prediction: str
-    """Empty where a written answer names no option, or likelihoods are not finite."""
-    log_probs: dict[str, float]
-    """Summed log-probability (natural logarithm) of each letter's option; empty where answers are written, and where
-    they are not finite."""
-    num_tokens: dict[str, int]
-    """How many tokens were summed."""
-    letters: tuple[str, ...] = ()
-    """Where there are no log-probabilities: the letters of the options."""
-    text: str = ""
-    """The written answer."""
+from sft.core.metric import Metric
+from sft.evaluation.draw_images import half_of
+from sft.evaluation.statistics import (
+    clustered_standard_error,
+    effective_size,
+    normal_interval,
+    weighted_mean,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuestionResult:
-    """A question: right only if every rotation that was asked is."""
+class Outcome:
+    """What a model scored on one item: a line of the file that keeps it."""
 
-    question: int
+    item: int | str
     cluster: str
-    """Questions of one cluster are not independent: same image, or each question by itself."""
     image_sha256: str
     category: str
-    rotations: tuple[Asked, ...]
-    l2_category: str = ""
-
-    @property
-    def hit(self) -> bool:
-        """Whether all rotations were answered right."""
-        return all(asked.prediction == asked.answer for asked in self.rotations)
-
-    @property
-    def num_options(self) -> int:
-        """Options that could be chosen."""
-        return len(self.rotations[0].log_probs or self.rotations[0].letters)
+    score: float
+    """Not a number where the benchmark keeps the answers back."""
+    weight: float = 1.0
+    """How much it counts in the mean."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else the line holds, as JSON: the prediction, the log-probabilities."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """The answers of one model to one benchmark under one protocol. All shares are fractions of 1."""
+    """The outcomes of one model on one task."""
 
     benchmark: str
-    protocol: str
     protocol_hash: str
-    rank: Rank
-    blind: bool
-    """The same prompts without their images."""
-    questions: tuple[QuestionResult, ...]
+    outcomes: tuple[Outcome, ...]
     weights: str = ""
-    """What identifies the weights, where the caller gave it: a result of other weights is not reused."""
-    shots: int = 0
-    """Answered questions before each."""
-    filtered: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Questions that were not asked, by reason."""
-    deviations: tuple[str, ...] = ()
-    """Where the protocol differs from its source."""
+    """What identifies the model's weights, where the caller gave it: a result of other weights is not reused."""
+    filtered: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
+    """Items that were not asked, by reason."""
 
     @property
     def has_answers(self) -> bool:
         """Whether it can be scored: test splits cannot."""
-        return all(asked.answer for question in self.questions for asked in question.rotations)
+        return not any(math.isnan(outcome.score) for outcome in self.outcomes)
 
     @property
-    def accuracy(self) -> float:
-        """Share of questions with a hit."""
-        return _mean([question.hit for question in self.questions])
+    def score(self) -> float:
+        """Weighted mean of the items' scores."""
+        return _mean(self.outcomes)
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, by clusters: see `clustered_standard_error`."""
-        return clustered_standard_error(
-            [question.hit for question in self.questions], [question.cluster for question in self.questions]
-        )
+        """Standard error of the score by clusters: see `clustered_standard_error`."""
+        scores, weights = ([getattr(outcome, name) for outcome in self.outcomes] for name in ("score", "weight"))
+        return clustered_standard_error(scores, [outcome.cluster for outcome in self.outcomes], weights)
+
+    def interval(self, metric: Metric) -> tuple[float, float]:
+        """Return the score's 95 % interval: for a share Wilson's, on the number of independent questions that its
+        standard error stands for."""
+        if not metric.is_share:
+            return normal_interval(self.score, self.standard_error)
+        num_clusters = len({outcome.cluster for outcome in self.outcomes})
+        return wilson_interval(self.score, effective_size(self.score, self.standard_error, num_clusters))
 
     @property
-    def chance(self) -> float:
-        """Mean of 1 / number of options: what a guess scores that stays with one option text in all rotations."""
-        return _mean([1 / question.num_options for question in self.questions])
+    def num_questions(self) -> int:
+        """Distinct items: where the rows of a question count by themselves, a question has several outcomes."""
+        return _num_distinct(self.outcomes)
 
-    @property
-    def independent_chance(self) -> float:
-        """What guessing anew in every rotation scores."""
-        return _mean([question.num_options ** -len(question.rotations) for question in self.questions])
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy, on the number of independent questions that its error stands for."""
-        num_clusters = len({question.cluster for question in self.questions})
-        return wilson_interval(self.accuracy, effective_size(self.accuracy, self.standard_error, num_clusters))
-
-    @property
-    def categories(self) -> dict[str, dict[str, float]]:
-        """Number of questions and accuracy of each category, in alphabetical order."""
-        return self._parts(lambda question: question.category)
-
-    @property
-    def l2_categories(self) -> dict[str, dict[str, float]]:
-        """The same by the wider categories."""
-        return self._parts(lambda question: question.l2_category)
-
-    def _parts(self, name: Callable[[QuestionResult], str]) -> dict[str, dict[str, float]]:
-        parts: dict[str, list[QuestionResult]] = {}
-        for question in self.questions:
-            parts.setdefault(name(question), []).append(question)
+    def parts(self, name_of: Callable[[Outcome], str], score_name: str = "score") -> dict[str, dict[str, float]]:
+        """Return the number of questions and the score of each part that has a name, in alphabetical order."""
+        found: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            found.setdefault(name_of(outcome), []).append(outcome)
         return {
-            part: {"questions": _num_distinct(parts[part]), "accuracy": _mean([q.hit for q in parts[part]])}
-            for part in sorted(parts)
-            if part
+            name: {"questions": _num_distinct(found[name]), score_name: _mean(found[name])}
+            for name in sorted(found)
+            if name
         }
-
-    @property
-    def letters(self) -> dict[str, float]:
-        """How often each letter was predicted, over all rows: far from level means that letters are preferred. `none`
-        for written answers that name no option."""
-        counts = Counter(asked.prediction or "none" for question in self.questions for asked in question.rotations)
-        total = sum(counts.values())
-        return {letter: counts[letter] / total for letter in sorted(counts)}
-
-    @property
-    def num_not_finite(self) -> int:
-        """Rows whose likelihoods are not finite: they count as wrong."""
-        if self.rank == "generate":
-            return 0
-        return sum(not asked.log_probs for question in self.questions for asked in question.rotations)
 
     def on_half(self, half: Literal[0, 1], seed: int) -> Result:
-        """The same result on one half of the images.
+        """Return the same result on one half of the images.
 
         Raises:
-            UserError: none of the questions is about them.
+            UserError: none of the items is about them.
         """
-        questions = tuple(q for q in self.questions if half_of(q.image_sha256, seed) == half)
-        if not questions:
+        own = tuple(one for one in self.outcomes if half_of(one.image_sha256 or one.cluster, seed) == half)
+        if not own:
             raise UserError(f"{self.benchmark}: a half of its images has no questions; it needs more images")
-        return replace(self, questions=questions)
+        return replace(self, outcomes=own)
 
-    def on_questions_of(self, other: Result) -> Result:
-        """The same result on the rows that another one asked."""
-        asked = {row.index for question in other.questions for row in question.rotations}
-        return replace(self, questions=tuple(q for q in self.questions if q.rotations[0].index in asked))
-
-    def summary(self, *, blind_accuracy: float | None = None) -> dict[str, Any]:
-        """The keys of design.md section 5, scores None where there are no answers. `blind` there is the accuracy of
-        the same questions without images."""
-        scored = self.has_answers
-        return {
-            "benchmark": self.benchmark,
-            "protocol": self.protocol,
-            "protocol_hash": self.protocol_hash,
-            "rank": self.rank,
-            "shots": self.shots,
-            "deviations": list(self.deviations),
-            "with_images": not self.blind,
-            "questions": _num_distinct(self.questions),
-            "rows": sum(len(question.rotations) for question in self.questions),
-            "filtered": {reason: len(questions) for reason, questions in self.filtered.items()},
-            "filtered_questions": {reason: list(questions) for reason, questions in self.filtered.items()},
-            "accuracy": self.accuracy if scored else None,
-            "standard_error": self.standard_error if scored else None,
-            "interval": list(self.interval) if scored else None,
-            "chance": self.chance,
-            "independent_chance": self.independent_chance,
-            "blind": self.accuracy if self.blind and scored else blind_accuracy,
-            "categories": self.categories if scored else {},
-            "l2_categories": self.l2_categories if scored else {},
-            "letters": self.letters,
-            "not_finite": self.num_not_finite,
-        }
+    def on_items_of(self, other: Result) -> Result:
+        """Return the same result on the items that another one has."""
+        items = {outcome.item for outcome in other.outcomes}
+        return replace(self, outcomes=tuple(outcome for outcome in self.outcomes if outcome.item in items))
 
 
-def _num_distinct(questions: Sequence[QuestionResult]) -> int:
-    """Where rows count by themselves, a question has several."""
-    return len({question.question for question in questions})
+def _mean(outcomes: Sequence[Outcome]) -> float:
+    return weighted_mean([outcome.score for outcome in outcomes], [outcome.weight for outcome in outcomes])
 
 
-def half_of(image_sha256: str, seed: int) -> int:
-    """0 or 1, at random by image: checkpoints are chosen on one half, figures come from the other."""
-    return _draw(image_sha256, f"half {seed}") % 2
+def _num_distinct(outcomes: Iterable[Outcome]) -> int:
+    return len({outcome.item for outcome in outcomes})
 
 
-def in_random_order(image_sha256s: Sequence[str], seed: int) -> list[str]:
-    """Distinct images in an order that depends on their content and the seed alone."""
-    return sorted(set(image_sha256s), key=lambda sha256: (_draw(sha256, f"order {seed}"), sha256))
+# -------------------------------------------------------------------------------------------------------------- files
 
-
-def _draw(image_sha256: str, what: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{what} {image_sha256}".encode()).digest()[:8], "big")
-
-
-def clustered_standard_error(values: ArrayLike, clusters: Sequence[str]) -> float:
-    """Standard error of a mean whose values depend on each other within clusters.
-
-    sqrt(sum over clusters of (sum of deviations from the mean)^2) / n: Miller 2024 (arXiv 2411.00640), equation 4.
-    With a cluster per value it is sqrt(p (1 - p) / n) for hits and misses. 0 for no values.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if not len(array):
-        return 0.0
-    _, cluster_of = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.bincount(cluster_of, weights=array - array.mean())
-    return float(np.sqrt(np.sum(sums**2)) / len(array))
-
-
-def effective_size(accuracy: float, standard_error: float, num_clusters: int) -> float:
-    """How many independent questions would have this standard error: p (1 - p) / SE^2.
-
-    Where all are hits, or all misses, or about one image, nothing is known of the spread between clusters: then each
-    counts once.
-    """
-    if standard_error < 1e-9:  # 0, but for rounding
-        return num_clusters
-    return accuracy * (1 - accuracy) / standard_error**2
-
-
-def wilson_interval(share: float, size: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share seen in `size` independent trials (Wilson 1927); (0, 1) for none."""
-    if size == 0:
-        return 0.0, 1.0
-    z2 = _Z_95**2
-    center = (share + z2 / (2 * size)) / (1 + z2 / size)
-    margin = _Z_95 / (1 + z2 / size) * math.sqrt(share * (1 - share) / size + z2 / (4 * size**2))
-    return max(0.0, center - margin), min(1.0, center + margin)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+_SCORES = ("score", "hit", "loss")
+"""Keys under which a line holds its score. The first three tasks said `hit` or `loss`, and still do."""
 
 
 def result_file(run: Path, benchmark: str, protocol_hash: str, checkpoint: str) -> Path:
-    """The summary's path; the questions stand beside it with the suffix .jsonl."""
+    """Return the summary's path; the lines of the items stand beside it with the suffix .jsonl."""
     return run / "evaluations" / benchmark / protocol_hash / f"{checkpoint}.json"
 
 
-def write_result(result: Result, run: Path, checkpoint: str) -> Path:
-    """Write both files, the summary last: where it stands, the questions are complete. Returns the summary's path.
+def write_result(result: Result, summary: Mapping[str, Any], run: Path, checkpoint: str) -> Path:
+    """Write both files, the summary last: where it stands, the lines are complete. Return the summary's path.
 
     `checkpoint` is the file's name: `checkpoint-<step>`, or `base`.
     """
     file = result_file(run, result.benchmark, result.protocol_hash, checkpoint)
-    write_questions(result, file.with_suffix(".jsonl"))
+    write_lines(result, file.with_suffix(".jsonl"))
     head = {"checkpoint": checkpoint, "weights": result.weights}
-    write_atomically(file, json.dumps(head | result.summary(), indent=2) + "\n")
+    write_atomically(file, json.dumps(head | dict(summary), indent=2) + "\n")
     return file
 
 
-def write_questions(result: Result, file: Path) -> None:
-    """One line of JSON a question: its id, cluster, what was asked and answered, and whether it is a hit; null where
-    there are no answers."""
-    hit = (lambda question: question.hit) if result.has_answers else (lambda question: None)
-    lines = [json.dumps(asdict(question) | {"hit": hit(question)}) + "\n" for question in result.questions]
-    write_atomically(file, "".join(lines))
+def write_lines(result: Result, file: Path) -> None:
+    """Write one line of JSON an item: its name, cluster, image, category and what the task adds."""
+    write_atomically(file, "".join(json.dumps(_line(outcome)) + "\n" for outcome in result.outcomes))
 
 
-def read_result(file: Path) -> Result:
-    """Read what `write_result` wrote, by the summary's path.
+def _line(outcome: Outcome) -> dict[str, Any]:
+    head = {
+        "question": outcome.item,
+        "cluster": outcome.cluster,
+        "image_sha256": outcome.image_sha256,
+        "category": outcome.category,
+    }
+    line = head | dict(outcome.details)
+    if not any(key in line for key in _SCORES):
+        line["score"] = None if math.isnan(outcome.score) else outcome.score
+    if outcome.weight != 1 and "trained_tokens" not in line:
+        line["weight"] = outcome.weight
+    return line
+
+
+def read_lines(file: Path) -> tuple[Outcome, ...]:
+    """Read what `write_lines` wrote.
 
     Raises:
-        ValueError, KeyError, TypeError: one of the two files is damaged.
+        ValueError, KeyError, TypeError: the file is damaged.
     """
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    with file.with_suffix(".jsonl").open(encoding="utf-8") as lines:
-        questions = tuple(_question_result(json.loads(line)) for line in lines)
-    if sum(len(question.rotations) for question in questions) != summary["rows"]:
-        raise ValueError(f"{file}: {summary['rows']} rows are told, others are there")
-    return Result(
-        benchmark=summary["benchmark"],
-        protocol=summary["protocol"],
-        protocol_hash=summary["protocol_hash"],
-        rank=summary["rank"],
-        blind=not summary["with_images"],
-        questions=questions,
-        weights=summary["weights"],
-        shots=summary["shots"],
-        filtered={reason: tuple(questions) for reason, questions in summary.get("filtered_questions", {}).items()},
-        deviations=tuple(summary.get("deviations", ())),
+    return tuple(_outcome(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def _outcome(line: dict[str, Any]) -> Outcome:
+    score = line.pop("score") if "score" in line else line["hit"] if "hit" in line else line["loss"]
+    weight = line.pop("weight", line.get("trained_tokens", 1))
+    return Outcome(
+        item=line.pop("question"),
+        cluster=line.pop("cluster"),
+        image_sha256=line.pop("image_sha256"),
+        category=line.pop("category"),
+        score=math.nan if score is None else float(score),
+        weight=float(weight),
+        details=line,
     )
 
 
-def find_result(run: Path, benchmark: str, protocol_hash: str, checkpoint: str, *, weights: str) -> Result | None:
-    """The finished evaluation of these weights, if there is one; damaged files are none."""
+def find_result(
+    run: Path,
+    benchmark: str,
+    protocol_hash: str,
+    checkpoint: str,
+    *,
+    weights: str,
+    num_rows: Callable[[Result], int] = lambda result: len(result.outcomes),
+) -> Result | None:
+    """Return the finished evaluation of these weights, if there is one; damaged files are none. `num_rows` counts the
+    answers of a result, which have to be as many as the summary says."""
+    file = result_file(run, benchmark, protocol_hash, checkpoint)
     try:
-        result = read_result(result_file(run, benchmark, protocol_hash, checkpoint))
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        result = Result(
+            benchmark=benchmark,
+            protocol_hash=protocol_hash,
+            outcomes=read_lines(file.with_suffix(".jsonl")),
+            weights=summary["weights"],
+            filtered=summary.get("filtered_questions", {}),
+        )
+        is_whole = num_rows(result) == summary.get("rows", num_rows(result))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return result if result.weights == weights else None
-
-
-def _question_result(line: dict[str, Any]) -> QuestionResult:
-    del line["hit"]
-    rotations = tuple(Asked(**asked | {"letters": tuple(asked.get("letters", ()))}) for asked in line["rotations"])
-    return QuestionResult(**line | {"rotations": rotations})
+    return result if is_whole and result.weights == weights else None

@@ -30,7 +30,11 @@ Positive = Annotated[int, Field(gt=0), Number]
 Share = Annotated[float, Field(gt=0), Number]
 Beta = Annotated[float, Field(ge=0, lt=1), Number]
 Seed = Annotated[int, Field(ge=0), Number]
-Rank = Literal["letter", "text", "generate"]
+Scoring = Literal[
+    "letter",  # the option whose letter is the likeliest answer
+    "text",  # the option whose full text is
+    "generate",  # the option that the generated answer names
+]
 Group = Literal[
     "vision",  # the image encoder
     "resampler",  # from patches to latents
@@ -52,11 +56,6 @@ LoraTarget = Literal[
 """The linear layers of a whole group, or of its attention or its MLPs only, that get an adapter."""
 Rate = Annotated[float, Field(gt=0), Number]
 Decay = Annotated[float, Field(ge=0), Number]
-By = Literal[
-    "mmbench",  # multiple-choice questions of MMBench's layout
-    "exact_match",  # questions of your own with short answers
-    "loss",  # of what data.validation holds out
-]
 Rule = Literal[
     "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
     "earliest_not_worse",  # the earliest that cannot be told apart from the best
@@ -322,12 +321,15 @@ class CheckpointsConfig(_Part):
 
 class EvaluationConfig(_Part):
     benchmark: str | None = None
-    """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; or `easy_vqa`,
-    which is built from the package's test images."""
-    by: By | None = None
-    """What chooses: multiple-choice questions of MMBench's layout (`mmbench`), questions of your own with short answers
-    (`exact_match`), or the `loss` on what data.validation holds out. Left out: `exact_match` for a .jsonl, `mmbench`
-    for other benchmarks, `loss` without one."""
+    """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; the folder of
+    another task's files; or `easy_vqa`, which is built from the package's test images."""
+    by: str | tuple[str, ...] | None = None
+    """The task that chooses: multiple-choice questions of MMBench's layout (`mmbench`), questions of your own with
+    short answers (`exact_match`), the `loss` on what data.validation holds out, or another of `idefics-sft tasks list`.
+    `NAME=PATH` names data of its own. Of several, all are evaluated and the first one chooses. Left out: `exact_match`
+    for a .jsonl, `mmbench` for other benchmarks, `loss` without one."""
+    split: str | None = None
+    """The part of a benchmark that is asked, where it has several; left out, the first in `idefics-sft tasks list`."""
     rule: Rule = "best"
     """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
     did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
@@ -339,7 +341,7 @@ class EvaluationConfig(_Part):
     protocol: Literal["card", "vanilla", "circular"] = "circular"
     """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one.
     `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
-    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = ("letter",)
+    ranks: Annotated[tuple[Scoring, ...], Field(min_length=1)] = ("letter",)
     """How an option is chosen: by the likelihood of its letter, of its text, or by the generated answer."""
     shots: Annotated[int, Field(ge=0)] = 0
     """Answered questions shown before each question."""

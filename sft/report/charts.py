@@ -13,10 +13,9 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from sft.report.reading import Point
+Point = tuple[float, float]
 
-GIB = 2**30
-NBSP = "\N{NO-BREAK SPACE}"
+WIDTH = 440
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 34
 _DECADES_FOR_LOG = 0.9
 """A quantity that spans more powers of ten than this is drawn on a logarithmic scale, where asked for one."""
@@ -35,8 +34,8 @@ class Series:
     intervals: Sequence[tuple[float, float] | None] = ()
     tips: Sequence[str] = ()
     """What the pointer is told at each point."""
-    rings: Sequence[bool] = ()
-    """Points that are marked as selected."""
+    rings: Sequence[str] = ()
+    """For each point the class of a circle around it, `ring` (selected) or `tied`, or an empty text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self, number: int) -> list[float]:
-        """Round values inside."""
+        """Return about `number` round values inside."""
         if not self.is_log:
             return _round_values(self.low, self.high, number)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -72,7 +71,7 @@ def chart(
     label: str,
     format_y: Callable[[float], str],
     height: int = 230,
-    width: int = 440,
+    width: int = WIDTH,
     log: bool = False,
     from_zero: bool = False,
     limits: tuple[float, float] | None = None,
@@ -80,8 +79,8 @@ def chart(
     last_step: float | None = None,
     steps: Sequence[float] = (),
 ) -> Markup:
-    """Series over steps. `label` says to those who cannot see it what is drawn; `limits` are those of y, and `steps`
-    are named on the x axis if there are not too many."""
+    """Return series over steps as an SVG. `label` says to those who cannot see it what is drawn; `limits` are those of
+    y, and `steps` are named on the x axis if there are not too many."""
     some = [one for one in some if one.points]
     if not some:
         return Markup("")
@@ -154,57 +153,15 @@ def _draw(one: Series, x: Axis, y: Axis) -> Iterable[str]:
     for number, (px, py) in enumerate(places):
         tip = f"<title>{escape(one.tips[number])}</title>" if one.tips else ""
         if one.rings and one.rings[number]:
-            yield f'<circle class="ring" cx="{px}" cy="{py}" r="7.5"/>'
+            yield f'<circle class="{one.rings[number]}" cx="{px}" cy="{py}" r="7.5"/>'
         yield f'<circle class="dot" style="fill:{one.colour}" cx="{px}" cy="{py}" r="3.4">{tip}</circle>'
 
 
 def _round_values(low: float, high: float, number: int) -> list[float]:
-    """About `number` multiples of 1, 2, 2.5 or 5 times a power of ten; one that rounding puts outside is the border."""
+    """Return about `number` multiples of 1, 2, 2.5 or 5 times a power of ten; one that rounding puts outside is the
+    border."""
     raw = (high - low) / number
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [min(max(round(k * step, 12), low), high) for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-# ------------------------------------------------------------------------------------------------------------ words
-
-
-def plain(value: float) -> str:
-    """0.3, 12, 4.1k, 2.5M; 2e-5 where it is small."""
-    if value and abs(value) < 1e-3:
-        return scientific(value)
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def scientific(value: float) -> str:
-    """1.5e-3, 5e-4, 0"""
-    mantissa, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
-
-
-def percent(share: float) -> str:
-    """0.963 -> 96.3 %"""
-    return f"{share * 100:.1f}{NBSP}%"
-
-
-def round_percent(share: float) -> str:
-    """0.963 -> 96.3 %, 0.5 -> 50 %: beside an axis."""
-    return f"{share * 100:.3g}{NBSP}%"
-
-
-def gibibytes(size: float) -> str:
-    """Bytes as GiB."""
-    return f"{size / GIB:.3g} GiB"
-
-
-def duration(seconds: float) -> str:
-    """2 d 3 h, 3 h 12 min, 7 min 30 s, 12 s"""
-    for large, small, length, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
-        if seconds >= length:
-            whole, rest = divmod(round(seconds / part) * part, length)
-            return f"{whole:.0f} {large} {rest // part:.0f} {small}"
-    return f"{seconds:.0f} s"

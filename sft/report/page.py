@@ -16,10 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sft.core.files import write_atomically
 from sft.recipe import GROUPS
-from sft.report.charts import duration, gibibytes, percent, plain
-from sft.report.figures import HUES, category_figures, loss_figures, score_figures, source_figures, speed_figures
-from sft.report.reading import Run, SourceTotals, held_out, read_run, series, source_totals
-from sft.report.telling import answers, score_of, score_text, scores, selection_words
+from sft.report.answers import answers
+from sft.report.numbers import duration, gibibytes, percent, plain
+from sft.report.panels import HUES, category_panels, loss_panels, score_panels, source_panels, speed_panels
+from sft.report.run_files import Run, SourceTotals, read_run, source_totals
+from sft.report.selection_text import score_of, score_text, scores, selection_words
+from sft.report.series import held_out, series
 
 FILE = "report.html"
 STATUS = {
@@ -42,7 +44,7 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
 
 def render(run: Run) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -55,7 +57,7 @@ def render(run: Run) -> str:
 
 
 def view(run: Run) -> dict[str, Any]:
-    """What the template prints."""
+    """Return what the template prints."""
     totals = source_totals(run)
     return {
         "name": run.path.resolve().name,
@@ -68,12 +70,12 @@ def view(run: Run) -> dict[str, Any]:
         "selection": run.selection,
         "selection_words": list(selection_words(run)),
         "scores": list(scores(run)),
-        "score_figures": list(score_figures(run)),
-        "category_figures": list(category_figures(run)),
+        "score_panels": list(score_panels(run)),
+        "category_panels": list(category_panels(run.selection)),
         "answers": list(answers(run)),
-        "loss_figures": list(loss_figures(run)),
-        "source_figures": list(source_figures(run)),
-        "speed_figures": list(speed_figures(run)),
+        "loss_panels": list(loss_panels(run)),
+        "source_panels": list(source_panels(run)),
+        "speed_panels": list(speed_panels(run)),
         "sources": totals,
         "hues": {source.name: HUES[number % len(HUES)] for number, source in enumerate(totals)},
         "mixture": _mixture(run, totals),
@@ -88,7 +90,7 @@ def view(run: Run) -> dict[str, Any]:
 
 
 def _about(run: Run) -> str:
-    """What was trained, on one line."""
+    """Return what was trained, on one line."""
     model, data = run.recipe.model, run.recipe.data
     how = {"full": "all weights", "lora": "LoRA", "qlora": "LoRA over 4 bits"}[model.mode]
     if model.mode == "full" and len(model.trainable) < len(GROUPS):
@@ -119,7 +121,7 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str]]:
 
 
 def _problems(run: Run) -> Iterable[str]:
-    """What a person should know before reading on."""
+    """Yield what a person should know before reading on."""
     status = run.status
     if status.status == "running":
         yield (
@@ -144,7 +146,7 @@ def _problems(run: Run) -> Iterable[str]:
 
 
 def _mixture(run: Run, totals: Sequence[SourceTotals]) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Bars: what was asked, what was trained on."""
+    """Return bars: what was asked, what was trained on."""
     unit = run.recipe.data.share_unit.replace("_", " ")
     bars = [(f"asked ({unit})", [(source.name, source.asked) for source in totals])]
     if run.lines:

@@ -27,7 +27,7 @@ _DRAWS_AT_ONCE = 500
 
 
 def mean_scores(values_KQ: Array, weights_Q: Array | None = None) -> Array:
-    """The score of each model (K,): the mean of its values, weighted if told so."""
+    """Return the score of each model (K,): the mean of its values, weighted if told so."""
     means_K: Array = np.average(values_KQ, axis=1, weights=weights_Q)
     return means_K
 
@@ -40,7 +40,7 @@ def bootstrap_scores(
     seed: int,
     num_draws: int = NUM_DRAWS,
 ) -> Array:
-    """Scores (R, K) of all models on R resamples of the clusters, the same resample for all of them.
+    """Return the scores (R, K) of all models on R resamples of the clusters, the same resample for all of them.
 
     score = sum of drawn values / sum of drawn weights, where the weight of a question is 1 unless told otherwise.
     Memory: C times a few kilobytes.
@@ -58,7 +58,7 @@ def bootstrap_scores(
 
 
 def _draw_clusters(rng: np.random.Generator, num_draws: int, num_clusters: int) -> Array:
-    """How often each cluster is drawn, (R, C): C times with replacement in every draw."""
+    """Return how often each cluster is drawn, (R, C): C times with replacement in every draw."""
     drawn_RC = rng.integers(num_clusters, size=(num_draws, num_clusters))
     places_RC = drawn_RC + num_clusters * np.arange(num_draws)[:, None]
     times = np.bincount(places_RC.ravel(), minlength=num_draws * num_clusters)
@@ -66,27 +66,27 @@ def _draw_clusters(rng: np.random.Generator, num_draws: int, num_clusters: int) 
 
 
 def standard_errors(draws_RK: Array) -> Array:
-    """Standard error of each score (K,): the standard deviation of its draws."""
+    """Return the standard error of each score (K,): the standard deviation of its draws."""
     errors_K: Array = draws_RK.std(axis=0, ddof=1)
     return errors_K
 
 
 def intervals(draws_RK: Array) -> Array:
-    """The 95 % percentile interval of each score (K, 2)."""
+    """Return the 95 % percentile interval of each score (K, 2)."""
     tail = (1 - CONFIDENCE) / 2
     limits_K2: Array = np.quantile(draws_RK, [tail, 1 - tail], axis=0).T
     return limits_K2
 
 
 def share_best(draws_RK: Array) -> Array:
-    """P(best) of each model (K,): the share of draws in which it has the highest score; equals share a draw."""
+    """Return P(best) of each model (K,): the share of draws in which it has the highest score; equals share a draw."""
     is_best_RK = np.isclose(draws_RK, draws_RK.max(axis=1, keepdims=True), rtol=0, atol=_EQUAL)
     shares: Array = (is_best_RK / is_best_RK.sum(axis=1, keepdims=True)).mean(axis=0)
     return shares
 
 
 def not_worse(scores_K: Array, draws_RK: Array) -> NDArray[np.bool_]:
-    """For each model (K,), whether it may be the best: the set that cannot be told apart from the best.
+    """Return for each model (K,) whether it may be the best: the set that cannot be told apart from the best.
 
     The set holds the truly best model with 95 % confidence. A model is out when the lead of some other one, in standard
     errors of that lead, is larger than the largest such lead that chance alone gives in 95 % of the draws, over all
@@ -102,7 +102,7 @@ def not_worse(scores_K: Array, draws_RK: Array) -> NDArray[np.bool_]:
 def detectable_difference(
     scores_K: Array, draws_RK: Array, *, disagreements_K: Array | None = None, power: float = POWER
 ) -> float:
-    """How far a model has to be behind the best one to be told apart by `not_worse` with this probability.
+    """Return how far a model has to be behind the best one to be told apart by `not_worse` with this probability.
 
     (critical lead + normal quantile of the power) x standard error of the difference; the median over all others. 0 for
     one model, and where all answer alike. `disagreements_K` are the shares of questions that each model and the best
@@ -119,7 +119,7 @@ def detectable_difference(
 
 
 def _difference_of(factor: float, error: float, disagreement: float) -> float:
-    """The difference that is `factor` times its own standard error.
+    """Return the difference that is `factor` times its own standard error.
 
     Two models that differ by D on average and disagree on a share d of n questions: error^2 = (d - D^2) / n. As D
     grows, d does, from what it is now, d0, to about sqrt(d0^2 + D^2): seen in scripts/simulate_selection.py, where
@@ -136,7 +136,8 @@ def _difference_of(factor: float, error: float, disagreement: float) -> float:
 
 
 def disagreements(values_KQ: Array, weights_Q: Array | None = None) -> Array:
-    """Mean squared difference of each model to the best one (K,): for hits, the share answered differently."""
+    """Return the mean squared difference of each model to the best one (K,): for hits, the share answered
+    differently."""
     best = choose_best(mean_scores(values_KQ, weights_Q))
     return mean_scores((values_KQ - values_KQ[best]) ** 2, weights_Q)
 
@@ -146,12 +147,13 @@ def _all(scores_K: Array) -> range:
 
 
 def _lead_errors(draws_RK: Array, k: int) -> Array:
-    """Standard error of the lead of each model over model k (K,)."""
+    """Return the standard error of the lead of each model over model k (K,)."""
     return standard_errors(draws_RK - draws_RK[:, [k]])
 
 
 def _largest_lead(scores_K: Array, draws_RK: Array, k: int) -> float:
-    """Of any model over model k, in standard errors; infinite where every draw says the same."""
+    """Return the largest lead of any model over model k, in standard errors; infinite where every draw says the
+    same."""
     leads_K, errors_K = scores_K - scores_K[k], _lead_errors(draws_RK, k)
     is_certain_K = errors_K <= _EQUAL
     if (leads_K[is_certain_K] > _EQUAL).any():
@@ -160,7 +162,7 @@ def _largest_lead(scores_K: Array, draws_RK: Array, k: int) -> float:
 
 
 def _critical_lead(scores_K: Array, draws_RK: Array, k: int) -> float:
-    """What the largest lead over model k stays under in 95 % of draws if none is better, in standard errors."""
+    """Return what the largest lead over model k stays under in 95 % of draws if none is better, in standard errors."""
     errors_K = _lead_errors(draws_RK, k)
     by_chance_RK = (draws_RK - scores_K) - (draws_RK - scores_K)[:, [k]]
     in_errors_RK = by_chance_RK / np.where(errors_K <= _EQUAL, np.inf, errors_K)
@@ -168,12 +170,13 @@ def _critical_lead(scores_K: Array, draws_RK: Array, k: int) -> float:
 
 
 def choose_best(scores_K: Array) -> int:
-    """Number of the model with the highest score; the earlier of equals."""
+    """Return the number of the model with the highest score; the earlier of equals."""
     return int(np.flatnonzero(np.isclose(scores_K, scores_K.max(), rtol=0, atol=_EQUAL))[0])
 
 
 def cross_fitted(values_KQ: Array, halves_Q: NDArray[np.int64], choose: Callable[[NDArray[np.bool_]], int]) -> Array:
-    """What choosing by these questions is worth, question by question (Q,): chosen on one half, scored on the other.
+    """Return what choosing by these questions is worth, question by question (Q,): chosen on one half, scored on the
+    other.
 
     `choose` is given the mask of the questions to choose on, and returns the number of a model. Each question is scored
     once, by the model that the other half chose; the mean is free of the winner's optimism.
@@ -186,7 +189,7 @@ def cross_fitted(values_KQ: Array, halves_Q: NDArray[np.int64], choose: Callable
 
 
 def should_stop(scores: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` scores of a run, in order, are all no higher than the best one before them."""
+    """Return whether the last `patience` scores of a run, in order, are all no higher than the best one before them."""
     if len(scores) <= patience:
         return False
     return max(scores[-patience:]) <= max(scores[:-patience]) + _EQUAL

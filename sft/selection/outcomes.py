@@ -1,7 +1,4 @@
-"""What all evaluated checkpoints of a run answered, as one table.
-
-Read from the files of sft.evaluation.results, one line per question, of which only this much is looked at:
-`question`, `cluster`, `category`, `image_sha256`, and `hit`, or `loss` with `trained_tokens`.
+"""What all evaluated checkpoints of a run scored on a task, item by item, as one table.
 
 Shape letters: K checkpoints, Q questions.
 """
@@ -9,7 +6,8 @@ Shape letters: K checkpoints, Q questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,25 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.evaluation.results import half_of
+from sft.core.metric import ACCURACY, Metric
+from sft.evaluation.draw_images import half_of
+from sft.evaluation.results import Outcome, read_lines
 from sft.runs.checkpoint import checkpoint_name, step_of
 from sft.selection.bootstrap import Array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """The same questions for all checkpoints."""
+    """The scores of all checkpoints on the same items, which are called questions throughout."""
 
     benchmark: str
     """The folder of RUN/evaluations that they were read from."""
+    metric: Metric
     ranks: tuple[str, ...]
-    """The rankings over which values are averaged; empty where nothing is ranked."""
+    """The ways of scoring options over which values are averaged; empty where there is one way only."""
     steps: tuple[int, ...]
     """Of the checkpoints, rising."""
     values_KQ: Array
-    """Higher is better: hits, or losses with their sign turned."""
+    """Higher is better: scores, with their sign turned where lower is better."""
     weights_Q: Array
-    """What a question counts: 1, or trained tokens."""
+    """What an item counts: 1, or trained tokens."""
     clusters_Q: NDArray[np.str_]
     """Questions of one cluster depend on each other."""
     halves_Q: NDArray[np.int64]
@@ -54,7 +55,7 @@ class Outcomes:
         return len(self.weights_Q)
 
     def only(self, mask_Q: NDArray[np.bool_]) -> Outcomes:
-        """The same for some of the questions."""
+        """Return the same for some of the questions."""
         return replace(
             self,
             values_KQ=self.values_KQ[:, mask_Q],
@@ -65,18 +66,26 @@ class Outcomes:
         )
 
 
+def scores_of(outcomes: Sequence[Outcome]) -> list[float]:
+    """Return the items' scores."""
+    return [outcome.score for outcome in outcomes]
+
+
 def read_outcomes(
     run_dir: Path,
     benchmark: str,
     *,
+    metric: Metric = ACCURACY,
+    values_of: Callable[[Sequence[Outcome]], list[float]] = scores_of,
     seed: int,
     protocol_hashes: Collection[str] | None = None,
     counts: Callable[[str], bool] = lambda checkpoint: True,
 ) -> Outcomes:
-    """All evaluations of checkpoints in RUN/evaluations/<benchmark> that were asked with images.
+    """Return all evaluations of checkpoints in RUN/evaluations/<benchmark> that were asked with images.
 
-    A checkpoint's value for a question is the mean over the rankings. `protocol_hashes` names the evaluations that
-    count, where there are others, `counts` tells the checkpoints that do; `seed` draws the halves.
+    A checkpoint's value for an item is the mean over the ways of scoring options; `values_of` makes it of its outcomes
+    (`Task.paired_scores`). `protocol_hashes` names the evaluations that count, where there are others, `counts` tells
+    the checkpoints that do; `seed` draws the halves.
 
     Raises:
         UserError: there are none, they are of several protocols, or checkpoints were asked different questions.
@@ -86,33 +95,31 @@ def read_outcomes(
     ranks = _ranks(folder, by_step)
     tables = {step: [_lines(file) for _, file in sorted(ranked.items())] for step, ranked in sorted(by_step.items())}
     first = next(iter(tables.values()))[0]
-    asked = [line["question"] for line in first]
+    asked = [outcome.item for outcome in first]
     for step, ranked in tables.items():
-        if any([line["question"] for line in lines] != asked for lines in ranked):
+        if any([outcome.item for outcome in outcomes] != asked for outcomes in ranked):
             raise UserError(f"{checkpoint_name(step)}: was asked other questions than the others; evaluate it again")
     return Outcomes(
         benchmark=benchmark,
+        metric=metric,
         ranks=ranks,
         steps=tuple(tables),
-        values_KQ=np.array(
-            [np.mean([[_value(line) for line in lines] for lines in ranked], axis=0) for ranked in tables.values()],
+        values_KQ=metric.sign
+        * np.array(
+            [np.mean([values_of(outcomes) for outcomes in ranked], axis=0) for ranked in tables.values()],
             dtype=np.float64,
         ),
-        weights_Q=np.array([line.get("trained_tokens", 1) for line in first], dtype=np.float64),
-        clusters_Q=np.array([line["cluster"] for line in first]),
-        halves_Q=np.array([half_of(line["image_sha256"] or line["cluster"], seed) for line in first]),
-        categories_Q=np.array([line["category"] for line in first]),
+        weights_Q=np.array([outcome.weight for outcome in first], dtype=np.float64),
+        clusters_Q=np.array([outcome.cluster for outcome in first]),
+        halves_Q=np.array([half_of(outcome.image_sha256 or outcome.cluster, seed) for outcome in first]),
+        categories_Q=np.array([outcome.category for outcome in first]),
     )
-
-
-def _value(line: dict[str, Any]) -> float:
-    return float(line["hit"]) if "hit" in line else -float(line["loss"])
 
 
 def _files(
     folder: Path, protocol_hashes: Collection[str] | None, counts: Callable[[str], bool]
 ) -> dict[int, dict[str, Path]]:
-    """Step -> the questions' file of each ranking.
+    """Return, for each step, the file of the items' lines of each ranking.
 
     Raises:
         UserError: there are none, or a ranking was asked under several protocols or parts of the benchmark.
@@ -122,7 +129,7 @@ def _files(
     for file in sorted(folder.glob("*/checkpoint-*.json")):
         if protocol_hashes is not None and file.parent.name not in protocol_hashes:
             continue
-        summary = _object(file.read_text(encoding="utf-8"), file)
+        summary = _summary(file)
         if not summary.get("with_images", True) or not counts(file.stem):
             continue
         rank = summary.get("rank", "")
@@ -135,7 +142,7 @@ def _files(
 
 
 def _ranks(folder: Path, by_step: dict[int, dict[str, Path]]) -> tuple[str, ...]:
-    """The rankings, of which every checkpoint must have all.
+    """Return the rankings, of which every checkpoint must have all.
 
     Raises:
         UserError: one lacks some.
@@ -148,16 +155,23 @@ def _ranks(folder: Path, by_step: dict[int, dict[str, Path]]) -> tuple[str, ...]
     return tuple(rank for rank in ranks if rank)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [_object(line, file) for line in file.read_text(encoding="utf-8").splitlines()]
+def _lines(file: Path) -> tuple[Outcome, ...]:
+    with _damage_named(file):
+        return read_lines(file)
 
 
-def _object(text: str, file: Path) -> dict[str, Any]:
+def _summary(file: Path) -> dict[str, Any]:
+    with _damage_named(file):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
     """
     Raises:
-        UserError: it is not the JSON object that was written.
+        UserError: the file is not what was written.
     """
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file}: damaged; delete it and run `idefics-sft select` again") from error

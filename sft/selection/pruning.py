@@ -13,13 +13,13 @@ from typing import Literal
 
 from sft.core.files import discard
 from sft.runs.checkpoint import MANIFEST, STATE, checkpoints
-from sft.selection.rules import Selection
+from sft.selection.record import Selection
 
 Part = Literal["weights", "state"]
 
 
 def weights_to_prune(selection: Selection, present: Collection[str]) -> list[str]:
-    """Of the checkpoints whose weights are `present`, by step, those that `keep_weights: best+last` lets go.
+    """Return, of the checkpoints whose weights are `present`, those that `keep_weights: best+last` lets go, by step.
 
     Only what is evaluated; never the selected one, the best one or the newest one.
     """

@@ -5,19 +5,17 @@ Shape letters: K checkpoints, Q questions, R bootstrap draws.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.core.files import write_atomically
-from sft.evaluation.results import wilson_interval
-from sft.recipe import By, Rule
+from sft.core.metric import LOSS, Metric
+from sft.evaluation.statistics import wilson_interval
+from sft.recipe import Rule
 from sft.runs.checkpoint import checkpoint_name
 from sft.selection.bootstrap import (
     NUM_DRAWS,
@@ -34,77 +32,17 @@ from sft.selection.bootstrap import (
     standard_errors,
 )
 from sft.selection.outcomes import Outcomes
-
-FILE = "selection.json"
+from sft.selection.record import CategoryScores, CheckpointScore, ChosenOn, Selection
 
 MIN_IMAGES = 50
 """Of a benchmark whose figures can be relied on: from 25 images, 95 % intervals of a score near 90 % hold the truth in
 91 % of cases, and 60 % in place of 80 % of differences are detected (scripts/simulate_selection.py)."""
 
-ChosenOn = Literal[
-    "all",  # all questions; the winner's own figure is then optimistic, the cross-fitted one is not
-    "half",  # one half of the images; all other figures come from the other half
-]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointScore:
-    """One checkpoint. A score is a share of right answers, or a loss; what only questions tell is None without them."""
-
-    checkpoint: str
-    step: int
-    score: float
-    standard_error: float | None = None
-    interval: tuple[float, float] | None = None
-    """95 %"""
-    p_best: float | None = None
-    """Share of bootstrap draws in which it is the best; equals share."""
-    has_weights: bool = True
-    """Whether its weights are still there to be chosen."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CategoryScores:
-    """The questions of one category: score and 95 % interval of each checkpoint, in the order of `Selection.scores`."""
-
-    questions: int
-    scores: tuple[float, ...]
-    intervals: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Selection:
-    """What `selection.json` holds (design.md section 5)."""
-
-    by: By
-    rule: Rule
-    selected: str
-    best: str
-    """The highest score, or lowest loss, whatever the rule: how the card chose."""
-    scores: tuple[CheckpointScore, ...]
-    tied: tuple[str, ...]
-    """Checkpoints that cannot be told apart from the best: they hold the truly best one with 95 % confidence."""
-    cross_fitted: float | None
-    """What choosing is worth: chosen on one half of the images, scored on the other, both ways."""
-    cross_fitted_interval: tuple[float, float] | None = None
-    detectable_difference: float | None = None
-    """Smallest difference to the best one that is told apart in 80 % of such comparisons."""
-    categories: dict[str, CategoryScores]
-    benchmark: str
-    ranks: tuple[str, ...] = ()
-    seed: int = 0
-    chosen_on: ChosenOn = "all"
-    questions: tuple[int, int] = (0, 0)
-    """Number of questions it was chosen on, and number that the figures come from."""
-    images: int = 0
-    """Clusters of questions that the figures come from."""
-    warnings: tuple[str, ...] = ()
-
 
 def choose(
     outcomes: Outcomes,
     *,
-    by: By,
+    by: str,
     rule: Rule = "best",
     seed: int = 0,
     chosen_on: ChosenOn = "all",
@@ -122,22 +60,22 @@ def choose(
     has_weights_K = np.array([with_weights is None or name in with_weights for name in outcomes.checkpoints])
     selected = draws.pick(chooses, has_weights_K, rule)
     best = draws.pick(chooses, evaluated_K, "best")
-    sign = -1 if by == "loss" else 1
     scores_K, draws_RK = draws.score(reports)
     is_tied_K = not_worse(scores_K, draws_RK)
-    worth, worth_interval = draws.cross_fit(outcomes, rule, sign)
+    worth, worth_interval = draws.cross_fit(outcomes, rule)
     selection = Selection(
         by=by,
         rule=rule,
         selected=outcomes.checkpoints[selected],
         best=outcomes.checkpoints[best],
-        scores=_checkpoint_scores(reports, scores_K, draws_RK, has_weights_K, sign),
+        scores=_checkpoint_scores(reports, scores_K, draws_RK, has_weights_K),
         tied=tuple(name for name, is_tied in zip(outcomes.checkpoints, is_tied_K, strict=True) if is_tied),
         cross_fitted=worth,
         cross_fitted_interval=worth_interval,
-        detectable_difference=detectable_difference(scores_K, draws_RK, disagreements_K=_disagreements(reports, by)),
-        categories=_categories(reports, draws, sign),
+        detectable_difference=detectable_difference(scores_K, draws_RK, disagreements_K=_disagreements(reports)),
+        categories=_categories(reports, draws),
         benchmark=outcomes.benchmark,
+        metric=outcomes.metric,
         ranks=outcomes.ranks,
         seed=seed,
         chosen_on=chosen_on,
@@ -154,7 +92,7 @@ class _Draws(NamedTuple):
     number: int
 
     def score(self, outcomes: Outcomes) -> tuple[Array, Array]:
-        """Scores (K,) and their draws (R, K)."""
+        """Return scores (K,) and their draws (R, K)."""
         values_KQ, weights_Q = outcomes.values_KQ, outcomes.weights_Q
         draws_RK = bootstrap_scores(
             values_KQ, outcomes.clusters_Q, weights_Q=weights_Q, seed=self.seed, num_draws=self.number
@@ -162,7 +100,7 @@ class _Draws(NamedTuple):
         return mean_scores(values_KQ, weights_Q), draws_RK
 
     def pick(self, outcomes: Outcomes, allowed_K: NDArray[np.bool_], rule: Rule) -> int:
-        """The number of the checkpoint that a rule chooses among those that are allowed."""
+        """Return the number of the checkpoint that a rule chooses among those that are allowed."""
         if rule == "earliest_not_worse":
             candidates = np.flatnonzero(not_worse(*self.score(outcomes)) & allowed_K)
             if len(candidates):  # none where the weights of the best ones were deleted by hand
@@ -170,10 +108,8 @@ class _Draws(NamedTuple):
         scores_K = mean_scores(outcomes.values_KQ, outcomes.weights_Q)
         return choose_best(np.where(allowed_K, scores_K, -np.inf))
 
-    def cross_fit(
-        self, outcomes: Outcomes, rule: Rule, sign: int
-    ) -> tuple[float, tuple[float, float]] | tuple[None, None]:
-        """What choosing by a rule is worth, with its interval; None where a half has no questions.
+    def cross_fit(self, outcomes: Outcomes, rule: Rule) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+        """Return what choosing by a rule is worth, with its interval; None where a half has no questions.
 
         Chosen among all that were evaluated, whether or not their weights are there: those that were pruned are gone
         because of how they answered these very questions.
@@ -186,11 +122,11 @@ class _Draws(NamedTuple):
         )
         fitted = replace(outcomes, values_KQ=fitted_Q[None])
         scores_1, draws_R1 = self.score(fitted)
-        return sign * float(scores_1[0]), _intervals(fitted, scores_1, draws_R1, sign)[0]
+        return outcomes.metric.sign * float(scores_1[0]), _intervals(fitted, scores_1, draws_R1)[0]
 
 
 def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outcomes, Outcomes]:
-    """The questions that choose, and those that figures come from."""
+    """Return the questions that choose, and those that figures come from."""
     if chosen_on == "all":
         return outcomes, outcomes
     if len(np.unique(outcomes.halves_Q)) < 2:
@@ -198,21 +134,22 @@ def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outco
     return outcomes.only(outcomes.halves_Q == 0), outcomes.only(outcomes.halves_Q == 1)
 
 
-def _disagreements(outcomes: Outcomes, by: By) -> Array | None:
-    """Share of questions that each checkpoint and the best one answer differently (K,); a loss is not an answer."""
-    return None if by == "loss" else disagreements(outcomes.values_KQ, outcomes.weights_Q)
+def _disagreements(outcomes: Outcomes) -> Array | None:
+    """Return the share of questions that each checkpoint and the best one answer differently (K,); None for a score
+    that is no share of right answers."""
+    return disagreements(outcomes.values_KQ, outcomes.weights_Q) if outcomes.metric.is_share else None
 
 
 def _checkpoint_scores(
-    outcomes: Outcomes, scores_K: Array, draws_RK: Array, has_weights_K: NDArray[np.bool_], sign: int
+    outcomes: Outcomes, scores_K: Array, draws_RK: Array, has_weights_K: NDArray[np.bool_]
 ) -> tuple[CheckpointScore, ...]:
     errors_K, p_best_K = standard_errors(draws_RK), share_best(draws_RK)
-    limits_K = _intervals(outcomes, scores_K, draws_RK, sign)
+    limits_K = _intervals(outcomes, scores_K, draws_RK)
     return tuple(
         CheckpointScore(
             checkpoint=name,
             step=outcomes.steps[k],
-            score=sign * float(scores_K[k]),
+            score=outcomes.metric.sign * float(scores_K[k]),
             standard_error=float(errors_K[k]),
             interval=limits_K[k],
             p_best=float(p_best_K[k]),
@@ -223,11 +160,11 @@ def _checkpoint_scores(
 
 
 def _warnings(selection: Selection) -> tuple[str, ...]:
-    """What to know before believing a selection."""
+    """Return what to know before believing a selection."""
     found = []
     num_questions, difference = selection.questions[1], selection.detectable_difference or 0.0
     if len(selection.tied) > 1:
-        size = f"{difference:.3f} nats" if selection.by == "loss" else f"{100 * difference:.1f} points"
+        size = _size_of(difference, selection.metric)
         detectable = f"the smallest difference that they could detect at 80 % power is {size}"
         found.append(
             f"{num_questions} questions cannot tell {len(selection.tied)} of {len(selection.scores)} checkpoints "
@@ -241,55 +178,37 @@ def _warnings(selection: Selection) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _categories(outcomes: Outcomes, draws: _Draws, sign: int) -> dict[str, CategoryScores]:
+def _size_of(difference: float, metric: Metric) -> str:
+    return f"{100 * difference:.1f} points" if metric.is_share else f"{difference:.3f} {metric.unit}".rstrip()
+
+
+def _categories(outcomes: Outcomes, draws: _Draws) -> dict[str, CategoryScores]:
     found = {}
     for category in np.unique(outcomes.categories_Q).tolist():
         part = outcomes.only(outcomes.categories_Q == category)
         scores_K, draws_RK = draws.score(part)
         found[category] = CategoryScores(
             questions=part.num_questions,
-            scores=tuple((sign * scores_K).tolist()),
-            intervals=_intervals(part, scores_K, draws_RK, sign),
+            scores=tuple((part.metric.sign * scores_K).tolist()),
+            intervals=_intervals(part, scores_K, draws_RK),
         )
     return found
 
 
-def _intervals(outcomes: Outcomes, scores_K: Array, draws_RK: Array, sign: int) -> tuple[tuple[float, float], ...]:
-    """The 95 % interval of each score. Where all clusters of hits and misses are alike, so are all draws, and nothing
-    is known of their spread: then it is Wilson's, in which each cluster counts once."""
-    num_clusters = len(np.unique(outcomes.clusters_Q))
+def _intervals(outcomes: Outcomes, scores_K: Array, draws_RK: Array) -> tuple[tuple[float, float], ...]:
+    """Return the 95 % interval of each score. Where all clusters of hits and misses are alike, so are all draws, and
+    nothing is known of their spread: then it is Wilson's, in which each cluster counts once."""
+    num_clusters, metric = len(np.unique(outcomes.clusters_Q)), outcomes.metric
     found = []
-    for score, (low, high) in zip(scores_K.tolist(), (sign * intervals(draws_RK)).tolist(), strict=True):
-        is_known = sign < 0 or abs(high - low) > 1e-12
+    for score, (low, high) in zip(scores_K.tolist(), (metric.sign * intervals(draws_RK)).tolist(), strict=True):
+        is_known = not metric.is_share or abs(high - low) > 1e-12
         found.append((min(low, high), max(low, high)) if is_known else wilson_interval(score, num_clusters))
     return tuple(found)
 
 
-def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
-    """The same after the weights of some checkpoints were removed."""
-    scores = (replace(s, has_weights=False) if s.checkpoint in gone else s for s in selection.scores)
-    return replace(selection, scores=tuple(scores))
-
-
-def write_selection(selection: Selection, run_dir: Path) -> None:
-    """Write `selection.json`, whole or not at all."""
-    write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")
-
-
-def is_chosen_on_half(run_dir: Path) -> bool:
-    """Whether the checkpoint of a run was chosen on one half of the images, so that figures come from the other."""
-    file = run_dir / FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chosen_on") == "half")
-
-
-def as_json(selection: Selection) -> dict[str, Any]:
-    """The keys of `selection.json`."""
-    return asdict(selection)
-
-
 def choose_by_recorded_loss(losses: dict[int, float], with_weights: Collection[str] | None = None) -> Selection:
-    """The checkpoint of the lowest held-out loss that training wrote down, among those that have their weights (all, if
-    left out): means only, so nothing says how sure."""
+    """Return the checkpoint of the lowest held-out loss that training wrote down, among those that have their weights
+    (all, if left out): means only, so nothing says how sure."""
     steps = sorted(losses)
     scores = tuple(
         CheckpointScore(
@@ -314,4 +233,5 @@ def choose_by_recorded_loss(losses: dict[int, float], with_weights: Collection[s
         cross_fitted=None,
         categories={},
         benchmark="metrics.jsonl",
+        metric=LOSS,
     )

@@ -15,8 +15,8 @@ from sft.core.distributed import from_main
 from sft.recipe import EvaluationConfig
 from sft.runs.checkpoint import checkpoint_name
 from sft.selection.bootstrap import should_stop
-from sft.selection.rules import Selection
-from sft.selection.select import Session
+from sft.selection.record import Selection
+from sft.selection.session import Session
 from sft.training.metrics import Line, Log
 from sft.training.preserve_state import preserve_state
 
@@ -61,7 +61,7 @@ class CheckpointEvaluation(TrainerCallback):  # type: ignore[misc]  # transforme
     def _evaluate(self, checkpoint: str) -> Selection | None:
         selection = None
         with contained() as failure:
-            selection = self.session.ask_new(self.every_steps)
+            selection = self.session.evaluate_new(self.every_steps)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -78,8 +78,7 @@ class CheckpointEvaluation(TrainerCallback):  # type: ignore[misc]  # transforme
     def _why_to_end(self, selection: Selection | None) -> str:
         if selection is None or self.patience is None:
             return ""
-        sign = -1 if selection.by == "loss" else 1
-        if not should_stop([sign * score.score for score in selection.scores], self.patience):
+        if not should_stop([selection.metric.sign * score.score for score in selection.scores], self.patience):
             return ""
         return f"{self.patience} evaluations brought no better score than {selection.best}"
 

@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 
 from sft.core.distributed import is_main_process
 from sft.data.sources import Sources
-from sft.evaluation.task import scored_by
+from sft.evaluation.tasks import named_tasks
 from sft.models.chat_template import ChatTemplate
 from sft.recipe import Recipe
-from sft.selection.select import Session
+from sft.selection.session import Session
 from sft.training.checkpoint_evaluation import CheckpointEvaluation
 from sft.training.metrics import Line, Log
 from sft.training.trackers import Trackers
@@ -46,14 +46,15 @@ class Monitors:
                 "its held-out loss is not known"
             )
         is_all = len(unseen) == len(sources.sources)
-        by_loss = recipe.evaluation.every_steps and scored_by(recipe.evaluation) == "loss"
+        tasks = [task.name for task in named_tasks(recipe.evaluation)]
+        by_loss = recipe.evaluation.every_steps and "loss" in tasks
         held_out = None if is_all and not by_loss else sources.held_out()
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), log=log_once)
         self._validation = self._evaluation = None
         if held_out:
             self._validation = Validation(recipe, held_out, template, image_size=image_size, log=log_once)
         if recipe.evaluation.every_steps:
-            session = Session(recipe, held_out=lambda: (held_out, template), say=log_once, progress=_no_bar)
+            session = Session(recipe, held_out=lambda: (held_out, template), log=log_once, progress=_no_bar)
             track = self._trackers.log
             self._evaluation = CheckpointEvaluation(session, recipe.evaluation, log=log_once, track=track)
 

@@ -23,7 +23,7 @@ from sft.runs.names import find_model, find_recipe, recipe_of_model, run_checkpo
 
 COMMANDS = (
     *("quickstart", "validate", "prepare", "mix", "inspect", "plan", "train", "evaluate", "select", "merge", "chat"),
-    *("report", "stats", "export", "leaks", "doctor", "recipes", "schema"),
+    *("report", "stats", "export", "leaks", "doctor", "recipes", "tasks", "schema"),
 )
 
 
@@ -259,8 +259,12 @@ def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal
     assert "protocol card ranks letters, found text" in refusal(*card)
     assert "nowhere.tsv: No such file" in refusal("evaluate", llama, "--benchmark", "nowhere.tsv")
     assert "give --shots K too" in refusal("evaluate", llama, "--benchmark", questions, "--support", questions)
-    asked = refusal("evaluate", llama, "--benchmark", "own.jsonl")
-    assert "short answers choose among the checkpoints of a run: idefics-sft select RUN --benchmark own.jsonl" in asked
+    assert "own.jsonl: No such file" in refusal("evaluate", llama, "--benchmark", "own.jsonl")
+    assert "--rank goes with multiple-choice questions" in refusal(
+        "evaluate", llama, "--task", "exact_match=own.jsonl", "--rank", "text"
+    )
+    assert "tea: no such task" in refusal("evaluate", llama, "--task", "tea")
+    assert "loss: nothing to choose by" in refusal("evaluate", llama, "--task", "loss")
     details = ("--details", tmp_path, "--benchmark", questions)
     assert f"--details {tmp_path}: no file can be written there" in refusal("evaluate", llama, *details)
     many = ("--shots", "2", "--support", questions, "--benchmark", questions)

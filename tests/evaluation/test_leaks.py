@@ -16,7 +16,9 @@ from PIL import Image
 from sft.core.images import decode_rgb
 from sft.evaluation import leaks
 from sft.evaluation.leaks import MAX_DISTANCE, benchmark_images, find_leaks, perceptual_hash, summary
-from sft.evaluation.mmbench.questions import read_tsv
+from sft.evaluation.tasks import named_tasks, open_tasks
+from sft.evaluation.tasks.mmbench.questions import read_tsv
+from sft.recipe import EvaluationConfig
 
 
 def scene(seed: int) -> Image.Image:
@@ -29,6 +31,11 @@ def saved(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def images_of(file):
+    settings = EvaluationConfig(benchmark=str(file), protocol="card")
+    return benchmark_images(*open_tasks(named_tasks(settings), settings, Path("stores")))
 
 
 def benchmark(folder, contents):
@@ -77,7 +84,7 @@ def leaking(tmp_path):
 
 def test_images_are_found_by_their_bytes_and_by_sight_with_their_questions_and_samples(leaking):
     file, store = leaking
-    images = benchmark_images(read_tsv(file))
+    images = images_of(file)
     assert images.questions == ((0, 4), (1,), (2,), (3,)), "the first image has two questions"
     by_content, by_sight = find_leaks(images, store).leaks
     assert (by_content.by, by_content.distance, by_content.questions) == ("content", 0, (0, 4))
@@ -91,19 +98,20 @@ def test_images_are_found_by_their_bytes_and_by_sight_with_their_questions_and_s
 
 @pytest.mark.skipif("IDEFICS_SFT_SAMPLES" not in os.environ, reason="IDEFICS_SFT_SAMPLES names no real samples")
 def test_real_photographs_are_found_in_every_size_and_no_two_are_alike(tmp_path):
-    rows = read_tsv(Path(os.environ["IDEFICS_SFT_SAMPLES"]) / "mmbench_samples" / "mmbench_samples.tsv")
+    file = Path(os.environ["IDEFICS_SFT_SAMPLES"]) / "mmbench_samples" / "mmbench_samples.tsv"
+    rows = read_tsv(file)
     samples = [
         shown(f"{row.index}/{width}", saved(decode_rgb(row.image.source).resize((width, 200)), "JPEG", quality=60))
         for row in rows
         for width in (160, 300)
     ]
-    found = find_leaks(benchmark_images(rows), prepared(tmp_path, Toys(*samples)).path).leaks
+    found = find_leaks(images_of(file), prepared(tmp_path, Toys(*samples)).path).leaks
     expected = sorted((row.question_index, f"{row.index}/{width}") for row in rows for width in (160, 300))
     assert sorted((leak.questions[0], leak.samples[0]) for leak in found) == expected
 
 
 def test_pieces_and_processes_change_nothing(leaking, monkeypatch):
-    images = benchmark_images(read_tsv(leaking[0]))
+    images = images_of(leaking[0])
     whole = find_leaks(images, leaking[1])
     monkeypatch.setattr(leaks, "_PIECE", 2)
     assert find_leaks(images, leaking[1]) == whole
@@ -125,7 +133,7 @@ def test_the_command_prints_counts_and_ids(leaking, capsys, refusal, tmp_path):
 
 
 def test_an_image_that_is_gone_is_counted(leaking, monkeypatch):
-    images = benchmark_images(read_tsv(leaking[0]))
+    images = images_of(leaking[0])
 
     def unreadable(self, row):
         raise leaks.SkipSample("image file missing")

@@ -12,9 +12,9 @@ from PIL import Image
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef
-from sft.evaluation.mmbench import easy_vqa
-from sft.evaluation.mmbench.protocols import group_rows
-from sft.evaluation.mmbench.questions import PASS, read_tsv, rotate
+from sft.evaluation.tasks.mmbench import from_easy_vqa
+from sft.evaluation.tasks.mmbench.protocols import group_rows
+from sft.evaluation.tasks.mmbench.questions import PASS, read_tsv, rotate
 
 COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category"]
 
@@ -153,7 +153,7 @@ def test_an_unknown_protocol_is_named():
 @pytest.fixture(scope="module")
 def real_benchmark(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("easy_vqa") / "easy_vqa_test.tsv"
-    assert easy_vqa.write_benchmark(path, seed=0) == 2537
+    assert from_easy_vqa.write_benchmark(path, seed=0) == 2537
     return path
 
 
@@ -176,7 +176,7 @@ def test_the_right_letter_of_easy_vqa_is_uniform_and_wrong_colours_differ_from_t
 
 
 def test_the_same_seed_writes_the_same_file_and_another_seed_another(real_benchmark, tmp_path):
-    easy_vqa.write_benchmark(tmp_path / "same.tsv", seed=0)
-    easy_vqa.write_benchmark(tmp_path / "other.tsv", seed=1)
+    from_easy_vqa.write_benchmark(tmp_path / "same.tsv", seed=0)
+    from_easy_vqa.write_benchmark(tmp_path / "other.tsv", seed=1)
     assert (tmp_path / "same.tsv").read_bytes() == real_benchmark.read_bytes()
     assert (tmp_path / "other.tsv").read_bytes() != real_benchmark.read_bytes()

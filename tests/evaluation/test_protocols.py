@@ -1,18 +1,22 @@
 """How questions are put, what is shown before them, what a written answer names, and the file for MMBench's server."""
 
 import hashlib
+import math
+from dataclasses import asdict
 
 import pytest
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef
-from sft.evaluation.mmbench.parse_letter import find_letter
-from sft.evaluation.mmbench.protocols import answers, check_protocol, group_rows, query, question_text
-from sft.evaluation.mmbench.questions import PASS, Row
-from sft.evaluation.mmbench.score import Benchmark, load_benchmark
-from sft.evaluation.mmbench.shots import draw_shots, split_support
-from sft.evaluation.mmbench.submission import check_submission, write_submission
-from sft.evaluation.results import Asked, QuestionResult, Result
+from sft.evaluation.results import Outcome, Result
+from sft.evaluation.task import without_images
+from sft.evaluation.tasks.mmbench.benchmark import Benchmark, load_benchmark
+from sft.evaluation.tasks.mmbench.multiple_choice import AskedRow
+from sft.evaluation.tasks.mmbench.named_option import find_letter
+from sft.evaluation.tasks.mmbench.protocols import check_protocol, compared, group_rows, query, question_text
+from sft.evaluation.tasks.mmbench.questions import PASS, Row
+from sft.evaluation.tasks.mmbench.shots import draw_shots, split_support
+from sft.evaluation.tasks.mmbench.submission import check_submission, write_submission
 
 IMAGE = "<fake_token_around_image><image><fake_token_around_image>"
 
@@ -38,7 +42,7 @@ def test_the_card_s_prompt_is_that_of_the_released_checkpoints_to_the_letter(tem
         "Assistant: B.<end_of_utterance>\n"
         f"User:{IMAGE}{ASKED} <end_of_utterance>\nAssistant:"
     )
-    assert answers(asked, "card", "letter") == ("A", "B", "C", "D")
+    assert compared(asked, "card", "letter") == ("A", "B", "C", "D")
 
 
 @pytest.mark.parametrize("protocol", ["vanilla", "circular"])
@@ -47,9 +51,9 @@ def test_other_protocols_ask_the_same_question_without_the_prefix(template, prot
     assert question_text(asked) == ASKED
     text = template.text(query(asked, protocol, "letter").messages, add_generation_prompt=True)
     assert text == f"<s>User:{IMAGE}{ASKED}<end_of_utterance>\nAssistant:"
-    assert answers(asked, protocol, "letter") == ("A", "B", "C")
-    assert answers(asked, protocol, "text") == ("cat", "dog", "cow")
-    assert query(asked, protocol, "letter", blind=True, shots=[a_row(8)]).images == ()
+    assert compared(asked, protocol, "letter") == ("A", "B", "C")
+    assert compared(asked, protocol, "text") == ("cat", "dog", "cow")
+    assert without_images(query(asked, protocol, "letter", shots=[a_row(8)])).images == ()
 
 
 def test_the_answers_of_shots_are_those_that_are_ranked():
@@ -127,11 +131,12 @@ def test_an_option_inside_another_counts_for_the_longer_one():
 
 def a_result(*predictions: tuple[int, str]) -> Result:
     return Result(
-        benchmark="toy", protocol="circular", protocol_hash="abc", rank="letter", blind=False,
-        questions=tuple(
-            QuestionResult(
-                question=index, cluster="x", image_sha256="x", category="",
-                rotations=(Asked(index=index, answer="", prediction=letter, log_probs={}, num_tokens={}),),
+        benchmark="toy", protocol_hash="abc",
+        outcomes=tuple(
+            Outcome(
+                item=index, cluster="x", image_sha256="x", category="", score=math.nan, details={"rotations": [
+                    asdict(AskedRow(index=index, answer="", prediction=letter, log_probs={}, num_tokens={}))
+                ]},
             )
             for index, letter in predictions
         ),

@@ -8,22 +8,33 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, REPOSITORY
+from conftest import IMAGE_SIZE, REPOSITORY, loaded_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from sft.core.errors import RunError
 from sft.core.sample import ImageRef, Message, Sample
-from sft.evaluation.mmbench import score
-from sft.evaluation.mmbench.protocols import group_rows, query
-from sft.evaluation.mmbench.questions import Row, rotate
-from sft.evaluation.mmbench.score import Benchmark, choose_questions, evaluate, protocol_hash
-from sft.evaluation.rank_answers import AnswerRequest, AnswerScore, _forwards, _lay, _Path, _plan, score_answers
+from sft.evaluation import run_tasks
+from sft.evaluation.draw_images import choose_part
+from sft.evaluation.rank_answers import _forwards, _lay, _Path, _plan, score_answers
+from sft.evaluation.results import Result
+from sft.evaluation.run_tasks import ask
+from sft.evaluation.task import AnswerScore, Query
+from sft.evaluation.tasks.mmbench.benchmark import Benchmark
+from sft.evaluation.tasks.mmbench.multiple_choice import (
+    MMBench,
+    asked_rows,
+    chance,
+    predicted_letters,
+)
+from sft.evaluation.tasks.mmbench.protocols import group_rows, query
+from sft.evaluation.tasks.mmbench.questions import Row, rotate
 from sft.inference.generate import prompt_of, write_on
 from sft.models import idefics
 from sft.models.image_transform import load_pixels
@@ -36,18 +47,18 @@ def noise(seed: int) -> ImageRef:
     return ImageRef(source=buffer.getvalue())
 
 
-def ask(*content: str | ImageRef) -> Sample:
+def asking(*content: str | ImageRef) -> Sample:
     return Sample(key="toy", messages=(Message(role="user", content=content),))
 
 
 DOG, CAT = noise(1), noise(2)
 ANSWERS = ("red", "red circle", "a blue square", "A", "B")
 REQUESTS = [
-    AnswerRequest(ask(DOG, "What is in this image?"), ANSWERS),
-    AnswerRequest(ask(DOG, "Describe this image."), ANSWERS),
-    AnswerRequest(ask(CAT, "What is in this image?"), ANSWERS),
-    AnswerRequest(ask("What is in", CAT, "and in", DOG, "?"), ANSWERS),
-    AnswerRequest(ask("What is in this image?"), ANSWERS),
+    Query(asking(DOG, "What is in this image?"), ANSWERS),
+    Query(asking(DOG, "Describe this image."), ANSWERS),
+    Query(asking(CAT, "What is in this image?"), ANSWERS),
+    Query(asking("What is in", CAT, "and in", DOG, "?"), ANSWERS),
+    Query(asking("What is in this image?"), ANSWERS),
 ]
 
 
@@ -73,7 +84,7 @@ def plain_log_prob(model, template, sample, answer):
 def test_ranking_by_packed_segments_equals_a_whole_forward_per_answer(model, template, tokens_per_forward):
     scores = score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE, tokens_per_forward=tokens_per_forward)
     for request, row in zip(REQUESTS, scores, strict=True):
-        expected = [plain_log_prob(model, template, request.sample, answer) for answer in request.answers]
+        expected = [plain_log_prob(model, template, request.sample, answer) for answer in request.options]
         assert [score.log_prob for score in row] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -90,7 +101,7 @@ def test_only_the_answers_own_tokens_are_scored(template, tokenizer):
 
 
 def test_letters_are_read_from_one_pass_over_the_prompt(template):
-    (forward,), _ = laid(template, [AnswerRequest(REQUESTS[0].sample, ("B", "C", "D"))])
+    (forward,), _ = laid(template, [Query(REQUESTS[0].sample, ("B", "C", "D"))])
     _, (_, end) = template.encode_answer(REQUESTS[0].sample.messages, "B")
     assert len(forward.tokens_T) == end - 1  # all but the letter; in this vocabulary a space stands before it
     assert len(forward.sequences) == 1
@@ -121,7 +132,7 @@ def test_laid_paths_read_as_they_were_and_no_beginning_twice(paths):
 
 
 def test_what_asks_about_an_image_shares_a_forward_where_it_fits(template):
-    requests = [AnswerRequest(ask(image, text), ("A", "B")) for text in "xyz" for image in (DOG, CAT)]
+    requests = [Query(asking(image, text), ("A", "B")) for text in "xyz" for image in (DOG, CAT)]
     forwards, _ = laid(template, requests, tokens_per_forward=60)
     assert len(forwards) == 2
     assert [len(np.unique(forward.tokens_T // 2**32)) for forward in forwards] == [2, 2]  # an image, and none before it
@@ -156,56 +167,70 @@ def benchmark(*rows: Row, protocol="circular", **fields) -> Benchmark:
     return Benchmark(name="toy", protocol=protocol, fingerprint="file", questions=questions, **fields)
 
 
+def evaluate(model, template, toy: Benchmark, *, ranks=("letter",), blind=False, **options) -> dict[str, Result]:
+    """The result by each scoring; those by likelihood are asked together."""
+    tasks = {rank: MMBench(toy, rank) for rank in ranks}
+    tasks = {rank: task.without_images() if blind else task for rank, task in tasks.items()}
+    answers = ask(loaded_of(model, template, **options), [*tasks.values()])
+    return {rank: task.result(answers[task], task.protocol_hash(template), "") for rank, task in tasks.items()}
+
+
+def protocol_hash(template, toy: Benchmark, *, rank: str, blind: bool) -> str:
+    task = MMBench(toy, rank)
+    return (task.without_images() if blind else task).protocol_hash(template)
+
+
 def test_blind_equals_a_prompt_without_image(model, template):
     toy = benchmark(row(1, DOG))
-    blind = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("text",), blind=True)["text"]
-    seen = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("text",))["text"]
+    blind = evaluate(model, template, toy, ranks=("text",), blind=True)["text"]
+    seen = evaluate(model, template, toy, ranks=("text",))["text"]
     text = "Question: What is in this image?\nPossible answers:\nA: red circle\nB: blue square\nC: dog\nCorrect answer:"
-    expected = [plain_log_prob(model, template, ask(text), option) for option in toy.questions[0].first.options]
-    assert list(blind.questions[0].rotations[0].log_probs.values()) == pytest.approx(expected, rel=1e-5)
-    assert blind.questions[0].rotations[0].log_probs != seen.questions[0].rotations[0].log_probs
+    expected = [plain_log_prob(model, template, asking(text), option) for option in toy.questions[0].first.options]
+    assert list(asked_rows(blind.outcomes[0])[0].log_probs.values()) == pytest.approx(expected, rel=1e-5)
+    assert asked_rows(blind.outcomes[0])[0].log_probs != asked_rows(seen.outcomes[0])[0].log_probs
 
 
 def test_rankings_asked_together_equal_those_asked_alone(model, template):
     toy = benchmark(row(1, DOG), row(2, CAT))
-    together = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("text", "letter"))
+    together = evaluate(model, template, toy, ranks=("text", "letter"))
     for rank in ("text", "letter"):
-        alone = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=(rank,))[rank]
+        alone = evaluate(model, template, toy, ranks=(rank,))[rank]
         assert alone.protocol_hash == together[rank].protocol_hash
-        for one, other in zip(alone.questions, together[rank].questions, strict=True):
-            for asked, again in zip(one.rotations, other.rotations, strict=True):
+        for one, other in zip(alone.outcomes, together[rank].outcomes, strict=True):
+            for asked, again in zip(asked_rows(one), asked_rows(other), strict=True):
                 assert asked.log_probs == pytest.approx(again.log_probs, rel=1e-5)
                 assert asked.answer == again.answer
 
 
 def test_ranking_by_text_follows_the_option_through_its_rotations(model, template):
-    result = evaluate(model, template, benchmark(row(1, DOG)), image_size=IMAGE_SIZE, ranks=("text",))["text"]
-    (question,) = result.questions
-    assert [asked.answer for asked in question.rotations] == ["B", "A", "C"]
-    for by, asked in enumerate(question.rotations):
+    result = evaluate(model, template, benchmark(row(1, DOG)), ranks=("text",))["text"]
+    (question,) = result.outcomes
+    assert [asked.answer for asked in asked_rows(question)] == ["B", "A", "C"]
+    for by, asked in enumerate(asked_rows(question)):
         options = rotate(row(1, DOG), by).options
         best = max(zip(asked.log_probs.values(), options, "ABC", strict=True))
         assert asked.prediction == best[2]
-    assert result.chance == pytest.approx(1 / 3)
+    assert chance(result) == pytest.approx(1 / 3)
 
 
 def test_the_card_compares_all_four_letters_of_every_row(model, template):
     toy = benchmark(row(1, DOG), rotate(row(1, DOG), 1), protocol="card")
-    result = evaluate(model, template, toy, image_size=IMAGE_SIZE)["letter"]
-    assert [list(question.rotations[0].log_probs) for question in result.questions] == [list("ABCD")] * 2
-    assert (result.chance, len(result.questions), result.summary()["questions"]) == (0.25, 2, 1)
-    assert result.deviations == ("the `.` and <end_of_utterance> after the letter are not scored",)
+    result = evaluate(model, template, toy)["letter"]
+    assert [list(asked_rows(question)[0].log_probs) for question in result.outcomes] == [list("ABCD")] * 2
+    summary = MMBench(toy, "letter").summary(result)
+    assert (chance(result), len(result.outcomes), summary["questions"]) == (0.25, 2, 1)
+    assert summary["deviations"] == ["the `.` and <end_of_utterance> after the letter are not scored"]
 
 
 def test_written_answers_are_those_of_generation(model, template):
     toy = benchmark(row(1, DOG), row(2, CAT))
-    result = evaluate(model, template, toy, image_size=IMAGE_SIZE, ranks=("generate",))["generate"]
+    result = evaluate(model, template, toy, ranks=("generate",))["generate"]
     rows = [row for question in toy.questions for row in question.rotations]
-    texts = [text for question in result.questions for text in (asked.text for asked in question.rotations)]
+    texts = [asked.text for question in result.outcomes for asked in asked_rows(question)]
     prompt = prompt_of(template, query(rows[4], "circular", "generate").messages)
     (expected,) = write_on(model, template.tokenizer, [prompt], max_new_tokens=64)
     assert texts[4] == expected
-    assert result.chance == pytest.approx(1 / 3)
+    assert chance(result) == pytest.approx(1 / 3)
 
 
 def test_what_is_not_finite_is_wrong_and_counted_and_a_model_that_diverged_is_named(model, template, monkeypatch):
@@ -215,37 +240,38 @@ def test_what_is_not_finite_is_wrong_and_counted_and_a_model_that_diverged_is_na
         found = score_answers(model, template, requests, image_size=IMAGE_SIZE)
         return [[AnswerScore(math.nan, 1), *found[0][1:]], *found[1:]]
 
-    monkeypatch.setattr(score, "score_answers", lambda model, template, requests, **options: ranked(requests))
-    result = evaluate(model, template, toy, image_size=IMAGE_SIZE)["letter"]
-    first = result.questions[0].rotations[0]
-    assert (first.prediction, first.log_probs, result.questions[0].hit) == ("", {}, False)
-    assert result.questions[0].num_options == 3
-    assert (result.summary()["not_finite"], result.letters["none"]) == (1, pytest.approx(1 / 6))
+    monkeypatch.setattr(run_tasks, "score_answers", lambda model, template, requests, **options: ranked(requests))
+    result = evaluate(model, template, toy)["letter"]
+    first = asked_rows(result.outcomes[0])[0]
+    assert (first.prediction, first.log_probs, result.outcomes[0].score) == ("", {}, 0)
+    assert first.letters == ["A", "B", "C"] and chance(result) == pytest.approx(1 / 3)
+    summary = MMBench(toy, "letter").summary(result)
+    assert (summary["not_finite"], predicted_letters(result)["none"]) == (1, pytest.approx(1 / 6))
     monkeypatch.undo()
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(RunError, match="toy: the model gives no finite likelihood to any answer"):
-        evaluate(model, template, toy, image_size=IMAGE_SIZE)
+        evaluate(model, template, toy)
 
 
 def test_shots_are_read_before_the_question(model, template):
     shot = row(9, CAT)
     toy = benchmark(row(1, DOG), shots=1, support=(shot,))
-    result = evaluate(model, template, toy, image_size=IMAGE_SIZE)["letter"]
+    result = evaluate(model, template, toy)["letter"]
     sample = query(toy.questions[0].first, "circular", "letter", shots=[shot])
     assert sample.images == (CAT, DOG)
     expected = [plain_log_prob(model, template, sample, letter) for letter in "ABC"]
-    assert list(result.questions[0].rotations[0].log_probs.values()) == pytest.approx(expected, rel=1e-5)
+    assert list(asked_rows(result.outcomes[0])[0].log_probs.values()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", ["letter", "generate"])
 def test_questions_longer_than_the_models_positions_are_counted_by_name(model, template, rank):
     short, long = row(1, DOG), replace(row(2, CAT), hint="A dog and a cat. " * 20)
     lengths = [len(template.encode_prompt(query(r, "circular", rank).messages).input_ids) for r in (short, long)]
-    options = dict(image_size=IMAGE_SIZE, ranks=(rank,), max_positions=lengths[1])
+    options = dict(ranks=(rank,), max_positions=lengths[1])
     result = evaluate(model, template, benchmark(short, long), **options)[rank]
-    assert [question.question for question in result.questions] == [1]
-    assert result.filtered == {"longer than the model's positions": (2,)}
+    assert [question.item for question in result.outcomes] == [1]
+    assert result.filtered == {"longer than the model's positions": [2]}
     with pytest.raises(RunError, match="toy: all 1 questions are longer than the model's positions"):
         evaluate(model, template, benchmark(long), **options)
 
@@ -264,7 +290,7 @@ def test_the_protocol_hash_changes_with_whatever_changes_the_score(template):
         protocol_hash(template, toy, rank="letter", blind=False),
         protocol_hash(template, toy, rank="generate", blind=False),
         protocol_hash(template, toy, rank="text", blind=True),
-        *(protocol_hash(template, other, rank="text", blind=False) for other in others),
+        *(protocol_hash(template, other, rank="letter", blind=False) for other in others),
     ]
     assert len(set(hashes)) == len(hashes)
     assert hashes[0] == protocol_hash(template, toy, rank="text", blind=False)
@@ -272,13 +298,13 @@ def test_the_protocol_hash_changes_with_whatever_changes_the_score(template):
 
 def test_a_part_of_the_questions_is_made_of_whole_images():
     questions = group_rows([row(i, noise(i // 3)) for i in range(30)], "circular")
-    some, more = choose_questions(questions, 10, seed=0), choose_questions(questions, 20, seed=0)
+    some, more = choose_part(questions, 10, seed=0), choose_part(questions, 20, seed=0)
     assert len(some) == 9 and len(more) == 18
     assert {q.first.index for q in some} <= {q.first.index for q in more}
     assert {len([q for q in some if q.first.image == r.first.image]) for r in some} == {3}
-    assert choose_questions(questions, 10, seed=1) != some
-    assert choose_questions(questions, 100, seed=0) == questions
-    assert len(choose_questions(questions, 1, seed=0)) == 3
+    assert choose_part(questions, 10, seed=1) != some
+    assert choose_part(questions, 100, seed=0) == questions
+    assert len(choose_part(questions, 1, seed=0)) == 3
 
 
 # ----------------------------------------------------------------------------------------------- two processes
@@ -321,11 +347,12 @@ def results_of(model, template) -> dict:
 
     handle = model.register_forward_pre_hook(count)
     toy = benchmark(*(row(number, noise(number)) for number in range(5)))
-    options = dict(image_size=IMAGE_SIZE, tokens_per_forward=200)
-    ranked = evaluate(model, template, toy, ranks=("letter", "text"), **options)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_tasks, "score_answers", partial(score_answers, tokens_per_forward=200))
+        ranked = evaluate(model, template, toy, ranks=("letter", "text"))
     handle.remove()
-    written = evaluate(model, template, benchmark(row(1, DOG)), ranks=("generate",), **options)
-    asked = [asdict(question) for result in (*ranked.values(), *written.values()) for question in result.questions]
+    written = evaluate(model, template, benchmark(row(1, DOG)), ranks=("generate",))
+    asked = [asdict(question) for result in (*ranked.values(), *written.values()) for question in result.outcomes]
     return {"forwards": num_forwards, "questions": json.loads(json.dumps(asked))}
 
 

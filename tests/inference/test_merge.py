@@ -23,7 +23,8 @@ from sft.models import idefics, lora
 from sft.models.chat_template import load_chat_template
 from sft.models.open_model import load_for_inference
 from sft.recipe import LoraSettings
-from sft.selection.rules import choose_by_recorded_loss, write_selection
+from sft.selection.record import write_selection
+from sft.selection.rules import choose_by_recorded_loss
 
 RECIPE = {
     "model": {"path": "HuggingFaceM4/idefics-9b", "mode": "qlora"},

@@ -11,7 +11,7 @@ import sft
 from sft import models
 from sft.core.errors import UserError
 from sft.core.shipped import resolve
-from sft.evaluation.run_benchmark import ScoredModel
+from sft.evaluation.run_tasks import ScoredModel
 from sft.models.open_model import find_family, load_for_inference
 
 KNOW_IDEFICS = {"cost", "models/idefics", "recipe/config.py"}

@@ -1,7 +1,6 @@
 """Choosing among the evaluated checkpoints of a run, and what is asked of them."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,60 +8,68 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, batch_of, conversation, place, status_of
+from conftest import batch_of, conversation, place, status_of
 from helpers.training import printed
-from PIL import Image
 from scipy import stats
 
 from sft.core.errors import RunError, UserError
-from sft.core.sample import ImageRef
-from sft.evaluation import task
+from sft.core.metric import LOSS
+from sft.evaluation.draw_images import half_of
 from sft.evaluation.held_out_loss import recorded_losses
-from sft.evaluation.results import Asked, QuestionResult, Result, half_of, read_result, result_file, write_result
-from sft.evaluation.run_benchmark import keep, recipe_benchmark, score_model
-from sft.evaluation.short_answers import is_match, normalise, read_questions
-from sft.evaluation.task import scored_by
+from sft.evaluation.results import Outcome, Result, read_lines, result_file, write_result
+from sft.evaluation.run_tasks import score_model
+from sft.evaluation.tasks import named_tasks, open_tasks
 from sft.models import idefics
 from sft.models.open_model import load_for_inference
 from sft.recipe import EvaluationConfig
 from sft.runs.checkpoint import checkpoints, write_folder
 from sft.runs.names import find_recipe
 from sft.runs.status import RunStatus
-from sft.selection import plot, select
+from sft.selection import session
 from sft.selection.outcomes import read_outcomes
+from sft.selection.plot import write_plot
 from sft.selection.pruning import prune, prune_weights, weights_to_prune
-from sft.selection.rules import choose, choose_by_recorded_loss, is_chosen_on_half, write_selection
+from sft.selection.record import is_chosen_on_half, write_selection
+from sft.selection.rules import choose, choose_by_recorded_loss
 
 
-def result(hits: str, rank: str = "text", **fields: object) -> Result:
+def write(run, checkpoint, hits, rank="text", with_images=True, protocol_hash=None):
     """`x` is a hit; each question has an image of its own; every other one is of the category `even`."""
-    head = dict(benchmark="toy", protocol="circular", protocol_hash=f"hash-{rank}", rank=rank, blind=False)
-    return Result(
-        questions=tuple(
-            QuestionResult(
-                question=number,
+    result = Result(
+        benchmark="toy",
+        protocol_hash=protocol_hash or f"hash-{rank}",
+        outcomes=tuple(
+            Outcome(
+                item=number,
                 cluster=f"image {number}",
                 image_sha256=f"image {number}",
                 category="odd" if number % 2 else "even",
-                rotations=(
-                    Asked(
-                        index=number,
-                        answer="A",
-                        prediction="A" if hit == "x" else "B",
-                        log_probs={"A": -1.0, "B": -1.0},
-                        num_tokens={},
-                    ),
-                ),
+                score=float(hit == "x"),
+                details={"hit": hit == "x"},
             )
             for number, hit in enumerate(hits)
         ),
-        **head | fields,
     )
+    summary = {"protocol_hash": result.protocol_hash, "rank": rank, "with_images": with_images}
+    write_result(result, summary, run, checkpoint)
+
+
+def write_losses(run, checkpoint, losses, weights):
+    """A held-out sample for each loss, of as many trained tokens as its weight."""
+    own = tuple(
+        Outcome(
+            item=n, cluster=str(n), image_sha256="", category="s", score=loss, weight=weight,
+            details={"loss": loss, "trained_tokens": weight},
+        )
+        for n, (loss, weight) in enumerate(zip(losses, weights, strict=True))
+    )  # fmt: skip
+    result = Result(benchmark="held_out_loss", protocol_hash="hash", outcomes=own)
+    write_result(result, {"protocol_hash": "hash"}, run, checkpoint)
 
 
 def outcomes(run, hits_by_step, seed=0):
     for step, hits in hits_by_step.items():
-        write_result(result(hits), run, f"checkpoint-{step}")
+        write(run, f"checkpoint-{step}", hits)
     return read_outcomes(run, "toy", seed=seed)
 
 
@@ -79,32 +86,29 @@ def test_answers_are_read_back_as_one_table(tmp_path):
 
 def test_a_value_is_the_mean_over_rankings_and_blind_answers_do_not_count(tmp_path):
     for rank, hits in (("letter", "----"), ("text", "xx--")):
-        write_result(result(hits, rank), tmp_path, "checkpoint-10")
-    write_result(result("xxxx", blind=True, protocol_hash="blind"), tmp_path, "checkpoint-10")
-    write_result(result("xxxx"), tmp_path, "base")
+        write(tmp_path, "checkpoint-10", hits, rank)
+    write(tmp_path, "checkpoint-10", "xxxx", with_images=False, protocol_hash="blind")
+    write(tmp_path, "base", "xxxx")
     table = read_outcomes(tmp_path, "toy", seed=0)
     assert table.ranks == ("letter", "text")
     assert table.values_KQ.tolist() == [[0.5, 0.5, 0, 0]]
 
 
 def test_losses_count_by_their_trained_tokens_with_their_sign_turned(tmp_path):
-    line = {"cluster": "c", "image_sha256": "", "category": "s"}
-    lines = [line | {"question": "a", "loss": 1.0, "trained_tokens": 3}]
-    lines += [line | {"question": "b", "loss": 4.0, "trained_tokens": 1}]
-    keep(tmp_path, "held_out_loss", "hash", "checkpoint-5", {"weights": ""}, lines)
-    table = read_outcomes(tmp_path, "held_out_loss", seed=0)
+    write_losses(tmp_path, "checkpoint-5", [1.0, 4.0], [3, 1])
+    table = read_outcomes(tmp_path, "held_out_loss", metric=LOSS, seed=0)
     assert table.values_KQ.tolist() == [[-1, -4]] and table.weights_Q.tolist() == [3, 1]
 
 
 def test_a_run_without_comparable_evaluations_is_refused(tmp_path):
     with pytest.raises(UserError, match="no evaluations of checkpoints found"):
         read_outcomes(tmp_path, "toy", seed=0)
-    write_result(result("xx"), tmp_path, "checkpoint-10")
-    write_result(result("xx", "letter"), tmp_path, "checkpoint-10")
-    write_result(result("xx"), tmp_path, "checkpoint-20")
+    write(tmp_path, "checkpoint-10", "xx")
+    write(tmp_path, "checkpoint-10", "xx", "letter")
+    write(tmp_path, "checkpoint-20", "xx")
     with pytest.raises(UserError, match="checkpoint-20 lacks some of the rankings letter, text"):
         read_outcomes(tmp_path, "toy", seed=0)
-    write_result(result("xx", "letter", protocol_hash="other"), tmp_path, "checkpoint-20")
+    write(tmp_path, "checkpoint-20", "xx", "letter", protocol_hash="other")
     with pytest.raises(UserError, match="evaluations by letter of several protocols found"):
         read_outcomes(tmp_path, "toy", seed=0)
     assert read_outcomes(tmp_path, "toy", seed=0, protocol_hashes=["hash-text"]).steps == (10, 20)
@@ -176,12 +180,8 @@ def test_only_what_has_its_weights_is_selected_and_all_that_was_evaluated_is_com
 
 def test_of_losses_the_lowest_is_the_best(tmp_path):
     for step, losses in {1: [3.0, 2.0] * 40, 2: [2.5, 1.5] * 40}.items():
-        lines = [
-            {"question": n, "cluster": str(n), "image_sha256": "", "category": "s", "loss": loss, "trained_tokens": 2}
-            for n, loss in enumerate(losses)
-        ]
-        keep(tmp_path, "held_out_loss", "hash", f"checkpoint-{step}", {"weights": ""}, lines)
-    selection = choose(read_outcomes(tmp_path, "held_out_loss", seed=0), by="loss")
+        write_losses(tmp_path, f"checkpoint-{step}", losses, [2] * len(losses))
+    selection = choose(read_outcomes(tmp_path, "held_out_loss", metric=LOSS, seed=0), by="loss")
     assert selection.selected == "checkpoint-2" and selection.tied == ("checkpoint-2",)
     assert [score.score for score in selection.scores] == [2.5, 2.0]
     low, high = selection.scores[1].interval
@@ -214,17 +214,26 @@ def test_one_image_cannot_be_halved(tmp_path):
         ({"benchmark": "b.jsonl"}, "exact_match"),
         ({"benchmark": "easy_vqa"}, "mmbench"),
         ({"benchmark": "b.tsv", "by": "loss"}, "loss"),
+        ({"benchmark": "coco", "by": "vqav2"}, "vqav2"),
         ({"by": "mmbench"}, "--by mmbench needs a benchmark"),
+        ({"by": "vqav2"}, "vqav2 needs its data"),
         ({"benchmark": "b.tsv", "by": "exact_match"}, "reads a .jsonl"),
         ({"benchmark": "b.jsonl", "by": "mmbench"}, "reads a TSV"),
+        ({"benchmark": "b.tsv", "by": "mmbemch"}, r"mmbemch: no such task; did you mean 'mmbench'\?"),
     ],
 )
-def test_the_benchmark_tells_what_it_is_scored_by(settings, by):
+def test_the_benchmark_tells_what_it_is_scored_by(tmp_path, settings, by):
+    evaluation = EvaluationConfig(**settings)
     if " " not in by:
-        assert scored_by(EvaluationConfig(**settings)) == by
+        assert [task.name for task in named_tasks(evaluation)] == [by]
     else:
         with pytest.raises(UserError, match=by):
-            scored_by(EvaluationConfig(**settings))
+            open_tasks(named_tasks(evaluation), evaluation, tmp_path)
+
+
+def test_several_tasks_are_named_with_data_of_their_own():
+    settings = EvaluationConfig(by=["vqav2=coco", "mmbench"], benchmark="b.tsv")
+    assert named_tasks(settings) == [("vqav2", "coco"), ("mmbench", "b.tsv")]
 
 
 # ----------------------------------------------------------------------------------------------------------- plot
@@ -233,12 +242,19 @@ def test_the_benchmark_tells_what_it_is_scored_by(settings, by):
 def test_the_plot_stands_by_itself_and_is_the_same_every_time(tmp_path):
     selection = choose(outcomes(tmp_path, CLOSE), by="mmbench", rule="earliest_not_worse")
     for name in ("first.svg", "second.svg"):
-        plot.plot(selection, tmp_path / name)
+        write_plot(selection, tmp_path / name)
     content = (tmp_path / "first.svg").read_bytes()
     assert content == (tmp_path / "second.svg").read_bytes()
-    links = [value for node in ElementTree.fromstring(content).iter() for name, value in node.items() if "href" in name]
-    assert all(link.startswith("#") for link in links)
-    plot.plot(choose_by_recorded_loss({2: 1.5, 4: 1.0}), tmp_path / "loss.svg")
+    nodes = [*ElementTree.fromstring(content).iter()]
+    assert [value for node in nodes for name, value in node.items() if "href" in name] == []
+    assert b"var(" not in content and b"url(" not in content, "no style of a page is missing"
+    classes = [node.get("class") for node in nodes]
+    assert classes.count("ring") == 3 and classes.count("tied") == 3, "in the whole and in both categories"
+    texts = [node.text for node in nodes if node.tag.endswith("text")]
+    assert {"toy, 100 questions, with 95 % intervals", "even", "odd", "50 questions"} <= {*texts}
+    rings = "ring: checkpoint-20, selected; thin rings: cannot be told apart from the best, checkpoint-30"
+    assert rings in texts
+    write_plot(choose_by_recorded_loss({2: 1.5, 4: 1.0}), tmp_path / "loss.svg")
 
 
 # -------------------------------------------------------------------------------------------------------- pruning
@@ -289,82 +305,6 @@ def test_state_is_pruned_from_beside_weights_and_what_a_kill_has_left_goes_with_
     assert [path.name for path in torn.iterdir()] == ["state"]
 
 
-# -------------------------------------------------------------------------------------------------- short answers
-
-
-@pytest.mark.parametrize(
-    ("said", "normalised"),
-    [
-        ("The  red bus.", "red bus"),
-        ("Two", "2"),
-        ("a 10,000", "10000"),
-        ("3.5 metres", "3.5 metres"),
-        ("don't", "dont"),
-        ("blue/green", "blue green"),
-        ("yes , it is", "yes it is"),
-        ("", ""),
-    ],
-)
-def test_answers_are_normalised_as_vqa_does(said, normalised):
-    assert normalise(said) == normalised
-
-
-def test_an_answer_matches_any_of_those_given():
-    assert is_match("A Dark-red.", ("red", "dark red")) and is_match("ten", ("10",))
-    assert not is_match("reddish", ("red",)) and not is_match("", ("red",))
-
-
-@pytest.mark.skipif("IDEFICS_SFT_SAMPLES" not in os.environ, reason="IDEFICS_SFT_SAMPLES names no real samples")
-def test_real_answers_match_where_m4s_score_is_not_zero():
-    """With ten human answers, m4's VQA accuracy is over 0 as soon as one of them is the answer."""
-    folder = Path(os.environ["IDEFICS_SFT_SAMPLES"]) / "vqa_accuracy"
-    said, scored = (json.loads((folder / f"textvqa_{name}.json").read_text()) for name in
-                    ("predictions_400", "per_question_scores"))  # fmt: skip
-    annotations = json.loads((folder / "textvqa_annotations_400.json").read_text())["annotations"]
-    answers = {line["question_id"]: tuple(answer["answer"] for answer in line["answers"]) for line in annotations}
-    scores = {line["question_id"]: line["m4_gt_vision_lab_oe"] for line in scored}
-    assert len(said) == 400
-    for line in said:
-        number = line["question_id"]
-        assert is_match(line["answer"], answers[number]) == (scores[number] > 0), line
-
-
-def test_questions_are_read_and_mistakes_are_named(tmp_path):
-    file = tmp_path / "own.jsonl"
-    file.write_text('{"question": " Is it? ", "answer": "no"}\n\n{"question": "q", "answers": ["a", "b"], "id": "x"}\n')
-    first, second = read_questions(file)
-    assert (first.id, first.text, first.answers, first.category) == ("1", "Is it?", ("no",), "")
-    assert (second.id, second.where, second.answers) == ("x", f"{file}:3", ("a", "b"))
-    for line, expected in (
-        ("{", ":1: not JSON"),
-        ("[]", ':1: expected an object with "question"'),
-        ('{"question": "q"}', ":1: no answer"),
-        ('{"question": "q", "answer": 3}', ':1: expected "answer" as a text'),
-        ('{"question": "q", "answer": "a", "anwser": 1}', ":1: unknown key 'anwser'"),
-        ('{"question": "q", "answer": "a", "image": "../x.png"}', ":1: image path leaves the folder"),
-        ('{"question": "q", "answer": "a", "image": "none.png"}', ":1: image file missing"),
-        ('{"question": "q", "answer": "a", "id": 1}\n{"question": "q", "answer": "a", "id": 1}', ":2: id '1' is that"),
-        ("", "no questions found"),
-    ):
-        file.write_text(line)
-        with pytest.raises(UserError, match=f"own.jsonl.*{expected}"):
-            read_questions(file)
-    with pytest.raises(UserError, match=r"nowhere\.jsonl: No such file"):
-        read_questions(tmp_path / "nowhere.jsonl")
-
-
-def test_the_examples_of_the_documentation_are_read(tmp_path):
-    page = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    (tmp_path / "own.jsonl").write_text(page.partition("```json\n")[2].partition("```")[0])
-    for name in ("photos/bus.jpg", "street.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 6), "red").save(tmp_path / name)
-    bus, street = read_questions(tmp_path / "own.jsonl")
-    assert bus.answers == ("red", "dark red") and len(bus.images) == 1
-    assert (street.id, street.category, street.image_sha256) == ("rain-1", "yes/no", bus.image_sha256)
-    assert [type(item) for item in bus.prompt[0].content] == [ImageRef, str]
-
-
 # ---------------------------------------------------------------------------------------------------- the command
 
 
@@ -398,10 +338,11 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
     assert len(loaded) == 1
     recipe = find_recipe(str(run))
     for path in checkpoints(run / "checkpoints"):
-        alone = score_model(path, recipe_benchmark(recipe), run_dir=None, name=path.name, ranks=("text", "letter"))
-        for result in alone.values():
+        tasks = open_tasks(named_tasks(recipe.evaluation), recipe.evaluation, Path(recipe.data.store))
+        assert [task.label for task in tasks] == ["text", "letter"]
+        for result in score_model(path, tasks, run_dir=None, name=path.name):
             file = result_file(run, result.benchmark, result.protocol_hash, path.name)
-            assert read_result(file).questions == result.questions, "as loaded alone"
+            assert read_lines(file.with_suffix(".jsonl")) == result.outcomes, "as loaded alone"
 
 
 @pytest.mark.slow
@@ -452,7 +393,7 @@ def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp
 
 
 def test_what_does_not_go_together_is_refused(copied, refusal):
-    assert "--by tea: expected mmbench, exact_match or loss" in refusal("select", copied, "--by", "tea")
+    assert "tea: no such task (known: exact_match, loss, mmbench, vqav2)" in refusal("select", copied, "--by", "tea")
     assert "--rule tea: expected best or earliest_not_worse" in refusal("select", copied, "--rule", "tea")
     assert "--by loss takes no --benchmark" in refusal("select", copied, "--by", "loss", "--benchmark", "x.tsv")
     assert "nothing to choose by" in refusal("select", copied, "--by", "loss")
@@ -468,7 +409,7 @@ def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys,
         hidden.rename(last)
         RunStatus(status="finished", step=2, max_steps=9, why="evaluation.patience: …").write(copied)
 
-    monkeypatch.setattr(select.time, "sleep", training_goes_on)
+    monkeypatch.setattr(session.time, "sleep", training_goes_on)
     selection, said = printed(capsys, "select", copied, "--watch")
     assert [score["step"] for score in selection["scores"]] == [1, 2]
     assert said.count("running; waiting for checkpoints") == 1
@@ -476,14 +417,14 @@ def test_watching_ends_with_the_run_and_asks_what_came_meanwhile(copied, capsys,
 
 
 def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, capsys, monkeypatch):
-    ask = task.score_model
+    ask = session.score_model
 
     def broken(path, *arguments, **options):
         if path.name == "checkpoint-2":
             raise RuntimeError("out of memory")
         return ask(path, *arguments, **options)
 
-    monkeypatch.setattr(task, "score_model", broken)
+    monkeypatch.setattr(session, "score_model", broken)
     assert status_of("select", copied, "--watch") == 1
     said = capsys.readouterr()
     assert "could not be evaluated: checkpoint-2 (RuntimeError: out of memory)" in said.err
@@ -494,7 +435,7 @@ def test_an_evaluation_that_fails_while_watching_is_told_and_left_out(copied, ca
 
 
 def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsys, monkeypatch):
-    ask = task.score_model
+    ask = session.score_model
     other = copied / "checkpoints" / "checkpoint-1"
 
     def diverged(path, *arguments, **options):
@@ -502,7 +443,7 @@ def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsy
             raise RunError("the model gives no finite likelihood")
         return ask(path, *arguments, **options)
 
-    monkeypatch.setattr(task, "score_model", diverged)
+    monkeypatch.setattr(session, "score_model", diverged)
     assert status_of("select", copied) == 1
     said = capsys.readouterr()
     assert "could not be evaluated: checkpoint-1 (the model gives no finite likelihood)" in said.err
@@ -513,7 +454,7 @@ def test_a_checkpoint_that_cannot_be_evaluated_is_left_out_by_name(copied, capsy
             shutil.rmtree(other)
         return ask(path, *arguments, **options)
 
-    monkeypatch.setattr(task, "score_model", vanished)
+    monkeypatch.setattr(session, "score_model", vanished)
     assert status_of("select", copied, "--watch") == 0
     assert "checkpoint-1: was removed before it was evaluated" in capsys.readouterr().out
 

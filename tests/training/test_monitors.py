@@ -23,12 +23,13 @@ from sft.cli.train import note
 from sft.core.errors import UserError
 from sft.core.files import hash_file
 from sft.data.prepare import prepare
-from sft.evaluation import run_benchmark, task
+from sft.evaluation import run_tasks
 from sft.recipe import load_recipe
 from sft.report.page import render
-from sft.report.reading import read_run, source_totals
+from sft.report.run_files import read_run, source_totals
 from sft.runs.checkpoint import checkpoints, listed_hashes, write_folder
 from sft.runs.status import RunStatus
+from sft.selection import session
 from sft.training import held_out_questions, run, trackers, validation
 from sft.training.preserve_state import preserve_state
 from sft.training.trackers import tracked
@@ -205,7 +206,7 @@ def evaluated(trained, folder, *overrides):
 def still(trained, tmp_path_factory):
     """A run whose checkpoints are all the base, so that they score the same, and of which one could not be scored; and
     what was said."""
-    ask = task.score_model
+    ask = session.score_model
 
     def broken(path, *arguments, **options):
         if path.name == "checkpoint-2":
@@ -216,7 +217,7 @@ def still(trained, tmp_path_factory):
     options = ("training.learning_rate=1e-12", "training.max_steps=5", "evaluation.every_steps=1")
     options += ("evaluation.patience=2", "checkpoints.keep_weights=best+last")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(task, "score_model", broken)
+        patched.setattr(session, "score_model", broken)
         return folder, evaluated(trained, folder, *options)
 
 
@@ -276,7 +277,7 @@ def test_training_evaluates_as_select_does(trained, tmp_path, capsys, monkeypatc
     assert RunStatus.read(tmp_path / "run").failed_evaluations == {}
     later, _ = printed(capsys, "select", tmp_path / "run")
     assert [later["scores"][1]["score"], later["scores"][3]["score"]] == [s["score"] for s in selection["scores"]]
-    monkeypatch.setattr(run_benchmark, "evaluate", None)  # whoever asks again, fails
+    monkeypatch.setattr(run_tasks, "ask", None)  # whoever asks again, fails
     assert printed(capsys, "select", tmp_path / "run")[0] == later
 
 
@@ -298,10 +299,10 @@ def test_what_cannot_choose_is_told_before_training(trained, tmp_path, refusal):
 def test_a_checkpoints_hash_is_read_from_its_manifest(tmp_path):
     folder = tmp_path / "checkpoint-1"
     write_folder(folder, lambda path: (path / "model.safetensors").write_bytes(b"weights"))
-    assert run_benchmark.weights_hash(folder) == hash_file(folder / "model.safetensors")
+    assert run_tasks.weights_hash(folder) == hash_file(folder / "model.safetensors")
     (folder / "model.safetensors").write_bytes(b"others")
     assert listed_hashes(folder) == {}
-    assert run_benchmark.weights_hash(folder) == hash_file(folder / "model.safetensors")
+    assert run_tasks.weights_hash(folder) == hash_file(folder / "model.safetensors")
     assert listed_hashes(tmp_path) == {}
 
 

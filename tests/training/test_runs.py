@@ -229,7 +229,7 @@ def test_evaluation_is_by_the_recipe_and_on_the_half_that_did_not_choose(copied,
         assert summary["blind"] is not None
     assert first["rank"] == "text" and first["accuracy"] == first["by_rank"]["text"]["accuracy"]
     with monkeypatch.context() as patched:
-        patched.setattr("sft.evaluation.run_benchmark.evaluate", None)  # whoever asks again, fails
+        patched.setattr("sft.evaluation.run_tasks.ask", None)  # whoever asks again, fails
         assert printed(capsys, "evaluate", copied)[0] == first
 
     letters, _ = printed(capsys, "evaluate", copied, "--rank", "letter", "--protocol", "circular")

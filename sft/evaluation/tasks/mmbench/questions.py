@@ -70,9 +70,30 @@ class Question:
         """The row of pass 0: what is the same in all of them is read from here."""
         return self.rotations[0]
 
+    @property
+    def id(self) -> int:
+        """The same for all passes."""
+        return self.first.question_index
+
+    @property
+    def image_sha256(self) -> str:
+        """Hash of the image's encoded bytes."""
+        return self.cluster
+
+    @property
+    def category(self) -> str:
+        """The narrower category."""
+        return self.first.category
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The right letter of each rotation; empty texts where the file keeps the answers back."""
+        return tuple(row.answer for row in self.rotations)
+
 
 def read_tsv(path: Path) -> list[Row]:
-    """All rows of a file of MMBench layout, in its order. Each distinct image is held once, and decoded once to check.
+    """Return all rows of a file of MMBench layout, in its order. Each distinct image is held once, and decoded once to
+    check.
 
     Raises:
         UserError: the file or a column is missing, it has no rows, or one is wrong; the message names file and line.
@@ -99,19 +120,19 @@ def read_tsv(path: Path) -> list[Row]:
 
 
 def single_rows(rows: Sequence[Row]) -> list[Question]:
-    """Every row by itself, in the file's order."""
+    """Return every row by itself, in the file's order."""
     clusters = _clusters(rows)
     return [Question(rotations=(row,), cluster=clusters[row.question_index]) for row in rows]
 
 
 def first_rows(rows: Sequence[Row]) -> list[Question]:
-    """Pass 0 of each question, in the order in which the questions first appear."""
+    """Return pass 0 of each question, in the order in which the questions first appear."""
     return [replace(question, rotations=(question.first,)) for question in _grouped(rows)]
 
 
 def all_rotations(rows: Sequence[Row]) -> list[Question]:
-    """Every question with all its rotations: those of the file, or made from its first row where the file has others
-    than one an option."""
+    """Return every question with all its rotations: those of the file, or made from its first row where the file has
+    others than one an option."""
     questions = []
     for question in _grouped(rows):
         first = question.first
@@ -123,7 +144,7 @@ def all_rotations(rows: Sequence[Row]) -> list[Question]:
 
 
 def rotate(row: Row, by: int) -> Row:
-    """The row `by` passes on: option texts move up by `by` letters, the right answer with them."""
+    """Return the row `by` passes on: option texts move up by `by` letters, the right answer with them."""
     num_options = len(row.options)
     by_pass = (row.index // PASS + by) % num_options
     answer = row.letters[(row.letters.index(row.answer) - by) % num_options] if row.answer else ""
@@ -147,7 +168,7 @@ def _grouped(rows: Sequence[Row]) -> list[Question]:
 
 
 def _clusters(rows: Sequence[Row]) -> dict[int, str]:
-    """The image of each question; that of its first row where copies of it differ in their bytes."""
+    """Return the image of each question; that of its first row where copies of it differ in their bytes."""
     clusters: dict[int, str] = {}
     for row in sorted(rows, key=lambda row: row.index):
         clusters.setdefault(row.question_index, row.image_sha256)
@@ -155,7 +176,7 @@ def _clusters(rows: Sequence[Row]) -> dict[int, str]:
 
 
 def _read_fields(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """(place for messages, fields by column name) of each line."""
+    """Return (place for messages, fields by column name) of each line."""
     limit = csv.field_size_limit(_MAX_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -185,7 +206,7 @@ def _index(row: dict[str, str], where: str) -> int:
 
 
 def _number(text: str) -> int | None:
-    """A whole number, or None for anything else."""
+    """Return a whole number, or None for anything else."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
@@ -215,7 +236,7 @@ def _row(row: dict[str, str], picture: tuple[ImageRef, str], has_answers: bool, 
 def _image(
     field: str, encoded: dict[int, str], pictures: dict[str, tuple[ImageRef, str]], where: str
 ) -> tuple[ImageRef, str]:
-    """The image that a row's field holds or points to, checked when first met."""
+    """Return the image that a row's field holds or points to, checked when first met."""
     index = _number(field)  # no encoded image is so short
     if index is not None:
         if index not in encoded or _number(encoded[index]) is not None:

@@ -1,4 +1,4 @@
-"""What the folder of a run tells, whether it is running, ended, stopped or failed."""
+"""What the files of a run say, whether it is running, ended, stopped or failed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
     """before.json: held-out loss and answers of the base; empty where nothing is held out."""
     selection: Line | None
     evaluations: Sequence[Line]
-    """Summaries of checkpoints that were asked with images."""
+    """Summaries of checkpoints that were evaluated with images; `score` is there whatever the benchmark calls it."""
     stores: dict[str, list[Line]]
     """By source, the manifests of its prepared datasets, as far as they are here."""
     checkpoints: tuple[str, ...]
@@ -64,7 +64,7 @@ def read_run(path: Path) -> Run:
 
 
 def _lines(file: Path) -> Iterable[Line]:
-    """Lines of JSON; the last may be on its way."""
+    """Yield lines of JSON; the last one may not be complete yet."""
     if not file.is_file():
         return
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), 1):
@@ -89,12 +89,13 @@ def _evaluations(folder: Path) -> Iterable[Line]:
     for file in sorted(folder.glob("*/*/*.json")):
         summary = _object(file) or {}
         step = _step(file.stem)
-        if step is not None and summary.get("with_images", True) and "accuracy" in summary:
-            yield {"benchmark": file.parts[-3], **summary, "step": step}
+        score = summary.get("accuracy", summary.get("score"))
+        if step is not None and summary.get("with_images", True) and score is not None:
+            yield {"benchmark": file.parts[-3], **summary, "step": step, "score": score}
 
 
 def _step(name: str) -> int | None:
-    """Of a checkpoint; 0 for the base."""
+    """Return the step of a checkpoint, 0 for the base; None for other names."""
     number = name.removeprefix("checkpoint-")
     return 0 if name == "base" else int(number) if number.isdecimal() and number != name else None
 
@@ -106,9 +107,6 @@ def _manifests(recipe: Recipe, source: int) -> Iterable[Line]:
         except UserError:  # the run was copied here without its data
             continue
         yield {"dataset": dataset.dataset, "path": dataset.path, **manifest}
-
-
-# ------------------------------------------------------------------------------------------------------------- sums
 
 
 class SourceTotals(NamedTuple):
@@ -134,7 +132,7 @@ class SourceTotals(NamedTuple):
 
 
 def source_totals(run: Run) -> list[SourceTotals]:
-    """Each source, in the order of the recipe."""
+    """Return the totals of each source, in the order of the recipe."""
     names = [source.name for source in run.recipe.data.mixture]
     tokens, trained = ({name: _sum(run, name, key) for name in names} for key in ("tokens", "trained_tokens"))
     found = []
@@ -169,49 +167,3 @@ def _counts(some: Iterable[dict[str, int]]) -> dict[str, int]:
     for counts in some:
         total.update(counts)
     return dict(total.most_common())
-
-
-# ----------------------------------------------------------------------------------------------------------- series
-
-Point = tuple[float, float]
-
-
-def series(lines: Sequence[Line], key: str) -> list[Point]:
-    """A number of each step that has it."""
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-
-
-def source_losses(lines: Sequence[Line], source: str) -> list[tuple[float, float, float]]:
-    """(step, mean loss of a source, its trained tokens) of each step that trained any."""
-    own = ((line["step"], line["sources"].get(source, {})) for line in lines)
-    return [(step, at["loss"], at["trained_tokens"]) for step, at in own if at.get("loss") is not None]
-
-
-def losses(lines: Sequence[Line]) -> list[tuple[float, float, float]]:
-    """(step, mean loss, trained tokens)."""
-    return [(line["step"], line["loss"], line["trained_tokens"]) for line in lines if line["loss"] is not None]
-
-
-def binned(points: Sequence[tuple[float, float, float]], bins: int) -> list[Point]:
-    """(x, y, weight) -> at most `bins` points, each the weighted mean of a stretch of them: the mean loss of its
-    tokens, where the weights are tokens."""
-    width = -(-len(points) // bins) if points else 1
-    stretches = (points[first : first + width] for first in range(0, len(points), width))
-    return [(_mean(stretch, 0), _mean(stretch, 1)) for stretch in stretches]
-
-
-def _mean(stretch: Sequence[tuple[float, float, float]], column: int) -> float:
-    weight = sum(point[2] for point in stretch)
-    return sum(point[column] * point[2] for point in stretch) / weight
-
-
-def held_out(run: Run, source: str | None = None) -> list[Point]:
-    """Held-out loss of a source, or of all, at each validation; step 0 is the base."""
-    found = []
-    for step, line in [(0, run.before), *((line["step"], line) for line in run.lines)]:
-        validation = line.get("validation") or {}
-        own = [validation.get(source, {})] if source else list(validation.values())
-        known = [(one["loss"], one["trained_tokens"]) for one in own if one.get("loss") is not None]
-        if known:
-            found.append((float(step), sum(a * b for a, b in known) / sum(b for _, b in known)))
-    return found

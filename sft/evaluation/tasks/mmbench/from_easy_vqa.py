@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sft.core.files import write_atomically
 from sft.data.datasets.easy_vqa import SHAPES, draw_options
-from sft.evaluation.mmbench.questions import COLUMNS, LETTERS, PASS
+from sft.evaluation.tasks.mmbench.questions import COLUMNS, LETTERS, PASS
 
 
 def write_benchmark(path: Path, *, seed: int) -> int:
@@ -49,7 +49,7 @@ def write_benchmark(path: Path, *, seed: int) -> int:
 def _rows(
     index: int, question: str, answer: str, options: Sequence[str], image: str, comment: str
 ) -> list[dict[str, str | int]]:
-    """All rotations of a question. The first row holds the image, the others point to it."""
+    """Return all rotations of a question. The first row holds the image, the others point to it."""
     category = "shape" if answer in SHAPES else "color"
     rows = []
     for by in range(len(options)):

@@ -12,17 +12,19 @@ from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.files import whole_file
-from sft.evaluation.mmbench.questions import Row
-from sft.evaluation.mmbench.score import Benchmark
-from sft.evaluation.results import Rank, Result
+from sft.evaluation.results import Result
+from sft.evaluation.tasks.mmbench.benchmark import Benchmark
+from sft.evaluation.tasks.mmbench.multiple_choice import asked_rows
+from sft.evaluation.tasks.mmbench.questions import Row
+from sft.recipe import Scoring
 
 OPTIONS = ("A", "B", "C", "D")
 NO_OPTION = "Z"
 """No option was named, or the question did not fit the model; so VLMEvalKit writes it too."""
 
 
-def check_submission(file: Path, benchmark: Benchmark, ranks: Sequence[Rank]) -> None:
-    """Whether `file` will hold all it has to, before anything is computed.
+def check_submission(file: Path, benchmark: Benchmark, scorings: Sequence[Scoring]) -> None:
+    """Check that `file` will hold all it has to, before anything is computed.
 
     Raises:
         UserError: another suffix, no openpyxl, more than one ranking, or rows that are not asked.
@@ -31,8 +33,8 @@ def check_submission(file: Path, benchmark: Benchmark, ranks: Sequence[Rank]) ->
         raise UserError(f"--submission {file}: expected the name of an .xlsx file")
     if find_spec("openpyxl") is None:
         raise UserError("--submission needs openpyxl: pip install 'idefics-sft[evaluation]'")
-    if len(ranks) > 1:
-        raise UserError(f"--submission holds the answers of one ranking, found {', '.join(ranks)}; give --rank")
+    if len(scorings) > 1:
+        raise UserError(f"--submission holds the answers of one ranking, found {', '.join(scorings)}; give --rank")
     asked = {row.index for question in benchmark.questions for row in question.rotations}
     missing = [row.index for row in benchmark.rows if row.index not in asked]
     if missing:
@@ -47,7 +49,7 @@ def write_submission(file: Path, rows: Sequence[Row], result: Result) -> None:
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
-    predictions = {asked.index: asked.prediction for question in result.questions for asked in question.rotations}
+    predictions = {row.index: row.prediction for outcome in result.outcomes for row in asked_rows(outcome)}
     book = Workbook()
     sheet = book.active
     assert sheet is not None

@@ -5,7 +5,7 @@
     circular  all of them
 
 A question becomes a `Sample` that ends with the user's turn, shots and query in one: another benchmark needs only this
-to be asked by `ranking` or by `generation`.
+to be asked by `rank_answers` or by `generate_answers`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Literal, get_args
 
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample
-from sft.evaluation.mmbench.questions import Question, Row, all_rotations, first_rows, single_rows
-from sft.evaluation.results import Rank
+from sft.evaluation.tasks.mmbench.questions import Question, Row, all_rotations, first_rows, single_rows
+from sft.recipe import Scoring
 
 Protocol = Literal[
     "card",  # every row of the file by itself, all four letters
@@ -34,7 +34,7 @@ four letters: leaving it out changes nothing, and keeps the sum exact (in bfloat
 
 
 def group_rows(rows: Sequence[Row], protocol: Protocol) -> list[Question]:
-    """The rows of a file as what counts as a question under a protocol.
+    """Return the rows of a file as what counts as a question under a protocol.
 
     Raises:
         UserError: there is no such protocol.
@@ -44,19 +44,19 @@ def group_rows(rows: Sequence[Row], protocol: Protocol) -> list[Question]:
     return {"card": single_rows, "vanilla": first_rows, "circular": all_rotations}[protocol](rows)
 
 
-def check_protocol(protocol: Protocol, ranks: Sequence[Rank]) -> None:
+def check_protocol(protocol: Protocol, scorings: Sequence[Scoring]) -> None:
     """
     Raises:
         UserError: the card's protocol is asked for with anything but letters.
     """
-    others = [rank for rank in ranks if rank != "letter"]
+    others = [scoring for scoring in scorings if scoring != "letter"]
     if protocol == "card" and others:
         raise UserError(f"protocol card ranks letters, found {others[0]}; vanilla and circular rank {others[0]}")
 
 
 def question_text(row: Row) -> str:
-    """What is asked, word for word as for the released instruct checkpoints (m4, make_mmbench.py), existing options
-    only. The space at its end is left to `_user`."""
+    """Return the question, word for word as for the released instruct checkpoints (m4, make_mmbench.py), existing
+    options only. The space at its end is left to `_user`."""
     lines = [f"Context: {row.hint}"] if row.hint else []
     lines += [f"Question: {row.question}", "Possible answers:"]
     lines += [f"{letter}: {option}" for letter, option in zip(row.letters, row.options, strict=True)]
@@ -64,39 +64,39 @@ def question_text(row: Row) -> str:
 
 
 def query(
-    row: Row, protocol: Protocol, rank: Rank, *, shots: Sequence[Row] = (), blind: bool = False, key: str = "question"
+    row: Row, protocol: Protocol, scoring: Scoring, *, shots: Sequence[Row] = (), key: str = "question"
 ) -> Sample:
-    """The conversation that asks `row` after answered `shots`; `blind` leaves all images out."""
+    """Return the conversation that asks `row` after answered `shots`."""
     system = (Message(role="system", content=(CARD_PREFIX,)),) if protocol == "card" else ()
     turns = [
         turn
         for shot in shots
         for turn in (
-            _user(shot, protocol, blind),
-            Message(role="assistant", content=(_shot_answer(shot, protocol, rank),)),
+            _user(shot, protocol),
+            Message(role="assistant", content=(_shot_answer(shot, protocol, scoring),)),
         )
     ]
-    return Sample(key=key, messages=(*system, *turns, _user(row, protocol, blind)))
+    return Sample(key=key, messages=(*system, *turns, _user(row, protocol)))
 
 
-def answers(row: Row, protocol: Protocol, rank: Rank) -> tuple[str, ...]:
-    """What is compared, in the order of `letters`."""
-    return row.options if rank == "text" else letters(row, protocol)
+def compared(row: Row, protocol: Protocol, scoring: Scoring) -> tuple[str, ...]:
+    """Return the answers whose likelihoods are compared, in the order of `letters`."""
+    return row.options if scoring == "text" else letters(row, protocol)
 
 
 def letters(row: Row, protocol: Protocol) -> tuple[str, ...]:
-    """The letters that can win."""
+    """Return the letters that can win."""
     return CARD_LETTERS if protocol == "card" else row.letters
 
 
-def _user(row: Row, protocol: Protocol, blind: bool) -> Message:
-    """In the source a space stands at the end of the text, left over from the base model's template, where the answer
-    followed. The card's protocol keeps it; elsewhere the text ends as training data does."""
+def _user(row: Row, protocol: Protocol) -> Message:
+    """Return the user's turn. In the source a space stands at the end of the text, left over from the base model's
+    template, where the answer followed. The card's protocol keeps it; elsewhere the text ends as training data does."""
     text = question_text(row) + (" " if protocol == "card" else "")
-    return Message(role="user", content=(text,) if blind else (row.image, text))
+    return Message(role="user", content=(row.image, text))
 
 
-def _shot_answer(row: Row, protocol: Protocol, rank: Rank) -> str:
+def _shot_answer(row: Row, protocol: Protocol, scoring: Scoring) -> str:
     if protocol == "card":
         return f"{row.answer}."
-    return row.options[row.letters.index(row.answer)] if rank == "text" else row.answer
+    return row.options[row.letters.index(row.answer)] if scoring == "text" else row.answer

@@ -1,4 +1,4 @@
-"""Which option a written answer names. No model judges it; what names none counts as wrong.
+"""Which option a generated answer names. No model judges it; an answer that names none counts as wrong.
 
 1. The words of the answer, without punctuation, hold exactly one option letter (a capital by itself), among the last
    four words. `A` in an answer of more than three words is the article, not a letter.
@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 MAX_NEW_TOKENS = 64
-"""Of a written answer."""
+"""Of a generated answer."""
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!?*#{}'\"。，：；！？（）、", " "))
 _LAST_WORDS = 4
@@ -23,7 +23,7 @@ _ARTICLE_WORDS = 3
 
 
 def find_letter(answer: str, letters: Sequence[str], options: Sequence[str]) -> str:
-    """The letter of the option that `answer` names, or an empty string."""
+    """Return the letter of the option that `answer` names, or an empty string."""
     return _by_word(answer, letters) or _by_phrase(answer, letters) or _by_text(answer, letters, options)
 
 

@@ -1,49 +1,39 @@
-"""What a run tells in words: which checkpoint was selected and why, and answers before and after."""
+"""The selection in words and as a table: which checkpoint was selected, why, and how sure that is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from sft.report.charts import percent
-from sft.report.reading import Line, Run
-
-
-class Said(NamedTuple):
-    """An answer to a question."""
-
-    who: str
-    text: str
-    is_after: bool = False
-    """Whether it is the one to look at."""
+from sft.core.metric import ACCURACY, LOSS, Metric
+from sft.report.numbers import percent
+from sft.report.run_files import Line, Run
 
 
-class Answer(NamedTuple):
-    """A question with what was answered to it."""
-
-    key: str
-    prompt: str
-    images: Sequence[str]
-    answers: Sequence[Said]
-
-
-# --------------------------------------------------------------------------------------------------------- selection
+def metric_of(line: Line) -> Metric:
+    """Return what the scores of a selection or of a summary measure; files of older versions do not say."""
+    if isinstance(line.get("metric"), dict):
+        return Metric(**line["metric"])
+    return LOSS if line.get("by") == "loss" else ACCURACY
 
 
 def score_of(selection: Line, checkpoint: str) -> Line:
+    """Return what a selection holds about a checkpoint."""
     return next(score for score in selection["scores"] if score["checkpoint"] == checkpoint)
 
 
 def score_text(score: float, selection: Line) -> str:
-    return f"{score:.3f}" if selection["by"] == "loss" else percent(score)
+    """Return a score as text: a share in percent."""
+    return percent(score) if metric_of(selection).is_share else f"{score:.3f}"
 
 
 def between(interval: Sequence[float] | None, selection: Line) -> str:
+    """Return an interval as text, empty where there is none."""
     return " to ".join(score_text(limit, selection) for limit in interval) if interval else ""
 
 
 def selection_words(run: Run) -> Iterable[str]:
-    """Which checkpoint was selected, why, and how sure that is."""
+    """Yield sentences: which checkpoint was selected, why, and how sure that is."""
     chosen = run.selection
     if not chosen:
         return
@@ -68,7 +58,8 @@ def selection_words(run: Run) -> Iterable[str]:
 
 
 def _reason(chosen: Line) -> str:
-    extreme = "lowest held-out loss" if chosen["by"] == "loss" else "highest score"
+    metric = metric_of(chosen)
+    extreme = f"lowest {metric.name}" if metric.lower_is_better else "highest score"
     if chosen["rule"] == "earliest_not_worse":
         return "it is the earliest that cannot be told apart from the best, and has"
     if chosen["selected"] != chosen["best"]:
@@ -79,7 +70,7 @@ def _reason(chosen: Line) -> str:
 
 
 def scores(run: Run) -> Iterable[dict[str, Any]]:
-    """Rows of the table of checkpoints."""
+    """Yield the rows of the table of checkpoints."""
     chosen = run.selection
     if not chosen:
         return
@@ -93,28 +84,3 @@ def scores(run: Run) -> Iterable[dict[str, Any]]:
             "is_tied": score["checkpoint"] in chosen["tied"],
             "is_gone": not score.get("has_weights", True),
         }
-
-
-# ----------------------------------------------------------------------------------------------------------- answers
-
-
-def answers(run: Run) -> Iterable[Answer]:
-    """The fixed held-out questions: what the base said, what the model says, what the data say."""
-    asked = [(line["step"], line["generations"]) for line in run.lines if line.get("generations")]
-    before = run.before.get("generations") or []
-    if not asked and not before:
-        return
-    selected = score_of(run.selection, run.selection["selected"])["step"] if run.selection else None
-    shown = [one for one in asked if one[0] == selected] or asked[-1:]
-    if not before:  # a run from before there was a before.json, or one whose first validation failed
-        shown = [*(asked[:1] if asked[0][0] != shown[0][0] else []), *shown]
-    for number, question in enumerate(before or shown[0][1]):
-        images = question.get("images", [])
-        said = [Said("before", question["answer"])] if before else []
-        for step, lines in shown:
-            who = f"step {step:,}" + ", selected" * (step == selected)
-            said += [Said(who, one["answer"], step == shown[-1][0]) for one in lines[number : number + 1]]
-        if "expected" in question:
-            said.append(Said("the data", question["expected"]))
-        prompt = question["prompt"].replace("<image>", "", len(images)).strip()
-        yield Answer(question["key"], prompt, images, said)

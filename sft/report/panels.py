@@ -1,4 +1,4 @@
-"""The figures of a run."""
+"""The charts of a run with their headings, in the order of the page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from sft.report.charts import GIB, Series, chart, percent, plain, round_percent, scientific
-from sft.report.reading import Line, Point, Run, binned, held_out, losses, series, source_losses
-from sft.report.telling import score_of, score_text
+from sft.core.metric import Metric
+from sft.report.charts import WIDTH, Point, Series, chart
+from sft.report.numbers import GIB, plain, round_percent, scientific
+from sft.report.run_files import Line, Run
+from sft.report.selection_text import metric_of, score_of, score_text
+from sft.report.series import binned, held_out, losses, series, source_losses
 
 BINS = 100
 """Largest number of points of a line of losses."""
@@ -19,7 +22,7 @@ SMALL = 190
 """Height of a panel among many."""
 
 
-class Figure(NamedTuple):
+class Panel(NamedTuple):
     """A chart with its heading."""
 
     title: str
@@ -31,90 +34,97 @@ class Figure(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def score_figures(run: Run) -> Iterable[Figure]:
-    """The scores that chose; and each ranking of each benchmark, if there are several or none has chosen yet."""
+def score_panels(run: Run) -> Iterable[Panel]:
+    """Yield the scores that chose; and those of every way in which the checkpoints were evaluated, if there are several
+    or none has chosen yet."""
     if run.selection:
-        yield Figure(*_chosen_by(run, run.selection))
+        yield chosen_panel(run.selection)
     by_kind: dict[tuple[str, ...], list[Line]] = {}
     for summary in run.evaluations:
-        kind = (summary["benchmark"], summary.get("protocol") or summary.get("by", ""), summary.get("rank", ""))
-        by_kind.setdefault(kind, []).append(summary)
+        names = (summary.get("protocol") or summary.get("by") or summary.get("task", ""), summary.get("rank", ""))
+        by_kind.setdefault((summary["benchmark"], *names), []).append(summary)
     if run.selection and len(by_kind) < 2:
         return
     for (benchmark, protocol, rank), summaries in by_kind.items():
         summaries.sort(key=lambda summary: summary["step"])
+        metric = metric_of(summaries[-1])
         svg = _score_chart(
-            run,
-            [(summary["step"], summary["accuracy"]) for summary in summaries],
+            [(summary["step"], summary["score"]) for summary in summaries],
+            metric,
             intervals=[summary.get("interval") for summary in summaries],
-            tips=[f"step {summary['step']:,}: {percent(summary['accuracy'])}" for summary in summaries],
-            label=f"accuracy on {benchmark}" + f" by {rank}" * bool(rank),
-            limits=(0, 1),
+            tips=[f"step {summary['step']:,}: {score_text(summary['score'], summary)}" for summary in summaries],
+            rings=[
+                ring if ring == "ring" else "" for ring in _rings([one["step"] for one in summaries], run.selection)
+            ],
+            label=f"{metric.name} on {benchmark}" + f" by {rank}" * bool(rank),
+            limits=(0, 1) if metric.is_share else None,
             chance=summaries[-1].get("chance"),
         )
         note = f"{benchmark}, {protocol}, {summaries[-1].get('questions', 0):,} questions"
-        yield Figure(f"By {rank}" if rank else "Accuracy", note, svg)
+        yield Panel(f"By {rank}" if rank else metric.name[:1].upper() + metric.name[1:], note, svg)
 
 
-def _score_chart(
-    run: Run,
-    points: Sequence[Point],
-    *,
-    intervals: Sequence[tuple[float, float] | None],
-    tips: Sequence[str],
-    is_loss: bool = False,
-    **how: Any,
-) -> Markup:
-    """Scores of checkpoints over their steps, with intervals, and a ring around the selected one."""
-    selected = score_of(run.selection, run.selection["selected"])["step"] if run.selection else None
+def _rings(steps: Sequence[float], chosen: Line | None) -> list[str]:
+    """Return for each step whether its checkpoint is selected, or cannot be told apart from the best one."""
+    if chosen is None:
+        return []
+    of_step = {score["step"]: "tied" for score in chosen["scores"] if score["checkpoint"] in chosen["tied"]}
+    of_step[score_of(chosen, chosen["selected"])["step"]] = "ring"
+    return [of_step.get(step, "") for step in steps]
+
+
+def _score_chart(points: Sequence[Point], metric: Metric, *, label: str, **drawn: Any) -> Markup:
+    """Return scores of checkpoints over their steps, with intervals and rings."""
+    own = {name: drawn.pop(name) for name in ("intervals", "tips", "rings")}
+    scores = Series(points=points, style="scores", **own)
     steps = [step for step, _ in points]
-    rings = [step == selected for step in steps]
-    scores = Series(points=points, style="scores", intervals=intervals, tips=tips, rings=rings)
-    return chart([scores], steps=steps, format_y=plain if is_loss else round_percent, **how)
+    return chart([scores], steps=steps, format_y=round_percent if metric.is_share else plain, label=label, **drawn)
 
 
-def _chosen_by(run: Run, chosen: Line) -> tuple[str, str, Markup]:
-    is_loss = chosen["by"] == "loss"
-    scores = chosen["scores"]
+def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:
+    """Return the scores of a selection, which is an object of the keys of selection.json."""
+    metric, scores = metric_of(chosen), chosen["scores"]
     svg = _score_chart(
-        run,
         [(score["step"], score["score"]) for score in scores],
+        metric,
         intervals=[score.get("interval") for score in scores],
         tips=[f"{score['checkpoint']}: {score_text(score['score'], chosen)}" for score in scores],
-        is_loss=is_loss,
+        rings=_rings([score["step"] for score in scores], chosen),
         label="score of each checkpoint with its interval",
+        width=width,
     )
     ranks = " and ".join(chosen.get("ranks", ()))
     what = f"mean of {ranks}" if " and " in ranks else chosen["benchmark"]
-    return "Held-out loss" if is_loss else "Score", f"{what} · ring: selected", svg
+    rings = "ring: selected" + "; thin: cannot be told apart from the best" * (len(chosen["tied"]) > 1)
+    return Panel("Held-out loss" if chosen["by"] == "loss" else "Score", f"{what} · {rings}", svg)
 
 
-def category_figures(run: Run) -> Iterable[Figure]:
-    """Small panels, if there is more than one category."""
-    chosen = run.selection
+def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Panel]:
+    """Yield a small panel for each category of a selection, if there is more than one."""
     if not chosen or len(chosen["categories"]) < 2:
         return
-    steps = [score["step"] for score in chosen["scores"]]
-    is_loss = chosen["by"] == "loss"
+    steps, metric = [score["step"] for score in chosen["scores"]], metric_of(chosen)
     for name, category in chosen["categories"].items():
         svg = _score_chart(
-            run,
             list(zip(steps, category["scores"], strict=True)),
+            metric,
             intervals=category["intervals"],
             tips=[score_text(score, chosen) for score in category["scores"]],
-            is_loss=is_loss,
+            rings=_rings(steps, chosen),
             label=f"score in the category {name}",
-            limits=None if is_loss else (0, 1),
+            limits=(0, 1) if metric.is_share else None,
             height=SMALL,
+            width=width,
         )
-        kind = "samples" if is_loss else "questions"
-        yield Figure(name or "without category", f"{category['questions']:,} {kind}", svg)
+        kind = "samples" if chosen["by"] == "loss" else "questions"
+        yield Panel(name or "without category", f"{category['questions']:,} {kind}", svg)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def loss_figures(run: Run) -> Iterable[Figure]:
+def loss_panels(run: Run) -> Iterable[Panel]:
+    """Yield the loss of training and of held-out data, and the learning rate."""
     if not run.lines:
         return
     points = losses(run.lines)
@@ -128,14 +138,14 @@ def loss_figures(run: Run) -> Iterable[Figure]:
         format_y=plain,
         log=True,
     )
-    yield Figure("Loss", "per trained token" + "; dots: held out" * bool(held_out(run)), svg)
+    yield Panel("Loss", "per trained token" + "; dots: held out" * bool(held_out(run)), svg)
     rates = series(run.lines, "learning_rate")
     svg = chart([Series(points=_thin(rates))], label="learning rate", format_y=scientific, from_zero=True)
-    yield Figure("Learning rate", "of the groups that have none of their own", svg)
+    yield Panel("Learning rate", "of the groups that have none of their own", svg)
 
 
-def source_figures(run: Run) -> Iterable[Figure]:
-    """Train and held-out loss of each source."""
+def source_panels(run: Run) -> Iterable[Panel]:
+    """Yield the training and held-out loss of each source."""
     last = float(run.lines[-1]["step"]) if run.lines else None
     for number, source in enumerate(run.recipe.data.mixture):
         points = source_losses(run.lines, source.name)
@@ -161,15 +171,16 @@ def source_figures(run: Run) -> Iterable[Figure]:
         )
         if svg:
             ends = f"{points[0][1]:.3g} to {_means(points)[-1][1]:.3g}" if points else "not trained yet"
-            yield Figure(source.name, ends + (f" · held out {apart[-1][1]:.3g}" if apart else ""), svg, hue)
+            yield Panel(source.name, ends + (f" · held out {apart[-1][1]:.3g}" if apart else ""), svg, hue)
 
 
-def speed_figures(run: Run) -> Iterable[Figure]:
+def speed_panels(run: Run) -> Iterable[Panel]:
+    """Yield speed, memory and the norm of the gradient, as far as they were recorded."""
     speeds, memory = series(run.lines, "tokens_per_second"), series(run.lines, "peak_memory_bytes")
     norms = series(run.lines, "grad_norm")
     if speeds:
         lines = [Series(points=_thin(speeds), style="faint"), Series(points=_smooth(speeds))]
-        yield Figure(
+        yield Panel(
             "Speed", "tokens/s", chart(lines, label="tokens per second", format_y=plain, from_zero=True, height=SMALL)
         )
     if memory:
@@ -180,10 +191,10 @@ def speed_figures(run: Run) -> Iterable[Figure]:
             from_zero=True,
             height=SMALL,
         )
-        yield Figure("Memory", "GiB, the peak so far of one process", svg)
+        yield Panel("Memory", "GiB, the peak so far of one process", svg)
     if norms:
         lines = [Series(points=_thin(norms), style="faint"), Series(points=_smooth(norms))]
-        yield Figure(
+        yield Panel(
             "Gradient norm", "before clipping", chart(lines, label="norm", format_y=plain, log=True, height=SMALL)
         )
 
@@ -193,11 +204,11 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def _means(points: Sequence[tuple[float, float, float]]) -> list[Point]:
-    """Weighted means of five steps and more, at most `BINS` of them."""
+    """Return weighted means of five steps and more, at most `BINS` of them."""
     return binned(points, min(max(len(points) // 5, 12), BINS))
 
 
 def _thin(points: Sequence[Point], number: int = 600) -> list[Point]:
-    """At most so many of them, the last among them: a run may have 100,000 steps."""
+    """Return at most `number` of the points, the last among them: a run may have 100,000 steps."""
     every = -(-len(points) // number) or 1
     return [*points[:-1:every], *points[-1:]]

@@ -12,15 +12,15 @@ import random
 from collections.abc import Sequence
 
 from sft.core.errors import UserError
-from sft.evaluation.mmbench.questions import Question, Row
-from sft.evaluation.results import in_random_order
+from sft.evaluation.draw_images import in_random_order
+from sft.evaluation.tasks.mmbench.questions import Question, Row
 
 SUPPORT_SHARE = 0.1
 """Of the questions, where support is a part of the file."""
 
 
 def split_support(questions: Sequence[Question], *, num_shots: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Questions to ask, and the tenth of them (at least `num_shots`) that is set aside, by whole images.
+    """Return the questions to ask, and the tenth of them (at least `num_shots`) that is set aside, by whole images.
 
     The last images of the seeded order are set aside: a part of the questions is made of the first.
     """
@@ -40,7 +40,7 @@ def split_support(questions: Sequence[Question], *, num_shots: int, seed: int) -
 
 
 def draw_shots(query: Question, support: Sequence[Row], *, num_shots: int, seed: int) -> tuple[Row, ...]:
-    """`num_shots` rows of `support`, of different questions, none about the query's question or image.
+    """Return `num_shots` rows of `support`, of different questions, none about the query's question or image.
 
     Raises:
         UserError: there are not so many.

@@ -1,0 +1,41 @@
+"""`idefics-sft tasks list|show`: the benchmarks that `evaluate`, `select` and `leaks` take."""
+
+import inspect
+import sys
+from json import dumps
+from typing import Annotated
+
+import typer
+
+from sft.cli.terminal import Json, console, examples, table
+
+EXAMPLES = ("tasks list", "tasks show vqav2")
+app = typer.Typer(help="List the benchmarks, or show what one needs and how it is asked.", no_args_is_help=True)
+
+
+@app.command(name="list", epilog=examples(EXAMPLES[:1]))
+def list_(json: Json = False) -> None:
+    """List the tasks: what is scored, how they are asked, and their splits."""
+    from sft.evaluation.tasks import task_names, task_type
+
+    found = [(name, task_type(name)) for name in task_names()]
+    if json:
+        rows = [
+            {"name": name, "metric": task.metric.name, "how": task.how, "splits": list(task.splits)}
+            for name, task in found
+        ]
+        sys.stdout.write(dumps(rows) + "\n")
+        return
+    lines = [(name, task.metric.name, task.how, ", ".join(task.splits)) for name, task in found]
+    console().print(table("tasks", ("name", "metric", "how", "splits"), lines))
+
+
+@app.command(epilog=examples(EXAMPLES[1:]))
+def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks list`.")]) -> None:
+    """Print what a task needs and how it is asked."""
+    from sft.evaluation.tasks import task_module, task_type
+
+    task = task_type(name)
+    about = inspect.getdoc(task_module(name))
+    splits = f"; splits {', '.join(task.splits)}" if task.splits else ""
+    console().print(f"{about}\n\nmetric {task.metric.name}; asked by: {task.how}{splits}")

@@ -1,0 +1,160 @@
+"""Asking a model tasks, each once: what a run keeps of the same weights under the same protocol is read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import groupby, islice
+from pathlib import Path
+
+from sft.core.distributed import all_or_none, from_main, is_main_process
+from sft.core.files import hash_file
+from sft.evaluation.generate_answers import generate_answers
+from sft.evaluation.rank_answers import score_answers
+from sft.evaluation.results import Result, find_result, write_result
+from sft.evaluation.task import Answer, MeasuredTask, OnProgress, PromptedTask, Query, Task
+from sft.models.open_model import Load, Loaded, find_family, load_for_inference, load_template
+from sft.runs.checkpoint import listed_hashes
+
+Answers = list[list[Answer | None]]
+"""For each item, the answers to its queries; None where a query is too long."""
+
+
+class ScoredModel:
+    """A model and its results, kept in the run under `name` and read back if they are there; it is loaded, by `load`,
+    when something is to be asked. Without a run nothing is kept."""
+
+    def __init__(
+        self, path: str | Path, *, run_dir: Path | None = None, name: str = "", load: Load = load_for_inference
+    ) -> None:
+        self.path = path
+        self.run_dir = run_dir
+        self.name = name
+        self._load = load
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model on its device."""
+        return self._load(self.path)
+
+    def score(self, tasks: Sequence[Task], on_progress: OnProgress = lambda done, total: None) -> list[Result]:
+        """Return its result on each task; all processes share in asking. Tasks of one benchmark share their forwards.
+
+        Raises:
+            UserError, RunError: the model cannot be loaded, or it is asked in vain; see the tasks.
+        """
+        hashes, kept, weights = from_main(lambda: self._kept(tasks))
+        results = {task: result for task, result in zip(tasks, kept, strict=True) if result}
+        missing = [task for task in tasks if task not in results]
+        for task, result in self._ask(missing, dict(zip(tasks, hashes, strict=True)), weights, on_progress):
+            with all_or_none():
+                if self.run_dir and is_main_process():
+                    write_result(result, task.summary(result), self.run_dir, self.name)
+            results[task] = result
+        return [results[task] for task in tasks]
+
+    def _kept(self, tasks: Sequence[Task]) -> tuple[list[str], list[Result | None], str]:
+        """Return the hash of each task's protocol, what is kept of each, and the hash of the weights."""
+        template = load_template(find_family(self.path), self.path)
+        hashes = [task.protocol_hash(template) for task in tasks]
+        if self.run_dir is None:
+            return hashes, [None for _ in tasks], ""
+        weights = weights_hash(Path(self.path))
+        kept = [
+            find_result(self.run_dir, task.benchmark, protocol_hash, self.name, weights=weights, num_rows=task.num_rows)
+            for task, protocol_hash in zip(tasks, hashes, strict=True)
+        ]
+        return hashes, kept, weights
+
+    def _ask(
+        self, tasks: Sequence[Task], hash_of: Mapping[Task, str], weights: str, on_progress: OnProgress
+    ) -> Iterator[tuple[Task, Result]]:
+        if tasks:
+            with all_or_none():
+                loaded = self.loaded
+        for benchmark, group in groupby(tasks, key=lambda task: task.benchmark):
+            own = list(group)
+            answers = ask(loaded, own, on_progress)
+            for task in own:
+                if isinstance(task, PromptedTask):
+                    yield task, task.result(answers[task], hash_of[task], weights)
+                elif isinstance(task, MeasuredTask):
+                    outcomes = tuple(task.measure(Path(self.path), loaded, on_progress))
+                    result = Result(
+                        benchmark=benchmark, protocol_hash=hash_of[task], outcomes=outcomes, weights=weights
+                    )
+                    yield task, result
+
+
+def score_model(
+    path: str | Path,
+    tasks: Sequence[Task],
+    *,
+    run_dir: Path | None,
+    name: str,
+    load: Load = load_for_inference,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Result]:
+    """Return the results of a model that is asked once: see `ScoredModel.score`."""
+    return ScoredModel(path, run_dir=run_dir, name=name, load=load).score(tasks, on_progress)
+
+
+def ask(
+    loaded: Loaded, tasks: Sequence[Task], on_progress: OnProgress = lambda done, total: None
+) -> dict[Task, Answers]:
+    """Ask a model all prompts of the tasks; those that rank by likelihood share their forwards.
+
+    Raises:
+        SkipSample: an image does not decode.
+    """
+    prompted = [task for task in tasks if isinstance(task, PromptedTask)]
+    found: dict[Task, Answers] = {}
+    ranked = [task for task in prompted if task.how == "rank"]
+    if ranked:
+        found |= _in_one_call(ranked, partial(_rank, loaded, on_progress))
+    for task in prompted:
+        if task.how == "generate":
+            found |= _in_one_call([task], partial(_generate, loaded, on_progress, task.max_new_tokens))
+    return found
+
+
+def _in_one_call(tasks: Sequence[Task], call: Callable[[list[Query]], Iterable[Answer | None]]) -> dict[Task, Answers]:
+    """Return the answers of each task, where `call` answers the queries of all of them in order."""
+    asked = {task: list(task.all_queries()) for task in tasks if isinstance(task, PromptedTask)}
+    answers = iter(call([query for own in asked.values() for queries in own for query in queries]))
+    return {task: [list(islice(answers, len(queries))) for queries in own] for task, own in asked.items()}
+
+
+def _rank(loaded: Loaded, on_progress: OnProgress, queries: list[Query]) -> Iterator[Answer | None]:
+    scores = score_answers(
+        loaded.model,
+        loaded.template,
+        queries,
+        image_size=loaded.image_size,
+        autocast=loaded.autocast,
+        max_positions=loaded.max_positions,
+        on_progress=on_progress,
+    )
+    return (None if own is None else Answer(scores=tuple(own)) for own in scores)
+
+
+def _generate(
+    loaded: Loaded, on_progress: OnProgress, max_new_tokens: int, queries: list[Query]
+) -> Iterator[Answer | None]:
+    texts = generate_answers(
+        loaded.model,
+        loaded.template,
+        [query.sample for query in queries],
+        max_new_tokens=max_new_tokens,
+        max_positions=loaded.max_positions,
+        autocast=loaded.autocast,
+        on_progress=on_progress,
+    )
+    return (None if text is None else Answer(text=text) for text in texts)
+
+
+def weights_hash(folder: Path) -> str:
+    """Return one hash over the weight files of a model folder. It is read back where a manifest lists theirs; otherwise
+    all of them are read, 18 GB of idefics-9b."""
+    known = listed_hashes(folder)
+    return "-".join(known.get(file.name) or hash_file(file) for file in sorted(folder.glob("*.safetensors")))

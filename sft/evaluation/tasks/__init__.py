@@ -1,0 +1,99 @@
+"""Benchmarks: a file or a folder here is a task, found by its name, whose `TASK` is a class of `sft.evaluation.task`.
+
+    recipe, --by, --task ─named_tasks─> names and paths ─open_tasks─> tasks, ready to be asked
+
+mmbench      multiple-choice questions of MMBench's layout
+exact_match  questions of one's own with short answers
+loss         the loss on what a run's recipe holds out
+vqav2        VQAv2
+
+A new one needs no other change, and a dotted name loads a module of the user's own. It says what it is asked (`items`,
+`queries`), how (`how`) and what an answer is worth (`score`); vqav2.py is the shortest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import NamedTuple
+
+from sft.core.errors import UserError, nearest
+from sft.evaluation.task import Task
+from sft.evaluation.task_source import HeldOut, TaskSource
+from sft.recipe import EvaluationConfig
+
+
+class NamedTask(NamedTuple):
+    """A task as a recipe or the command line names it."""
+
+    name: str
+    data: str | None
+    """File or folder of its data, where it is named."""
+
+
+def task_names() -> list[str]:
+    """Return the names of all tasks, in alphabetical order."""
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def task_module(name: str) -> ModuleType:
+    """Return the module of a task: one of this folder, or one of the user's own by its dotted name.
+
+    Raises:
+        UserError: there is none of that name, or it names no task.
+    """
+    known = task_names()
+    if name not in known and "." not in name:
+        raise UserError(f"{name}: no such task{nearest(name, known)} (known: {', '.join(known)})")
+    try:
+        module = import_module(f"{__name__}.{name}" if name in known else name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"task {name!r}: no such module can be imported ({error})") from error
+    if not hasattr(module, "TASK"):
+        raise UserError(f"task {name!r}: the module has no TASK; set it to the class of the task")
+    return module
+
+
+def task_type(name: str) -> type[Task]:
+    """Return the class of a task.
+
+    Raises:
+        UserError: see `task_module`.
+    """
+    found: type[Task] = task_module(name).TASK
+    return found
+
+
+def named_tasks(settings: EvaluationConfig) -> list[NamedTask]:
+    """Return the tasks that a recipe names; where it leaves `by` open, the one that goes with its benchmark.
+
+    Raises:
+        UserError: there is no task of such a name.
+    """
+    data = settings.benchmark
+    if settings.by is None:
+        is_jsonl = data is not None and data.endswith(".jsonl")
+        return [NamedTask("loss" if data is None else "exact_match" if is_jsonl else "mmbench", data)]
+    found = []
+    for text in (settings.by,) if isinstance(settings.by, str) else settings.by:
+        name, equals, path = text.partition("=")
+        task_type(name)
+        found.append(NamedTask(name, path if equals else data))
+    return found
+
+
+def open_tasks(
+    named: Sequence[NamedTask], settings: EvaluationConfig, store: Path, *, held_out: HeldOut | None = None
+) -> list[Task]:
+    """Read the benchmarks of these names.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    found: list[Task] = []
+    for name, data in named:
+        found += task_type(name).open(TaskSource(data=data, settings=settings, store=store, held_out=held_out))
+    return found
