@@ -29,13 +29,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.batches.collate import collate
+from sft.batches.image_source import GivenImages
 from sft.core.sample import ImageRef, Message, PlacedSample, Sample
-from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.models.image_transform import load_pixels
+from sft.models.idefics.images import IdeficsImages
+from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
+from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE, FAKE, IMAGE
+from sft.models.idefics.weights import save_model, select_trainable
+from sft.models.image_transform import load_tiles
 
 DATA = Path(easy_vqa.__file__).parent / "data"
-TEMPLATE = Path(__file__).parent.parent / "chat_templates" / idefics.CHAT_TEMPLATE
+TEMPLATE = Path(__file__).parent.parent / "chat_templates" / CHAT_TEMPLATE
 IMAGE_SIZE = 64
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
@@ -193,7 +197,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
         model_max_length=2048,
     )
-    fast.add_tokens([idefics.FAKE, idefics.IMAGE], special_tokens=True)
+    fast.add_tokens([FAKE, IMAGE], special_tokens=True)
     return fast
 
 
@@ -258,9 +262,9 @@ def document(*content: str | ImageRef) -> Sample:
     return Sample(key="document", messages=(Message(role="document", content=content),))
 
 
-def save(model: idefics.PackedIdefics, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+def save(model: PackedIdefics, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    idefics.save_model(model, output, torch.bfloat16)
+    save_model(model, output, torch.bfloat16)
     (output / "generation_config.json").unlink(missing_ok=True)
     tokenizer.save_pretrained(output)
 
@@ -281,12 +285,13 @@ def main() -> None:
 
     tokenizer = train_tokenizer(tokenizer_corpus(), args.vocab_size)
     # The chat template prints <end_of_utterance>, which this base does not know yet; documents never hold it.
-    template = ChatTemplate(load_chat_template(TEMPLATE).replace(idefics.END_OF_UTTERANCE, ""), tokenizer)
+    square = IdeficsImages.of_size(IMAGE_SIZE)
+    template = ChatTemplate(load_chat_template(TEMPLATE).replace(END_OF_UTTERANCE, ""), tokenizer, square)
     images = train_images()
-    pixels = [load_pixels(path.read_bytes(), IMAGE_SIZE) for path, _, _ in images]
-    model = idefics.PackedIdefics(config(tokenizer.vocab_size))
-    idefics.use_grouped_attention(model)
-    idefics.select_trainable(model)
+    tiles = [load_tiles(path.read_bytes(), square) for path, _, _ in images]
+    model = PackedIdefics(config(tokenizer.vocab_size))
+    use_grouped_attention(model)
+    select_trainable(model)
     print(f"{model.num_parameters():,} parameters, {tokenizer.vocab_size} base tokens, {len(images)} images")
 
     optimizer = torch.optim.AdamW(
@@ -305,7 +310,7 @@ def main() -> None:
             pack.append(PlacedSample(template.encode(sample), (number,), 0))
         for _ in range(args.sentences_per_step):
             pack.append(PlacedSample(template.encode(document(sentence(rng))), (), 1))
-        batch = collate([pack], pixels.__getitem__, train_on="assistant", image_size=IMAGE_SIZE)
+        batch = collate([pack], GivenImages(square, tiles.__getitem__), train_on="assistant")
         with torch.autocast("cpu", torch.bfloat16):
             output = model(batch=batch)
         output.loss.backward()

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.batches import source_stream
 from sft.batches.collate import collate
+from sft.batches.image_source import GivenImages
 from sft.cli.main import main
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
 from sft.data.sources import Sources
-from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
+from sft.models.idefics.family import FAMILY
+from sft.models.idefics.images import IdeficsImages
+from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
+from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE
 from sft.models.open_model import Loaded
 
 REPOSITORY = Path(__file__).parent.parent
@@ -53,13 +57,13 @@ def base_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = base_tokenizer()
-    tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
+    tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
     return tokenizer
 
 
 @pytest.fixture(scope="session")
 def template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-    return ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
+    return ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / CHAT_TEMPLATE), tokenizer, TOY_IMAGES)
 
 
 def tiny_config(vocab_size: int, extra: int = 3) -> IdeficsConfig:
@@ -80,11 +84,20 @@ def tiny_config(vocab_size: int, extra: int = 3) -> IdeficsConfig:
     )  # fmt: skip
 
 
-def make_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, extra: int = 3) -> idefics.PackedIdefics:
+square_images = IdeficsImages.of_size
+TOY_IMAGES = IdeficsImages(tiny_config(400))
+
+
+def toy_images(load: Callable[[int], np.ndarray], images: IdeficsImages = TOY_IMAGES) -> GivenImages:
+    """Images of one square tile by their numbers; `load` makes uint8 (C, H, W) of a number."""
+    return GivenImages(images, lambda number: load(number)[None])
+
+
+def make_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, extra: int = 3) -> PackedIdefics:
     """A model whose gates are 1, so that images matter from the start, and whose weights are not too small to see."""
     torch.manual_seed(seed)
-    model = idefics.PackedIdefics(tiny_config(tokenizer.vocab_size, extra))
-    idefics.use_grouped_attention(model)
+    model = PackedIdefics(tiny_config(tokenizer.vocab_size, extra))
+    use_grouped_attention(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -106,13 +119,13 @@ def sources(tmp_path: Path, template: ChatTemplate) -> Sources:
 
 
 @pytest.fixture
-def model(tokenizer: PreTrainedTokenizerFast) -> idefics.PackedIdefics:
+def model(tokenizer: PreTrainedTokenizerFast) -> PackedIdefics:
     return make_tiny_model(tokenizer)
 
 
-def loaded_of(model: idefics.PackedIdefics, template: ChatTemplate, **options: Any) -> Loaded:
+def loaded_of(model: PackedIdefics, template: ChatTemplate, **options: Any) -> Loaded:
     """A tiny model as `load_for_inference` returns it."""
-    own = dict(family=idefics, path="tiny", image_size=IMAGE_SIZE, max_positions=100_000, autocast=False)
+    own = dict(family=FAMILY, path="tiny", max_positions=100_000, autocast=False)
     loaded = Loaded(model=model, **own | options)
     vars(loaded)["template"] = template
     return loaded
@@ -159,7 +172,7 @@ def place(template: ChatTemplate, sample: Sample, source: int = 0) -> PlacedSamp
 
 def batch_of(*packs: Sequence[PlacedSample], **options: Any) -> Batch:
     """Collate packs of toys with their noise for pixels; every token is trained unless `options` say otherwise."""
-    return collate(packs, pixels_of, image_size=IMAGE_SIZE, **{"train_on": "all"} | options)
+    return collate(packs, toy_images(pixels_of), **{"train_on": "all"} | options)
 
 
 def status_of(*arguments: object) -> int:

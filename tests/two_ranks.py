@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from sft.core.distributed import ALONE, Rank, process_group
 from sft.core.sample import Batch
-from sft.models import idefics
+from sft.models.idefics import weights
+from sft.models.idefics.weights import select_trainable
 from sft.recipe import TrainingConfig
 from sft.training.loss_spikes import Spike, Spikes
 from sft.training.trainer import Trainer, TrainerParts
@@ -39,11 +40,11 @@ def step(
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     model = make_tiny_model(tokenizer)
-    idefics.select_trainable(model)
+    select_trainable(model)
     kept = KeepGradients(model)
     parts = TrainerParts(
         model=model,
-        group_of=idefics.group_of,
+        weights=weights,
         tokenizer=tokenizer,
         micro_batches=[{"batch": batch} for batch in batches],
         micro_batches_per_step=len(batches),

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from measuring import print_measured
 from prepared_work import recipe_of, silently, write_conversations, write_model
+from transformers import IdeficsConfig
 
 from sft.batches.data_loader import BatchMaker, MicroBatches
 from sft.batches.feature_cache import FeatureCache
@@ -40,7 +41,10 @@ from sft.cli.terminal import quiet_libraries
 from sft.core.sample import Batch
 from sft.data.prepare import prepare
 from sft.data.sources import Sources
-from sft.models import idefics
+from sft.models.idefics import weights
+from sft.models.idefics.family import FAMILY
+from sft.models.idefics.images import IdeficsImages
+from sft.models.idefics.weights import select_trainable
 from sft.models.open_model import load_template
 from sft.recipe import Recipe
 from sft.training.open_model import load_for_training
@@ -60,7 +64,7 @@ def plans_of(recipe: Recipe, sources: Sources) -> Plans:
 
 def loader_seconds(recipe: Recipe, sources: Sources, batches: int) -> float:
     """CPU seconds of this process for a batch that workers make and nobody uses."""
-    made = iter(MicroBatches(plans_of(recipe, sources), image_size=224))
+    made = iter(MicroBatches(plans_of(recipe, sources), IdeficsImages.of_size(224)))
     for _ in islice(made, WARM_UP):
         pass
     started = time.process_time()
@@ -86,9 +90,9 @@ class Run:
         from sft.training.trainer import Trainer, TrainerParts  # its libraries talk while they are imported
 
         base = folder / "model"
-        self.template = load_template(idefics, base)
-        self.model = load_for_training(recipe, idefics, base)
-        idefics.select_trainable(self.model)
+        self.template = load_template(FAMILY, base)
+        self.model = load_for_training(recipe, FAMILY, base)
+        select_trainable(self.model)
         self.folder, self.recipe = folder / "run", recipe
         self.make_trainer = lambda **parts: Trainer(TrainerParts(**parts))
 
@@ -98,7 +102,7 @@ class Run:
         settings = self.recipe.training.model_copy(update={"max_steps": steps + 1})
         trainer = self.make_trainer(
             model=self.model,
-            group_of=idefics.group_of,
+            weights=weights,
             tokenizer=self.template.tokenizer,
             micro_batches=batches,
             micro_batches_per_step=1,
@@ -116,10 +120,10 @@ class Run:
 def all_known(sources: Sources) -> FeatureCache:
     """A cache that has the features of every image; numbers of no meaning, of the size of idefics-9b's."""
     stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
-    cache = FeatureCache(stores, "bench", (64, 1280))
+    cache = FeatureCache(stores, "bench", IdeficsImages(IdeficsConfig()))
     for store in stores:
         for key in store.image_keys.tolist():
-            cache.write(key, np.zeros(cache.shape, np.float16))
+            cache.write(key, np.zeros((64, cache.state_size), np.float16))
     return cache
 
 
@@ -131,7 +135,7 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str,
         data={"num_workers": arguments.workers, "worker_timeout": 600}, training={"max_steps": 100},
     )  # fmt: skip
     sources = prepare(recipe)
-    maker = BatchMaker(sources.reader, image_size=224, seed=0)
+    maker = BatchMaker(sources.reader, IdeficsImages.of_size(224), seed=0)
     loader = statistics.median(loader_seconds(recipe, sources, arguments.batches) for _ in range(arguments.rounds))
     worker = worker_seconds(maker, plans_of(recipe, sources), arguments.batches // 4)
     maker.features = all_known(sources)
@@ -143,7 +147,7 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str,
     seconds: dict[str, list[float]] = {"made": [], "loaded": []}
 
     def loaded() -> Iterator[dict[str, Batch]]:
-        return islice(MicroBatches(plans_of(recipe, sources), image_size=224), steps + 1)
+        return islice(MicroBatches(plans_of(recipe, sources), IdeficsImages.of_size(224)), steps + 1)
 
     for _ in range(arguments.rounds):
         seconds["made"].append(silently(lambda: run.seconds(_Given(made), steps)))
@@ -157,7 +161,7 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str,
         "worker": 1000 * worker,
         "without_decoding": 1000 * known,
         "samples": statistics.mean(len(batch["batch"].keys) for batch in made),
-        "images": statistics.mean(len(batch["batch"].pixel_values_NCHW) for batch in made),
+        "images": statistics.mean(batch["batch"].num_images for batch in made),
     }
 
 

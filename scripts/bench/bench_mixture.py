@@ -71,7 +71,7 @@ def plan(recipe: Recipe, steps: int) -> dict[str, Any]:
     carried = sum(bundle.num_tokens for bundle in planner.carry)
     packs = (steps + 1) * recipe.packs_per_step
     images = sum(
-        int(source.images(np.arange(2000))[1].mean() * stream.counters.samples)
+        int(source.images(np.arange(2000)).numbers.mean() * stream.counters.samples)
         for source, stream in zip(sources, planner.mixture.streams, strict=True)
     )
     length, cap = recipe.data.sequence_length, recipe.data.max_images_per_pack
@@ -94,7 +94,9 @@ def first_fit_fill(recipe: Recipe, chunks: int = 40, chunk: int = 64) -> float:
         for number in range(chunks):
             rows = np.arange(number * chunk, (number + 1) * chunk)
             open_packs: list[list[int]] = []
-            for size, images in zip(source.num_tokens(rows).tolist(), source.images(rows)[1].tolist(), strict=True):
+            for size, images in zip(
+                source.num_tokens(rows).tolist(), source.images(rows).numbers.tolist(), strict=True
+            ):
                 for pack in open_packs:
                     if pack[0] + size <= length and pack[1] + images <= cap:
                         pack[0] += size

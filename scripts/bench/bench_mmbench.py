@@ -46,9 +46,12 @@ from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.evaluation.tasks.mmbench.protocols import compared, query
 from sft.evaluation.tasks.mmbench.questions import Row, all_rotations
-from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.models.image_transform import load_pixels
+from sft.models.idefics.images import IdeficsImages, normalise
+from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
+from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE, FAKE, IMAGE, load_tokenizer
+from sft.models.idefics.weights import prepare_base
+from sft.models.image_transform import load_tiles
 
 WORDS = """
 the a this that which what color shape object person animal left right of in on under picture image shown below above
@@ -57,7 +60,7 @@ relation scene weather season emotion function property number position city sty
 """.split()  # noqa: SIM905
 
 
-def build_model(hidden: int, vocab_size: int) -> idefics.PackedIdefics:
+def build_model(hidden: int, vocab_size: int) -> PackedIdefics:
     """An IDEFICS of idefics-9b's proportions: hidden 4096, 32 layers, tower 1280 x 32, resampler 6 x 16 x 96."""
     torch.manual_seed(0)
     scale = hidden / 4096
@@ -75,8 +78,8 @@ def build_model(hidden: int, vocab_size: int) -> idefics.PackedIdefics:
             resampler_head_dim=96, qk_layer_norms_perceiver=True,
         ),
     )  # fmt: skip
-    model = idefics.PackedIdefics(config)
-    idefics.use_grouped_attention(model)
+    model = PackedIdefics(config)
+    use_grouped_attention(model)
     return model.eval()
 
 
@@ -109,27 +112,26 @@ def requests(rows: Sequence[Row], rank: Any) -> list[Query]:
     return [Query(query(row, "circular", rank), compared(row, "circular", rank)) for row in rows]
 
 
-def distinct_tokens(model: idefics.PackedIdefics, template: ChatTemplate, rows: Sequence[Row]) -> int:
+def distinct_tokens(model: PackedIdefics, template: ChatTemplate, rows: Sequence[Row]) -> int:
     """Tokens that the forwards for the letters hold, where beginnings are shared."""
     totals: list[int] = []
     score_answers(
         model,
         template,
         requests(rows, "letter"),
-        image_size=idefics.image_size(model.config),
         on_progress=lambda done, total: totals.append(total),
     )
     return totals[-1]
 
 
-def ours(model: idefics.PackedIdefics, template: ChatTemplate, rows: Sequence[Row], rank: Any) -> list[list[float]]:
+def ours(model: PackedIdefics, template: ChatTemplate, rows: Sequence[Row], rank: Any) -> list[list[float]]:
     """By `score_answers`: the mean log-probability of the answer's tokens."""
-    scores = score_answers(model, template, requests(rows, rank), image_size=idefics.image_size(model.config))
+    scores = score_answers(model, template, requests(rows, rank))
     return [[score.log_prob / score.num_tokens for score in row or ()] for row in scores]
 
 
 def forward_per_option(
-    model: idefics.PackedIdefics, template: ChatTemplate, rows: Sequence[Row], rank: Any
+    model: PackedIdefics, template: ChatTemplate, rows: Sequence[Row], rank: Any
 ) -> list[list[float]]:
     """By a whole forward of transformers for each option, those of a row in one batch."""
     found = []
@@ -141,9 +143,7 @@ def forward_per_option(
         image_mask_BTN = torch.zeros(*ids_BT.shape, 1)
         image_mask_BTN[:, encoded[0][0].image_positions[0] :] = 1
         assert isinstance(row.image.source, bytes)
-        pixels = idefics.normalise(
-            torch.from_numpy(load_pixels(row.image.source, idefics.image_size(model.config)))[None]
-        )
+        pixels = normalise(torch.from_numpy(load_tiles(row.image.source, template.images)))
         with torch.inference_mode():
             logits_BTV = model(
                 input_ids=ids_BT,
@@ -160,12 +160,10 @@ def forward_per_option(
     return found
 
 
-def generated(
-    model: idefics.PackedIdefics, processor: IdeficsProcessor, rows: Sequence[Row], new_tokens: int
-) -> list[str]:
+def generated(model: PackedIdefics, processor: IdeficsProcessor, rows: Sequence[Row], new_tokens: int) -> list[str]:
     """By processor and `generate`, as the model card shows."""
-    stops = processor.tokenizer.convert_tokens_to_ids(["</s>", idefics.END_OF_UTTERANCE])
-    bad = [[processor.tokenizer.convert_tokens_to_ids(token)] for token in (idefics.FAKE, idefics.IMAGE)]
+    stops = processor.tokenizer.convert_tokens_to_ids(["</s>", END_OF_UTTERANCE])
+    bad = [[processor.tokenizer.convert_tokens_to_ids(token)] for token in (FAKE, IMAGE)]
     config = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, bad_words_ids=bad, eos_token_id=stops,
         pad_token_id=0, bos_token_id=1,
@@ -202,8 +200,8 @@ def run(sides: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, flo
 
 def measure(num_questions: int, rounds: int, hidden: int, new_tokens: int) -> dict[str, Any]:
     """All figures."""
-    tokenizer = idefics.load_tokenizer(prepared_base())
-    template = ChatTemplate(load_chat_template(shipped_root() / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
+    tokenizer = load_tokenizer(prepared_base())
+    template = ChatTemplate(load_chat_template(shipped_root() / "chat_templates" / CHAT_TEMPLATE), tokenizer)
     model = build_model(hidden, tokenizer.vocab_size)
     processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=224), tokenizer)
     rows = make_rows(num_questions)
@@ -236,14 +234,14 @@ def measure(num_questions: int, rounds: int, hidden: int, new_tokens: int) -> di
         "prompt_tokens": sum(lengths),
         "distinct_tokens": distinct_tokens(model, template, rows),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "image_cost_in_tokens": idefics.image_cost_in_tokens(model.config),
+        "image_cost_in_tokens": IdeficsImages(model.config).cost_in_tokens,
     }
 
 
 def prepared_base() -> Path:
     """The shipped base with <end_of_utterance>, for its tokenizer."""
     folder = Path(tempfile.mkdtemp()) / "base"
-    idefics.prepare_base(shipped_root() / "tiny_base", folder)
+    prepare_base(shipped_root() / "tiny_base", folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 
     scripts/bench/bench_pixels.py [--json] [--alternatives] [--images 16] [--rounds 15]
 
-Both sides start from the same JPEG bytes and end with normalised float32 (N, 3, 224, 224): ours by `load_pixels`, a
+Both sides start from the same JPEG bytes and end with normalised float32 (N, 3, 224, 224): ours by `load_tiles`, a
 stack of uint8 and the model's own `normalise`, the other by `transformers.IdeficsImageProcessor`. One thread; sides
 alternate; a ratio is of medians of CPU seconds of this process, larger is better for us.
 
@@ -44,10 +44,11 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from sft.core.images import decode_rgb
-from sft.models.idefics import normalise
-from sft.models.image_transform import load_pixels, training_crop
+from sft.models.idefics.images import IdeficsImages, normalise
+from sft.models.image_transform import load_tiles, training_crop
 
 SIZE = 224
+SQUARE = IdeficsImages.of_size(SIZE)
 SIZES = ((640, 480), (224, 224))
 LETTERS = tuple("abcdefghij klmnop qrstu vwxyz")
 
@@ -125,14 +126,14 @@ def batch(load: Callable[[bytes], Pixels], contents: list[bytes]) -> torch.Tenso
 
 def load(content: bytes) -> Pixels:
     """As in evaluation."""
-    return load_pixels(content, SIZE)
+    return load_tiles(content, SQUARE)[0]
 
 
 def load_cropped(content: bytes) -> Pixels:
     """As in training."""
     width, height = Image.open(io.BytesIO(content)).size
     crop = training_crop(width, height, seed=0, step=len(content), image_key=0)
-    return load_pixels(content, SIZE, crop)
+    return load_tiles(content, SQUARE, crop)[0]
 
 
 def _by_pillow(image: Image.Image) -> Pixels:

@@ -149,7 +149,7 @@ def encoding_sides(store: Store, folder: Path) -> dict[str, Callable[[], Any]]:
     family = get_family("idefics")
     base = folder / "base"
     if not base.exists():
-        family.prepare_base(resolve("shipped:tiny_base"), base)
+        family.weights.prepare_base(resolve("shipped:tiny_base"), base)
     template = load_template(family, base)
     texts = [template.text(sample.messages) for sample, _ in store.stored_samples()]
 

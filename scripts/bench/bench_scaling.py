@@ -37,6 +37,7 @@ from measuring import cpu_medians
 from prepared_work import recipe_of, write_conversations, write_model
 
 from sft.batches.collate import collate
+from sft.batches.image_source import NoiseImages
 from sft.batches.pack_stream import Planner
 from sft.cli.terminal import console, quiet_libraries, table
 from sft.core.sample import Batch, EncodedSample, PlacedSample
@@ -45,7 +46,8 @@ from sft.data.orders import mix64
 from sft.data.prepared_source import PreparedDataset, PreparedSource
 from sft.data.store.image_keys import read_numbers
 from sft.data.validation_split import Side
-from sft.models import idefics
+from sft.models.idefics.images import IdeficsImages
+from sft.models.idefics.weights import select_trainable
 from sft.recipe import DataConfig
 from sft.runs.checkpoint import STATE, broken_files, write_folder
 from sft.training.engines.resume_state import load_state, save_state
@@ -84,16 +86,15 @@ def pack_of(tokens: int, images: int) -> Batch:
         samples.append(PlacedSample(encoded, tuple(own.tolist()), source=0))
     return collate(
         [samples],
-        lambda image: np.random.default_rng(image).integers(0, 256, (3, 224, 224), dtype=np.uint8),
+        NoiseImages(IdeficsImages.of_size(224)),
         train_on="assistant",
-        image_size=224,
     )
 
 
 def training(batches: Mapping[int, Batch], rounds: int) -> dict[int, float]:
     """CPU seconds of forward and backward over each batch."""
     model = build_model(HIDDEN, VOCABULARY).train()
-    idefics.select_trainable(model)
+    select_trainable(model)
 
     def side(batch: Batch) -> Callable[[], None]:
         def run() -> None:
@@ -217,7 +218,7 @@ def checkpoint(folder: Path, rounds: int, quick: bool) -> dict[str, Rows]:
     models, sizes = {}, {}
     for hidden in (128, 256, 512)[: 2 if quick else 3]:
         model = build_model(hidden, VOCABULARY)
-        idefics.select_trainable(model)
+        select_trainable(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -40,6 +40,8 @@ from sft.core.shipped import recipe_path
 from sft.data.prepare import prepare
 from sft.data.sources import Sources
 from sft.models.base_model import base_path
+from sft.models.family import Images
+from sft.models.idefics.images import IdeficsImages
 from sft.models.open_model import Loaded, load_for_inference
 from sft.recipe import Recipe, load_recipe
 from sft.training import run
@@ -62,11 +64,11 @@ def recipe_with(folder: Path, limit: int, seed: int, steps: int) -> Recipe:
     return load_recipe(recipe_path("quickstart"), overrides)
 
 
-def batches(recipe: Recipe, sources: Sources, image_size: int) -> Iterator[Batch]:
+def batches(recipe: Recipe, sources: Sources, images: Images) -> Iterator[Batch]:
     """What a run on some sources would be given."""
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     plans = Plans(sources, planner, micro_batch_packs=recipe.training.micro_batch_packs)
-    made = MicroBatches(plans, image_size=image_size)
+    made = MicroBatches(plans, images)
     return (micro_batch["batch"] for micro_batch in made)
 
 
@@ -93,13 +95,13 @@ def measure_run(recipe: Recipe, held_out: list[Batch]) -> dict[str, float]:
     trained = load_for_inference(Path(recipe.output_dir) / "checkpoints" / f"checkpoint-{recipe.training.max_steps}")
     losses = held_out_losses(trained, held_out, names)
     last = lines[-max(len(lines) // 10, 1) :]
-    some = islice(batches(recipe, sources, 1), 20)  # of a pixel: only their number counts
+    some = islice(batches(recipe, sources, IdeficsImages.of_size(1)), 20)  # of a pixel: only their number counts
     packs = 20 * recipe.training.micro_batch_packs
     return {
         "held_out_loss": losses["all"],
         "held_out_loss_choices": losses["choices"],
         "trained_loss": statistics.mean(line["loss"] for line in last),
-        "images_per_pack": sum(len(batch.pixel_values_NCHW) for batch in some) / packs,
+        "images_per_pack": sum(batch.num_images for batch in some) / packs,
         "tokens_per_second": status.tokens / status.cpu_seconds,
         "tokens": float(status.tokens),
     }
@@ -110,9 +112,9 @@ def measure(folder: Path, limits: list[int], seeds: int, steps: int) -> dict[str
     first = recipe_with(folder, 1, seed=0, steps=steps)
     own = prepare(first).held_out()
     assert own is not None
-    image_size = load_for_inference(base_path(first)).image_size
+    images = load_for_inference(base_path(first)).images
     num_batches = HELD_OUT_PACKS // first.training.micro_batch_packs
-    held_out = [*islice(batches(first, own, image_size), num_batches)]
+    held_out = [*islice(batches(first, own, images), num_batches)]
     runs: dict[int, list[dict[str, float]]] = {limit: [] for limit in limits}
     for seed in range(seeds):
         for limit in limits:

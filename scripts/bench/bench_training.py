@@ -68,7 +68,8 @@ from transformers import IdeficsForVisionText2Text
 
 from sft.core.sample import PlacedSample
 from sft.cost.idefics.shapes import Shape, shape_of
-from sft.models import idefics
+from sft.models.idefics.images import IdeficsImages
+from sft.models.idefics.weights import select_trainable
 
 HIDDEN = 512
 OWN_BATCH, BATCHES = 2, (1, 2, 4, 8)
@@ -92,7 +93,7 @@ class Models:
     def load(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Gradients and optimizer states in place."""
         if id(model) not in self.optimizers:
-            idefics.select_trainable(model)
+            select_trainable(model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -263,7 +264,7 @@ def measure(number: int, rounds: int, precisions: Sequence[str]) -> dict[str, An
         "ratios": {},
         "short_samples": {},
         "parameters": parameters,
-        "image_cost_in_tokens": idefics.image_cost_in_tokens(models.packed.config),
+        "image_cost_in_tokens": IdeficsImages(models.packed.config).cost_in_tokens,
     }
     for precision in precisions:
         figures[precision] = {}

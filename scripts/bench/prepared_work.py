@@ -14,7 +14,8 @@ from bench_mmbench import build_model
 from bench_pixels import jpegs
 
 from sft.core.shipped import resolve
-from sft.models import idefics
+from sft.models.idefics.text import END_OF_UTTERANCE, load_tokenizer
+from sft.models.idefics.weights import save_model
 from sft.recipe import Recipe
 
 WORDS = ("dog", "cat", "red", "blue", "circle", "square", "is", "on", "near", "what", "which", "color", "shape", "how")
@@ -23,9 +24,9 @@ WORDS = ("dog", "cat", "red", "blue", "circle", "square", "is", "on", "near", "w
 def write_model(folder: Path, hidden: int) -> None:
     """A random IDEFICS of idefics-9b's proportions, 224-pixel images, 64 latents; the vocabulary is the quickstart's,
     so that the head is small."""
-    tokenizer = idefics.load_tokenizer(resolve("shipped:tiny_base"))
-    tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
-    idefics.save_model(build_model(hidden, tokenizer.vocab_size), folder, torch.float32)
+    tokenizer = load_tokenizer(resolve("shipped:tiny_base"))
+    tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
+    save_model(build_model(hidden, tokenizer.vocab_size), folder, torch.float32)
     tokenizer.save_pretrained(folder)
 
 

@@ -18,13 +18,15 @@ from transformers.models.idefics.processing_idefics import IdeficsProcessor
 
 from sft.batches.collate import collate
 from sft.batches.declared_sizes import CARD
+from sft.batches.image_source import GivenImages
 from sft.batches.packing import Bundle, pack_window
 from sft.core.sample import IGNORE_INDEX, Batch, Caps, EncodedSample, PackItem, PlacedSample
-from sft.models import idefics
+from sft.models.idefics import text
+from sft.models.idefics.images import IdeficsImages, normalise
 
 VOCABULARY, IMAGE_SIZE = 32_000, 224
 FAKE, IMAGE, END_OF_UTTERANCE = VOCABULARY, VOCABULARY + 1, VOCABULARY + 2
-CAPS = Caps(tokens=1024, images=24, samples_per_image=4)
+CAPS = Caps(tokens=1024, image_weight=24, samples_per_image=4)
 
 
 # ------------------------------------------------------------------------------------------------------ workloads
@@ -77,7 +79,7 @@ def pack(samples: Sequence[PlacedSample]) -> list[list[PlacedSample]]:
         for piece in pieces:
             tokens = sum(len(samples[row].encoded.input_ids) for row in piece)
             bundles.append(
-                Bundle(tuple(PackItem(0, row) for row in piece), tokens, frozenset(samples[piece[0]].images))
+                Bundle(tuple(PackItem(0, row) for row in piece), tokens, dict.fromkeys(samples[piece[0]].images, 1))
             )
     for number in range(1, len(samples) + 1):
         packs, left = pack_window([], bundles, number, CAPS, np.random.default_rng(0))
@@ -173,13 +175,13 @@ def naive_packing(model: torch.nn.Module, samples: Sequence[PlacedSample]) -> Si
         same_TT = batch.segment_ids_T[:, None] == batch.segment_ids_T
         may_see_TT = same_TT & (tokens[:, None] >= tokens)
         mask_TT = torch.zeros(may_see_TT.shape).masked_fill(~may_see_TT, torch.finfo(torch.float32).min)
-        pixels_NCHW = batch.pixel_values_NCHW if len(batch.pixel_values_NCHW) else torch.zeros(1, 3, 224, 224).byte()
+        pixels_NCHW = batch.tiles[0] if batch.tiles else torch.zeros(1, 3, 224, 224).byte()
         looks_TN = batch.image_ids_T[:, None] == torch.arange(len(pixels_NCHW))
         inputs = {
             "input_ids": batch.input_ids_T[None],
             "attention_mask": mask_TT[None, None],
             "position_ids": batch.position_ids_T[None],
-            "pixel_values": idefics.normalise(pixels_NCHW)[None],
+            "pixel_values": normalise(pixels_NCHW)[None],
             "image_attention_mask": looks_TN.long()[None],
         }
         batches.append(PlainBatch(inputs, batch.labels_T[None], batch.source_ids_T[None], batch.num_trained_tokens))
@@ -199,7 +201,7 @@ def needed(batch: Batch) -> Work:
     lengths = torch.bincount(batch.segment_ids_T)
     return Work(
         tokens=len(batch.input_ids_T),
-        images=len(batch.pixel_values_NCHW),
+        images=batch.num_images,
         positions=int((batch.labels_T != IGNORE_INDEX).sum()),
         pairs=int((lengths * (lengths + 1) // 2).sum()),
         looks=int((batch.image_ids_T >= 0).sum()),
@@ -208,7 +210,8 @@ def needed(batch: Batch) -> Work:
 
 def as_batch(members: Sequence[PlacedSample], num_trained: int, load: Callable[[Any], np.ndarray]) -> Batch:
     """Collate one pack."""
-    return collate([members], load, train_on="assistant", image_size=IMAGE_SIZE, num_trained_tokens=num_trained)
+    source = GivenImages(IdeficsImages.of_size(IMAGE_SIZE), lambda image: load(image)[None])
+    return collate([members], source, train_on="assistant", num_trained_tokens=num_trained)
 
 
 def num_trained(samples: Sequence[PlacedSample]) -> int:
@@ -223,7 +226,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
-    extra = (idefics.FAKE, idefics.IMAGE, idefics.END_OF_UTTERANCE)
+    extra = text.EXTRA_TOKENS
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in extra], special_tokens=True)
     return tokenizer
 

@@ -1,29 +1,32 @@
-"""Packs -> Batch: the only place where tensors are made and images are decoded."""
+"""Packs -> Batch: the only place where tensors of training data are made and images are decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch, EncodedSample, PlacedSample, SkipSample, TrainOn
+from sft.batches.image_source import ImageSource
+from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch, EncodedSample, PlacedSample, SkipSample, Tiling, TrainOn
+from sft.models.family import Tiles
 
-Pixels = NDArray[np.uint8]
+Ints = NDArray[np.int64]
 
 
 class KnownFeatures(Protocol):
-    """What is known of images that need not be encoded any more; `sft.batches.feature_cache` has it."""
+    """The states of images that need not be encoded any more; `sft.batches.feature_cache` has them."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """States of an image, and their size."""
+    def state_size(self) -> int:
+        """Numbers of a state."""
 
-    def read(self, key: int, out: NDArray[np.float16], /) -> bool:
-        """Copy the features of an image; false where they are not known."""
+    def read(self, key: int, /) -> NDArray[np.float16] | None:
+        """Return the states (S, E) of an image, None where they are not known."""
 
 
 DUMMY = PlacedSample(
@@ -36,56 +39,63 @@ DUMMY = PlacedSample(
 
 def collate(
     packs: Sequence[Sequence[PlacedSample]],
-    load_pixels: Callable[[int], Pixels],
+    source: ImageSource,
     *,
     train_on: TrainOn,
     pack_isolation: bool = True,
-    image_size: int,
     num_trained_tokens: int | None = None,
     forgive_images: bool = False,
     always_whole: bool = False,
     features: KnownFeatures | None = None,
+    problems: dict[int, str] | None = None,
 ) -> Batch:
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 
     With `pack_isolation` every sample is a segment of its own; without it a whole pack is one, as in 2023: its samples
     see each other, and positions run on. Images are isolated either way. `num_trained_tokens` is that of the whole
-    optimizer step; left out, the micro-batch is taken for the step. With `forgive_images` an
-    image that fails is zeros and what shows it has no labels; everything else stays as it was planned. With
-    `always_whole` a batch without images or labels gets a dummy sample that shows a black image and whose loss counts
-    nothing, so that every rank makes the same calls and every parameter gets a gradient. One without samples always
-    does. With `features` only images of which these know nothing are decoded; a dummy's and one that fails have zeros.
+    optimizer step; left out, the micro-batch is taken for the step. With `forgive_images` an image that fails is black
+    and what shows it has no labels; everything else stays as it was planned. With `always_whole` a batch without images
+    or labels gets a dummy sample that shows a black image and whose loss counts nothing, so that every rank makes the
+    same calls and every parameter gets a gradient. One without samples always does. With `features` only images of
+    which these know nothing are decoded. `problems` gets the keys of images that fail, and why in full.
 
     Raises:
         SkipSample: an image fails, and `forgive_images` is not set.
     """
     samples = list(chain.from_iterable(packs))
     segments = [[sample] for sample in samples] if pack_isolation else [list(pack) for pack in packs]
-    rows = {image: row for row, image in enumerate(dict.fromkeys(chain.from_iterable(s.images for s in samples)))}
-    known_NSE, known = _known(rows, features)
-    pixels, faults = _pixels([image for image in rows if image not in known], load_pixels, forgive_images)
-    dirty = {s.encoded.key: faults[image] for s in samples for image in s.images if image in faults}
-    labels = [_labels(s.encoded, train_on, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
+    keys = list(dict.fromkeys(chain.from_iterable(sample.images for sample in samples)))
+    known = {key: states for key in keys if features and (states := features.read(key)) is not None}
+    tiles, faults = _load([key for key in keys if key not in known], source, forgive_images)
+    if problems is not None:
+        problems |= {key: ": ".join(filter(None, (skip.reason, skip.detail))) for key, skip in faults.items()}
+    dirty = {s.encoded.key: faults[image].reason for s in samples for image in s.images if image in faults}
+    state_id = source.images.state_token_id
+    labels = [_labels(s.encoded, train_on, state_id, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
     num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
     pack_lengths = [sum(len(sample.encoded.input_ids) for sample in pack) for pack in packs]
-    if not samples or (always_whole and not (rows and num_labels)):
+    if not samples or (always_whole and not (keys and num_labels)):
         samples.append(DUMMY)
         segments.append([DUMMY])
-        labels.append(_labels(DUMMY.encoded, train_on, is_dirty=False))
-        rows |= dict.fromkeys(DUMMY.images, len(rows))
+        labels.append(_labels(DUMMY.encoded, train_on, None, is_dirty=False))
+        keys += DUMMY.images
+    shown = Shown.of(keys, source)
     lengths = [sum(len(sample.encoded.input_ids) for sample in segment) for segment in segments]
     return Batch(
         input_ids_T=torch.from_numpy(np.concatenate([sample.encoded.input_ids for sample in samples])),
         labels_T=torch.from_numpy(np.concatenate(labels)),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         segment_ids_T=torch.from_numpy(np.repeat(np.arange(len(segments)), lengths)),
-        image_ids_T=torch.from_numpy(np.concatenate([_image_ids(sample, rows) for sample in samples])),
+        image_ids_T=torch.from_numpy(np.concatenate([shown.image_ids(sample) for sample in samples])),
         source_ids_T=torch.from_numpy(
             np.repeat([sample.source for sample in samples], [len(sample.encoded.input_ids) for sample in samples])
         ),
-        pixel_values_NCHW=_laid(rows if known_NSE is None else pixels, pixels, image_size),
-        features_NSE=None if known_NSE is None else torch.from_numpy(known_NSE[: len(rows)]),
-        to_encode={} if known_NSE is None else {rows[image]: image for image in pixels},
+        state_ids_T=torch.from_numpy(np.concatenate([shown.state_ids(sample, state_id) for sample in samples])),
+        tiles=shown.lay_tiles(tiles, keys if features is None else tiles),
+        num_states=tuple(shown.num_states.values()),
+        num_tiles=tuple(tiling.num_tiles for tiling in shown.tilings.values()),
+        features_RE=shown.lay_features(known, features.state_size) if features else None,
+        to_encode={shown.numbers[key]: key for key in tiles} if features else {},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
         packs=tuple(tuple(sample.encoded.key for sample in pack) for pack in packs),
         pack_ends=tuple(accumulate(pack_lengths)),
@@ -93,56 +103,88 @@ def collate(
     )
 
 
-def _known(
-    rows: Mapping[int, int], features: KnownFeatures | None
-) -> tuple[NDArray[np.float16] | None, frozenset[int]]:
-    """The features of each image, and of a dummy's behind them, zeros where there are none; which images have some."""
-    if features is None:
-        return None, frozenset()
-    found_NSE = np.zeros((len(rows) + 1, *features.shape), np.float16)
-    known = frozenset(image for image, row in rows.items() if features.read(image, found_NSE[row]))
-    for image in rows.keys() - known:
-        found_NSE[rows[image]] = 0
-    return found_NSE, known
-
-
-def _pixels(
-    images: Iterable[int], load_pixels: Callable[[int], Pixels], forgive: bool
-) -> tuple[dict[int, Pixels], dict[int, str]]:
-    """The pixels of each image, and why some of them failed."""
-    pixels, faults = {}, {}
+def _load(images: Iterable[int], source: ImageSource, forgive: bool) -> tuple[dict[int, Tiles], dict[int, SkipSample]]:
+    """Return the tiles of each image, and why some of them failed."""
+    tiles, faults = {}, {}
     for image in images:
         try:
-            pixels[image] = load_pixels(image)
+            tiles[image] = source.tiles(image)
         except SkipSample as skip:
             if not forgive:
                 raise
-            faults[image] = skip.reason
-    return pixels, faults
+            faults[image] = skip
+    return tiles, faults
 
 
-def _laid(images: Collection[int], pixels: Mapping[int, Pixels], size: int) -> torch.Tensor:
-    """The pixels of images one after another; black where there are none."""
-    laid_NCHW = np.zeros((len(images), 3, size, size), np.uint8)
-    for row, image in enumerate(images):
-        if image in pixels:
-            laid_NCHW[row] = pixels[image]
-    return torch.from_numpy(laid_NCHW)
+class Shown(NamedTuple):
+    """The distinct images of a batch by their keys, in the order of their numbers."""
+
+    numbers: dict[int, int]
+    tilings: dict[int, Tiling]
+    num_states: dict[int, int]
+
+    @classmethod
+    def of(cls, keys: Iterable[int], source: ImageSource) -> Shown:
+        """Number images as `Batch.num_states` says: tiles of one size follow one another."""
+        images = source.images
+        tilings = {key: images.one_tile if key in DUMMY.images else source.tiling(key) for key in keys}
+        sizes = list(dict.fromkeys((tiling.height, tiling.width) for tiling in tilings.values()))
+        ordered = sorted(tilings, key=lambda key: sizes.index((tilings[key].height, tilings[key].width)))
+        tilings = {key: tilings[key] for key in ordered}
+        num_states = {key: images.num_states(tiling) for key, tiling in tilings.items()}
+        return cls({key: number for number, key in enumerate(ordered)}, tilings, num_states)
+
+    def lay_tiles(self, tiles: Mapping[int, Tiles], keys: Iterable[int]) -> tuple[Tensor, ...]:
+        """Lay the tiles of some images one after another, a tensor for each size; black where `tiles` has none."""
+        wanted = frozenset(keys)
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for key, tiling in self.tilings.items():
+            if key in wanted:
+                by_size.setdefault((tiling.height, tiling.width), []).append(key)
+        return tuple(self._lay_tiles_of(own, tiles, *size) for size, own in by_size.items())
+
+    def _lay_tiles_of(self, keys: Iterable[int], tiles: Mapping[int, Tiles], height: int, width: int) -> Tensor:
+        places = {key: self.tilings[key].num_tiles for key in keys}
+        laid_KCHW = np.zeros((sum(places.values()), 3, height, width), np.uint8)
+        for key, stop in zip(places, accumulate(places.values()), strict=True):
+            if key in tiles:
+                laid_KCHW[stop - places[key] : stop] = tiles[key]
+        return torch.from_numpy(laid_KCHW)
+
+    def lay_features(self, known: Mapping[int, NDArray[np.float16]], state_size: int) -> Tensor:
+        """Lay the states of all images one after another, zeros where they are not known."""
+        laid_RE = np.zeros((sum(self.num_states.values()), state_size), np.float16)
+        for key, stop in zip(self.num_states, accumulate(self.num_states.values()), strict=True):
+            if key in known:
+                laid_RE[stop - self.num_states[key] : stop] = known[key]
+        return torch.from_numpy(laid_RE)
+
+    def image_ids(self, sample: PlacedSample) -> Ints:
+        """Return which image each token looks at, the last one at or before it in its own sample; -1 before the
+        first."""
+        image_ids = np.full(len(sample.encoded.input_ids), -1)
+        for position, image in zip(sample.encoded.image_positions, sample.images, strict=True):
+            image_ids[position:] = self.numbers[image]
+        return image_ids
+
+    def state_ids(self, sample: PlacedSample, state_token_id: int | None) -> Ints:
+        """Return which image state stands in place of each token, -1 for the token itself."""
+        state_ids = np.full(len(sample.encoded.input_ids), -1)
+        if state_token_id is None or not sample.images or sample.source == NO_SOURCE:
+            return state_ids
+        starts = dict(zip(self.num_states, accumulate(self.num_states.values(), initial=0), strict=False))
+        rows = [np.arange(starts[image], starts[image] + self.num_states[image]) for image in sample.images]
+        state_ids[sample.encoded.input_ids == state_token_id] = np.concatenate(rows)
+        return state_ids
 
 
-def _labels(encoded: EncodedSample, train_on: TrainOn, *, is_dirty: bool) -> NDArray[np.int64]:
+def _labels(encoded: EncodedSample, train_on: TrainOn, state_token_id: int | None, *, is_dirty: bool) -> Ints:
     labels = np.full_like(encoded.input_ids, IGNORE_INDEX)
     if is_dirty:
         return labels
     for start, end in encoded.trained_ranges(train_on):
         labels[start:end] = encoded.input_ids[start:end]
     labels[0] = IGNORE_INDEX  # the token before it belongs to another sample
+    if state_token_id is not None:  # nobody should predict it: what stands there is not the token
+        labels[labels == state_token_id] = IGNORE_INDEX
     return labels
-
-
-def _image_ids(sample: PlacedSample, rows: dict[int, int]) -> NDArray[np.int64]:
-    """Each token looks at the last image at or before it in its own sample; -1 before the first."""
-    image_ids = np.full(len(sample.encoded.input_ids), -1)
-    for position, image in zip(sample.encoded.image_positions, sample.images, strict=True):
-        image_ids[position:] = rows[image]
-    return image_ids

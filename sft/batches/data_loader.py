@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from sft.batches.collate import Pixels, collate
+from sft.batches.collate import collate
 from sft.batches.feature_cache import FeatureCache
+from sft.batches.image_source import StoredImages
 from sft.batches.steps import Plan, Plans
 from sft.core.errors import RunError
 from sft.core.sample import Batch, PlacedSample
 from sft.data.reader import Location, Reader
+from sft.models.family import Images
 
 NUM_NAMED = 5
 """Samples that an error names."""
@@ -38,8 +40,8 @@ class BatchMaker(Dataset[Batch]):
     def __init__(
         self,
         reader: Reader,
+        images: Images,
         *,
-        image_size: int,
         seed: int,
         always_whole: bool = False,
         features: FeatureCache | None = None,
@@ -49,7 +51,7 @@ class BatchMaker(Dataset[Batch]):
         `features` none are decoded. In the folder `notes` each worker keeps a file that says which samples it is
         working on."""
         self.reader = reader
-        self.image_size = image_size
+        self.images = images
         self.seed = seed
         self.always_whole = always_whole
         self.features = features
@@ -58,17 +60,12 @@ class BatchMaker(Dataset[Batch]):
     def __getitem__(self, plan: Plan) -> Batch:
         packs = [[self._sample(place) for place in places] for places in plan.packs]
         shown_by = _shown_by(packs)
-
-        def load(image: int) -> Pixels:
-            self._note(shown_by[image])
-            return self.reader.training_pixels(image, self.image_size, seed=self.seed, step=plan.step)
-
+        crop = (self.seed, plan.step) if self.reader.data.augment == "crop" else None
         batch = collate(
             packs,
-            load,
+            StoredImages(self.reader, self.images, crop, on_load=lambda image: self._note(shown_by[image])),
             train_on=self.reader.data.train_on,
             pack_isolation=self.reader.data.pack_isolation,
-            image_size=self.image_size,
             num_trained_tokens=plan.num_trained_tokens,
             forgive_images=True,
             always_whole=self.always_whole,
@@ -93,11 +90,11 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
     `data.num_workers` processes make them.
     """
 
-    def __init__(self, plans: Plans, *, image_size: int, features: FeatureCache | None = None) -> None:
+    def __init__(self, plans: Plans, images: Images, *, features: FeatureCache | None = None) -> None:
         self.plans = plans
+        self.images = images
         self.features = features
         self.sources = plans.sources
-        self.image_size = image_size
         self.dirty: dict[str, str] = {}
         """Samples with an image that failed so far, and why."""
 
@@ -128,7 +125,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
     def _maker(self, notes: Path | None = None) -> BatchMaker:
         return BatchMaker(
             self.sources.reader,
-            image_size=self.image_size,
+            self.images,
             seed=self.plans.planner.seed,
             always_whole=self.plans.rank.of > 1,
             features=self.features,
@@ -208,7 +205,10 @@ def _end_plainly(worker: int) -> None:
     atexit.register(os._exit, 0)
 
 
-_NUMBERS = ("input_ids_T", "labels_T", "position_ids_T", "segment_ids_T", "image_ids_T", "source_ids_T")
+_NUMBERS = (
+    *("input_ids_T", "labels_T", "position_ids_T", "segment_ids_T"),
+    *("image_ids_T", "source_ids_T", "state_ids_T"),
+)
 
 
 def _packed_up(batch: Any) -> tuple[Tensor, Batch]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError, nearest
-from sft.data.orders import ImageGroups, Ints, mix64
+from sft.data.orders import ImageGroups, Ints, ShownImages, mix64
 from sft.recipe import DataConfig, SourceConfig
 
 SHORTEST = 12
@@ -97,7 +97,7 @@ class DeclaredSource:
         share = 1.0 if self.train_on == "all" else self.declared.trained_share
         return np.asarray(np.maximum(np.floor(share * self.num_tokens(rows)), 1), dtype=np.int64)
 
-    def images(self, rows: Ints) -> tuple[Ints, Ints]:
+    def images(self, rows: Ints) -> ShownImages:
         """Return the distinct images of each sample: in turn, or drawn where samples differ in how many they have."""
         mean = self.declared.images_per_sample
         if mean == int(mean):
@@ -108,7 +108,7 @@ class DeclaredSource:
         place = np.arange(len(of)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
         turns = of * int(mean) + place if mean == int(mean) else mix64(of * 64 + place, self.seed) >> np.uint64(1)
         keys = turns.astype(np.int64) % max(self.declared.distinct_images, 1)
-        return keys + self.seed * 2**40, numbers
+        return ShownImages(keys + self.seed * 2**40, np.ones_like(keys), numbers)
 
     def _uniform(self, rows: Ints, number: int) -> NDArray[np.float64]:
         """Return a number between 0 and 1, without 0, for each row."""

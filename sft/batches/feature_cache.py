@@ -1,16 +1,17 @@
-"""What a frozen tower and resampler make of each image, kept on disk: an image is encoded once, not once an epoch.
+"""The states that a frozen tower and what follows it make of each image, kept on disk: an image is encoded once, not
+once an epoch.
 
-    STORE/<dataset>/features/<fingerprint>.f16    float16 (images, S, E): row i belongs to row i of images/
-                             <fingerprint>.xxh3   a checksum of each row and of its image's key; 0: not there yet
+    STORE/<dataset>/features/<fingerprint>.f16    float16: the states (S, E) of each image, in the order of images/
+                             <fingerprint>.xxh3   a checksum of each image's states and of its key; 0: not there yet
 
-The fingerprint is of everything that bears on a row besides the image: weights, settings, precision. Training rounds
-what it has just encoded as what it reads, and encodes images one by one, so that a row depends on nothing else: an
-empty, a full and a half-filled cache give the same loss to the bit.
+The fingerprint is of everything that bears on the states besides the image: weights, settings, precision. Training
+rounds what it has just encoded as what it reads, and encodes images one by one, so that the states of an image depend
+on nothing else: an empty, a full and a half-filled cache give the same loss to the bit.
 
-Nobody locks, syncs or waits. A row counts if its checksum says so; one that was torn by a kill, by a full disk or by
-two processes at once does not, and is encoded again. Both files have holes where nothing is written yet.
+Nobody locks, syncs or waits. States count if their checksum says so; those that were torn by a kill, by a full disk or
+by two processes at once do not, and are encoded again. Both files have holes where nothing is written yet.
 
-Shape letters: S states of an image (latents of the resampler, or patches), E size of the vision tower.
+Shape letters: S states of an image, E size of a state.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from torch import Tensor
 from sft.core.files import mapped
 from sft.core.sample import Batch
 from sft.data.store import Store
+from sft.models.family import Images
+from sft.models.packed_model import PackedModel
 
 VERSION = 1
 """Raised when the same image and weights could give other features."""
@@ -51,25 +55,22 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: Mapping[str, An
     return digest.hexdigest()[:16]
 
 
-def bytes_of(shape: tuple[int, int]) -> int:
-    """What an image takes."""
-    return 2 * shape[0] * shape[1]
-
-
 class _FeatureFile:
-    """The features of the images of one store."""
+    """The states of the images of one store."""
 
-    def __init__(self, store: Store, name: str, shape: tuple[int, int]) -> None:
+    def __init__(self, store: Store, name: str, images: Images) -> None:
         self.store = store
         self.error: OSError | None = None
         """Why nothing can be written, if so."""
         self.sums = np.zeros(store.num_images, np.uint64)
-        self._bytes = bytes_of(shape)
+        self._state_size = images.state_size
+        self._starts = _starts_of_images(store, images)
         files = (store.path / FOLDER / f"{name}.f16", store.path / FOLDER / f"{name}.xxh3")
+        sizes = (self.num_bytes, 8 * store.num_images)
         try:
             files[0].parent.mkdir(exist_ok=True)
             self._features, self._checksums = (
-                _opened(self, file, size * store.num_images) for file, size in zip(files, (self._bytes, 8), strict=True)
+                _opened(self, file, size) for file, size in zip(files, sizes, strict=True)
             )
         except OSError as error:  # a read-only file system, say
             self.error = error
@@ -78,17 +79,25 @@ class _FeatureFile:
             self._features = _opened(self, files[0])
         self.sums = mapped(files[1], np.dtype(np.uint64))
 
-    def read(self, key: int, out: Features) -> bool:
-        """Copy the features of an image into `out`; false where they are not there, and `out` is then of no use."""
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the states of all images."""
+        return 2 * self._state_size * int(self._starts[-1])
+
+    def read(self, key: int) -> Features | None:
+        """Return the states of an image, None where they are not there."""
         row = self.store.find_image(key)
         if row is None or not self.sums[row]:
-            return False
+            return None
+        start, stop = self._starts[row : row + 2].tolist()
+        features_SE = np.empty((stop - start, self._state_size), np.float16)
         # In one piece, and not through a map, which would fetch forty pages one by one.
-        size = os.preadv(self._features, [out.data], row * self._bytes)
-        return size == self._bytes and int(self.sums[row]) == _checksum(out, key)
+        size = os.preadv(self._features, [features_SE.data], 2 * self._state_size * start)
+        is_whole = size == features_SE.nbytes and int(self.sums[row]) == _checksum(features_SE, key)
+        return features_SE if is_whole else None
 
-    def write(self, key: int, features: Features) -> bool:
-        """Keep the features of an image; false where it is not of this store.
+    def write(self, key: int, features_SE: Features) -> bool:
+        """Keep the states of an image; return whether it is of this store.
 
         Raises:
             OSError: the disk is full, or cannot be written.
@@ -98,9 +107,18 @@ class _FeatureFile:
             return False
         if self.error:
             raise self.error
-        _write(self._features, features.tobytes(), row * self._bytes)
-        _write(self._checksums, np.uint64(_checksum(features, key)).tobytes(), row * 8)
+        _write(self._features, features_SE.tobytes(), 2 * self._state_size * int(self._starts[row]))
+        _write(self._checksums, np.uint64(_checksum(features_SE, key)).tobytes(), row * 8)
         return True
+
+
+def _starts_of_images(store: Store, images: Images) -> NDArray[np.int64]:
+    """Return the number of states before each image of a store, and of all."""
+    if images.depends_on_size:
+        numbers = np.array([images.num_states(images.tiling(*size)) for size in store.image_sizes], np.int64)
+    else:
+        numbers = np.full(store.num_images, images.num_states(images.one_tile), np.int64)
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(numbers)))
 
 
 def _checksum(features: Features, key: int) -> int:
@@ -125,30 +143,41 @@ def _write(descriptor: int, content: bytes, offset: int) -> None:
 
 
 class FeatureCache:
-    """The features of the images of some stores. It can be sent to another process."""
+    """The states of the images of some stores. It can be sent to another process."""
 
-    def __init__(self, stores: Sequence[Store], name: str, shape: tuple[int, int]) -> None:
-        """`name` is the fingerprint, `shape` is (S, E)."""
-        self.stores, self.name, self.shape = list(stores), name, shape
-        self._files = [_FeatureFile(store, name, shape) for store in stores]
+    def __init__(self, stores: Sequence[Store], name: str, images: Images) -> None:
+        """`name` is the fingerprint."""
+        self.stores, self.name, self.images = list(stores), name, images
+        self._files = [_FeatureFile(store, name, images) for store in stores]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FeatureCache, (self.stores, self.name, self.shape)
+        return FeatureCache, (self.stores, self.name, self.images)
 
-    def read(self, key: int, out: Features) -> bool:
-        """Copy the features of an image into `out`; false where they are not there, and `out` is then of no use."""
-        return any(file.read(key, out) for file in self._files)
+    @property
+    def state_size(self) -> int:
+        """Numbers of a state."""
+        return self.images.state_size
 
-    def write(self, key: int, features: Features) -> None:
-        """Keep the features of an image, in the first store that has it.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the states of all images take on disk."""
+        return sum(file.num_bytes for file in self._files)
+
+    def read(self, key: int) -> Features | None:
+        """Return the states of an image, None where they are not there."""
+        found = (file.read(key) for file in self._files)
+        return next((features for features in found if features is not None), None)
+
+    def write(self, key: int, features_SE: Features) -> None:
+        """Keep the states of an image, in the first store that has it.
 
         Raises:
             OSError: the disk is full, or cannot be written.
         """
-        any(file.write(key, features) for file in self._files)
+        any(file.write(key, features_SE) for file in self._files)
 
     def count(self) -> tuple[int, int]:
-        """Distinct images whose features are there, and distinct images."""
+        """Return how many distinct images have their states there, and how many distinct images there are."""
         there = [file.store.image_keys[file.sums != 0] for file in self._files]
         keys = [store.image_keys for store in self.stores]
         return _distinct(there), _distinct(keys)
@@ -159,17 +188,17 @@ def _distinct(keys: Sequence[NDArray[np.int64]]) -> int:
 
 
 class Encoder:
-    """Completes batches: encodes the images whose features are not there yet, and keeps these."""
+    """Completes batches: encodes the images whose states are not there yet, and keeps these."""
 
     def __init__(
         self,
-        model: Any,
+        model: PackedModel,
         cache: FeatureCache,
         autocast: Callable[[], AbstractContextManager[Any]],
         warn: Callable[[str], None],
     ) -> None:
-        """`model.encode_images` makes features (images, S, E) of uint8 pixels, under `autocast`. `warn` is told once
-        what is wrong with the cache; training goes on without it."""
+        """Images are encoded under `autocast`. `warn` is called once with what is wrong with the cache; training goes
+        on without it."""
         self.model = model
         self.cache = cache
         self.autocast = autocast
@@ -178,28 +207,29 @@ class Encoder:
         self._overflows = 0
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with the features of all its images, and no pixels."""
-        features_NSE = batch.features_NSE
-        if features_NSE is None or not batch.to_encode:
+        """Return the batch with the states of all its images, and no tiles."""
+        features_RE = batch.features_RE
+        if features_RE is None or not batch.to_encode:
             return batch
-        features_NSE = features_NSE.clone()
+        features_RE = features_RE.clone()
+        stops = [*accumulate(batch.num_states)]
         was_training = self.model.training
         self.model.eval()
-        for (row, key), pixels_CHW in zip(batch.to_encode.items(), batch.pixel_values_NCHW, strict=True):
-            features_SE = self._features(key, pixels_CHW)
-            if features_SE.dtype != features_NSE.dtype:
-                features_NSE = features_NSE.float()
-            features_NSE[row] = features_SE
+        for number, tiles in _tiles_by_image(batch):
+            features_SE = self._features(batch.to_encode[number], tiles)
+            if features_SE.dtype != features_RE.dtype:
+                features_RE = features_RE.float()
+            features_RE[stops[number] - batch.num_states[number] : stops[number]] = features_SE
         self.model.train(was_training)
-        return replace(batch, features_NSE=features_NSE, to_encode={}, pixel_values_NCHW=batch.pixel_values_NCHW[:0])
+        return replace(batch, features_RE=features_RE, to_encode={}, tiles=())
 
-    def _features(self, key: int, pixels_CHW: Tensor) -> Tensor:
-        """float16; what that cannot hold stays as it is, and is not kept."""
-        known = np.empty(self.cache.shape, np.float16)
-        if self.cache.read(key, known):  # since the batch was made
-            return torch.from_numpy(known).to(pixels_CHW.device)
+    def _features(self, key: int, tiles: Tensor) -> Tensor:
+        """Return the states of an image in float16, or in float32 where that cannot hold them, which are not kept."""
+        known = self.cache.read(key)
+        if known is not None:  # since the batch was made
+            return torch.from_numpy(known).to(tiles.device)
         with torch.no_grad(), self.autocast():
-            exact_SE: Tensor = self.model.encode_images(pixels_CHW[None])[0]
+            exact_SE = self.model.encode_images((tiles,))
         features_SE = exact_SE.half()
         if not features_SE.isfinite().all():
             self._overflows += 1
@@ -217,3 +247,14 @@ class Encoder:
         except OSError as error:
             self._is_writing = False
             self._warn(f"data.feature_cache: no more features are kept, other images are encoded each time ({error})")
+
+
+def _tiles_by_image(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number of each image to encode and its tiles."""
+    images = sorted(batch.to_encode)  # as their tiles lie, since numbers follow the sizes of tiles
+    for tiles in batch.tiles:
+        while len(tiles):
+            number = images.pop(0)
+            own = batch.num_tiles[number]
+            yield number, tiles[:own]
+            tiles = tiles[own:]

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from sft.batches.collate import Pixels, collate
+from sft.batches.collate import Shown, collate
+from sft.batches.image_source import StoredImages
 from sft.batches.pack_stream import Planner
 from sft.core.errors import UserError, nearest
-from sft.core.sample import IGNORE_INDEX, Batch, Pack, SkipSample
+from sft.core.sample import IGNORE_INDEX, Batch, Pack
 from sft.data.sources import Sources
-from sft.models.chat_template import ChatTemplate
+from sft.models.chat_template import IMAGE, ChatTemplate
 from sft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ def inspect_pack(
     sources: Sources,
     template: ChatTemplate,
     *,
-    image_size: int,
     number: int = 0,
     source: str | None = None,
 ) -> dict[str, Any]:
@@ -54,24 +54,18 @@ def inspect_pack(
     number, pack = find_pack(recipe, sources, number, source)
     step = number // recipe.packs_per_step + 1
     placed = [sources.sample(item) for item in pack.items]
-    problems: list[str | None] = []
-
-    def load(image: int) -> Pixels:
-        problems.append(None)
-        try:
-            return sources.reader.training_pixels(image, image_size, seed=recipe.seed, step=step)
-        except SkipSample as skip:
-            problems[-1] = f"{skip.reason}: {skip.detail}" if skip.detail else skip.reason
-            raise
-
+    crop = (recipe.seed, step) if data.augment == "crop" else None
+    images = StoredImages(sources.reader, template.images, crop)
+    problems: dict[int, str] = {}
     batch = collate(
         [placed],
-        load,
+        images,
         train_on=data.train_on,
         pack_isolation=data.pack_isolation,
-        image_size=image_size,
         forgive_images=True,
+        problems=problems,
     )
+    shown = Shown.of(dict.fromkeys(image for sample in placed for image in sample.images), images)
     return {
         "pack": number,
         "step": step,
@@ -84,7 +78,7 @@ def inspect_pack(
             lengths=[len(sample.encoded.input_ids) for sample in placed],
             source_names=[config.name for config in data.mixture],
             sequence_length=data.sequence_length,
-            problems=problems,
+            problems=[problems.get(image) for image in shown.numbers],
         ),
     }
 
@@ -144,13 +138,12 @@ def describe(
             "trained_share": _num_trained(tokens) / len(tokens),
             "samples": len(samples),
             "images": sum(len(sample["images"]) for sample in samples),
-            "distinct_images": len(batch.pixel_values_NCHW),
+            "distinct_images": batch.num_images,
         },
         "sources": [_source(name, samples) for name in source_names],
         "samples": samples,
         "images": [
-            _image(pixels_CHW) | {"problem": problem}
-            for pixels_CHW, problem in zip_longest(batch.pixel_values_NCHW, problems)
+            _image(tile_CHW) | {"problem": problem} for tile_CHW, problem in zip_longest(_whole_images(batch), problems)
         ],
         "tokens": tokens,
     }
@@ -193,15 +186,20 @@ def _run_texts(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Iterator[s
 def _tokens(batch: Batch, template: ChatTemplate) -> Iterator[dict[str, Any]]:
     ids: list[int] = batch.input_ids_T.tolist()
     names = template.tokenizer.convert_ids_to_tokens(ids)
-    columns = (batch.labels_T, batch.position_ids_T, batch.segment_ids_T, batch.image_ids_T)
+    columns = (batch.labels_T, batch.position_ids_T, batch.segment_ids_T, batch.image_ids_T, batch.state_ids_T)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     texts = token_texts(template.tokenizer, ids)
-    for index, name, (text, is_special), (label, position, segment, image) in zip(ids, names, texts, rows, strict=True):
+    image_token_id = template.tokenizer.convert_tokens_to_ids(IMAGE)
+    first_states = {-1, *accumulate(batch.num_states, initial=0)}  # an image is shown once, where its states begin
+    for index, name, (text, is_special), (label, position, segment, image, state) in zip(
+        ids, names, texts, rows, strict=True
+    ):
+        is_image = index == image_token_id and state in first_states
         yield {
             "id": index,
             "name": name,
             "text": text,
-            "kind": "image" if index == template.image_token_id else "special" if is_special else "text",
+            "kind": "image" if is_image else "special" if is_special else "text",
             "label": None if label == IGNORE_INDEX else label,
             "position": position,
             "segment": segment,
@@ -223,8 +221,15 @@ def _source(name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _image(pixels_CHW: Tensor) -> dict[str, Any]:
+def _whole_images(batch: Batch) -> Iterator[Tensor]:
+    """Yield the tile of each image that shows the whole of it, which is its last."""
+    stops = accumulate(batch.num_tiles)
+    tiles = [tile_CHW for tiles_KCHW in batch.tiles for tile_CHW in tiles_KCHW]
+    return (tiles[stop - 1] for stop in stops)
+
+
+def _image(tile_CHW: Tensor) -> dict[str, Any]:
     file = io.BytesIO()
-    image = Image.fromarray(pixels_CHW.permute(1, 2, 0).numpy())
+    image = Image.fromarray(tile_CHW.permute(1, 2, 0).numpy())
     image.save(file, "PNG")
     return {"width": image.width, "height": image.height, "png": b64encode(file.getvalue()).decode()}

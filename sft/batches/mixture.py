@@ -31,11 +31,12 @@ class Mixture:
             for index, source in enumerate(sources)
         ]
 
-    def draw(self, num_tokens: int, num_images: int, most_of_one_image: int) -> list[Draw]:
+    def draw(self, num_tokens: int, image_weight: int, most_of_one_image: int) -> list[Draw]:
         """Draw the next samples of every source, all of them about `num_tokens` long.
 
-        There are fewer where they would need more than `num_images` images or one image more than `most_of_one_image`
-        times, samples that can share one counted once: what cannot be packed would be left over in growing numbers.
+        There are fewer where their images would weigh more than `image_weight` or one image be needed more than
+        `most_of_one_image` times, samples that can share one counted once: what cannot be packed would be left over in
+        growing numbers.
 
         Sources that have come to the end of `max_epochs` give nothing more; those that `reweight` leave their share to
         the others.
@@ -45,11 +46,11 @@ class Mixture:
         if any(shares):
             tokens_per_unit = sum(s.tokens_per_unit * share for s, share in zip(self.streams, shares, strict=True))
             guess = num_tokens * sum(shares) / tokens_per_unit
-            rise = self._largest_rise(shares, guess, num_tokens, num_images, most_of_one_image)
+            rise = self._largest_rise(shares, guess, num_tokens, image_weight, most_of_one_image)
         return [s.draw(s.target + share * rise) for s, share in zip(self.streams, shares, strict=True)]
 
     def _largest_rise(
-        self, shares: list[float], guess: float, num_tokens: int, num_images: int, most_of_one_image: int
+        self, shares: list[float], guess: float, num_tokens: int, image_weight: int, most_of_one_image: int
     ) -> float:
         """Return about the largest rise of the level, in the unit of the shares, that stays within the limits."""
         search = _Search(self.streams, shares, guess, self.caps.samples_per_image)
@@ -58,12 +59,12 @@ class Mixture:
             nonlocal search
             if rise > search.longest:
                 search = _Search(self.streams, shares, rise, self.caps.samples_per_image)
-            tokens, images = search.upto(rise)
-            if tokens > num_tokens:
+            tokens, images, weight = search.upto(rise)
+            if tokens > num_tokens or weight > image_weight:
                 return True
-            if len(images) <= min(num_images, most_of_one_image):
+            if len(images) <= most_of_one_image:
                 return False
-            return len(images) > num_images or int(np.unique(images, return_counts=True)[1].max()) > most_of_one_image
+            return int(np.unique(images, return_counts=True)[1].max()) > most_of_one_image
 
         return _largest(is_too_much, guess)
 
@@ -102,12 +103,15 @@ class _Search:
         self.targets = np.repeat([stream.target for stream in streams], numbers)
         self.shares = np.repeat(shares, numbers)
         self.draw = Draw.joined(draws)
-        self.images, self.num_images = self.draw.encoded_images(samples_per_image)
+        self.images = self.draw.encoded_images(samples_per_image)
 
-    def upto(self, rise: float) -> tuple[int, Ints]:
-        """Return the tokens of the samples up to a rise of the level, and the images to be encoded for them."""
+    def upto(self, rise: float) -> tuple[int, Ints, int]:
+        """Return the tokens of the samples up to a rise of the level, the images to be encoded for them, and what these
+        weigh."""
         is_drawn = self.draw.thresholds <= self.targets + self.shares * rise
-        return int(self.draw.num_tokens[is_drawn].sum()), self.images[np.repeat(is_drawn, self.num_images)]
+        chosen = np.repeat(is_drawn, self.images.numbers)
+        tokens, weight = self.draw.num_tokens[is_drawn].sum(), self.images.weights[chosen].sum()
+        return int(tokens), self.images.keys[chosen], int(weight)
 
 
 _STEPS_OF_SEARCH = 24

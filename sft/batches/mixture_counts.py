@@ -128,7 +128,7 @@ def count_packs(totals: MixtureCounts, packs: Sequence[Pack], sources: Sequence[
         source, tally = sources[index], totals.of_source[index]
         own = order[borders[index] : borders[index + 1]]
         rows, numbers = samples[own], of_pack[own]
-        images, num_images = source.images(rows)
+        images, _, num_images = source.images(rows)
         counts = {
             "tokens": source.num_tokens(rows),
             "trained_tokens": source.num_trained(rows),

@@ -36,7 +36,7 @@ class Planner:
         self.sizes = sizes
         self.caps = Caps(
             tokens=data.sequence_length,
-            images=data.max_images_per_pack,
+            image_weight=data.max_images_per_pack,
             samples_per_image=data.max_samples_per_image_per_pack,
         )
         self.mixture = Mixture(sizes, unit=data.share_unit, seed=seed, caps=self.caps)
@@ -85,9 +85,10 @@ class Planner:
     def _draw(self) -> list[Bundle]:
         """What fills a window beside the carry: in tokens, in images, or in packs that one image may stand in."""
         carried = Counter(image for bundle in self.carry for image in bundle.images)
+        carried_weight = sum(sum(bundle.images.values()) for bundle in self.carry)
         draws = self.mixture.draw(
             self.window_packs * self.caps.tokens - sum(bundle.num_tokens for bundle in self.carry),
-            self.window_packs * self.caps.images - carried.total(),
+            self.window_packs * self.caps.image_weight - carried_weight,
             self.window_packs - max(carried.values(), default=0),
         )
         return [bundle for source, draw in enumerate(draws) for bundle in bundles_of(source, draw, self.caps)]
@@ -95,10 +96,11 @@ class Planner:
     def _restored(self, items: Sequence[Sequence[int]]) -> Bundle:
         rows = np.array([row for _, row in items])
         sizes = self.sizes[items[0][0]]
+        shown = sizes.images(rows[:1])
         return Bundle(
             tuple(PackItem(*item) for item in items),
             int(sizes.num_tokens(rows).sum()),
-            frozenset(sizes.images(rows[:1])[0].tolist()),
+            dict(zip(shown.keys.tolist(), shown.weights.tolist(), strict=True)),
         )
 
 
@@ -117,8 +119,8 @@ def _no_garbage_collection() -> Iterator[None]:
 def bundles_of(source: int, draw: Draw, caps: Caps) -> list[Bundle]:
     """Samples drawn one after another about the same images, as many as may share a pack; each text by itself."""
     borders = np.concatenate(([0], np.cumsum(draw.num_images))).tolist()
-    numbers = draw.images.tolist()
-    images = [frozenset(numbers[start:end]) for start, end in pairwise(borders)]
+    weighed = [*zip(draw.images.tolist(), draw.weights.tolist(), strict=True)]
+    images = [dict(weighed[start:end]) for start, end in pairwise(borders)]
     items = [*map(PackItem, repeat(source), draw.rows.tolist())]
     tokens = draw.num_tokens.tolist()
     is_joined = (draw.groups[1:] == draw.groups[:-1]) & (draw.num_images[1:] > 0)

@@ -1,4 +1,4 @@
-"""Packing: bundles of samples -> packs under two caps, tokens and distinct images. Pure, no tensors.
+"""Packing: bundles of samples -> packs under two caps, tokens and the weight of distinct images. Pure, no tensors.
 
 A bundle is what is placed as one: a sample, or a few samples about the same images that will share their encoding.
 """
@@ -6,7 +6,7 @@ A bundle is what is placed as one: a sample, or a few samples about the same ima
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ class Bundle(NamedTuple):
 
     items: tuple[PackItem, ...]
     num_tokens: int
-    images: frozenset[int]
+    images: Mapping[int, int]
+    """Its distinct images, and what each weighs."""
 
 
 LARGE = 0.75
@@ -58,21 +59,26 @@ def _fill(in_order: Sequence[Bundle], num_packs: int, caps: Caps) -> tuple[list[
     """
     packs: list[list[PackItem]] = [[] for _ in range(num_packs)]
     samples_of: list[dict[int, int]] = [{} for _ in range(num_packs)]  # for each pack, samples that show an image
+    weights = [0] * num_packs  # for each pack, what its distinct images weigh
     by_room = [(caps.tokens, number) for number in range(num_packs)]  # tokens that still fit, and the pack; sorted
     left: list[Bundle] = []
     num_empty, to_come, large = num_packs, len(in_order), LARGE * caps.tokens
     for bundle in in_order:
         items, tokens, images = bundle
+        weight = sum(images.values())
         places = range(bisect_left(by_room, (tokens, -1)), num_packs)
         for place in places if tokens > large and to_come > num_empty else reversed(places):
             room, number = by_room[place]
             shown = samples_of[number]
             if images:
-                if shown.keys().isdisjoint(images):
-                    if len(shown) + len(images) > caps.images:
+                new = weight
+                if not shown.keys().isdisjoint(images):
+                    if any(shown.get(image, 0) + len(items) > caps.samples_per_image for image in images):
                         continue
-                elif not _may_share(shown, bundle, caps):
+                    new = sum(own for image, own in images.items() if image not in shown)
+                if weights[number] + new > caps.image_weight:
                     continue
+                weights[number] += new
                 for image in images:
                     shown[image] = shown.get(image, 0) + len(items)
             num_empty -= room == caps.tokens
@@ -84,13 +90,6 @@ def _fill(in_order: Sequence[Bundle], num_packs: int, caps: Caps) -> tuple[list[
             left.append(bundle)
         to_come -= 1
     return packs, left
-
-
-def _may_share(shown: dict[int, int], bundle: Bundle, caps: Caps) -> bool:
-    """Whether a pack that shows some of a bundle's images already can take it, by images and by samples of each."""
-    return len(shown.keys() | bundle.images) <= caps.images and all(
-        shown.get(image, 0) + len(bundle.items) <= caps.samples_per_image for image in bundle.images
-    )
 
 
 def _fill_empty(packs: list[list[PackItem]]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sft.core.errors import UserError
 from sft.core.sample import Caps
-from sft.data.orders import Cursor, ImageGroups, Ints, Order, Ordered
+from sft.data.orders import Cursor, ImageGroups, Ints, Order, Ordered, ShownImages
 
 Unit = Literal["tokens", "trained_tokens", "samples"]
 Floats = NDArray[np.float64]
@@ -45,9 +45,8 @@ class SourceSizes(Protocol):
     def num_trained(self, rows: Ints) -> Ints:
         """Return the trained tokens of each."""
 
-    def images(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the numbers of the distinct images of each, one sample after another, and how many each has. Equal
-        numbers are equal images, across sources too."""
+    def images(self, rows: Ints) -> ShownImages:
+        """Return the distinct images of each."""
 
     @property
     def groups(self) -> ImageGroups | None:
@@ -68,22 +67,25 @@ class Draw(NamedTuple):
     num_trained: Ints
     num_images: Ints
     images: Ints
-    """Numbers of the distinct images, one sample after another."""
+    """Keys of the distinct images, one sample after another."""
+    weights: Ints
+    """What each of these images weighs."""
 
     def part(self, samples: slice | NDArray[np.bool_], images: slice | NDArray[np.bool_]) -> Draw:
         """Return some of the samples, with their images."""
-        return Draw._make([*(array[samples] for array in self[:-1]), self.images[images]])
+        return Draw._make([*(array[samples] for array in self[:-2]), self.images[images], self.weights[images]])
 
     @staticmethod
     def joined(draws: Sequence[Draw]) -> Draw:
         """Return several draws end to end."""
         return Draw(*map(np.concatenate, zip(*draws, strict=True)))
 
-    def encoded_images(self, samples_per_image: int) -> tuple[Ints, Ints]:
-        """Return the images that have to be encoded for these samples, one sample after another, and how many each
-        needs: of every few samples that share their images, those of the first."""
+    def encoded_images(self, samples_per_image: int) -> ShownImages:
+        """Return the images that have to be encoded for these samples: of every few samples that share their images,
+        those of the first."""
         is_first = self.places % samples_per_image == 0
-        return self.images[np.repeat(is_first, self.num_images)], np.where(is_first, self.num_images, 0)
+        chosen = np.repeat(is_first, self.num_images)
+        return ShownImages(self.images[chosen], self.weights[chosen], np.where(is_first, self.num_images, 0))
 
 
 @dataclass(kw_only=True)
@@ -118,13 +120,23 @@ class Lookahead(NamedTuple):
         """Measure samples before which a source has `given` so much."""
         rows = ordered.rows
         num_tokens, num_trained = sizes.num_tokens(rows), sizes.num_trained(rows)
-        images, num_images = sizes.images(rows)
-        fits = (num_tokens <= caps.tokens) & (num_images <= caps.images)
+        images = sizes.images(rows)
+        fits = (num_tokens <= caps.tokens) & (images.weight_of_samples() <= caps.image_weight)
         counted = {"tokens": num_tokens, "trained_tokens": num_trained, "samples": np.ones_like(rows)}[unit]
         given_before = sums_before(np.where(fits, counted, 0)).astype(np.float64) + given
         thresholds = (given_before[:-1] + given_before[1:]) / 2
-        everything = Draw(rows, ordered.groups, places, thresholds, num_tokens, num_trained, num_images, images)
-        draw = everything.part(fits, np.repeat(fits, num_images))
+        everything = Draw(
+            rows,
+            ordered.groups,
+            places,
+            thresholds,
+            num_tokens,
+            num_trained,
+            images.numbers,
+            images.keys,
+            images.weights,
+        )
+        draw = everything.part(fits, np.repeat(fits, images.numbers))
         images_before = sums_before(draw.num_images)
         return Lookahead(ordered, draw, sums_before(fits), images_before, given_before, thresholds)
 
@@ -254,7 +266,7 @@ class Stream:
             return f"source {self.sizes.name!r}: none of its samples has trained tokens, which the shares count"
         return (
             f"source {self.sizes.name!r}: no sample fits a pack of {self.caps.tokens} tokens (data.sequence_length) "
-            f"and {self.caps.images} images (data.max_images_per_pack); its shortest has "
+            f"and {self.caps.image_weight} images (data.max_images_per_pack); its shortest has "
             f"{self.sizes.num_tokens(ahead.ordered.rows).min()}"
         )
 

@@ -118,10 +118,10 @@ class Plans:
             pairs = [(number, i.sample) for number, pack in enumerate(packs) for i in pack.items if i.source == index]
             numbers, rows = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
             np.add.at(costs, numbers, source.num_tokens(rows))
-            images, num_images = source.images(rows)
-            shown.append(np.stack([np.repeat(numbers, num_images), images]))
-        distinct = np.unique(np.concatenate(shown, axis=1), axis=1)
-        return list(costs + self.image_cost * np.bincount(distinct[0], minlength=len(packs)))
+            images = source.images(rows)
+            shown.append(np.stack([np.repeat(numbers, images.numbers), images.keys, images.weights]))
+        packs_of, _, weights = np.unique(np.concatenate(shown, axis=1), axis=1)
+        return list(costs + self.image_cost * np.bincount(packs_of, weights, minlength=len(packs)))
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the plan stands after a step, as JSON: the window of the next one, and how far into it."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from torch import nn
-
 from sft.checks.environment import check_bitsandbytes, existing, versions_in_a_line
 from sft.checks.finding import Finding, line_of, raise_failed
 from sft.checks.model import (
@@ -23,8 +21,9 @@ from sft.checks.model import (
 from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device
 from sft.models.chat_template import ChatTemplate
-from sft.models.family import ModelFamily
+from sft.models.family import Family
 from sft.models.lora import has_adapters
+from sft.models.packed_model import PackedModel
 from sft.recipe import OPTIMIZERS, Recipe
 
 
@@ -62,13 +61,18 @@ class Room:
         return self.snapshot + self.state
 
 
-def room_for(recipe: Recipe, family: ModelFamily, model: nn.Module) -> Room:
+def room_for(recipe: Recipe, family: Family, model: PackedModel) -> Room:
     """Return what the checkpoints of a run will take. Full runs keep bfloat16 weights, others their trained float32
     weights; the state has the trained weights in float32 and the optimizer's states."""
+    groups = recipe.model.trainable
+
+    def is_trained(name: str) -> bool:
+        return groups is None or family.weights.group_of(name) in groups
+
     trained = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if ".lora_" in name or (family.group_of(name) in recipe.model.trainable and ".base_layer." not in name)
+        if ".lora_" in name or (is_trained(name) and ".base_layer." not in name)
     )
     everything = sum(parameter.numel() for parameter in model.parameters())
     snapshot = 4 * trained if has_adapters(model) else 2 * everything
@@ -98,7 +102,7 @@ def check_room(folder: Path, room: Room) -> Finding:
 
 
 def before_training(
-    recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate, run_dir: Path
+    recipe: Recipe, family: Family, model: PackedModel, template: ChatTemplate, run_dir: Path
 ) -> list[str]:
     """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings.
 

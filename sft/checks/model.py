@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sft.batches.collate import collate
+from sft.batches.image_source import NoiseImages
 from sft.checks.environment import free_memory
 from sft.checks.finding import Finding
 from sft.core.precision import device, torch_dtype
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
 from sft.models.chat_template import ChatTemplate
-from sft.models.family import ModelFamily
+from sft.models.family import Family
 from sft.models.lora import is_adapter_folder
+from sft.models.loss import trained_positions
 from sft.models.open_model import find_base, load_for_inference
+from sft.models.packed_model import PackedModel
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Largest difference of the logits of two correct forwards, as a share of the largest logit. Measured: 0.2 and more
@@ -33,7 +36,7 @@ CHAT = (
     Message(role="user", content=("What is it?",)),
     Message(role="assistant", content=("A dog.",)),
 )
-"""The conversation whose ids a family may know (`ModelFamily.golden_ids`)."""
+"""The conversation whose ids a family may know (`sft.models.family.Text.golden_ids`)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,15 @@ class Subject:
     image must differ by more.
     """
 
-    family: ModelFamily
-    model: nn.Module
+    family: Family
+    model: PackedModel
     template: ChatTemplate
     precision: str
+
+    @property
+    def noise(self) -> NoiseImages:
+        """The images."""
+        return NoiseImages(self.template.images)
 
     @cached_property
     def samples(self) -> list[PlacedSample]:
@@ -55,14 +63,14 @@ class Subject:
         return [*(self._placed(CHAT, (image,)) for image in (0, 1, 0)), self._placed(CHAT[2:], ())]
 
     def _placed(self, messages: Sequence[Message], images: tuple[int, ...]) -> PlacedSample:
-        return PlacedSample(self.template.encode(Sample(key="check", messages=tuple(messages))), images, source=0)
+        encoded = self.template.encode(Sample(key="check", messages=with_size(messages, self.noise.size)))
+        return PlacedSample(encoded, images, source=0)
 
     @cached_property
     def batch(self) -> Batch:
         """All samples as one pack, with every token but the first trained."""
-        size = self.family.image_size(self.model.config)
         on = next(self.model.parameters()).device
-        return collate([self.samples], lambda number: noise(number, size), train_on="all", image_size=size).to(on)
+        return collate([self.samples], self.noise, train_on="all").to(on)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast of training."""
@@ -70,12 +78,21 @@ class Subject:
         return torch.autocast(self.batch.input_ids_T.device.type, dtype, enabled=dtype != torch.float32)
 
     @cached_property
+    def positions(self) -> list[Tensor]:
+        """The trained positions of each sample, counted from its first token: all but the last, and but those before
+        a token that stands for an image state."""
+        positions_P = trained_positions(self.batch.labels_T)
+        segments_P = self.batch.segment_ids_T[positions_P]
+        lengths = [len(sample.encoded.input_ids) for sample in self.samples]
+        starts = accumulate(lengths, initial=0)
+        return [positions_P[segments_P == n] - start for n, start in zip(range(len(lengths)), starts, strict=False)]
+
+    @cached_property
     def packed(self) -> tuple[float, list[Tensor]]:
-        """The loss of our forward, and its logits (T - 1, V) of each sample."""
+        """The loss of our forward, and its logits (P, V) at the trained positions of each sample."""
         with torch.no_grad(), self.autocast():
             output = self.model(batch=self.batch)
-        lengths = [len(sample.encoded.input_ids) - 1 for sample in self.samples]
-        return float(output.loss), list(output.logits_PV.split(lengths))
+        return float(output.loss), list(output.logits_PV.split([len(own_P) for own_P in self.positions]))
 
     @cached_property
     def plain(self) -> list[Tensor]:
@@ -83,11 +100,7 @@ class Subject:
         batch, result = self.batch, []
         with torch.no_grad(), self.autocast():
             for segment in range(len(self.samples)):
-                own_T = batch.segment_ids_T == segment
-                logits_TV = self.family.plain_logits(
-                    self.model, batch.input_ids_T[own_T], batch.image_ids_T[own_T], batch.pixel_values_NCHW
-                )
-                result.append(logits_TV[:-1].float())
+                result.append(self.model.plain_logits(batch, segment)[self.positions[segment]].float())
         return result
 
     @property
@@ -111,9 +124,13 @@ def load_subject(path: str | Path) -> Subject:
     return Subject(loaded.family, loaded.model, loaded.template, precision)
 
 
-def noise(number: int, size: int) -> NDArray[np.uint8]:
-    """Return an image (3, size, size) of noise that depends on its number alone."""
-    return np.random.default_rng(number).integers(0, 256, (3, size, size), dtype=np.uint8)
+def with_size(messages: Sequence[Message], size: tuple[int, int]) -> tuple[Message, ...]:
+    """Return messages whose images have a size, so that nobody opens them to learn it."""
+
+    def sized(item: str | ImageRef) -> str | ImageRef:
+        return replace(item, size=size) if isinstance(item, ImageRef) else item
+
+    return tuple(replace(message, content=tuple(map(sized, message.content))) for message in messages)
 
 
 def check_model(subject: Subject) -> Iterator[Finding]:
@@ -139,8 +156,9 @@ def check_tokens(subject: Subject) -> Finding:
     transformers 5 can rebuild a tokenizer by other rules without a warning: 32 tokens in place of 35 for a short chat.
     """
     name, template, config = "token ids", subject.template, subject.model.config
-    ids = template.encode(Sample(key="check", messages=CHAT)).input_ids.tolist()
-    golden = subject.family.golden_ids(config)
+    chat = with_size(CHAT, subject.noise.size)
+    ids = template.encode(Sample(key="check", messages=chat)).input_ids.tolist()
+    golden = subject.family.text.golden_ids(config)
     advice = "take the tokenizer.json of the base model"
     if golden is not None:
         if ids == golden:
@@ -151,30 +169,20 @@ def check_tokens(subject: Subject) -> Finding:
             f"{ids[at : at + 3]} {pieces} at {at} of a chat, idefics-9b-instruct was trained with {golden[at : at + 3]}"
         )
         return Finding(name=name, result="failed", found=found, advice=advice, of_input=True)
-    wrong = _wrong_with_tokens(template, ids, template.text(CHAT), subject.family.num_rows(config))
+    wrong = _wrong_with_tokens(subject, ids)
     if wrong:
         return Finding(name=name, result="failed", found=wrong, advice=advice, of_input=True)
     return Finding(name=name, result="ok", found="follow the rules of LLaMA-1; no known ids for this vocabulary")
 
 
-def _wrong_with_tokens(template: ChatTemplate, ids: Sequence[int], text: str, num_rows: int) -> str:
-    """Return which rule of LLaMA-1 a vocabulary breaks that is not LLaMA-1's; empty where it keeps them all."""
-    tokenizer = template.tokenizer
-    tokens = tokenizer.convert_ids_to_tokens(list(ids))
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _wrong_with_tokens(subject: Subject, ids: Sequence[int]) -> str:
+    """Return what is wrong with the ids of a chat, whatever the vocabulary; an empty text if nothing is."""
+    tokenizer, num_rows = subject.template.tokenizer, subject.family.text.num_rows(subject.model.config)
     if max(ids) >= num_rows:
-        return f"{tokens[ids.index(max(ids))]!r} has id {max(ids)}, the model has {num_rows} rows"
-    if tokenizer.unk_token_id in ids:
+        return f"{tokenizer.convert_ids_to_tokens(max(ids))!r} has id {max(ids)}, the model has {num_rows} rows"
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         return f"{tokenizer.unk_token!r} stands in a chat of plain English"
-    for before, index, token in zip(ids, ids[1:], tokens[1:], strict=False):
-        if before in special and index not in special and not token.startswith("▁"):
-            return f"text after a special token begins with {token!r}, not with '▁'"
-    written = "".join(tokens).replace("▁", "").replace("<0x0A>", "").replace("\n", "")
-    rendered = "".join(text.split())
-    if written != rendered:
-        at = next(i for i in range(len(rendered) + 1) if written[: i + 1] != rendered[: i + 1])
-        return f"a chat comes back with {written[at : at + 20]!r} where {rendered[at : at + 20]!r} was written"
-    return ""
+    return subject.family.text.wrong_with_tokens(tokenizer, ids, subject.template.text(CHAT))
 
 
 def check_weights(subject: Subject) -> Finding:
@@ -195,12 +203,15 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def _gates(subject: Subject) -> list[Tensor]:
-    return [p.detach() for n, p in subject.model.named_parameters() if subject.family.group_of(n) == "gates"]
+    return [p.detach() for n, p in subject.model.named_parameters() if subject.family.weights.group_of(n) == "gates"]
 
 
 def check_gates(subject: Subject) -> Finding:
     """Check that a gate of cross-attention is open: a model whose gates are all zero has not learned to see."""
-    largest = max((float(gate.abs().max()) for gate in _gates(subject)), default=0.0)
+    gates = _gates(subject)
+    if not gates:
+        return Finding(name="gates", result="ok", found="there are none: images are part of the text")
+    largest = max(float(gate.abs().max()) for gate in gates)
     if largest == 0.0:
         advice = "train model.trainable: [gates, …], and give it images to learn from"
         return Finding(name="gates", result="warning", found="all are 0: no image has any effect yet", advice=advice)
@@ -212,13 +223,14 @@ def check_image(subject: Subject) -> Finding:
     name = "image changes logits"
     if not subject.finite:
         return _not_finite(name, subject)
-    if not any(bool(gate.any()) for gate in _gates(subject)):
+    gates = _gates(subject)
+    if gates and not any(bool(gate.any()) for gate in gates):
         return Finding(name=name, result="skipped", found="the gates are all 0")
     first, other, again = subject.packed[1][:3]
     by_image, by_rounding = float((first - other).abs().max()), float((first - again).abs().max())
     if by_image <= 2 * by_rounding:
         found = f"two images give logits {by_image:.2g} apart, one image twice {by_rounding:.2g}"
-        advice = "the base does not see; is it one of IDEFICS?"
+        advice = "the base does not see; is it one of this family?"
         return Finding(name=name, result="failed", found=found, advice=advice, of_input=True)
     return Finding(name=name, result="ok", found=f"by up to {by_image:.2g}")
 
@@ -243,7 +255,7 @@ def check_own_loss(subject: Subject) -> Finding:
 def _check_loss(subject: Subject, what: str, tolerance: float) -> Finding:
     if not subject.finite:
         return _not_finite("loss", subject)
-    num_rows, width = subject.family.num_rows(subject.model.config), subject.packed[1][0].shape[-1]
+    num_rows, width = subject.family.text.num_rows(subject.model.config), subject.packed[1][0].shape[-1]
     if width != num_rows:
         return Finding(name="loss", result="failed", found=f"{width} logits, the vocabulary has {num_rows} tokens")
     loss = subject.packed[0]
@@ -257,10 +269,10 @@ def _check_loss(subject: Subject, what: str, tolerance: float) -> Finding:
 def _cross_entropy(subject: Subject, logits: Sequence[Tensor]) -> float:
     """Return the mean cross entropy by its definition, in float64, of the samples' own tokens."""
     total, count = 0.0, 0
-    for sample, logits_TV in zip(subject.samples, logits, strict=True):
-        targets_T = torch.from_numpy(sample.encoded.input_ids[1:]).to(logits_TV.device)
-        chosen_T = logits_TV.double().log_softmax(-1).gather(-1, targets_T[:, None])
-        total, count = total - float(chosen_T.sum()), count + len(targets_T)
+    for sample, positions_P, logits_PV in zip(subject.samples, subject.positions, logits, strict=True):
+        targets_P = torch.from_numpy(sample.encoded.input_ids).to(logits_PV.device)[positions_P + 1]
+        chosen_P = logits_PV.double().log_softmax(-1).gather(-1, targets_P[:, None])
+        total, count = total - float(chosen_P.sum()), count + len(targets_P)
     return total / count
 
 
@@ -268,7 +280,7 @@ def check_extra_rows(subject: Subject) -> Finding:
     """Check that a backward reaches every row of the extra vocabulary, in the embedding and in the head."""
     name, model = "gradients of the extra rows", subject.model
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    rows = {n: p for n, p in model.named_parameters() if subject.family.group_of(n) == "extra_rows"}
+    rows = {n: p for n, p in model.named_parameters() if subject.family.weights.group_of(n) == "extra_rows"}
     model.requires_grad_(False)
     for parameter in rows.values():
         parameter.requires_grad_(True)

@@ -35,13 +35,9 @@ def run(
     quiet_libraries()
     from sft.batches.inspect_pack import inspect_pack, page
     from sft.data.prepare import open_prepared
-    from sft.models import get_family
-    from sft.models.base_model import base_path
 
     sources, template = open_prepared(found, [recipe, *(overrides or ())])
-    family = get_family(found.model.family)
-    image_size = family.image_size(family.load_config(base_path(found)))
-    description = inspect_pack(found, sources, template, image_size=image_size, number=pack, source=source)
+    description = inspect_pack(found, sources, template, number=pack, source=source)
     if html:
         html.write_text(page(description), encoding="utf-8")
         console(to_stderr=json).print(f"{html}: {headline(description)}", markup=False)

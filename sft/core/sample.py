@@ -5,6 +5,9 @@
 Shape letters, here and wherever tensors are named:
     T  tokens of a micro-batch, its packs laid one after another without padding
     N  distinct images of a micro-batch
+    K  tiles of these images that have one size
+    R  image states: the vectors that the vision tower and what follows it make of the images, laid end to end
+    E  size of an image state
     C, H, W  channels, height, width
 """
 
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # so that the command line starts without torch
     import numpy as np
+    import torch
     from torch import Tensor
 
 
@@ -60,6 +64,25 @@ class ImageRef:
     """An image that is not opened yet: a file or its encoded bytes. Light to hold and to send to a worker."""
 
     source: Path | bytes
+    size: tuple[int, int] | None = None
+    """Width and height in pixels, where they are known without opening the image."""
+
+
+class Tiling(NamedTuple):
+    """How an image is cut for the vision tower: into a grid of tiles of one size and a small copy of the whole, or,
+    with 0 rows and columns, into one tile that shows the whole."""
+
+    rows: int
+    columns: int
+    height: int
+    """Height of a tile in pixels."""
+    width: int
+    """Width of a tile in pixels."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the grid and the one that shows the whole image."""
+        return self.rows * self.columns + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +117,9 @@ class EncodedSample:
     trained_spans: tuple[tuple[int, int], ...]
     """Half-open token ranges that answers-only training predicts (design decision 10)."""
     image_positions: tuple[int, ...]
-    """Where the `<image>` token of each image stands, in reading order."""
+    """Where the tokens of each image begin, in reading order."""
+    image_weights: tuple[int, ...] = ()
+    """What each image counts towards the cap of a pack (`Caps.image_weight`); empty: 1 each."""
 
     def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
         """Return the token ranges that are predicted: the answers, or `all` tokens after the first."""
@@ -112,8 +137,9 @@ class Caps(NamedTuple):
     """What a pack may hold."""
 
     tokens: int
-    images: int
-    """Distinct images."""
+    image_weight: int
+    """Sum over the distinct images of what each weighs (`sft.models.family.Images.weight`): for IDEFICS-1 their
+    number."""
     samples_per_image: int
     """Samples that may share an image."""
 
@@ -143,15 +169,24 @@ class Batch:
     """Which of the N images the token looks at; -1 = none."""
     source_ids_T: Tensor
     """Which source of the mixture the token comes from, for losses by source; NO_SOURCE: it only fills a batch."""
-    pixel_values_NCHW: Tensor
-    """uint8; the model's family normalises on the device. N may be 0. With `features_NSE` those of `to_encode` only."""
+    state_ids_T: Tensor
+    """Which of the R image states stands in place of the token; -1 = the token itself, always so in a family whose text
+    looks at images from the outside (IDEFICS-1)."""
+    tiles: tuple[Tensor, ...]
+    """uint8 (K, C, H, W), a tensor for each size of tile, in the order of the images; the model normalises them on its
+    device. Empty without images. With `features_RE` they are the tiles of the images of `to_encode` only."""
+    num_states: tuple[int, ...]
+    """How many states each of the N images has. Images are numbered so that those with tiles of one size follow one
+    another, each size in the order in which its images are shown."""
+    num_tiles: tuple[int, ...]
+    """How many tiles each of the N images has."""
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
-    features_NSE: Tensor | None = None
-    """What tower and resampler make of each image, where it is kept (`sft.batches.feature_cache`): float16, S states of
-    E numbers. Zeros in the rows of `to_encode`."""
+    features_RE: Tensor | None = None
+    """The states of all images as far as the feature cache has them (`sft.batches.feature_cache`): float16, zeros for
+    the images of `to_encode`."""
     to_encode: Mapping[int, int] = field(default_factory=dict)
-    """Rows of `features_NSE` that nobody knows yet, and the keys of their images, in the order of their pixels."""
+    """Images whose states are not in the cache: the number of each, and its key."""
     sequences: tuple[Tensor, ...] = ()
     """Sequences that share their beginnings, each the indices of its tokens in the row, on the CPU: tokens attend
     inside these instead of inside segments. Only in evaluation."""
@@ -167,11 +202,16 @@ class Batch:
         """Keys of all samples."""
         return tuple(key for pack in self.packs for key in pack)
 
-    def to(self, device: object) -> Batch:
+    @property
+    def num_images(self) -> int:
+        """Distinct images, a dummy's among them."""
+        return len(self.num_states)
+
+    def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with its tensors on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
-        return replace(self, **moved)
+        return replace(self, tiles=tuple(tiles.to(device) for tiles in self.tiles), **moved)
 
 
 class PlacedSample(NamedTuple):

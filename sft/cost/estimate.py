@@ -17,6 +17,7 @@ from sft.cost.idefics.formula import Cost, cost, trained_parameters
 from sft.cost.idefics.setting import Precision, Setting
 from sft.cost.idefics.shapes import Shape, shape_of
 from sft.data.store import MANIFEST, Store
+from sft.models import names_of_family
 from sft.recipe import ENGINES, EngineName, LoraSettings, Recipe, with_overrides
 from sft.recipe.engines import check_can_shard, check_engine_precision, resolve_engine
 from sft.recipe.optimizers import lighter_optimizers
@@ -106,7 +107,9 @@ def setting_of(recipe: Recipe, shape: Shape, device: Device, gpus: int) -> Setti
 def feature_cache(recipe: Recipe, shape: Shape, setting: Setting) -> dict[str, Any] | None:
     """What `data.feature_cache` takes, as far as the sources are prepared, and the share of the work that it saves from
     the second epoch on; None where the recipe cannot have one."""
-    if {"vision", "resampler"} & recipe.model.trained_groups or recipe.data.augment != "none":
+    names = names_of_family(recipe.model.family)
+    trained = names.groups if recipe.model.trained_groups is None else recipe.model.trained_groups
+    if not set(names.encoder_groups).isdisjoint(trained) or recipe.data.augment != "none":
         return None
     with_it, without = (cost(shape, replace(setting, encoded=encoded)).flop for encoded in (True, False))
     images = _distinct_images(recipe)

@@ -8,7 +8,7 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.shipped import is_local, resolve
 from sft.data.datasets import Adapter
-from sft.models import get_family
+from sft.models import check_names
 from sft.recipe import BUILT_BENCHMARKS, Recipe
 
 
@@ -18,7 +18,7 @@ def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
     Raises:
         UserError: all that is wrong, each with its key or dataset.
     """
-    get_family(recipe.model.family)
+    check_names(recipe)
     problems = [*_of_datasets(recipe, paths), *(_of_paths(recipe) if paths else ())]
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))

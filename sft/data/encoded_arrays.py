@@ -26,7 +26,7 @@ from sft.core.sample import EncodedSample, Sample, TrainOn
 from sft.data.truncate import Fitter, Limits
 from sft.models.chat_template import ChatTemplate
 
-VERSION = 4
+VERSION = 5
 """Raised when the same sample could encode to other arrays."""
 INDEX = "index.json"
 BLOCK_SAMPLES = 4096
@@ -34,7 +34,7 @@ BLOCK_SAMPLES = 4096
 
 _OFFSETS_OF = {"input_ids": "token_offsets", "trained_spans": "span_offsets", "image_rows": "image_offsets"}
 _ARRAY_OF = {offsets: name for name, offsets in _OFFSETS_OF.items()}
-_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "num_trained", "samples")
+_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "image_weights", "num_trained", "num_states", "samples")
 
 
 class EncodedSamples:
@@ -46,6 +46,8 @@ class EncodedSamples:
         self.changes: dict[str, int] = index["changes"]
         """How many samples were not used as they are, by what was done, since they do not fit a pack."""
         self.total_tokens: int = index["tokens"]
+        self._has_states: bool = index["has_states"]  # whether image states stand in the places of tokens
+        self._is_weighted: bool = index["is_weighted"]  # whether an image weighs anything but 1
         self._array = {name: mapped(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in index["dtypes"].items()}
         self._array["trained_spans"] = self._array["trained_spans"].reshape(-1, 2)
 
@@ -58,6 +60,7 @@ class EncodedSamples:
             input_ids=self._of(row, "input_ids", "token_offsets").astype(np.int64),
             trained_spans=tuple(tuple(span) for span in self._of(row, "trained_spans", "span_offsets").tolist()),
             image_positions=tuple(self._of(row, "image_positions", "image_offsets").tolist()),
+            image_weights=tuple(self._of(row, "image_weights", "image_offsets").tolist()),
         )
 
     def key(self, row: int) -> str:
@@ -95,8 +98,11 @@ class EncodedSamples:
         return np.asarray(offsets[rows + 1] - offsets[rows])
 
     def num_trained(self, rows: NDArray[np.int64], train_on: TrainOn) -> NDArray[np.int64]:
-        """Trained tokens of some samples; the first token never is."""
-        return self.num_tokens(rows) - 1 if train_on == "all" else np.asarray(self._array["num_trained"][rows])
+        """Trained tokens of some samples; the first token never is, nor is one that stands for an image state."""
+        if train_on == "assistant":
+            return np.asarray(self._array["num_trained"][rows])
+        all_but_first = self.num_tokens(rows) - 1
+        return all_but_first - self._array["num_states"][rows] if self._has_states else all_but_first
 
     @property
     def num_images(self) -> int:
@@ -105,10 +111,19 @@ class EncodedSamples:
 
     def images(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Image rows of some samples, one sample after another, and how many each has."""
+        places, numbers = self._image_places(rows)
+        return np.asarray(self._array["image_rows"][places]), numbers
+
+    def image_weights(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What each of these images counts towards the cap of a pack, one sample after another."""
+        places, _ = self._image_places(rows)
+        return np.asarray(self._array["image_weights"][places]) if self._is_weighted else np.ones_like(places)
+
+    def _image_places(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         offsets = self._array["image_offsets"]
         starts, numbers = offsets[rows], offsets[rows + 1] - offsets[rows]
         places = np.repeat(starts - np.concatenate(([0], np.cumsum(numbers)))[:-1], numbers) + np.arange(numbers.sum())
-        return np.asarray(self._array["image_rows"][places]), np.asarray(numbers)
+        return places, np.asarray(numbers)
 
 
 class StoredSamples(Protocol):
@@ -156,6 +171,7 @@ def encode_samples(
 def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> None:
     ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
     num_rows = 0
+    has_states = is_weighted = False
     changes: Counter[str] = Counter()
     id_type = _id_type(template)
     with staged(path) as folder, ExitStack() as stack:
@@ -172,10 +188,14 @@ def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> 
             for name in _OFFSETS_OF:
                 ends[name] += len(block[name])
             num_rows += len(block["num_trained"])
+            has_states |= bool(block["num_states"].any())
+            is_weighted |= bool((block["image_weights"] != 1).any())
         index = {
             "version": VERSION,
             "rows": num_rows,
             "tokens": ends["input_ids"],
+            "has_states": has_states,
+            "is_weighted": is_weighted,
             "changes": dict(sorted(changes.items())),
             "dtypes": {name: (id_type if name == "input_ids" else np.dtype(np.int64)).str for name in _ARRAYS},
         }
@@ -221,19 +241,27 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], np.int64).reshape(-1, 2),
         "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded], dtype=np.int64),
         "image_positions": np.array([p for e in encoded for p in e.image_positions], np.int64),
+        "image_weights": np.array([weight for e in encoded for weight in e.image_weights], np.int64),
         "image_rows": np.array([row for rows in image_rows for row in rows], np.int64),
         "image_offsets": np.cumsum([len(rows) for rows in image_rows], dtype=np.int64),
         "num_trained": np.array(
             [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded], np.int64
         ),
+        "num_states": np.array([_num_states(e, block.template) for e in encoded], np.int64),
         "samples": np.array([row for row, _ in pieces], np.int64),
         "changes": np.array(json.dumps(fitter.changes)),
     }
+
+
+def _num_states(encoded: EncodedSample, template: ChatTemplate) -> int:
+    """Return how many tokens of a sample stand for image states."""
+    token_id = template.images.state_token_id
+    return 0 if token_id is None else int(np.count_nonzero(encoded.input_ids == token_id))
 
 
 def encoding_name(template: ChatTemplate, limits: Limits | None = None) -> str:
     """Return the name of the folder that holds what this template and tokenizer encode within these limits."""
     parts = [template.fingerprint, f"v{VERSION}"]
     if limits is not None:
-        parts += [f"{limits.tokens}-tokens", f"{limits.images}-images", limits.long_conversations]
+        parts += [f"{limits.tokens}-tokens", f"{limits.image_weight}-images", limits.long_conversations]
     return "-".join(parts)

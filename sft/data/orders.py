@@ -11,6 +11,24 @@ Ints = NDArray[np.int64]
 _ROUNDS = 6
 
 
+class ShownImages(NamedTuple):
+    """The distinct images of some samples, one sample after another."""
+
+    keys: Ints
+    """Equal numbers are equal images, across sources too."""
+    weights: Ints
+    """What each counts towards the cap of a pack (`sft.models.family.Images.weight`)."""
+    numbers: Ints
+    """How many images each sample has."""
+
+    def weight_of_samples(self) -> Ints:
+        """Return what the images of each sample weigh together."""
+        if self.weights.size == 0 or self.weights.max() == 1:  # as in IDEFICS-1
+            return self.numbers
+        owners = np.repeat(np.arange(len(self.numbers)), self.numbers)
+        return np.bincount(owners, self.weights, minlength=len(self.numbers)).astype(np.int64)
+
+
 class ImageGroups(NamedTuple):
     """Samples about the same images: group g is `members[starts[g]:starts[g + 1]]`."""
 

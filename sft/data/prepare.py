@@ -214,7 +214,7 @@ def sample_limits(recipe: Recipe) -> Limits:
     each other a pack may be longer than the prepared base has positions for, a sample may not."""
     family = get_family(recipe.model.family)
     data = recipe.data
-    max_positions = family.max_positions(family.load_config(base_path(recipe)))
+    max_positions = family.text.max_positions(family.weights.load_config(base_path(recipe)))
     tokens = min(data.sequence_length, max_positions) if data.pack_isolation else data.sequence_length
     return Limits(tokens, data.max_images_per_pack, data.long_conversations)
 

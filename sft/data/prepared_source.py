@@ -16,7 +16,7 @@ import numpy as np
 from sft.core.errors import UserError
 from sft.core.files import read_ahead
 from sft.data.encoded_arrays import EncodedSamples
-from sft.data.orders import ImageGroups, Ints, mix64
+from sft.data.orders import ImageGroups, Ints, ShownImages, mix64
 from sft.data.store import Store
 from sft.data.validation_split import Side, Sides
 from sft.recipe import DataConfig, SourceConfig
@@ -29,10 +29,10 @@ class PreparedDataset:
     store: Store
     encoded: EncodedSamples
 
-    def image_keys(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the keys of the images of some samples, one sample after another, and how many each has."""
+    def images(self, rows: Ints) -> ShownImages:
+        """Return the images of some samples, one that a sample shows twice twice."""
         image_rows, numbers = self.encoded.images(rows)
-        return np.asarray(self.store.image_keys[image_rows]), numbers
+        return ShownImages(np.asarray(self.store.image_keys[image_rows]), self.encoded.image_weights(rows), numbers)
 
 
 class PreparedSource:
@@ -80,17 +80,16 @@ class PreparedSource:
         """Return the trained tokens of each of some samples."""
         return self._gather(rows, lambda part, own: part.encoded.num_trained(own, self.data.train_on))
 
-    def images(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the keys of the distinct images of each of some samples, one sample after another, and how many each
-        has."""
-        keys, of = self._shown(rows)
+    def images(self, rows: Ints) -> ShownImages:
+        """Return the distinct images of each of some samples."""
+        keys, weights, of = self._shown(rows)
         if len(of) == 0:
-            return keys, np.zeros(len(rows), np.int64)
+            return ShownImages(keys, weights, np.zeros(len(rows), np.int64))
         order = np.lexsort((keys, of))
-        keys, of = keys[order], of[order]
+        keys, weights, of = keys[order], weights[order], of[order]
         is_first = np.ones(len(keys), bool)
         is_first[1:] = (keys[1:] != keys[:-1]) | (of[1:] != of[:-1])
-        return keys[is_first], np.bincount(of[is_first], minlength=len(rows))
+        return ShownImages(keys[is_first], weights[is_first], np.bincount(of[is_first], minlength=len(rows)))
 
     def num_shown(self, rows: Ints) -> Ints:
         """Return how many images each of some samples shows, one that stands there twice counted twice."""
@@ -105,7 +104,7 @@ class PreparedSource:
         for part in self.parts:
             part.encoded.read_ahead()
             read_ahead(part.store.image_keys)
-        keys, numbers = self.images(rows)
+        keys, _, numbers = self.images(rows)
         # Equal for equal sets of images; samples without any have a group each.
         of = np.repeat(rows, numbers)
         names = np.zeros(len(rows), np.uint64)
@@ -142,14 +141,17 @@ class PreparedSource:
         first = self.parts[0]
         return len(self.parts) == 1 and not first.encoded.changes and first.encoded.num_images == first.store.num_images
 
-    def _shown(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the keys of all images shown, and the place in `rows` of the sample that shows each."""
-        keys, of = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    def _shown(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
+        """Return the keys of all images shown, what each weighs, and the place in `rows` of the sample that shows
+        it."""
+        empty = np.empty(0, np.int64)
+        keys, weights, of = [empty], [empty], [empty]
         for part, places, own in self._by_part(rows):
-            found, numbers = part.image_keys(own)
-            keys.append(found)
-            of.append(np.repeat(places, numbers))
-        return np.concatenate(keys), np.concatenate(of)
+            found = part.images(own)
+            keys.append(found.keys)
+            weights.append(found.weights)
+            of.append(np.repeat(places, found.numbers))
+        return np.concatenate(keys), np.concatenate(weights), np.concatenate(of)
 
     def _gather(self, rows: Ints, ask: Callable[[PreparedDataset, Ints], Ints]) -> Ints:
         """Return one number for each sample, asked of the dataset that holds it."""

@@ -1,4 +1,4 @@
-"""Samples and pixels of prepared datasets, read by their place."""
+"""Samples and images of prepared datasets, read by their place."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sft.core.images import size_of
 from sft.core.sample import PlacedSample
 from sft.data.encoded_arrays import EncodedSamples
 from sft.data.prepared_source import PreparedDataset
 from sft.data.store import Store
-from sft.models.image_transform import load_pixels, training_crop
 from sft.recipe import DataConfig
 
 
@@ -55,26 +50,12 @@ class Reader:
                 return store.image_bytes(row)
         raise KeyError(key)
 
-    def pixels(self, image: int, size: int) -> NDArray[np.uint8]:
-        """The pixels of an image, (C, H, W), as evaluation sees it: whole.
-
-        Raises:
-            SkipSample: it cannot be read any more, or does not decode.
-        """
-        return load_pixels(self.image_bytes(image), size)
-
-    def training_pixels(self, image: int, size: int, *, seed: int, step: int) -> NDArray[np.uint8]:
-        """The pixels of an image as an optimizer step sees it, the first of which is 1: cropped if `data.augment` says
-        so.
-
-        Raises:
-            SkipSample: as `pixels`.
-        """
-        content = self.image_bytes(image)
-        if self.data.augment == "none":
-            return load_pixels(content, size)
-        width, height = size_of(content)
-        return load_pixels(content, size, training_crop(width, height, seed=seed, step=step, image_key=image))
+    def image_size(self, key: int) -> tuple[int, int]:
+        """Return the width and height of an image, which its store noted when it was prepared."""
+        for store in self._stores:
+            if (row := store.find_image(key)) is not None:
+                return store.image_size(row)
+        raise KeyError(key)
 
 
 def _open_reader(paths: Sequence[Sequence[tuple[Path, Path]]], data: DataConfig) -> Reader:

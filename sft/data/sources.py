@@ -127,7 +127,7 @@ def _sample_keys(parts: Sequence[PreparedDataset], *, texts: bool) -> SampleKeys
     for part in parts:
         read_ahead(part.store.image_keys)
         samples, rows = np.unique(part.encoded.samples, return_inverse=True)
-        image_keys, numbers = part.image_keys(part.encoded.all_rows)
+        image_keys, _, numbers = part.images(part.encoded.all_rows)
         num_images = np.bincount(rows, weights=numbers, minlength=len(samples)).astype(np.int64)
         has_rows = np.zeros(len(part.store), np.bool_)
         has_rows[samples] = True

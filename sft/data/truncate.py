@@ -30,8 +30,8 @@ class Limits(NamedTuple):
     """The longest sample."""
 
     tokens: int
-    images: int
-    """Distinct ones."""
+    image_weight: int
+    """Sum over its distinct images of what each weighs (`sft.core.sample.Caps`)."""
     long_conversations: Policy = "prefix"
 
 
@@ -41,6 +41,11 @@ class Piece(NamedTuple):
     encoded: EncodedSample
     image_rows: tuple[int, ...]
     """Of each image shown, in reading order."""
+
+    @property
+    def image_weight(self) -> int:
+        """What its distinct images weigh together."""
+        return sum(dict(zip(self.image_rows, self.encoded.image_weights, strict=True)).values())
 
 
 _Encode = Callable[[Sequence[Message]], Piece]
@@ -97,7 +102,7 @@ class Fitter:
 
     def _fits(self, piece: Piece) -> bool:
         assert self.limits is not None
-        return len(piece.encoded.input_ids) <= self.limits.tokens and len(set(piece.image_rows)) <= self.limits.images
+        return len(piece.encoded.input_ids) <= self.limits.tokens and piece.image_weight <= self.limits.image_weight
 
     def _first_turns(self, sample: Sample, encode: _Encode, whole: Piece) -> list[Piece]:
         assert self.limits is not None
@@ -147,7 +152,7 @@ class Fitter:
             else:
                 parts = [_slice(content, start, stop) for start, stop in pairwise(borders[first : last + 1])]
                 too_long = len(piece.encoded.input_ids) / limits.tokens
-                too_many_images = len(set(piece.image_rows)) / limits.images
+                too_many_images = piece.image_weight / limits.image_weight
                 weigh = _num_characters if too_long > too_many_images else _num_images
                 number = max(ceil(max(too_long, too_many_images)), 2)
                 for start, stop in pairwise(_even([1e-3 + weigh(part) for part in parts], number)):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
-
 from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.sample import Sample
 from sft.inference.generate import prompt_of, write_on
 from sft.models.chat_template import ChatTemplate
+from sft.models.packed_model import PackedModel
 
 BATCH_SIZE = 16
 
 
 def generate_answers(
-    model: nn.Module,
+    model: PackedModel,
     template: ChatTemplate,
     samples: Sequence[Sample],
     *,

@@ -11,14 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from sft.batches.collate import collate
+from sft.batches.image_source import StoredImages
 from sft.batches.pack_stream import Planner
 from sft.core.distributed import all_gather_dict, all_or_none, assign, from_main
 from sft.core.sample import PackItem
@@ -27,7 +26,9 @@ from sft.data.sources import Sources
 from sft.models import get_family
 from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate
+from sft.models.family import Images
 from sft.models.open_model import load_template
+from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 
 NUM_PACKS = 64
@@ -76,11 +77,11 @@ def held_out_packs(held_out: Sources, *, seed: int) -> HeldOutPacks:
 
 
 def sample_losses(
-    model: nn.Module,
+    model: PackedModel,
     sources: Sources,
     packs: Sequence[HeldOutPack],
     *,
-    image_size: int,
+    images: Images,
     autocast: bool = False,
     always_whole: bool = False,
     before_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -100,10 +101,9 @@ def sample_losses(
         with before_forward():
             batch = collate(
                 [placed],
-                partial(sources.reader.pixels, size=image_size),
+                StoredImages(sources.reader, images),
                 train_on=sources.data.train_on,
                 pack_isolation=sources.data.pack_isolation,
-                image_size=image_size,
                 always_whole=always_whole,
             ).to(device)
         # Not inference_mode: what a module keeps from it could not be trained with afterwards.
@@ -151,10 +151,10 @@ def recorded_losses(run_dir: Path) -> dict[int, float]:
 
 
 def shared_losses(
-    model: nn.Module,
+    model: PackedModel,
     held_out: HeldOutPacks,
     *,
-    image_size: int,
+    images: Images,
     autocast: bool = False,
     always_whole: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -175,7 +175,7 @@ def shared_losses(
                     model,
                     held_out.sources,
                     packs,
-                    image_size=image_size,
+                    images=images,
                     autocast=autocast,
                     always_whole=always_whole,
                     before_forward=all_or_none if always_whole else nullcontext,

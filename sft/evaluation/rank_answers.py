@@ -27,14 +27,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from sft.core import images
+from sft.batches.collate import Shown
+from sft.batches.image_source import OpenedImages
 from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.sample import IGNORE_INDEX, Batch, ImageRef
 from sft.evaluation.task import AnswerScore, Query
 from sft.models.chat_template import ChatTemplate
-from sft.models.image_transform import load_pixels
+from sft.models.packed_model import PackedModel
 
 TOKENS_PER_FORWARD = 4096
 """Distinct tokens of one forward. 2,048 to 8,192 are equally fast on two CPU cores with a model of 2.5 M parameters."""
@@ -55,6 +56,8 @@ class _Path(NamedTuple):
     """Where the answer's first token is predicted."""
     token_ids: NDArray[np.int64]
     """The answer's tokens."""
+    states: NDArray[np.int64]
+    """For each of `tokens` which state of its image stands in its place; -1 for the token itself."""
 
 
 class _Forward(NamedTuple):
@@ -63,6 +66,7 @@ class _Forward(NamedTuple):
     paths: list[_Path]
     tokens_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]
+    states_T: NDArray[np.int64]
     places: list[NDArray[np.int64]]
     """Where the tokens of each path stand in the row."""
     sequences: tuple[Tensor, ...]
@@ -70,11 +74,10 @@ class _Forward(NamedTuple):
 
 
 def score_answers(
-    model: nn.Module,
+    model: PackedModel,
     template: ChatTemplate,
     requests: Sequence[Query],
     *,
-    image_size: int,
     autocast: bool = False,
     tokens_per_forward: int = TOKENS_PER_FORWARD,
     max_positions: int | None = None,
@@ -93,6 +96,7 @@ def score_answers(
         SkipSample: an image does not decode.
     """
     paths, refs, too_long = _plan(template, requests, max_positions)
+    source = OpenedImages(refs, template.images)
     forwards = list(_forwards(paths, tokens_per_forward))
     rounds = assign(forwards)
     total, done = sum(len(forward.tokens_T) for forward in forwards), 0
@@ -101,7 +105,7 @@ def score_answers(
     model.eval()
     try:
         with all_or_none():
-            batches = _prefetched(lambda forward: _batch(forward, refs, image_size), [own for own, _ in rounds])
+            batches = _prefetched(lambda forward: _batch(forward, source), [own for own, _ in rounds])
             for (own, turn), batch in zip(rounds, batches, strict=True):
                 log_probs = _log_probs(model, own, batch, autocast=autocast)
                 for path, log_prob in zip(own.paths, log_probs, strict=True):
@@ -137,11 +141,13 @@ def _plan(
 
 def _path(template: ChatTemplate, number: int, answer: int, request: Query, image_numbers: Sequence[int]) -> _Path:
     encoded, (start, end) = template.encode_answer(request.sample.messages, request.options[answer])
-    image_ids = np.full(end - 1, -1)
+    image_ids, states = np.full(end - 1, -1), np.full(end - 1, -1)
     for image, position in zip(image_numbers, encoded.image_positions, strict=True):
         image_ids[position:] = image
+        (places,) = np.nonzero(encoded.input_ids[position : end - 1] == template.images.state_token_id)
+        states[position + places] = np.arange(len(places))
     tokens = encoded.input_ids[: end - 1] + (image_ids + 1) * _IMAGE
-    return _Path(number, answer, tokens, start - 1, encoded.input_ids[start:end])
+    return _Path(number, answer, tokens, start - 1, encoded.input_ids[start:end], states)
 
 
 def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forward]:
@@ -183,6 +189,7 @@ def _lay(paths: Iterable[_Path]) -> _Forward:
     laid = sorted(paths, key=_order)
     tokens: list[NDArray[np.int64]] = []
     positions: list[NDArray[np.int64]] = []
+    states: list[NDArray[np.int64]] = []
     places: list[NDArray[np.int64]] = []
     sequences: list[NDArray[np.int64]] = []
     num_tokens = 0
@@ -196,11 +203,13 @@ def _lay(paths: Iterable[_Path]) -> _Forward:
         sequences.append(places[-1])
         tokens.append(path.tokens[shared:])
         positions.append(np.arange(shared, length))
+        states.append(path.states[shared:])
         num_tokens += length - shared
     return _Forward(
         laid,
         np.concatenate(tokens),
         np.concatenate(positions),
+        np.concatenate(states),
         places,
         tuple(torch.from_numpy(sequence) for sequence in sequences),
     )
@@ -230,30 +239,33 @@ def _prefetched(make: Callable[[_Forward], Batch], forwards: Sequence[_Forward])
             yield before.result()
 
 
-def _batch(forward: _Forward, refs: Sequence[ImageRef], image_size: int) -> Batch:
+def _batch(forward: _Forward, source: OpenedImages) -> Batch:
     """Return a row as a batch; nothing is trained."""
     input_ids_T = torch.from_numpy(forward.tokens_T % _IMAGE)
-    image_ids_T = forward.tokens_T // _IMAGE - 1
-    numbers = np.unique(image_ids_T[image_ids_T >= 0])
-    rows_T = np.where(image_ids_T >= 0, np.searchsorted(numbers, image_ids_T), -1)
-    pixels_NCHW = np.zeros((len(numbers), 3, image_size, image_size), np.uint8)
-    for row, number in enumerate(numbers):
-        pixels_NCHW[row] = load_pixels(images.read_bytes(refs[number]), image_size)
+    refs_T = forward.tokens_T // _IMAGE - 1
+    refs = np.unique(refs_T[refs_T >= 0]).tolist()
+    shown = Shown.of(refs, source)
+    numbers = np.array([shown.numbers[ref] for ref in refs] + [-1])  # -1: no image
+    starts = np.cumsum([0, *shown.num_states.values()])
+    image_ids_T = numbers[np.where(refs_T >= 0, np.searchsorted(refs, refs_T), -1)]
     nothing_T = torch.zeros_like(input_ids_T)
     return Batch(
         input_ids_T=input_ids_T,
         labels_T=nothing_T + IGNORE_INDEX,
         position_ids_T=torch.from_numpy(forward.positions_T),
         segment_ids_T=nothing_T,
-        image_ids_T=torch.from_numpy(rows_T),
+        image_ids_T=torch.from_numpy(image_ids_T),
         source_ids_T=nothing_T,
-        pixel_values_NCHW=torch.from_numpy(pixels_NCHW),
+        state_ids_T=torch.from_numpy(np.where(forward.states_T >= 0, starts[image_ids_T] + forward.states_T, -1)),
+        tiles=shown.lay_tiles({ref: source.tiles(ref) for ref in refs}, refs),
+        num_states=tuple(shown.num_states.values()),
+        num_tiles=tuple(tiling.num_tiles for tiling in shown.tilings.values()),
         num_trained_tokens=0,
         sequences=forward.sequences,
     )
 
 
-def _log_probs(model: nn.Module, forward: _Forward, batch: Batch, *, autocast: bool) -> NDArray[np.float64]:
+def _log_probs(model: PackedModel, forward: _Forward, batch: Batch, *, autocast: bool) -> NDArray[np.float64]:
     """Return the log-probability of the option of each path."""
     sizes = [len(path.token_ids) for path in forward.paths]
     read = [

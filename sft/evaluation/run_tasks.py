@@ -130,7 +130,6 @@ def _rank(loaded: Loaded, on_progress: OnProgress, queries: list[Query]) -> Iter
         loaded.model,
         loaded.template,
         queries,
-        image_size=loaded.image_size,
         autocast=loaded.autocast,
         max_positions=loaded.max_positions,
         on_progress=on_progress,

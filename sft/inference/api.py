@@ -161,7 +161,7 @@ class Model:
             found = type(items).__name__
             raise UserError(f"prompt: {found}; expected a list of texts and images; for one text, a list of one")
         parts = [_text(item) if isinstance(item, str) else _image(item) for item in items]
-        encoded = self.loaded.family.encode_prompt(self.loaded.tokenizer, parts)
+        encoded = self.loaded.family.text.encode_prompt(self.loaded.tokenizer, parts)
         return Prompt(encoded, tuple(part for part in parts if isinstance(part, ImageRef)))
 
     def _write_on(
@@ -174,7 +174,7 @@ class Model:
         _check_settings(settings)
         if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens: {max_new_tokens!r}; expected a whole number, 1 or more")
-        room = self.loaded.family.max_positions(self.loaded.model.config) - max_new_tokens
+        room = self.loaded.max_positions - max_new_tokens
         for prompt in prompts:
             if (length := len(prompt.encoded.input_ids)) > room:
                 raise UserError(

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from torch import nn
-
 from sft.core import images
 from sft.core.errors import UserError, printable
 from sft.core.sample import ImageRef, Message, SkipSample
 from sft.inference.generate import prompt_of, write_on
 from sft.models import family_of
 from sft.models.chat_template import ChatTemplate
+from sft.models.packed_model import PackedModel
 
 OnText = Callable[[str], None]
 """Gets an answer piece by piece, as it is written."""
@@ -29,13 +28,15 @@ Respond = Callable[[Sequence[Message], OnText | None], str]
 HELP = "/image FILE shows an image with your next message, /reset forgets the conversation, /quit ends."
 
 
-def responder(model: nn.Module, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False) -> Respond:
+def responder(
+    model: PackedModel, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False
+) -> Respond:
     """Answers by greedy generation.
 
     The returned function raises UserError where conversation and answer do not fit the model's positions.
     """
 
-    room = family_of(model).max_positions(model.config) - max_new_tokens
+    room = family_of(model).text.max_positions(model.config) - max_new_tokens
 
     def respond(messages: Sequence[Message], on_text: OnText | None) -> str:
         prompt = prompt_of(template, messages)

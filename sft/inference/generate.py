@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, TextStreamer
 
-from sft.core import images
+from sft.core.images import read_bytes
 from sft.core.sample import EncodedSample, ImageRef, Message
 from sft.models import family_of
 from sft.models.chat_template import ChatTemplate
-from sft.models.image_transform import load_pixels
-
-Pixels = NDArray[np.uint8]
+from sft.models.family import Tiles
+from sft.models.image_transform import load_tiles
+from sft.models.packed_model import PackedModel
 
 
 class Prompt(NamedTuple):
@@ -37,12 +35,12 @@ def prompt_of(template: ChatTemplate, messages: Sequence[Message]) -> Prompt:
 
 
 def write_on(
-    model: nn.Module,
+    model: PackedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    load_pixels: Callable[[ImageRef], Pixels] | None = None,
+    load_image: Callable[[ImageRef], Tiles] | None = None,
     batch_size: int = 16,
     autocast: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -51,14 +49,14 @@ def write_on(
     """What the model writes after each prompt, stripped of spaces at its ends.
 
     Greedy, unless `settings` (fields of transformers' `GenerationConfig`) say otherwise; a text ends at `</s>`,
-    `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker. `load_pixels` makes uint8 (C, H, W)
-    of an image; left out, the image is opened and squashed as in training. `on_text` gets the text of a single prompt
+    `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker. `load_image` makes the
+    tiles of an image; left out, the image is opened and cut as in training. `on_text` gets the text of a single prompt
     word by word as it is written; beams are not streamed.
 
     Raises:
         SkipSample: an image is missing or does not decode.
     """
-    load = load_pixels or _load_pixels(family_of(model).image_size(model.config))
+    load = load_image or _loader(model)
     was_training = model.training
     model.eval()
     try:
@@ -73,29 +71,29 @@ def write_on(
 
 
 def _write_batch(
-    model: nn.Module,
+    model: PackedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
-    load_pixels: Callable[[ImageRef], Pixels],
+    load_image: Callable[[ImageRef], Tiles],
     max_new_tokens: int,
     settings: Mapping[str, Any],
     on_text: Callable[[str], None] | None,
 ) -> list[str]:
-    family = family_of(model)
-    stops = _ids_of(tokenizer, family.ENDS)
+    text = family_of(model).text
+    stops = _ids_of(tokenizer, text.ENDS)
     encoded = [prompt.encoded for prompt in prompts]
-    pixels = [[load_pixels(image) for image in prompt.images] for prompt in prompts]
+    tiles = [[load_image(image) for image in prompt.images] for prompt in prompts]
     input_ids_BT, attention_mask_BT = _left_padded(encoded, tokenizer.pad_token_id)
     inputs = {
         "input_ids": input_ids_BT,
         "attention_mask": attention_mask_BT,
-        **family.generation_inputs(encoded, pixels, family.image_size(model.config)),
+        **model.generation_inputs(encoded, tiles),
     }
     config = GenerationConfig(
         **{
             "do_sample": False,
             "max_new_tokens": max_new_tokens,
-            "bad_words_ids": [[index] for index in _ids_of(tokenizer, family.NEVER_WRITTEN)],
+            "bad_words_ids": [[index] for index in _ids_of(tokenizer, text.NEVER_WRITTEN)],
             "eos_token_id": stops,
             "bos_token_id": tokenizer.bos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -105,7 +103,7 @@ def _write_batch(
     streamer = _Words(tokenizer, on_text) if on_text and config.num_beams in (None, 1) else None
     # Not inference_mode: what a module keeps from it could not be trained with afterwards.
     with torch.no_grad():
-        output_BT = model.generate(  # type: ignore[operator]
+        output_BT = model.generate(
             **{name: tensor.to(_device(model)) for name, tensor in inputs.items()},
             generation_config=config,
             streamer=streamer,
@@ -130,7 +128,7 @@ class _Words(TextStreamer):  # type: ignore[misc]  # transformers is not typed
             self._on_text(text)
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: PackedModel) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -157,5 +155,6 @@ def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stops:
     return str(tokenizer.decode(token_ids[:end], skip_special_tokens=True)).strip()
 
 
-def _load_pixels(size: int) -> Callable[[ImageRef], Pixels]:
-    return lambda image: load_pixels(images.read_bytes(image), size)
+def _loader(model: PackedModel) -> Callable[[ImageRef], Tiles]:
+    images = family_of(model).images(model.config)
+    return lambda image: load_tiles(read_bytes(image), images)

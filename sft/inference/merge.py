@@ -11,25 +11,24 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from huggingface_hub import split_state_dict_into_shards_factory
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
 from sft.batches.collate import collate
+from sft.batches.image_source import NoiseImages
 from sft.core.errors import UserError
 from sft.core.files import explain_full_disk, remove_leftovers, staged
-from sft.core.sample import Batch, EncodedSample, ImageRef, Message, PlacedSample
+from sft.core.sample import Batch, ImageRef, Message, PlacedSample
 from sft.core.shipped import is_local
-from sft.models.family import ModelFamily
+from sft.models.family import Family
 from sft.models.lora import Merger, is_adapter_folder
 from sft.models.open_model import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.recipe import Recipe, load_recipe
@@ -86,7 +85,7 @@ def merge(
         else:
             _write_merged(family, base, Merger(checkpoint), folder, dtype or torch.bfloat16, shard_bytes, on_progress)
         template.tokenizer.chat_template = template.template
-        family.save_processor(template.tokenizer, family.load_config(base or checkpoint), folder)
+        family.weights.save_processor(template.tokenizer, family.weights.load_config(base or checkpoint), folder)
         template.tokenizer.save_pretrained(folder)
         kind, parameters, num_bytes = _weights_of(folder)
         made = Merged(
@@ -124,7 +123,7 @@ def _copy(checkpoint: Path, folder: Path) -> None:
 
 
 def _write_merged(
-    family: ModelFamily,
+    family: Family,
     base: Path,
     merger: Merger,
     folder: Path,
@@ -132,7 +131,7 @@ def _write_merged(
     shard_bytes: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    files = family.weight_files(base)
+    files = family.weights.weight_files(base)
     with ExitStack() as stack:
         opened = {
             file: stack.enter_context(safe_open(base / file, framework="pt")) for file in sorted(set(files.values()))
@@ -158,7 +157,7 @@ def _write_merged(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    family.write_config(json.loads((base / "config.json").read_text()), folder, dtype)
+    family.weights.write_config(json.loads((base / "config.json").read_text()), folder, dtype)
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 
@@ -251,7 +250,8 @@ def _difference(a_PV: Tensor, b_PV: Tensor) -> LogitDifference:
 
 def _probe(loaded: Loaded) -> Batch:
     """Two conversations whose every token is looked at."""
-    image = ImageRef(source=b"noise")
+    noise = NoiseImages(loaded.images)
+    image = ImageRef(source=b"noise", size=noise.size)
     turns = (
         ((image, "What is in this image?"), "There is nothing but noise in this image."),
         (("What is the capital of France, and what is it known for?",), "Paris. It is known for the Eiffel Tower."),
@@ -259,19 +259,9 @@ def _probe(loaded: Loaded) -> Batch:
     placed = []
     for asked, answer in turns:
         sample, _ = loaded.template.encode_answer((Message(role="user", content=asked),), answer)
-        whole = EncodedSample(
-            key="probe",
-            input_ids=sample.input_ids,
-            trained_spans=((1, len(sample.input_ids)),),
-            image_positions=sample.image_positions,
-        )
+        whole = replace(sample, trained_spans=((1, len(sample.input_ids)),))
         placed.append(PlacedSample(whole, (0,) * len(sample.image_positions), source=0))
-
-    def noise(number: int) -> NDArray[np.uint8]:
-        shape = (3, loaded.image_size, loaded.image_size)
-        return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
-
-    return collate([placed], noise, train_on="assistant", image_size=loaded.image_size, num_trained_tokens=1)
+    return collate([placed], noise, train_on="assistant", num_trained_tokens=1)
 
 
 # -------------------------------------------------------------------------------------------------------- model card

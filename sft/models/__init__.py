@@ -1,37 +1,104 @@
-"""Model families. A family is a folder of this one that offers what `ModelFamily` lists, found by its name."""
+"""Models: how a chat becomes tokens, an image tiles, and a packed batch a loss; one folder a family of models.
+
+family                     the seam: what a family offers
+packed_model               the forward over packed batches that families share
+chat_template              messages -> token ids, with what is trained
+image_transform            encoded image -> tiles of pixels
+grouped_attention          attention inside groups of tokens; loss: cross entropy in float32
+lora                       adapters through PEFT
+activation_checkpointing   which layers are computed again in the backward pass
+base_model                 the prepared base of a recipe; open_model: a model ready to be asked
+idefics/                   IDEFICS-1 (9b, 80b and their instruct models)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import UserError, nearest
-from sft.models.family import ModelFamily
+from sft.models.family import Family, FamilyNames
 
 if TYPE_CHECKING:
-    from torch import nn
+    from sft.models.packed_model import PackedModel
+    from sft.recipe import Recipe
+
+_known: dict[str, Family] = {}
+"""Families that were asked for, by the `model_type` of their models."""
 
 
-def _names() -> list[str]:
+def family_names() -> list[str]:
+    """Return the names of the families of this tree."""
     return [module.name for module in iter_modules(__path__) if module.ispkg]
 
 
-def get_family(name: str) -> ModelFamily:
-    """The family called `name`.
+def get_family(name: str) -> Family:
+    """Return a family: one of this tree, or the dotted name of a package outside it.
 
     Raises:
         UserError: there is no such family.
     """
-    known = _names()
-    if name not in known:
-        raise UserError(f"model.family: unknown family {name!r}{nearest(name, known)} (known: {', '.join(known)})")
-    return import_module(f"{__name__}.{name}")
+    family: Family = _module(name, "family").FAMILY
+    _known[family.name] = family
+    return family
+
+
+def names_of_family(name: str) -> FamilyNames:
+    """Return the names that a recipe may use of a family, without importing torch.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    names = _module(name, "names")
+    return FamilyNames(names.GROUPS, names.LORA_TARGETS, names.ENCODER_GROUPS)
+
+
+def _module(family: str, name: str) -> Any:
+    package = f"{__name__}.{family}" if family in family_names() else family
+    try:
+        return import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        if not f"{package}.{name}.".startswith(f"{error.name}."):
+            raise  # the family is there, and imports what is not
+        known = family_names()
+        raise UserError(
+            f"model.family: unknown family {family!r}{nearest(family, known)} (known: {', '.join(known)}; or give the "
+            "dotted name of a package of yours)"
+        ) from error
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check what a recipe says of groups of parameters and adapter targets against the names of its family.
+
+    Raises:
+        UserError: the family is unknown, a name is none of the family's, or `data.feature_cache` would keep the states
+        of images from parts of the model that are trained.
+    """
+    model, names = recipe.model, names_of_family(recipe.model.family)
+    _check_known("model.trainable", model.trainable or (), names.groups, model.family)
+    _check_known("training.groups", recipe.training.groups, names.groups, model.family)
+    if model.lora:
+        _check_known("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
+    trained = names.groups if model.trained_groups is None else model.trained_groups
+    changing = [group for group in names.encoder_groups if group in trained]
+    if recipe.data.feature_cache and changing:
+        raise UserError(
+            f"data.feature_cache keeps what does not change, and {changing[0]} is trained; leave it out of "
+            "model.trainable and model.lora.targets, or the cache"
+        )
+
+
+def _check_known(key: str, names: Iterable[str], known: Mapping[str, str], family: str) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known)})")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model folder or hub id.
+    """Return config.json of a model folder or hub id.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -48,18 +115,24 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
 
 
-def family_at(path: str | Path) -> ModelFamily:
-    """The family of a model folder or hub id: what its config.json says.
+def family_at(path: str | Path) -> Family:
+    """Return the family of a model folder or hub id, by the `model_type` of its config.json.
+
+    Families outside the tree are found once a recipe has named them (`get_family`).
 
     Raises:
         UserError: there is no config.json, or no such family.
     """
     kind = str(read_config(path).get("model_type"))
-    if kind not in _names():
-        raise UserError(f"{path}: model_type is {kind!r}, which is no known family ({', '.join(_names())})")
-    return get_family(kind)
+    if kind not in _known and kind not in family_names():
+        raise UserError(f"{path}: model_type is {kind!r}, which is no known family ({', '.join(family_names())})")
+    return _of_type(kind)
 
 
-def family_of(model: nn.Module) -> ModelFamily:
-    """The family of a model that is loaded: its kind, as transformers calls it, is the family's name."""
-    return get_family(str(model.config.model_type))  # type: ignore[union-attr]
+def family_of(model: PackedModel) -> Family:
+    """Return the family of a model that is loaded."""
+    return _of_type(str(model.config.model_type))
+
+
+def _of_type(model_type: str) -> Family:
+    return _known.get(model_type) or get_family(model_type)

@@ -25,5 +25,5 @@ def prepare_base(recipe: Recipe) -> Path:
     if not (path / "config.json").is_file():
         source = resolve(recipe.model.path) if is_local(recipe.model.path) else recipe.model.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        get_family(recipe.model.family).prepare_base(source, path)
+        get_family(recipe.model.family).weights.prepare_base(source, path)
     return path

@@ -4,7 +4,8 @@ Text is never trusted. The template is rendered once per *shape* of a conversati
 or image) with a random nonce where each text belongs, and split on the nonces into pieces. Special tokens found in
 template pieces become ids; every maximal run between two of them, template words and inserted text together, is
 tokenized in one call with special tokens split, so that `<image>` in somebody's text stays seven characters.
-One call per run, because encoding word pieces apart changes the ids of a SentencePiece vocabulary.
+One call per run, because encoding word pieces apart changes the ids of a SentencePiece vocabulary. Where the template
+prints `<image>`, the family's tokens of that image are put (`Images.token_ids`).
 
 Tokens, trained spans and image positions come out of the same pass: they cannot disagree.
 """
@@ -12,6 +13,7 @@ Tokens, trained spans and image positions come out of the same pass: they cannot
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 from bisect import bisect_left
@@ -25,9 +27,15 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.core.sample import EncodedSample, ImageRef, Message, Sample
+from sft.models.image_transform import tiling_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from sft.models.family import Images
+
+IMAGE = "<image>"
+"""What a template prints for an image, in every family."""
 
 Shape = tuple[tuple[str, tuple[bool, ...]], ...]
 """A conversation without its words: for each message its role and, for each item, whether it is an image."""
@@ -45,31 +53,34 @@ class _Piece(NamedTuple):
 class ChatTemplate:
     """One jinja template and one tokenizer: everything that turns messages into token ids."""
 
-    def __init__(self, template: str, tokenizer: PreTrainedTokenizerFast, *, image_token: str = "<image>") -> None:
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerFast, images: Images) -> None:
         """
         Raises:
             ValueError: the template prints a special token that the tokenizer does not know as special.
         """
         self.template = template
         self.tokenizer = tokenizer
-        self._image_token = image_token
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        self.images = images
         self._special_ids: dict[str, int] = {
             str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        self._ends = frozenset(self._special_ids.values())  # an answer holds none of them: its text is never special
         self._special_pattern = re.compile("|".join(re.escape(token) for token in self._special_ids))
         self._pieces = lru_cache(maxsize=4096)(self._render_pieces)
+        self._image_ids = lru_cache(maxsize=4096)(partial(images.token_ids, tokenizer))
         unknown = {t for t in re.findall(r"</?[a-z_]+>", _without_comments(template)) if t not in self._special_ids}
         if unknown:
             raise ValueError(f"chat template prints {sorted(unknown)}, which the tokenizer has no special token for")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(ChatTemplate, image_token=self._image_token), (self.template, self.tokenizer)
+        return ChatTemplate, (self.template, self.tokenizer, self.images)
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the same sample could encode to other ids."""
-        parts = (self.template, self.tokenizer.backend_tokenizer.to_str())
+        parts = [self.template, self.tokenizer.backend_tokenizer.to_str()]
+        if settings := self.images.settings():
+            parts.append(json.dumps(settings, sort_keys=True))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def encode(self, sample: Sample) -> EncodedSample:
@@ -83,12 +94,14 @@ class ChatTemplate:
     def encode_answer(self, messages: Sequence[Message], answer: str) -> tuple[EncodedSample, tuple[int, int]]:
         """Encode a prompt and an answer to it together, and say where the answer's own tokens stand.
 
-        The half-open range leaves out the `<end_of_utterance>` after the answer.
+        The half-open range leaves out what ends the turn and the text after the answer.
         """
         turns = (*messages, Message(role="assistant", content=(answer,)))
         encoded = self._encode("answer", turns, add_generation_prompt=False)
         start, end = encoded.trained_spans[-1]
-        return encoded, (start, end - 2)  # </s> and <end_of_utterance> are the last two
+        while end > start and int(encoded.input_ids[end - 1]) in self._ends:
+            end -= 1
+        return encoded, (start, end)
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The rendered text, for people: not what is tokenized when a text holds a special token."""
@@ -97,7 +110,10 @@ class ChatTemplate:
         return "".join(next(texts) if piece.is_slot else piece.text for piece in pieces)
 
     def _encode(self, key: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> EncodedSample:
-        texts = iter(_texts(messages))
+        texts, images = iter(_texts(messages)), _images(messages)
+        tilings = [tiling_of(image, self.images) for image in images]
+        to_come = iter(tilings)
+        positions: list[int] = []
         input_ids: list[int] = []
         trained: list[bool] = []
         run: list[tuple[str, bool]] = []  # (text, is trained)
@@ -111,17 +127,21 @@ class ChatTemplate:
         for piece in self._pieces(_shape(messages), add_generation_prompt):
             if piece.is_special:
                 close_run()
-                input_ids.append(self._special_ids[piece.text])
-                trained.append(piece.is_trained)
+                ids = [self._special_ids[piece.text]]
+                if piece.text == IMAGE:
+                    positions.append(len(input_ids))
+                    ids = self._image_ids(next(to_come))
+                input_ids.extend(ids)
+                trained.extend([piece.is_trained] * len(ids))
             else:
                 run.append((next(texts) if piece.is_slot else piece.text, piece.is_trained))
         close_run()
-        ids = np.array(input_ids, dtype=np.int64)
         return EncodedSample(
             key=key,
-            input_ids=ids,
+            input_ids=np.array(input_ids, dtype=np.int64),
             trained_spans=_spans(trained),
-            image_positions=tuple(np.flatnonzero(ids == self.image_token_id).tolist()),
+            image_positions=tuple(positions),
+            image_weights=tuple(map(self.images.weight, tilings)),
         )
 
     def _encode_run(self, run: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
@@ -191,6 +211,10 @@ def _without_comments(template: str) -> str:
 
 def _shape(messages: Sequence[Message]) -> Shape:
     return tuple((m.role, tuple(isinstance(item, ImageRef) for item in m.content)) for m in messages)
+
+
+def _images(messages: Sequence[Message]) -> list[ImageRef]:
+    return [item for message in messages for item in message.content if isinstance(item, ImageRef)]
 
 
 def _texts(messages: Sequence[Message]) -> list[str]:

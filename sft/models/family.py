@@ -1,123 +1,185 @@
-"""What the toolkit needs to know of a kind of model, and what its forward over a packed batch returns."""
+"""The seam between the toolkit and a kind of model: what a family of models offers.
+
+A family is a package, found by its name: a folder of `sft/models/` called like `model_type` in the config.json of its
+models, or the dotted name of a package outside the tree. It holds two modules:
+
+    names    GROUPS, LORA_TARGETS and ENCODER_GROUPS, names that a recipe may use; imports neither torch nor
+    transformers family   FAMILY, a `Family`
+
+There are two kinds. In IDEFICS-1 images stand beside the text, which looks at them through cross-attention. In
+Idefics2, Idefics3 and SmolVLM images are part of the text: their states stand in the places of image tokens, so an
+image has a length in tokens, which depends on how it is cut into tiles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from sft.recipe import GROUPS
+import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that names can be checked without torch
     import torch
-    from numpy import uint8
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-    from sft.core.sample import EncodedSample, ImageRef
+    from sft.core.sample import EncodedSample, ImageRef, Tiling
+    from sft.models.packed_model import PackedModel
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""An image, (H, W, C)."""
+Tiles: TypeAlias = NDArray[np.uint8]
+"""The tiles of an image, (K, C, H, W)."""
 
 
-class ModelFamily(Protocol):
-    """What the toolkit needs to know of a kind of model. A module is one."""
+class Text(Protocol):
+    """The vocabulary of a family, and what its models may write."""
 
     CHAT_TEMPLATE: str
-    """File name in chat_templates/."""
+    """File name in chat_templates/, or the path of a template outside the tree."""
     ENDS: tuple[str, ...]
     """Tokens that end an answer, as far as a vocabulary has them."""
     NEVER_WRITTEN: tuple[str, ...]
     """Tokens that no answer may have."""
 
+    def load_tokenizer(self, path: str | Path) -> PreTrainedTokenizerFast:
+        """Load the tokenizer of a model folder or hub id, and check it.
+
+        Raises:
+            UserError: there is none, or it is not one of this family.
+        """
+
+    def num_rows(self, config: PreTrainedConfig) -> int:
+        """Return how many tokens the vocabulary has, base and extra rows."""
+
+    def max_positions(self, config: PreTrainedConfig) -> int:
+        """Return the length of the longest sequence that the model has positions for."""
+
+    def golden_ids(self, config: PreTrainedConfig) -> list[int] | None:
+        """Return the ids of `sft.checks.model.CHAT` under the vocabulary of the released models; None for another."""
+
+    def wrong_with_tokens(self, tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> str:
+        """Return what is wrong with the ids of a rendered chat by the rules that every vocabulary of the family
+        follows; an empty text if nothing is."""
+
+    def encode_prompt(self, tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
+        """Encode a prompt of texts and images as it stands, without roles; special tokens in a text are special."""
+
+
+class Images(Protocol):
+    """How the images of one model become tiles and tokens. It is small and can be sent to another process."""
+
+    @property
+    def one_tile(self) -> Tiling:
+        """The tiling of an image that is one tile; a dummy image has it."""
+
+    @property
+    def depends_on_size(self) -> bool:
+        """Whether images of different sizes have different tilings. If not, no image is opened to learn its size."""
+
+    @property
+    def state_token_id(self) -> int | None:
+        """The token in whose places the states of images stand; None in a family whose text looks at images."""
+
+    @property
+    def cost_in_tokens(self) -> float:
+        """The work of encoding an image of weight 1, in text tokens of the language model."""
+
+    def tiling(self, width: int, height: int) -> Tiling:
+        """Return how an image of a size in pixels is cut."""
+
+    def cut(self, pixels: Pixels, tiling: Tiling) -> Tiles:
+        """Resize an image and cut it into the tiles of its tiling."""
+
+    def token_ids(self, tokenizer: PreTrainedTokenizerFast, tiling: Tiling) -> list[int]:
+        """Return the token ids that take the place of the chat template's `<image>`."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of a state."""
+
+    def num_states(self, tiling: Tiling) -> int:
+        """Return how many states the language model is given of an image."""
+
+    def weight(self, tiling: Tiling) -> int:
+        """Return what an image counts towards the cap of a pack: its tiles, or a finer measure of the same."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, as JSON, on which the token ids of an image depend; empty if they depend on none."""
+
+
+class Weights(Protocol):
+    """Loading and saving the models of a family, and their parameters by name."""
+
     def prepare_base(self, path: str | Path, output: Path) -> None:
         """Write a base that has every special token of the chat template, ready for any engine to load."""
 
-    def load_tokenizer(self, path: str | Path) -> PreTrainedTokenizerFast:
-        """Load and check the tokenizer."""
+    def load_config(self, path: str | Path) -> PreTrainedConfig:
+        """Load the config of a model folder or hub id, without its weights."""
 
     def load_model(
         self,
         path: str | Path,
         *,
-        trained: Collection[str] = GROUPS,
+        trained: Collection[str] | None = None,
         frozen_dtype: torch.dtype = ...,
         quantised: bool = False,
         device: torch.device | str = "cpu",
-    ) -> nn.Module:
-        """Load with float32 weights, or frozen groups smaller; its `forward(batch=Batch)` returns a `PackedOutput`, and
-        with `read_P=positions` the logits (P, V) there."""
-
-    def group_of(self, name: str) -> str:
-        """The group of `sft.recipe.GROUPS` that a parameter belongs to; of an adapter, that of its layer."""
-
-    def lora_pattern(self, targets: Collection[str]) -> str:
-        """A regular expression for the whole names of the linear layers that `model.lora.targets` names."""
-
-    def select_trainable(self, model: nn.Module, groups: Collection[str] = GROUPS) -> tuple[str, ...]:
-        """Make some groups and all adapters trainable; return the names of those that never get a gradient."""
+    ) -> PackedModel:
+        """Load a model with float32 weights; those of groups that are not `trained` (None: all are) in `frozen_dtype`,
+        or in 4 bits."""
 
     def save_model(
-        self, model: nn.Module, directory: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor] | None = None
+        self, model: PackedModel, directory: Path, dtype: torch.dtype, weights: dict[str, Tensor] | None = None
     ) -> None:
-        """Write weights and config as a plain transformers folder. `weights`: those of a model that is spread."""
+        """Write weights and config as a plain transformers folder. `weights` are given for a model that is sharded."""
 
     def write_config(self, config: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
         """Write config.json for weights of `dtype`."""
 
     def weight_files(self, folder: Path) -> dict[str, str]:
-        """The safetensors file of a model folder that holds each tensor."""
+        """Return the name of the safetensors file of a model folder that holds each tensor."""
 
     def save_processor(self, tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, directory: Path) -> None:
         """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels."""
 
-    def load_config(self, path: str | Path) -> PreTrainedConfig:
-        """The config of a model, without its weights."""
+    def encoder_settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return the part of a config, as JSON, that the states of an image depend on."""
 
-    def num_rows(self, config: PreTrainedConfig) -> int:
-        """Tokens of the vocabulary: base and extra rows."""
+    def group_of(self, name: str) -> str:
+        """Return the group that a parameter belongs to; of an adapter, that of its layer."""
 
-    def golden_ids(self, config: PreTrainedConfig) -> list[int] | None:
-        """The ids of `sft.checks.model.CHAT` under the vocabulary of the released models; None for another."""
+    def is_decayed(self, name: str) -> bool:
+        """Return whether weight decay acts on a parameter."""
 
-    def plain_logits(
-        self, model: nn.Module, input_ids_T: Tensor, image_ids_T: Tensor, pixel_values_NCHW: Tensor
-    ) -> Tensor:
-        """Logits (T, V) of one sample by transformers' own forward and attention."""
+    def lora_pattern(self, targets: Collection[str]) -> str:
+        """Return a regular expression for the whole names of the linear layers that `model.lora.targets` names."""
 
-    def encode_prompt(self, tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
-        """A prompt of texts and images as it stands, without roles; special tokens in a text are special."""
-
-    def generation_inputs(
-        self, prompts: Sequence[EncodedSample], pixels: Sequence[Sequence[NDArray[uint8]]], image_size: int
-    ) -> dict[str, Tensor]:
-        """What `generate` wants beside token ids and their mask, of prompts that are padded on the left."""
-
-    def image_size(self, config: PreTrainedConfig) -> int:
-        """Height and width in pixels that the vision tower takes."""
-
-    def states_of_image(self, config: PreTrainedConfig) -> tuple[int, int]:
-        """What an image is to the language model: how many states of which size."""
-
-    def tower_settings(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The part of a config on which it depends what is made of an image, as JSON."""
-
-    def max_positions(self, config: PreTrainedConfig) -> int:
-        """Longest sequence that the model has positions for."""
-
-    def tokens_per_image(self, size: tuple[int, int]) -> int:
-        """Text tokens that an image of this size costs."""
-
-    def image_cost_in_tokens(self, config: PreTrainedConfig) -> float:
-        """How much work an image is beside a text token; packs are dealt to ranks by it."""
+    def select_trainable(self, model: PackedModel, groups: Collection[str] | None = None) -> tuple[str, ...]:
+        """Make some groups (None: all) and all adapters trainable; return the names of those that never get a
+        gradient."""
 
 
-class PackedOutput(NamedTuple):
-    """What the forward over a packed micro-batch returns. P = trained positions."""
+@dataclass(frozen=True)
+class Family:
+    """A kind of model. The forward over packed batches is that of the models it loads (`PackedModel`)."""
 
-    loss: Tensor
-    """(Summed cross entropy + z-loss) / trained tokens of the whole optimizer step."""
-    token_losses_P: Tensor
-    """Cross entropy of each trained position, float32, detached."""
-    source_ids_P: Tensor
-    """The mixture's source of each trained position."""
-    logits_PV: Tensor | None
-    """Logits of each trained position, float32; only in evaluation mode, they are large."""
+    name: str
+    text: Text
+    images: Callable[[Any], Images]
+    """Makes the `Images` of a model from its config."""
+    weights: Weights
+
+
+class FamilyNames(NamedTuple):
+    """The names of a family that a recipe may use, each with what it means."""
+
+    groups: Mapping[str, str]
+    """Groups of parameters, which are trained or frozen together."""
+    lora_targets: Mapping[str, str]
+    """Linear layers that may get adapters."""
+    encoder_groups: tuple[str, ...]
+    """Groups that the states of an image depend on."""

@@ -169,15 +169,17 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each token to its own group, in the form of transformers' attention interface.
 
-    In a self-attention module (`module.is_cross_attention` false) the states of a group are its own tokens, causally.
-    In a cross-attention module they are the S / N states of the image whose number is the group id.
-    Without `groups` this is plain attention, masked, or bidirectional in a module that is not causal (the vision
-    tower), so that a model set to this implementation still generates.
-    Returns the output as (1, T, A, D).
+    In a self-attention module (`module.is_cross_attention` false or missing) the states of a group are its own tokens,
+    causally. In a cross-attention module they are the S / N states of the image whose number is the group id. Without
+    `groups` this is plain attention, masked, or bidirectional in a module that is not causal (the vision tower), so
+    that a model set to this implementation still generates. Returns the output as (1, T, A, D).
 
     Raises:
         ValueError: neither `groups` nor a mask is given. Attention would be bidirectional, silently.
     """
+    shared = query_1ATD.shape[1] // key_1ASD.shape[1]
+    if shared > 1:  # several query heads share a head of keys and values (grouped-query attention)
+        key_1ASD, value_1ASD = (x.repeat_interleave(shared, dim=1) for x in (key_1ASD, value_1ASD))
     if groups is None:
         if attention_mask is None and module.is_causal:
             raise ValueError("grouped attention was given neither groups nor a mask: it would not be causal")
@@ -191,7 +193,7 @@ def grouped_attention(
         return _move(x_TAD, to_places, None if groups.is_shared else to_tokens)
 
     query_PAD = to_rows(query_TAD)
-    if module.is_cross_attention:
+    if getattr(module, "is_cross_attention", False):
         key_NSAD, value_NSAD = (x.reshape(kwargs["num_images"], -1, *x.shape[1:]) for x in (key_SAD, value_SAD))
         output_PAD = _attend_images(query_PAD, key_NSAD, value_NSAD, groups, dropout, scaling)
     else:

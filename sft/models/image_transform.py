@@ -1,7 +1,7 @@
-"""Encoded images -> uint8 pixels of the size a model takes: one path for training, evaluation and chat.
+"""Encoded images -> uint8 tiles as a model takes them: one path for training, evaluation and chat.
 
-Training crops, evaluation does not; both squash what is left to a square with antialiased bicubic interpolation, as
-IDEFICS was made (m4, build_image_transform). torchvision is not used, there or not. EXIF orientation is not applied:
+Images are decoded here and resized by `resize`; how they are cut is the family's (`Images.cut`). Training may crop,
+evaluation does not. torchvision is not used, there or not. EXIF orientation is not applied:
 IDEFICS's pipeline does not, in training nor in transformers.
 
 JPEG is decoded by simplejpeg (libjpeg-turbo, from memory straight into an array), the rest by Pillow. Everything is
@@ -24,7 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from sft.core import images
+from sft.core.images import decode_rgb, open_checked, read_bytes, size_of
+from sft.core.sample import ImageRef, Tiling
+from sft.models.family import Images, Pixels, Tiles
 
 CROP_AREA = (0.9, 1.0)
 """Share of the image that a training crop keeps (m4)."""
@@ -43,11 +45,12 @@ class Crop(NamedTuple):
     bottom: int
 
 
-def load_pixels(content: bytes, size: int, crop: Crop | None = None) -> NDArray[np.uint8]:
-    """The image, or the crop of it, squashed to size x size; transparency over white; uint8 (C, H, W).
+def load_tiles(content: bytes, images: Images, crop: Crop | None = None) -> Tiles:
+    """Return the tiles of an encoded image, or of a crop of it; transparency over white. This is the one way from an
+    image file to what a model sees.
 
     Raises:
-        SkipSample: as `images.decode_rgb`.
+        SkipSample: as `sft.core.images.decode_rgb`.
     """
     pixels_HWC = _decode(content)
     if crop is not None:
@@ -55,8 +58,26 @@ def load_pixels(content: bytes, size: int, crop: Crop | None = None) -> NDArray[
         if not (0 <= crop.left < crop.right <= width and 0 <= crop.top < crop.bottom <= height):
             raise ValueError(f"{crop} is not inside an image of {width} x {height}")
         pixels_HWC = pixels_HWC[crop.top : crop.bottom, crop.left : crop.right]
-    pixels_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
-    resized_1CHW = interpolate(pixels_1CHW, size=(size, size), mode="bicubic", antialias=True)
+    height, width, _ = pixels_HWC.shape
+    return images.cut(pixels_HWC, images.tiling(width, height))
+
+
+def tiling_of(image: ImageRef, images: Images) -> Tiling:
+    """Return how an image is cut. Its header is read only where that depends on a size that nobody has noted.
+
+    Raises:
+        SkipSample: the image cannot be read.
+    """
+    if not images.depends_on_size:
+        return images.one_tile
+    return images.tiling(*(image.size or size_of(read_bytes(image))))
+
+
+def resize(pixels: Pixels, height: int, width: int, mode: str) -> NDArray[np.uint8]:
+    """Return an image (H, W, C) resized with antialiasing, as (C, height, width). `mode` is one of torch's
+    `interpolate`."""
+    pixels_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized_1CHW = interpolate(pixels_1CHW, size=(height, width), mode=mode, antialias=True)
     return resized_1CHW[0].numpy()
 
 
@@ -98,8 +119,8 @@ def _uniforms(*key: object) -> Iterator[float]:
 
 
 def _decode(content: bytes) -> NDArray[np.uint8]:
-    """RGB (H, W, 3), writable, with the limits of `images` checked before anything is decoded."""
-    header = images.open_checked(content)
+    """RGB (H, W, 3), writable, with the limits of `sft.core.images` checked before anything is decoded."""
+    header = open_checked(content)
     if header.format == "JPEG" and header.mode in ("RGB", "L"):  # Pillow knows how Adobe writes CMYK
         try:
             if simplejpeg.decode_jpeg_header(content)[1::-1] == header.size:
@@ -107,4 +128,4 @@ def _decode(content: bytes) -> NDArray[np.uint8]:
                 return decoded
         except ValueError:
             pass  # damaged a little or a lot: what is readable is for Pillow to say, as when the store was made
-    return np.array(images.decode_rgb(content))
+    return np.array(decode_rgb(content))

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from sft.core.errors import UserError
@@ -19,8 +18,9 @@ from sft.core.shipped import shipped_root
 from sft.models import family_at
 from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.models.family import ModelFamily
+from sft.models.family import Family, Images
 from sft.models.lora import is_adapter_folder, load_adapters, read_config, remove_adapters
+from sft.models.packed_model import PackedModel
 from sft.recipe import load_recipe
 
 
@@ -28,11 +28,10 @@ from sft.recipe import load_recipe
 class Loaded:
     """A model in evaluation mode on its device."""
 
-    model: nn.Module
-    family: ModelFamily
+    model: PackedModel
+    family: Family
     path: Path | str
     """Where the weights came from; the base of adapters."""
-    image_size: int
     max_positions: int
     """Longest sequence that the model has positions for."""
     autocast: bool
@@ -41,7 +40,12 @@ class Loaded:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer of the model."""
-        return self.family.load_tokenizer(self.path)
+        return self.family.text.load_tokenizer(self.path)
+
+    @cached_property
+    def images(self) -> Images:
+        """How images are cut for the model."""
+        return self.family.images(self.model.config)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -57,18 +61,18 @@ Load = Callable[[str | Path], Loaded]
 """Loads the model at a path."""
 
 
-def load_template(family: ModelFamily, model_path: str | Path) -> ChatTemplate:
-    """The family's chat template bound to a model's tokenizer; adapters have that of their base."""
-    source = load_chat_template(shipped_root() / "chat_templates" / family.CHAT_TEMPLATE)
-    adapters = Path(model_path) if is_adapter_folder(model_path) else None
-    tokenizer = family.load_tokenizer(find_base(adapters) if adapters else model_path)
+def load_template(family: Family, model_path: str | Path) -> ChatTemplate:
+    """Return the family's chat template bound to a model's tokenizer and images; adapters have those of their base."""
+    source = load_chat_template(shipped_root() / "chat_templates" / family.text.CHAT_TEMPLATE)
+    base = find_base(Path(model_path)) if is_adapter_folder(model_path) else model_path
+    images = family.images(family.weights.load_config(base))
     try:
-        return ChatTemplate(source, tokenizer)
+        return ChatTemplate(source, family.text.load_tokenizer(base), images)
     except ValueError as error:
         raise UserError(f"{model_path}: {error}; a base gets it by `idefics-sft prepare`") from error
 
 
-def find_family(model_path: str | Path) -> ModelFamily:
+def find_family(model_path: str | Path) -> Family:
     """The family of a model folder, a folder of adapters or a hub id.
 
     Raises:
@@ -91,15 +95,14 @@ def load_for_inference(path: str | Path, *, precision: str = "auto", load_in_4bi
     family = family_at(base)
     # What autocast would round in every forward is rounded once, in half the memory.
     dtype = torch.bfloat16 if autocast else torch.float32
-    model = family.load_model(base, trained=(), frozen_dtype=dtype, quantised=load_in_4bit, device=device())
+    model = family.weights.load_model(base, trained=(), frozen_dtype=dtype, quantised=load_in_4bit, device=device())
     if adapters:
         load_adapters(model, adapters)
     return Loaded(
         model=(model if load_in_4bit else model.to(device())).eval(),
         family=family,
         path=base,
-        image_size=family.image_size(model.config),
-        max_positions=family.max_positions(model.config),
+        max_positions=family.text.max_positions(model.config),
         autocast=autocast,
     )
 

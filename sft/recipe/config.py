@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -35,25 +35,6 @@ Scoring = Literal[
     "text",  # the option whose full text is
     "generate",  # the option that the generated answer names
 ]
-Group = Literal[
-    "vision",  # the image encoder
-    "resampler",  # from patches to latents
-    "language",  # the language model's layers and their last norm
-    "cross_attention",  # the layers through which text looks at images, without their gates
-    "gates",  # how much of each cross-attention layer gets through
-    "embeddings",  # the base vocabulary's rows
-    "head",  # and its logits
-    "extra_rows",  # embedding and head of the special tokens: image markers, the end of an utterance
-]
-"""A part of the model that is trained or frozen, with a learning rate and weight decay of its own."""
-GROUPS: tuple[Group, ...] = get_args(Group)
-LoraTarget = Literal[
-    "vision", "vision.attention", "vision.mlp",
-    "resampler", "resampler.attention", "resampler.mlp",
-    "language", "language.attention", "language.mlp",
-    "cross_attention", "cross_attention.attention", "cross_attention.mlp",
-]  # fmt: skip
-"""The linear layers of a whole group, or of its attention or its MLPs only, that get an adapter."""
 Rate = Annotated[float, Field(gt=0), Number]
 Decay = Annotated[float, Field(ge=0), Number]
 Rule = Literal[
@@ -78,21 +59,23 @@ class LoraSettings(_Part):
     """An adapter's output is scaled by `alpha / r`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """On the input of the adapters, in training."""
-    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1)] = ("language", "cross_attention")
-    """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("language", "cross_attention")
+    """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only. Their names are the
+    family's (docs/training.md)."""
 
 
 class ModelConfig(_Part):
     path: str
     """Base model: a folder, a hub id, or `shipped:tiny_base`."""
     family: str = "idefics"
-    """Kind of model: a folder of sft/models/."""
+    """Kind of model: a folder of sft/models/, or the dotted name of a package of your own."""
     mode: Literal["full", "lora", "qlora"] = "full"
     """How it is trained. `full`: the weights themselves, as the idefics-9b-instruct card says. `lora`: low-rank
     adapters of frozen weights. `qlora`: the same, with the frozen weights in 4 bits."""
-    trainable: tuple[Group, ...] = GROUPS
+    trainable: tuple[str, ...] | None = None
     """Groups whose weights themselves are trained. Left out: all of them in `full` mode, and in `lora` and `qlora` only
-    the extra rows (embedding and head of the special tokens), which are always trained there."""
+    the extra rows (embedding and head of the special tokens), which are always trained there. Their names are the
+    family's (docs/training.md)."""
     lora: LoraSettings | None = None
     """The adapters of `lora` and `qlora`."""
 
@@ -102,7 +85,7 @@ class ModelConfig(_Part):
         """Fill in what the mode implies, so that the recipe in a run's folder has it."""
         if not isinstance(values, dict) or values.get("mode") not in ("lora", "qlora"):
             return values
-        trainable = values.get("trainable", ())
+        trainable = values.get("trainable") or ()
         if isinstance(trainable, list | tuple) and "extra_rows" not in trainable:
             trainable = (*trainable, "extra_rows")
         return values | {"trainable": trainable, "lora": {} if values.get("lora") is None else values["lora"]}
@@ -110,12 +93,12 @@ class ModelConfig(_Part):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.lora is None:
-            if not self.trainable:
+            if self.trainable == ():
                 raise ValueError("trainable is empty; name at least one group")
             return self
         if self.mode == "full":
             raise ValueError("lora is set, but mode is full; set mode to lora or qlora, or leave lora out")
-        both = sorted(set(self.trainable) & {target.partition(".")[0] for target in self.lora.targets})
+        both = sorted(set(self.trainable or ()) & {target.partition(".")[0] for target in self.lora.targets})
         if both:
             raise ValueError(
                 f"trainable and lora.targets both name {both[0]}; train its weights or adapters of them, not both"
@@ -123,8 +106,10 @@ class ModelConfig(_Part):
         return self
 
     @property
-    def trained_groups(self) -> frozenset[str]:
-        """Groups of which something is trained: weights, or adapters of them."""
+    def trained_groups(self) -> frozenset[str] | None:
+        """Groups of which something is trained, weights or adapters of them; None: all of them."""
+        if self.trainable is None:
+            return None
         targets = self.lora.targets if self.lora else ()
         return frozenset((*self.trainable, *(target.partition(".")[0] for target in targets)))
 
@@ -264,8 +249,8 @@ class TrainingConfig(_Part):
     """Weight decay, without norms, biases, gates and the resampler (m4's rule)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
-    groups: dict[Group, GroupConfig] = {}
-    """Learning rate and weight decay of single groups of parameters."""
+    groups: dict[str, GroupConfig] = {}
+    """Learning rate and weight decay of single groups of parameters, by the family's names."""
     clip: Rate = 1.0
     """Largest norm of the gradient."""
     z_loss: Decay = 0.0
@@ -394,13 +379,8 @@ class Recipe(_Part):
             raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
         if self.training.warmup_steps >= self.training.max_steps:
             raise ValueError("training.warmup_steps must be less than training.max_steps")
-        changing = [group for group in ("vision", "resampler") if group in self.model.trained_groups]
-        if self.data.feature_cache and changing:
-            raise ValueError(
-                f"data.feature_cache keeps what does not change, and {changing[0]} is trained; leave it out of "
-                "model.trainable and model.lora.targets, or the cache"
-            )
-        untrained = sorted(self.training.groups.keys() - self.model.trained_groups)
+        trained = self.model.trained_groups
+        untrained = [] if trained is None else sorted(self.training.groups.keys() - trained)
         if untrained:
             raise ValueError(f"training.groups names {untrained[0]}, of which nothing is trained; see model.trainable")
         return self

@@ -15,7 +15,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sft.core.files import write_atomically
-from sft.recipe import GROUPS
 from sft.report.answers import answers
 from sft.report.numbers import duration, gibibytes, percent, plain
 from sft.report.panels import HUES, category_panels, loss_panels, score_panels, source_panels, speed_panels
@@ -93,7 +92,7 @@ def _about(run: Run) -> str:
     """Return what was trained, on one line."""
     model, data = run.recipe.model, run.recipe.data
     how = {"full": "all weights", "lora": "LoRA", "qlora": "LoRA over 4 bits"}[model.mode]
-    if model.mode == "full" and len(model.trainable) < len(GROUPS):
+    if model.mode == "full" and model.trainable is not None:
         how = ", ".join(name.replace("_", " ") for name in model.trainable)
     trained = "answers are trained" if data.train_on == "assistant" else "all tokens are trained"
     return f"{model.path} · {how} · {trained} · {len(data.mixture)} source{'s' * (len(data.mixture) != 1)}"

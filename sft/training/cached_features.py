@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
-from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
+from sft.batches.feature_cache import Encoder, FeatureCache, fingerprint
 from sft.core.errors import UserError
 from sft.core.precision import device, torch_dtype
 from sft.data.sources import Sources
+from sft.models import names_of_family
 from sft.recipe import ENGINES, EngineName, Recipe
 from sft.training.metrics import Log
 from sft.training.open_model import OpenedModel, precision_of
@@ -26,13 +27,14 @@ def open_feature_cache(
     if ENGINES[engine].shards:
         raise UserError(f"data.feature_cache: {engine} shards the tower, whose weights the cache depends on; set ddp")
     family, model = opened.family, opened.model
-    weights = ((n, weight) for n, weight in model.named_parameters() if family.group_of(n) in ("vision", "resampler"))
-    settings = {"model": family.tower_settings(model.config), "precision": precision_of(recipe)}
+    groups = names_of_family(recipe.model.family).encoder_groups
+    weights = ((n, weight) for n, weight in model.named_parameters() if family.weights.group_of(n) in groups)
+    settings = {"model": family.weights.encoder_settings(model.config), "precision": precision_of(recipe)}
     stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
-    cache = FeatureCache(stores, fingerprint(weights, settings), family.states_of_image(model.config))
+    cache = FeatureCache(stores, fingerprint(weights, settings), opened.template.images)
     done, images = cache.count()
-    size = bytes_of(cache.shape) * images
-    log(f"feature cache: {done:,} of {images:,} images are encoded already; {size / 1e9:.3g} GB when all are")
+    size = f"{cache.num_bytes / 1e9:.3g} GB"
+    log(f"feature cache: {done:,} of {images:,} images are encoded already; {size} when all are")
     return cache
 
 

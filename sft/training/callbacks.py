@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from sft.core.distributed import Rank
 from sft.models.activation_checkpointing import recompute_share
+from sft.models.packed_model import PackedModel
 from sft.recipe import TrainingConfig
 from sft.training.engines import EngineModule
 from sft.training.metrics import Line, StepMetrics
@@ -25,14 +25,14 @@ class Parts(Protocol):
         """The `state/` to resume from."""
 
     @property
-    def validate(self) -> Callable[[nn.Module, int], Line]:
+    def validate(self) -> Callable[[PackedModel, int], Line]:
         """Returns a part of the line of a step."""
 
 
 class Training(Protocol):
     """What callbacks see of the trainer (`sft.training.trainer.Trainer`)."""
 
-    model: nn.Module
+    model: PackedModel
     rank: Rank
     engine: EngineModule
     settings: TrainingConfig

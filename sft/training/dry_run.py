@@ -19,12 +19,13 @@ from torch.utils.data import IterableDataset
 
 from sft.batches.collate import collate
 from sft.batches.data_loader import BatchMaker
+from sft.batches.image_source import NoiseImages
 from sft.batches.steps import Plan, Plans
 from sft.core.sample import Batch, EncodedSample, PlacedSample
 from sft.data.sources import Sources
 from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate
-from sft.models.family import ModelFamily
+from sft.models.family import Family
 from sft.recipe import Recipe
 from sft.training.metrics import Line, Log
 from sft.training.open_model import OpenedModel, choose_trained, open_model
@@ -68,7 +69,7 @@ def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]
     """
     family, model = opened.family, opened.model
     plan = costliest(plans)
-    maker = BatchMaker(plans.sources.reader, image_size=family.image_size(model.config), seed=recipe.seed)
+    maker = BatchMaker(plans.sources.reader, opened.template.images, seed=recipe.seed)
     kinds = [
         (f"costliest of the first window (step {plan.step})", maker[plan]),
         ("full to the caps of the recipe", batch_of_caps(recipe, family, model, opened.template)),
@@ -85,7 +86,7 @@ def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]
     with TemporaryDirectory(prefix="idefics-sft-") as folder:
         parts = TrainerParts(
             model=model,
-            group_of=family.group_of,
+            weights=family.weights,
             tokenizer=opened.template.tokenizer,
             micro_batches=_Given([batch for _, batch in steps for _ in range(repeats)]),
             micro_batches_per_step=repeats,
@@ -102,14 +103,14 @@ def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]
 
 
 def _describe(what: str, batch: Batch) -> str:
-    return f"a micro-batch of {len(batch.input_ids_T):,} tokens and {len(batch.pixel_values_NCHW)} images ({what})"
+    return f"a micro-batch of {len(batch.input_ids_T):,} tokens and {batch.num_images} images ({what})"
 
 
 def _cost(what: str, batch: Batch, repeats: int, line: Line) -> StepCost:
     return StepCost(
         what=what,
         tokens=len(batch.input_ids_T),
-        images=len(batch.pixel_values_NCHW),
+        images=batch.num_images,
         seconds=line["tokens"] / line["tokens_per_second"] / repeats,
         tokens_per_second=line["tokens_per_second"],
         peak_memory_bytes=line["peak_memory_bytes"],
@@ -133,31 +134,32 @@ def costliest(plans: Plans) -> Plan:
 
     def cost(plan: Plan) -> float:
         samples = [reader.sample(place) for pack in plan.packs for place in pack]
-        images = {image for sample in samples for image in sample.images}
-        return sum(len(sample.encoded.input_ids) for sample in samples) + plans.image_cost * len(images)
+        shown = {key: weight for s in samples for key, weight in zip(s.images, s.encoded.image_weights, strict=True)}
+        return sum(len(sample.encoded.input_ids) for sample in samples) + plans.image_cost * sum(shown.values())
 
     return max(takewhile(lambda plan: plan.step <= last_step, plans), key=cost)
 
 
-def batch_of_caps(recipe: Recipe, family: ModelFamily, model: nn.Module, template: ChatTemplate) -> Batch:
+def batch_of_caps(recipe: Recipe, family: Family, model: nn.Module, template: ChatTemplate) -> Batch:
     """Return a micro-batch that no other exceeds: packs full of tokens, each of them trained, in samples as long as the
     model takes, with as many different images as a pack may show."""
     data = recipe.data
-    longest = family.max_positions(model.config) if data.pack_isolation else data.sequence_length
+    longest = family.text.max_positions(model.config) if data.pack_isolation else data.sequence_length
+    images = template.images
+    image_ids = images.token_ids(template.tokenizer, images.one_tile)
     packs, number = [], 0
     for _ in range(recipe.training.micro_batch_packs):
-        pack, images_left = [], data.max_images_per_pack
+        pack, images_left = [], data.max_images_per_pack // images.weight(images.one_tile)
         for start in range(0, data.sequence_length, longest):
             length = min(longest, data.sequence_length - start)
-            num_images = min(images_left, length // family.tokens_per_image((1, 1)))
+            num_images = min(images_left, length // (len(image_ids) + 2))  # and what stands around them
             images_left -= num_images
             ids = np.full(length, template.tokenizer.eos_token_id, dtype=np.int64)
             places = tuple(np.linspace(0, length, num_images, endpoint=False, dtype=int).tolist())
-            ids[[*places]] = template.image_token_id
+            for place in places:
+                ids[place : place + len(image_ids)] = image_ids
             encoded = EncodedSample(key="caps", input_ids=ids, trained_spans=(), image_positions=places)
             pack.append(PlacedSample(encoded, tuple(range(number, number + num_images)), source=0))
             number += num_images
         packs.append(pack)
-    size = family.image_size(model.config)
-    black = np.zeros((3, size, size), np.uint8)
-    return collate(packs, lambda image: black, train_on="all", pack_isolation=data.pack_isolation, image_size=size)
+    return collate(packs, NoiseImages(images), train_on="all", pack_isolation=data.pack_isolation)

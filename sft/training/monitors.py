@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
 from transformers import TrainerCallback
 
 from sft.core.distributed import is_main_process
 from sft.data.sources import Sources
 from sft.evaluation.tasks import named_tasks
 from sft.models.chat_template import ChatTemplate
+from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.selection.session import Session
 from sft.training.checkpoint_evaluation import CheckpointEvaluation
@@ -29,7 +29,7 @@ from sft.training.validation import Validation
 class Monitors:
     """The monitors of a training, handed to the trainer from outside."""
 
-    def __init__(self, recipe: Recipe, sources: Sources, template: ChatTemplate, *, image_size: int, log: Log) -> None:
+    def __init__(self, recipe: Recipe, sources: Sources, template: ChatTemplate, *, log: Log) -> None:
         """
         Raises:
             UserError: nothing is held out to choose by, a benchmark cannot be read, a tracker is not installed.
@@ -52,13 +52,13 @@ class Monitors:
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), log=log_once)
         self._validation = self._evaluation = None
         if held_out:
-            self._validation = Validation(recipe, held_out, template, image_size=image_size, log=log_once)
+            self._validation = Validation(recipe, held_out, template, log=log_once)
         if recipe.evaluation.every_steps:
             session = Session(recipe, held_out=lambda: (held_out, template), log=log_once, progress=_no_bar)
             track = self._trackers.log
             self._evaluation = CheckpointEvaluation(session, recipe.evaluation, log=log_once, track=track)
 
-    def validate(self, model: nn.Module, step: int) -> Line:
+    def validate(self, model: PackedModel, step: int) -> Line:
         """Return the validation's part of the line of a step in metrics.jsonl."""
         return self._validation(model, step) if self._validation else {}
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from sft.checks.before_training import before_training
 from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device, torch_dtype
 from sft.models import get_family
 from sft.models.chat_template import ChatTemplate
-from sft.models.family import ModelFamily
+from sft.models.family import Family
 from sft.models.lora import add_adapters
 from sft.models.open_model import load_template
+from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.training.metrics import Log
 from sft.training.out_of_memory import explain_out_of_memory
@@ -25,8 +24,8 @@ from sft.training.trained_parts import trained_parts, trained_table
 class OpenedModel:
     """A model that is about to be trained."""
 
-    family: ModelFamily
-    model: nn.Module
+    family: Family
+    model: PackedModel
     template: ChatTemplate
 
 
@@ -48,7 +47,7 @@ def open_model(recipe: Recipe, base: Path, log: Log) -> OpenedModel:
     set_seed(recipe.seed)
     with explain_out_of_memory(recipe, lambda: recipe.model.path):
         model = load_for_training(recipe, family, base)
-    _check_positions(recipe, family.max_positions(model.config))
+    _check_positions(recipe, family.text.max_positions(model.config))
     template = load_template(family, base)
     for warning in before_training(recipe, family, model, template, Path(recipe.output_dir)):
         log(f"warning: {warning}")
@@ -57,13 +56,13 @@ def open_model(recipe: Recipe, base: Path, log: Log) -> OpenedModel:
 
 def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
     """Freeze everything but the groups that the recipe trains, and log the table of what is trained."""
-    frozen = opened.family.select_trainable(opened.model, recipe.model.trainable)
-    log(trained_table(trained_parts(opened.model, recipe.training, opened.family.group_of)))
+    frozen = opened.family.weights.select_trainable(opened.model, recipe.model.trainable)
+    log(trained_table(trained_parts(opened.model, recipe.training, opened.family.weights)))
     if frozen:
         log(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
 
 
-def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> nn.Module:
+def load_for_training(recipe: Recipe, family: Family, base: Path) -> PackedModel:
     """Load the base as the recipe's mode trains it: trained groups in float32, frozen ones in the precision that is
     computed in or in 4 bits, with fresh adapters where the mode has them.
 
@@ -73,7 +72,7 @@ def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> nn.Mod
     settings, precision = recipe.model, precision_of(recipe)
     if settings.lora is None and precision == "float16":
         precision = "float32"  # frozen weights are a part of the snapshot, and would be rounded twice
-    model = family.load_model(
+    model = family.weights.load_model(
         base,
         trained=settings.trainable,
         frozen_dtype=torch_dtype(precision),
@@ -81,7 +80,7 @@ def load_for_training(recipe: Recipe, family: ModelFamily, base: Path) -> nn.Mod
         device=device(),
     )
     if settings.lora:
-        add_adapters(model, family.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
+        add_adapters(model, family.weights.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
     return model
 
 

@@ -9,27 +9,22 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 
+from sft.models.family import Weights
 from sft.recipe import OPTIMIZERS, GroupConfig, TrainingConfig
 from sft.recipe.optimizers import Groups
 
-NO_DECAY = ("bias", "alpha", "layernorm", "ln", "layer_norm", "perceiver_resampler")
-"""Parameters whose name holds one of these are not decayed (m4's config.py): gates and the whole resampler among them.
-The final `model.norm` and the tower's misspelt `pre_layrnorm` do not match and are decayed, as in 2023."""
 
-
-def parameter_groups(
-    model: nn.Module, settings: TrainingConfig, group_of: Callable[[str], str]
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: TrainingConfig, weights: Weights) -> list[dict[str, Any]]:
     """Return the trainable parameters by the group they belong to, decayed and not, as torch's optimizers take them.
 
-    `group_of` names the group of a parameter; `settings.groups` may give a group its own learning rate and decay.
+    `weights` names the group of a parameter; `settings.groups` may give a group its own learning rate and decay.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group, is_decayed = group_of(name), not any(part in name for part in NO_DECAY)
-        own = settings.groups.get(group, GroupConfig())  # type: ignore[call-overload]
+        group, is_decayed = weights.group_of(name), weights.is_decayed(name)
+        own = settings.groups.get(group, GroupConfig())
         rate = settings.learning_rate if own.learning_rate is None else own.learning_rate
         decay = settings.weight_decay if own.weight_decay is None else own.weight_decay
         new: dict[str, Any] = {"name": group, "params": [], "lr": rate, "weight_decay": decay if is_decayed else 0.0}

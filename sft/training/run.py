@@ -99,8 +99,7 @@ class TrainingRun:
         recipe, opened = self.recipe, self.opened
         if ENGINES[self.engine].shards:
             recipe = _without_evaluation(recipe, self.engine, self.log)
-        size = opened.family.image_size(opened.model.config)
-        return Monitors(recipe, self.sources, opened.template, image_size=size, log=self.log)
+        return Monitors(recipe, self.sources, opened.template, log=self.log)
 
     def _make_trainer(self) -> Trainer:
         from sft.training.trainer import Trainer, TrainerParts
@@ -109,8 +108,7 @@ class TrainingRun:
         features = None
         if recipe.data.feature_cache:
             features = open_feature_cache(recipe, opened, self.sources, self.engine, self.log)
-        size = opened.family.image_size(opened.model.config)
-        micro_batches = MicroBatches(plans, image_size=size, features=features)
+        micro_batches = MicroBatches(plans, opened.template.images, features=features)
         if self.saved:
             micro_batches.restore(self.saved["data"])
         if self.rank.of > 1:
@@ -123,7 +121,7 @@ class TrainingRun:
         return Trainer(
             TrainerParts(
                 model=opened.model,
-                group_of=opened.family.group_of,
+                weights=opened.family.weights,
                 tokenizer=opened.template.tokenizer,
                 settings=recipe.training,
                 seed=recipe.seed,
@@ -243,7 +241,7 @@ def plan_steps(recipe: Recipe, sources: Sources, opened: OpenedModel, rank: Rank
         sources,
         Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed),
         micro_batch_packs=recipe.training.micro_batch_packs,
-        image_cost=opened.family.image_cost_in_tokens(opened.model.config),
+        image_cost=opened.template.images.cost_in_tokens,
         rank=rank,
     )
 

@@ -15,6 +15,7 @@ from sft.core.files import discard
 from sft.core.precision import torch_dtype
 from sft.data.sources import Sources
 from sft.models.lora import has_adapters, save_adapters
+from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.runs.checkpoint import STATE, check_state, step_of
 from sft.runs.status import RunStatus
@@ -143,7 +144,7 @@ def versions() -> dict[str, str]:
 
 def save_snapshot(
     opened: OpenedModel,
-    model: torch.nn.Module,
+    model: PackedModel,
     recipe: Recipe,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
@@ -156,9 +157,9 @@ def save_snapshot(
     if has_adapters(model):
         save_adapters(model, folder, weights)
     else:
-        family.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
+        family.weights.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
     template.tokenizer.chat_template = template.template
-    family.save_processor(template.tokenizer, model.config, folder)
+    family.weights.save_processor(template.tokenizer, model.config, folder)
     template.tokenizer.save_pretrained(folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from sft.models.family import Weights
 from sft.recipe import TrainingConfig
 from sft.training.optimizer import parameter_groups
 
@@ -26,13 +27,11 @@ class TrainedPart(NamedTuple):
     dtype: str
 
 
-def trained_parts(
-    model: nn.Module, settings: TrainingConfig, group_of: Callable[[str], str]
-) -> tuple[TrainedPart, ...]:
+def trained_parts(model: nn.Module, settings: TrainingConfig, weights: Weights) -> tuple[TrainedPart, ...]:
     """Return what is trained, by group. Frozen parameters are left out."""
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
     parts: dict[tuple[str, str], list[tuple[torch.Tensor, dict[str, Any]]]] = {}
-    for group in parameter_groups(model, settings, group_of):
+    for group in parameter_groups(model, settings, weights):
         for parameter in group["params"]:
             what = "adapters" if id(parameter) in adapters else "weights"
             parts.setdefault((group["name"], what), []).append((parameter, group))

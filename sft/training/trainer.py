@@ -27,7 +27,9 @@ from trl import SFTConfig, SFTTrainer
 from sft.core.distributed import ALONE, Rank, any_process
 from sft.core.precision import choose_precision, device
 from sft.core.sample import NO_SOURCE, Batch
+from sft.models.family import Weights
 from sft.models.loss import trained_positions
+from sft.models.packed_model import PackedModel
 from sft.recipe import EngineName, TrainingConfig
 from sft.training.callbacks import FillGradients, RecomputeShare, Resume, Stop
 from sft.training.check_gradients import CheckGradients
@@ -42,10 +44,10 @@ from sft.training.write_metrics import WriteMetrics
 class TrainerParts:
     """What a trainer is made of."""
 
-    model: nn.Module
+    model: PackedModel
     tokenizer: PreTrainedTokenizerBase
     settings: TrainingConfig
-    group_of: Callable[[str], str]
+    weights: Weights
     """Names the group of a parameter."""
     seed: int
     micro_batches: Iterable[dict[str, Batch]]
@@ -67,7 +69,7 @@ class TrainerParts:
     """Gets every line of metrics.jsonl."""
     log: Log = lambda line: None
     should_stop: Callable[[], bool] = lambda: False
-    validate: Callable[[nn.Module, int], Line] = lambda model, step: {}
+    validate: Callable[[PackedModel, int], Line] = lambda model, step: {}
     """Returns a part of the line of a step; for step 0, before the first, the content of before.json."""
     callbacks: Sequence[TrainerCallback] = ()
     rank: Rank = ALONE
@@ -195,7 +197,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the recipe's optimizer over groups of parameters."""
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.settings, self.parts.group_of)
+            groups = parameter_groups(self.model, self.settings, self.parts.weights)
             is_scaled = self.precision == "float16"
             self.optimizer = make_optimizer(groups, self.settings, self.model, is_scaled=is_scaled)
         return self.optimizer
@@ -231,9 +233,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         return norm
 
     @property
-    def unwrapped(self) -> nn.Module:
+    def unwrapped(self) -> PackedModel:
         """The model itself, of which this process may hold only a shard."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        model: PackedModel = self.accelerator.unwrap_model(self.model)
         return model
 
     @property

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from sft.core.contain import contained
 from sft.core.errors import RunError, UserError
 from sft.core.sample import SkipSample
@@ -13,6 +11,7 @@ from sft.data.sources import Sources
 from sft.evaluation.held_out_loss import SampleLoss, held_out_packs, mean_loss, shared_losses
 from sft.inference.generate import prompt_of, write_on
 from sft.models.chat_template import ChatTemplate
+from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.training.engines import is_sharded
 from sft.training.held_out_questions import NUM_ANSWERS, held_out_questions
@@ -28,7 +27,7 @@ class Validation:
     The trainer calls it with the model and the step. It returns `validation` and `generations` for metrics.jsonl or
     before.json, and nothing at other steps. A failure is reported and kept, and training goes on."""
 
-    def __init__(self, recipe: Recipe, held_out: Sources, template: ChatTemplate, *, image_size: int, log: Log) -> None:
+    def __init__(self, recipe: Recipe, held_out: Sources, template: ChatTemplate, *, log: Log) -> None:
         """
         Raises:
             UserError: no held-out sample of a source fits a pack.
@@ -36,13 +35,12 @@ class Validation:
         self.packs = held_out_packs(held_out, seed=recipe.evaluation.seed)
         self.questions = held_out_questions(self.packs, template, room=recipe.data.sequence_length - MAX_NEW_TOKENS)
         self.template = template
-        self.image_size = image_size
         self.every_steps, self.last_step = recipe.checkpoints.every_steps, recipe.training.max_steps
         self.failed: dict[str, str] = {}
         """Steps at which validation failed, and why."""
         self._log = log
 
-    def __call__(self, model: nn.Module, step: int) -> Line:
+    def __call__(self, model: PackedModel, step: int) -> Line:
         """Return the validation's part of the line of this step."""
         if step % self.every_steps and step != self.last_step:
             return {}
@@ -67,15 +65,15 @@ class Validation:
             generations = [line | more for line, more in zip(generations, shown, strict=True)]
         return {"validation": losses, "generations": generations}
 
-    def _losses(self, model: nn.Module, sharded: bool) -> dict[str, Line]:
+    def _losses(self, model: PackedModel, sharded: bool) -> dict[str, Line]:
         """Return mean loss and trained tokens of each source. The packs are divided among the processes."""
-        samples = shared_losses(model, self.packs, image_size=self.image_size, always_whole=sharded)
+        samples = shared_losses(model, self.packs, images=self.template.images, always_whole=sharded)
         return {
             source.name: _mean([sample for sample in samples if sample.source == source.name])
             for source in self.packs.sources.sources
         }
 
-    def _generations(self, model: nn.Module) -> list[Line]:
+    def _generations(self, model: PackedModel) -> list[Line]:
         """Return the answers to the questions. Every process gives the same ones."""
         if not self.questions:
             return []

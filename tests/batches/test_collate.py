@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import num_trained
+from conftest import num_trained, square_images, toy_images
 
 from sft.batches.collate import collate
 from sft.core.sample import EncodedSample, PlacedSample, SkipSample
@@ -21,6 +21,7 @@ TEXT = sample("text", [1, 5, 6, 2], ((2, 4),))
 PAIR = sample("pair", [1, 7, IMAGE, 8, IMAGE, 9, 2], ((3, 4), (5, 7)), (CAT, DOG), source=3)
 SHARED = sample("shared", [1, IMAGE, 4, 2], ((2, 4),), (DOG,), source=1)
 PACKS = [[TEXT, PAIR], [SHARED]]
+TINY = square_images(2)
 
 
 def toy_batch(**options):
@@ -30,7 +31,7 @@ def toy_batch(**options):
         decoded.append(image)
         return np.full((3, 2, 2), image, dtype=np.uint8)
 
-    return collate(PACKS, load_pixels, image_size=2, **{"train_on": "assistant"} | options), decoded
+    return collate(PACKS, toy_images(load_pixels, TINY), **{"train_on": "assistant"} | options), decoded
 
 
 def test_packs_are_laid_end_to_end():
@@ -46,7 +47,7 @@ def test_each_token_looks_at_the_last_image_at_or_before_it():
     batch, decoded = toy_batch()
     assert batch.image_ids_T.tolist() == [-1, -1, -1, -1, -1, -1, 0, 0, 1, 1, 1, -1, 1, 1, 1]
     assert decoded == [CAT, DOG], "the dog is decoded once for two samples"
-    assert batch.pixel_values_NCHW[:, 0, 0, 0].tolist() == [CAT, DOG]
+    assert batch.tiles[0][:, 0, 0, 0].tolist() == [CAT, DOG]
 
 
 def test_labels_are_the_answers():
@@ -63,7 +64,7 @@ def test_labels_are_every_token_but_the_first_of_a_segment():
 
 def test_an_answer_that_opens_a_sample_is_not_predicted_from_its_neighbour():
     odd = sample("odd", [5, 6], ((0, 2),))
-    assert collate([[odd, odd]], None, train_on="assistant", image_size=2).labels_T.tolist() == [-100, 6, -100, 6]
+    assert collate([[odd, odd]], toy_images(None, TINY), train_on="assistant").labels_T.tolist() == [-100, 6, -100, 6]
     assert num_trained(odd.encoded, "assistant") == 1
 
 
@@ -87,13 +88,14 @@ def test_an_image_that_fails_takes_the_labels_of_its_samples_and_moves_nothing_e
         return np.full((3, 2, 2), image, dtype=np.uint8)
 
     def collated(**options):
-        return collate(PACKS, load_pixels, train_on="assistant", image_size=2, num_trained_tokens=7, **options)
+        source = toy_images(load_pixels, TINY)
+        return collate(PACKS, source, train_on="assistant", num_trained_tokens=7, **options)
 
     with pytest.raises(SkipSample):
         collated()
     found, (sound, _) = collated(forgive_images=True), toy_batch()
     assert found.labels_T.tolist() == [-100, -100, 6, 2] + [-100] * 11
-    assert found.pixel_values_NCHW[:, 0, 0, 0].tolist() == [CAT, 0]
+    assert found.tiles[0][:, 0, 0, 0].tolist() == [CAT, 0]
     assert found.dirty == dict.fromkeys(["pair", "shared"], "image does not decode")
     assert (found.num_trained_tokens, found.keys, sound.dirty) == (7, sound.keys, {})
     for name in ("input_ids_T", "position_ids_T", "segment_ids_T", "image_ids_T", "source_ids_T"):
@@ -101,24 +103,25 @@ def test_an_image_that_fails_takes_the_labels_of_its_samples_and_moves_nothing_e
 
 
 def test_text_alone_needs_no_image():
-    batch = collate([[TEXT]], None, train_on="all", image_size=2)
-    assert batch.pixel_values_NCHW.shape == (0, 3, 2, 2)
+    batch = collate([[TEXT]], toy_images(None, TINY), train_on="all")
+    assert batch.tiles == () and batch.num_images == 0
     assert batch.image_ids_T.tolist() == [-1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("packs", [[], [[TEXT]], [[sample("mute", [1, IMAGE, 4], (), (DOG,))]]])
 def test_a_batch_that_lacks_images_or_labels_is_made_whole_by_a_dummy(packs):
-    options = {"image_size": 2, "train_on": "assistant", "num_trained_tokens": 9}
-    whole = collate(packs, lambda image: np.full((3, 2, 2), image, np.uint8), always_whole=True, **options)
+    options = {"train_on": "assistant", "num_trained_tokens": 9}
+    source = toy_images(lambda image: np.full((3, 2, 2), image, np.uint8), TINY)
+    whole = collate(packs, source, always_whole=True, **options)
     assert whole.input_ids_T[-2:].tolist() == [0, 0] and whole.labels_T[-2:].tolist() == [-100, 0]
     assert whole.source_ids_T[-2:].tolist() == [-1, -1], "of no source: without weight"
     assert whole.position_ids_T[-2:].tolist() == [0, 1]
     assert (whole.segment_ids_T[-2:] == len([s for pack in packs for s in pack])).all()
-    black = whole.pixel_values_NCHW[whole.image_ids_T[-2:]]
+    black = whole.tiles[0][whole.image_ids_T[-2:]]
     assert black.shape == (2, 3, 2, 2) and not black.any()
     assert "" not in whole.keys and whole.num_trained_tokens == 9
     if packs:
-        alone = collate(packs, lambda image: np.full((3, 2, 2), image, np.uint8), **options)
+        alone = collate(packs, source, **options)
         assert whole.input_ids_T[:-2].tolist() == alone.input_ids_T.tolist()
 
 

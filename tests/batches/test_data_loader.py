@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE
+from conftest import IMAGE_SIZE, square_images
 from helpers.planning import data_config
 from helpers.sources import BLUE, RED, key_of, part
 from helpers.stores import shown
@@ -26,7 +26,7 @@ from sft.data.sources import Sources
 def micro_batches(sources, micro_batch_packs, rank=ALONE):
     planner = Planner(sources.sources, sources.data, packs_per_step=4, seed=0)
     plans = Plans(sources, planner, micro_batch_packs=micro_batch_packs, image_cost=3.0, rank=rank)
-    return MicroBatches(plans, image_size=IMAGE_SIZE)
+    return MicroBatches(plans, square_images(IMAGE_SIZE))
 
 
 def test_micro_batches_of_a_step_know_the_steps_trained_tokens(sources):
@@ -44,7 +44,7 @@ def test_micro_batches_hold_the_same_packs_in_the_same_order(sources):
             torch.cat([getattr(batch, name) for batch in small]), torch.cat([getattr(batch, name) for batch in large])
         )
     assert [key for batch in small for key in batch.keys] == [key for batch in large for key in batch.keys]
-    assert all(len(batch.pixel_values_NCHW) <= 3 for batch in large), "each distinct image once"
+    assert all(batch.num_images <= 3 for batch in large), "each distinct image once"
 
 
 def with_data(sources, **options):
@@ -60,7 +60,11 @@ def values(batch, *but):
     """Everything in a batch, as it can be compared."""
     names = [field.name for field in fields(batch) if field.name not in but]
     return {
-        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        name: [tensor.tolist() for tensor in value]
+        if name == "tiles"
+        else value.tolist()
+        if isinstance(value, torch.Tensor)
+        else value
         for name in names
         for value in [getattr(batch, name)]
     }
@@ -75,12 +79,12 @@ def test_a_crop_is_drawn_by_seed_step_and_image(sources, monkeypatch):
     def crop(width, height, *, seed, step, image_key):
         asked.append((seed, step, image_key))
 
-    monkeypatch.setattr("sft.data.reader.training_crop", crop)
+    monkeypatch.setattr("sft.batches.image_source.training_crop", crop)
     first(8, sources)
     assert not asked, "augment: none"
     batches = first(8, with_data(sources, augment="crop"))
     assert {(seed, step) for seed, step, _ in asked} == {(0, 1), (0, 2)}
-    assert len(asked) == sum(len(batch.pixel_values_NCHW) for batch in batches)
+    assert len(asked) == sum(batch.num_images for batch in batches)
     assert key_of(RED) in {key for _, _, key in asked}
 
 
@@ -106,7 +110,7 @@ def test_a_dirty_image_moves_nothing(sources, no_red):
     found = first(8, sources)
     some_are_dirty = False
     for one, other in zip(found, sound, strict=True):
-        touched = ("labels_T", "pixel_values_NCHW", "dirty")
+        touched = ("labels_T", "tiles", "dirty")
         assert values(one, *touched) == values(other, *touched)
         assert not other.dirty
         some_are_dirty |= bool(one.dirty)
@@ -167,12 +171,12 @@ def test_batches_go_on_from_the_step_of_a_state(sources, no_red, num_workers):
 class Faulty(Reader):
     """Hangs at the blue image and dies of the red one."""
 
-    def training_pixels(self, image, size, **when):
+    def image_bytes(self, image):
         if image == key_of(BLUE):
             time.sleep(1000)
         if image == key_of(RED):
             os._exit(1)
-        return super().training_pixels(image, size, **when)
+        return super().image_bytes(image)
 
     def __reduce__(self):
         return _open_faulty, super().__reduce__()[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, batch_of, conversation, place
+from conftest import batch_of, conversation, place, toy_images
 from helpers.processes import assert_same_steps, sft
 from helpers.resume import assert_same_state, folder_of, metrics, recipe_of, trained
 from helpers.sources import BLUE, GREEN, RED, key_of
@@ -21,16 +21,32 @@ from transformers import IdeficsConfig
 from two_processes import OPTIONS
 
 from sft.batches.collate import collate
-from sft.batches.feature_cache import Encoder, FeatureCache, bytes_of, fingerprint
+from sft.batches.feature_cache import Encoder, FeatureCache, fingerprint
 from sft.core.errors import UserError
 from sft.core.sample import SkipSample
 from sft.cost.idefics.configs import read_config
-from sft.models import idefics
+from sft.models.idefics.family import FAMILY
+from sft.models.idefics.images import IdeficsImages
+from sft.models.idefics.packed import PackedIdefics
+from sft.models.idefics.weights import encoder_settings
+from sft.models.image_transform import load_tiles
 from sft.recipe import load_recipe
 from sft.training.cached_features import open_feature_cache
 from sft.training.open_model import OpenedModel
 
 SHAPE = (2, 3)
+
+
+class Toy:
+    """Images of two states of three numbers."""
+
+    depends_on_size, one_tile, state_size = False, None, 3
+
+    def num_states(self, tiling):
+        return 2
+
+
+TOY = Toy()
 CACHED = ("model.mode=lora", "data.feature_cache=on", "data.validation=null")
 
 
@@ -40,8 +56,8 @@ def features(number: float) -> np.ndarray:
 
 def kept(cache, key):
     """What the cache has of an image, None where it has nothing."""
-    out = np.empty(cache.shape, np.float16)
-    return out.tolist() if cache.read(key, out) else None
+    found = cache.read(key)
+    return None if found is None else found.tolist()
 
 
 @pytest.fixture
@@ -57,22 +73,22 @@ def files_of(store) -> dict[str, Path]:
 
 
 def test_features_are_kept_by_image_for_whoever_looks(stores):
-    cache = FeatureCache(stores, "tower", SHAPE)
+    cache = FeatureCache(stores, "tower", TOY)
     assert kept(cache, key_of(RED)) is None
     cache.write(key_of(RED), features(7))  # of all three stores
     cache.write(key_of(GREEN), features(-0.5))
     again = pickle.loads(pickle.dumps(cache))
-    for one in (cache, again, FeatureCache(stores[::-1], "tower", SHAPE)):
+    for one in (cache, again, FeatureCache(stores[::-1], "tower", TOY)):
         assert kept(one, key_of(RED)) == features(7).tolist()
         assert kept(one, key_of(GREEN)) == features(-0.5).tolist()
         assert kept(one, key_of(BLUE)) is kept(one, key_of(b"another")) is None
         assert one.count() == (2, 3)
-    assert kept(FeatureCache(stores, "other", SHAPE), key_of(RED)) is None
+    assert kept(FeatureCache(stores, "other", TOY), key_of(RED)) is None
 
 
 def test_the_file_is_a_plain_array_in_the_order_of_the_images(stores):
     store = stores[1]
-    cache = FeatureCache([store], "tower", SHAPE)
+    cache = FeatureCache([store], "tower", TOY)
     for number, key in enumerate(store.image_keys.tolist()):
         cache.write(key, features(number))
     mapped = np.memmap(files_of(store)[".f16"], np.float16, "r").reshape(-1, *SHAPE)
@@ -83,7 +99,7 @@ def test_the_file_is_a_plain_array_in_the_order_of_the_images(stores):
 @given(size=st.integers(0, 2 * 2 * 3), old=st.sampled_from([None, 1.0]), sums=st.booleans())
 def test_what_was_not_written_to_its_end_is_not_there(stores, size, old, sums):
     """A kill, a full disk, or another process in the middle of the same record: some bytes are new, others not."""
-    cache, key = FeatureCache(stores[:1], "tower", SHAPE), key_of(RED)
+    cache, key = FeatureCache(stores[:1], "tower", TOY), key_of(RED)
     files = files_of(stores[0])
     before = {name: bytes(file.stat().st_size) for name, file in files.items()}
     if old is not None:
@@ -98,12 +114,12 @@ def test_what_was_not_written_to_its_end_is_not_there(stores, size, old, sums):
     expected = features(2).tolist() if whole and sums else None
     if old is not None and torn == before[".f16"] and not sums:
         expected = features(old).tolist()
-    assert kept(cache, key) == kept(FeatureCache(stores[:1], "tower", SHAPE), key) == expected
+    assert kept(cache, key) == kept(FeatureCache(stores[:1], "tower", TOY), key) == expected
 
 
 def test_a_record_of_another_image_is_not_read(stores):
     store = stores[1]
-    cache = FeatureCache([store], "tower", SHAPE)
+    cache = FeatureCache([store], "tower", TOY)
     red = store.find_image(key_of(RED))
     cache.write(key_of(BLUE), features(3))
     for file in files_of(store).values():  # as if rows had moved
@@ -114,7 +130,7 @@ def test_a_record_of_another_image_is_not_read(stores):
 
 def test_the_fingerprint_is_of_everything_that_bears_on_features(model):
     def of(model, precision="float32", **changes):
-        settings = idefics.tower_settings(model.config) | changes
+        settings = encoder_settings(model.config) | changes
         return fingerprint(model.model.vision_model.named_parameters(), {"model": settings, "precision": precision})
 
     found = {of(model), of(model, "bfloat16"), of(model, use_resampler=False)}
@@ -132,13 +148,11 @@ class Shelf:
     """A cache in memory."""
 
     def __init__(self, known=None):
-        self.shape, self.known = (8, 64), dict(known or {})
+        self.state_size, self.known = 64, dict(known or {})
         self.full = False
 
-    def read(self, key, out):
-        if key in self.known:
-            out[:] = self.known[key]
-        return key in self.known
+    def read(self, key):
+        return self.known.get(key)
 
     def write(self, key, features):
         if self.full:
@@ -167,21 +181,21 @@ def test_any_mixture_of_known_and_unknown_images_gives_the_same_loss(model, temp
     exact = loss_of(model, batch_of(*packs))
     shelf = Shelf()
     cold = batch_of(*packs, features=shelf)
-    assert len(cold.to_encode) == len(cold.pixel_values_NCHW) == 3
+    assert len(cold.to_encode) == len(cold.tiles[0]) == 3
     model.train()
     expected = encoder_of(model, shelf)(cold)
     assert model.training
-    assert len(shelf.known) == 3 and not expected.to_encode and not len(expected.pixel_values_NCHW)
+    assert len(shelf.known) == 3 and not expected.to_encode and not expected.tiles
     assert loss_of(model, expected) == pytest.approx(exact, rel=1e-3)
     assert loss_of(model, expected) != exact, "rounded"
     for number in range(1, 8):
         some = Shelf({key: value for i, (key, value) in enumerate(shelf.known.items()) if number >> i & 1})
         batch = batch_of(*packs, features=some)
-        assert len(batch.pixel_values_NCHW) == 3 - number.bit_count()
-        assert torch.equal(encoder_of(model, some)(batch).features_NSE, expected.features_NSE)
+        assert sum(map(len, batch.tiles)) == 3 - number.bit_count()
+        assert torch.equal(encoder_of(model, some)(batch).features_RE, expected.features_RE)
     shelf.known.update(dict.fromkeys(shelf.known, np.ones((8, 64), np.float16)))
     late = encoder_of(model, shelf)(cold)
-    assert (late.features_NSE == 1).all(), "what came to be known since the batch was made is not encoded again"
+    assert (late.features_RE == 1).all(), "what came to be known since the batch was made is not encoded again"
 
 
 def test_dummies_and_images_that_fail_are_zeros_and_not_kept(model, template):
@@ -190,18 +204,18 @@ def test_dummies_and_images_that_fail_are_zeros_and_not_kept(model, template):
 
     shelf, options = (
         Shelf(),
-        {"train_on": "all", "image_size": IMAGE_SIZE, "always_whole": True, "num_trained_tokens": 9},
+        {"train_on": "all", "always_whole": True, "num_trained_tokens": 9},
     )
     for packs, rows in (([], 1), ([[place(template, SAMPLES[2])]], 1), ([[place(template, SAMPLES[0])]], 2)):
-        batch = collate(packs, fails, features=shelf, forgive_images=True, **options)
+        batch = collate(packs, toy_images(fails), features=shelf, forgive_images=True, **options)
         whole = encoder_of(model, shelf)(batch)
-        assert whole.features_NSE.shape == (rows, 8, 64) and not whole.features_NSE.any()
+        assert whole.features_RE.shape == (rows * 8, 64) and not whole.features_RE.any()
         assert not whole.to_encode and not shelf.known and np.isfinite(loss_of(model, whole))
 
 
 def test_text_alone_needs_no_features(model, template):
     batch = batch_of([place(template, SAMPLES[2])], features=Shelf())
-    assert len(batch.features_NSE) == 0
+    assert len(batch.features_RE) == 0
     assert loss_of(model, batch) == loss_of(model, batch_of([place(template, SAMPLES[2])]))
 
 
@@ -211,7 +225,7 @@ def test_features_that_float16_cannot_hold_stay_exact_and_are_not_kept(model, te
     packs, shelf, said = [[place(template, sample) for sample in SAMPLES]], Shelf(), []
     exact = loss_of(model, batch_of(*packs))
     whole = encoder_of(model, shelf, said)(batch_of(*packs, features=shelf))
-    assert whole.features_NSE.dtype == torch.float32 and not shelf.known
+    assert whole.features_RE.dtype == torch.float32 and not shelf.known
     assert loss_of(model, whole) == pytest.approx(exact, rel=1e-6)
     assert said == ["features of an image are over float16's 65,504; such images are encoded each time"]
 
@@ -222,13 +236,13 @@ def test_a_full_disk_is_told_once_and_training_goes_on(model, template):
     shelf.full = True
     encoder = encoder_of(model, shelf, said)
     for _ in range(2):
-        assert torch.equal(encoder(batch_of(*packs, features=shelf)).features_NSE, expected.features_NSE)
+        assert torch.equal(encoder(batch_of(*packs, features=shelf)).features_RE, expected.features_RE)
     (line,) = said
     assert "no more features are kept" in line and "No space left on device" in line
 
 
 def test_a_store_that_cannot_be_written_is_read(stores, monkeypatch):
-    FeatureCache(stores, "tower", SHAPE).write(key_of(RED), features(5))
+    FeatureCache(stores, "tower", TOY).write(key_of(RED), features(5))
     opened = os.open
 
     def read_only(file, flags, *mode):
@@ -237,11 +251,11 @@ def test_a_store_that_cannot_be_written_is_read(stores, monkeypatch):
         return opened(file, flags, *mode)
 
     monkeypatch.setattr(os, "open", read_only)
-    cache = FeatureCache(stores, "tower", SHAPE)
+    cache = FeatureCache(stores, "tower", TOY)
     assert kept(cache, key_of(RED)) == features(5).tolist() and cache.count() == (1, 3)
     with pytest.raises(OSError, match="Read-only"):
         cache.write(key_of(BLUE), features(5))
-    assert FeatureCache(stores, "other", SHAPE).count() == (0, 3)
+    assert FeatureCache(stores, "other", TOY).count() == (0, 3)
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -255,18 +269,17 @@ OF_CHECKS = 2
 def work(monkeypatch):
     """Counts images that are encoded, and decoded."""
     done = {"encoded": 0, "decoded": 0}
-    encode, decode = idefics.PackedIdefics.encode_images, "sft.data.reader.load_pixels"
-    from sft.models.image_transform import load_pixels
+    encode, decode = PackedIdefics.encode_images, "sft.batches.image_source.load_tiles"
 
-    def encoded(self, pixels_NCHW):
-        done["encoded"] += len(pixels_NCHW)
-        return encode(self, pixels_NCHW)
+    def encoded(self, tiles):
+        done["encoded"] += sum(map(len, tiles))
+        return encode(self, tiles)
 
     def decoded(*arguments):
         done["decoded"] += 1
-        return load_pixels(*arguments)
+        return load_tiles(*arguments)
 
-    monkeypatch.setattr(idefics.PackedIdefics, "encode_images", encoded)
+    monkeypatch.setattr(PackedIdefics, "encode_images", encoded)
     monkeypatch.setattr(decode, decoded)
 
     def since() -> dict[str, int]:
@@ -354,7 +367,7 @@ def test_full_training_without_the_tower_may_have_one(tmp_path):
 
 
 def test_a_tower_that_is_sharded_has_no_cache(sources, model, template, tmp_path):
-    opened = OpenedModel(family=idefics, model=model, template=template)
+    opened = OpenedModel(family=FAMILY, model=model, template=template)
     recipe = load_recipe(write_recipe(tmp_path), CACHED)
     with pytest.raises(UserError, match=r"data\.feature_cache: zero3 shards the tower"):
         open_feature_cache(recipe, opened, sources, "zero3", print)
@@ -362,6 +375,7 @@ def test_a_tower_that_is_sharded_has_no_cache(sources, model, template, tmp_path
 
 def test_an_image_of_idefics_9b_takes_164_kilobytes():
     config = IdeficsConfig.from_dict(read_config("HuggingFaceM4/idefics-9b"))
-    assert bytes_of(idefics.states_of_image(config)) == 163_840
+    images = IdeficsImages(config)
+    assert 2 * images.num_states(images.one_tile) * images.state_size == 163_840
     config.use_resampler = False
-    assert idefics.states_of_image(config) == (257, 1280)
+    assert (images.num_states(images.one_tile), images.state_size) == (257, 1280)

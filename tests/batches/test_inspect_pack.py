@@ -16,6 +16,7 @@ from conftest import (
     picture,
     pixels_of,
     place,
+    square_images,
     status_of,
     visible,
 )
@@ -32,8 +33,8 @@ from sft.core.errors import UserError
 from sft.core.sample import Pack, PackItem, SkipSample
 from sft.data.prepare import prepare
 from sft.data.sources import Sources
-from sft.models import idefics
 from sft.models.base_model import base_path
+from sft.models.idefics.family import FAMILY
 from sft.models.open_model import load_template
 from sft.recipe import load_recipe
 
@@ -139,7 +140,7 @@ def prepared(tmp_path_factory):
     """A recipe of two packs a step, its sources, and its template."""
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("inspect")))
     sources = prepare(recipe)
-    return recipe, sources, load_template(idefics, base_path(recipe))
+    return recipe, sources, load_template(FAMILY, base_path(recipe))
 
 
 @pytest.mark.parametrize("augment", ["none", "crop"])
@@ -148,14 +149,14 @@ def test_a_pack_is_the_one_that_training_draws(prepared, augment):
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"augment": augment})})
     sources = Sources(sources.parts, recipe.data)
     planner = Planner(sources.sources, recipe.data, packs_per_step=2, seed=recipe.seed)
-    drawn = MicroBatches(Plans(sources, planner, micro_batch_packs=1), image_size=64)
+    drawn = MicroBatches(Plans(sources, planner, micro_batch_packs=1), square_images(64))
     batches = {item["batch"].keys: item["batch"] for item in islice(drawn, 8)}  # a step's packs in another order
     for number in range(8):
-        described = inspect_pack(recipe, sources, template, image_size=64, number=number)
+        described = inspect_pack(recipe, sources, template, number=number)
         assert (described["pack"], described["step"], described["steps"]) == (number, number // 2 + 1, 4)
         batch = batches[tuple(sample["key"] for sample in described["samples"])]
         assert [token["id"] for token in described["tokens"]] == batch.input_ids_T.tolist()
-        for image, pixels_CHW in zip(described["images"], batch.pixel_values_NCHW, strict=True):
+        for image, pixels_CHW in zip(described["images"], *batch.tiles, strict=True):
             decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["png"]))))
             assert np.array_equal(decoded, pixels_CHW.permute(1, 2, 0).numpy())
 
@@ -164,7 +165,7 @@ def test_a_source_chooses_the_next_pack_that_holds_it(prepared):
     recipe, sources, template = prepared
 
     def names(number, **options):
-        found = inspect_pack(recipe, sources, template, image_size=64, number=number, **options)
+        found = inspect_pack(recipe, sources, template, number=number, **options)
         return found["pack"], {sample["source"] for sample in found["samples"]}
 
     holding = [number for number in range(8) if "talk" in names(number)[1]]
@@ -189,16 +190,16 @@ def unreadable(prepared):
     """A pack whose first image went away after it was prepared."""
     recipe, _, template = prepared
     sources = Sources(prepared[1].parts, recipe.data)
-    read, first = sources.reader.training_pixels, []
+    read, first = sources.reader.image_bytes, []
 
-    def fail(image, size, **how):
+    def fail(image):
         first.append(image)
         if image == first[0]:
             raise SkipSample("image does not decode", detail="dog<b>.jpg")
-        return read(image, size, **how)
+        return read(image)
 
-    sources.reader.training_pixels = fail
-    return inspect_pack(recipe, sources, template, image_size=28, source="pictures")
+    sources.reader.image_bytes = fail
+    return inspect_pack(recipe, sources, template, source="pictures")
 
 
 def test_an_image_that_cannot_be_read_is_black_and_told(unreadable):
@@ -213,9 +214,8 @@ def test_an_image_that_cannot_be_read_is_black_and_told(unreadable):
     assert "not trained, since an image cannot be read any more: image does not decode" in text
 
 
-def test_the_image_size_is_told_by_the_family_without_loading_the_model(prepared):
-    recipe = prepared[0]
-    assert idefics.image_size(idefics.load_config(base_path(recipe))) == 64
+def test_the_size_of_a_tile_is_known_without_loading_the_model(prepared):
+    assert prepared[2].images.one_tile == (0, 0, 64, 64)
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal

@@ -15,7 +15,7 @@ from sft.core.sample import Caps
 from sft.data.orders import Cursor, ImageGroups, Order, permute
 
 UNITS = ("tokens", "trained_tokens", "samples")
-CAPS = Caps(tokens=100, images=4, samples_per_image=2)
+CAPS = Caps(tokens=100, image_weight=4, samples_per_image=2)
 
 
 def mixture_of(*sources, unit="tokens", seed=0, caps=CAPS):

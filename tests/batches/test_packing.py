@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from sft.batches.packing import Bundle, pack_window
 from sft.core.sample import Caps, PackItem
 
-CAPS = Caps(tokens=100, images=3, samples_per_image=2)
+CAPS = Caps(tokens=100, image_weight=3, samples_per_image=2)
 
 
 def bundle(number, num_tokens, *images, items=1):
     return Bundle(
         items=tuple(PackItem(number, sample) for sample in range(items)),
         num_tokens=num_tokens,
-        images=frozenset(images),
+        images=dict.fromkeys(images, 1),
     )
 
 
@@ -36,7 +36,7 @@ def many(draw):
     """Up to 30 bundles that each fit a pack by themselves."""
     bundles = []
     for number in range(draw(st.integers(0, 30))):
-        images = draw(st.frozensets(st.integers(0, 5), max_size=CAPS.images))
+        images = draw(st.frozensets(st.integers(0, 5), max_size=CAPS.image_weight))
         items = draw(st.integers(1, CAPS.samples_per_image)) if images else 1
         bundles.append(bundle(number, draw(st.integers(1, CAPS.tokens)), *images, items=items))
     return bundles
@@ -54,7 +54,7 @@ def test_caps_hold_and_nothing_is_lost(bundles, num_carried, num_packs):
         held = [bundles[number] for number in {item.source for item in one.items}]
         assert sum(own.num_tokens for own in held) <= CAPS.tokens
         samples_of = Counter(chain.from_iterable([image] * len(own.items) for own in held for image in own.images))
-        assert len(samples_of) <= CAPS.images
+        assert len(samples_of) <= CAPS.image_weight
         assert all(number <= CAPS.samples_per_image for number in samples_of.values())
 
 
@@ -97,7 +97,7 @@ def test_no_pack_is_empty_while_there_is_a_bundle_for_each():
 
 @pytest.mark.parametrize(("samples_per_image", "num_left"), [(1, 2), (2, 1), (4, 0)])
 def test_samples_about_one_image_share_a_pack_up_to_the_cap(samples_per_image, num_left):
-    caps = Caps(tokens=100, images=1, samples_per_image=samples_per_image)
+    caps = Caps(tokens=100, image_weight=1, samples_per_image=samples_per_image)
     _, left = pack(bundle(0, 10, 7), bundle(1, 10, 7), bundle(2, 10, 7), caps=caps)
     assert len(left) == num_left
 

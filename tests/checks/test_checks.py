@@ -26,10 +26,13 @@ from sft.checks.model import Subject, check_model, check_tokens
 from sft.core.errors import RunError, UserError
 from sft.core.shipped import resolve
 from sft.data.prepare import prepare
-from sft.models import grouped_attention, idefics
+from sft.models import grouped_attention, packed_model
 from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate
-from sft.models.idefics import packed
+from sft.models.idefics import text as idefics_text
+from sft.models.idefics.family import FAMILY
+from sft.models.idefics.text import golden_ids
+from sft.models.idefics.weights import load_config, save_model
 from sft.models.open_model import load_template
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import write_folder
@@ -41,7 +44,7 @@ CHECKS = ("token ids", "weights", "gates", "image changes logits", "loss", "grad
 
 @pytest.fixture
 def subject(tokenizer, template) -> Subject:
-    return Subject(idefics, make_tiny_model(tokenizer), template, "float32")
+    return Subject(FAMILY, make_tiny_model(tokenizer), template, "float32")
 
 
 def results(subject: Subject) -> dict[str, str]:
@@ -97,29 +100,29 @@ def test_a_defect_of_the_model_fails_its_check(subject, change, expected):
 
 def test_a_loss_without_the_extra_vocabulary_is_found(subject, monkeypatch):
     """As a fused head computes it that reads `lm_head.weight` alone (TRL 1.16 on this model)."""
-    whole = packed.token_losses
+    whole = packed_model.token_losses
 
     def base_only(logits_PV, targets_P):
         base_PV = logits_PV[:, : subject.model.config.vocab_size]
         return whole(base_PV, targets_P.clamp(max=base_PV.shape[1] - 1))
 
-    monkeypatch.setattr(packed, "token_losses", base_only)
+    monkeypatch.setattr(packed_model, "token_losses", base_only)
     assert others_than(results(subject), "ok") == {"loss": "failed", "gradients of the extra rows": "failed"}
     assert model.check_own_loss(subject).result == "failed"
 
 
 def test_samples_that_see_each_other_are_found(subject, monkeypatch):
-    monkeypatch.setattr(packed, "group_tokens", lambda ids_T: grouped_attention.group_tokens(ids_T.clamp(max=0)))
+    monkeypatch.setattr(packed_model, "group_tokens", lambda ids_T: grouped_attention.group_tokens(ids_T.clamp(max=0)))
     assert results(subject)["grouped attention"] == "failed"
 
 
 def test_golden_ids_are_those_that_the_golden_test_knows():
-    assert idefics.golden_ids(SimpleNamespace(vocab_size=32000)) == [*CHAT_IDS, *A_DOG, 2]
-    assert idefics.golden_ids(SimpleNamespace(vocab_size=400)) is None
+    assert golden_ids(SimpleNamespace(vocab_size=32000)) == [*CHAT_IDS, *A_DOG, 2]
+    assert golden_ids(SimpleNamespace(vocab_size=400)) is None
 
 
 def test_ids_that_differ_from_the_golden_ones_are_shown(subject, monkeypatch):
-    monkeypatch.setattr(idefics, "golden_ids", lambda config: [*CHAT_IDS, *A_DOG, 2])
+    monkeypatch.setattr(idefics_text, "golden_ids", lambda config: [*CHAT_IDS, *A_DOG, 2])
     finding = check_tokens(subject)
     assert finding.result == "failed" and "at 1 of a chat, idefics-9b-instruct was trained with [4911, 29901" in (
         finding.found
@@ -143,7 +146,9 @@ def test_a_tokenizer_by_other_rules_is_found(subject, old, new, found):
         bos_token="<s>",
         eos_token="</s>",
     )
-    drifted = Subject(idefics, subject.model, ChatTemplate(subject.template.template, tokenizer), "float32")
+    drifted = Subject(
+        FAMILY, subject.model, ChatTemplate(subject.template.template, tokenizer, subject.template.images), "float32"
+    )
     assert found in check_tokens(drifted).found
 
 
@@ -220,11 +225,11 @@ def test_closed_gates_are_told_and_the_random_numbers_of_training_are_not_touche
 
     found = load_recipe(recipe, [f"model.path={base_with(tmp_path / 'base', close)}", "model.mode=qlora"])
     base = prepare_base(found)
-    trained = load_for_training(found, idefics, base).train()
+    trained = load_for_training(found, FAMILY, base).train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    template = load_template(idefics, base)
-    (warning,) = before_training.before_training(found, idefics, trained, template, tmp_path / "run")
+    template = load_template(FAMILY, base)
+    (warning,) = before_training.before_training(found, FAMILY, trained, template, tmp_path / "run")
     assert warning.startswith("gates: all are 0: no image has any effect yet; ")
     assert torch.equal(torch.get_rng_state(), before) and trained.training
     assert not (tmp_path / "run").exists()
@@ -232,12 +237,12 @@ def test_closed_gates_are_told_and_the_random_numbers_of_training_are_not_touche
 
 def test_room_is_that_of_the_weights_that_are_written(recipe, tmp_path):
     found = load_recipe(recipe)  # 4 steps, a checkpoint every 2
-    trained = load_for_training(found, idefics, prepare_base(found))
+    trained = load_for_training(found, FAMILY, prepare_base(found))
     numbers = sum(p.numel() for p in trained.parameters())
-    room = before_training.room_for(found, idefics, trained)
+    room = before_training.room_for(found, FAMILY, trained)
     assert (room.snapshot, room.state) == (2 * numbers, 12 * numbers)
     assert room.total == 2 * (room.snapshot + room.state)
-    idefics.save_model(trained, tmp_path / "saved", torch.bfloat16)
+    save_model(trained, tmp_path / "saved", torch.bfloat16)
     written = (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert abs(written - room.snapshot) < 0.01 * written
 
@@ -325,9 +330,9 @@ def test_the_costliest_micro_batch_is_that_of_the_first_window_and_the_caps_exce
     other = Plans(sources, again, micro_batch_packs=2, image_cost=1000.0)
     assert images(costliest(other)) == max(map(images, first_window))
     base = prepare_base(found)
-    template = load_template(idefics, base)
-    batch = batch_of_caps(found, idefics, SimpleNamespace(config=idefics.load_config(base)), template)
-    assert (len(batch.input_ids_T), len(batch.pixel_values_NCHW)) == (256, 6)
+    template = load_template(FAMILY, base)
+    batch = batch_of_caps(found, FAMILY, SimpleNamespace(config=load_config(base)), template)
+    assert (len(batch.input_ids_T), batch.num_images) == (256, 6)
     assert batch.segment_ids_T.tolist() == [0] * 128 + [1] * 128
     assert sorted(set(batch.image_ids_T.tolist())) == [0, 1, 2, 3, 4, 5]
 

@@ -37,8 +37,8 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_all_that_is_wrong_with_a_recipe_is_one_line_and_nothing_that_follows_from_it(recipe, refusal):
-    line = refusal("validate", recipe, "model.lora.targets=[nose]", "model.mode=loral")
-    assert line.count("; ") == 1 and "found 'loral'; " in line and "found 'nose'" in line and "at least" not in line
+    line = refusal("validate", recipe, "data.train_on=none", "model.mode=loral")
+    assert line.count("; ") == 1 and "found 'loral'; " in line and "found 'none'" in line and "at least" not in line
 
 
 def test_what_is_wrong_with_a_recipe_is_one_line(recipe, refusal):

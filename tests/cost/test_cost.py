@@ -24,10 +24,13 @@ from sft.cost.idefics.fake_step import measure
 from sft.cost.idefics.formula import FOUR_BIT_BYTES, cost, trained_parameters
 from sft.cost.idefics.setting import PARTS, Setting
 from sft.cost.idefics.shapes import shape_of
-from sft.models import idefics
 from sft.models.activation_checkpointing import is_recomputed
+from sft.models.idefics import weights
+from sft.models.idefics.names import GROUPS
+from sft.models.idefics.packed import PackedIdefics
+from sft.models.idefics.weights import lora_pattern, select_trainable
 from sft.models.lora import add_adapters
-from sft.recipe import ENGINES, GROUPS, OPTIMIZERS, LoraSettings, TrainingConfig, load_recipe
+from sft.recipe import ENGINES, OPTIMIZERS, LoraSettings, TrainingConfig, load_recipe
 from sft.training.optimizer import make_optimizer, parameter_groups
 
 SMALL = Setting(tokens=256, images=2, trained_tokens=255)
@@ -113,12 +116,12 @@ def test_the_formula_agrees_with_the_real_model_under_fake_tensors(way, checkpoi
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_states_that_are_planned_are_those_of_the_real_optimizer(mode, optimizer):
     config = middling_config()
-    model = idefics.PackedIdefics(IdeficsConfig.from_dict(config))
+    model = PackedIdefics(IdeficsConfig.from_dict(config))
     if mode == "lora":
-        add_adapters(model, idefics.lora_pattern(["language"]), LoraSettings(r=16, targets=["language"]), "base")
-    idefics.select_trainable(model, GROUPS if mode == "full" else ["extra_rows"])
+        add_adapters(model, lora_pattern(["language"]), LoraSettings(r=16, targets=["language"]), "base")
+    select_trainable(model, GROUPS if mode == "full" else ["extra_rows"])
     training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-3, optimizer=optimizer)
-    made = make_optimizer(parameter_groups(model, training, idefics.group_of), training, model)
+    made = make_optimizer(parameter_groups(model, training, weights), training, model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     made.step()

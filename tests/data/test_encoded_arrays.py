@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import conversation, document, num_trained
+from conftest import TOY_IMAGES, conversation, document, num_trained
 
 from sft.data import encoded_arrays
 from sft.data.encoded_arrays import encode_samples, encoding_name
@@ -94,7 +94,7 @@ def test_texts_alone_are_encoded_too(template, tmp_path):
 @pytest.mark.parametrize("block_samples", [1, 4096])
 def test_parts_of_a_long_sample_are_rows_that_name_it(template, tmp_path, monkeypatch, block_samples):
     monkeypatch.setattr(encoded_arrays, "BLOCK_SAMPLES", block_samples)
-    limits = Limits(len(template.encode(SAMPLES[1]).input_ids), images=1)
+    limits = Limits(len(template.encode(SAMPLES[1]).input_ids), image_weight=1)
     parts = encode_samples(Toys(), template, tmp_path / "store" / "encoded" / "parts", limits=limits)
     fitter = Fitter(template, limits)
     pieces = [(row, p) for row, (s, i) in enumerate(Toys().pairs) for p in fitter.pieces(s, i)]
@@ -112,7 +112,7 @@ def test_nothing_may_fit(template, tmp_path):
 
 
 def test_another_template_or_tokenizer_has_another_fingerprint(template, tokenizer):
-    other = ChatTemplate(template.template.replace("User:", "Human:"), tokenizer)
+    other = ChatTemplate(template.template.replace("User:", "Human:"), tokenizer, TOY_IMAGES)
     assert encoding_name(other) != encoding_name(template)
-    assert encoding_name(ChatTemplate(template.template, tokenizer)) == encoding_name(template)
+    assert encoding_name(ChatTemplate(template.template, tokenizer, TOY_IMAGES)) == encoding_name(template)
     assert encoding_name(template, Limits(8, 2)) != encoding_name(template, Limits(9, 2))

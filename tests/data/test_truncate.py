@@ -35,7 +35,10 @@ def fitted(template, sample, tokens, images=24, policy="prefix"):
     for piece in pieces:
         assert len(piece.encoded.input_ids) <= tokens
         assert len(piece.encoded.image_positions) == len(piece.image_rows)
-        assert (piece.encoded.input_ids[list(piece.encoded.image_positions)] == template.image_token_id).all()
+        assert (
+            piece.encoded.input_ids[list(piece.encoded.image_positions)]
+            == template.tokenizer.convert_tokens_to_ids("<image>")
+        ).all()
     return texts(template, pieces), [piece.image_rows for piece in pieces], dict(fitter.changes)
 
 

@@ -148,7 +148,7 @@ def test_images_of_a_validation_file_are_held_out_of_every_source(parts, tmp_pat
 
 def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
     long = shown("both", KEPT, HELD, "3"), shown("none", "Hi."), shown("held", HELD, "4")
-    own = part(tmp_path / "a", template, *long, limits=Limits(99, images=1))
+    own = part(tmp_path / "a", template, *long, limits=Limits(99, image_weight=1))
     assert [own.encoded.key(row) for row in own.encoded.all_rows] == ["a/1", "a/2"]  # a turn is never cut
     pages = [
         Sample(key="page", messages=(Message(role="document", content=items),))
@@ -158,7 +158,7 @@ def test_parts_of_a_sample_are_on_its_side(tmp_path, template):
             ("Five.", ImageRef(source=HELD)),
         )
     ]
-    own = part(tmp_path / "b", template, *pages, limits=Limits(99, images=1))
+    own = part(tmp_path / "b", template, *pages, limits=Limits(99, image_weight=1))
     data = data_config("one").model_copy(update={"validation": ValidationConfig(share=0.5)})
     (source,) = Sources([[own]], data).sources
     assert own.encoded.samples.tolist() == [0, 0, 1, 2]

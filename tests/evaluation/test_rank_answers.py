@@ -36,8 +36,8 @@ from sft.evaluation.tasks.mmbench.multiple_choice import (
 from sft.evaluation.tasks.mmbench.protocols import group_rows, query
 from sft.evaluation.tasks.mmbench.questions import Row, rotate
 from sft.inference.generate import prompt_of, write_on
-from sft.models import idefics
-from sft.models.image_transform import load_pixels
+from sft.models.idefics.images import normalise
+from sft.models.image_transform import load_tiles
 
 
 def noise(seed: int) -> ImageRef:
@@ -70,8 +70,7 @@ def plain_log_prob(model, template, sample, answer):
     pixels = torch.zeros(1, max(1, len(refs)), 3, IMAGE_SIZE, IMAGE_SIZE)
     mask = torch.zeros(1, ids_1T.shape[1], pixels.shape[1])
     for number, (ref, position) in enumerate(zip(refs, encoded.image_positions, strict=True)):
-        picture = load_pixels(ref.source, IMAGE_SIZE)
-        pixels[0, number] = idefics.normalise(torch.tensor(picture)[None])[0]
+        pixels[0, number] = normalise(torch.tensor(load_tiles(ref.source, template.images)))[0]
         mask[0, position:] = 0
         mask[0, position:, number] = 1
     with torch.no_grad():
@@ -82,7 +81,7 @@ def plain_log_prob(model, template, sample, answer):
 
 @pytest.mark.parametrize("tokens_per_forward", [1, 100, 10_000])
 def test_ranking_by_packed_segments_equals_a_whole_forward_per_answer(model, template, tokens_per_forward):
-    scores = score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE, tokens_per_forward=tokens_per_forward)
+    scores = score_answers(model, template, REQUESTS, tokens_per_forward=tokens_per_forward)
     for request, row in zip(REQUESTS, scores, strict=True):
         expected = [plain_log_prob(model, template, request.sample, answer) for answer in request.options]
         assert [score.log_prob for score in row] == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -122,7 +121,8 @@ def test_what_prompts_have_in_common_from_their_beginning_is_computed_once(templ
 
 @given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=8))
 def test_laid_paths_read_as_they_were_and_no_beginning_twice(paths):
-    forward = _lay([_Path(n, 0, np.array(tokens), len(tokens) - 1, np.array([1])) for n, tokens in enumerate(paths)])
+    one = np.array([1])
+    forward = _lay([_Path(n, 0, np.array(own), len(own) - 1, one, -np.ones(len(own))) for n, own in enumerate(paths)])
     for path, place in zip(forward.paths, forward.places, strict=True):
         assert forward.tokens_T[place].tolist() == paths[path.request]
         assert forward.positions_T[place].tolist() == list(range(len(place)))
@@ -139,8 +139,8 @@ def test_what_asks_about_an_image_shares_a_forward_where_it_fits(template):
 
 
 def test_an_answer_under_autocast_is_scored_in_float32(model, template):
-    exact = score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE)
-    rough = score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE, autocast=True)
+    exact = score_answers(model, template, REQUESTS)
+    rough = score_answers(model, template, REQUESTS, autocast=True)
     found = [score.log_prob for row in rough for score in row]
     assert found == pytest.approx([score.log_prob for row in exact for score in row], rel=0.1, abs=0.5)
     steps = [value * 64 for value in found]  # bfloat16 of this size has no finer steps
@@ -149,8 +149,8 @@ def test_an_answer_under_autocast_is_scored_in_float32(model, template):
 
 def test_asking_twice_gives_the_same_numbers_and_leaves_the_model_in_its_mode(model, template):
     model.train()
-    first = score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE)
-    assert first == score_answers(model, template, REQUESTS, image_size=IMAGE_SIZE)
+    first = score_answers(model, template, REQUESTS)
+    assert first == score_answers(model, template, REQUESTS)
     assert model.training
 
 
@@ -237,7 +237,7 @@ def test_what_is_not_finite_is_wrong_and_counted_and_a_model_that_diverged_is_na
     toy = benchmark(row(1, DOG), row(2, CAT))
 
     def ranked(requests):
-        found = score_answers(model, template, requests, image_size=IMAGE_SIZE)
+        found = score_answers(model, template, requests)
         return [[AnswerScore(math.nan, 1), *found[0][1:]], *found[1:]]
 
     monkeypatch.setattr(run_tasks, "score_answers", lambda model, template, requests, **options: ranked(requests))
@@ -311,16 +311,16 @@ def test_a_part_of_the_questions_is_made_of_whole_images():
 
 ON_A_RANK = """
 import json, sys
-from conftest import IMAGE_SIZE, REPOSITORY, base_tokenizer, make_tiny_model
+from conftest import IMAGE_SIZE, REPOSITORY, TOY_IMAGES, base_tokenizer, make_tiny_model
+from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.core.distributed import process_group
 from sft.core.distributed import from_main, all_or_none
-from sft.models import idefics
 from test_rank_answers import results_of
 
 tokenizer = base_tokenizer()
-tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
-template = ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
+tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
+template = ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / CHAT_TEMPLATE), tokenizer, TOY_IMAGES)
 with process_group() as process:
     found = results_of(make_tiny_model(tokenizer), template)
     found["failed"] = []

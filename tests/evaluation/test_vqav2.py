@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import loaded_of, status_of
+from helpers.training import printed
 from PIL import Image
-from test_runs import copied, printed, trained  # noqa: F401
 
 from sft.core.errors import UserError
 from sft.evaluation.metrics.vqa_accuracy import normalise, vqa_accuracy
@@ -178,7 +178,7 @@ def test_what_is_wrong_with_the_files_is_one_line(tmp_path):
 # ------------------------------------------------------------------------------------------------------ the commands
 
 
-def test_evaluate_select_and_report_take_it(copied, tmp_path, capsys):  # noqa: F811
+def test_evaluate_select_and_report_take_it(copied, tmp_path, capsys):
     coco = write_split(tmp_path / "coco")
     summary, _ = printed(capsys, "evaluate", copied, "--task", "vqav2", "--data", coco)
     assert (summary["benchmark"], summary["task"], summary["questions"]) == ("vqav2_val", "vqav2", 6)
@@ -199,7 +199,7 @@ def test_evaluate_select_and_report_take_it(copied, tmp_path, capsys):  # noqa: 
     assert "a test split, without answers" in capsys.readouterr().err
 
 
-def test_several_tasks_are_a_line_each_and_the_first_one_chooses(copied, tmp_path, capsys):  # noqa: F811
+def test_several_tasks_are_a_line_each_and_the_first_one_chooses(copied, tmp_path, capsys):
     coco = write_split(tmp_path / "coco")
     (tmp_path / "own.jsonl").write_text(
         '{"question": "Is it?", "answer": "no"}\n{"question": "Or?", "answer": "yes"}\n'

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 from hypothesis import strategies as st
 
-from sft.data.orders import ImageGroups
+from sft.data.orders import ImageGroups, ShownImages
 from sft.recipe import DataConfig
 
 
@@ -32,7 +32,8 @@ class Toy:
 
     def images(self, rows):
         shown = [sorted(set(self.images_of(row))) for row in rows]
-        return np.array([*chain.from_iterable(shown)], dtype=np.int64), np.array([*map(len, shown)], dtype=np.int64)
+        keys = np.array([*chain.from_iterable(shown)], dtype=np.int64)
+        return ShownImages(keys, np.ones_like(keys), np.array([*map(len, shown)], dtype=np.int64))
 
     def images_of(self, row):
         return () if self.shown is None else self.shown[row]

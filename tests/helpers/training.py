@@ -7,7 +7,7 @@ import yaml
 from conftest import status_of
 from transformers import TrainerCallback
 
-from sft.models import idefics
+from sft.models.idefics import weights
 from sft.recipe import Recipe, TrainingConfig
 from sft.training.trainer import Trainer, TrainerParts
 
@@ -59,7 +59,7 @@ def trainer_of(model, template, batches, tmp_path, micro_batches_per_step, log=p
         "model": model,
         "tokenizer": template.tokenizer,
         "settings": settings(**options),
-        "group_of": idefics.group_of,
+        "weights": weights,
         "seed": 0,
         "micro_batches": [{"batch": batch} for batch in batches],
         "micro_batches_per_step": micro_batches_per_step,

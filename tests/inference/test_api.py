@@ -16,8 +16,11 @@ from transformers.utils import logging
 import sft
 from sft.core.errors import UserError
 from sft.inference.merge import merge
-from sft.models import idefics, lora
+from sft.models import lora
 from sft.models.chat_template import load_chat_template
+from sft.models.idefics.packed import image_attention_mask
+from sft.models.idefics.text import CHAT_TEMPLATE
+from sft.models.idefics.weights import load_model, lora_pattern, save_model, save_processor, select_trainable
 from sft.recipe import LoraSettings
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "inference.md").read_text(), flags=re.DOTALL)
@@ -28,25 +31,25 @@ QUESTION = {"role": "user", "content": [{"type": "image", "image": "dog.jpg"}, {
 def write_base(folder, tokenizer, extra=3):
     """A base whose every weight matters, in float32."""
     model = make_tiny_model(tokenizer, extra=extra)
-    idefics.save_model(model, folder, torch.float32)
-    idefics.save_processor(tokenizer, model.config, folder)
+    save_model(model, folder, torch.float32)
+    save_processor(tokenizer, model.config, folder)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
 
 
 def write_adapters(folder, base, tokenizer):
     """Adapters, extra rows and gates beside them, all moved."""
-    model = idefics.load_model(base)
+    model = load_model(base)
     settings = LoraSettings(r=4, targets=["language", "cross_attention"])
-    lora.add_adapters(model, idefics.lora_pattern(settings.targets), settings, base)
-    idefics.select_trainable(model, ["extra_rows", "gates"])
+    lora.add_adapters(model, lora_pattern(settings.targets), settings, base)
+    select_trainable(model, ["extra_rows", "gates"])
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     lora.save_adapters(model, folder)
-    idefics.save_processor(tokenizer, model.config, folder)
+    save_processor(tokenizer, model.config, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -54,7 +57,7 @@ def write_adapters(folder, base, tokenizer):
 def folder(tokenizer, tmp_path_factory):
     """What the page finds in the current folder."""
     path = tmp_path_factory.mktemp("inference")
-    tokenizer.chat_template = load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE)
+    tokenizer.chat_template = load_chat_template(REPOSITORY / "chat_templates" / CHAT_TEMPLATE)
     write_base(path / "my-model", tokenizer)
     write_base(path / "idefics-9b", base_tokenizer(), extra=2)
     write_adapters(path / "my-adapters", path / "my-model", tokenizer)
@@ -146,7 +149,7 @@ def test_a_prompt_becomes_the_ids_of_transformers_own_processor(here, model):
         prompt = model._prompt(opened(items))
         assert prompt.encoded.input_ids.tolist() == inputs["input_ids"][0].tolist()
         if prompt.images:
-            mask_BTN = idefics.image_attention_mask([prompt.encoded], len(prompt.images))
+            mask_BTN = image_attention_mask([prompt.encoded], len(prompt.images))
             assert torch.equal(mask_BTN, inputs["image_attention_mask"])
 
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_SIZE, image_number, picture, pixels_of
+from conftest import IMAGE_SIZE, image_number, picture, pixels_of, toy_images
 
 from sft.batches.collate import collate
 from sft.core.sample import EncodedSample, Message, PlacedSample
 from sft.inference.generate import prompt_of, write_on
-from sft.models import idefics
+from sft.models.idefics.packed import image_attention_mask
+from sft.models.idefics.text import END_OF_UTTERANCE, FAKE, IMAGE
 
 
 def user(*content):
@@ -27,13 +28,13 @@ CONVERSATIONS = [
 ]
 
 
-def load_pixels(image):
-    return pixels_of(image_number(image))
+def load_image(image):
+    return pixels_of(image_number(image))[None]
 
 
 def answers(model, template, conversations, **options):
     prompts = [prompt_of(template, messages) for messages in conversations]
-    return write_on(model, template.tokenizer, prompts, **{"load_pixels": load_pixels, "max_new_tokens": 8} | options)
+    return write_on(model, template.tokenizer, prompts, **{"load_image": load_image, "max_new_tokens": 8} | options)
 
 
 def greedy(model, template, messages, num_tokens, *, never, stops):
@@ -47,7 +48,7 @@ def greedy(model, template, messages, num_tokens, *, never, stops):
             image_positions=encoded.image_positions,
         )  # fmt: skip
         placed = PlacedSample(sample, tuple(image_number(ref) for ref in refs), 0)
-        batch = collate([[placed]], pixels_of, train_on="assistant", image_size=IMAGE_SIZE)
+        batch = collate([[placed]], toy_images(pixels_of), train_on="assistant")
         with torch.no_grad():
             logits = model(batch=batch, read_P=torch.tensor([len(ids) - 1]))[0]
         logits[never] = -torch.inf
@@ -65,8 +66,8 @@ def test_batched_answers_equal_those_of_one_conversation_at_a_time(model, templa
 
 
 def test_answers_are_what_the_forward_of_training_finds_likeliest(model, template, tokenizer):
-    never = tokenizer.convert_tokens_to_ids([idefics.FAKE, idefics.IMAGE])
-    stops = tokenizer.convert_tokens_to_ids(["</s>", idefics.END_OF_UTTERANCE])
+    never = tokenizer.convert_tokens_to_ids([FAKE, IMAGE])
+    stops = tokenizer.convert_tokens_to_ids(["</s>", END_OF_UTTERANCE])
     expected = [greedy(model, template, messages, 8, never=never, stops=stops) for messages in CONVERSATIONS]
     assert any(expected)
     assert answers(model, template, CONVERSATIONS) == expected
@@ -76,7 +77,7 @@ def test_each_token_looks_at_the_last_image_at_or_before_it(template):
     one, two = (template.encode_prompt(messages) for messages in (CONVERSATIONS[0], CONVERSATIONS[3]))
     first, second = two.image_positions
     longest, padding = len(two.input_ids), len(two.input_ids) - len(one.input_ids)
-    mask_BTN = idefics.image_attention_mask([one, two], num_images=2)
+    mask_BTN = image_attention_mask([one, two], num_images=2)
     looks_at = torch.where(mask_BTN.any(-1), mask_BTN.argmax(-1), -1).tolist()
     start = padding + one.image_positions[0]
     assert mask_BTN.sum(-1).max() == 1
@@ -88,7 +89,7 @@ def test_another_image_gives_another_answer(model, template):
     dark, light = (
         answers(
             model, template, CONVERSATIONS[:1],
-            load_pixels=lambda _, level=level: np.full((3, IMAGE_SIZE, IMAGE_SIZE), level, dtype=np.uint8),
+            load_image=lambda _, level=level: np.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), level, dtype=np.uint8),
         )
         for level in (0, 255)
     )  # fmt: skip
@@ -102,14 +103,14 @@ def head_that_always_prefers(model, *tokens):
     model.lm_head.register_forward_hook(lambda module, args, output: scores.expand_as(output))
 
 
-@pytest.mark.parametrize("stop", ["</s>", idefics.END_OF_UTTERANCE])
+@pytest.mark.parametrize("stop", ["</s>", END_OF_UTTERANCE])
 def test_an_answer_ends_where_a_turn_ends(model, template, tokenizer, stop):
     head_that_always_prefers(model, tokenizer.convert_tokens_to_ids(stop))
     assert answers(model, template, CONVERSATIONS) == ["", "", "", ""]
 
 
 def test_an_answer_never_holds_image_markers(model, template, tokenizer):
-    unwanted = tokenizer.convert_tokens_to_ids([idefics.IMAGE, idefics.FAKE])
+    unwanted = tokenizer.convert_tokens_to_ids([IMAGE, FAKE])
     letter = tokenizer("A", add_special_tokens=False)["input_ids"][-1]
     head_that_always_prefers(model, *unwanted, letter)
     (answer,) = answers(model, template, CONVERSATIONS[:1])
@@ -124,8 +125,8 @@ def test_images_are_opened_when_no_loader_is_given(model, template, tmp_path):
     file = tmp_path / "noise.png"
     Image.fromarray(pixels_of(3).transpose(1, 2, 0)).save(file)
     message = Message(role="user", content=(ImageRef(source=file), "What is it?"))
-    opened = answers(model, template, [[message]], load_pixels=None)
-    assert opened == answers(model, template, [[message]], load_pixels=lambda _: pixels_of(3))
+    opened = answers(model, template, [[message]], load_image=None)
+    assert opened == answers(model, template, [[message]], load_image=lambda _: pixels_of(3)[None])
 
 
 def test_no_conversations_give_no_answers(model, template):

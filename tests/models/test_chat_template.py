@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from conftest import conversation, document, picture
+from conftest import TOY_IMAGES, conversation, document, picture
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,7 +114,9 @@ def test_documents_are_trained_without_image_markers(template):
 
 def test_a_token_is_trained_when_its_last_character_is(template, tokenizer):
     source = "<s>A do{% generation %}{{ messages[0].content[0].text }}{% endgeneration %} fox</s>"
-    assert trained(ChatTemplate(source, tokenizer), document("g")) == [" dog"], "one token of template and text"
+    assert trained(ChatTemplate(source, tokenizer, TOY_IMAGES), document("g")) == [" dog"], (
+        "one token of template and text"
+    )
     assert trained(template, document("犬")) == [" 犬</s>"], "the ▁ before a run goes with what follows it"
 
 
@@ -181,13 +183,13 @@ def test_transformers_alone_would_take_text_for_an_image(tokenizer):
 
 def test_a_template_with_an_unknown_special_token_is_refused(template, tokenizer):
     with pytest.raises(ValueError, match=r"'<end_of_turn>'"):
-        ChatTemplate(template.template + "<end_of_turn>", tokenizer)
+        ChatTemplate(template.template + "<end_of_turn>", tokenizer, TOY_IMAGES)
 
 
 def test_the_fingerprint_changes_with_the_template(template, tokenizer):
-    other = ChatTemplate(template.template.replace("Assistant:", "Model:"), tokenizer)
+    other = ChatTemplate(template.template.replace("Assistant:", "Model:"), tokenizer, TOY_IMAGES)
     assert other.fingerprint != template.fingerprint
-    assert ChatTemplate(template.template, tokenizer).fingerprint == template.fingerprint
+    assert ChatTemplate(template.template, tokenizer, TOY_IMAGES).fingerprint == template.fingerprint
 
 
 def test_a_system_message_may_hold_images(template):

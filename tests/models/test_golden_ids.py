@@ -8,15 +8,16 @@ import struct
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY, conversation
+from conftest import REPOSITORY, TOY_IMAGES, conversation
 from helpers.golden_ids import A_DOG, ASSISTANT, CHAT_IDS
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.checks.model import Subject, check_tokens
 from sft.core.errors import UserError
-from sft.models import idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
+from sft.models.idefics.family import FAMILY
+from sft.models.idefics.text import CHAT_TEMPLATE, EXTRA_TOKENS, load_tokenizer
 
 VOCABULARY = REPOSITORY / ".cache" / "llama-tokenizer-js" / "llama-tokenizer.js"
 
@@ -48,7 +49,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     )
-    tokenizer.add_tokens(list(idefics.EXTRA_TOKENS), special_tokens=True)
+    tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     return tokenizer
 
 
@@ -73,11 +74,11 @@ def ids_of(tokenizer, text):
 
 
 def chat_template(tokenizer):
-    return ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / idefics.CHAT_TEMPLATE), tokenizer)
+    return ChatTemplate(load_chat_template(REPOSITORY / "chat_templates" / CHAT_TEMPLATE), tokenizer, TOY_IMAGES)
 
 
 def test_extra_tokens_follow_the_base_vocabulary(llama):
-    assert llama.convert_tokens_to_ids(list(idefics.EXTRA_TOKENS)) == [32000, 32001, 32002]
+    assert llama.convert_tokens_to_ids(list(EXTRA_TOKENS)) == [32000, 32001, 32002]
 
 
 def test_the_published_prompt(llama):
@@ -109,7 +110,7 @@ def test_the_card_s_letters_are_one_token_each_also_before_their_full_stop(llama
             assert encoded.input_ids[: start + 1].tolist() == [*prompt, token_id]
 
 
-@pytest.mark.parametrize("load", [idefics.load_tokenizer, AutoTokenizer.from_pretrained])
+@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained])
 def test_a_saved_tokenizer_keeps_the_ids(saved, load):
     tokenizer = load(saved)
     assert ids_of(tokenizer, PROMPT) == PROMPT_IDS
@@ -121,7 +122,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(saved, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics", "vocab_size": 32001}))
     with pytest.raises(UserError, match=r"with this model's vocabulary they are .*'<image>': 32002"):
-        idefics.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_legacy_rules_is_refused(saved, tmp_path):
@@ -132,14 +133,14 @@ def test_a_tokenizer_without_legacy_rules_is_refused(saved, tmp_path):
     rules["normalizer"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
     with pytest.raises(UserError, match="legacy LLaMA rules"):
-        idefics.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_the_check_of_doctor_and_of_every_training_tells_them_from_drifted_ones(llama):
     config = SimpleNamespace(config=SimpleNamespace(vocab_size=32000, additional_vocab_size=3))
-    assert check_tokens(Subject(idefics, config, chat_template(llama), "float32")).result == "ok"
+    assert check_tokens(Subject(FAMILY, config, chat_template(llama), "float32")).result == "ok"
     drifted = copy.deepcopy(llama)
     drifted.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")  # no "▁" in front
-    finding = check_tokens(Subject(idefics, config, chat_template(drifted), "float32"))
+    finding = check_tokens(Subject(FAMILY, config, chat_template(drifted), "float32"))
     assert (finding.result, finding.of_input) == ("failed", True)
     assert finding.found.startswith("[2659, 29901, 32000] ['User', ':', '<fake_token_around_image>'] at 1 of a chat")

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import square_images
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +16,12 @@ from sft.core import images
 from sft.core.images import TOO_MANY_PIXELS, TOO_NARROW, decode_rgb
 from sft.core.sample import SkipSample
 from sft.models import image_transform
-from sft.models.image_transform import Crop, load_pixels, training_crop
+from sft.models.image_transform import Crop, load_tiles, training_crop
+
+
+def load_pixels(content, size, crop=None):
+    """The one tile of an image of IDEFICS."""
+    return load_tiles(content, square_images(size), crop)[0]
 
 
 def encoded(image, format="PNG", **options):

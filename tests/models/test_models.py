@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import sft
 from sft import models
 from sft.core.errors import UserError
-from sft.core.shipped import resolve
+from sft.core.shipped import recipe_path, resolve
 from sft.evaluation.run_tasks import ScoredModel
+from sft.models import check_names
 from sft.models.open_model import find_family, load_for_inference
+from sft.recipe import load_recipe
 
 KNOW_IDEFICS = {"cost", "models/idefics", "recipe/config.py"}
 """The formula of `plan`, the family itself, and the default of `model.family`."""
@@ -32,11 +35,30 @@ def test_no_other_code_names_a_family():
 @pytest.fixture
 def toy_family(tmp_path, monkeypatch):
     """A folder whose model is of another family, which is IDEFICS by another name."""
-    code = "from sft.models.idefics import *\nfrom sft.models import idefics\n\n"
-    code += "def load_model(path, **options):\n    return idefics.load_model(path / 'inside', **options)\n\n"
-    code += "def load_tokenizer(path):\n    return idefics.load_tokenizer(path / 'inside')\n"
+    code = """
+from dataclasses import replace
+from types import SimpleNamespace
+
+from sft.models.idefics.family import FAMILY as IDEFICS
+from sft.models.idefics import text, weights
+
+
+def inside(load):
+    return lambda path, **options: load(path / "inside", **options)
+
+
+FAMILY = replace(
+    IDEFICS,
+    name="toy_family",
+    text=SimpleNamespace(**{**vars(text), "load_tokenizer": inside(text.load_tokenizer)}),
+    weights=SimpleNamespace(
+        **{**vars(weights), "load_model": inside(weights.load_model), "load_config": inside(weights.load_config)}
+    ),
+)
+"""
     (tmp_path / "families" / "toy_family").mkdir(parents=True)
-    (tmp_path / "families" / "toy_family" / "__init__.py").write_text(code)
+    (tmp_path / "families" / "toy_family" / "__init__.py").touch()
+    (tmp_path / "families" / "toy_family" / "family.py").write_text(code)
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "families")])
     shutil.copytree(resolve("shipped:tiny_base"), tmp_path / "model" / "inside")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "toy_family"}))
@@ -44,9 +66,9 @@ def toy_family(tmp_path, monkeypatch):
 
 
 def test_a_model_is_asked_as_its_own_family_says(toy_family):
-    assert find_family(toy_family).__name__ == "sft.models.toy_family"
+    assert find_family(toy_family).name == "toy_family"
     loaded = load_for_inference(toy_family, precision="float32")
-    assert loaded.family.__name__ == "sft.models.toy_family" and loaded.tokenizer
+    assert loaded.family.name == "toy_family" and loaded.tokenizer
     assert ScoredModel(toy_family).loaded.family is loaded.family
 
 
@@ -54,3 +76,20 @@ def test_a_family_that_is_not_known_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"model_type is 'llama', which is no known family \(idefics\)"):
         find_family(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.groups.visoin.weight_decay=0"], "training.groups: idefics has no 'visoin'; did you mean 'vision'?"),
+        (["model.trainable=[gate]"], "model.trainable: idefics has no 'gate'; did you mean 'gates'?"),
+        (
+            ["model.mode=qlora", "model.lora.targets=[head]"],
+            "model.lora.targets: idefics has no 'head' (known: vision, ",
+        ),
+        (["model.family=idefic"], "model.family: unknown family 'idefic'; did you mean 'idefics'?"),
+    ],
+)
+def test_a_name_that_the_family_has_not_is_refused(overrides, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        check_names(load_recipe(recipe_path("quickstart"), overrides))

@@ -23,7 +23,10 @@ from transformers import IdeficsConfig, IdeficsImageProcessor
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 
 from sft.core.errors import UserError
-from sft.models import idefics
+from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
+from sft.models.idefics.images import CLIP_MEAN, CLIP_STD, IdeficsImages, normalise
+from sft.models.idefics.text import load_tokenizer
+from sft.models.idefics.weights import load_model, prepare_base, save_model, select_trainable
 
 TEXT = conversation("Hi.", "Hello.", system="A dog and a cat.")
 DOG = conversation(("<dog>", "What is it?"), "A dog.")
@@ -91,7 +94,7 @@ def plain_inputs(template, *samples):
     return {
         "input_ids": input_ids[None],
         "attention_mask": torch.ones_like(input_ids)[None],
-        "pixel_values": idefics.normalise(torch.stack(pixels or [torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)]))[None],
+        "pixel_values": normalise(torch.stack(pixels or [torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)]))[None],
         "image_attention_mask": mask[None],
     }
 
@@ -119,7 +122,7 @@ def test_packed_equals_alone(model, template, train_on, checkpointing):
     packed = batch_of(placed[:3], placed[3:], train_on=train_on)
     total = packed.num_trained_tokens
     alone = [batch_of([sample], train_on=train_on, num_trained_tokens=total) for sample in placed]
-    idefics.select_trainable(model)
+    select_trainable(model)
     expected_loss, expected = step(model, alone)
 
     calls = []
@@ -130,7 +133,7 @@ def test_packed_equals_alone(model, template, train_on, checkpointing):
     loss, found = step(model, [packed])
     assert len(calls) == (2 if checkpointing else 1)
 
-    assert len(packed.pixel_values_NCHW) == 3, "the dog and the cat are encoded once"
+    assert packed.num_images == 3, "the dog and the cat are encoded once"
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert found.keys() == expected.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     found, expected = with_gates_as_one(found), with_gates_as_one(expected)
@@ -204,16 +207,16 @@ def test_without_isolation_a_pack_is_one_text_but_images_stay_with_their_sample(
 def test_pixels_are_normalised_as_by_transformers():
     image = pixels_of(1)
     (expected,) = IdeficsImageProcessor(image_size=IMAGE_SIZE)([Image.fromarray(image.transpose(1, 2, 0))])
-    (found,) = idefics.normalise(torch.from_numpy(image)[None])
+    (found,) = normalise(torch.from_numpy(image)[None])
     check_equal(found, torch.as_tensor(expected), 1e-6)
 
 
 def test_normalising_in_place_gives_the_same_bits_and_spares_its_input():
     levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (idefics.CLIP_MEAN, idefics.CLIP_STD))
-    assert torch.equal(idefics.normalise(levels), (levels.float() / 255 - mean) / std)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    assert torch.equal(normalise(levels), (levels.float() / 255 - mean) / std)
     values = torch.ones(1, 3, 1, 1)
-    idefics.normalise(values)
+    normalise(values)
     assert (values == 1).all()
 
 
@@ -229,10 +232,10 @@ def test_an_image_of_idefics_9b_costs_23_tokens():
     token = 32 * (4 * 4096**2 + mlp) + 8 * (2 * 4096**2 + mlp)
     by_hand = (tower + resampler + read) / token  # without norms and biases
     assert by_hand == pytest.approx(23, abs=0.5)
-    assert idefics.image_cost_in_tokens(config) == pytest.approx(by_hand, rel=0.002)
+    assert IdeficsImages(config).cost_in_tokens == pytest.approx(by_hand, rel=0.002)
     plain = IdeficsConfig(cross_layer_interval=4, vision_config={"embed_dim": 1280})
     without_resampler = (tower + 257 * 8 * 2 * 1280 * 4096) / token
-    assert idefics.image_cost_in_tokens(plain) == pytest.approx(without_resampler, rel=0.002)
+    assert IdeficsImages(plain).cost_in_tokens == pytest.approx(without_resampler, rel=0.002)
 
 
 def test_an_image_changes_what_follows_it_and_nothing_else(model, template):
@@ -253,21 +256,21 @@ def test_an_image_changes_what_follows_it_and_nothing_else(model, template):
 
 
 def test_every_trainable_tensor_gets_a_gradient(model, template):
-    frozen = idefics.select_trainable(model)
+    frozen = select_trainable(model)
     assert frozen == ("model.vision_model.post_layernorm.weight", "model.vision_model.post_layernorm.bias")
     _, found = step(model, [batch_of([place(template, sample) for sample in SAMPLES])])
     parameters = dict(model.named_parameters())
     assert {name for name in parameters if name not in found} == set(frozen)
     assert not any(parameters[name].requires_grad for name in frozen)
     assert [name for name, gradient in found.items() if not gradient.any() and not name.endswith(KEY_BIASES)] == []
-    for extra in (idefics.EXTRA_EMBEDDING, idefics.EXTRA_HEAD):
+    for extra in (EXTRA_EMBEDDING, EXTRA_HEAD):
         assert found[extra].any(dim=1).tolist() == [True] * 3, "each of the extra tokens"
 
 
 def test_text_alone_needs_no_image_and_skips_the_tower(model, template):
-    idefics.select_trainable(model)
+    select_trainable(model)
     batch = batch_of([place(template, TEXT)])
-    assert len(batch.pixel_values_NCHW) == 0
+    assert batch.num_images == 0
     _, found = step(model, [batch])
     assert not any(name.startswith(("model.vision_model", "model.perceiver_resampler")) for name in found)
     assert found["model.gated_cross_attn_layers.0.mlp.up_proj.weight"].any(), "the gated MLP still trains"
@@ -277,12 +280,12 @@ def test_text_alone_needs_no_image_and_skips_the_tower(model, template):
 
 
 def test_a_saved_model_opens_in_plain_transformers(model, tokenizer, template, tmp_path):
-    idefics.save_model(model, tmp_path, torch.bfloat16)
+    save_model(model, tmp_path, torch.bfloat16)
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["IdeficsForVisionText2Text"]
 
     plain = PlainIdefics.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa")
-    ours = idefics.load_model(tmp_path)
+    ours = load_model(tmp_path)
     rounded = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     for loaded in (plain, ours):
         assert all(torch.equal(tensor, rounded[name]) for name, tensor in loaded.state_dict().items())
@@ -291,7 +294,7 @@ def test_a_saved_model_opens_in_plain_transformers(model, tokenizer, template, t
         check_equal(ours(**inputs).logits, plain(**inputs).logits, 1e-5)
     written = [m.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False) for m in (plain, ours)]
     assert written[0].tolist() == written[1].tolist()
-    assert idefics.load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +303,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     tokenizer = base_tokenizer()
     model = make_tiny_model(tokenizer, extra=2)
-    idefics.save_model(model, folder, torch.float32)
+    save_model(model, folder, torch.float32)
     model.save_pretrained(folder, max_shard_size="150KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
@@ -313,7 +316,7 @@ def contents(folder):
 
 def test_preparing_a_base_adds_a_row_and_changes_nothing_else(base, template, tmp_path):
     untouched = contents(base)
-    idefics.prepare_base(base, tmp_path / "grown")
+    prepare_base(base, tmp_path / "grown")
     assert contents(base) == untouched
 
     old = PlainIdefics.from_pretrained(base, dtype=torch.float32)
@@ -325,24 +328,24 @@ def test_preparing_a_base_adds_a_row_and_changes_nothing_else(base, template, tm
     for rows in (new.model.embed_tokens.additional_embedding.weight, new.lm_head.additional_fc.weight):
         assert len(rows) == new.config.additional_vocab_size == 3
         torch.testing.assert_close(rows[2], mean, rtol=0, atol=1e-7)
-    tokenizer = idefics.load_tokenizer(tmp_path / "grown")
+    tokenizer = load_tokenizer(tmp_path / "grown")
     assert tokenizer.convert_tokens_to_ids("<end_of_utterance>") == old.config.vocab_size + 2
 
 
 def test_preparing_a_base_rewrites_only_the_shards_that_grow(base, tmp_path):
-    idefics.prepare_base(base, tmp_path / "grown")
+    prepare_base(base, tmp_path / "grown")
     shards = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
-    growing = {shards[idefics.EXTRA_EMBEDDING], shards[idefics.EXTRA_HEAD]}
+    growing = {shards[EXTRA_EMBEDDING], shards[EXTRA_HEAD]}
     linked = {name for name in set(shards.values()) if (tmp_path / "grown" / name).samefile(base / name)}
     assert len(set(shards.values())) > 3
     assert linked == set(shards.values()) - growing
 
 
 def test_a_prepared_base_is_prepared_to_itself(base, tmp_path):
-    idefics.prepare_base(base, tmp_path / "once")
-    idefics.prepare_base(tmp_path / "once", tmp_path / "twice")
-    idefics.prepare_base(base, tmp_path / "twice_over")
-    idefics.prepare_base(base, tmp_path / "twice_over")
+    prepare_base(base, tmp_path / "once")
+    prepare_base(tmp_path / "once", tmp_path / "twice")
+    prepare_base(base, tmp_path / "twice_over")
+    prepare_base(base, tmp_path / "twice_over")
     assert contents(tmp_path / "twice") == contents(tmp_path / "once") == contents(tmp_path / "twice_over")
 
 
@@ -355,7 +358,7 @@ def test_a_shard_that_lacks_what_the_index_says_is_refused(base, tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights are missing, model\.norm\.weight among them"):
-        idefics.load_model(folder)
+        load_model(folder)
 
 
 def test_a_missing_shard_is_refused(base, tmp_path):
@@ -363,7 +366,7 @@ def test_a_missing_shard_is_refused(base, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: not readable as safetensors"):
-        idefics.load_model(folder)
+        load_model(folder)
 
 
 def test_a_base_that_is_damaged_is_not_prepared(base, tmp_path):
@@ -371,13 +374,13 @@ def test_a_base_that_is_damaged_is_not_prepared(base, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shard.name}: not readable as safetensors"):
-        idefics.prepare_base(folder, tmp_path / "grown")
+        prepare_base(folder, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
 
 
 def test_another_model_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for refuses in (idefics.load_model, lambda path: idefics.prepare_base(path, tmp_path / "grown")):
+    for refuses in (load_model, lambda path: prepare_base(path, tmp_path / "grown")):
         with pytest.raises(UserError) as error:
             refuses(tmp_path)
         assert str(error.value) == f"{tmp_path}: model_type is 'llama'; this family loads 'idefics'"
@@ -385,13 +388,13 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 def test_an_empty_folder_is_refused_by_name(tmp_path):
     with pytest.raises(UserError) as error:
-        idefics.load_model(tmp_path)
+        load_model(tmp_path)
     assert str(error.value) == f"{tmp_path}: no config.json found; expected a model folder or a hub id"
 
 
 def test_a_dummy_changes_no_gradient_and_gives_every_parameter_one(model, template):
     """So that ranks without an image or a label walk through the same modules as the others."""
-    idefics.select_trainable(model)
+    select_trainable(model)
     pack = [place(template, conversation("Hi.", "Hello."))]
     alone, whole = batch_of(pack), batch_of(pack, always_whole=True)
     assert len(whole.input_ids_T) == len(alone.input_ids_T) + 2

@@ -19,7 +19,8 @@ from sft.evaluation.held_out_loss import recorded_losses
 from sft.evaluation.results import Outcome, Result, read_lines, result_file, write_result
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.tasks import named_tasks, open_tasks
-from sft.models import idefics
+from sft.models.idefics import weights
+from sft.models.idefics.weights import load_model
 from sft.models.open_model import load_for_inference
 from sft.recipe import EvaluationConfig
 from sft.runs.checkpoint import checkpoints, write_folder
@@ -332,8 +333,8 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
     run = tmp_path / "run"
     options = (f"output_dir={run}", "model.mode=lora", "training.learning_rate=0.1")
     assert status_of("train", trained, *options) == 0
-    loaded, load_model = [], idefics.load_model
-    monkeypatch.setattr(idefics, "load_model", lambda path, **kwargs: loaded.append(path) or load_model(path, **kwargs))
+    loaded = []
+    monkeypatch.setattr(weights, "load_model", lambda path, **kwargs: loaded.append(path) or load_model(path, **kwargs))
     assert [score["step"] for score in printed(capsys, "select", run)[0]["scores"]] == [1, 2]
     assert len(loaded) == 1
     recipe = find_recipe(str(run))

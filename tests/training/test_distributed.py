@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from conftest import batch_of, conversation, document, make_tiny_model, place
+from conftest import batch_of, conversation, document, make_tiny_model, place, square_images
 from helpers.processes import SECONDS, assert_same_steps, lines_of, sft
 from helpers.training import Watch, trainer_of, write_recipe
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from sft.core.distributed import ALONE, Rank, launched_rank
 from sft.core.errors import RunError, UserError
 from sft.core.sample import NO_SOURCE
 from sft.data.prepare import prepare
-from sft.models import idefics
+from sft.models.idefics.weights import select_trainable
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_complete
 from sft.training.engines import check_readable, choose_engine, fsdp2
@@ -239,7 +239,7 @@ def test_two_processes_take_the_mean_of_micro_batch_means_as_in_2023(ways, templ
     (equally many each): the mean of all. A dummy is none of them."""
     _, found = ways
     model = make_tiny_model(template.tokenizer).train()
-    idefics.select_trainable(model)
+    select_trainable(model)
     means = [model(batch=batch_of([place(template, sample)])).loss for sample in SAMPLES[:number]]
     torch.stack(means).mean().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -279,7 +279,7 @@ def test_the_steps_have_what_could_make_ranks_wait(recipe):
     for number in range(2):
         planner = Planner(sources.sources, recipe.data, packs_per_step=5, seed=recipe.seed)
         plans = Plans(sources, planner, micro_batch_packs=1, rank=Rank(number, 2))
-        batches = islice(MicroBatches(plans, image_size=64), 3 * recipe.training.max_steps)
+        batches = islice(MicroBatches(plans, square_images(64)), 3 * recipe.training.max_steps)
         of_ranks.append([num_real(batch["batch"]) for batch in batches])
     together = list(zip(*of_ranks, strict=True))
     assert any((0, 0) in pair for pair in together), "no pack"
@@ -398,7 +398,7 @@ def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):
 
 def test_no_gradient_moves_weights_as_a_gradient_of_zero_does(template, tmp_path, model):
     """A step of text alone: on one device the tower is not called, on several it looks at a black image."""
-    idefics.select_trainable(model)
+    select_trainable(model)
     samples = (conversation(("<dog>", "What is it?"), "A dog."), conversation("Hi.", "Hello."))
     batches = [batch_of([place(template, sample)]) for sample in samples]
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)

@@ -17,7 +17,9 @@ from sft.cli.terminal import console
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
 from sft.core.shipped import resolve
-from sft.models import idefics
+from sft.models.idefics.packed import PackedIdefics
+from sft.models.idefics.text import END_OF_UTTERANCE
+from sft.models.idefics.weights import save_model
 from sft.runs.names import find_model, find_recipe
 from sft.runs.status import RunStatus
 from sft.training.run_folder import OUTPUTS, delete_outputs
@@ -132,10 +134,10 @@ def write_model(folder: Path, extra: int = 3, missing_pieces: int = 0) -> Path:
     tokenizer = base_tokenizer()
     model = make_tiny_model(tokenizer, extra=extra)
     if missing_pieces:
-        model = idefics.PackedIdefics(tiny_config(tokenizer.vocab_size + missing_pieces, extra))
-    idefics.save_model(model, folder, torch.float32)
+        model = PackedIdefics(tiny_config(tokenizer.vocab_size + missing_pieces, extra))
+    save_model(model, folder, torch.float32)
     if extra == 3:
-        tokenizer.add_tokens([idefics.END_OF_UTTERANCE], special_tokens=True)
+        tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
     tokenizer.save_pretrained(folder)
     return folder
 

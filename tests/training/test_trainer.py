@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, batch_of, conversation, document, make_tiny_model, place
+from conftest import batch_of, conversation, document, make_tiny_model, place, square_images, toy_images
 from helpers.training import Watch, metrics_of, trainer_of, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, IdeficsForVisionText2Text
@@ -23,8 +23,11 @@ from sft.checks.environment import LIBRARIES
 from sft.core.errors import RunError, UserError
 from sft.core.sample import SkipSample
 from sft.data.prepare import open_sources, prepare
-from sft.models import idefics
 from sft.models.base_model import base_path, prepare_base
+from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
+from sft.models.idefics.family import FAMILY
+from sft.models.idefics.text import load_tokenizer
+from sft.models.idefics.weights import group_of, load_model, lora_pattern, save_model, select_trainable
 from sft.models.lora import add_adapters
 from sft.models.open_model import load_for_inference
 from sft.recipe import LoraSettings, Recipe, load_recipe
@@ -44,7 +47,7 @@ SAMPLES = (
 def step_once(template, tmp_path, batches, **options) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step over `batches`, and its line of metrics."""
     model = make_tiny_model(template.tokenizer)
-    idefics.select_trainable(model)
+    select_trainable(model)
     trainer_of(model, template, batches, tmp_path, len(batches), **options).train()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     return dict(model.named_parameters()), json.loads(line)
@@ -59,7 +62,7 @@ def test_a_step_whose_samples_are_all_dirty_trains_nothing_and_says_so(template,
         raise SkipSample("image does not decode")
 
     placed = [place(template, SAMPLES[0])]
-    batch = collate([placed], fails, train_on="all", image_size=IMAGE_SIZE, num_trained_tokens=9, forgive_images=True)
+    batch = collate([placed], toy_images(fails), train_on="all", num_trained_tokens=9, forgive_images=True)
     _, line = step_once(template, tmp_path, [batch])
     assert (line["dirty_samples"], line["trained_tokens"], line["loss"], line["grad_norm"]) == (1, 0, 0, 0)
 
@@ -86,7 +89,7 @@ def test_four_micro_batches_make_the_step_of_one(template, tmp_path):
 def gradient_norm(template, packs, **options) -> float:
     """Of the mean over all tokens, or what `loss` makes of (model, packs)."""
     model = make_tiny_model(template.tokenizer)
-    idefics.select_trainable(model)
+    select_trainable(model)
     options["loss"](model.train(), packs).backward()
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
@@ -133,7 +136,7 @@ def test_z_loss_pulls_the_softmax_denominator_to_one(template, tmp_path):
 
 def test_a_trainable_tensor_without_gradient_stops_the_first_step_with_images(template, tmp_path, model):
     """The norm behind the tower, were it not frozen by name."""
-    idefics.select_trainable(model)
+    select_trainable(model)
     model.model.vision_model.post_layernorm.requires_grad_(True)
     batches = [batch_of([place(template, SAMPLES[1])]), batch_of([place(template, SAMPLES[0])])]
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)
@@ -142,8 +145,8 @@ def test_a_trainable_tensor_without_gradient_stops_the_first_step_with_images(te
 
 
 def adapted(model, *targets) -> torch.nn.Module:
-    add_adapters(model, idefics.lora_pattern(targets), LoraSettings(r=4, targets=targets), "base")
-    idefics.select_trainable(model, ["extra_rows"])
+    add_adapters(model, lora_pattern(targets), LoraSettings(r=4, targets=targets), "base")
+    select_trainable(model, ["extra_rows"])
     return model
 
 
@@ -170,13 +173,13 @@ def test_all_of_what_is_asked_for_moves_and_nothing_else(template, tmp_path, mod
     expected = {False: [False] * 4, True: [True] * 4, 0.5: [True, False, True, False]}
     assert [layer.gradient_checkpointing for layer in model.model.layers] == expected[checkpointing]
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {idefics.EXTRA_EMBEDDING, idefics.EXTRA_HEAD} | {n for n in before if "lora_" in n}
+    assert moved == {EXTRA_EMBEDDING, EXTRA_HEAD} | {n for n in before if "lora_" in n}
 
 
 def test_what_is_trained_beside_4_bits_stays_exact(template, tmp_path, model):
     """SFTTrainer rounds it to bfloat16."""
-    idefics.save_model(model, tmp_path / "base", torch.float32)
-    quantised = adapted(idefics.load_model(tmp_path / "base", trained=["extra_rows"], quantised=True), "language")
+    save_model(model, tmp_path / "base", torch.float32)
+    quantised = adapted(load_model(tmp_path / "base", trained=["extra_rows"], quantised=True), "language")
     before = {name: p.clone() for name, p in quantised.named_parameters() if p.requires_grad}
     trainer_of(quantised, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
     for name, parameter in before.items():
@@ -186,7 +189,7 @@ def test_what_is_trained_beside_4_bits_stays_exact(template, tmp_path, model):
 
 def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template, tmp_path, model, monkeypatch):
     """The gradient scaler as a GPU without bfloat16 has it, here on the CPU; its first scale is far too large."""
-    idefics.select_trainable(model)
+    select_trainable(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     batches = [batch_of([place(template, SAMPLES[0])]) for _ in range(3)]
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=3)
@@ -209,7 +212,7 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template,
 
 def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model, monkeypatch):
     monkeypatch.setattr(write_metrics, "MAX_NONFINITE_STEPS", 1)
-    idefics.select_trainable(model)
+    select_trainable(model)
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
     batch = batch_of([place(template, SAMPLES[0])])
@@ -221,7 +224,7 @@ def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model, monke
 
 
 def test_a_loss_that_is_no_number_leaves_its_step_out_though_the_gradient_is_finite(template, tmp_path, model):
-    idefics.select_trainable(model)
+    select_trainable(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
     add = trainer.step_metrics.add
@@ -234,7 +237,7 @@ def test_a_loss_that_is_no_number_leaves_its_step_out_though_the_gradient_is_fin
 
 def test_writing_a_checkpoint_is_no_part_of_the_next_steps_speed(template, tmp_path, model, monkeypatch):
     """By a clock on which only that takes time, an hour."""
-    idefics.select_trainable(model)
+    select_trainable(model)
     now = itertools.count()
     saving = []
     clock = SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: next(now) + 3600 * len(saving))
@@ -334,10 +337,10 @@ def test_metrics_have_a_line_a_step(finished):
 def test_training_lowers_the_loss_on_what_was_trained(finished):
     sources = prepare(finished)
     planner = Planner(sources.sources, finished.data, packs_per_step=2, seed=finished.seed)
-    steps = MicroBatches(Plans(sources, planner, micro_batch_packs=2), image_size=64)
+    steps = MicroBatches(Plans(sources, planner, micro_batch_packs=2), square_images(64))
     first_step = next(iter(steps))["batch"]
     folders = base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
-    before, after = (float(idefics.load_model(folder)(batch=first_step).loss.detach()) for folder in folders)
+    before, after = (float(load_model(folder)(batch=first_step).loss.detach()) for folder in folders)
     assert after < 0.9 * before
 
 
@@ -366,7 +369,7 @@ def test_checkpoints_open_in_plain_transformers(finished):
         "<s>User:<fake_token_around_image><image><fake_token_around_image>What is this?<end_of_utterance>\n"
         "Assistant: A dog.<end_of_utterance></s>"
     )
-    own = idefics.load_tokenizer(found[-1])
+    own = load_tokenizer(found[-1])
     text = "User: Is it a blue circle?"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
 
@@ -381,7 +384,7 @@ def test_frozen_groups_are_written_as_they_were(finished, tmp_path):
     before = load_file(base_path(recipe) / "model.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors")
     changed = {name for name in before if not torch.equal(after[name], before[name].to(torch.bfloat16))}
-    assert {idefics.group_of(name) for name in changed} == {"head", "gates"}
+    assert {group_of(name) for name in changed} == {"head", "gates"}
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
@@ -402,7 +405,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
         file.name for file in folder.iterdir()
     }
     assert not (folder / "config.json").exists(), "transformers would look for a model beside it"
-    base, loaded = idefics.load_model(base_path(recipe)), load_for_inference(folder, precision="float32")
+    base, loaded = load_model(base_path(recipe)), load_for_inference(folder, precision="float32")
     batch = batch_of([place(loaded.template, document("A fox."))])
     assert not torch.equal(loaded.model(batch=batch).logits_PV, base.eval()(batch=batch).logits_PV)
 
@@ -460,6 +463,6 @@ def test_what_is_not_encoded_for_the_model_names_the_command(finished, tmp_path)
     shutil.rmtree(sources.parts[0][0].encoded.path)
     from sft.models.open_model import load_template
 
-    template = load_template(idefics, prepare_base(recipe))
+    template = load_template(FAMILY, prepare_base(recipe))
     with pytest.raises(UserError, match=r"not encoded for this model.*run `idefics-sft prepare` first"):
         open_sources(recipe, template)

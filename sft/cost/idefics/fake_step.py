@@ -31,11 +31,14 @@ from transformers import IdeficsConfig
 
 from sft.core.sample import Batch
 from sft.cost.idefics.setting import Setting
-from sft.models import grouped_attention, idefics
+from sft.models import grouped_attention, packed_model
 from sft.models.activation_checkpointing import recompute_share
 from sft.models.grouped_attention import Groups, group_tokens
-from sft.models.idefics import packed
+from sft.models.idefics import packed, weights
+from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.loading import kept_exact
+from sft.models.idefics.parameters import QUANTISED, group_of, select_trainable
+from sft.models.packed_model import PackedModel
 from sft.recipe import TrainingConfig
 from sft.training.optimizer import make_optimizer, parameter_groups
 
@@ -80,7 +83,7 @@ def measure(config: IdeficsConfig, setting: Setting) -> Measured:
         memory, flops = MemTracker(), FlopCounterMode(display=False, custom_mapping=_MORE_FLOP)
         memory._mod_tracker = flops.mod_tracker = _NoModules()  # type: ignore[assignment,no-untyped-call]
         memory.track_external(
-            model, optimizer, batch.pixel_values_NCHW if batch.features_NSE is None else batch.features_NSE
+            model, optimizer, *batch.tiles, *(() if batch.features_RE is None else (batch.features_RE,))
         )
         autocast = torch.autocast("cpu", getattr(torch, setting.precision), enabled=setting.precision != "float32")
         # Memory is the inner one: counting takes operations apart, and their parts would be held at once.
@@ -107,7 +110,8 @@ def _group_ids(setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
-    size, images = config.vision_config.image_size, setting.images
+    shown, images = IdeficsImages(config), setting.images
+    size, states, state_size = shown.one_tile.height, shown.num_states(shown.one_tile), shown.state_size
     tokens = torch.zeros(setting.tokens, dtype=torch.long)
     return Batch(
         input_ids_T=tokens,
@@ -116,8 +120,11 @@ def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
         segment_ids_T=tokens,
         image_ids_T=tokens,
         source_ids_T=tokens,
-        pixel_values_NCHW=torch.zeros(images * (not setting.encoded), 3, size, size, dtype=torch.uint8),
-        features_NSE=torch.zeros(images, *idefics.states_of_image(config)).half() if setting.encoded else None,
+        state_ids_T=tokens,
+        tiles=() if setting.encoded or not images else (torch.zeros(images, 3, size, size, dtype=torch.uint8),),
+        num_states=(states,) * images,
+        num_tiles=(1,) * images,
+        features_RE=torch.zeros(images * states, state_size).half() if setting.encoded else None,
         num_trained_tokens=setting.trained_tokens,
     )
 
@@ -149,8 +156,9 @@ def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
     both = iter(groups)
 
     with (
+        patch.object(packed_model, "group_tokens", lambda ids: next(both)),
         patch.object(packed, "group_tokens", lambda ids: next(both)),
-        patch.object(packed, "trained_positions", lambda labels: torch.arange(setting.trained_tokens)),
+        patch.object(packed_model, "trained_positions", lambda labels: torch.arange(setting.trained_tokens)),
         patch.object(grouped_attention, "_SHORT", 0),
         patch.object(bnb.functional, "create_dynamic_map", lambda *args, **kwargs: torch.zeros(256)),
         patch.dict(bnb.functional.name2qmap, clear=True),  # bitsandbytes keeps such tables; not the fake ones
@@ -158,19 +166,19 @@ def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
         yield
 
 
-def _build(config: IdeficsConfig, setting: Setting) -> nn.Module:
+def _build(config: IdeficsConfig, setting: Setting) -> PackedModel:
     """The model as training has it: the types of its weights, what is frozen, adapters, checkpointing."""
     half = getattr(torch, setting.precision)
-    model = idefics.PackedIdefics(config)
-    idefics.use_grouped_attention(model)
+    model = packed.PackedIdefics(config)
+    packed.use_grouped_attention(model)
     model.requires_grad_(False)
     if setting.has_frozen:
         _round_frozen(model, half, set(kept_exact(model, setting.trained)))
     if setting.mode == "qlora":
-        _quantise(model, [group for group in idefics.QUANTISED if group not in setting.trained])
+        _quantise(model, [group for group in QUANTISED if group not in setting.trained])
     if setting.mode != "full":
         _add_adapters(model, setting)
-    idefics.select_trainable(model, setting.trained)
+    select_trainable(model, setting.trained)
     model.train()
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -210,7 +218,7 @@ class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
 def _quantise(model: Any, groups: Collection[str]) -> None:
     """The linear layers of some groups in nf4 with double quantisation."""
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and idefics.group_of(f"{name}.weight") in groups:
+        if type(linear) is nn.Linear and group_of(f"{name}.weight") in groups:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _FourBitLinear(linear))
     model.is_loaded_in_4bit = True  # so PEFT takes its layer for these
@@ -238,7 +246,7 @@ def _add_adapters(model: Any, setting: Setting) -> None:
 
 def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-5, optimizer=setting.optimizer)
-    return make_optimizer(parameter_groups(model, training, idefics.group_of), training, model)
+    return make_optimizer(parameter_groups(model, training, weights), training, model)
 
 
 def _four_bit_flop(x: Sequence[int], packed: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:

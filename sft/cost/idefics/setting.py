@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sft.cost.idefics.shapes import Part
-from sft.recipe import GROUPS, EngineName, OptimizerName
+from sft.models.idefics.names import GROUPS
+from sft.recipe import EngineName, OptimizerName
 
 Mode = Literal["full", "lora", "qlora"]
 Precision = Literal["bfloat16", "float16", "float32"]
@@ -46,7 +47,9 @@ class Setting:
     @property
     def trained(self) -> tuple[str, ...]:
         """Groups whose weights are trained."""
-        return self.trainable if self.trainable is not None else GROUPS if self.mode == "full" else ("extra_rows",)
+        return (
+            self.trainable if self.trainable is not None else tuple(GROUPS) if self.mode == "full" else ("extra_rows",)
+        )
 
     @property
     def has_frozen(self) -> bool:

@@ -37,7 +37,7 @@ _IN_MANIFEST = {
 }
 _LAYOUT = {"samples", "images", "encoded", "features", KEYS, ORDER, IMAGE_FILES, "skips.jsonl", MANIFEST}
 
-_SHA256, _BYTES, _PATH = 0, 1, 2
+_SHA256, _BYTES, _PATH, _WIDTH, _HEIGHT = range(5)
 _KEY, _MESSAGES = 0, 1
 
 
@@ -128,6 +128,10 @@ class Store:
         """Width and height of each image, in row order."""
         return list(zip(self._images.column("width"), self._images.column("height"), strict=True))
 
+    def image_size(self, row: int) -> tuple[int, int]:
+        """Return the width and height of an image."""
+        return self._images.value(row, _WIDTH), self._images.value(row, _HEIGHT)
+
     @property
     def keys(self) -> Iterator[str]:
         """Key of each sample, in row order."""
@@ -157,11 +161,11 @@ class Store:
         return self._samples.batches
 
     def stored_samples(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Sample, tuple[int, ...]]]:
-        """Yield samples with the rows of their images in reading order; the images themselves are left out."""
-        nothing = ImageRef(source=b"")
+        """Yield samples with the rows of their images in reading order; of the images only the sizes are given."""
         for key, record in self._samples.rows(start, len(self) if stop is None else stop):
             rows = image_rows_of(record)
-            yield Sample(key=key, messages=to_messages(record, dict.fromkeys(rows, nothing))), rows
+            images = {row: ImageRef(source=b"", size=self.image_size(row)) for row in rows}
+            yield Sample(key=key, messages=to_messages(record, images)), rows
 
     def changed_files(self, files: Sequence[Path]) -> list[Path]:
         """Return what is no longer as it was when the store was made: raw files, and image files that records name.

@@ -76,7 +76,7 @@ class HeldOutLoss(MeasuredTask):
         from sft.evaluation.held_out_loss import shared_losses
 
         samples = shared_losses(
-            loaded.model, self.packs, image_size=loaded.image_size, autocast=loaded.autocast, on_progress=on_progress
+            loaded.model, self.packs, images=loaded.images, autocast=loaded.autocast, on_progress=on_progress
         )
         if broken := sum(not math.isfinite(sample.loss) for sample in samples):
             raise RunError(

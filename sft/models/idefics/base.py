@@ -11,7 +11,7 @@ import torch
 
 from sft.core.errors import UserError
 from sft.models.idefics.folders import check_weights, local_folder, read_config, weight_files
-from sft.models.idefics.tokens import END_OF_UTTERANCE, EXTRA_TOKENS, load_tokenizer
+from sft.models.idefics.text import END_OF_UTTERANCE, EXTRA_TOKENS, load_tokenizer
 
 EXTRA_EMBEDDING = "model.embed_tokens.additional_embedding.weight"
 

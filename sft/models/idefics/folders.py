@@ -111,24 +111,7 @@ def write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype) ->
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def image_size(config: IdeficsConfig) -> int:
-    """Height and width in pixels that the vision tower takes."""
-    return int(config.vision_config.image_size)
-
-
-def max_positions(config: IdeficsConfig) -> int:
-    """Longest sequence that the model has positions for."""
-    return int(config.max_position_embeddings)
-
-
-def states_of_image(config: IdeficsConfig) -> tuple[int, int]:
-    """What an image is to the language model: how many states of which size."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    return (config.perceiver_config.resampler_n_latents if config.use_resampler else patches), int(vision.embed_dim)
-
-
-def tower_settings(config: IdeficsConfig) -> dict[str, Any]:
-    """The part of a config on which it depends what tower and resampler make of an image, as JSON."""
+def encoder_settings(config: IdeficsConfig) -> dict[str, Any]:
+    """Return the part of a config, as JSON, on which it depends what tower and resampler make of an image."""
     values = config.to_dict()
     return {name: values[name] for name in ("vision_config", "use_resampler", "perceiver_config")}

@@ -13,33 +13,34 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sft.models.idefics.folders import check_weights, local_folder, read_config, weight_files, write_config
+from sft.models.idefics.names import GROUPS
 from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
 from sft.models.idefics.parameters import GROUP_OF, QUANTISED, group_of
-from sft.recipe import GROUPS
 
 
 def load_model(
     path: str | Path,
     *,
-    trained: Collection[str] = GROUPS,
+    trained: Collection[str] | None = None,
     frozen_dtype: torch.dtype = torch.float32,
     quantised: bool = False,
     device: torch.device | str = "cpu",
 ) -> PackedIdefics:
     """Load a model folder or hub id, ready for packed training, evaluation and generation.
 
-    The groups in `trained` have float32 weights, since updates of 1e-5 are lost in bfloat16 parameters. Matrices of the
-    others are stored in `frozen_dtype`, or in 4 bits where `quantised` and of a group in `QUANTISED`: nf4 with double
-    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, head, norms, biases and gates
-    are always float32. Quantised weights stay on the `device` they are loaded to.
+    The groups in `trained` (None: all) have float32 weights, since updates of 1e-5 are lost in bfloat16 parameters.
+    Matrices of the others are stored in `frozen_dtype`, or in 4 bits where `quantised` and of a group in `QUANTISED`:
+    nf4 with double quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, head, norms,
+    biases and gates are always float32. Quantised weights stay on the `device` they are loaded to.
 
     Raises:
         UserError: the folder is not an IDEFICS model, or weights are missing, damaged or of another shape.
     """
     folder = local_folder(path)
     check_weights(folder, read_config(folder))
+    trained = set(GROUPS if trained is None else trained)
     in_4_bits = [group for group in QUANTISED if quantised and group not in trained]
-    if set(GROUPS) <= set(trained):
+    if trained >= GROUPS.keys():
         frozen_dtype = torch.float32  # nothing is frozen
     model: PackedIdefics = PackedIdefics.from_pretrained(
         folder,
@@ -54,7 +55,7 @@ def load_model(
         if type(module).__name__ == "Linear4bit":
             # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
             # next one with gradients fails (bitsandbytes 0.50.2).
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     use_grouped_attention(model)
     return model
 

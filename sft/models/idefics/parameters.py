@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
-from transformers import IdeficsConfig
-from transformers import IdeficsForVisionText2Text as PlainIdefics
-
-from sft.recipe import GROUPS
 
 NEVER_TRAINED = ("model.vision_model.post_layernorm.",)
 """The tower's last hidden state is taken before this norm, so it never gets a gradient. Left trainable, it stops DDP
@@ -44,6 +39,10 @@ LORA_LAYERS = {
 alone would hit the vision tower too, and `q_proj` everything. The head and the embedding are not among them: PEFT's
 adapters do not know of their extra rows."""
 
+NOT_DECAYED = ("bias", "alpha", "layernorm", "ln", "layer_norm", "perceiver_resampler")
+"""Parameters whose name holds one of these are not decayed (m4's config.py): gates and the whole resampler among them.
+The final `model.norm` and the tower's misspelt `pre_layrnorm` do not match and are decayed, as in 2023."""
+
 QUANTISED = ("language", "cross_attention")
 """Groups whose weight matrices are stored in 4 bits: 7.8 of the 8.9 billion parameters of idefics-9b. The tower, the
 resampler, the embedding and the head stay unquantised; 4 bits would save another 0.5 GB."""
@@ -69,8 +68,8 @@ def lora_pattern(targets: Collection[str]) -> str:
     return "|".join(f"({pattern})" for pattern in patterns)
 
 
-def select_trainable(model: nn.Module, groups: Collection[str] = GROUPS) -> tuple[str, ...]:
-    """Make the weights of some groups trainable, and adapters if there are any; freeze everything else.
+def select_trainable(model: nn.Module, groups: Collection[str] | None = None) -> tuple[str, ...]:
+    """Make the weights of some groups (None: all) trainable, and adapters if there are any; freeze everything else.
 
     Returns the names of parameters of these groups that stay frozen, since they never get a gradient.
     `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
@@ -78,7 +77,7 @@ def select_trainable(model: nn.Module, groups: Collection[str] = GROUPS) -> tupl
     frozen = []
     for name, parameter in model.named_parameters():
         of_adapter = ".lora_" in name
-        asked = of_adapter or (group_of(name) in groups and ".base_layer." not in name)
+        asked = of_adapter or ((groups is None or group_of(name) in groups) and ".base_layer." not in name)
         never = name.startswith(NEVER_TRAINED)
         if asked and never:
             frozen.append(name)
@@ -86,30 +85,6 @@ def select_trainable(model: nn.Module, groups: Collection[str] = GROUPS) -> tupl
     return tuple(frozen)
 
 
-def image_cost_in_tokens(config: IdeficsConfig) -> float:
-    """What an image costs, in text tokens: how often a weight is multiplied, beside how often for a token.
-
-    A token goes through the language layers and the cross-attention layers. An image's patches go through the tower,
-    its latents through the resampler, patches and latents through the resampler's keys and values, and the latents
-    through the keys and values of every cross-attention layer. For idefics-9b:
-    (257 * 629 M + 64 * 102 M + 321 * 24 M + 64 * 84 M) / (6.48 G + 1.35 G) = 23.
-    Left out: attention scores, which are little at these lengths, and the head, which only trained positions see.
-    """
-    with torch.device("meta"):
-        model = PlainIdefics(config).model
-
-    def num(part: str, *names: str) -> int:
-        """Weights of a part; of those layers only whose name is among `names`, if any are given."""
-        layers = ((name.split(".")[-2], weight) for name, weight in model.get_submodule(part).named_parameters())
-        return sum(weight.numel() for name, weight in layers if not names or name in names)
-
-    keys_values = ("k_proj", "v_proj")
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1  # and the class token
-    latents, image = patches, patches * num("vision_model.encoder")
-    if config.use_resampler:
-        latents = config.perceiver_config.resampler_n_latents
-        read = num("perceiver_resampler.blocks", *keys_values)
-        image += latents * (num("perceiver_resampler.blocks") - read) + (patches + latents) * read
-    looked_at = num("gated_cross_attn_layers", *keys_values)
-    image += latents * looked_at
-    return float(image / (num("layers") + num("gated_cross_attn_layers") - looked_at))
+def is_decayed(name: str) -> bool:
+    """Return whether weight decay acts on a parameter."""
+    return not any(part in name for part in NOT_DECAYED)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.core.errors import UserError
+from sft.core.sample import EncodedSample, ImageRef
 from sft.models.idefics.folders import read_config
 
 CHAT_TEMPLATE = "idefics.jinja"
@@ -26,6 +29,13 @@ GOLDEN_IDS = (
     *(29871, 13, 7900, 22137, 29901, 319, 11203, 29889, 32002, 2),
 )
 """See `golden_ids`."""
+
+
+ENDS: tuple[str, ...] = ("</s>", END_OF_UTTERANCE)
+"""Tokens that end an answer, as far as a vocabulary has them: a base has no `<end_of_utterance>`."""
+
+NEVER_WRITTEN: tuple[str, ...] = (FAKE, IMAGE)
+"""Tokens that no answer may have: the released models were trained to predict them (the card's `bad_words_ids`)."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -67,6 +77,53 @@ def num_rows(config: IdeficsConfig) -> int:
     return int(config.vocab_size + config.additional_vocab_size)
 
 
-def tokens_per_image(size: tuple[int, int]) -> int:
-    """`<fake><image><fake>`, whatever the size: the image itself comes through cross-attention."""
-    return 3
+def max_positions(config: IdeficsConfig) -> int:
+    """Return the length of the longest sequence that the model has positions for."""
+    return int(config.max_position_embeddings)
+
+
+def wrong_with_tokens(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> str:
+    """Return what is wrong with the ids of a rendered chat by the rules of LLaMA-1's vocabulary; an empty text if
+    nothing is.
+
+    transformers 5 can rebuild a tokenizer by other rules without a word: 32 tokens in place of 35 for a short chat.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for before, index, token in zip(ids, ids[1:], tokens[1:], strict=False):
+        if before in special and index not in special and not token.startswith("▁"):
+            return f"text after a special token begins with {token!r}, not with '▁'"
+    written = "".join(tokens).replace("▁", "").replace("<0x0A>", "").replace("\n", "")
+    rendered = "".join(text.split())
+    if written != rendered:
+        at = next(i for i in range(len(rendered) + 1) if written[: i + 1] != rendered[: i + 1])
+        return f"a chat comes back with {written[at : at + 20]!r} where {rendered[at : at + 20]!r} was written"
+    return ""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
+    """A prompt of texts and images as it stands, from `<s>`: the ids that transformers' `IdeficsProcessor` makes of it.
+
+    No role is added. Special tokens in a text are special, so it must be one's own text: that is what
+    `sft.models.chat_template` is for otherwise. As in the processor, spaces at the ends of a text go.
+
+    Raises:
+        UserError: a text holds an image marker, for which there is no image.
+    """
+    text, last_was_image = str(tokenizer.bos_token), False
+    for item in items:
+        if isinstance(item, ImageRef):
+            text += IMAGE + FAKE if last_was_image else FAKE + IMAGE + FAKE
+        elif marker := next((token for token in NEVER_WRITTEN if token in item), None):
+            raise UserError(f"prompt: a text holds {marker}; give the image itself in its place")
+        else:
+            text += item.strip(" ")
+        last_was_image = isinstance(item, ImageRef)
+    ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    return EncodedSample(
+        key="prompt",
+        input_ids=ids,
+        trained_spans=(),
+        image_positions=tuple(np.flatnonzero(ids == image_token_id).tolist()),
+    )
