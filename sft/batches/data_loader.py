@@ -108,7 +108,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
             yield {"batch": batch}
 
     def state(self, step: int) -> dict[str, Any]:
-        """What has to be known after a step to go on with the next, as JSON."""
+        """Return what has to be known after a step to go on with the next, as JSON."""
         return {"plans": self.plans.state(step), "dirty": dict(self.dirty)}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ def _named(samples: Sequence[str]) -> str:
 
 
 def _end_plainly(worker: int) -> None:
-    """A worker that is done ends when Python's queues are closed. What C++ libraries would clean up then aborts it now
+    """Let a worker end when Python's queues are closed. What C++ libraries would clean up then aborts it now
     and then ("terminate called without an active exception"), and torch takes that for a worker that died."""
     atexit.register(os._exit, 0)
 
@@ -212,8 +212,8 @@ _NUMBERS = (
 
 
 def _packed_up(batch: Any) -> tuple[Tensor, Batch]:
-    """A batch on its way to another process, its numbers in one tensor: each that is sent takes a connection of its own
-    to be fetched, a third of a millisecond of the training process."""
+    """Put the numbers of a batch into one tensor for its way to another process: each tensor takes a connection of its
+    own to be fetched, a third of a millisecond of the training process."""
     nothing: dict[str, Any] = dict.fromkeys(_NUMBERS, torch.empty(0, dtype=torch.int64))
     return torch.stack([getattr(batch, name) for name in _NUMBERS]), replace(batch, **nothing)
 

@@ -126,8 +126,8 @@ def _checksum(features: Features, key: int) -> int:
 
 
 def _opened(owner: object, file: Path, size: int | None = None) -> int:
-    """The descriptor of a file, which is closed with its owner. With a `size` the file is made if need be, and can be
-    written; what is not there is a hole. Several processes may do so at once."""
+    """Open a file and return its descriptor, which is closed with its owner. With a `size` the file is made if need be,
+    and can be written; what is not there is a hole. Several processes may do so at once."""
     descriptor = os.open(file, os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT, 0o666)
     weakref.finalize(owner, os.close, descriptor)
     if size is not None and os.fstat(descriptor).st_size < size:

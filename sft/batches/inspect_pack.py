@@ -84,7 +84,7 @@ def inspect_pack(
 
 
 def find_pack(recipe: Recipe, sources: Sources, number: int, source: str | None) -> tuple[int, Pack]:
-    """The pack that training draws as number `number`, or the first from there on with a sample of `source`.
+    """Return the pack that training draws as number `number`, or the first from there on with a sample of `source`.
 
     Raises:
         UserError: there is none.
@@ -113,8 +113,8 @@ def describe(
     sequence_length: int,
     problems: Sequence[str | None] = (),
 ) -> dict[str, Any]:
-    """A pack token by token. `lengths` are those of its samples: without isolation the batch does not say where one
-    ends. `problems` are those of its images, in the order of the batch."""
+    """Describe a pack token by token. `lengths` are those of its samples: without isolation the batch does not say
+    where one ends. `problems` are those of its images, in the order of the batch."""
     tokens = list(_tokens(batch, template))
     borders = pairwise(accumulate(lengths, initial=0))
     samples: list[dict[str, Any]] = [
@@ -150,13 +150,13 @@ def describe(
 
 
 def page(description: dict[str, Any]) -> str:
-    """The description as one HTML page that needs nothing else."""
+    """Return the description as one HTML page that needs nothing else."""
     data = json.dumps(description).replace("<", r"\u003c")  # no text can close the element that holds it
     return PAGE.read_text(encoding="utf-8").replace(_PLACE, data, 1)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> Iterator[tuple[str, bool]]:
-    """The text that each token adds, and whether it is a special one: joined, they are the text.
+    """Yield the text that each token adds, and whether it is a special one; joined, they are the text.
 
     A character of several tokens (bytes) comes with its last one; the others add nothing.
     """
@@ -168,7 +168,7 @@ def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> Itera
 
 
 def _run_texts(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Iterator[str]:
-    """Each token is decoded after the one before it, since a tokenizer drops the first space of what it decodes."""
+    """Decode each token after the one before it, since a tokenizer drops the first space of what it decodes."""
 
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, clean_up_tokenization_spaces=False))

@@ -47,8 +47,8 @@ class Planner:
         self.carry: list[Bundle] = []
 
     def windows(self) -> Iterator[list[Pack]]:
-        """Windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn last
-        may not fill a window: then it is the whole steps of packs that hold something."""
+        """Yield windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn
+        last may not fill a window: then it is the whole steps of packs that hold something."""
         while not self.mixture.ended():
             rng = np.random.default_rng([self.seed, self.window])
             with _no_garbage_collection():
@@ -60,7 +60,7 @@ class Planner:
             yield packs
 
     def num_trained(self, packs: Sequence[Pack]) -> int:
-        """Trained tokens of some packs."""
+        """Return the trained tokens of some packs."""
         rows: list[list[int]] = [[] for _ in self.sizes]
         for pack in packs:
             for item in pack.items:
@@ -69,7 +69,7 @@ class Planner:
         return sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
 
     def state(self) -> dict[str, Any]:
-        """Counters and carry as JSON, between two windows."""
+        """Return counters and carry as JSON, between two windows."""
         return {
             "window": self.window,
             "drawn": self.mixture.state(),
@@ -83,7 +83,7 @@ class Planner:
         self.carry = [self._restored(items) for items in state["carry"]]
 
     def _draw(self) -> list[Bundle]:
-        """What fills a window beside the carry: in tokens, in images, or in packs that one image may stand in."""
+        """Draw what fills a window besides the carry: in tokens, in images, or in packs that one image may stand in."""
         carried = Counter(image for bundle in self.carry for image in bundle.images)
         carried_weight = sum(sum(bundle.images.values()) for bundle in self.carry)
         draws = self.mixture.draw(
@@ -106,7 +106,8 @@ class Planner:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A window is thousands of small tuples: looking for cycles among them took half of the time of planning."""
+    """Turn the garbage collector off: a window is thousands of small tuples, and looking for cycles among them took
+    half of the time of planning."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -117,7 +118,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def bundles_of(source: int, draw: Draw, caps: Caps) -> list[Bundle]:
-    """Samples drawn one after another about the same images, as many as may share a pack; each text by itself."""
+    """Bundle samples drawn one after another about the same images, as many as may share a pack; each text is a
+    bundle."""
     borders = np.concatenate(([0], np.cumsum(draw.num_images))).tolist()
     weighed = [*zip(draw.images.tolist(), draw.weights.tolist(), strict=True)]
     images = [dict(weighed[start:end]) for start, end in pairwise(borders)]

@@ -1,14 +1,13 @@
-"""The plan of a run on one of its ranks: windows of packs -> steps -> the micro-batches that this rank makes.
+"""The plan of a run on one of its ranks: windows of packs -> steps -> the micro-batches of this rank.
 
-Every rank plans everything, since a plan is a pure function of the sources, the settings and the seed, and takes what
-is its own of it. Planning goes on in a thread, a window ahead. Where training stands is told by steps: whoever takes
+Every rank plans everything, since a plan is a pure function of the sources, the settings and the seed, and takes its
+own part of it. Planning runs in a thread, a window ahead. Where training stands is known by steps, since whoever takes
 plans may be ahead of it.
 
-The packs of an optimizer step dealt to ranks, so that each has as much to do as the others.
-
-Ranks walk through the micro-steps together, and the slowest sets the pace: the packs of a micro-step are alike in cost,
-and what is left to even out is evened out over the step. What a pack costs is its text tokens and its distinct images,
-each worth as many text tokens as its model family says (`image_cost_in_tokens`).
+The packs of an optimizer step are assigned to ranks so that all have the same amount of work. Ranks walk through the
+micro-steps together, and the slowest sets the pace: the packs of a micro-step cost about the same, and the rest is
+balanced over the step. The cost of a pack is its text tokens and its distinct images, each worth as many text tokens as
+its weight times the family's `cost_in_tokens`.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Plans:
         image_cost: float = 0.0,
         rank: Rank = ALONE,
     ) -> None:
-        """An image costs as much as `image_cost` text tokens: by it packs are dealt to ranks."""
+        """An image of weight 1 costs as much as `image_cost` text tokens; packs are assigned to ranks by it."""
         self.sources = sources
         self.planner = planner
         self.micro_batch_packs = micro_batch_packs
@@ -105,8 +104,8 @@ class Plans:
 
     def _of_step(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
         num_trained_tokens = max(self.planner.num_trained(packs), 1)  # what sums are divided by
-        dealt = deal(self._costs(packs), self.rank.of, self.micro_batch_packs)
-        for numbers in dealt[self.rank.number]:
+        assigned = assign_packs(self._costs(packs), self.rank.of, self.micro_batch_packs)
+        for numbers in assigned[self.rank.number]:
             own = (tuple(self.sources.locate(item) for item in packs[number].items) for number in numbers)
             yield Plan(step, tuple(own), num_trained_tokens)
 
@@ -124,7 +123,7 @@ class Plans:
         return list(costs + self.image_cost * np.bincount(packs_of, weights, minlength=len(packs)))
 
     def state(self, step: int) -> dict[str, Any]:
-        """Where the plan stands after a step, as JSON: the window of the next one, and how far into it."""
+        """Return where the plan stands after a step, as JSON: the window of the next one, and how far into it."""
         while len(self._starts) > 1 and self._starts[1][0] <= step + 1:
             self._starts.popleft()
         if not self._starts:
@@ -138,8 +137,8 @@ class Plans:
         self._steps_to_skip = state["steps"]
 
 
-def deal(costs: Sequence[float], num_ranks: int, micro_batch_packs: int) -> list[list[list[int]]]:
-    """Rank -> micro-step -> numbers of its packs.
+def assign_packs(costs: Sequence[float], num_ranks: int, micro_batch_packs: int) -> list[list[list[int]]]:
+    """Assign the packs of a step: return, for each rank and each micro-step, the numbers of its packs.
 
     Every rank gets the same number of micro-steps, the fewest that hold all packs; in the last ones some are short of
     packs or have none (a dummy then). Over the whole step, and inside each micro-step, the loads of two ranks differ by
@@ -149,26 +148,27 @@ def deal(costs: Sequence[float], num_ranks: int, micro_batch_packs: int) -> list
         raise ValueError(f"{num_ranks} ranks, {micro_batch_packs} packs at once: there must be one or more of each")
     dearest_first = sorted(range(len(costs)), key=lambda pack: (-costs[pack], pack))
     packs_per_micro_step = num_ranks * micro_batch_packs
-    dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    assigned: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
     for micro_step in range(ceil(len(costs) / packs_per_micro_step)):
         first = micro_step * packs_per_micro_step
-        hands = _hands(dearest_first[first : first + packs_per_micro_step], costs, num_ranks)
-        for rank, (cost, packs) in zip(_lightest_first(loads), hands, strict=True):
+        micro_batches = _balanced(dearest_first[first : first + packs_per_micro_step], costs, num_ranks)
+        for rank, (cost, packs) in zip(_lightest_first(loads), micro_batches, strict=True):
             loads[rank] += cost
-            dealt[rank].append(packs)
-    return dealt
+            assigned[rank].append(packs)
+    return assigned
 
 
-def _hands(packs: Sequence[int], costs: Sequence[float], number: int) -> list[tuple[float, list[int]]]:
-    """The packs of a micro-step as micro-batches of equal cost, the dearest first. `packs` come dearest first."""
-    hands: list[list[int]] = [[] for _ in range(number)]
+def _balanced(packs: Sequence[int], costs: Sequence[float], number: int) -> list[tuple[float, list[int]]]:
+    """Divide the packs of a micro-step into micro-batches of about equal cost; return cost and packs of each, the
+    dearest first. `packs` come dearest first."""
+    micro_batches: list[list[int]] = [[] for _ in range(number)]
     loads = [0.0] * number
-    for start in range(0, len(packs), number):  # a pack each: the dearest to the hand that has least
-        for hand, pack in zip(_lightest_first(loads), packs[start : start + number], strict=False):
-            hands[hand].append(pack)
-            loads[hand] += costs[pack]
-    return sorted(zip(loads, hands, strict=True), key=lambda hand: -hand[0])
+    for start in range(0, len(packs), number):  # a pack each: the dearest to the micro-batch that has least
+        for own, pack in zip(_lightest_first(loads), packs[start : start + number], strict=False):
+            micro_batches[own].append(pack)
+            loads[own] += costs[pack]
+    return sorted(zip(loads, micro_batches, strict=True), key=lambda micro_batch: -micro_batch[0])
 
 
 def _lightest_first(loads: Sequence[float]) -> list[int]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sft.core.files import discard, mapped, read_ahead, staged, whole_file
 from sft.core.parallel import ordered_map
 from sft.core.sample import EncodedSample, Sample, TrainOn
-from sft.data.truncate import Fitter, Limits
+from sft.data.truncate import Limits, Truncation
 from sft.models.chat_template import ChatTemplate
 
 VERSION = 5
@@ -88,7 +88,7 @@ class EncodedSamples:
         return np.arange(len(self))
 
     def read_ahead(self) -> None:
-        """All rows are about to be looked at."""
+        """Tell the operating system that all rows are about to be read."""
         for numbers in self._array.values():
             read_ahead(numbers)
 
@@ -115,7 +115,7 @@ class EncodedSamples:
         return np.asarray(self._array["image_rows"][places]), numbers
 
     def image_weights(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What each of these images counts towards the cap of a pack, one sample after another."""
+        """Return what each of these images counts towards the cap of a pack, one sample after another."""
         places, _ = self._image_places(rows)
         return np.asarray(self._array["image_weights"][places]) if self._is_weighted else np.ones_like(places)
 
@@ -130,10 +130,10 @@ class StoredSamples(Protocol):
     """What is encoded: samples by row, each with the rows of its images. `sft.data.store.Store` is one."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
     def stored_samples(self, start: int, stop: int) -> Iterable[tuple[Sample, tuple[int, ...]]]:
-        """Some of them."""
+        """Yield the samples from `start` on, before `stop`, each with the rows of its images."""
 
 
 def encode_samples(
@@ -224,12 +224,12 @@ def _id_type(template: ChatTemplate) -> np.dtype[Any]:
 
 
 def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
-    """The arrays of some samples, with offsets that count from the first of them."""
-    fitter = Fitter(block.template, block.limits)
+    """Return the arrays of some samples, with offsets that count from the first of them."""
+    truncation = Truncation(block.template, block.limits)
     pieces = [
         (row, piece)
         for row, (sample, image_rows) in enumerate(block.samples.stored_samples(block.start, block.stop), block.start)
-        for piece in fitter.pieces(sample, image_rows)
+        for piece in truncation.pieces(sample, image_rows)
     ]
     encoded = [piece.encoded for _, piece in pieces]
     image_rows = [piece.image_rows for _, piece in pieces]
@@ -249,7 +249,7 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         ),
         "num_states": np.array([_num_states(e, block.template) for e in encoded], np.int64),
         "samples": np.array([row for row, _ in pieces], np.int64),
-        "changes": np.array(json.dumps(fitter.changes)),
+        "changes": np.array(json.dumps(truncation.changes)),
     }
 
 

@@ -33,14 +33,14 @@ class Reader:
         return _open_reader, ([[(part.store.path, part.encoded.path) for part in own] for own in self.parts], self.data)
 
     def sample(self, place: Location) -> PlacedSample:
-        """The encoded sample at a place, with the keys of its images."""
+        """Return the encoded sample at a location, with the keys of its images."""
         part = self.parts[place.source][place.part]
         keys = part.store.image_keys
         images = tuple(int(keys[image_row]) for image_row in part.encoded.image_rows(place.row))
         return PlacedSample(part.encoded[place.row], images, place.source)
 
     def image_bytes(self, key: int) -> bytes:
-        """The encoded bytes of an image, from whichever store has it.
+        """Return the encoded bytes of an image, from whichever store has it.
 
         Raises:
             SkipSample: the file it was left in cannot be read any more.

@@ -60,7 +60,7 @@ PARAGRAPH_DROPPED = "paragraph left out"
 TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 
 
-class Fitter:
+class Truncation:
     """Encodes samples into pieces within `limits`, and counts what became of those that are not."""
 
     def __init__(self, template: ChatTemplate, limits: Limits | None) -> None:
@@ -71,7 +71,7 @@ class Fitter:
         """How many, by what was done."""
 
     def pieces(self, sample: Sample, image_rows: Sequence[int]) -> list[Piece]:
-        """What a sample becomes. `image_rows` tell its images apart, in reading order."""
+        """Return the pieces that a sample becomes. `image_rows` tell its images apart, in reading order."""
         whole = Piece(self.template.encode(sample), tuple(image_rows))
         if self.limits is None or self._fits(whole):
             return [whole]
@@ -164,7 +164,7 @@ class Fitter:
 
 
 def _with_own_images(sample: Sample) -> Sample:
-    """The sample with an object for each image shown: where only tokens are asked for, one stands for all."""
+    """Return the sample with an object of its own for each image shown, so that each is told apart by its identity."""
 
     def own(message: Message) -> Message:
         content = (replace(item) if isinstance(item, ImageRef) else item for item in message.content)
@@ -174,7 +174,7 @@ def _with_own_images(sample: Sample) -> Sample:
 
 
 def _turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Messages up to and with an answer, again and again; a question without one is a turn too."""
+    """Return the turns of a conversation: messages up to and with an answer. A question without one is a turn too."""
     turns: list[list[Message]] = [[]]
     for message in messages:
         turns[-1].append(message)
@@ -184,14 +184,14 @@ def _turns(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def _without_system(turns: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """What stands at the head of a conversation, and its turns without it."""
+    """Return the system messages of a conversation, and its turns without them."""
     system = [message for message in turns[0] if message.role == "system"]
     first = [message for message in turns[0] if message.role != "system"]
     return system, [first, *turns[1:]]
 
 
 def _with_images(images: Sequence[ImageRef], turns: Sequence[Sequence[Message]]) -> list[Message]:
-    """Messages of some turns, the first of which opens with images."""
+    """Return the messages of some turns, the first of which opens with images."""
     first, *others = [message for turn in turns for message in turn]
     return [replace(first, content=(*images, *first.content)), *others]
 
@@ -201,8 +201,8 @@ def _images(messages: Sequence[Message]) -> list[ImageRef]:
 
 
 def _paragraph_borders(content: Items) -> list[_Border]:
-    """Where a document may be parted, and its two ends: after a paragraph (a line, where there is no blank one), never
-    between an image and what follows."""
+    """Return where a document may be parted, and its two ends: after a paragraph (a line, where there is no blank one),
+    never between an image and what follows."""
     borders = [(0, 0)]
     for index, item in enumerate(content):
         if isinstance(item, str):
@@ -213,7 +213,7 @@ def _paragraph_borders(content: Items) -> list[_Border]:
 
 
 def _slice(content: Items, start: _Border, stop: _Border) -> tuple[str | ImageRef, ...]:
-    """What stands between two borders."""
+    """Return the items between two borders."""
     items = []
     for index in range(start[0], stop[0] + (stop[1] > 0)):
         item = content[index]
@@ -241,7 +241,8 @@ def _even(weights: Sequence[float], number: int) -> list[int]:
 
 
 def _without_ends(piece: Piece, *, is_continued: bool, continues: bool) -> Piece:
-    """A document without its `<s>` where it goes on with another, and without its `</s>` where another follows."""
+    """Return a piece of a document without its `<s>` where another comes before, and without its `</s>` where one
+    follows."""
     encoded = piece.encoded
     start, stop = int(is_continued), len(encoded.input_ids) - int(continues)
     spans = ((max(first, start) - start, min(last, stop) - start) for first, last in encoded.trained_spans)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.sample import Sample
-from sft.inference.generate import prompt_of, write_on
+from sft.inference.generate import generate, prompt_of
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
 
@@ -39,7 +39,7 @@ def generate_answers(
     done = 0
     with all_or_none():
         for own, turn in assign(batches):
-            texts = write_on(
+            texts = generate(
                 model,
                 template.tokenizer,
                 [prompt_of(template, samples[number].messages) for number in own],

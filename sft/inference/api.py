@@ -23,7 +23,7 @@ from transformers.utils import logging
 from sft.core import images as checked
 from sft.core.errors import UserError, nearest
 from sft.core.sample import ImageRef, Message, SkipSample
-from sft.inference.generate import Prompt, prompt_of, write_on
+from sft.inference.generate import Prompt, generate, prompt_of
 from sft.models.open_model import Loaded, load_for_inference
 from sft.runs.names import find_model
 
@@ -99,7 +99,7 @@ class Model:
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> str | list[str]:
-        """The answer to a conversation, or to each of a list of them, in one batch.
+        """Return the answer to a conversation, or to each of a list of them, in one batch.
 
         A message is `{"role": "user", "content": [{"type": "image", "image": "dog.jpg"}, {"type": "text", "text":
         "What is it?"}]}`; `images`, one or several, stand before the question where that is a `str`. Texts are never
@@ -115,7 +115,7 @@ class Model:
             raise UserError("images: they stand in the messages, unless the conversation is but a question")
         batch = conversation if is_batch else [conversation]
         prompts = [prompt_of(self.loaded.template, _messages(turns, shown)) for turns in batch]
-        answers = self._write_on(prompts, max_new_tokens, settings, on_text)
+        answers = self._generate(prompts, max_new_tokens, settings, on_text)
         return answers if is_batch else answers[0]
 
     @overload
@@ -139,7 +139,7 @@ class Model:
         on_text: Callable[[str], None] | None = None,
         **settings: Any,
     ) -> str | list[str]:
-        """What the model goes on with after a prompt, or after each of a list of them, in one batch.
+        """Return the text that the model generates after a prompt, or after each of a list of them, in one batch.
 
         A prompt is a list of texts and images, or one image, and is taken as it stands: for base models, and prompts of
         one's own making. Special tokens in its texts are special; `chat` is for the texts of others.
@@ -149,7 +149,7 @@ class Model:
                 prompt and new tokens do not fit the model.
         """
         is_batch = _is_list(prompt) and bool(prompt) and _is_list(prompt[0])
-        texts = self._write_on(
+        texts = self._generate(
             [self._prompt(items) for items in (prompt if is_batch else [prompt])], max_new_tokens, settings, on_text
         )
         return texts if is_batch else texts[0]
@@ -164,7 +164,7 @@ class Model:
         encoded = self.loaded.family.text.encode_prompt(self.loaded.tokenizer, parts)
         return Prompt(encoded, tuple(part for part in parts if isinstance(part, ImageRef)))
 
-    def _write_on(
+    def _generate(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
@@ -182,7 +182,7 @@ class Model:
                 )
         if on_text and len(prompts) > 1:
             raise UserError("on_text: only one text can be followed at a time")
-        return write_on(
+        return generate(
             self.loaded.model,
             self.loaded.tokenizer,
             prompts,
@@ -242,14 +242,15 @@ def _part(part: Any) -> str | ImageRef:
 
 
 def _text(text: str) -> str:
-    """A text of a prompt. The card's examples have addresses there, which nothing fetches here."""
+    """Return a text of a prompt, and refuse an address: the card's examples have some there, and nothing is fetched
+    here."""
     if "://" in text and " " not in text.strip():
         raise UserError(f"{text}: addresses are not fetched; open the image and give it in its place")
     return text
 
 
 def _image(image: str | Picture) -> ImageRef:
-    """An image that was read and decodes."""
+    """Return an image that was read and decodes."""
     if isinstance(image, Image.Image):
         return ImageRef(source=_png(image))
     if isinstance(image, str) and "://" in image:
@@ -266,14 +267,14 @@ def _image(image: str | Picture) -> ImageRef:
 
 
 def _png(image: Image.Image) -> bytes:
-    """The same pixels as a file, so that all images go one way."""
+    """Return the same pixels as a file, so that all images go one way."""
     file = io.BytesIO()
     (image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1") else image.convert("RGB")).save(file, "PNG")
     return file.getvalue()
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
-    """A misspelt setting would change nothing and say nothing."""
+    """Refuse an unknown setting, which would change nothing in silence."""
     known = GenerationConfig().to_dict()
     for name in settings:
         if name not in known:

@@ -14,7 +14,7 @@ from typing import TextIO
 from sft.core import images
 from sft.core.errors import UserError, printable
 from sft.core.sample import ImageRef, Message, SkipSample
-from sft.inference.generate import prompt_of, write_on
+from sft.inference.generate import generate, prompt_of
 from sft.models import family_of
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
@@ -31,7 +31,7 @@ HELP = "/image FILE shows an image with your next message, /reset forgets the co
 def responder(
     model: PackedModel, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False
 ) -> Respond:
-    """Answers by greedy generation.
+    """Return a function that answers by greedy generation.
 
     The returned function raises UserError where conversation and answer do not fit the model's positions.
     """
@@ -42,7 +42,7 @@ def responder(
         prompt = prompt_of(template, messages)
         if (length := len(prompt.encoded.input_ids)) > room:
             raise UserError(f"the conversation has {length} tokens, the model takes {room}; /reset begins a new one")
-        return write_on(
+        return generate(
             model,
             template.tokenizer,
             [prompt],
@@ -137,7 +137,7 @@ class Repl:
         self._shown.append(image)
 
     def _read_line(self) -> str | None:
-        """The next line; what was not typed at a terminal is echoed, so that a transcript can be read."""
+        """Read the next line. What was not typed at a terminal is echoed, so that a transcript can be read."""
         self.output.write("User: ")
         self.output.flush()
         line = self.lines.readline()

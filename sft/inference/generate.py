@@ -29,12 +29,12 @@ class Prompt(NamedTuple):
 
 
 def prompt_of(template: ChatTemplate, messages: Sequence[Message]) -> Prompt:
-    """A conversation whose last message is the user's, up to where the model answers."""
+    """Return the prompt of a conversation whose last message is the user's, up to where the model answers."""
     images = [item for message in messages for item in message.content if isinstance(item, ImageRef)]
     return Prompt(template.encode_prompt(messages), tuple(images))
 
 
-def write_on(
+def generate(
     model: PackedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
@@ -46,7 +46,7 @@ def write_on(
     settings: Mapping[str, Any] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, stripped of spaces at its ends.
+    """Return the text that the model generates after each prompt, stripped of spaces at its ends.
 
     Greedy, unless `settings` (fields of transformers' `GenerationConfig`) say otherwise; a text ends at `</s>`,
     `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker. `load_image` makes the
@@ -64,13 +64,13 @@ def write_on(
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             with torch.autocast(_device(model).type, torch.bfloat16, enabled=autocast):
-                texts += _write_batch(model, tokenizer, batch, load, max_new_tokens, settings or {}, on_text)
+                texts += _generate_batch(model, tokenizer, batch, load, max_new_tokens, settings or {}, on_text)
         return texts
     finally:
         model.train(was_training)
 
 
-def _write_batch(
+def _generate_batch(
     model: PackedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
@@ -133,13 +133,13 @@ def _device(model: PackedModel) -> torch.device:
 
 
 def _ids_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:
-    """Those of the tokens that the vocabulary has."""
+    """Return the ids of those tokens that the vocabulary has."""
     ids = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
     return [index for index in ids if index not in (None, tokenizer.unk_token_id)]
 
 
 def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, T). Padding on the left: new tokens follow the prompt directly."""
+    """Return token ids and attention mask, both (B, T). Padding on the left: new tokens follow the prompt directly."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), longest), pad_token_id)
     mask_BT = torch.zeros_like(input_ids_BT)
@@ -150,7 +150,7 @@ def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> tuple[T
 
 
 def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stops: Sequence[int]) -> str:
-    """Text of the tokens before the first stop."""
+    """Return the text of the tokens before the first stop."""
     end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
     return str(tokenizer.decode(token_ids[:end], skip_special_tokens=True)).strip()
 

@@ -102,7 +102,7 @@ def merge(
 
 @contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `output`; gigabytes of it are not left behind by an error.
+    """Give a hidden folder that becomes `output`; after an error none of its gigabytes are left.
 
     Raises:
         RunError: the disk is full.
@@ -116,7 +116,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 
 def _copy(checkpoint: Path, folder: Path) -> None:
-    """What transformers loads; no training state, no recipe with paths of this machine."""
+    """Copy what transformers loads, without training state and without a recipe that has paths of this machine."""
     for file in checkpoint.iterdir():
         if file.is_file() and file.name not in (MANIFEST, "recipe.yaml"):
             shutil.copyfile(file, folder / file.name)
@@ -216,8 +216,8 @@ class LogitDifference:
 
 
 def compare(checkpoint: Path, output: Path) -> dict[str, LogitDifference]:
-    """The merged model beside its parts: the unquantised base with adapters, and the 4-bit base with adapters. Of a
-    full run: the checkpoint that was copied.
+    """Compare the merged model with its parts: the unquantised base with adapters, and the 4-bit base with adapters. Of
+    a full run: the checkpoint that was copied.
 
     One model is in memory at a time. What is asked is two conversations, one about an image of noise; everything is
     computed in float32.
@@ -365,13 +365,13 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
 
 
 def _reported(selection: dict[str, Any]) -> str:
-    """The questions that figures come from."""
+    """Return the questions that figures come from."""
     what = "samples" if selection["by"] == "loss" else "questions"
     return f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
 
 
 def _public(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without folders of this machine."""
+    """Return the recipe without folders of this machine."""
     values = recipe.model_dump(mode="json", exclude={"output_dir": True, "data": {"store": True}})
     if is_local(recipe.model.path):
         values["model"]["path"] = Path(recipe.model.path).name

@@ -11,7 +11,7 @@ from sft.recipe import Recipe
 
 
 def base_path(recipe: Recipe) -> Path:
-    """Where the prepared base of a recipe stands; another place when the files of a local base change."""
+    """Return where the prepared base of a recipe stands: another place when the files of a local base change."""
     files = sorted(resolve(recipe.model.path).glob("*")) if is_local(recipe.model.path) else []
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(f"{recipe.model.path} {stamps}".encode()).hexdigest()[:8]
@@ -20,7 +20,7 @@ def base_path(recipe: Recipe) -> Path:
 
 
 def prepare_base(recipe: Recipe) -> Path:
-    """The base model with every special token, made on first use."""
+    """Make the base model with every special token if it is not there yet, and return its folder."""
     path = base_path(recipe)
     if not (path / "config.json").is_file():
         source = resolve(recipe.model.path) if is_local(recipe.model.path) else recipe.model.path

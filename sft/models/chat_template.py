@@ -104,7 +104,7 @@ class ChatTemplate:
         return encoded, (start, end)
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The rendered text, for people: not what is tokenized when a text holds a special token."""
+        """Return the rendered text, for people to read. A text that holds a special token is tokenized otherwise."""
         pieces = self._pieces(_shape(messages), add_generation_prompt)
         texts = iter(_texts(messages))
         return "".join(next(texts) if piece.is_slot else piece.text for piece in pieces)
@@ -194,14 +194,14 @@ class ChatTemplate:
 
 
 def _character(offset: tuple[int, int]) -> int:
-    """The character that a token goes with: its last one. The "▁" that a LLaMA tokenizer puts before a run covers none
-    of its own and goes with the one it precedes."""
+    """Return the character that a token goes with, its last one. The "▁" that a LLaMA tokenizer puts before a run
+    covers none of its own and goes with the one it precedes."""
     start, end = offset
     return max(end - 1, start)
 
 
 def load_chat_template(path: Path) -> str:
-    """The jinja source of a template file."""
+    """Return the jinja source of a template file."""
     return path.read_text(encoding="utf-8")
 
 

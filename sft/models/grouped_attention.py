@@ -234,7 +234,7 @@ def _attend_images(
 
 
 def _rows(x_PAD: Tensor, groups: Groups) -> list[Tensor]:
-    """The places of each bucket as (G, A, L, D)."""
+    """Return the places of each bucket as (G, A, L, D)."""
     pieces = torch.split(x_PAD, [len(bucket.ids_G) * bucket.length for bucket in groups.buckets])
     return [
         piece.view(len(bucket.ids_G), bucket.length, *piece.shape[1:]).transpose(1, 2)
@@ -243,8 +243,8 @@ def _rows(x_PAD: Tensor, groups: Groups) -> list[Tensor]:
 
 
 def has_flash_attention(value: Tensor) -> bool:
-    """Whether torch's own flash attention over sequences of any lengths (`varlen_attn`) takes this: a GPU from Ampere
-    on, in half precision, heads of at most 256."""
+    """Return whether torch's own flash attention over sequences of any lengths (`varlen_attn`) takes this: a GPU from
+    Ampere on, in half precision, heads of at most 256."""
     return (
         value.is_cuda
         and value.dtype in _HALF
@@ -264,7 +264,7 @@ def _flash(
     *,
     is_causal: bool,
 ) -> Tensor:
-    """All groups in one call. Not tried: no GPU was at hand; its arguments are, against a reference, on CPU."""
+    """Attend all groups in one call. It has run on no GPU yet; its arguments are tested against a reference on CPU."""
     from torch.nn.attention import varlen
 
     output = varlen.varlen_attn(

@@ -82,8 +82,8 @@ def resize(pixels: Pixels, height: int, width: int, mode: str) -> NDArray[np.uin
 
 
 def training_crop(width: int, height: int, *, seed: int, step: int, image_key: int) -> Crop:
-    """The crop that an image (see `sft.data.store.image_keys`) gets in an optimizer step: the same on every rank and in
-    every pack of the step.
+    """Return the crop that an image (see `sft.data.store.image_keys`) gets in an optimizer step: the same on every rank
+    and in every pack of the step.
 
     torchvision's RandomResizedCrop: ten tries to place a box of a random area and aspect, else the largest central box
     of an allowed aspect. An image of 3:2 or wider has no allowed box of 0.9 of its area: it always gets the central

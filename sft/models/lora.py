@@ -58,12 +58,12 @@ def _add(model: Any, config: LoraConfig) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The A and B of all adapters."""
+    """Return the matrices A and B of all adapters, with their names."""
     return ((name, parameter) for name, parameter in model.named_parameters() if "lora_" in name)
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether adapters were put into the model."""
+    """Return whether adapters were put into the model."""
     return next(adapter_parameters(model), None) is not None
 
 
@@ -89,12 +89,12 @@ def save_adapters(model: Any, directory: Path, weights: dict[str, Tensor] | None
 
 
 def is_adapter_folder(path: str | Path) -> bool:
-    """Whether a folder holds adapters rather than a model."""
+    """Return whether a folder holds adapters rather than a model."""
     return (Path(path) / CONFIG).is_file()
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The adapters' config.
+    """Read the config of a folder of adapters.
 
     Raises:
         UserError: it is damaged, not of LoRA, or of a kind of LoRA that is not trained here.
@@ -171,7 +171,7 @@ def remove_adapters(model: Any, replaced: dict[str, Tensor]) -> None:
 
 
 def open_weights(folder: Path) -> Any:
-    """The adapters' tensors, read one by one.
+    """Open the tensors of a folder of adapters, to be read one by one.
 
     Raises:
         UserError: they are missing or damaged.
@@ -197,8 +197,8 @@ class Merger:
         self._unused = {key.removeprefix(_PREFIX) for key in self._tensors.keys()}  # noqa: SIM118
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The weight `name` of the base as the adapters make it: W + alpha / r * B A in float32, or what was trained
-        in its place."""
+        """Return the weight `name` of the base as the adapters make it: W + alpha / r * B A in float32, or what was
+        trained in its place."""
         if name in self._unused:
             return self._take(name)
         layer = name.removesuffix(".weight")

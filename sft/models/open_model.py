@@ -73,7 +73,7 @@ def load_template(family: Family, model_path: str | Path) -> ChatTemplate:
 
 
 def find_family(model_path: str | Path) -> Family:
-    """The family of a model folder, a folder of adapters or a hub id.
+    """Return the family of a model folder, a folder of adapters or a hub id.
 
     Raises:
         UserError: it is of none, or its base is missing.
@@ -156,7 +156,8 @@ class _Turn:
 
 
 def find_base(adapters: Path) -> Path:
-    """The base model of a folder of adapters: where their config says, else that of the recipe beside them.
+    """Return the base model of a folder of adapters: the one that their config names, else that of the recipe next to
+    it.
 
     Raises:
         UserError: it is in neither place.

@@ -63,7 +63,7 @@ class PackedModel(nn.Module):
         activation_checkpointing_enable: Any
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Call `forward`."""
+            """Return what `forward` does."""
 
     def encode_images(self, tiles: Sequence[Tensor]) -> Tensor:
         """Return the states (R, E) of images, of uint8 tiles (K, C, H, W), a tensor for each size."""
@@ -114,8 +114,8 @@ class PackedModel(nn.Module):
         return self.encode_images(batch.tiles) if batch.tiles else None
 
     def _logits(self, hidden_PD: Tensor) -> Tensor:
-        """The head. In evaluation it computes in float32 whatever autocast says: bfloat16 logits of two options differ
-        by steps of up to 1/16, and tie."""
+        """Apply the head. In evaluation it computes in float32 whatever autocast says: bfloat16 logits of two options
+        differ by steps of up to 1/16, and tie."""
         if self.training:
             return torch.as_tensor(self.lm_head(hidden_PD))
         with torch.autocast(hidden_PD.device.type, enabled=False):

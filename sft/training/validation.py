@@ -9,7 +9,7 @@ from sft.core.errors import RunError, UserError
 from sft.core.sample import SkipSample
 from sft.data.sources import Sources
 from sft.evaluation.held_out_loss import SampleLoss, held_out_packs, mean_loss, shared_losses
-from sft.inference.generate import prompt_of, write_on
+from sft.inference.generate import generate, prompt_of
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
@@ -77,7 +77,7 @@ class Validation:
         """Return the answers to the questions. Every process gives the same ones."""
         if not self.questions:
             return []
-        answers = write_on(
+        answers = generate(
             model,
             self.template.tokenizer,
             [prompt_of(self.template, question.prompt) for question in self.questions],

@@ -6,7 +6,7 @@ from conftest import TOY_IMAGES, conversation, document, num_trained
 
 from sft.data import encoded_arrays
 from sft.data.encoded_arrays import encode_samples, encoding_name
-from sft.data.truncate import Fitter, Limits
+from sft.data.truncate import Limits, Truncation
 from sft.models.chat_template import ChatTemplate
 
 SAMPLES = (
@@ -96,14 +96,14 @@ def test_parts_of_a_long_sample_are_rows_that_name_it(template, tmp_path, monkey
     monkeypatch.setattr(encoded_arrays, "BLOCK_SAMPLES", block_samples)
     limits = Limits(len(template.encode(SAMPLES[1]).input_ids), image_weight=1)
     parts = encode_samples(Toys(), template, tmp_path / "store" / "encoded" / "parts", limits=limits)
-    fitter = Fitter(template, limits)
-    pieces = [(row, p) for row, (s, i) in enumerate(Toys().pairs) for p in fitter.pieces(s, i)]
+    truncation = Truncation(template, limits)
+    pieces = [(row, p) for row, (s, i) in enumerate(Toys().pairs) for p in truncation.pieces(s, i)]
     assert [parts.key(row) for row in parts.all_rows] == [f"store/{row}" for row, _ in pieces]
     assert [parts[row].input_ids.tolist() for row in parts.all_rows] == [
         p.encoded.input_ids.tolist() for _, p in pieces
     ]
     assert [parts.image_rows(row) for row in parts.all_rows] == [p.image_rows for _, p in pieces]
-    assert parts.changes == fitter.changes and len(set(parts.samples)) < len(parts)
+    assert parts.changes == truncation.changes and len(set(parts.samples)) < len(parts)
 
 
 def test_nothing_may_fit(template, tmp_path):

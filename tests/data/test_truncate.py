@@ -16,8 +16,8 @@ from sft.data.truncate import (
     TOO_LONG,
     TOO_MANY_IMAGES,
     TURN_DROPPED,
-    Fitter,
     Limits,
+    Truncation,
 )
 
 TALK = conversation(("<dog>", "What is it?"), "A dog.", "Sure?", "Yes.", ("<fox>", "And this?"), "A fox.", system="Hi.")
@@ -30,8 +30,8 @@ def texts(template, pieces):
 
 def fitted(template, sample, tokens, images=24, policy="prefix"):
     """The text of each piece, its image rows, and what was counted."""
-    fitter = Fitter(template, Limits(tokens, images, policy))
-    pieces = fitter.pieces(sample, range(len(sample.images)))
+    truncation = Truncation(template, Limits(tokens, images, policy))
+    pieces = truncation.pieces(sample, range(len(sample.images)))
     for piece in pieces:
         assert len(piece.encoded.input_ids) <= tokens
         assert len(piece.encoded.image_positions) == len(piece.image_rows)
@@ -39,7 +39,7 @@ def fitted(template, sample, tokens, images=24, policy="prefix"):
             piece.encoded.input_ids[list(piece.encoded.image_positions)]
             == template.tokenizer.convert_tokens_to_ids("<image>")
         ).all()
-    return texts(template, pieces), [piece.image_rows for piece in pieces], dict(fitter.changes)
+    return texts(template, pieces), [piece.image_rows for piece in pieces], dict(truncation.changes)
 
 
 def long(*what):
@@ -53,7 +53,7 @@ def length(template, sample):
 
 def test_what_fits_stays_as_it_is(template):
     whole = template.encode(TALK)
-    (piece,) = Fitter(template, Limits(len(whole.input_ids), 2)).pieces(TALK, (5, 3))
+    (piece,) = Truncation(template, Limits(len(whole.input_ids), 2)).pieces(TALK, (5, 3))
     assert piece.encoded.input_ids.tolist() == whole.input_ids.tolist() and piece.image_rows == (5, 3)
 
 
@@ -143,19 +143,19 @@ words = st.text("ab \n", max_size=30)
 @given(items=st.lists(words | st.sampled_from(["<dog>", "<fox>"]), min_size=1, max_size=8), tokens=st.integers(4, 40))
 def test_the_pieces_of_a_document_hold_all_of_it_in_order(template, items, tokens):
     page = document(*items)
-    fitter = Fitter(template, Limits(tokens, 1))
-    pieces = fitter.pieces(page, range(len(page.images)))
+    truncation = Truncation(template, Limits(tokens, 1))
+    pieces = truncation.pieces(page, range(len(page.images)))
     assert all(len(p.encoded.input_ids) <= tokens and len(set(p.image_rows)) <= 1 for p in pieces)
     rows = [row for piece in pieces for row in piece.image_rows]
     assert rows == sorted(set(rows))
-    if not any(what.startswith(PARAGRAPH_DROPPED) for what in fitter.changes):
+    if not any(what.startswith(PARAGRAPH_DROPPED) for what in truncation.changes):
         assert rows == list(range(len(page.images)))
         said = "".join(texts(template, pieces)).replace(" ", "")
         assert said == template.tokenizer.decode(template.encode(page).input_ids).replace(" ", "")
 
 
 def test_trained_spans_move_with_a_piece(template):
-    pieces = Fitter(template, Limits(length(template, PAGE) - 1, 9)).pieces(PAGE, range(2))
+    pieces = Truncation(template, Limits(length(template, PAGE) - 1, 9)).pieces(PAGE, range(2))
     image_ids = set(template.tokenizer.convert_tokens_to_ids(["<image>", "<fake_token_around_image>", "<s>"]))
     for piece in pieces:
         trained = np.zeros(len(piece.encoded.input_ids), bool)

@@ -35,7 +35,7 @@ from sft.evaluation.tasks.mmbench.multiple_choice import (
 )
 from sft.evaluation.tasks.mmbench.protocols import group_rows, query
 from sft.evaluation.tasks.mmbench.questions import Row, rotate
-from sft.inference.generate import prompt_of, write_on
+from sft.inference.generate import generate, prompt_of
 from sft.models.idefics.images import normalise
 from sft.models.image_transform import load_tiles
 
@@ -228,7 +228,7 @@ def test_written_answers_are_those_of_generation(model, template):
     rows = [row for question in toy.questions for row in question.rotations]
     texts = [asked.text for question in result.outcomes for asked in asked_rows(question)]
     prompt = prompt_of(template, query(rows[4], "circular", "generate").messages)
-    (expected,) = write_on(model, template.tokenizer, [prompt], max_new_tokens=64)
+    (expected,) = generate(model, template.tokenizer, [prompt], max_new_tokens=64)
     assert texts[4] == expected
     assert chance(result) == pytest.approx(1 / 3)
 

@@ -7,7 +7,7 @@ from conftest import IMAGE_SIZE, image_number, picture, pixels_of, toy_images
 
 from sft.batches.collate import collate
 from sft.core.sample import EncodedSample, Message, PlacedSample
-from sft.inference.generate import prompt_of, write_on
+from sft.inference.generate import generate, prompt_of
 from sft.models.idefics.packed import image_attention_mask
 from sft.models.idefics.text import END_OF_UTTERANCE, FAKE, IMAGE
 
@@ -34,7 +34,7 @@ def load_image(image):
 
 def answers(model, template, conversations, **options):
     prompts = [prompt_of(template, messages) for messages in conversations]
-    return write_on(model, template.tokenizer, prompts, **{"load_image": load_image, "max_new_tokens": 8} | options)
+    return generate(model, template.tokenizer, prompts, **{"load_image": load_image, "max_new_tokens": 8} | options)
 
 
 def greedy(model, template, messages, num_tokens, *, never, stops):

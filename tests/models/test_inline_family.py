@@ -19,7 +19,7 @@ from sft.batches.image_source import OpenedImages
 from sft.core.sample import ImageRef, Message, PlacedSample, Sample
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
-from sft.inference.generate import prompt_of, write_on
+from sft.inference.generate import generate, prompt_of
 from sft.models import get_family
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.open_model import load_for_inference, load_template
@@ -161,8 +161,8 @@ def test_answers_are_ranked_and_written_as_alone(model, template):
     for own, other in zip(together, alone, strict=True):
         assert [score.log_prob for score in own] == pytest.approx([score.log_prob for score in other], abs=2e-5)
     prompts = [prompt_of(template, sample.messages[:1]) for sample in SAMPLES]
-    written = write_on(model, template.tokenizer, prompts, max_new_tokens=6)
-    assert written == [write_on(model, template.tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    written = generate(model, template.tokenizer, prompts, max_new_tokens=6)
+    assert written == [generate(model, template.tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_a_recipe_prepares_mixes_trains_and_answers(recipe, capsys):
     loaded = load_for_inference(checkpoint, precision="float32")
     template = load_template(get_family("inline_family"), checkpoint)
     question = prompt_of(template, [Message(role="user", content=(REFS["wide"], "What is this?"))])
-    (answer,) = write_on(loaded.model, template.tokenizer, [question], max_new_tokens=8)
+    (answer,) = generate(loaded.model, template.tokenizer, [question], max_new_tokens=8)
     assert answer.startswith("A")
 
 

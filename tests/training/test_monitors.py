@@ -139,14 +139,14 @@ def test_the_loss_in_training_is_the_one_that_select_takes(validated, tmp_path, 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_trained_is_the_same_bit_by_bit_whatever_validation_does(validated, tmp_path, monkeypatch, precision):
     """With dropout, which draws random numbers; here so does what answers the questions, and it changes the mode."""
-    write_on = validation.write_on
+    generate = validation.generate
 
     def careless(model, *arguments, **options):
         model.train()
         random.random(), np.random.rand(), torch.rand(1)
-        return write_on(model, *arguments, **options)
+        return generate(model, *arguments, **options)
 
-    monkeypatch.setattr(validation, "write_on", careless)
+    monkeypatch.setattr(validation, "generate", careless)
     weights = []
     for name in ("with", "without"):
         options = (

@@ -16,7 +16,7 @@ from sft.core.errors import UserError
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """The safetensors file that holds each tensor.
+    """Return the name of the safetensors file that holds each tensor.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -39,7 +39,7 @@ def weight_files(folder: Path) -> dict[str, str]:
 
 
 def check_weights(folder: Path, config: dict[str, Any]) -> None:
-    """Whether every weight of the model is in the folder, in its shape; transformers would invent what is missing.
+    """Check that every weight of the model is in the folder, in its shape; transformers would invent what is missing.
 
     Reads the headers of the safetensors files only.
 
@@ -64,7 +64,7 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
 
 
 def local_folder(path: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a hub id.
+    """Return the folder itself, or the local snapshot of a hub id.
 
     Raises:
         UserError: there is no such folder, nor is it in the local cache or on a hub that can be reached.
@@ -84,7 +84,7 @@ def local_folder(path: str | Path) -> Path:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a model folder or hub id.
+    """Read config.json of a model folder or hub id.
 
     Raises:
         UserError: there is none, it is damaged, or not of IDEFICS-1.
@@ -96,7 +96,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path) -> IdeficsConfig:
-    """The config of a model folder or hub id, without its weights.
+    """Load the config of a model folder or hub id, without its weights.
 
     Raises:
         UserError: there is none, or it is not of IDEFICS-1.

@@ -57,7 +57,7 @@ class RmsNorm(plain.IdeficsRMSNorm):  # type: ignore[misc]  # transformers is no
     """Its result is of the type that the linear layers behind it compute in."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As transformers', but for the rounding under autocast."""
+        """Compute transformers' norm, rounded once under autocast."""
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -73,7 +73,7 @@ class LayerNorm(nn.LayerNorm):
     """One in front of linear layers: they would round its float32 result once each under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As torch's, but for the rounding under autocast."""
+        """Compute torch's norm, rounded once under autocast."""
         device = input.device.type
         normed = super().forward(input)
         return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
@@ -99,7 +99,7 @@ class Mlp(plain.IdeficsMLP):  # type: ignore[misc]
     """A gated MLP that keeps one tensor less of a token's largest."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As transformers'."""
+        """Compute transformers' MLP."""
         if not isinstance(self.act_fn, SiLUActivation):
             return super().forward(x)  # type: ignore[no-any-return]
         return torch.as_tensor(self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x))))  # type: ignore[no-untyped-call]
@@ -113,7 +113,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_of(module: nn.Module, position_ids_T: Tensor, dtype: torch.dtype) -> Rotary:
-    """Of all tokens of a micro-batch, for every layer: `module` is any layer's `rotary_emb`."""
+    """Return the rotation of all tokens of a micro-batch, for every layer. `module` is any layer's `rotary_emb`."""
     cos_1TH, sin_1TH = module(torch.empty(0, dtype=dtype, device=position_ids_T.device), position_ids_T[None])
     first, second = sin_1TH[0, :, None].chunk(2, dim=-1)
     return Rotary(cos_1TH[0, :, None], torch.cat((-first, second), dim=-1))
@@ -154,7 +154,7 @@ class Attention(plain.IdeficsAttention):  # type: ignore[misc]
         num_images: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """A row of tokens (1, T, D) -> (1, T, D), or (1, P, D) at the positions `read_P` alone."""
+        """Attend a row of tokens (1, T, D); return (1, T, D), or (1, P, D) at the positions `read_P` alone."""
         if groups is None:
             return super().forward(hidden_states, key_value_states, *args, **kwargs)  # type: ignore[no-any-return]
         states = hidden_states if key_value_states is None else key_value_states
@@ -200,7 +200,7 @@ class Embedding(plain.IdeficsDecoupledEmbedding):  # type: ignore[misc]
     """Base and extra rows, both looked up for every token."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """As transformers', without asking how many tokens are extra."""
+        """Look up all tokens, as transformers does, without asking how many of them are extra."""
         if not self.num_additional_embeddings:
             return F.embedding(input_ids, self.weight)
         is_extra = input_ids >= self.num_embeddings

@@ -41,7 +41,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
         z_loss: float = 0.0,
         **kwargs: Any,
     ) -> Any:
-        """As `PackedModel` says."""
+        """Compute what `PackedModel` says of `model(...)`."""
         if batch is None:
             return super().forward(*args, **kwargs)
         return self.packed_forward(batch, read_P, z_loss)

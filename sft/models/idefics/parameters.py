@@ -49,7 +49,7 @@ resampler, the embedding and the head stay unquantised; 4 bits would save anothe
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter; an adapter belongs to the group of the layer beside which it stands.
+    """Return the group of a parameter; an adapter belongs to the group of its layer.
 
     Raises:
         KeyError: not a parameter of this model.
@@ -63,7 +63,7 @@ def group_of(name: str) -> str:
 
 
 def lora_pattern(targets: Collection[str]) -> str:
-    """A regular expression for the whole names of the linear layers that `model.lora.targets` names."""
+    """Return a regular expression for the whole names of the linear layers that `model.lora.targets` names."""
     patterns = [pattern for name, pattern in LORA_LAYERS.items() if {name, name.partition(".")[0]} & set(targets)]
     return "|".join(f"({pattern})" for pattern in patterns)
 

@@ -67,13 +67,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def golden_ids(config: IdeficsConfig) -> list[int] | None:
-    """The ids of `sft.checks.model.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the prompt of
-    transformers#28591 and the rules of its released processor); None for another vocabulary."""
+    """Return the ids of `sft.checks.model.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the
+    prompt of transformers#28591 and the rules of its released processor); None for another vocabulary."""
     return list(GOLDEN_IDS) if config.vocab_size == LLAMA_VOCABULARY else None
 
 
 def num_rows(config: IdeficsConfig) -> int:
-    """Tokens of the vocabulary: base and extra rows."""
+    """Return how many tokens the vocabulary has, base and extra rows."""
     return int(config.vocab_size + config.additional_vocab_size)
 
 
@@ -102,7 +102,8 @@ def wrong_with_tokens(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], te
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
-    """A prompt of texts and images as it stands, from `<s>`: the ids that transformers' `IdeficsProcessor` makes of it.
+    """Encode a prompt of texts and images as it stands, from `<s>`: to the ids that transformers' `IdeficsProcessor`
+    makes.
 
     No role is added. Special tokens in a text are special, so it must be one's own text: that is what
     `sft.models.chat_template` is for otherwise. As in the processor, spaces at the ends of a text go.
