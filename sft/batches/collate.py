@@ -47,7 +47,6 @@ def collate(
     forgive_images: bool = False,
     always_whole: bool = False,
     features: KnownFeatures | None = None,
-    problems: dict[int, str] | None = None,
 ) -> Batch:
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 
@@ -57,7 +56,7 @@ def collate(
     and what shows it has no labels; everything else stays as it was planned. With `always_whole` a batch without images
     or labels gets a dummy sample that shows a black image and whose loss counts nothing, so that every rank makes the
     same calls and every parameter gets a gradient. One without samples always does. With `features` only images of
-    which these know nothing are decoded. `problems` gets the keys of images that fail, and why in full.
+    which these know nothing are decoded.
 
     Raises:
         SkipSample: an image fails, and `forgive_images` is not set.
@@ -67,13 +66,10 @@ def collate(
     keys = list(dict.fromkeys(chain.from_iterable(sample.images for sample in samples)))
     known = {key: states for key in keys if features and (states := features.read(key)) is not None}
     tiles, faults = _load([key for key in keys if key not in known], source, forgive_images)
-    if problems is not None:
-        problems |= {key: ": ".join(filter(None, (skip.reason, skip.detail))) for key, skip in faults.items()}
     dirty = {s.encoded.key: faults[image].reason for s in samples for image in s.images if image in faults}
     state_id = source.images.state_token_id
     labels = [_labels(s.encoded, train_on, state_id, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
     num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
-    pack_lengths = [sum(len(sample.encoded.input_ids) for sample in pack) for pack in packs]
     if not samples or (always_whole and not (keys and num_labels)):
         samples.append(DUMMY)
         segments.append([DUMMY])
@@ -98,7 +94,7 @@ def collate(
         to_encode={shown.numbers[key]: key for key in tiles} if features else {},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
         packs=tuple(tuple(sample.encoded.key for sample in pack) for pack in packs),
-        pack_ends=tuple(accumulate(pack_lengths)),
+        pack_ends=tuple(accumulate(sum(len(sample.encoded.input_ids) for sample in pack) for pack in packs)),
         dirty=dirty,
     )
 

@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from sft.core.images import read_bytes, size_of
-from sft.core.sample import ImageRef, Tiling
+from sft.core.sample import ImageRef, SkipSample, Tiling
 from sft.data.reader import Reader
 from sft.models.family import Images, Tiles
-from sft.models.image_transform import load_tiles, tiling_of, training_crop
+from sft.models.image_transform import Crop, load_tiles, tiling_of, training_crop
 
 
 class ImageSource(Protocol):
@@ -43,6 +43,8 @@ class StoredImages:
     """Seed and optimizer step, the first of which is 1, of a random crop; None: the whole image."""
     on_load: Callable[[int], None] = lambda image: None
     """Called with the key of each image before it is read."""
+    on_failure: Callable[[int, SkipSample], None] = lambda image, skip: None
+    """Called with the key of each image that fails, and why."""
 
     def tiling(self, image: int) -> Tiling:
         """Return how an image is cut, by the size that its store noted."""
@@ -57,11 +59,18 @@ class StoredImages:
             SkipSample: it cannot be read any more, or does not decode.
         """
         self.on_load(image)
-        content = self.reader.image_bytes(image)
+        try:
+            content = self.reader.image_bytes(image)
+            return load_tiles(content, self.images, self._crop_of(image, content))
+        except SkipSample as skip:
+            self.on_failure(image, skip)
+            raise
+
+    def _crop_of(self, image: int, content: bytes) -> Crop | None:
         if self.crop is None:
-            return load_tiles(content, self.images)
+            return None
         (width, height), (seed, step) = size_of(content), self.crop
-        return load_tiles(content, self.images, training_crop(width, height, seed=seed, step=step, image_key=image))
+        return training_crop(width, height, seed=seed, step=step, image_key=image)
 
 
 @dataclass(frozen=True)

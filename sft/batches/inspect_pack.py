@@ -21,7 +21,7 @@ from sft.batches.collate import Shown, collate
 from sft.batches.image_source import StoredImages
 from sft.batches.pack_stream import Planner
 from sft.core.errors import UserError, nearest
-from sft.core.sample import IGNORE_INDEX, Batch, Pack
+from sft.core.sample import IGNORE_INDEX, Batch, Pack, SkipSample
 from sft.data.sources import Sources
 from sft.models.chat_template import IMAGE, ChatTemplate
 from sft.recipe import Recipe
@@ -55,15 +55,18 @@ def inspect_pack(
     step = number // recipe.packs_per_step + 1
     placed = [sources.sample(item) for item in pack.items]
     crop = (recipe.seed, step) if data.augment == "crop" else None
-    images = StoredImages(sources.reader, template.images, crop)
     problems: dict[int, str] = {}
+
+    def note(image: int, skip: SkipSample) -> None:
+        problems[image] = f"{skip.reason}: {skip.detail}" if skip.detail else skip.reason
+
+    images = StoredImages(sources.reader, template.images, crop, on_failure=note)
     batch = collate(
         [placed],
         images,
         train_on=data.train_on,
         pack_isolation=data.pack_isolation,
         forgive_images=True,
-        problems=problems,
     )
     shown = Shown.of(dict.fromkeys(image for sample in placed for image in sample.images), images)
     return {

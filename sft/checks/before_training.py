@@ -11,13 +11,13 @@ from tempfile import TemporaryFile
 from sft.checks.environment import check_bitsandbytes, existing, versions_in_a_line
 from sft.checks.finding import Finding, line_of, raise_failed
 from sft.checks.model import (
-    Subject,
     check_gates,
     check_image,
     check_own_loss,
     check_tokens,
     check_weights,
 )
+from sft.checks.subject import Subject
 from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device
 from sft.models.chat_template import ChatTemplate

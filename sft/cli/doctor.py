@@ -45,7 +45,8 @@ def run(
 def _findings(path: Path | str | None) -> "Iterator[Finding]":
     from sft.checks.environment import environment
     from sft.checks.finding import Finding
-    from sft.checks.model import check_model, load_subject
+    from sft.checks.model import check_model
+    from sft.checks.subject import load_subject
     from sft.core.errors import UserError
 
     yield from environment(Path.cwd())

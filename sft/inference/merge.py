@@ -12,12 +12,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
@@ -27,29 +25,15 @@ from sft.batches.image_source import NoiseImages
 from sft.core.errors import UserError
 from sft.core.files import explain_full_disk, remove_leftovers, staged
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample
-from sft.core.shipped import is_local
+from sft.inference.model_card import Merged, architecture_of, model_card
 from sft.models.family import Family
 from sft.models.lora import Merger, is_adapter_folder
 from sft.models.open_model import Loaded, find_base, find_family, load_for_inference, load_template
-from sft.recipe import Recipe, load_recipe
-from sft.runs.checkpoint import MANIFEST, step_of
+from sft.recipe import load_recipe
+from sft.runs.checkpoint import MANIFEST
 
 SHARD_BYTES = 5 * 1024**3
 """Largest file of weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merged:
-    """What `merge` has made."""
-
-    output: str
-    checkpoint: str
-    base: str | None
-    """The base that adapters were merged into; None where a checkpoint was copied."""
-    dtype: str
-    parameters: int
-    bytes: int
-    """Of the weights."""
 
 
 def merge(
@@ -96,7 +80,8 @@ def merge(
             parameters=parameters,
             bytes=num_bytes,
         )
-        (folder / "README.md").write_text(model_card(checkpoint, recipe, made), encoding="utf-8")
+        card = model_card(checkpoint, recipe, made, architecture_of(folder))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return made
 
 
@@ -262,125 +247,3 @@ def _probe(loaded: Loaded) -> Batch:
         whole = replace(sample, trained_spans=((1, len(sample.input_ids)),))
         placed.append(PlacedSample(whole, (0,) * len(sample.image_positions), source=0))
     return collate([placed], noise, train_on="assistant", num_trained_tokens=1)
-
-
-# -------------------------------------------------------------------------------------------------------- model card
-
-
-def model_card(checkpoint: Path, recipe: Recipe | None, made: Merged) -> str:
-    """README.md of a model: what it was made of, how, under which licences, and how it was chosen."""
-    return "\n".join(_card_lines(checkpoint, recipe, made)) + "\n"
-
-
-def _card_lines(checkpoint: Path, recipe: Recipe | None, made: Merged) -> Iterator[str]:
-    yield from ("---", "library_name: transformers", "pipeline_tag: image-text-to-text")
-    if recipe and not is_local(recipe.model.path):
-        yield f"base_model: {recipe.model.path}"
-    yield from ("license: other", "tags: [idefics, idefics-sft, multimodal, instruction-tuned]", "---", "")
-    yield f"# {Path(made.output).name}"
-    yield ""
-    if recipe is None:
-        yield "Made by idefics-sft from a checkpoint that has no recipe beside it."
-        return
-    base = Path(recipe.model.path).name if is_local(recipe.model.path) else recipe.model.path
-    how = {"full": "Fine-tuned", "lora": "Fine-tuned with LoRA", "qlora": "Fine-tuned with LoRA over a 4-bit base"}
-    yield (f"{how[recipe.model.mode]} from `{base}` by idefics-sft, {made.parameters:,} parameters in {made.dtype}.")
-    yield "Its weights are derived from the base model's, whose licence applies to them too."
-    yield from ("", "## Use", "", "```python")
-    yield "from transformers import AutoProcessor, IdeficsForVisionText2Text"
-    yield ""
-    yield f'processor = AutoProcessor.from_pretrained("{Path(made.output).name}")'
-    yield f'model = IdeficsForVisionText2Text.from_pretrained("{Path(made.output).name}")'
-    yield from ("```", "", "Prompts are made by the chat template, `processor.tokenizer.apply_chat_template`.")
-    yield from ("", "## Data", "")
-    yield from _mixture_lines(checkpoint, recipe)
-    yield from ("", "## Selection", "")
-    yield from _selection_lines(checkpoint)
-    yield from ("", "## Recipe", "", "```yaml", yaml.safe_dump(_public(recipe), sort_keys=False).rstrip(), "```")
-
-
-def _mixture_lines(checkpoint: Path, recipe: Recipe) -> Iterator[str]:
-    """Sources with their shares as asked and, where the run's metrics are there, as trained; datasets with licences."""
-    trained = _trained_tokens(checkpoint)
-    total = sum(trained.values())
-    unit = {"tokens": "tokens", "trained_tokens": "trained tokens", "samples": "samples"}[recipe.data.share_unit]
-    yield f"Shares are of {unit}; tokens are those of the run up to this checkpoint."
-    yield ""
-    yield "| source | share asked | tokens | datasets | licence of the data |"
-    yield "| --- | ---: | ---: | --- | --- |"
-    for source, share in zip(recipe.data.mixture, recipe.data.shares, strict=True):
-        tokens = trained.get(source.name)
-        told = f"{tokens:,} ({tokens / total:.1%})" if tokens is not None and total else "not known"
-        licences = {dataset.dataset: _licence(dataset.dataset) for dataset in source.datasets}
-        cells = (source.name, f"{share:.1%}", told, ", ".join(licences), "; ".join(dict.fromkeys(licences.values())))
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _trained_tokens(checkpoint: Path) -> dict[str, int]:
-    """Tokens of each source up to a checkpoint, by the metrics of its run."""
-    file = checkpoint.parent.parent / "metrics.jsonl"
-    sums: dict[str, int] = {}
-    if not file.is_file() or not checkpoint.name.startswith("checkpoint-"):
-        return sums
-    with file.open(encoding="utf-8") as lines:
-        for line in map(json.loads, lines):
-            if line["step"] <= step_of(checkpoint):
-                for name, own in line["sources"].items():
-                    sums[name] = sums.get(name, 0) + own["tokens"]
-    return sums
-
-
-def _licence(dataset: str) -> str:
-    try:
-        module = import_module(dataset if "." in dataset else f"sft.data.datasets.{dataset}")
-    except ImportError:  # an adapter of the user's that is not here
-        return "not known here"
-    return str(getattr(module, "LICENCE", "not stated"))
-
-
-def _selection_lines(checkpoint: Path) -> Iterator[str]:
-    file = checkpoint.parent.parent / "selection.json"
-    name = checkpoint.name
-    if not file.is_file():
-        yield f"`{name}`; no benchmark has chosen among the run's checkpoints."
-        return
-    selection = json.loads(file.read_text())
-    scores = {score["checkpoint"]: score for score in selection["scores"]}
-    chosen = "chosen" if selection["selected"] == name else f"not the one chosen, which is `{selection['selected']}`"
-    yield (
-        f"`{name}`, {chosen} among {len(scores)} checkpoints by {selection.get('benchmark', selection['by'])}, "
-        f"rule `{selection['rule']}`."
-    )
-    figure = "{:.4f}".format if selection["by"] == "loss" else "{:.1%}".format
-    if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
-        yield f"Held-out loss {figure(scores[name]['score'])}."
-    elif name in scores:
-        own = scores[name]
-        yield (
-            f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
-            f"{figure(own['standard_error'])} on {_reported(selection)}; best with probability {own['p_best']:.0%}."
-        )
-    if selection["selected"] == name and selection["cross_fitted"] is not None:
-        yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."
-
-
-def _reported(selection: dict[str, Any]) -> str:
-    """Return the questions that figures come from."""
-    what = "samples" if selection["by"] == "loss" else "questions"
-    return f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
-
-
-def _public(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe without folders of this machine."""
-    values = recipe.model_dump(mode="json", exclude={"output_dir": True, "data": {"store": True}})
-    if is_local(recipe.model.path):
-        values["model"]["path"] = Path(recipe.model.path).name
-    for source in values["data"]["mixture"]:
-        for dataset in source["datasets"]:
-            dataset.pop("path")
-    for part, key in (("evaluation", "benchmark"), ("data", "validation")):
-        if isinstance(values[part][key], dict) and values[part][key]["path"]:
-            values[part][key]["path"] = Path(values[part][key]["path"]).name
-        elif isinstance(values[part][key], str):
-            values[part][key] = Path(values[part][key]).name
-    return values

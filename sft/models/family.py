@@ -59,7 +59,7 @@ class Text(Protocol):
         """Return the length of the longest sequence that the model has positions for."""
 
     def golden_ids(self, config: PreTrainedConfig) -> list[int] | None:
-        """Return the ids of `sft.checks.model.CHAT` under the vocabulary of the released models; None for another."""
+        """Return the ids of `sft.checks.subject.CHAT` under the vocabulary of the released models; None for another."""
 
     def wrong_with_tokens(self, tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> str:
         """Return what is wrong with the ids of a rendered chat by the rules that every vocabulary of the family

@@ -22,7 +22,8 @@ from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
 from sft.checks import before_training, environment, model
 from sft.checks.finding import raise_failed
-from sft.checks.model import Subject, check_model, check_tokens
+from sft.checks.model import check_model, check_tokens
+from sft.checks.subject import Subject
 from sft.core.errors import RunError, UserError
 from sft.core.shipped import resolve
 from sft.data.prepare import prepare

@@ -13,7 +13,8 @@ from helpers.golden_ids import A_DOG, ASSISTANT, CHAT_IDS
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sft.checks.model import Subject, check_tokens
+from sft.checks.model import check_tokens
+from sft.checks.subject import Subject
 from sft.core.errors import UserError
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.idefics.family import FAMILY

@@ -67,7 +67,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def golden_ids(config: IdeficsConfig) -> list[int] | None:
-    """Return the ids of `sft.checks.model.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the
+    """Return the ids of `sft.checks.subject.CHAT` that idefics-9b-instruct was trained with (LLaMA-1's vocabulary; the
     prompt of transformers#28591 and the rules of its released processor); None for another vocabulary."""
     return list(GOLDEN_IDS) if config.vocab_size == LLAMA_VOCABULARY else None
 
