@@ -211,10 +211,19 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
 
 def sample_limits(recipe: Recipe) -> Limits:
     """Return how long a sample may be and how many images it may show, so that it fits a pack. Where samples do not see
-    each other a pack may be longer than the prepared base has positions for, a sample may not."""
-    family = get_family(recipe.model.family)
-    data = recipe.data
-    max_positions = family.text.max_positions(family.weights.load_config(base_path(recipe)))
+    each other a pack may be longer than the prepared base has positions for, a sample may not.
+
+    Raises:
+        UserError: images are cropped, and their tokens depend on their size.
+    """
+    family, data = get_family(recipe.model.family), recipe.data
+    config = family.weights.load_config(base_path(recipe))
+    if data.augment == "crop" and family.images(config).depends_on_size:
+        raise UserError(
+            f"data.augment: crop changes the size of an image, on which its tokens depend in {recipe.model.family}; "
+            "set data.augment=none"
+        )
+    max_positions = family.text.max_positions(config)
     tokens = min(data.sequence_length, max_positions) if data.pack_isolation else data.sequence_length
     return Limits(tokens, data.max_images_per_pack, data.long_conversations)
 

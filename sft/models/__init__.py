@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import UserError, nearest
 from sft.models.family import Family, FamilyNames
+from sft.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from sft.models.packed_model import PackedModel
-    from sft.recipe import Recipe
 
 _known: dict[str, Family] = {}
 """Families that were asked for, by the `model_type` of their models."""
@@ -116,17 +116,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def family_at(path: str | Path) -> Family:
-    """Return the family of a model folder or hub id, by the `model_type` of its config.json.
-
-    Families outside the tree are found once a recipe has named them (`get_family`).
+    """Return the family of a model folder or hub id, by the `model_type` of its config.json. A checkpoint of a family
+    outside the tree names it in its recipe.yaml.
 
     Raises:
         UserError: there is no config.json, or no such family.
     """
     kind = str(read_config(path).get("model_type"))
-    if kind not in _known and kind not in family_names():
-        raise UserError(f"{path}: model_type is {kind!r}, which is no known family ({', '.join(family_names())})")
-    return _of_type(kind)
+    if kind in _known or kind in family_names():
+        return _of_type(kind)
+    recipe = Path(path) / "recipe.yaml"
+    if recipe.is_file():
+        return get_family(load_recipe(recipe).model.family)
+    raise UserError(f"{path}: model_type is {kind!r}, which is no known family ({', '.join(family_names())})")
 
 
 def family_of(model: PackedModel) -> Family:
