@@ -186,7 +186,8 @@ def write_arrays(folder: Path, rows: NDArray[np.int64]) -> None:
             with (folder / f"{name}.bin").open("rb") as file:  # read from disk, as after a day
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     dtypes = {name: "<i8" for name in arrays if name != "image_keys"}
-    (folder / "index.json").write_text(json.dumps({"dtypes": dtypes, "changes": {}, "tokens": 0}))
+    index = {"dtypes": dtypes, "changes": {}, "tokens": 0, "has_states": False, "is_weighted": False}
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 def main() -> None:

@@ -201,8 +201,9 @@ def run(sides: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, flo
 def measure(num_questions: int, rounds: int, hidden: int, new_tokens: int) -> dict[str, Any]:
     """All figures."""
     tokenizer = load_tokenizer(prepared_base())
-    template = ChatTemplate(load_chat_template(shipped_root() / "chat_templates" / CHAT_TEMPLATE), tokenizer)
     model = build_model(hidden, tokenizer.vocab_size)
+    source = load_chat_template(shipped_root() / "chat_templates" / CHAT_TEMPLATE)
+    template = ChatTemplate(source, tokenizer, IdeficsImages(model.config))
     processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=224), tokenizer)
     rows = make_rows(num_questions)
     sides: dict[str, Callable[[], Any]] = {

@@ -229,7 +229,7 @@ def checkpoint(folder: Path, rounds: int, quick: bool) -> dict[str, Rows]:
         return folder / f"state-{hidden}" / "checkpoint-1"
 
     def write(hidden: int) -> None:
-        write_folder(path(hidden), lambda folder: None, lambda folder: save_state(folder, *models[hidden], {}))
+        write_folder(path(hidden), lambda folder: None, lambda folder: save_state(folder, *models[hidden]))
 
     def read(hidden: int) -> None:
         assert not broken_files(path(hidden) / STATE)
