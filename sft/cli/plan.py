@@ -119,7 +119,8 @@ def _folded(line: str, out: Console, indent: str = "") -> str:
 
 def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
     report, steps = estimated.report, recipe.training.max_steps
-    work = f"{steps:,} steps x {estimated.micro_batches} micro-batches x {estimated.cost.flop / 1e12:,.1f} TFLOP"
+    batches = f"{estimated.micro_batches} micro-batch{'es' * (estimated.micro_batches > 1)}"
+    work = f"{steps:,} steps x {batches} x {estimated.cost.flop / 1e12:,.1f} TFLOP"
     peak, seconds = estimated.device.flop_per_second, report["seconds"]
     if peak is None or seconds is None:
         out.print(f"{work}; no time without the GPU's speed")

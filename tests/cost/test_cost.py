@@ -1,4 +1,4 @@
-"""Planning: parameters to the digit, the formula beside the real model, advice that holds, published points."""
+"""Planning: exact numbers of parameters, the formula and the real model, advice that holds, published figures."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def released(size):
 
 
 def middling_config():
-    """Large enough that what the formula leaves out, numbers for each token, is little."""
+    """Return a config of a model so large that what the formula leaves out, a few numbers a token, is little."""
     config = tiny_config(2000).to_dict()
     config |= {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
     config["vision_config"] |= {"embed_dim": 128, "intermediate_size": 512, "image_size": 112}
@@ -284,6 +284,7 @@ def test_a_person_sees_parts_peak_time_and_advice(capsys):
     assert "8,929,687,824 parameters" in printed
     assert "does not fit" in printed and "--gpus 2 (zero3)" in printed
     assert "GPU hours" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_commands_of_the_page_have_the_options_that_are_named():
