@@ -28,11 +28,11 @@ EXAMPLES = (
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
-    gpu: Annotated[Gpu | None, typer.Option(help="Which; a100-80, if left out.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[Gpu | None, typer.Option(help="Kind of GPU; a100-80 if left out.")] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another GPU; then no time is given."),
+        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another kind of GPU; no time is given."),
     ] = None,
     utilisation: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the GPU's peak that training reaches.")
