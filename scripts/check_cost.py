@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Holds the quick formula of `idefics-sft plan` against the real model, run under fake tensors. No GPU, no weights.
+"""Compares the formula of `idefics-sft plan` with the real model, run under fake tensors. No GPU, no weights.
 
 scripts/check_cost.py [--json] [--only "9b qlora"]
 
 Each line is one training step of the released shapes: what torch's MemTracker sees at the peak and FlopCounterMode
-counts for the fullest micro-batch, and what the formula says. Ends with exit status 1 when one is more than 10 % off.
+counts for the fullest micro-batch, and what the formula gives. The exit status is 1 when one is more than 10 % off.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from transformers import IdeficsConfig
 
 from sft.cli.terminal import console, table
 from sft.cost.devices import GIB
-from sft.cost.idefics.configs import read_config
-from sft.cost.idefics.fake_step import measure
-from sft.cost.idefics.formula import cost
-from sft.cost.idefics.setting import PARTS, Setting
-from sft.cost.idefics.shapes import shape_of
+from sft.cost.family import Setting
+from sft.cost.idefics.cost import read_model, trained_config
+from sft.cost.idefics.fake_step import run_fake_step
+from sft.cost.idefics.shapes import LAYER_GROUPS
 
 TOLERANCE = 0.10
 PACK = {"tokens": 2048, "images": 24, "trained_tokens": 2047}
 AGAIN: dict[str, Any] = {"checkpointing": 1.0}
-LAYERS_OF = shape_of(read_config("HuggingFaceM4/idefics-9b")).layers_of
+LAYERS_OF = read_model("HuggingFaceM4/idefics-9b").lora_layers
 TEXT_SIDE: dict[str, Any] = {"lora_layers": LAYERS_OF(("language", "cross_attention"))}
-EVERYWHERE: dict[str, Any] = {"lora_layers": LAYERS_OF(PARTS)}
+EVERYWHERE: dict[str, Any] = {"lora_layers": LAYERS_OF(LAYER_GROUPS)}
 BESIDE: dict[str, Any] = {"trainable": ("gates", "resampler", "extra_rows")}
 
 CONFIGURATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -60,12 +59,12 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def compare(size: str, name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Formula and real model for one configuration."""
+    """Return the figures of the formula and of the real model for one configuration."""
     setting = Setting(**PACK | changes)
-    config = read_config(f"HuggingFaceM4/idefics-{size}")
+    path = f"HuggingFaceM4/idefics-{size}"
     began = time.monotonic()
-    measured = measure(IdeficsConfig.from_dict(config), setting)
-    quick = cost(shape_of(config), setting)
+    measured = run_fake_step(IdeficsConfig.from_dict(trained_config(path)), setting)
+    quick = read_model(path).cost(setting)
     return {
         "configuration": f"{size} {name}",
         "peak_bytes": quick.peak_bytes,

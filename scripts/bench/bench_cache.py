@@ -35,10 +35,8 @@ from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
 from sft.cli.terminal import quiet_libraries
 from sft.cost.devices import DEVICES
-from sft.cost.estimate import setting_of
-from sft.cost.idefics.configs import read_config
-from sft.cost.idefics.formula import cost
-from sft.cost.idefics.shapes import shape_of
+from sft.cost.estimate import COMMON_SIZE, setting_of
+from sft.cost.family import read_model
 from sft.data.prepare import prepare
 from sft.recipe import Recipe
 from sft.training import run
@@ -87,10 +85,11 @@ def measure(folder: Path, mode: str, workload: str, rounds: int, steps: int) -> 
             for took in seconds.values():
                 took.clear()  # the first round warms caches up
     median = {name: statistics.median(took) for name, took in seconds.items()}
-    shape = shape_of(read_config(str(folder / "model")))
-    setting = setting_of(recipe(False), shape, DEVICES["a100-80"], 1)
-    setting = replace(setting, images=round(images_per_pack(recipe(False), steps)))
-    work = [cost(shape, replace(setting, encoded=encoded)).flop for encoded in (False, True)]
+    costs = read_model("idefics", str(folder / "model"))
+    setting = setting_of(recipe(False), costs, DEVICES["a100-80"], 1)
+    images = round(images_per_pack(recipe(False), steps))
+    setting = replace(setting, images=images, image_weight=images)
+    work = [costs.cost(replace(setting, encoded=encoded)).flop for encoded in (False, True)]
     files = [*(folder / "stores").glob("*/features/*.f16")]
     return {
         "ratio": median["without"] / median["with"],
@@ -101,7 +100,7 @@ def measure(folder: Path, mode: str, workload: str, rounds: int, steps: int) -> 
         "filling": median["filling"] / median["without"],
         "images_per_pack": setting.images,
         "megabytes": sum(file.stat().st_blocks * 512 for file in files) / 1e6,
-        "kilobytes_per_image": shape.feature_bytes / 1e3,
+        "kilobytes_per_image": costs.feature_bytes(*COMMON_SIZE) / 1e3,
     }
 
 

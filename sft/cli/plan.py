@@ -1,5 +1,7 @@
 """`idefics-sft plan RECIPE`: what training will take of memory, time and money, before a GPU is rented."""
 
+from collections.abc import Iterator
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -9,12 +11,13 @@ from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, prin
 
 if TYPE_CHECKING:
     from sft.cost.devices import Device
-    from sft.cost.estimate import Plan
+    from sft.cost.estimate import Estimate
+    from sft.cost.family import Setting
     from sft.recipe import Recipe
 
 Gpu = Literal["a100-80", "h100-80", "l4-24", "t4-16", "rtx4090-24"]
 MOST = 1e6
-"""Gigabytes of a GPU, and its price: `inf` is a number too."""
+"""The largest memory in GiB and the largest price that are taken, since `inf` is a number too."""
 EXAMPLES = (
     "plan my-data --gpu t4-16",
     "plan idefics-9b-instruct --gpus 8 --price-per-hour 2.5",
@@ -25,11 +28,11 @@ EXAMPLES = (
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
-    gpu: Annotated[Gpu | None, typer.Option(help="Which; a100-80, if left out.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[Gpu | None, typer.Option(help="Kind of GPU; a100-80 if left out.")] = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another GPU; then no time is given."),
+        typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another kind of GPU; no time is given."),
     ] = None,
     utilisation: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the GPU's peak that training reaches.")
@@ -38,15 +41,15 @@ def run(
     json: Json = False,
 ) -> None:
     """Show what training takes of each GPU, how long it lasts and what it costs; what to change if it does not fit."""
-    from sft.cost.estimate import plan
+    from sft.cost.estimate import estimate
     from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
-    planned = plan(found, _device(gpu, gpu_memory, price_per_hour), gpus, utilisation, price_per_hour)
+    estimated = estimate(found, _device(gpu, gpu_memory, price_per_hour), gpus, utilisation, price_per_hour)
     if json:
-        print_json(planned.report)
+        print_json(estimated.report)
     else:
-        show(found, planned, utilisation, console())
+        show(found, estimated, utilisation, console())
 
 
 def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device":
@@ -62,23 +65,20 @@ def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device"
     return device_of_memory(gib)
 
 
-def show(recipe: "Recipe", planned: "Plan", utilisation: float, out: Console) -> None:
-    """Print memory by part, whether it fits, time and cost, and advice."""
+def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
+    """Print memory by kind, whether it fits, time and cost, and advice."""
     from sft.cost.devices import GIB
 
-    setting, device, report = planned.setting, planned.device, planned.report
-    how: list[str] = [setting.mode, setting.optimizer, setting.precision]
-    how += [setting.engine] if setting.gpus > 1 else []
-    how += ["checkpointing" + f" of {setting.checkpointing:g}" * (setting.checkpointing < 1)] * (
-        setting.checkpointing > 0
-    )
-    out.print(f"{recipe.model.path} on {setting.gpus} x {device.name}: {', '.join(how)}")
+    setting, device, report = estimated.setting, estimated.device, estimated.report
+    out.print(f"{recipe.model.path} on {setting.gpus} x {device.name}")
+    out.print(", ".join(_how(setting)))
     out.print(f"{report['parameters']:,} parameters, {report['trainable_parameters']:,} of them trained")
-    out.print(f"fullest micro-batch: {setting.tokens:,} tokens, {setting.images} images")
+    tiles = f" of weight {setting.image_weight}" if setting.image_weight != setting.images else ""
+    out.print(f"fullest micro-batch: {setting.tokens:,} tokens, {setting.images} images{tiles}")
     out.print()
     total, peak = device.usable_bytes, report["peak_bytes"]
     unit, name = (GIB, "GiB") if peak >= GIB else (2**20, "MiB")
-    rows = [(part, f"{size / unit:,.1f}", _bar(size, peak)) for part, size in report["bytes"].items() if size]
+    rows = [(kind, f"{size / unit:,.1f}", _bar(size, peak)) for kind, size in report["bytes"].items() if size]
     rows += [("at the peak", f"{peak / unit:,.1f}", ""), ("usable", f"{total / unit:,.1f}", "")]
     out.print(table("Memory of each GPU", ("", name, ""), rows))
     if report["fits"]:
@@ -86,24 +86,46 @@ def show(recipe: "Recipe", planned: "Plan", utilisation: float, out: Console) ->
     else:
         out.print(f"does not fit: {(peak - total) / GIB:.1f} GiB too much")
     out.print()
-    _print_time(recipe, planned, utilisation, out)
+    _print_time(recipe, estimated, utilisation, out)
     _print_shares(report["checkpointing"], setting.checkpointing, unit, name, out)
     if report["feature_cache"]:
         _print_feature_cache(report["feature_cache"], out)
     if not report["fits"]:
         out.print("It would fit with" if report["advice"] else "Nothing that plan knows would make it fit.")
         for line in report["advice"]:
-            out.print(f"  {line}")
+            out.print(_folded(line, out, indent="  "))
 
 
-def _print_time(recipe: "Recipe", planned: "Plan", utilisation: float, out: Console) -> None:
-    report, steps = planned.report, recipe.training.max_steps
-    work = f"{steps:,} steps x {planned.micro_batches} micro-batches x {planned.cost.flop / 1e12:,.1f} TFLOP"
-    peak, seconds = planned.device.flop_per_second, report["seconds"]
+def _how(setting: "Setting") -> Iterator[str]:
+    """Yield how the model is trained."""
+    yield from (setting.mode, setting.optimizer, setting.precision)
+    if setting.gpus > 1:
+        yield setting.engine
+    if setting.checkpointing:
+        yield "checkpointing" + (f" of {setting.checkpointing:g}" if setting.checkpointing < 1 else "")
+
+
+def _folded(line: str, out: Console, indent: str = "") -> str:
+    """Return a line folded between words to the width of the terminal."""
+    return fill(
+        line,
+        min(out.width, 80),
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
+    report, steps = estimated.report, recipe.training.max_steps
+    batches = f"{estimated.micro_batches} micro-batch{'es' * (estimated.micro_batches > 1)}"
+    work = f"{steps:,} steps x {batches} x {estimated.cost.flop / 1e12:,.1f} TFLOP"
+    peak, seconds = estimated.device.flop_per_second, report["seconds"]
     if peak is None or seconds is None:
         out.print(f"{work}; no time without the GPU's speed")
         return
-    out.print(f"{work}, at {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
+    out.print(f"{work},\nat {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"
     out.print(f"{_duration(seconds)}, {seconds * report['gpus'] / 3600:,.1f} GPU hours{cost}")
 
@@ -123,7 +145,7 @@ def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: s
 
 
 def _value(share: float) -> str:
-    """Return a value as a recipe says it."""
+    """Return a share as a recipe writes it."""
     return {0.0: "false", 1.0: "true"}.get(share, f"{share:g}")
 
 
@@ -133,11 +155,10 @@ def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
         size += f", {cache['bytes'] / 1e9:,.3g} GB for {cache['images']:,} images"
     saved = f"{percent(cache['saves'])} of the work on a full micro-batch"
     if cache["on"]:
-        out.print(
-            f"feature cache: {size}; the first epoch fills it, and takes longer than this: it saves {saved} later"
-        )
+        line = f"feature cache: {size}. The first epoch fills it and takes longer; later it saves {saved}."
     else:
-        out.print(f"data.feature_cache=on would take {size}, and save {saved} from the second epoch on")
+        line = f"data.feature_cache=on would take {size}, and save {saved} from the second epoch on."
+    out.print(_folded(line, out))
 
 
 def _duration(seconds: float) -> str:

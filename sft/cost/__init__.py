@@ -1,6 +1,10 @@
 """What a training costs before it is paid for: parameters, memory, floating-point operations, time and money.
 
-estimate  what the training of a recipe needs, and what to change when it does not fit
-devices   the GPUs: memory, speed, price
-idefics/  a training step of this family
+family        the seam: what `plan` asks of a family of models
+estimate      what the training of a recipe needs, and what to change when it does not fit
+memory        bytes at every moment of a step, from what a family counts of its model
+devices       the GPUs: memory, speed, price; model_config: config.json, with as little download as can be
+idefics/      what a training step of IDEFICS-1 costs
+
+    recipe -> Setting, config.json -> ModelCost;  ModelCost.cost(Setting) -> Cost (bytes by kind, flop) -> Estimate
 """

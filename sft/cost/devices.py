@@ -8,11 +8,11 @@ GIB = 2**30
 
 
 class Device(NamedTuple):
-    """A GPU, or one of which only the memory is known."""
+    """A GPU: its memory, and its speed where that is known."""
 
     name: str
     usable_gib: float
-    """What torch reports as total capacity (in reports of "CUDA out of memory"), less what the CUDA context takes."""
+    """The total capacity that torch reports in "CUDA out of memory", less what the CUDA context takes."""
     flop_per_second: float | None
     """Peak of dense half-precision matrix products that add up in float32, from NVIDIA's data sheets."""
     half: Literal["bfloat16", "float16"] = "bfloat16"
@@ -20,7 +20,7 @@ class Device(NamedTuple):
 
     @property
     def usable_bytes(self) -> int:
-        """The same in bytes."""
+        """Usable memory in bytes."""
         return round(self.usable_gib * GIB)
 
 
@@ -41,5 +41,5 @@ context takes 0.2 to 0.5 GiB of that."""
 
 
 def device_of_memory(gib: float) -> Device:
-    """A GPU of which only the usable memory is known: nothing can be said about time."""
+    """Return a GPU of which only the usable memory is known, so that no time can be given."""
     return Device(f"GPU with {gib:g} GiB", gib, None)

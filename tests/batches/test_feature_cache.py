@@ -24,7 +24,7 @@ from sft.batches.collate import collate
 from sft.batches.feature_cache import Encoder, FeatureCache, fingerprint
 from sft.core.errors import UserError
 from sft.core.sample import SkipSample
-from sft.cost.idefics.configs import read_config
+from sft.cost.idefics.cost import trained_config
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.packed import PackedIdefics
@@ -374,7 +374,7 @@ def test_a_tower_that_is_sharded_has_no_cache(sources, model, template, tmp_path
 
 
 def test_an_image_of_idefics_9b_takes_164_kilobytes():
-    config = IdeficsConfig.from_dict(read_config("HuggingFaceM4/idefics-9b"))
+    config = IdeficsConfig.from_dict(trained_config("HuggingFaceM4/idefics-9b"))
     images = IdeficsImages(config)
     assert 2 * images.num_states(images.one_tile) * images.state_size == 163_840
     config.use_resampler = False

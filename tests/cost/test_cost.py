@@ -1,4 +1,4 @@
-"""Planning: parameters to the digit, the formula beside the real model, advice that holds, published points."""
+"""Planning: exact numbers of parameters, the formula and the real model, advice that holds, published figures."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from sft.cli.main import app
 from sft.cost.devices import DEVICES, GIB
-from sft.cost.estimate import plan
-from sft.cost.idefics.configs import RELEASED, read_config
-from sft.cost.idefics.fake_step import measure
-from sft.cost.idefics.formula import FOUR_BIT_BYTES, cost, trained_parameters
-from sft.cost.idefics.setting import PARTS, Setting
-from sft.cost.idefics.shapes import shape_of
+from sft.cost.estimate import estimate
+from sft.cost.family import Setting
+from sft.cost.idefics.cost import RELEASED, IdeficsCost, read_model
+from sft.cost.idefics.fake_step import run_fake_step
+from sft.cost.idefics.shapes import LAYER_GROUPS, shape_of
+from sft.cost.memory import FOUR_BIT_BYTES
 from sft.models.activation_checkpointing import is_recomputed
 from sft.models.idefics import weights
 from sft.models.idefics.names import GROUPS
@@ -37,12 +37,20 @@ SMALL = Setting(tokens=256, images=2, trained_tokens=255)
 CARD = REPOSITORY / "recipes" / "idefics-9b-instruct.yaml"
 
 
+NOTEBOOK = Setting(
+    tokens=256, images=2, trained_tokens=256, mode="qlora", lora_dropout=0.05, precision="float16",
+    optimizer="paged_adamw_8bit", lora_layers=tuple(
+        f"{group}.{name}" for group in LAYER_GROUPS for name in ("q_proj", "k_proj", "v_proj")
+    ),
+)  # fmt: skip
+
+
 def released(size):
-    return shape_of(read_config(f"HuggingFaceM4/idefics-{size}"))
+    return read_model(f"HuggingFaceM4/idefics-{size}")
 
 
 def middling_config():
-    """Large enough that what the formula leaves out, numbers for each token, is little."""
+    """Return a config of a model so large that what the formula leaves out, a few numbers a token, is little."""
     config = tiny_config(2000).to_dict()
     config |= {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
     config["vision_config"] |= {"embed_dim": 128, "intermediate_size": 512, "image_size": 112}
@@ -53,9 +61,9 @@ def middling_config():
 
 
 def test_parameters_of_the_released_models_to_the_digit():
-    assert replace(released("9b"), extra_rows=2).parameters == 8_929_679_632
+    assert replace(released("9b").shape, extra_rows=2).parameters == 8_929_679_632
     assert released("9b").parameters == released("9b-instruct").parameters == 8_929_687_824
-    assert replace(released("80b"), extra_rows=2).parameters == 79_967_843_624
+    assert replace(released("80b").shape, extra_rows=2).parameters == 79_967_843_624
     assert released("80b").parameters == 79_967_860_008
 
 
@@ -69,7 +77,7 @@ def test_parameters_are_those_of_the_model(changes):
 
 def test_adapters_of_the_official_notebook_have_the_size_that_it_prints():
     extra_rows = 2 * 3 * 4096  # of embedding and head, which the notebook does not train
-    assert trained_parameters(released("9b"), replace(SMALL, mode="lora")) == 19_750_912 + extra_rows
+    assert released("9b").trained_parameters(replace(NOTEBOOK, mode="lora")) == 19_750_912 + extra_rows
 
 
 def test_nf4_with_double_quantisation_takes_4_127_bits():
@@ -79,14 +87,14 @@ def test_nf4_with_double_quantisation_takes_4_127_bits():
 # --------------------------------------------------------------------------------------- the formula and the oracle
 
 
-LAYERS = shape_of(middling_config()).layers_of
+LAYERS = IdeficsCost(shape_of(middling_config())).lora_layers
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "8-bit states": {"optimizer": "adamw_8bit"},
     "factored states": {"optimizer": "adafactor"},
     "not the language model": {"trainable": ("cross_attention", "gates", "resampler", "vision")},
     "lora": {"mode": "lora", "lora_layers": LAYERS(("language", "cross_attention"))},
-    "lora everywhere": {"mode": "lora", "lora_layers": LAYERS(PARTS)},
+    "lora everywhere": {"mode": "lora", "lora_layers": LAYERS(LAYER_GROUPS)},
     "qlora": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention"))},
     "qlora, feature cache": {"mode": "qlora", "lora_layers": LAYERS(("language", "cross_attention")), "encoded": True},
     "qlora and gates": {
@@ -106,8 +114,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_the_formula_agrees_with_the_real_model_under_fake_tensors(way, checkpointing):
     setting = replace(SMALL, checkpointing=checkpointing, **WAYS[way])
     config = middling_config()
-    measured, quick = measure(IdeficsConfig.from_dict(config), setting), cost(shape_of(config), setting)
-    assert measured.trainable_parameters == trained_parameters(shape_of(config), setting)
+    model = IdeficsCost(shape_of(config))
+    measured, quick = run_fake_step(IdeficsConfig.from_dict(config), setting), model.cost(setting)
+    assert measured.trainable_parameters == model.trained_parameters(setting)
     assert quick.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.10)
     assert quick.flop == pytest.approx(measured.flop, rel=0.02)
 
@@ -128,7 +137,7 @@ def test_the_states_that_are_planned_are_those_of_the_real_optimizer(mode, optim
     states = [tensor for own in made.state.values() for tensor in own.values() if torch.is_tensor(tensor)]
     real = sum({tensor.data_ptr(): tensor.nbytes for tensor in states if tensor.ndim}.values())
     setting = replace(SMALL, mode=mode, optimizer=optimizer, lora_layers=LAYERS(["language"]))
-    planned_bytes = cost(shape_of(config), setting).bytes["optimizer"]
+    planned_bytes = IdeficsCost(shape_of(config)).cost(setting).bytes["optimizer"]
     if OPTIMIZERS[optimizer].is_paged:
         assert planned_bytes == 0, "they lie in main memory when the GPU is full"
     else:
@@ -152,14 +161,14 @@ settings = st.builds(
 
 @given(settings)
 def test_more_to_do_never_takes_less_and_less_precise_states_never_more(setting):
-    shape = released("9b")
-    here = cost(shape, setting)
+    model = released("9b")
+    here = model.cost(setting)
     assert all(size >= 0 for size in here.bytes.values())
     for more in ({"tokens": setting.tokens + 64}, {"images": setting.images + 1}, {"trained_tokens": 999}):
-        there = cost(shape, replace(setting, **more))
+        there = model.cost(replace(setting, **more))
         assert there.peak_bytes >= here.peak_bytes and there.flop > here.flop
-    assert cost(shape, replace(setting, optimizer="adamw")).peak_bytes >= here.peak_bytes
-    assert cost(shape, replace(setting, checkpointing=0.0)).flop <= here.flop
+    assert model.cost(replace(setting, optimizer="adamw")).peak_bytes >= here.peak_bytes
+    assert model.cost(replace(setting, checkpointing=0.0)).flop <= here.flop
 
 
 # ----------------------------------------------------------------------------------------------- published points
@@ -167,16 +176,12 @@ def test_more_to_do_never_takes_less_and_less_precise_states_never_more(setting)
 
 def test_the_official_notebook_fits_a_t4():
     """Batches of two captions with an image each, r = 16 on queries, keys and values, float16, no checkpointing."""
-    notebook = Setting(
-        tokens=256, images=2, trained_tokens=256, mode="qlora", lora_dropout=0.05, precision="float16",
-        optimizer="paged_adamw_8bit",
-    )  # fmt: skip
-    assert cost(released("9b"), notebook).peak_bytes < DEVICES["t4-16"].usable_bytes
+    assert released("9b").cost(NOTEBOOK).peak_bytes < DEVICES["t4-16"].usable_bytes
 
 
 def test_80b_instruct_fits_384_a100_and_takes_about_the_three_days_of_its_card():
     overrides = ("model.path=HuggingFaceM4/idefics-80b", "training.tokens_per_step=614400")
-    report = plan(load_recipe(CARD, overrides), DEVICES["a100-80"], 384, 0.35, 1.0).report
+    report = estimate(load_recipe(CARD, overrides), DEVICES["a100-80"], 384, 0.35, 1.0).report
     assert report["fits"]
     assert 2 < report["seconds"] / 86400 < 4
     assert report["cost"] == pytest.approx(report["seconds"] / 3600 * 384)
@@ -184,7 +189,7 @@ def test_80b_instruct_fits_384_a100_and_takes_about_the_three_days_of_its_card()
 
 def test_a_qlora_recipe_is_planned_by_its_keys_and_checkpointing_brings_it_onto_a_t4():
     overrides = ["model.mode=qlora", "model.lora.r=8", "training.gradient_checkpointing=false"]
-    planned = plan(load_recipe(CARD, overrides), DEVICES["t4-16"], 1, 0.35, None)
+    planned = estimate(load_recipe(CARD, overrides), DEVICES["t4-16"], 1, 0.35, None)
     D, F, E = 4096, 11008, 1280
     a_layer = 8 * (4 * (D + D) + 3 * (D + F))
     looking = 8 * (2 * (D + D) + 2 * (E + D) + 3 * (D + F))
@@ -196,12 +201,12 @@ def test_a_qlora_recipe_is_planned_by_its_keys_and_checkpointing_brings_it_onto_
 
 def test_targets_trainable_groups_and_the_optimizer_of_a_recipe_count():
     def report(*overrides):
-        return plan(load_recipe(CARD, ["model.mode=lora", *overrides]), DEVICES["a100-80"], 1, 0.35, None).report
+        return estimate(load_recipe(CARD, ["model.mode=lora", *overrides]), DEVICES["a100-80"], 1, 0.35, None).report
 
     text = report("model.lora.targets=[language.attention]")
     assert text["trainable_parameters"] == 32 * 16 * 4 * (4096 + 4096) + 2 * 3 * 4096
     gated = report("model.lora.targets=[language.attention]", "model.trainable=[gates, resampler]")
-    resampler = released("9b").part_parameters("resampler")
+    resampler = released("9b").shape.group_parameters("resampler")
     assert gated["trainable_parameters"] == text["trainable_parameters"] + resampler + 8 * 2
     by_target = ("attention", "mlp")
     assert report()["trainable_parameters"] == sum(
@@ -279,6 +284,7 @@ def test_a_person_sees_parts_peak_time_and_advice(capsys):
     assert "8,929,687,824 parameters" in printed
     assert "does not fit" in printed and "--gpus 2 (zero3)" in printed
     assert "GPU hours" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_commands_of_the_page_have_the_options_that_are_named():

@@ -1,7 +1,8 @@
-"""What a training step of IDEFICS costs.
+"""What a training step of IDEFICS-1 costs.
 
-configs    config.json of a model; shapes: every linear layer of it
-setting    what the cost depends on besides
-formula    memory and operations, added up by hand
-fake_step  the same, measured on the real model under fake tensors, which checks the formula (scripts/check_cost.py)
+cost           its parts, put together as `sft.cost.family` asks for them
+shapes         every linear layer of a model, and how many parameters there are
+trained_model  which parameters are trained and in which type each is kept; where gradients flow
+activations    what the forward pass keeps for the backward pass; flop: floating-point operations
+fake_step      the same, measured on the real model under fake tensors (scripts/check_cost.py compares both)
 """

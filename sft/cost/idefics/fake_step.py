@@ -1,12 +1,12 @@
 """Memory and floating-point operations of one training step, measured on the real model without its weights.
 
 torch's `FakeTensorMode` runs forward, backward and optimizer with tensors that have a shape and no data, `MemTracker`
-follows every storage from birth to death and `FlopCounterMode` counts every matrix product. This is what the quick
-formula is held against (scripts/check_cost.py).
+follows every storage from its allocation to its release and `FlopCounterMode` counts every matrix product.
+scripts/check_cost.py compares the formula with the result.
 
-Fake tensors cannot tell how many results a lookup has (`nonzero`), so two are replaced by ones of known size: the
-trained positions, and how tokens fall into groups. They run as CPU tensors, so short attention is sent to the fused
-kernel that a GPU has.
+The number of results of `nonzero` depends on data, which fake tensors lack, so two look-ups are replaced by ones of
+known size: the trained positions, and the groups of tokens. Fake tensors are CPU tensors here, so short attention is
+sent to the fused kernel that a GPU has.
 """
 
 from __future__ import annotations
@@ -30,33 +30,32 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import IdeficsConfig
 
 from sft.core.sample import Batch
-from sft.cost.idefics.setting import Setting
+from sft.cost.family import Setting
 from sft.models import grouped_attention, packed_model
 from sft.models.activation_checkpointing import recompute_share
 from sft.models.grouped_attention import Groups, group_tokens
 from sft.models.idefics import packed, weights
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.loading import kept_exact
+from sft.models.idefics.names import GROUPS
 from sft.models.idefics.parameters import QUANTISED, group_of, select_trainable
 from sft.models.packed_model import PackedModel
 from sft.recipe import TrainingConfig
 from sft.training.optimizer import make_optimizer, parameter_groups
 
 
-class Measured(NamedTuple):
+class FakeStep(NamedTuple):
     """What one step took."""
 
     peak_bytes: int
     flop: int
-    """Of a micro-batch, forward and backward."""
+    """Operations of a micro-batch, forward and backward."""
     trainable_parameters: int
-    kinds: dict[str, int]
-    """MemTracker's own parts at the peak."""
 
 
 class _NoModules(ModTracker):
-    """Both trackers follow modules too, by hooks on the graph; in a layer that is computed again these never fire, and
-    keep its activations alive to the end. Only totals are wanted here."""
+    """Follows no modules. Its base class does so by hooks on the graph, which never fire in a recomputed layer and keep
+    its activations alive to the end (torch 2.13); only totals are wanted here."""
 
     def __enter__(self) -> _NoModules:
         return self
@@ -65,8 +64,8 @@ class _NoModules(ModTracker):
         pass
 
 
-def measure(config: IdeficsConfig, setting: Setting) -> Measured:
-    """Run the last micro-batch of a step and the optimizer's update on one device."""
+def run_fake_step(config: IdeficsConfig, setting: Setting) -> FakeStep:
+    """Run the last micro-batch of a step and the optimizer's update on one device, and return what they take."""
     groups = [group_tokens(ids) for ids in _group_ids(setting)]
     fake = FakeTensorMode()
     groups = tree_map_only(Tensor, fake.from_tensor, groups)
@@ -93,16 +92,15 @@ def measure(config: IdeficsConfig, setting: Setting) -> Measured:
             loss.backward()
             optimizer.step()
     (peak,) = memory.get_tracker_snapshot("peak").values()
-    return Measured(
+    return FakeStep(
         peak_bytes=peak["Total"],
         flop=flops.get_total_flops(),
         trainable_parameters=sum(parameter.numel() for parameter in trainable),
-        kinds={getattr(kind, "value", str(kind)): size for kind, size in peak.items() if size},
     )
 
 
 def _group_ids(setting: Setting) -> tuple[Tensor, Tensor]:
-    """One sample fills the micro-batch, its images stand at even distances."""
+    """Return segment and image ids of a micro-batch that one sample fills, with images at even distances."""
     text = torch.zeros(setting.tokens, dtype=torch.long)
     if not setting.images:
         return text, text - 1
@@ -131,7 +129,8 @@ def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
 
 @contextmanager
 def _as_if_autocast() -> Iterator[None]:
-    """What asks is told that autocast is on. Autocast itself asks too, to set back on leaving what it found."""
+    """Make `torch.is_autocast_enabled` return True: PEFT's layers ask it, without a device, about a GPU's autocast.
+    Autocast asks too, to restore on leaving what it found, so what was there before is restored here."""
     before = torch.is_autocast_enabled("cpu")
     try:
         with patch.object(torch, "is_autocast_enabled", lambda *device: True):
@@ -141,7 +140,7 @@ def _as_if_autocast() -> Iterator[None]:
 
 
 class _GpuTypes(TorchFunctionMode):
-    """What autocast computes in float32 on a GPU, and on a CPU does not."""
+    """Computes in float32 what autocast computes in float32 on a GPU, but not on a CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.layer_norm, Tensor.softmax) and args[0].dtype != torch.float32:
@@ -152,7 +151,7 @@ class _GpuTypes(TorchFunctionMode):
 
 @contextmanager
 def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
-    """Put lookups of known size, and tables without values, in place of those that depend on data."""
+    """Replace look-ups whose size depends on data by ones of known size, and bitsandbytes' tables by empty ones."""
     both = iter(groups)
 
     with (
@@ -167,18 +166,19 @@ def _known_sizes(setting: Setting, groups: list[Groups]) -> Iterator[None]:
 
 
 def _build(config: IdeficsConfig, setting: Setting) -> PackedModel:
-    """The model as training has it: the types of its weights, what is frozen, adapters, checkpointing."""
+    """Return the model as training has it: types of its weights, frozen parameters, adapters, checkpointing."""
     half = getattr(torch, setting.precision)
     model = packed.PackedIdefics(config)
     packed.use_grouped_attention(model)
     model.requires_grad_(False)
-    if setting.has_frozen:
-        _round_frozen(model, half, set(kept_exact(model, setting.trained)))
+    trained = [group for group in GROUPS if setting.trains(group)]
+    if len(trained) < len(GROUPS):
+        _round_frozen(model, half, set(kept_exact(model, trained)))
     if setting.mode == "qlora":
-        _quantise(model, [group for group in QUANTISED if group not in setting.trained])
+        _quantise(model, [group for group in QUANTISED if group not in trained])
     if setting.mode != "full":
         _add_adapters(model, setting)
-    select_trainable(model, setting.trained)
+    select_trainable(model, trained)
     model.train()
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -187,7 +187,7 @@ def _build(config: IdeficsConfig, setting: Setting) -> PackedModel:
 
 
 def _round_frozen(model: nn.Module, dtype: torch.dtype, exact: Collection[str]) -> None:
-    """Store parameters in `dtype`, but for those that are to be `exact`."""
+    """Store parameters in `dtype`, except those named in `exact`."""
     for name, parameter in list(model.named_parameters()):
         if name not in exact:
             parent, _, own = name.rpartition(".")
@@ -196,7 +196,7 @@ def _round_frozen(model: nn.Module, dtype: torch.dtype, exact: Collection[str]) 
 
 
 class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
-    """bitsandbytes' layer by its own operators, which know fake tensors; its parameter class does not."""
+    """bitsandbytes' layer by its own operators, which take fake tensors; its parameter class does not."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -216,15 +216,15 @@ class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
 
 
 def _quantise(model: Any, groups: Collection[str]) -> None:
-    """The linear layers of some groups in nf4 with double quantisation."""
+    """Replace the linear layers of some groups by layers in nf4 with double quantisation."""
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and group_of(f"{name}.weight") in groups:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _FourBitLinear(linear))
-    model.is_loaded_in_4bit = True  # so PEFT takes its layer for these
+    model.is_loaded_in_4bit = True  # so that PEFT wraps them in its layer for bitsandbytes
 
 
-_PARTS = {
+_MODULES = {
     "language": r"model\.layers\.\d+\.\w+",
     "cross_attention": r"model\.gated_cross_attn_layers\.\d+\.\w+",
     "resampler": r"model\.perceiver_resampler\.blocks\.\d+\.\d+",
@@ -233,13 +233,13 @@ _PARTS = {
 
 
 def _add_adapters(model: Any, setting: Setting) -> None:
-    """LoRA on the named layers, in float32."""
+    """Add LoRA adapters in float32 to the layers of the setting."""
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = (layer.split(".") for layer in setting.lora_layers)
-    targets = "|".join(rf"({_PARTS[part]}\.{name})" for part, name in layers)
+    targets = "|".join(rf"({_MODULES[group]}\.{name})" for group, name in layers)
     adapters = LoraConfig(r=setting.lora_rank, lora_dropout=setting.lora_dropout, target_modules=targets)
-    # Fake tensors cannot be moved; these are where they should be.
+    # Fake tensors cannot be moved, and are on the right device.
     with patch.object(nn.Module, "to", lambda self, *args, **kwargs: self):
         inject_adapter_in_model(adapters, model)
 
@@ -250,7 +250,7 @@ def _optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
 
 
 def _four_bit_flop(x: Sequence[int], packed: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Of `x @ weight.T`; all given as shapes."""
+    """Return the operations of `x @ weight.T`; all arguments are shapes."""
     return 2 * math.prod(x) * weight[0]
 
 
@@ -267,4 +267,4 @@ _MORE_FLOP = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
 }
-"""Products that `FlopCounterMode` does not know: bitsandbytes', and attention where fake tensors are."""
+"""Products that `FlopCounterMode` does not count itself: bitsandbytes', and attention on a CPU."""

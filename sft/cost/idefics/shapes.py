@@ -5,22 +5,25 @@ Shape letters: D hidden size of the language model, E size of the vision tower, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-Part = Literal["language", "cross_attention", "resampler", "vision"]
+LayerGroup = Literal["language", "cross_attention", "resampler", "vision"]
+LAYER_GROUPS: tuple[LayerGroup, ...] = ("language", "cross_attention", "resampler", "vision")
+"""Groups of the recipe that have linear layers."""
+
 Rows = Literal["tokens", "states", "patches", "latents", "context"]
-"""What a layer is applied to: text tokens; of each image what cross-attention looks at (`states`), the patches of the
-tower, the latents of the resampler, patches and latents together (`context`)."""
+"""The rows that a layer is applied to: text tokens; of each image its `states`, which cross-attention looks at, the
+patches of the tower, the latents of the resampler, or patches and latents together (`context`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer that is there `count` times."""
+    """A linear layer, of which the model has `count`."""
 
-    part: Part
+    group: LayerGroup
     name: str
     inputs: int
     outputs: int
@@ -30,19 +33,24 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Of one, without the bias."""
+        """Weights of one such layer, without the bias."""
         return self.inputs * self.outputs
 
     @property
+    def layer(self) -> str:
+        """Its name with that of its group."""
+        return f"{self.group}.{self.name}"
+
+    @property
     def target(self) -> str:
-        """What `model.lora.targets` calls it."""
+        """The entry of `model.lora.targets` that names it and its like."""
         in_mlp = self.name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "fc", "c_proj")
-        return f"{self.part}.{'mlp' if in_mlp else 'attention'}"
+        return f"{self.group}.{'mlp' if in_mlp else 'attention'}"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the cost of a model depends on."""
+    """The sizes of a model."""
 
     hidden: int
     intermediate: int
@@ -51,10 +59,10 @@ class Shape:
     cross_layers: int
     qk_norms: bool
     gate_size: int
-    """Numbers of one of a cross-attention layer's two gates."""
+    """Numbers in each of the two gates of a cross-attention layer."""
     vocabulary: int
     extra_rows: int
-    """Added after the base vocabulary: the image tokens and `<end_of_utterance>`."""
+    """Rows after the base vocabulary: the image tokens and `<end_of_utterance>`."""
     vision_hidden: int
     vision_intermediate: int
     vision_layers: int
@@ -69,27 +77,22 @@ class Shape:
 
     @property
     def patches(self) -> int:
-        """Of an image, the class token among them."""
+        """Patches of an image, the class token among them."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
     def states(self) -> int:
-        """Of an image, what cross-attention looks at."""
+        """States of an image, which cross-attention looks at."""
         return self.resampler_latents if self.resampler_layers else self.patches
 
     @property
-    def feature_bytes(self) -> int:
-        """Of an image in the feature cache: its states in float16."""
-        return 2 * self.states * self.vision_hidden
-
-    @property
     def vocabulary_rows(self) -> int:
-        """Base and extra."""
+        """Rows of embedding and head: base and extra vocabulary."""
         return self.vocabulary + self.extra_rows
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear layer but the head."""
+        """Every linear layer except the head."""
         return tuple(self._linears())
 
     def _linears(self) -> Iterator[Linear]:
@@ -99,10 +102,12 @@ class Shape:
             looks_at_image = name in ("k_proj", "v_proj")
             inputs, rows = (E, "states") if looks_at_image else (D, "tokens")
             yield Linear("cross_attention", name, inputs, D, rows, self.cross_layers)  # type: ignore[arg-type]
-        for part, count in (("language", self.layers), ("cross_attention", self.cross_layers)):
-            yield Linear(part, "gate_proj", D, F, "tokens", count)  # type: ignore[arg-type]
-            yield Linear(part, "up_proj", D, F, "tokens", count)  # type: ignore[arg-type]
-            yield Linear(part, "down_proj", F, D, "tokens", count)  # type: ignore[arg-type]
+        text_side: tuple[tuple[LayerGroup, int], ...]
+        text_side = ("language", self.layers), ("cross_attention", self.cross_layers)
+        for group, count in text_side:
+            yield Linear(group, "gate_proj", D, F, "tokens", count)
+            yield Linear(group, "up_proj", D, F, "tokens", count)
+            yield Linear(group, "down_proj", F, D, "tokens", count)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             yield Linear("vision", name, E, E, "patches", self.vision_layers, bias=True)
         yield Linear("vision", "fc1", E, I, "patches", self.vision_layers, bias=True)
@@ -115,70 +120,72 @@ class Shape:
         yield Linear("resampler", "fc", E, 4 * E, "latents", self.resampler_layers)
         yield Linear("resampler", "c_proj", 4 * E, E, "latents", self.resampler_layers)
 
-    def layers_in(self, part: Part) -> int:
-        """How many layers a part has."""
+    def layers_in(self, group: LayerGroup) -> int:
+        """Return how many layers a group has."""
         return {
             "language": self.layers,
             "cross_attention": self.cross_layers,
             "resampler": self.resampler_layers,
             "vision": self.vision_layers,
-        }[part]
+        }[group]
 
-    def layers_of(self, targets: Collection[str]) -> tuple[str, ...]:
-        """Names, with their parts, of the linear layers that `model.lora.targets` names."""
-        asked = (linear for linear in self.linears if {linear.part, linear.target} & set(targets))
-        return tuple(f"{linear.part}.{linear.name}" for linear in asked)
+    def of_group(self, group: LayerGroup) -> tuple[Linear, ...]:
+        """Return the linear layers of a group."""
+        return tuple(linear for linear in self.linears if linear.group == group)
 
-    def of_part(self, part: Part) -> tuple[Linear, ...]:
-        """The linear layers of a part."""
-        return tuple(linear for linear in self.linears if linear.part == part)
+    def linear_weights(self, group: LayerGroup) -> int:
+        """Return the weights of all linear layers of a group."""
+        return sum(linear.weights * linear.count for linear in self.of_group(group))
 
-    def _other(self, part: Part) -> int:
-        """Parameters of a part outside its linear layers' weights: norms, biases, gates, embeddings, latents."""
+    def layer_weights(self, group: LayerGroup) -> int:
+        """Return the weights of the linear layers of one layer of a group."""
+        return sum(linear.weights for linear in self.of_group(group))
+
+    def group_parameters(self, group: LayerGroup) -> int:
+        """Return the parameters of a group; the gates count as a part of cross-attention."""
+        return self.linear_weights(group) + self._other_parameters(group)
+
+    def _other_parameters(self, group: LayerGroup) -> int:
+        """Return the norms, biases, gates, embeddings and latents of a group."""
         D, E = self.hidden, self.vision_hidden
-        if part == "language":
+        if group == "language":
             return 2 * D * self.layers + D  # and the last norm
-        if part == "cross_attention":
-            return (2 * D + 2 * self.gate_size + 2 * self.qk_norms * (D // self.heads)) * self.cross_layers
-        if part == "vision":
-            biases = sum(linear.outputs * linear.count for linear in self.of_part("vision"))
+        if group == "cross_attention":
+            return (2 * D + 2 * self.qk_norms * (D // self.heads)) * self.cross_layers + self.gates
+        if group == "vision":
+            biases = sum(linear.outputs * linear.count for linear in self.of_group("vision"))
             return biases + 4 * E * self.vision_layers + 4 * E + self.pixel_weights + E + self.patches * E
         norms = 6 * E + 4 * self.resampler_qk_norms * self.resampler_head
         return (norms * self.resampler_layers + self.resampler_latents * E + 2 * E) if self.resampler_layers else 0
 
-    def part_parameters(self, part: Part) -> int:
-        """Parameters of a part."""
-        return sum(linear.weights * linear.count for linear in self.of_part(part)) + self._other(part)
-
     @property
     def embedding_parameters(self) -> int:
-        """Of the embedding, and as many of the head."""
+        """Parameters of the embedding; the head has as many."""
         return self.vocabulary_rows * self.hidden
 
     @property
     def parameters(self) -> int:
-        """Of everything."""
-        parts: tuple[Part, ...] = ("language", "cross_attention", "resampler", "vision")
-        return sum(map(self.part_parameters, parts)) + 2 * self.embedding_parameters
+        """All parameters."""
+        return sum(map(self.group_parameters, LAYER_GROUPS)) + 2 * self.embedding_parameters
 
     @property
     def gates(self) -> int:
-        """Parameters of all gates, which count as a part of cross-attention."""
+        """Parameters of all gates."""
         return 2 * self.gate_size * self.cross_layers
 
     @property
     def pixel_weights(self) -> int:
-        """Of the convolution by which the tower begins."""
+        """Weights of the convolution by which the tower begins."""
         return 3 * self.patch_size**2 * self.vision_hidden
 
     @property
     def never_trained(self) -> int:
-        """The tower's last norm never gets a gradient."""
+        """Parameters of the tower's last norm, which never gets a gradient."""
         return 2 * self.vision_hidden
 
 
 def shape_of(values: Mapping[str, Any]) -> Shape:
-    """Read the values of a config.json; what it leaves out has transformers' defaults."""
+    """Return the shape of a model from the values of its config.json; those left out have transformers' defaults."""
     from transformers import IdeficsConfig
 
     config = IdeficsConfig.from_dict(dict(values))
