@@ -93,7 +93,7 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
     if not report["fits"]:
         out.print("It would fit with" if report["advice"] else "Nothing that plan knows would make it fit.")
         for line in report["advice"]:
-            out.print(_folded(line, out, indent="  "))
+            out.print(_folded(line, indent="  "))
 
 
 def _how(setting: "Setting") -> Iterator[str]:
@@ -105,15 +105,11 @@ def _how(setting: "Setting") -> Iterator[str]:
         yield "checkpointing" + (f" of {setting.checkpointing:g}" if setting.checkpointing < 1 else "")
 
 
-def _folded(line: str, out: Console, indent: str = "") -> str:
-    """Return a line folded between words to the width of the terminal."""
+def _folded(line: str, indent: str = "") -> str:
+    """Return a line folded between words to 80 columns."""
+    after = f"{indent}  "
     return fill(
-        line,
-        min(out.width, 80),
-        initial_indent=indent,
-        subsequent_indent=f"{indent}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
+        line, 80, initial_indent=indent, subsequent_indent=after, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -158,7 +154,7 @@ def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
         line = f"feature cache: {size}. The first epoch fills it and takes longer; later it saves {saved}."
     else:
         line = f"data.feature_cache=on would take {size}, and save {saved} from the second epoch on."
-    out.print(_folded(line, out))
+    out.print(_folded(line))
 
 
 def _duration(seconds: float) -> str:
