@@ -15,13 +15,13 @@ import sys
 import time
 from typing import Any
 
+from fake_step import run_fake_step
 from transformers import IdeficsConfig
 
 from sft.cli.terminal import console, table
 from sft.cost.devices import GIB
 from sft.cost.family import Setting
 from sft.cost.idefics.cost import read_model, trained_config
-from sft.cost.idefics.fake_step import run_fake_step
 from sft.cost.idefics.shapes import LAYER_GROUPS
 
 TOLERANCE = 0.10

@@ -78,7 +78,9 @@ def check_names(recipe: Recipe) -> None:
         of images from parts of the model that are trained.
     """
     model, names = recipe.model, names_of_family(recipe.model.family)
-    _check_known("model.trainable", model.trainable or (), names.groups, model.family)
+    # Adapters always come with the rows of added tokens (`ModelConfig`), of which a family may have none.
+    added = {"extra_rows"} - names.groups.keys() if model.lora else set()
+    _check_known("model.trainable", {*(model.trainable or ())} - added, names.groups, model.family)
     _check_known("training.groups", recipe.training.groups, names.groups, model.family)
     if model.lora:
         _check_known("model.lora.targets", model.lora.targets, names.lora_targets, model.family)

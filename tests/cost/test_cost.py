@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from conftest import REPOSITORY, status_of, tiny_config
+from fake_step import run_fake_step
 from helpers.training import write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,6 @@ from sft.cost.devices import DEVICES, GIB
 from sft.cost.estimate import estimate
 from sft.cost.family import Setting
 from sft.cost.idefics.cost import RELEASED, IdeficsCost, read_model
-from sft.cost.idefics.fake_step import run_fake_step
 from sft.cost.idefics.shapes import LAYER_GROUPS, shape_of
 from sft.cost.memory import FOUR_BIT_BYTES
 from sft.models.activation_checkpointing import is_recomputed

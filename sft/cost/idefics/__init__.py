@@ -4,5 +4,4 @@ cost           its parts, put together as `sft.cost.family` asks for them
 shapes         every linear layer of a model, and how many parameters there are
 trained_model  which parameters are trained and in which type each is kept; where gradients flow
 activations    what the forward pass keeps for the backward pass; flop: floating-point operations
-fake_step      the same, measured on the real model under fake tensors (scripts/check_cost.py compares both)
 """
