@@ -3,28 +3,22 @@
     prepared sources ─> Planner: windows of packs ─> Plans: Plan after Plan ─> BatchMaker: Batch after Batch
 
 Plans are made in the training process and are the same whatever makes batches of them: that process, or any number of
-workers, whose batches come in the order of their plans.
+workers (`sft.batches.workers`), whose batches come in the order of their plans.
 """
 
 from __future__ import annotations
 
-import atexit
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import starmap
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from sft.batches.collate import collate
 from sft.batches.feature_cache import FeatureCache
 from sft.batches.image_source import StoredImages
 from sft.batches.steps import Plan, Plans
+from sft.batches.workers import batches_of_workers
 from sft.core.errors import RunError
 from sft.core.sample import Batch, PlacedSample
 from sft.data.reader import Location, Reader
@@ -118,7 +112,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
 
     def _batches(self) -> Iterator[Batch]:
         if self.sources.data.num_workers:
-            yield from self._batches_of_workers()
+            yield from batches_of_workers(self._maker, self.plans, self.sources.data)
         else:
             yield from map(self._maker().__getitem__, self.plans)
 
@@ -131,36 +125,6 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
             features=self.features,
             notes=notes,
         )
-
-    def _batches_of_workers(self) -> Iterator[Batch]:
-        try:
-            yield from self._worked()
-        except RuntimeError as error:  # torch's handler of dead workers raises anywhere, even while this is cleaned up
-            if isinstance(error.__context__, RunError) and str(error).startswith(_OF_WORKERS):
-                raise error.__context__ from None
-            raise
-
-    def _worked(self) -> Iterator[Batch]:
-        data = self.sources.data
-        with TemporaryDirectory(prefix="idefics-sft-") as folder:
-            batches: DataLoader[Any] = DataLoader(
-                self._maker(Path(folder)),
-                sampler=self.plans,
-                batch_size=None,
-                collate_fn=_packed_up,
-                num_workers=data.num_workers,
-                timeout=data.worker_timeout,
-                multiprocessing_context="spawn",  # forking a process that has threads can hang
-                worker_init_fn=_end_plainly,
-                generator=torch.Generator(),  # its own: a worker more or less changes no random number of training
-            )
-            try:
-                yield from starmap(_unpacked, batches)
-            except (RuntimeError, OSError, EOFError) as error:  # a worker may die in the middle of handing over a batch
-                is_of_code = isinstance(error, RuntimeError) and not str(error).startswith(_OF_WORKERS)
-                if is_of_code or "Caught " in str(error):
-                    raise  # with its traceback
-                raise RunError(_what_happened(error, Path(folder), data.worker_timeout)) from error
 
     def _count_dirty(self, batch: Batch) -> None:
         self.dirty |= batch.dirty
@@ -183,41 +147,5 @@ def _shown_by(packs: Sequence[Sequence[PlacedSample]]) -> dict[int, list[str]]:
     return shown_by
 
 
-_OF_WORKERS = ("DataLoader timed out", "DataLoader worker")
-"""How torch's own errors about workers begin."""
-
-
-def _what_happened(error: Exception, notes: Path, timeout: int) -> str:
-    """`notes` says what each worker was working on when it hung or died."""
-    busy = ", ".join(note for file in sorted(notes.iterdir()) if (note := file.read_text())) or "no sample"
-    if str(error).startswith("DataLoader timed out"):
-        return f"no worker made a batch in {timeout} seconds (data.worker_timeout); they were busy with {busy}"
-    return f"a worker died, perhaps for want of memory; workers were busy with {busy} ({error})"
-
-
 def _named(samples: Sequence[str]) -> str:
     return ", ".join([*dict.fromkeys(samples)][:NUM_NAMED])
-
-
-def _end_plainly(worker: int) -> None:
-    """Let a worker end when Python's queues are closed. What C++ libraries would clean up then aborts it now
-    and then ("terminate called without an active exception"), and torch takes that for a worker that died."""
-    atexit.register(os._exit, 0)
-
-
-_NUMBERS = (
-    *("input_ids_T", "labels_T", "position_ids_T", "segment_ids_T"),
-    *("image_ids_T", "source_ids_T", "state_ids_T"),
-)
-
-
-def _packed_up(batch: Any) -> tuple[Tensor, Batch]:
-    """Put the numbers of a batch into one tensor for its way to another process: each tensor takes a connection of its
-    own to be fetched, a third of a millisecond of the training process."""
-    nothing: dict[str, Any] = dict.fromkeys(_NUMBERS, torch.empty(0, dtype=torch.int64))
-    return torch.stack([getattr(batch, name) for name in _NUMBERS]), replace(batch, **nothing)
-
-
-def _unpacked(numbers: Tensor, batch: Batch) -> Batch:
-    rows: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
-    return replace(batch, **rows)

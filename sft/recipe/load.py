@@ -1,27 +1,23 @@
-"""Reads a recipe strictly: an error has its line, what was found and what would be right.
+"""Reads a recipe strictly, and applies overrides from the command line.
 
-Overrides from the command line are dotted, `training.max_steps=100`, and read as YAML values.
+An override is dotted, `training.max_steps=100`, and its value is read as YAML.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from sft.core.errors import UserError, nearest
+from sft.core.errors import UserError
 from sft.recipe.config import Recipe
-from sft.recipe.json_schema import dotted_keys
+from sft.recipe.explain import explain_problems, in_words
 
 MAX_RECIPE_BYTES = 1024 * 1024
-
-Location = tuple[int | str, ...]
-"""The keys, and numbers of entries, that lead to a value, from the outermost on."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,7 +38,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: {_not_yaml(error)}") from error
     if not isinstance(values, dict):
-        found = "an empty file" if values is None else _in_words(values)
+        found = "an empty file" if values is None else in_words(values)
         raise UserError(f"{path}: a recipe is a mapping of keys, found {found}")
     changed = deepcopy(values)
     for override in overrides:
@@ -50,13 +46,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
-        in_file = _problems(values)
-        lines = []
-        for problem, location in _problems(changed):
-            is_own = (problem, location) in in_file
-            where = _place(path, node, location) if is_own else _blame(overrides, problem, location)
-            lines.append(f"{where}: {problem}")
-        raise UserError("; ".join(lines)) from error
+        raise UserError(explain_problems(path, node, values, changed, overrides)) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -128,159 +118,3 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[last] = value
     else:
         raise UserError(f"override {override!r}: there is no {last!r} to set")
-
-
-def _causes(error: ValidationError) -> list[Any]:
-    """Return the problems of an error, without lists that are too short only because an entry is wrong, and without
-    keys that are missing only because they are misspelt."""
-    problems = error.errors()
-    around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
-    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
-
-    def follows(kind: str, location: Location) -> bool:
-        if kind == "missing":
-            return any(repr(location[-1]) in _hint(other) for other in unknown if other[:-1] == location[:-1])
-        return kind == "too_short" and location in around
-
-    return [problem for problem in problems if not follows(problem["type"], problem["loc"])]
-
-
-def _problems(values: Any) -> list[tuple[str, Location]]:
-    """Return the explained problems of a recipe, and where each is."""
-    try:
-        Recipe.model_validate(values)
-    except ValidationError as error:
-        return [(_explain(problem), problem["loc"]) for problem in _causes(error)]
-    return []
-
-
-def _explain(problem: Any) -> str:
-    """Explain one pydantic error on one line: which key, what was found, what would be right."""
-    location = problem["loc"]
-    name = ".".join(str(part) for part in location if part != "[key]")
-    if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key{_hint(location)}"
-    if problem["type"] == "missing":
-        return f"{name}: this key is required"
-    if problem["type"] in _EXPECTED:
-        of_what = _of_what(location) if problem["type"] == "tuple_type" else ""
-        return f"{name}: expected {_EXPECTED[problem['type']]}{of_what}, found {_in_words(problem['input'])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_in_words(problem['input'])}"
-    return f"{name + ': ' if name else ''}{message}{found}"
-
-
-_EXPECTED = {
-    "tuple_type": "a list",
-    "too_short": "one entry or more",
-    "too_long": "fewer entries",
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of keys"),
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    "string_type": "text",
-}
-"""Expected values in plain words, by pydantic's name of a problem, where pydantic's message uses Python's words."""
-
-
-def _in_words(value: Any) -> str:
-    """Return a YAML value in plain words instead of Python's."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping of keys"
-    if isinstance(value, list | tuple):
-        return "a list" if value else "an empty list"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, str | int | float) else str(value)
-
-
-def _of_what(location: Location) -> str:
-    """Return what a list is of: ` of sources`, for example."""
-    field = _part_at(location[:-1]).model_fields.get(str(location[-1]))
-    entry = next(iter(get_args(field.annotation)), None) if field else None
-    if isinstance(entry, type) and issubclass(entry, BaseModel):
-        return f" of {entry.__name__.removesuffix('Config').lower()}s"
-    return ""
-
-
-def _hint(location: Location) -> str:
-    """Return a hint at the key that an unknown one may stand for: one of the same name in another part, else of a near
-    name."""
-    name = str(location[-1])
-    near = nearest(name, _part_at(location[:-1]).model_fields)
-    if len(location) > 2:  # deeper, names like `path` mean other things
-        return near
-    return _hint_undotted(name) or _hint_elsewhere(name, 1.0) or near or _hint_elsewhere(name, 0.8)
-
-
-def _hint_undotted(name: str) -> str:
-    """Return the hint for `training.max_steps` as one key of a file."""
-    meant = get_close_matches(name, dotted_keys(), n=1) if "." in name else []
-    part, dot, last = meant[0].partition(".") if meant else ("", "", "")
-    return f"; in a file, {last!r} stands inside {part!r}" if dot else ""
-
-
-def _hint_elsewhere(name: str, likeness: float) -> str:
-    """Return the hint for `max_steps` outside `training`."""
-    places: dict[str, list[str]] = {}
-    for key in dotted_keys():
-        places.setdefault(key.rpartition(".")[2], []).append(repr(key))
-    close = get_close_matches(name, places, n=1, cutoff=likeness)
-    return f"; did you mean {' or '.join(places[close[0]])}?" if close else ""
-
-
-def _blame(overrides: Sequence[str], problem: str, location: Location) -> str:
-    """Return the overrides that may have caused a problem: those of the key, of what it is in, and of what is in it; of
-    these, if the problem names some, only those."""
-    place = [str(part) for part in location]
-
-    def key_of(override: str) -> list[str]:
-        return override.partition("=")[0].split(".")
-
-    def stands_there(override: str) -> bool:
-        return all(one == other for one, other in zip(key_of(override), place, strict=False))
-
-    there = [override for override in overrides if stands_there(override)] or overrides
-    blamed = [override for override in there if key_of(override)[-1] in problem] or there
-    return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
-
-
-def _place(path: Path, node: yaml.Node | None, location: Location) -> str:
-    line = _line(node, location)
-    return f"{path}:{line}" if line else str(path)
-
-
-def _line(node: yaml.Node | None, location: Location) -> int | None:
-    """Return the line of the deepest key of `location` that the file has."""
-    line = None
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            match = [(key, value) for key, value in node.value if key.value == part]
-            if not match:
-                break
-            line, node = match[0][0].start_mark.line + 1, match[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line
-
-
-def _part_at(location: Location) -> type[BaseModel]:
-    """Return the part of a recipe at `location`."""
-    part: type[BaseModel] = Recipe
-    for name in location:
-        if name in part.model_fields:  # else the number of an entry, or a key of a mapping
-            part = _part_of(part.model_fields[str(name)].annotation)
-    return part
-
-
-def _part_of(annotation: Any) -> type[BaseModel]:
-    """Return the model inside `X`, `X | None`, `tuple[X, ...]` or `dict[key, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inside = get_args(annotation)[1:] if get_origin(annotation) is dict else get_args(annotation)
-    return next(_part_of(inner) for inner in inside if inner not in (Ellipsis, type(None)))
