@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import typer
 import yaml
 from conftest import REPOSITORY, status_of
@@ -20,10 +21,14 @@ from PIL import Image
 from sft.cli import recipes, tasks
 from sft.cli.main import COMMANDS as MODULES
 from sft.cli.main import app
+from sft.core.errors import UserError
 from sft.core.shipped import shipped_recipes
 from sft.data.datasets import Adapter, adapter_names
+from sft.data.formats import record_limit
 from sft.data.store import Store
-from sft.recipe import DataConfig, DatasetConfig
+from sft.evaluation.task import Answer
+from sft.evaluation.tasks import named_tasks, open_tasks
+from sft.recipe import DataConfig, DatasetConfig, EvaluationConfig, TrainingConfig, optimizers
 
 FILES = [*sorted((REPOSITORY / "docs").glob("*.md")), *sorted(REPOSITORY.glob("*.md"))]
 PAGES = {file.name: file.read_text(encoding="utf-8") for file in FILES}
@@ -115,7 +120,9 @@ WITHOUT_DATA = sorted(
     {
         line.partition(" #")[0].strip()
         for line in COMMANDS
-        if re.match(rf"plan ({'|'.join(HEADS)})\b(?!\.)|validate .*--no-paths|recipes (list|show)|tasks ", line)
+        if re.match(
+            rf"plan ({'|'.join(HEADS)})\b(?!\.)|validate .*--no-paths|recipes (list|show)|tasks (?!show my_tools)", line
+        )
     }
 )
 
@@ -188,8 +195,11 @@ def test_every_python_snippet_is_run_here_or_has_a_test_of_its_own():
     assert {name for name, code in every if code not in EXAMPLES.values()} <= {"inference.md"}, "name it: <!-- file -->"
     assert {name for name in EXAMPLES if name.endswith(".py")} == {
         "my_tools/captions.py",
+        "my_tools/counting.py",
         "my_tools/vqav2.py",
         "obelics_urls.py",
+        "sft/data/formats/tsv.py",
+        "sft/recipe/optimizers.py",
     }
 
 
@@ -241,6 +251,54 @@ def test_the_adapter_of_thirty_lines_has_thirty_and_works(tmp_path, monkeypatch)
     store = Store(Path("stores/vqav2"))
     assert (store.sample(0).key, store.manifest["licence"]) == ("vqav2/9000", "CC-BY-4.0")
     assert store.manifest["skipped"] == {"no answer": 1}
+
+
+def test_the_benchmark_is_shown_read_and_scored_under_its_dotted_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write(tmp_path, "my_tools/counting.py")
+    write_photo(tmp_path / "counting" / "photos" / "1.jpg", "brown")
+    asked = {"id": 1, "image": "photos/1.jpg", "things": "dogs", "count": 3}
+    (tmp_path / "counting" / "questions.jsonl").write_text(json.dumps(asked) + "\n")
+    assert status_of(*shlex.split(next(line for line in COMMANDS if line.startswith("tasks show my_tools")))) == 0
+    assert "Counting: how many things" in capsys.readouterr().out
+    settings = EvaluationConfig(by="my_tools.counting=counting")
+    (task,) = open_tasks(named_tasks(settings), settings, tmp_path)
+    (item,) = task.items
+    scores = [task.score(item, [Answer(text=text)]) for text in ("3", " 4.", "5", "three dogs")]
+    assert scores == [1, 0.5, 0, 0]
+    assert task.queries(item)[0].sample.messages[0].content[1] == "How many dogs are there? Answer with a number."
+    (tmp_path / "counting" / "questions.jsonl").write_text("[]")
+    with pytest.raises(UserError, match="expected objects with id, image, things and count"):
+        open_tasks(named_tasks(settings), settings, tmp_path)
+
+
+def test_the_row_makes_an_optimizer_with_states_of_the_size_that_it_says():
+    names = vars(optimizers) | {"torch": torch, "nn": torch.nn, "TrainingConfig": TrainingConfig}
+    exec(EXAMPLES["sft/recipe/optimizers.py"], names)  # as in the file
+    row = eval("{" + EXAMPLES["OPTIMIZERS"] + "}", names)["nadam"]
+    layer = torch.nn.Linear(64, 64, bias=False)
+    settings = TrainingConfig(max_steps=1, tokens_per_step=8, learning_rate=0.1)
+    group = {"params": [*layer.parameters()], "lr": 0.01, "weight_decay": 0.0}
+    optimizer = row.make([group], settings, layer, False)
+    layer(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    assert sum(t.nbytes for t in state.values() if t.numel() > 1) == row.bytes_per_parameter * layer.weight.numel()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01]
+
+
+def test_the_reader_yields_rows_and_names_bad_lines(tmp_path):
+    long = "cat.jpg\t" + "A cat " * 20
+    (tmp_path / "a.tsv").write_text(f"file\tcaption\ndog.jpg\tA dog\n{long}\ncat.jpg\n")
+    read_tsv = runpy.run_path(str(write(tmp_path, "sft/data/formats/tsv.py")))["read_tsv"]
+    with record_limit(50):
+        good, *bad = read_tsv(tmp_path / "a.tsv")
+    assert good == {"file": "dog.jpg", "caption": "A dog", "__from__": "a.tsv:2", "__at__": pytest.approx(27 / 164)}
+    assert [(skip.reason, skip.detail) for skip in bad] == [
+        ("record too long", "a.tsv:3"),
+        ("line has another number of columns", "a.tsv:4"),
+    ]
 
 
 def test_the_links_of_a_shard_are_listed_for_img2dataset_whose_files_are_then_read(tmp_path, monkeypatch):

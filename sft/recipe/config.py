@@ -15,7 +15,7 @@ from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
 from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
 BUILT_BENCHMARKS = ("easy_vqa",)
-"""Benchmarks that are made here rather than downloaded: modules of sft/evaluation/mmbench/ with `write_benchmark`."""
+"""Benchmarks that are built here rather than downloaded (sft/evaluation/tasks/mmbench/from_easy_vqa.py)."""
 
 
 def _no_truth_value(value: Any) -> Any:
