@@ -1,14 +1,17 @@
-"""From the sources of a mixture to micro-batches: which sample next, into which pack, to which process.
+"""From the sources of a mixture to micro-batches: which sample is next, in which pack, on which process.
 
 sources ─mixture─> samples ─packing, pack_stream─> packs ─steps─> micro-batches ─data_loader, collate─> Batch
 
-source_stream   one source: the order of its samples, where it stands, what it gives next
-mixture         exact shares: which source gives the next sample
-packing         samples -> packs under two caps
-pack_stream     the endless, resumable stream of packs
-steps           the packs of a step, assigned to processes
+source_stream   one source: the order of its samples, and how far it is
+mixture         exact shares: how much each source gives to a window
+packing         samples -> packs, under a cap on tokens and one on images
+pack_stream     the endless, resumable stream of packs, planned a window at a time
+steps           the packs of a step, assigned to processes by cost
+data_loader     a plan of packs -> a batch; workers: batches that are made by worker processes
 collate         packs -> Batch: the only place where tensors are made
-data_loader     batches by worker processes; feature_cache: what a frozen tower makes of images, kept
-mixture_report  what a mixture will be; mixture_counts: what its packs hold; declared_sizes: sources without data
+image_source    where collate gets the tiles of an image
+feature_cache   the output of a frozen vision tower, cached on disk
+mixture_report  what a mixture will be; mixture_counts: what its packs hold
+declared_sizes  sources of declared sizes, to plan a mixture without its data
 inspect_pack    one pack as the model sees it
 """

@@ -1,4 +1,15 @@
-"""The `idefics-sft` command. One small file a command; heavy imports happen when a command runs."""
+"""The `idefics-sft` command: a small file a command, found by `main`.
+
+arguments ─main─> command ─runs.names, recipe─> Recipe or model ─a function of the folders below─> lines, or --json
+
+main        the application: its commands, what holds for all of them, errors and exit status
+terminal    what commands print: tables, progress, notes, JSON; the arguments that they share
+completion  what the shell completes
+several     commands for several processes
+
+Every other file is the command of its name. `dry_run` is a part of train, `evaluation_tables` of evaluate and select. A
+file imports what takes long to import inside its functions, so that `--help` does not wait for torch.
+"""
 
 import sys
 

@@ -1,13 +1,17 @@
-"""What every other folder stands on: the nouns, errors, files, images, processes. Imports nothing of `sft` outside it.
+"""What every other folder uses: records, errors, files, images, processes. Imports nothing of `sft` outside itself.
 
-sample       Sample, EncodedSample, PlacedSample, Pack, Batch: what flows through the toolkit
-errors       the two ways to fail on purpose; contain: work whose failure must not end what runs around it
+Sample ─encode─> EncodedSample ─locate─> PlacedSample ─pack─> Pack ─collate─> Batch        all defined in `sample`
+
+sample       the records that flow through the toolkit, with the meaning and shape of each field
+errors       UserError for a mistake of the user, RunError for a failure of the work
+contain      runs work whose failure must not end what runs around it
 files        files that are written whole or not at all
 file_lock    one process at a time in a folder
-images       images from untrusted files, opened and checked
-parallel     a map over several processes, a prefetching thread
-launch       starting several processes that work together
-distributed  which of them this one is, what they tell each other, how work is assigned
-precision    number formats of the computation
-shipped      files that travel with the toolkit
+images       images from untrusted files, checked before they are decoded
+metric       what a score measures and how it is printed
+parallel     a map over several processes; a thread that prefetches
+launch       starts several processes that work together
+distributed  which of these processes this one is; sums and checks over all of them
+precision    the number format of the computation
+shipped      files that are installed with the toolkit: recipes, chat templates, the small base
 """

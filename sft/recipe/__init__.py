@@ -1,8 +1,12 @@
-"""The recipe: one YAML file that says which model is trained on what, how, and what chooses the checkpoint.
+"""The recipe: one YAML file that says which model is trained on which data, how, and what chooses the checkpoint.
+
+YAML file, overrides ─load─> values ─config─> Recipe            if wrong ─explain─> line, what was found, what is right
 
 config       every key, with its meaning
-optimizers   the table of optimizers, a row each; engines: that of engines, and what they refuse
-load         a file and overrides -> a `Recipe`, or what is wrong and where
+optimizers   the table of optimizers, a row each
+engines      the table of engines, and what they refuse
+load         reads a file, applies overrides and returns a `Recipe`
+explain      the message for everything that is wrong with a recipe
 json_schema  the schema by which editors complete and check recipes
 """
 

@@ -1,11 +1,14 @@
-"""One page about a run, which needs nothing else, not even JavaScript.
+"""One HTML page about a run. It fetches nothing and needs no JavaScript.
 
 RUN/ ─run_files─> Run ─series, selection_text, answers─> points and texts ─panels, charts─> SVG ─page─> HTML
 
-run_files       what the files of a run say; the totals of its sources
-series          what it wrote over its steps, as points
-selection_text  the selection in words and as a table; answers: what was answered before and after
-charts          lines over steps as inline SVG; sheet: several of them as one file; numbers: short numbers
+run_files       reads the files of a run; sums over its sources
+series          metrics over steps, as points
+selection_text  the selection in words and as a table
+answers         answers before and after training
+numbers         numbers, printed short
+charts          lines over steps as inline SVG
+sheet           several charts as one SVG file
 panels          the charts of a run with their headings
 page            the page
 """

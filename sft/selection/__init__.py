@@ -1,11 +1,12 @@
-"""Choosing a checkpoint, and saying how sure one can be.
+"""Choosing a checkpoint, and saying how sure the choice is.
 
-checkpoint ─evaluation.run_tasks─> lines of RUN/evaluations ─outcomes─> values (K, Q) ─rules─> Selection ─plot─> SVG
+checkpoints ─session─> RUN/evaluations ─outcomes─> values (K, Q) ─bootstrap, rules─> Selection ─record, plot─> files
 
-session    evaluates what was not evaluated yet, and chooses; once, or as checkpoints come
-outcomes   the scores of all checkpoints as one table
-rules      which checkpoint is chosen, on top of bootstrap
+outcomes   the scores of K checkpoints on the same Q items, as one table
+bootstrap  intervals, P(best) and the set that cannot be told apart from the best, from one paired bootstrap
+rules      which checkpoint is chosen
 record     the choice, as selection.json holds it
-plot       the score over steps, by category
-pruning    which weights may go
+plot       the score over steps, as selection.svg
+session    evaluates what is not evaluated yet, and chooses; once, or while training runs
+pruning    which weights may be removed
 """

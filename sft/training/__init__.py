@@ -1,13 +1,20 @@
 """From a recipe and its prepared sources to checkpoints.
 
-recipe, sources ─> TrainingRun ─> Trainer ─> step ─> callbacks ─> metrics.jsonl, checkpoints ─> monitors
+recipe, sources ─run─> TrainingRun ─trainer─> step ─callbacks─> metrics, checkpoints ─monitors─> held-out loss, score
 
-run            a run of a recipe: its parts, its status, its checkpoints
-open_model     the model, loaded, checked, with the groups chosen that are trained; trained_parts: the table of these
-trainer        the loop; optimizer: parameter groups, optimizer, schedule; engines/: how processes shard a model
-callbacks      resuming, stopping, missing gradients; check_gradients: training reaches everything it should
-write_metrics  the lines of metrics.jsonl; metrics: what is in them; loss_spikes: losses that jump
-run_folder     the folder of a run; resume: whether and where to resume; stop_signal: stopping on request
-monitors       validation (held_out_questions), checkpoint_evaluation, trackers; preserve_state: without side effects
-cached_features  images encoded once; dry_run: one step, measured; out_of_memory: what takes less
+run                    a run of a recipe: makes its parts, trains, writes checkpoints
+open_model             the model, loaded and checked, with the groups chosen that are trained
+trained_parts          the table of what is trained
+trainer                the loop, on TRL's trainer
+optimizer              parameter groups, optimizer, learning-rate schedule
+engines/               how several processes train one model
+callbacks              resuming, stopping, missing gradients; check_gradients: everything trained has a gradient
+metrics                losses of a step by source and pack; write_metrics: the lines of metrics.jsonl
+loss_spikes            losses that jump
+run_folder             the folder of a run; resume: whether to resume, and from which checkpoint
+stop_signal            stopping on request
+monitors               what is measured during training: validation with held_out_questions, checkpoint_evaluation
+trackers               wandb, trackio, tensorboard; preserve_state: measuring changes nothing of the training
+cached_features        training on cached image features
+dry_run                one step, measured; out_of_memory: which settings take less memory
 """

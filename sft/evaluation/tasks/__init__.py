@@ -1,14 +1,14 @@
-"""Benchmarks: a file or a folder here is a task, found by its name, whose `TASK` is a class of `sft.evaluation.task`.
+"""Benchmarks: a file or folder here is a task, found by its name. It sets `TASK` to a class of `sft.evaluation.task`.
 
     recipe, --by, --task ─named_tasks─> names and paths ─open_tasks─> tasks, ready to be asked
 
 mmbench      multiple-choice questions of MMBench's layout
-exact_match  questions of one's own with short answers
+exact_match  questions of your own with short answers
 loss         the loss on what a run's recipe holds out
-vqav2        VQAv2
+vqav2        VQAv2; the shortest, and the model for others
 
-A new one needs no other change, and a dotted name loads a module of the user's own. It says what it is asked (`items`,
-`queries`), how (`how`) and what an answer is worth (`score`); vqav2.py is the shortest.
+A new benchmark needs no other change. A dotted name loads a module of the user's own. The class says what is asked
+(`items`, `queries`), how (`how`) and what an answer is worth (`score`); docs/extending.md has the contract.
 """
 
 from __future__ import annotations
