@@ -1,14 +1,16 @@
-"""Models: how a chat becomes tokens, an image tiles, and a packed batch a loss; one folder a family of models.
+"""Models: how a chat becomes token ids, an image tiles, and a packed batch a loss. One folder a family of models.
 
-family                     the seam: what a family offers
-packed_model               the forward over packed batches that families share
-chat_template              messages -> token ids, with what is trained
-image_transform            encoded image -> tiles of pixels
-grouped_attention          attention inside groups of tokens; loss: cross entropy in float32
-lora                       adapters through PEFT
-activation_checkpointing   which layers are computed again in the backward pass
-base_model                 the prepared base of a recipe; open_model: a model ready to be asked
-idefics/                   IDEFICS-1 (9b, 80b and their instruct models)
+Sample ─chat_template─> token ids        image ─image_transform─> tiles        Batch ─packed_model─> logits ─loss─> loss
+
+family                    the seam: what a family offers
+packed_model              the forward over packed batches that families share
+chat_template             messages -> token ids, and which of them are trained
+image_transform           image bytes -> tiles of pixels
+grouped_attention         attention inside groups of tokens; loss: cross entropy in float32
+lora                      adapters, through PEFT
+activation_checkpointing  which layers are computed again in the backward pass
+base_model                the prepared base of a recipe; open_model: a model, loaded for evaluation and chat
+idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
 """
 
 from __future__ import annotations

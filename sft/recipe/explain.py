@@ -18,8 +18,10 @@ Location = tuple[int | str, ...]
 """The keys, and numbers of entries, that lead to a value, from the outermost on."""
 
 
-def explain_problems(path: Path, node: yaml.Node | None, values: Any, changed: Any, overrides: Sequence[str]) -> str:
-    """Return every problem of a recipe, with the line of its file or the override that caused it.
+def explain_problems(
+    path: Path, node: yaml.Node | None, values: Any, changed: Any, overrides: Sequence[str]
+) -> list[str]:
+    """Return the problems of a recipe, each with the line of its file or the override that caused it.
 
     `node` and `values` are the file's content, `changed` its values after the overrides.
     """
@@ -29,7 +31,7 @@ def explain_problems(path: Path, node: yaml.Node | None, values: Any, changed: A
         is_own = (problem, location) in in_file
         where = _line_in_file(path, node, location) if is_own else _blame(overrides, problem, location)
         lines.append(f"{where}: {problem}")
-    return "; ".join(lines)
+    return lines
 
 
 def _causes(error: ValidationError) -> list[Any]:
