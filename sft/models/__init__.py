@@ -13,7 +13,7 @@ idefics/                   IDEFICS-1 (9b, 80b and their instruct models)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -74,27 +74,32 @@ def check_names(recipe: Recipe) -> None:
     """Check what a recipe says of groups of parameters and adapter targets against the names of its family.
 
     Raises:
-        UserError: the family is unknown, a name is none of the family's, or `data.feature_cache` would keep the states
+        UserError: the family is unknown, names are none of the family's, or `data.feature_cache` would keep the states
         of images from parts of the model that are trained.
     """
+    if problems := list(_wrong_names(recipe)):
+        raise UserError(*problems)
+
+
+def _wrong_names(recipe: Recipe) -> Iterator[str]:
     model, names = recipe.model, names_of_family(recipe.model.family)
-    _check_known("model.trainable", model.trainable or (), names.groups, model.family)
-    _check_known("training.groups", recipe.training.groups, names.groups, model.family)
+    yield from _unknown("model.trainable", model.trainable or (), names.groups, model.family)
+    yield from _unknown("training.groups", recipe.training.groups, names.groups, model.family)
     if model.lora:
-        _check_known("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
+        yield from _unknown("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
     trained = names.groups if model.trained_groups is None else model.trained_groups
     changing = [group for group in names.encoder_groups if group in trained]
     if recipe.data.feature_cache and changing:
-        raise UserError(
+        yield (
             f"data.feature_cache keeps what does not change, and {changing[0]} is trained; leave it out of "
             "model.trainable and model.lora.targets, or the cache"
         )
 
 
-def _check_known(key: str, names: Iterable[str], known: Mapping[str, str], family: str) -> None:
+def _unknown(key: str, names: Iterable[str], known: Mapping[str, str], family: str) -> Iterator[str]:
     for name in names:
         if name not in known:
-            raise UserError(f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+            yield f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known)})"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

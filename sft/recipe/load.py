@@ -56,7 +56,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             is_own = (problem, location) in in_file
             where = _place(path, node, location) if is_own else _blame(overrides, problem, location)
             lines.append(f"{where}: {problem}")
-        raise UserError("; ".join(lines)) from error
+        raise UserError(*lines) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -71,7 +71,8 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{' '.join(overrides)}: {error.errors()[0]['msg']}") from error
+        problems = ((_explain(problem), problem["loc"]) for problem in _causes(error))
+        raise UserError(*(f"{_blame(overrides, *problem)}: {problem[0]}" for problem in problems)) from error
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
