@@ -159,12 +159,12 @@ def test_what_is_wrong_with_the_files_is_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             opened(tmp_path, tmp_path, **settings)
-    with pytest.raises(UserError, match="nowhere: not there; expected the data of vqav2"):
+    with pytest.raises(UserError, match="nowhere: not there; give --benchmark PATH of vqav2"):
         opened(tmp_path / "nowhere", tmp_path)
     file = write_split(tmp_path) / "v2_mscoco_val2014_annotations.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({"annotations": content["annotations"][1:]}))
-    with pytest.raises(UserError, match="question 1005 of val has no annotation"):
+    with pytest.raises(UserError, match="question 1005 of val has no answers"):
         opened(tmp_path, tmp_path)
     file.write_text("[]")
     with pytest.raises(UserError, match="expected the official layout, an object with a list of 'annotations'"):
