@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from inspect import isfunction
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import UserError, nearest
-from sft.models.family import Family, FamilyNames
+from sft.models.family import Family, FamilyNames, Images, Text, Weights
 from sft.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -39,21 +40,38 @@ def get_family(name: str) -> Family:
     """Return a family: one of this tree, or the dotted name of a package outside it.
 
     Raises:
-        UserError: there is no such family.
+        UserError: there is no such family, or it lacks something.
     """
-    family: Family = _module(name, "family").FAMILY
+    family: Family | object = getattr(_module(name, "family"), "FAMILY", None)
+    if not isinstance(family, Family):
+        raise UserError(f"model.family: {name}.family has no FAMILY, which is a sft.models.family.Family")
+    _check_methods(name, family.text, Text)
+    _check_methods(name, family.weights, Weights)
+    if isinstance(family.images, type):  # else a function makes them
+        _check_methods(name, family.images, Images)
     _known[family.name] = family
     return family
+
+
+def _check_methods(family: str, part: object, kind: type) -> None:
+    methods = [method for method, value in vars(kind).items() if isfunction(value) and not method.startswith("_")]
+    if lacking := [method for method in methods if not hasattr(part, method)]:
+        raise UserError(
+            f"model.family: {kind.__name__} of {family} has no {', '.join(lacking)}; see sft/models/family.py"
+        )
 
 
 def names_of_family(name: str) -> FamilyNames:
     """Return the names that a recipe may use of a family, without importing torch.
 
     Raises:
-        UserError: there is no such family.
+        UserError: there is no such family, or it lacks some.
     """
     names = _module(name, "names")
-    return FamilyNames(names.GROUPS, names.LORA_TARGETS, names.ENCODER_GROUPS)
+    expected = ("GROUPS", "LORA_TARGETS", "ENCODER_GROUPS")
+    if lacking := [one for one in expected if not hasattr(names, one)]:
+        raise UserError(f"model.family: {name}.names has no {', '.join(lacking)}; see sft/models/family.py")
+    return FamilyNames(*(getattr(names, one) for one in expected))
 
 
 def _module(family: str, name: str) -> Any:
@@ -63,6 +81,8 @@ def _module(family: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{package}.{name}.".startswith(f"{error.name}."):
             raise  # the family is there, and imports what is not
+        if error.name == f"{package}.{name}":
+            raise UserError(f"model.family: {family} has no module {name!r}; see sft/models/family.py") from error
         known = family_names()
         raise UserError(
             f"model.family: unknown family {family!r}{nearest(family, known)} (known: {', '.join(known)}; or give the "

@@ -5,6 +5,7 @@ Overrides from the command line are dotted, `training.max_steps=100`, and read a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -167,8 +168,15 @@ def _explain(problem: Any) -> str:
         of_what = _of_what(location) if problem["type"] == "tuple_type" else ""
         return f"{name}: expected {_EXPECTED[problem['type']]}{of_what}, found {_in_words(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
+    should_be = message.partition("Input should be ")[2]
+    if should_be:
+        message = f"expected {'a number ' if should_be.startswith(('greater', 'less')) else ''}{should_be}"
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {_in_words(problem['input'])}"
-    return f"{name + ': ' if name else ''}{message}{found}"
+    choices = _QUOTED.findall(should_be) if problem["type"] == "literal_error" else []
+    return f"{name + ': ' if name else ''}{message}{found}{nearest(str(problem['input']), choices)}"
+
+
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 _EXPECTED = {

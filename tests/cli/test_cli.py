@@ -39,7 +39,11 @@ def recipe(tmp_path, monkeypatch):
 def test_each_mistake_of_a_recipe_is_a_line_and_nothing_that_follows_from_it_is(recipe, refusal):
     said = refusal("validate", recipe, "data.train_on=none", "model.mode=loral", problems=2)
     mode, train_on = said.splitlines()
-    assert mode.endswith("found 'loral'") and train_on.endswith("found 'none'") and "at least" not in said
+    assert (
+        mode.endswith("found 'loral'; did you mean 'lora'?")
+        and train_on.endswith("found 'none'")
+        and "at least" not in said
+    )
     names = ("model.trainable=[visoin,hed]", "training.groups={hed: {learning_rate: 1}}", "model.path=nowhere")
     said = refusal("validate", recipe, *names, "data.mixture.0.datasets.0.dataset=mesages", problems=5)
     assert "model.trainable: idefics has no 'visoin'; did you mean 'vision'?" in said

@@ -79,7 +79,7 @@ def _check_has(name: str, whose: object, *attributes: str) -> None:
     lacking = [attribute for attribute in attributes if attribute in abstract or not hasattr(whose, attribute)]
     if lacking:
         of = whose.__name__ if isinstance(whose, type) else type(whose).__name__
-        raise UserError(f"task {name!r}: {of} has no {', '.join(lacking)}; sft/evaluation/task.py says what each is")
+        raise UserError(f"task {name!r}: {of} has no {', '.join(lacking)}; see sft/evaluation/task.py")
 
 
 def named_tasks(settings: EvaluationConfig) -> list[NamedTask]:

@@ -65,14 +65,13 @@ def read_questions(folder: Path, split: str) -> list[OpenQuestion]:
     Raises:
         UserError: a file is missing, or not of the official layout.
     """
-    part = PARTS[split]
+    part, images = PARTS[split], PARTS[split].replace("-dev", "")
     questions = _records(folder / f"v2_OpenEnded_mscoco_{part}_questions.json", "questions")
     annotations: dict[int, dict[str, Any]] = {}
     if not split.startswith("test"):
         annotations = _records(folder / f"v2_mscoco_{part}_annotations.json", "annotations")
         if missing := [number for number in questions if not annotations.get(number, {}).get("answers")]:
             raise UserError(f"{folder}: question {missing[0]} of {split} has no answers; take files of one release")
-    images = part.replace("-dev", "")
     try:
         return [
             OpenQuestion(
