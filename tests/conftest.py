@@ -184,12 +184,12 @@ def status_of(*arguments: object) -> int:
 
 @pytest.fixture
 def refusal(capsys):
-    """Runs a command line that is wrong and returns the one line it prints."""
+    """Runs a command line that is wrong and returns what it prints: a line for each of its `problems`."""
 
-    def run(*arguments: object) -> str:
+    def run(*arguments: object, problems: int = 1) -> str:
         assert status_of(*arguments) == 2
         printed = capsys.readouterr()
-        assert printed.err.count("\n") == 1, printed.err
+        assert printed.err.count("\n") == printed.err.count("idefics-sft: ") == problems, printed.err
         assert "Traceback" not in printed.err
         return printed.err
 

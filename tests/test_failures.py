@@ -96,7 +96,7 @@ def test_a_manifest_that_is_damaged_is_a_state_that_is_not_whole(tmp_path):
     (tmp_path / "checkpoint-2" / "state" / "manifest.json").write_text('{"a": {"by')
     said = []
     assert newest_state(tmp_path, said.append) == tmp_path / "checkpoint-1"
-    assert "checkpoint-2: not gone on from: files of state/ are missing or cut off" in said[0]
+    assert "checkpoint-2: not resumed from: files of state/ are missing or cut off" in said[0]
 
 
 HANGS = """

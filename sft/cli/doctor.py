@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sft.cli.terminal import Json, console, print_json, quiet_libraries
+from sft.cli.terminal import Json, console, folded, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from sft.checks.finding import Finding
@@ -33,7 +33,7 @@ def run(
     for finding in _findings(path):
         findings.append(finding)
         advice = f"  -> {finding.advice}" if finding.advice and finding.result != "ok" else ""
-        out.print(f"{finding.result:<8} {finding.name:<28} {finding.found}{advice}")
+        out.print(folded(f"{finding.result:<8} {finding.name:<28} {finding.found}{advice}", out.width, 38))
     failed = sum(finding.result == "failed" for finding in findings)
     if json:
         kept = ("name", "result", "found", "advice")

@@ -116,4 +116,4 @@ def _show_multiple_choice(summary: Summary, out: Console) -> None:
     for deviation in summary["deviations"]:
         out.print(f"differs from its source: {deviation}")
     letters = ", ".join(f"{letter} {percent(share)}" for letter, share in summary["letters"].items())
-    out.print(f"letters predicted: {letters}; protocol {summary['protocol_hash']}\n")
+    out.print(f"letters predicted: {letters}\nprotocol {summary['protocol_hash']}\n")

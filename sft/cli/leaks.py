@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sft.cli.terminal import Json, console, percent, print_json, progress, table
+from sft.cli.terminal import Json, console, folded, percent, print_json, progress, table
 from sft.core.errors import printable
 
 NUM_SHOWN = 20
@@ -53,7 +53,7 @@ def show(summary: dict[str, Any], out: Console) -> None:
         for store in summary["stores"]
     ]
     title = f"{printable(summary['benchmark'])}: {summary['images']:,} images, {summary['questions']:,} questions"
-    out.print(table(title, ("store", "its images", "same bytes", "same picture", "unreadable"), rows))
+    out.print(table(title, ("store", "images", "by bytes", "by sight", "unreadable"), rows))
     share = percent(summary["leaked_questions"] / max(summary["questions"], 1))
     out.print(f"{summary['leaked_images']:,} images are in them; {summary['leaked_questions']:,} questions ({share})")
     if summary["images_without_features"]:
@@ -62,6 +62,7 @@ def show(summary: dict[str, Any], out: Console) -> None:
     for store, leak in every[:NUM_SHOWN]:
         how = "same bytes" if leak["by"] == "content" else f"same picture ({leak['distance']} bits differ)"
         questions, samples = (", ".join(map(str, leak[key][:3])) for key in ("questions", "samples"))
-        out.print(f"question {questions}: {how} as {printable(store)} image {leak['row']}, in {printable(samples)}")
+        where = f"image {leak['row']} of {printable(Path(store).name)}, in {printable(samples)}"
+        out.print(folded(f"question {questions}: {how} as {where}", out.width))
     if len(every) > NUM_SHOWN:
         out.print(f"and {len(every) - NUM_SHOWN:,} more; --json names all of them")

@@ -38,7 +38,7 @@ from sft.cli import (
     validate,
 )
 from sft.core.distributed import reports_the_error
-from sft.core.errors import RunError, UserError, printable
+from sft.core.errors import RunError, UserError
 
 app = typer.Typer(
     name="idefics-sft",
@@ -138,20 +138,20 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: help is wanted
             error.show()
         else:
-            print(f"idefics-sft: {printable(' '.join(error.format_message().split()))}", file=sys.stderr)
+            terminal.print_problems(" ".join(error.format_message().split()))
         sys.exit(2)
     except (UserError, RunError) as error:
         if "--debug" in arguments:
             raise
         if reports_the_error():
-            print(f"idefics-sft: {printable(error)}", file=sys.stderr)
+            terminal.print_problems(*(error.args if isinstance(error, UserError) else (error,)))
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:
         is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # comes without a name while a file is written
         if "--debug" in arguments or (error.filename is None and not is_disk):
             raise
-        where = "" if error.filename is None else f"{printable(error.filename)}: "
-        print(f"idefics-sft: {where}{error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        terminal.print_problems(f"{where}{error.strerror}")
         sys.exit(1 if is_disk else 2)
     except (KeyboardInterrupt, Abort):
         if reports_the_error():

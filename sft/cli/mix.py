@@ -85,6 +85,7 @@ def show(report: dict[str, Any], out: Console) -> None:
     """Print the mixture: shares in every unit, what is needed for it, how full the packs are."""
     own, others = _in_lines(report["sources"])
     out.print(_shares(report, own, others, out.width))
+    out.print("off: packs away from its share at the end of a window; inside: within a window")
     out.print()
     out.print(_needed(report, own, others))
     _notes(report, out)
@@ -134,10 +135,7 @@ def _shares(report: dict[str, Any], own: list[Source], others: list[Source], wid
     room = max(min(width - taken, 32), 0)
     largest = max(source["achieved"] for source in report["sources"])
     bars = [Text(_bar(source["achieved"], largest, room), "cyan") for source in own] + [Text()] * bool(others)
-    title = (
-        f"Mixture by {report['unit']}, {report['steps']:,} steps of {report['packs_per_step']:,} packs "
-        "(off: packs from its share, at the end of a window and inside one)"
-    )
+    title = f"Mixture by {report['unit']}, {report['steps']:,} steps of {report['packs_per_step']:,} packs"
     return table(title, header, [(*row, bar) for row, bar in zip(rows, bars, strict=True)])
 
 
@@ -229,9 +227,10 @@ def _plots(report: dict[str, Any]) -> Iterator[str]:
         fewest = next(number for number, count in enumerate(by_images) if count)
         yield (
             f"  distinct images   {fewest} {_columns(by_images[fewest:])} {len(by_images) - 1}  "
-            f"{packs['distinct_images_per_pack']:.1f} on average for {packs['images_per_pack']:.1f} shown: "
-            f"{percent(packs['encodes_saved'])} of encodes saved"
+            f"{packs['distinct_images_per_pack']:.1f} on average"
         )
+        saved = percent(packs["encodes_saved"])
+        yield f"  images shown      {packs['images_per_pack']:.1f} on average: {saved} of encodes saved"
 
 
 def _bar(share: float, largest: float, width: int) -> str:
@@ -240,7 +239,14 @@ def _bar(share: float, largest: float, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
+MAX_COLUMNS = 25
+"""Columns of a plot."""
+
+
 def _columns(values: Sequence[float]) -> str:
-    """Return numbers as columns in a row, the largest being full; only nothing is drawn as nothing."""
+    """Return numbers as columns in a row, the largest being full; only nothing is drawn as nothing. Of many numbers,
+    each column is the largest of some neighbours."""
+    each = ceil(len(values) / MAX_COLUMNS)
+    values = [max(values[start : start + each]) for start in range(0, len(values), each)]
     largest = max(values)
     return "".join(" ▁▂▃▄▅▆▇█"[ceil(value / largest * 8) if value > 0 else 0] for value in values)

@@ -77,8 +77,8 @@ class _Prepared(NamedTuple):
     stores: list[Store]
     changes: list[dict[str, int]]
     """What was done, and how often, with samples of each store that do not fit a pack."""
-    following: str
-    """The next command."""
+    following: tuple[str, ...]
+    """Lines that say what to do next."""
 
 
 RECIPE_KEYS = {
@@ -120,11 +120,13 @@ def _all(
     parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
     stores = [part.store for part in parts]
     arguments = shlex.join([recipe, *overrides])
-    following = f"idefics-sft mix {arguments}, or idefics-sft train {arguments}"
+    following = (f"Next: idefics-sft mix {arguments}", f"  or: idefics-sft train {arguments}")
     if options.limit is not None:
         paths = dict.fromkeys(str(store.path) for store in stores)
-        following = ", ".join(shlex.join(["idefics-sft", "stats", path]) for path in paths)
-        following += f". The first {options.limit:,} records are for looking: mix and train want all, without --limit"
+        following = (
+            *(f"Next: {shlex.join(['idefics-sft', 'stats', path])}" for path in paths),
+            f"The first {options.limit:,} records are for looking: mix and train want all, without --limit",
+        )
     return _Prepared(stores, [part.encoded.changes for part in parts], following)
 
 
@@ -141,7 +143,7 @@ def _one(
 
     with preparation(out) as update:
         store = prepare_one(asked, how, output, max_skip_share, options, update)
-    return _Prepared([store], [{}], shlex.join(["idefics-sft", "stats", str(output)]))
+    return _Prepared([store], [{}], (f"Next: {shlex.join(['idefics-sft', 'stats', str(output)])}",))
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
@@ -190,7 +192,8 @@ def _show_end(prepared: _Prepared, out: Console) -> None:
     for store, changes in zip(prepared.stores, prepared.changes, strict=True):
         for what, number in changes.items():
             out.print(printable(f"{store.path.name}: {number:,} times, for it does not fit a pack: {what}"))
-    out.print(f"Next: {printable(prepared.following)}")
+    for line in prepared.following:
+        out.print(printable(line), soft_wrap=True)
 
 
 def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def run(
         report = _quickstart(recipe, overrides, notes(to_stderr=json)) | {"overrides": overrides}
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
-    out.print(f"\nTo talk to it: idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}")
+    out.print("\nTo talk to it:")
+    out.print(f"  idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}", soft_wrap=True)
     out.print(f"To read about it: {_page(output_dir)}")
     if json:
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
@@ -223,8 +224,8 @@ def _show(report: dict[str, Any], out: Console) -> None:
     rows.append(("chance", percent(report["chance"]["text"]), percent(report["chance"]["letter"])))
     chosen_on, reported = report["questions"]["chosen_on"], report["questions"]["reported"]
     title = (
-        f"\nAccuracy on {reported} questions about test images, all rotations of the options right "
-        f"(chosen on {chosen_on} others)"
+        f"\nAccuracy on {reported} questions about test images (chosen on {chosen_on} others):\n"
+        "a question counts when all rotations of its options are answered right"
     )
     out.print(table(title, ("model", "by option text", "by letter"), rows))
     out.print(

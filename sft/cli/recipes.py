@@ -2,12 +2,11 @@
 
 import sys
 from pathlib import Path
-from textwrap import wrap
 from typing import Annotated
 
 import typer
 
-from sft.cli.terminal import Json, complete_shipped, console, examples, print_json
+from sft.cli.terminal import Json, complete_shipped, console, examples, folded, print_json
 from sft.core.errors import UserError
 from sft.core.shipped import recipe_title, shipped_recipe, shipped_recipes
 
@@ -31,9 +30,7 @@ def list_(json: Json = False) -> None:
     out = console()
     width = max(map(len, titles)) + 2
     for name, title in titles.items():
-        lines = wrap(title, out.width - width) if out.is_terminal else [title]
-        for first, line in zip((name, *[""] * len(lines)), lines, strict=False):
-            out.print(f"{first:{width}}{line}")
+        out.print(folded(f"{name:{width}}{title}", out.width, width))
 
 
 @app.command(epilog=examples(EXAMPLES[1:2]))

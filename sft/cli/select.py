@@ -138,15 +138,15 @@ def show(selection: Selection, out: Console) -> None:
     rows = [_row(score, selection) for score in selection.scores]
     header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
     out.print(table(_title(selection), header, rows))
-    out.print(
-        f"* selected, by the rule {selection.rule}: {selection.selected}; the card's rule, best: {selection.best}"
-    )
+    out.print(f"* selected, by the rule {selection.rule}: {selection.selected}")
+    if selection.rule != "best":
+        out.print(f"  by the card's rule, best: {selection.best}")
     if _has_ties(selection):
         out.print(f"= not to be told apart from the best: {', '.join(selection.tied)}")
     if selection.cross_fitted is not None:
         worth, limits = selection.cross_fitted, selection.cross_fitted_interval
         out.print(
-            "what choosing is worth, chosen on one half and scored on the other: "
+            "cross-fitted, chosen on one half, scored on the other: "
             f"{_figure(worth, selection)} ({_between(limits, selection)})"
         )
     for warning in selection.warnings:

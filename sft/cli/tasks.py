@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sft.cli.terminal import Json, console, examples, table
+from sft.cli.terminal import WIDTH, Json, console, examples, folded, table
 
 EXAMPLES = ("tasks list", "tasks show vqav2")
 app = typer.Typer(help="List the benchmarks, or show what one needs and how it is asked.", no_args_is_help=True)
@@ -36,6 +36,9 @@ def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks
     from sft.evaluation.tasks import task_module, task_type
 
     task = task_type(name)
-    about = inspect.getdoc(task_module(name))
+    about = (inspect.getdoc(task_module(name)) or "").split("\n\n")
+    # A paragraph with columns keeps its lines.
+    about = [folded(paragraph, WIDTH, 0) if "  " not in paragraph else paragraph for paragraph in about]
     splits = f"; splits {', '.join(task.splits)}" if task.splits else ""
-    console().print(f"{about}\n\nmetric {task.metric.name}; asked by: {task.how}{splits}")
+    console().print("\n\n".join(about))
+    console().print(f"\nmetric {task.metric.name}; asked by: {task.how}{splits}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -113,10 +115,37 @@ def notes(to_stderr: bool = False) -> Console:
     return out
 
 
+WIDTH = 80
+"""Columns of what is no terminal."""
+
+
 def console(to_stderr: bool = False) -> Console:
-    """Return where tables and progress go. Data are printed there, so nothing is read as markup."""
-    width = None if Console(stderr=to_stderr).is_terminal else 120
-    return Console(stderr=to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
+    """Return where tables and progress go. Data are printed there, so nothing is read as markup.
+
+    A terminal folds lines between words; a file or a pipe gets them whole.
+    """
+    is_terminal = Console(stderr=to_stderr).is_terminal
+    return Console(
+        stderr=to_stderr,
+        highlight=False,
+        soft_wrap=not is_terminal,
+        markup=False,
+        emoji=False,
+        width=None if is_terminal else WIDTH,
+    )
+
+
+def folded(text: str, width: int, indent: int = 2) -> str:
+    """Return a text in lines of `width`, folded between words; the lines after the first are indented."""
+    return fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def print_problems(*problems: object) -> None:
+    """Print what is wrong on stderr, a line each; a terminal gets it folded between words."""
+    width = Console(stderr=True).width if sys.stderr.isatty() else None
+    for problem in problems:
+        line = f"idefics-sft: {printable(problem)}"
+        print(folded(line, width) if width else line, file=sys.stderr)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -125,15 +154,21 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """Return a plain table; the first column is text, the others are numbers."""
+    """Return a plain table. Numbers stand to the right and are never cut; text may be folded."""
     result = Table(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for number, name in enumerate(header):
-        result.add_column(name, justify="right" if number and name else "left", no_wrap=True)
+    for name, *cells in zip(header, *rows, strict=True):
+        is_number = bool(name) and all(_NUMBER.match(str(cell)) for cell in cells) and any(cells)
+        least = max(map(len, cells)) if is_number else None
+        result.add_column(name, justify="right" if is_number else "left", overflow="fold", min_width=least)
     for row in rows:
         result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))  # no text is markup
     return result
+
+
+_NUMBER = re.compile(r"[-+≤]? ?\d|$|none$|nan$|inf$")
+"""How a cell begins that is a number, or is left empty."""
 
 
 def percent(share: float) -> str:
@@ -266,7 +301,7 @@ def _lines(description: str, total: int | None, out: Console) -> Update:
         nonlocal printed
         step = max((total or 20_000) // 8, 1)
         if done // step > printed // step or done == total:
-            out.print(f"{description} {done}{f'/{total}' if total else ''} {note}".rstrip())
+            out.print(folded(f"{description} {done}{f'/{total}' if total else ''} {note}".rstrip(), WIDTH))
         printed = done
 
     return update

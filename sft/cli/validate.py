@@ -32,5 +32,5 @@ def run(
         print_json({"valid": True, "sources": [source.name for source in found.data.mixture], "next": command})
     else:
         sources, steps = len(found.data.mixture), found.training.max_steps
-        counted = f"{sources} source{'s' * (sources != 1)}, {steps} step{'s' * (steps != 1)}"
-        print(f"{recipe}: valid, {counted}. Next: {command}")
+        counted = f"{sources} source{'s' * (sources != 1)}, {steps:,} step{'s' * (steps != 1)}"
+        print(f"{recipe}: valid, {counted}\nNext: {command}")

@@ -1,4 +1,5 @@
-"""The one place where any exception is caught: for work whose failure must not end what runs around it.
+"""The one place where any exception is caught: for work whose failure must not end what runs around it, and for what
+has to be tidied up whatever ends a block.
 
 A benchmark that fails during training, a tracker without a network, a library without code for a device: each raises
 whatever it likes, so no narrower class of exception would do.
@@ -7,7 +8,7 @@ whatever it likes, so no narrower class of exception would do.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sft.core.errors import reason_of
@@ -40,3 +41,13 @@ def contained(kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[Con
         # The exception is kept, and with it the frames that it passed: what these hold, a model for example, is freed.
         traceback.clear_frames(error.__traceback__)
         outcome.error = error
+
+
+@contextmanager
+def on_error(act: Callable[[BaseException], None]) -> Iterator[None]:
+    """Run the block; whatever ends it early, KeyboardInterrupt included, is handed to `act` and raised again."""
+    try:
+        yield
+    except BaseException as error:
+        act(error)
+        raise

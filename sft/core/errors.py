@@ -1,7 +1,7 @@
 """The two ways this toolkit fails on purpose.
 
     Exception
-    ├── UserError      what the user gave is wrong: one line, exit status 2
+    ├── UserError      what the user gave is wrong: one line a problem, exit status 2
     └── RunError       the work could not be done: one line, exit status 1
 
 A record that is left out on purpose is neither: see `sft.core.sample.SkipSample`. Anything else is a bug and keeps its
@@ -15,7 +15,13 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """What the user gave is wrong. The message says where, what was found and what would be right."""
+    """What the user gave is wrong: one problem, or several. Each says where, what was found and what would be right."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*dict.fromkeys(problems))
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
 
 
 class RunError(Exception):

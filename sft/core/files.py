@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sft.core.contain import on_error
 from sft.core.errors import RunError
 
 
@@ -71,15 +72,16 @@ def _renamed(path: Path) -> Iterator[Path]:
     """Yield a hidden name for a file that becomes `path` when the block ends without an error, else is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_of(path)
-    try:
-        yield staging
-        os.replace(staging, path)
-    except BaseException as error:
+
+    def remove(error: BaseException) -> None:
         with suppress(OSError):
             staging.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(staging)):  # a full disk comes without a name
             error.filename = str(path)
-        raise
+
+    with on_error(remove):
+        yield staging
+        os.replace(staging, path)
 
 
 def discard(folder: Path) -> None:

@@ -18,10 +18,16 @@ def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
     Raises:
         UserError: all that is wrong, each with its key or dataset.
     """
-    check_names(recipe)
-    problems = [*_of_datasets(recipe, paths), *(_of_paths(recipe) if paths else ())]
+    problems = [*_of_names(recipe), *_of_datasets(recipe, paths), *(_of_paths(recipe) if paths else ())]
     if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))
+        raise UserError(*problems)
+
+
+def _of_names(recipe: Recipe) -> Iterator[str]:
+    try:
+        check_names(recipe)
+    except UserError as error:
+        yield from error.args
 
 
 def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
@@ -30,7 +36,7 @@ def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
         try:
             Adapter(dataset.dataset, path, dataset.split, dataset.options)
         except UserError as error:
-            yield str(error)
+            yield from error.args
 
 
 def _of_paths(recipe: Recipe) -> Iterator[str]:

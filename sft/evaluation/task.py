@@ -20,10 +20,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
-from sft.core.errors import RunError
+from sft.core.errors import RunError, UserError
 from sft.core.metric import Metric
 from sft.core.sample import ImageRef, Sample
 from sft.evaluation.results import Outcome, Result
@@ -266,15 +267,22 @@ class PromptedTask(Task, Generic[ItemT]):
         return item.id
 
     def _outcome(self, item: ItemT, answers: Sequence[Answer]) -> Outcome:
-        score = self.score(item, answers) if self.has_answers else math.nan
+        score = self._checked(item, self.score(item, answers)) if self.has_answers else math.nan
         return Outcome(
             item=item.id,
             cluster=item.cluster,
             image_sha256=item.image_sha256,
             category=item.category,
-            score=float(score),
+            score=score,
             details=self.details(item, answers, score),
         )
+
+    def _checked(self, item: ItemT, score: object) -> float:
+        expected = f"a number from 0 to 1, as {self.metric.name} is" if self.metric.is_share else "a finite number"
+        number = float(score) if isinstance(score, Real) else math.nan
+        if not math.isfinite(number) or (self.metric.is_share and not 0 <= number <= 1):
+            raise UserError(f"{self.benchmark}: item {item.id!r} scores {score!r}; expected {expected}")
+        return number
 
 
 def without_images(sample: Sample) -> Sample:

@@ -41,7 +41,9 @@ class TaskSource:
             raise UserError(f"{task} needs its data: give --benchmark PATH, or evaluation.benchmark in the recipe")
         found = resolve(self.data)
         if not found.exists():
-            raise UserError(f"{self.data}: not there; expected the data of {task} (idefics-sft tasks show {task})")
+            raise UserError(
+                f"{self.data}: not there; give --benchmark PATH of {task} (see idefics-sft tasks show {task})"
+            )
         return found
 
     def split(self, splits: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ OnText = Callable[[str], None]
 Respond = Callable[[Sequence[Message], OnText | None], str]
 """The answer to a conversation whose last message is the user's."""
 
-HELP = "/image FILE shows an image with your next message, /reset forgets the conversation, /quit ends."
+HELP = "/image FILE shows an image with your next message, /reset forgets, /quit ends."
 
 
 def responder(

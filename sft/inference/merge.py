@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sft.batches.collate import collate
 from sft.batches.image_source import NoiseImages
+from sft.core.contain import on_error
 from sft.core.errors import UserError
 from sft.core.files import explain_full_disk, remove_leftovers, staged
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample
@@ -92,12 +93,12 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full.
     """
-    try:
-        with explain_full_disk(output, "choose another --output"), staged(output) as folder:
-            yield folder
-    except BaseException:
-        remove_leftovers(output)
-        raise
+    with (
+        on_error(lambda error: remove_leftovers(output)),
+        explain_full_disk(output, "choose another --output"),
+        staged(output) as folder,
+    ):
+        yield folder
 
 
 def _copy(checkpoint: Path, folder: Path) -> None:

@@ -15,14 +15,15 @@ idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from inspect import isfunction
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import UserError, nearest
-from sft.models.family import Family, FamilyNames
+from sft.models.family import Family, FamilyNames, Images, Text, Weights
 from sft.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -41,21 +42,38 @@ def get_family(name: str) -> Family:
     """Return a family: one of this tree, or the dotted name of a package outside it.
 
     Raises:
-        UserError: there is no such family.
+        UserError: there is no such family, or it lacks something.
     """
-    family: Family = _module(name, "family").FAMILY
+    family: Family | object = getattr(_module(name, "family"), "FAMILY", None)
+    if not isinstance(family, Family):
+        raise UserError(f"model.family: {name}.family has no FAMILY, which is a sft.models.family.Family")
+    _check_methods(name, family.text, Text)
+    _check_methods(name, family.weights, Weights)
+    if isinstance(family.images, type):  # else a function makes them
+        _check_methods(name, family.images, Images)
     _known[family.name] = family
     return family
+
+
+def _check_methods(family: str, part: object, kind: type) -> None:
+    methods = [method for method, value in vars(kind).items() if isfunction(value) and not method.startswith("_")]
+    if lacking := [method for method in methods if not hasattr(part, method)]:
+        raise UserError(
+            f"model.family: {kind.__name__} of {family} has no {', '.join(lacking)}; see sft/models/family.py"
+        )
 
 
 def names_of_family(name: str) -> FamilyNames:
     """Return the names that a recipe may use of a family, without importing torch.
 
     Raises:
-        UserError: there is no such family.
+        UserError: there is no such family, or it lacks some.
     """
     names = _module(name, "names")
-    return FamilyNames(names.GROUPS, names.LORA_TARGETS, names.ENCODER_GROUPS)
+    expected = ("GROUPS", "LORA_TARGETS", "ENCODER_GROUPS")
+    if lacking := [one for one in expected if not hasattr(names, one)]:
+        raise UserError(f"model.family: {name}.names has no {', '.join(lacking)}; see sft/models/family.py")
+    return FamilyNames(*(getattr(names, one) for one in expected))
 
 
 def _module(family: str, name: str) -> Any:
@@ -65,6 +83,8 @@ def _module(family: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if not f"{package}.{name}.".startswith(f"{error.name}."):
             raise  # the family is there, and imports what is not
+        if error.name == f"{package}.{name}":
+            raise UserError(f"model.family: {family} has no module {name!r}; see sft/models/family.py") from error
         known = family_names()
         raise UserError(
             f"model.family: unknown family {family!r}{nearest(family, known)} (known: {', '.join(known)}; or give the "
@@ -76,29 +96,35 @@ def check_names(recipe: Recipe) -> None:
     """Check what a recipe says of groups of parameters and adapter targets against the names of its family.
 
     Raises:
-        UserError: the family is unknown, a name is none of the family's, or `data.feature_cache` would keep the states
+        UserError: the family is unknown, names are none of the family's, or `data.feature_cache` would keep the states
         of images from parts of the model that are trained.
     """
+    if problems := list(_wrong_names(recipe)):
+        raise UserError(*problems)
+
+
+def _wrong_names(recipe: Recipe) -> Iterator[str]:
     model, names = recipe.model, names_of_family(recipe.model.family)
     # Adapters always come with the rows of added tokens (`ModelConfig`), of which a family may have none.
     added = {"extra_rows"} - names.groups.keys() if model.lora else set()
-    _check_known("model.trainable", {*(model.trainable or ())} - added, names.groups, model.family)
-    _check_known("training.groups", recipe.training.groups, names.groups, model.family)
+    trainable = [name for name in model.trainable or () if name not in added]
+    yield from _unknown("model.trainable", trainable, names.groups, model.family)
+    yield from _unknown("training.groups", recipe.training.groups, names.groups, model.family)
     if model.lora:
-        _check_known("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
+        yield from _unknown("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
     trained = names.groups if model.trained_groups is None else model.trained_groups
     changing = [group for group in names.encoder_groups if group in trained]
     if recipe.data.feature_cache and changing:
-        raise UserError(
+        yield (
             f"data.feature_cache keeps what does not change, and {changing[0]} is trained; leave it out of "
             "model.trainable and model.lora.targets, or the cache"
         )
 
 
-def _check_known(key: str, names: Iterable[str], known: Mapping[str, str], family: str) -> None:
+def _unknown(key: str, names: Iterable[str], known: Mapping[str, str], family: str) -> Iterator[str]:
     for name in names:
         if name not in known:
-            raise UserError(f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+            yield f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known)})"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

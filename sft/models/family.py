@@ -3,8 +3,8 @@
 A family is a package, found by its name: a folder of `sft/models/` called like `model_type` in the config.json of its
 models, or the dotted name of a package outside the tree. It holds two modules:
 
-    names    GROUPS, LORA_TARGETS and ENCODER_GROUPS, names that a recipe may use; imports neither torch nor
-    transformers family   FAMILY, a `Family`
+    names    GROUPS, LORA_TARGETS and ENCODER_GROUPS, names that a recipe may use; without torch and transformers
+    family   FAMILY, a `Family`
 
 There are two kinds. In IDEFICS-1 images stand beside the text, which looks at them through cross-attention. In
 Idefics2, Idefics3 and SmolVLM images are part of the text: their states stand in the places of image tokens, so an

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,12 @@ def explain_problems(
         where = _line_in_file(path, node, location) if is_own else _blame(overrides, problem, location)
         lines.append(f"{where}: {problem}")
     return lines
+
+
+def explain_overrides(error: ValidationError, overrides: Sequence[str]) -> list[str]:
+    """Return the problems of a recipe that overrides have made, each with the override that caused it."""
+    problems = [(_explain(problem), problem["loc"]) for problem in _causes(error)]
+    return [f"{_blame(overrides, problem, location)}: {problem}" for problem, location in problems]
 
 
 def _causes(error: ValidationError) -> list[Any]:
@@ -70,8 +77,15 @@ def _explain(problem: Any) -> str:
         of_what = _of_what(location) if problem["type"] == "tuple_type" else ""
         return f"{name}: expected {_EXPECTED[problem['type']]}{of_what}, found {in_words(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
+    should_be = message.partition("Input should be ")[2]
+    if should_be:
+        message = f"expected {'a number ' if should_be.startswith(('greater', 'less')) else ''}{should_be}"
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {in_words(problem['input'])}"
-    return f"{name + ': ' if name else ''}{message}{found}"
+    choices = _QUOTED.findall(should_be) if problem["type"] == "literal_error" else []
+    return f"{name + ': ' if name else ''}{message}{found}{nearest(str(problem['input']), choices)}"
+
+
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 _EXPECTED = {

@@ -46,7 +46,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
-        raise UserError("; ".join(explain_problems(path, node, values, changed, overrides))) from error
+        raise UserError(*explain_problems(path, node, values, changed, overrides)) from error
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -61,7 +61,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{' '.join(overrides)}: {error.errors()[0]['msg']}") from error
+        raise UserError(*explain_overrides(error, overrides)) from error
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)

@@ -145,7 +145,7 @@ def newest_state(directory: Path, log: Callable[[str], None]) -> Path | None:
         problem = _problem_of_state(path)
         if problem is None:
             return path
-        log(f"{path}: not gone on from: {problem}")
+        log(f"{path}: not resumed from: {problem}")
     return None
 
 
@@ -157,7 +157,7 @@ def check_state(path: Path) -> None:
     """
     problem = _problem_of_state(path)
     if problem is not None:
-        raise UserError(f"{path}: cannot be gone on from: {problem}")
+        raise UserError(f"{path}: cannot be resumed from: {problem}")
 
 
 def _problem_of_state(path: Path) -> str | None:

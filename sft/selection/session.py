@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from sft.core.contain import contained
 from sft.core.distributed import all_or_none, from_main, is_main_process
-from sft.core.errors import RunError, UserError, reason_of
+from sft.core.errors import RunError, UserError
 from sft.core.file_lock import locked
 from sft.evaluation.held_out_loss import recorded_losses
 from sft.evaluation.run_tasks import score_model
@@ -199,15 +200,16 @@ class Session:
             self.prepare()
         with loaded_in_turn() as load:
             for path in new:
-                try:
+                with contained() as outcome:
                     self._evaluate(path, load)
-                except Exception as error:  # whatever it is
-                    if not from_main(partial(is_complete, path)):
-                        self._log(f"{path.name}: was removed before it was evaluated; it is left out")
-                        continue
-                    self._first_error = self._first_error or error
-                    self.failed[path.name] = reason_of(error)
-                    self._log(f"{path.name}: the evaluation failed, it is left out: {self.failed[path.name]}")
+                if not outcome:
+                    continue
+                if not from_main(partial(is_complete, path)):
+                    self._log(f"{path.name}: was removed before it was evaluated; it is left out")
+                    continue
+                self._first_error = self._first_error or outcome.error
+                self.failed[path.name] = outcome.reason
+                self._log(f"{path.name}: the evaluation failed, it is left out: {outcome.reason}")
         return any(path.name in self._evaluated for path in new)
 
     def _evaluate(self, path: Path, load: Load) -> None:

@@ -59,7 +59,7 @@ def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
     frozen = opened.family.weights.select_trainable(opened.model, recipe.model.trainable)
     log(trained_table(trained_parts(opened.model, recipe.training, opened.family.weights)))
     if frozen:
-        log(f"frozen, since no gradient ever reaches them: {', '.join(frozen)}")
+        log("frozen, since no gradient ever reaches them:\n" + "\n".join(f"  {name}" for name in frozen))
 
 
 def load_for_training(recipe: Recipe, family: Family, base: Path) -> PackedModel:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.checks.environment import LIBRARIES
+from sft.core.contain import on_error
 from sft.core.errors import RunError, UserError, reason_of
 from sft.core.files import discard
 from sft.core.precision import torch_dtype
@@ -113,14 +114,15 @@ def recorded(
 ) -> Iterator[None]:
     """Keep run.json up to date: running, then finished, stopped or failed, and why."""
     status("running", "").write(run_dir)
-    try:
-        yield
-    except BaseException as error:
+
+    def write_reason(error: BaseException) -> None:
         with suppress(OSError, RunError):  # a full disk may be what ends the run, and is reported then
             is_wanted = isinstance(error, KeyboardInterrupt)
             why = "interrupted" if is_wanted else reason_of(error)
             status("stopped" if is_wanted else "failed", why).write(run_dir)
-        raise
+
+    with on_error(write_reason):
+        yield
     status(*outcome()).write(run_dir)
 
 

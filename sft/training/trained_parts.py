@@ -23,7 +23,7 @@ class TrainedPart(NamedTuple):
     parameters: int
     learning_rate: float
     weight_decay: str
-    """Weight decay of the decayed tensors; `0.1 (12 tensors 0)` where some are not decayed."""
+    """Weight decay of the decayed tensors; `0.1 (12 at 0)` where 12 tensors are not decayed."""
     dtype: str
 
 
@@ -48,14 +48,14 @@ def _part(group: str, what: str, members: list[tuple[torch.Tensor, dict[str, Any
         tensors=len(members),
         parameters=sum(parameter.numel() for parameter, _ in members),
         learning_rate=members[0][1]["lr"],
-        weight_decay=f"{highest} ({undecayed} tensors 0)" if undecayed and max(decays) else highest,
+        weight_decay=f"{highest} ({undecayed} at 0)" if undecayed and max(decays) else highest,
         dtype=", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter, _ in members})),
     )
 
 
 def trained_table(parts: Sequence[TrainedPart]) -> str:
     """Return the table as lines of text, with the sums in the last one."""
-    header = ("group", "trained", "tensors", "parameters", "learning rate", "weight decay", "dtype")
+    header = ("group", "trained", "tensors", "parameters", "rate", "decay", "dtype")
     rows = [
         (p.group, p.what, f"{p.tensors:,}", f"{p.parameters:,}", f"{p.learning_rate:g}", p.weight_decay, p.dtype)
         for p in parts

@@ -36,9 +36,27 @@ def recipe(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
-def test_all_that_is_wrong_with_a_recipe_is_one_line_and_nothing_that_follows_from_it(recipe, refusal):
-    line = refusal("validate", recipe, "data.train_on=none", "model.mode=loral")
-    assert line.count("; ") == 1 and "found 'loral'; " in line and "found 'none'" in line and "at least" not in line
+def test_each_mistake_of_a_recipe_is_a_line_and_nothing_that_follows_from_it_is(recipe, refusal):
+    said = refusal("validate", recipe, "data.train_on=none", "model.mode=loral", problems=2)
+    mode, train_on = said.splitlines()
+    assert (
+        mode.endswith("found 'loral'; did you mean 'lora'?")
+        and train_on.endswith("found 'none'")
+        and "at least" not in said
+    )
+    names = ("model.trainable=[visoin,hed]", "training.groups={hed: {learning_rate: 1}}", "model.path=nowhere")
+    said = refusal("validate", recipe, *names, "data.mixture.0.datasets.0.dataset=mesages", problems=5)
+    assert "model.trainable: idefics has no 'visoin'; did you mean 'vision'?" in said
+    assert "training.groups: idefics has no 'hed'; did you mean 'head'?" in said
+
+
+def test_a_terminal_folds_a_problem_between_words(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert status_of("validate", recipe, f"model.path={'x' * 30}") == 2
+    said = capsys.readouterr().err
+    assert f"model.path: {'x' * 30} is not a folder; expected" in " ".join(said.split())
+    assert all(len(line) <= 50 for line in said.splitlines())
 
 
 def test_what_is_wrong_with_a_recipe_is_one_line(recipe, refusal):
@@ -60,7 +78,8 @@ def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
 
 def test_all_that_is_not_there_is_named_at_once(recipe, refusal):
     paths = [f"data.mixture.0.datasets.{number}.path=nowhere/{number}" for number in (0, 1)]
-    said = refusal("validate", recipe, *paths, "data.mixture.1.datasets.0.dataset=mesages", "model.path=nowhere")
+    wrong = (*paths, "data.mixture.1.datasets.0.dataset=mesages", "model.path=nowhere")
+    said = refusal("validate", recipe, *wrong, problems=4)
     assert said.count("path nowhere/0 does not exist") == said.count("path nowhere/1 does not exist") == 1
     assert "unknown dataset 'mesages'; did you mean 'messages'?" in said and "model.path: nowhere is not" in said
 
@@ -97,10 +116,10 @@ def test_records_that_are_bad_are_a_mistake_of_the_source_and_path_that_are_name
 
 def test_validate_names_the_next_command(recipe, capsys):
     assert status_of("validate", recipe) == 0
-    assert capsys.readouterr().out == f"{recipe}: valid, 2 sources, 4 steps. Next: idefics-sft prepare {recipe}\n"
+    assert capsys.readouterr().out == f"{recipe}: valid, 2 sources, 4 steps\nNext: idefics-sft prepare {recipe}\n"
     one = "data.mixture=[{name: all, share: 1.0, datasets: [{dataset: messages, path: x}]}]"
     assert status_of("validate", recipe, "--no-paths", one, "training.max_steps=1") == 0
-    assert ": valid, 1 source, 1 step. Next: " in capsys.readouterr().out
+    assert ": valid, 1 source, 1 step\nNext: " in capsys.readouterr().out
     assert status_of("validate", recipe, "--json", "data.mixture.1.datasets.0.path=nowhere", "--no-paths") == 0
     assert json.loads(capsys.readouterr().out) == {
         "valid": True,

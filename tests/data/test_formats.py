@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sft.core.errors import UserError
@@ -40,6 +40,7 @@ from sft.data.formats import (
 )
 from sft.data.formats import parquet as parquet_reader
 from sft.data.formats import tar as tar_reader
+from sft.data.formats.parquet_footer import BYTE_ARRAY, column_sizes
 from sft.data.formats.rows import TOO_DEEP, TOO_LONG
 
 MEGABYTE = 1024 * 1024
@@ -487,8 +488,24 @@ def test_few_large_rows_are_unpacked_at_a_time(parquet, monkeypatch, use_diction
 
 def test_the_size_of_a_dictionary_is_read_from_its_page(parquet):
     for size in (1, 60, 5000, 3_000_000):
-        column = pq.ParquetFile(parquet({"a": [b"x" * size]})).metadata.row_group(0).column(0)
-        assert parquet_reader._dictionary_bytes(parquet({"a": [b"x" * size]}), column) == size + 4, "and its length"
+        path = parquet({"a": [b"x" * size]})
+        ((column,),) = column_sizes(path)
+        assert parquet_reader._dictionary_bytes(path, column) == size + 4, "and its length"
+
+
+def test_the_sizes_of_columns_are_those_that_pyarrow_reads(parquet):
+    path = parquet({"a": list(range(99)), "b": [{"c": "x", "d": [b"y" * 500]}] * 99}, row_group_size=40)
+    groups = pq.ParquetFile(path).metadata
+    for group, sizes in enumerate(column_sizes(path)):
+        for number, found in enumerate(sizes):
+            column = groups.row_group(group).column(number)
+            assert found.name == column.path_in_schema
+            assert (found.kind == BYTE_ARRAY) == (column.physical_type == "BYTE_ARRAY")
+            assert found.num_values == column.num_values
+            assert found.unpacked == column.total_uncompressed_size and found.packed == column.total_compressed_size
+            assert found.dictionary_at == (column.dictionary_page_offset or 0)
+        assert len(sizes) == groups.num_columns
+    assert group + 1 == groups.num_row_groups == 3
 
 
 def test_a_column_that_unpacks_to_a_thousand_times_its_size_is_refused(parquet, monkeypatch):
@@ -540,6 +557,9 @@ PARQUET = parquet_bytes()
 
 
 @given(flips)
+@example([(548, 19)])  # pyarrow's `RowGroupMetaData.column()` aborts: sizes of a histogram do not agree
+@example([(343, 119)])
+@example([(548, 19), (343, 119)])
 def test_flipped_bytes_in_parquet_make_rows_and_skips_or_one_refusal(scratch, changes):
     scratch.write_bytes(flipped(PARQUET, changes))
     try:

@@ -1,7 +1,9 @@
 """VQA accuracy in its variants, and VQAv2: its files, its prompts, and the commands that take it as any other task."""
 
 import json
+import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from sft.core.errors import UserError
 from sft.evaluation.metrics.vqa_accuracy import normalise, vqa_accuracy
 from sft.evaluation.open_questions import most_common
 from sft.evaluation.run_tasks import ask
+from sft.evaluation.task import Answer
 from sft.evaluation.tasks import NamedTask, named_tasks, open_tasks
 from sft.evaluation.tasks.vqav2 import INSTRUCTION, read_questions
 from sft.recipe import EvaluationConfig
@@ -159,12 +162,12 @@ def test_what_is_wrong_with_the_files_is_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             opened(tmp_path, tmp_path, **settings)
-    with pytest.raises(UserError, match="nowhere: not there; expected the data of vqav2"):
+    with pytest.raises(UserError, match="nowhere: not there; give --benchmark PATH of vqav2"):
         opened(tmp_path / "nowhere", tmp_path)
     file = write_split(tmp_path) / "v2_mscoco_val2014_annotations.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({"annotations": content["annotations"][1:]}))
-    with pytest.raises(UserError, match="question 1005 of val has no annotation"):
+    with pytest.raises(UserError, match="question 1005 of val has no answers"):
         opened(tmp_path, tmp_path)
     file.write_text("[]")
     with pytest.raises(UserError, match="expected the official layout, an object with a list of 'annotations'"):
@@ -228,6 +231,47 @@ def test_a_dotted_name_loads_a_task_of_the_user_s_own(tmp_path, monkeypatch):
     assert task.name == "own_vqa" and len(task.items) == 6
     with pytest.raises(UserError, match=r"my_tools.other.: no such module can be imported"):
         named_tasks(EvaluationConfig(by="my_tools.other"))
+
+
+OWN = """
+from sft.evaluation.tasks.vqav2 import VQAv2
+
+class Own(VQAv2):
+    {}
+
+TASK = {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "task", "expected"),
+    [
+        ("pass", "3", "TASK is 3; expected a class"),
+        ("pass", "Own.__mro__[2]", "has no score, name, metric"),
+        ("def __init__(self, source): pass", "Own", "Own has no benchmark; see "),
+        ("how = 'ask'", "Own", "how is 'ask'; expected rank or generate or loss"),
+        ("max_new_tokens = 0", "Own", "max_new_tokens is 0; expected 1 or more"),
+        ("check_images = lambda self: self.__dict__.update(items=[])", "Own", "has no items; expected one at least"),
+        ("check_images = lambda self: self.__dict__.update(items=[3])", "Own", "int has no id, cluster, "),
+    ],
+)
+def test_what_a_task_lacks_is_one_line(tmp_path, monkeypatch, body, task, expected):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_tasks").mkdir()
+    (tmp_path / "own_tasks" / "own.py").write_text(OWN.format(body, task))
+    for module in ("own_tasks", "own_tasks.own"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    settings = EvaluationConfig(by=f"own_tasks.own={write_split(tmp_path / 'coco')}")
+    with pytest.raises(UserError, match=f"task 'own_tasks.own': .*{expected}"):
+        open_tasks(named_tasks(settings), settings, tmp_path)
+
+
+@pytest.mark.parametrize("score", ["high", None, math.nan, 1.5])
+def test_a_score_that_is_no_number_of_the_metric_is_refused(tmp_path, monkeypatch, score):
+    task = opened(write_split(tmp_path), tmp_path)
+    monkeypatch.setattr(task, "score", lambda item, answers: score)
+    with pytest.raises(UserError, match=f"vqav2_val: item 1000 scores {score!r}; expected a number from 0 to 1"):
+        task.result([[Answer(text="yes")] for _ in task.items], "0", "")
 
 
 def test_tasks_are_listed_and_shown(capsys):

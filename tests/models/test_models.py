@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from sft import models
 from sft.core.errors import UserError
 from sft.core.shipped import recipe_path, resolve
 from sft.evaluation.run_tasks import ScoredModel
-from sft.models import check_names
+from sft.models import check_names, get_family, names_of_family
 from sft.models.open_model import find_family, load_for_inference
 from sft.recipe import load_recipe
 
@@ -76,6 +77,27 @@ def test_a_family_that_is_not_known_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"model_type is 'llama', which is no known family \(idefics\)"):
         find_family(tmp_path)
+
+
+def test_what_a_family_outside_the_tree_lacks_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "half"
+    package.mkdir()
+    with pytest.raises(UserError, match="half has no module 'names'; see "):
+        names_of_family("half")
+    (package / "names.py").write_text("GROUPS = {}\n")
+    with pytest.raises(UserError, match=r"half\.names has no LORA_TARGETS, ENCODER_GROUPS"):
+        names_of_family("half")
+    (package / "family.py").write_text("FAMILY = 3\n")
+    with pytest.raises(UserError, match=r"half\.family has no FAMILY"):
+        get_family("half")
+    (package / "family.py").write_text(
+        "from dataclasses import replace\nfrom sft.models.idefics.family import FAMILY\n"
+        "FAMILY = replace(FAMILY, name='half', text=object())\n"
+    )
+    monkeypatch.delitem(sys.modules, "half.family")
+    with pytest.raises(UserError, match="Text of half has no load_tokenizer, "):
+        get_family("half")
 
 
 @pytest.mark.parametrize(

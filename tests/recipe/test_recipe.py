@@ -99,9 +99,9 @@ def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
     ("found", "written", "expected"),
     [
         ("max_steps: 10", "max_steps: many", "training.max_steps: expected a whole number, found 'many'"),
-        ("max_steps: 10", "max_steps: 0", "toy.yaml:15: training.max_steps: Input should be greater than 0, found 0"),
-        ("1e-5", ".inf", "toy.yaml:17: training.learning_rate: Input should be a finite number, found inf"),
-        ("share: 0.25", "share: -1", "toy.yaml:10: data.mixture.1.share: Input should be greater than 0, found -1"),
+        ("max_steps: 10", "max_steps: 0", "toy.yaml:15: training.max_steps: expected a number greater than 0, found 0"),
+        ("1e-5", ".inf", "toy.yaml:17: training.learning_rate: expected a finite number, found inf"),
+        ("share: 0.25", "share: -1", "toy.yaml:10: data.mixture.1.share: expected a number greater than 0, found -1"),
         ("path: toy", "path: [toy]", "toy.yaml:2: model.path: expected text, found a list"),
         ("share: 0.25", "share: 0.2", "toy.yaml:3: data: shares sum to 0.95; they must sum to 1 or to 100"),
         ("name: dogs", "name: cats", "toy.yaml:3: data: two sources are called 'cats'; names must differ"),

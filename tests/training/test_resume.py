@@ -92,9 +92,9 @@ def test_a_state_that_is_not_whole_is_passed_over_and_it_is_said_why(copied):
     damage(folder_of(copied, 3) / STATE / "optimizer.pt")
     (folder_of(copied, 2) / STATE / "trained.safetensors").unlink()
     assert newest_state(folder, said.append) == folder_of(copied, 1)
-    assert "checkpoint-3: not gone on from: state/optimizer.pt is not what its hash says" in said[0]
-    assert "checkpoint-2: not gone on from: files of state/ are missing or cut off" in said[1]
-    with pytest.raises(UserError, match=r"checkpoint-3: cannot be gone on from: state/optimizer\.pt is not"):
+    assert "checkpoint-3: not resumed from: state/optimizer.pt is not what its hash says" in said[0]
+    assert "checkpoint-2: not resumed from: files of state/ are missing or cut off" in said[1]
+    with pytest.raises(UserError, match=r"checkpoint-3: cannot be resumed from: state/optimizer\.pt is not"):
         trained(copied, resume_from=folder_of(copied, 3))
     for asked, expected in ((folder_of(copied, 7), "it is not there"), (folder.parent, "not a checkpoint of this run")):
         with pytest.raises(UserError, match=expected):

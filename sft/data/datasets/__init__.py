@@ -163,6 +163,8 @@ def _load(name: str) -> ModuleType:
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports what is not
         raise UserError(f"dataset {name!r}: no such module can be imported ({error})") from error
     for function in ("rows", "to_sample"):
         if not hasattr(module, function):

@@ -28,7 +28,7 @@ from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
 from sft.core.sample import ImageRef, Message, SkipSample
 from sft.data.formats import (
     Row,
-    batch_rows,
+    batches,
     index_base64_object,
     is_parquet,
     read_json_items,
@@ -246,11 +246,9 @@ def _read_images(file: Path) -> Iterator[tuple[str, Any]]:
         others = [name for name in parquet.schema_arrow.names if name != "base64"]
         if len(others) != 1 or len(parquet.schema_arrow) != 2:
             raise UserError(f"{file}: has columns {parquet.schema_arrow.names}; expected `base64` and one of image ids")
-        for group in range(parquet.num_row_groups):
-            num_rows = batch_rows(file, parquet.metadata.row_group(group))
-            for batch in parquet.iter_batches(batch_size=num_rows, row_groups=[group]):
-                for name, image in zip(batch.column(others[0]), batch.column("base64"), strict=True):
-                    yield _plain(str(name)), image.as_py()
+        for batch in batches(file, parquet):
+            for name, image in zip(batch.column(others[0]), batch.column("base64"), strict=True):
+                yield _plain(str(name)), image.as_py()
 
 
 @contextmanager

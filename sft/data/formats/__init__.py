@@ -12,7 +12,7 @@ extracted to disk, and no pickle is ever opened.
 
 from sft.data.formats.base64_object import ByteRange, index_base64_object, read_range
 from sft.data.formats.json_text import first_json_byte, read_json, read_json_items, read_json_list, read_jsonl
-from sft.data.formats.parquet import batch_rows, read_parquet
+from sft.data.formats.parquet import batches, read_parquet
 from sft.data.formats.records import READERS, is_parquet, read_records
 from sft.data.formats.rows import MAX_RECORD_BYTES, Row, find_files, max_record_bytes, record_limit, require_file
 from sft.data.formats.tar import read_tar
@@ -22,7 +22,7 @@ __all__ = [
     "READERS",
     "ByteRange",
     "Row",
-    "batch_rows",
+    "batches",
     "find_files",
     "first_json_byte",
     "index_base64_object",

@@ -9,6 +9,7 @@ from typing import Any
 
 from sft.core.errors import UserError, printable
 from sft.core.sample import SkipSample
+from sft.data.formats.parquet_footer import BYTE_ARRAY, ColumnSizes, column_sizes
 from sft.data.formats.rows import TOO_LONG, Row, max_record_bytes, one_line, placed, require_file
 
 IMAGES_A_ROW = 4
@@ -37,50 +38,57 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             total = max(file.metadata.num_rows, 1)
-            for group in range(file.num_row_groups):
-                num_rows = batch_rows(path, file.metadata.row_group(group), columns)
-                for batch in file.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns):
-                    for place in range(batch.num_rows):
-                        number += 1
-                        here = f"{path.name}:{number}"
-                        one = batch.slice(place, 1)
-                        if one.nbytes > limit and _is_too_long(one, limit):
-                            yield SkipSample(TOO_LONG, detail=here)
-                        else:
-                            yield _converted(one, here, number / total)
+            for batch in batches(path, file, columns):
+                for place in range(batch.num_rows):
+                    number += 1
+                    here = f"{path.name}:{number}"
+                    one = batch.slice(place, 1)
+                    if one.nbytes > limit and _is_too_long(one, limit):
+                        yield SkipSample(TOO_LONG, detail=here)
+                    else:
+                        yield _converted(one, here, number / total)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as parquet after row {number}: {one_line(error)}") from error
 
 
-def batch_rows(path: Path, group: Any, columns: Sequence[str] | None = None) -> int:
-    """Return how many rows of a row group make up BATCH_BYTES, at the most; its metadata tell how large they are
+def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES.
+
+    Raises:
+        UserError: a column is a bomb.
+        OSError, pyarrow.ArrowException, UnicodeDecodeError: the file is damaged.
+    """
+    for group, sizes in enumerate(column_sizes(path)):
+        wanted = [one for one in sizes if columns is None or one.name.partition(".")[0] in columns]
+        num_rows = _batch_rows(path, int(file.metadata.row_group(group).num_rows), wanted)
+        yield from file.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns)
+
+
+def _batch_rows(path: Path, num_rows: int, columns: Sequence[ColumnSizes]) -> int:
+    """Return how many rows of a row group make up BATCH_BYTES, at the most; `columns` tell how large they are
     unpacked.
 
     Raises:
         UserError: they are a bomb.
     """
-    num_rows, num_bytes = int(group.num_rows), 0
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
-            continue
-        unpacked, packed = int(column.total_uncompressed_size), int(column.total_compressed_size)
-        if column.physical_type == "BYTE_ARRAY" and unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * packed):
-            name = printable(column.path_in_schema)
-            raise UserError(f"{path}: column {name} unpacks {packed:,} bytes into {unpacked:,}, as no data do")
-        num_bytes += unpacked
-        if column.physical_type == "BYTE_ARRAY" and column.dictionary_page_offset:  # any value may be all of it
-            num_bytes += int(column.num_values) * _dictionary_bytes(path, column)
+    num_bytes = 0
+    for one in columns:
+        if one.kind == BYTE_ARRAY and one.unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * one.packed):
+            name = printable(one.name)
+            raise UserError(f"{path}: column {name} unpacks {one.packed:,} bytes into {one.unpacked:,}, as no data do")
+        num_bytes += one.unpacked
+        if one.kind == BYTE_ARRAY and one.dictionary_at:  # any value may be all of it
+            num_bytes += one.num_values * _dictionary_bytes(path, one)
     return min(max(BATCH_BYTES * num_rows // max(num_bytes, 1), 1), BATCH_ROWS)
 
 
-def _dictionary_bytes(path: Path, column: Any) -> int:
+def _dictionary_bytes(path: Path, column: ColumnSizes) -> int:
     """Return the unpacked size of a column's dictionary: the second number in the header of its page."""
     with path.open("rb") as file:
-        file.seek(max(column.dictionary_page_offset, 0))
+        file.seek(max(column.dictionary_at, 0))
         found = _PAGE_HEADER.match(file.read(16))
     if not found:
-        return int(column.total_uncompressed_size)
+        return column.unpacked
     varint: bytes = found[1]
     return sum((byte & 127) << 7 * place for place, byte in enumerate(varint)) // 2  # a zigzag varint
 

@@ -18,10 +18,10 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from sft.core.errors import UserError, nearest
-from sft.evaluation.task import Task
+from sft.evaluation.task import How, PromptedTask, Task
 from sft.evaluation.task_source import HeldOut, TaskSource
 from sft.recipe import EvaluationConfig
 
@@ -51,6 +51,8 @@ def task_module(name: str) -> ModuleType:
     try:
         module = import_module(f"{__name__}.{name}" if name in known else name)
     except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports what is not
         raise UserError(f"task {name!r}: no such module can be imported ({error})") from error
     if not hasattr(module, "TASK"):
         raise UserError(f"task {name!r}: the module has no TASK; set it to the class of the task")
@@ -61,10 +63,23 @@ def task_type(name: str) -> type[Task]:
     """Return the class of a task.
 
     Raises:
-        UserError: see `task_module`.
+        UserError: see `task_module`; or TASK is no class of a task, or lacks something of one.
     """
-    found: type[Task] = task_module(name).TASK
+    found: type[Task] | object = task_module(name).TASK
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UserError(
+            f"task {name!r}: TASK is {found!r}; expected a class that inherits from sft.evaluation.task.Task"
+        )
+    _check_has(name, found, *sorted(found.__abstractmethods__), "name", "metric", "how", "unit")
     return found
+
+
+def _check_has(name: str, whose: object, *attributes: str) -> None:
+    abstract: frozenset[str] = getattr(whose, "__abstractmethods__", frozenset())
+    lacking = [attribute for attribute in attributes if attribute in abstract or not hasattr(whose, attribute)]
+    if lacking:
+        of = whose.__name__ if isinstance(whose, type) else type(whose).__name__
+        raise UserError(f"task {name!r}: {of} has no {', '.join(lacking)}; see sft/evaluation/task.py")
 
 
 def named_tasks(settings: EvaluationConfig) -> list[NamedTask]:
@@ -95,5 +110,27 @@ def open_tasks(
     """
     found: list[Task] = []
     for name, data in named:
-        found += task_type(name).open(TaskSource(data=data, settings=settings, store=store, held_out=held_out))
+        opened = task_type(name).open(TaskSource(data=data, settings=settings, store=store, held_out=held_out))
+        for task in opened:
+            _check_opened(name, task)
+        found += opened
     return found
+
+
+def _check_opened(name: str, task: Task) -> None:
+    """Check what the constructor of a task has to set.
+
+    Raises:
+        UserError: something is missing, or there is nothing to ask.
+    """
+    _check_has(name, task, "benchmark")
+    if task.how not in get_args(How):
+        raise UserError(f"task {name!r}: how is {task.how!r}; expected {' or '.join(get_args(How))}")
+    if not isinstance(task, PromptedTask):
+        return
+    _check_has(name, task, "items")
+    if not task.items:
+        raise UserError(f"task {name!r}: has no items; expected one at least")
+    _check_has(name, task.items[0], "id", "cluster", "image_sha256", "category", "answers")
+    if task.how == "generate" and task.max_new_tokens < 1:
+        raise UserError(f"task {name!r}: max_new_tokens is {task.max_new_tokens}; expected 1 or more")

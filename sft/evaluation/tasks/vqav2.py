@@ -65,27 +65,27 @@ def read_questions(folder: Path, split: str) -> list[OpenQuestion]:
     Raises:
         UserError: a file is missing, or not of the official layout.
     """
-    part = PARTS[split]
+    part, images = PARTS[split], PARTS[split].replace("-dev", "")
     questions = _records(folder / f"v2_OpenEnded_mscoco_{part}_questions.json", "questions")
     annotations: dict[int, dict[str, Any]] = {}
     if not split.startswith("test"):
         annotations = _records(folder / f"v2_mscoco_{part}_annotations.json", "annotations")
-        if missing := questions.keys() - annotations.keys():
-            raise UserError(
-                f"{folder}: question {min(missing)} of {split} has no annotation; take files of one release"
+        if missing := [number for number in questions if not annotations.get(number, {}).get("answers")]:
+            raise UserError(f"{folder}: question {missing[0]} of {split} has no answers; take files of one release")
+    try:
+        return [
+            OpenQuestion(
+                id=number,
+                text=question["question"].strip() + INSTRUCTION,
+                answers=tuple(one["answer"] for one in annotations.get(number, {}).get("answers", ())),
+                images=(ImageRef(source=folder / images / f"COCO_{images}_{question['image_id']:012d}.jpg"),),
+                cluster=f"image {question['image_id']}",
+                category=annotations.get(number, {}).get("answer_type", ""),
             )
-    images = part.replace("-dev", "")
-    return [
-        OpenQuestion(
-            id=number,
-            text=question["question"].strip() + INSTRUCTION,
-            answers=tuple(one["answer"] for one in annotations.get(number, {}).get("answers", ())),
-            images=(ImageRef(source=folder / images / f"COCO_{images}_{question['image_id']:012d}.jpg"),),
-            cluster=f"image {question['image_id']}",
-            category=annotations.get(number, {}).get("answer_type", ""),
-        )
-        for number, question in questions.items()
-    ]
+            for number, question in questions.items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: a question of {split}, or its annotation, is not of the official layout") from error
 
 
 def _records(file: Path, key: str) -> dict[int, dict[str, Any]]:
