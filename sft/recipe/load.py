@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sft.core.errors import UserError
 from sft.recipe.config import Recipe
-from sft.recipe.explain import explain_problems, in_words
+from sft.recipe.explain import explain_overrides, explain_problems, in_words
 
 MAX_RECIPE_BYTES = 1024 * 1024
 
