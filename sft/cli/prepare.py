@@ -120,7 +120,7 @@ def _all(
     parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
     stores = [part.store for part in parts]
     arguments = shlex.join([recipe, *overrides])
-    following = (f"Next: idefics-sft mix {arguments}", f"  or: idefics-sft train {arguments}")
+    following: tuple[str, ...] = (f"Next: idefics-sft mix {arguments}", f"  or: idefics-sft train {arguments}")
     if options.limit is not None:
         paths = dict.fromkeys(str(store.path) for store in stores)
         following = (

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sft.core.errors import UserError
 from sft.recipe.config import Recipe
-from sft.recipe.explain import explain_problems, in_words
+from sft.recipe.explain import explain_overrides, explain_problems, in_words
 
 MAX_RECIPE_BYTES = 1024 * 1024
 
@@ -61,7 +61,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(*explain_overrides(error, overrides)) from error
+        raise UserError(*explain_overrides(values, overrides)) from error
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
