@@ -6,6 +6,9 @@ and puts a blank behind an only candidate: typer's script offers all keys behind
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
+
 BASH_SCRIPT = r"""
 %(complete_func)s() {
     local IFS=$'\n' rest=${COMP_LINE:0:COMP_POINT} words=() word part found i
@@ -34,3 +37,27 @@ def use_our_bash_script() -> None:
     from typer import _completion_shared
 
     _completion_shared._completion_scripts["bash"] = BASH_SCRIPT
+
+
+def complete_shipped(incomplete: str) -> list[str]:
+    """Return the shipped recipes that begin like this, for the shell."""
+    from sft.core.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the shipped recipes, recipe files and folders that begin like this, for the shell."""
+    found = [path for path in sorted(Path().glob(f"{glob.escape(incomplete)}*"))]
+    files = [str(path) for path in found if path.suffix in (".yaml", ".yml")]
+    return [*complete_shipped(incomplete), *files, *(f"{path}/" for path in found if path.is_dir())]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Return the dotted keys of a recipe, or the values of one that has a few, that begin like this, for the shell."""
+    from sft.recipe.json_schema import choices_of, dotted_keys
+
+    key, equals, _ = incomplete.partition("=")
+    if equals:
+        return [found for value in choices_of(key) if (found := f"{key}={value}").startswith(incomplete)]
+    return [f"{key}=" for key in dotted_keys() if key.startswith(incomplete)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from sft.cli.terminal import percent, table
 from sft.core.metric import ACCURACY, Metric
@@ -52,7 +53,7 @@ def _blind(summary: Summary) -> str:
     return "" if summary["blind"] is None else score_text(summary["blind"], metric_of(summary))
 
 
-def _overview(summaries: Sequence[Summary]) -> Any:
+def _overview(summaries: Sequence[Summary]) -> Table:
     rows = [
         (
             summary["benchmark"] + (f" by {summary['rank']}" if "rank" in summary else ""),

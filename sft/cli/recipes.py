@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sft.cli.terminal import Json, complete_shipped, console, examples, folded, print_json
+from sft.cli.completion import complete_shipped
+from sft.cli.terminal import Json, console, examples, folded, print_json
 from sft.core.errors import UserError
 from sft.core.shipped import recipe_title, shipped_recipe, shipped_recipes
 

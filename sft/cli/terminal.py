@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any, Protocol
 
@@ -29,31 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from sft.cli.completion import complete_override, complete_recipe
 from sft.core.errors import printable
-
-
-def complete_shipped(incomplete: str) -> list[str]:
-    """Return the shipped recipes that begin like this, for the shell."""
-    from sft.core.shipped import shipped_recipes
-
-    return [name for name in shipped_recipes() if name.startswith(incomplete)]
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Return the shipped recipes, recipe files and folders that begin like this, for the shell."""
-    found = [path for path in sorted(Path().glob(f"{glob.escape(incomplete)}*"))]
-    files = [str(path) for path in found if path.suffix in (".yaml", ".yml")]
-    return [*complete_shipped(incomplete), *files, *(f"{path}/" for path in found if path.is_dir())]
-
-
-def complete_override(incomplete: str) -> list[str]:
-    """Return the dotted keys of a recipe, or the values of one that has a few, that begin like this, for the shell."""
-    from sft.recipe.json_schema import choices_of, dotted_keys
-
-    key, equals, _ = incomplete.partition("=")
-    if equals:
-        return [found for value in choices_of(key) if (found := f"{key}={value}").startswith(incomplete)]
-    return [f"{key}=" for key in dotted_keys() if key.startswith(incomplete)]
 
 
 def examples(commands: Iterable[str]) -> str:

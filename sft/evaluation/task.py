@@ -251,9 +251,8 @@ class PromptedTask(Task, Generic[ItemT]):
         if not outcomes:
             raise RunError(f"{self.benchmark}: all {len(too_long)} questions are {TOO_LONG}")
         if not is_finite:
-            raise RunError(
-                f"{self.benchmark}: the model gives no finite likelihood to any answer: its training diverged"
-            )
+            problem = "the model gives no finite likelihood to any answer: its training diverged"
+            raise RunError(f"{self.benchmark}: {problem}")
         return Result(
             benchmark=self.benchmark,
             protocol_hash=protocol_hash,

@@ -107,7 +107,7 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
     model, names = recipe.model, names_of_family(recipe.model.family)
     # Adapters always come with the rows of added tokens (`ModelConfig`), of which a family may have none.
     added = {"extra_rows"} - names.groups.keys() if model.lora else set()
-    trainable = [name for name in model.trainable or () if name not in added]
+    trainable = [group for group in model.trainable or () if group not in added]
     yield from _unknown("model.trainable", trainable, names.groups, model.family)
     yield from _unknown("training.groups", recipe.training.groups, names.groups, model.family)
     if model.lora:

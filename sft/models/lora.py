@@ -24,6 +24,8 @@ from sft.recipe import LoraSettings
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from sft.models.packed_model import PackedModel
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _ADAPTER = ".default."
@@ -67,7 +69,7 @@ def has_adapters(model: nn.Module) -> bool:
     return next(adapter_parameters(model), None) is not None
 
 
-def save_adapters(model: Any, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_adapters(model: PackedModel, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write everything that is trained as a PEFT folder: the adapters, and the weights trained beside them.
 
     `weights` are those of the model, where its parameters hold but a share of them.
@@ -114,7 +116,7 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def load_adapters(model: Any, folder: Path) -> dict[str, Tensor]:
+def load_adapters(model: PackedModel, folder: Path) -> dict[str, Tensor]:
     """Put trained adapters into a base model, and the weights that were trained beside them; nothing stays trainable.
 
     Returns the base's own weights where others took their place, for `remove_adapters`.
@@ -157,7 +159,7 @@ def _fill(model: nn.Module, folder: Path, replaced: dict[str, Tensor]) -> None:
             parameter.data = tensor.to(parameter.device)
 
 
-def remove_adapters(model: Any, replaced: dict[str, Tensor]) -> None:
+def remove_adapters(model: PackedModel, replaced: dict[str, Tensor]) -> None:
     """Make a model the base again that it was before `load_adapters`, which returned `replaced`."""
     from peft.tuners.lora import LoraLayer
 

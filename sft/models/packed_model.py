@@ -61,6 +61,7 @@ class PackedModel(nn.Module):
         generate: Any
         save_pretrained: Any
         activation_checkpointing_enable: Any
+        peft_config: Any
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             """Return what `forward` does."""

@@ -35,10 +35,9 @@ def explain_problems(
     return lines
 
 
-def explain_overrides(error: ValidationError, overrides: Sequence[str]) -> list[str]:
-    """Return the problems of a recipe that overrides have made, each with the override that caused it."""
-    problems = [(_explain(problem), problem["loc"]) for problem in _causes(error)]
-    return [f"{_blame(overrides, problem, location)}: {problem}" for problem, location in problems]
+def explain_overrides(values: Any, overrides: Sequence[str]) -> list[str]:
+    """Return the problems of `values`, to which `overrides` changed a recipe without any."""
+    return [f"{_blame(overrides, problem, location)}: {problem}" for problem, location in _problems(values)]
 
 
 def _causes(error: ValidationError) -> list[Any]:
@@ -81,11 +80,8 @@ def _explain(problem: Any) -> str:
     if should_be:
         message = f"expected {'a number ' if should_be.startswith(('greater', 'less')) else ''}{should_be}"
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {in_words(problem['input'])}"
-    choices = _QUOTED.findall(should_be) if problem["type"] == "literal_error" else []
+    choices = re.findall("'([^']*)'", should_be) if problem["type"] == "literal_error" else ()
     return f"{name + ': ' if name else ''}{message}{found}{nearest(str(problem['input']), choices)}"
-
-
-_QUOTED = re.compile(r"'([^']*)'")
 
 
 _EXPECTED = {

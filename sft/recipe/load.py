@@ -61,7 +61,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(*explain_overrides(error, overrides)) from error
+        raise UserError(*explain_overrides(values, overrides)) from error
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)

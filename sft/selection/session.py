@@ -202,14 +202,12 @@ class Session:
             for path in new:
                 with contained() as outcome:
                     self._evaluate(path, load)
-                if not outcome:
-                    continue
-                if not from_main(partial(is_complete, path)):
+                if outcome and not from_main(partial(is_complete, path)):
                     self._log(f"{path.name}: was removed before it was evaluated; it is left out")
-                    continue
-                self._first_error = self._first_error or outcome.error
-                self.failed[path.name] = outcome.reason
-                self._log(f"{path.name}: the evaluation failed, it is left out: {outcome.reason}")
+                elif outcome:
+                    self._first_error = self._first_error or outcome.error
+                    self.failed[path.name] = outcome.reason
+                    self._log(f"{path.name}: the evaluation failed, it is left out: {outcome.reason}")
         return any(path.name in self._evaluated for path in new)
 
     def _evaluate(self, path: Path, load: Load) -> None:

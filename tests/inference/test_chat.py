@@ -91,7 +91,7 @@ def test_a_wrong_line_is_answered_with_one_line_and_the_talk_goes_on(folder):
     lines = typed(folder, "/imagine", "/image missing.png", "Hi")
     assert [line for line in lines if line.startswith("Error")] == [
         "Error: /imagine: unknown command. /image FILE shows an image with your next message, "
-        "/reset forgets the conversation, /quit ends.",
+        "/reset forgets, /quit ends.",
         f"Error: missing.png: image file missing; looked in {folder}",
     ]
     assert "Assistant: 1 turns, 0 images: Hi" in lines
