@@ -25,7 +25,7 @@ from sft.models.idefics.family import FAMILY
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
 from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE
-from sft.models.open_model import Loaded
+from sft.models.loaded_model import Loaded
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "scripts"))

@@ -45,7 +45,7 @@ from sft.models.idefics import weights
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.weights import select_trainable
-from sft.models.open_model import load_template
+from sft.models.loaded_model import load_template
 from sft.recipe import Recipe
 from sft.training.open_model import load_for_training
 

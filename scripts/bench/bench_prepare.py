@@ -144,7 +144,7 @@ def encoding_sides(store: Store, folder: Path) -> dict[str, Callable[[], Any]]:
     from sft.core.shipped import resolve
     from sft.data.encoded_arrays import encode_samples
     from sft.models import get_family
-    from sft.models.open_model import load_template
+    from sft.models.loaded_model import load_template
 
     family = get_family("idefics")
     base = folder / "base"

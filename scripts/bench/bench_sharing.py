@@ -42,7 +42,7 @@ from sft.data.sources import Sources
 from sft.models.base_model import base_path
 from sft.models.family import Images
 from sft.models.idefics.images import IdeficsImages
-from sft.models.open_model import Loaded, load_for_inference
+from sft.models.loaded_model import Loaded, load_for_inference
 from sft.recipe import Recipe, load_recipe
 from sft.training import run
 

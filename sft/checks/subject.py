@@ -19,9 +19,9 @@ from sft.core.precision import device, torch_dtype
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample, Sample
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Family
+from sft.models.loaded_model import find_base, load_for_inference
 from sft.models.lora import is_adapter_folder
 from sft.models.loss import trained_positions
-from sft.models.open_model import find_base, load_for_inference
 from sft.models.packed_model import PackedModel
 
 CHAT = (

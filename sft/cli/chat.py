@@ -35,7 +35,7 @@ def run(
     shown = [_opened(file, allow_dir) for file in image or []]
     quiet_libraries()
     from sft.inference.chat import Conversation, Repl, responder
-    from sft.models.open_model import load_for_inference
+    from sft.models.loaded_model import load_for_inference
 
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

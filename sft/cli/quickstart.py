@@ -188,7 +188,7 @@ def _ask(recipe: Recipe, path: Path) -> list[dict[str, str]]:
     """Return three questions about test images, answered by the selected model in one conversation each."""
     from sft.data.datasets import Adapter
     from sft.inference.chat import Conversation, responder
-    from sft.models.open_model import load_for_inference
+    from sft.models.loaded_model import load_for_inference
 
     test = Adapter("easy_vqa", None, "test", {"form": "questions"})
     rows = [row for file in test.files() for row in test.rows(file) if isinstance(row, dict)]

@@ -22,7 +22,7 @@ from sft.data.truncate import Limits
 from sft.models import get_family
 from sft.models.base_model import base_path, prepare_base
 from sft.models.chat_template import ChatTemplate
-from sft.models.open_model import load_template
+from sft.models.loaded_model import load_template
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 
 VALIDATION = "validation"

@@ -27,7 +27,7 @@ from sft.models import get_family
 from sft.models.base_model import prepare_base
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Images
-from sft.models.open_model import load_template
+from sft.models.loaded_model import load_template
 from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 

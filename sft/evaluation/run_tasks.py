@@ -13,7 +13,7 @@ from sft.evaluation.generate_answers import generate_answers
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.results import Result, find_result, write_result
 from sft.evaluation.task import Answer, MeasuredTask, OnProgress, PromptedTask, Query, Task
-from sft.models.open_model import Load, Loaded, find_family, load_for_inference, load_template
+from sft.models.loaded_model import Load, Loaded, find_family, load_for_inference, load_template
 from sft.runs.checkpoint import listed_hashes
 
 Answers = list[list[Answer | None]]

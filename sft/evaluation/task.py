@@ -32,7 +32,7 @@ from sft.evaluation.task_source import TaskSource
 
 if TYPE_CHECKING:
     from sft.models.chat_template import ChatTemplate
-    from sft.models.open_model import Loaded
+    from sft.models.loaded_model import Loaded
 
 How = Literal[
     "rank",  # the likelihood of each option

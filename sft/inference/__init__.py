@@ -1,4 +1,4 @@
-"""Using a model that is loaded (`sft.models.open_model`).
+"""Using a model that is loaded (`sft.models.loaded_model`).
 
 messages, images ─chat, api─> prompt ─generate─> answer          checkpoint ─merge, model_card─> a folder to publish
 

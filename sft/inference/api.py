@@ -24,7 +24,7 @@ from sft.core import images as checked
 from sft.core.errors import UserError, nearest
 from sft.core.sample import ImageRef, Message, SkipSample
 from sft.inference.generate import Prompt, generate, prompt_of
-from sft.models.open_model import Loaded, load_for_inference
+from sft.models.loaded_model import Loaded, load_for_inference
 from sft.runs.names import find_model
 
 Picture = Image.Image | Path | bytes

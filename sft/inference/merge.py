@@ -28,8 +28,8 @@ from sft.core.files import explain_full_disk, remove_leftovers, staged
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample
 from sft.inference.model_card import Merged, architecture_of, model_card
 from sft.models.family import Family
+from sft.models.loaded_model import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.models.lora import Merger, is_adapter_folder
-from sft.models.open_model import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST
 

@@ -9,7 +9,7 @@ image_transform           image bytes -> tiles of pixels
 grouped_attention         attention inside groups of tokens; loss: cross entropy in float32
 lora                      adapters, through PEFT
 activation_checkpointing  which layers are computed again in the backward pass
-base_model                the prepared base of a recipe; open_model: a model, loaded for evaluation and chat
+base_model                the prepared base of a recipe; loaded_model: a model, loaded for evaluation and chat
 idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
 """
 

@@ -18,7 +18,7 @@ from sft.evaluation.run_tasks import score_model
 from sft.evaluation.task import Task
 from sft.evaluation.task_source import HeldOut
 from sft.evaluation.tasks import named_tasks, open_tasks
-from sft.models.open_model import Load, loaded_in_turn
+from sft.models.loaded_model import Load, loaded_in_turn
 from sft.recipe import Recipe
 from sft.runs.checkpoint import checkpoints, incomplete_checkpoints, is_complete, problem_of_weights, step_of
 from sft.runs.names import run_checkpoints

@@ -11,8 +11,8 @@ from sft.core.precision import choose_precision, device, torch_dtype
 from sft.models import get_family
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Family
+from sft.models.loaded_model import load_template
 from sft.models.lora import add_adapters
-from sft.models.open_model import load_template
 from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.training.metrics import Log

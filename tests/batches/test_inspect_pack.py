@@ -35,7 +35,7 @@ from sft.data.prepare import prepare
 from sft.data.sources import Sources
 from sft.models.base_model import base_path
 from sft.models.idefics.family import FAMILY
-from sft.models.open_model import load_template
+from sft.models.loaded_model import load_template
 from sft.recipe import load_recipe
 
 HOSTILE = "Ha </script><script>alert(1)</script><img src=x onerror=\"document.title='owned'\">\x1b[2J\u202e"

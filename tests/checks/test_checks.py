@@ -34,7 +34,7 @@ from sft.models.idefics import text as idefics_text
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.text import golden_ids
 from sft.models.idefics.weights import load_config, save_model
-from sft.models.open_model import load_template
+from sft.models.loaded_model import load_template
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import write_folder
 from sft.training.dry_run import batch_of_caps, costliest

@@ -23,7 +23,7 @@ from sft.models import lora
 from sft.models.chat_template import load_chat_template
 from sft.models.idefics.images import IdeficsImages, normalise
 from sft.models.idefics.weights import group_of, load_config, load_model, lora_pattern, save_model, select_trainable
-from sft.models.open_model import load_for_inference
+from sft.models.loaded_model import load_for_inference
 from sft.recipe import LoraSettings
 from sft.selection.record import write_selection
 from sft.selection.rules import choose_by_recorded_loss

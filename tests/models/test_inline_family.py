@@ -23,7 +23,7 @@ from sft.evaluation.task import Query
 from sft.inference.generate import generate, prompt_of
 from sft.models import get_family
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.models.open_model import load_for_inference, load_template
+from sft.models.loaded_model import load_for_inference, load_template
 
 SIZES = {"small": (20, 30), "wide": (90, 40), "tall": (30, 200)}  # 1, 2 x 3 + 1 and 2 x 1 + 1 tiles
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import IdeficsForVisionText2Text
 
 from sft.core.errors import UserError
-from sft.models import lora, open_model
+from sft.models import loaded_model, lora
 from sft.models.idefics import weights
 from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
 from sft.models.idefics.images import normalise
@@ -232,15 +232,15 @@ def test_models_in_turn_share_a_base_and_are_those_loaded_alone(base, template, 
     order = [tmp_path / "0", tmp_path / "1", base, tmp_path / "1"]
     batch = batch_of([place(template, SAMPLES[0])])
 
-    def asked(loaded: open_model.Loaded) -> torch.Tensor:
+    def asked(loaded: loaded_model.Loaded) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=loaded.autocast):
             return logits(loaded.model, batch)
 
-    alone = [asked(open_model.load_for_inference(path)) for path in order]
+    alone = [asked(loaded_model.load_for_inference(path)) for path in order]
     monkeypatch.setattr(
         weights, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options)
     )
-    with open_model.loaded_in_turn() as load:
+    with loaded_model.loaded_in_turn() as load:
         in_turn = [asked(load(path)) for path in order]
     assert all(torch.equal(one, other) for one, other in zip(alone, in_turn, strict=True))
     assert loaded == [base] * 3, "for the first two, for itself, and anew"

@@ -15,7 +15,7 @@ from sft.core.errors import UserError
 from sft.core.shipped import recipe_path, resolve
 from sft.evaluation.run_tasks import ScoredModel
 from sft.models import check_names, get_family, names_of_family
-from sft.models.open_model import find_family, load_for_inference
+from sft.models.loaded_model import find_family, load_for_inference
 from sft.recipe import load_recipe
 
 KNOW_IDEFICS = {"cost", "models/idefics", "recipe/config.py"}

@@ -21,7 +21,7 @@ from sft.evaluation.run_tasks import score_model
 from sft.evaluation.tasks import named_tasks, open_tasks
 from sft.models.idefics import weights
 from sft.models.idefics.weights import load_model
-from sft.models.open_model import load_for_inference
+from sft.models.loaded_model import load_for_inference
 from sft.recipe import EvaluationConfig
 from sft.runs.checkpoint import checkpoints, write_folder
 from sft.runs.names import find_recipe

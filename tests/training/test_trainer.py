@@ -28,8 +28,8 @@ from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.text import load_tokenizer
 from sft.models.idefics.weights import group_of, load_model, lora_pattern, save_model, select_trainable
+from sft.models.loaded_model import load_for_inference
 from sft.models.lora import add_adapters
-from sft.models.open_model import load_for_inference
 from sft.recipe import LoraSettings, Recipe, load_recipe
 from sft.runs.checkpoint import broken_files, checkpoints, is_complete, step_of, write_folder
 from sft.training import run, write_metrics
@@ -461,7 +461,7 @@ def test_what_is_not_encoded_for_the_model_names_the_command(finished, tmp_path)
     recipe = load_recipe(Path(finished.output_dir) / "recipe.yaml", (f"data.store={tmp_path / 'stores'}",))
     sources = prepare(recipe)
     shutil.rmtree(sources.parts[0][0].encoded.path)
-    from sft.models.open_model import load_template
+    from sft.models.loaded_model import load_template
 
     template = load_template(FAMILY, prepare_base(recipe))
     with pytest.raises(UserError, match=r"not encoded for this model.*run `idefics-sft prepare` first"):

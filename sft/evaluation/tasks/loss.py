@@ -20,7 +20,7 @@ from sft.evaluation.task_source import TaskSource
 if TYPE_CHECKING:
     from sft.evaluation.held_out_loss import HeldOutPacks
     from sft.models.chat_template import ChatTemplate
-    from sft.models.open_model import Loaded
+    from sft.models.loaded_model import Loaded
 
 
 class HeldOutLoss(MeasuredTask):
