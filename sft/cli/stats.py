@@ -26,7 +26,7 @@ def run(store: StorePath, json: Json = False) -> None:
 
 
 def show(stats: dict[str, Any], out: Console) -> None:
-    """Print them."""
+    """Print the figures of a store."""
     out.print(
         f"{printable(stats['path'])}: {stats['dataset']}, licence {stats['licence']}, {stats['bytes'] / 1e6:,.1f} MB"
     )

@@ -132,11 +132,12 @@ class _Memory:
         return (trained + frozen + exact * inventory.frozen_exact) / self.shards
 
     def _buckets(self) -> float:
-        """The buckets in which DDP sums gradients, as large as these."""
+        """Return the bytes of the buckets in which DDP sums gradients, as large as these."""
         return 4 * self.inventory.trained * (not self.engine.shards and self.setting.gpus > 1)
 
     def _optimizer(self) -> float:
-        """The optimizer's states. Paged ones are in main memory when the GPU's is short, and count nothing."""
+        """Return the bytes of the optimizer's states. Paged ones are in main memory when the GPU's is short: they count
+        nothing."""
         kind, embedding = OPTIMIZERS[self.setting.optimizer], self.inventory.trained_embedding
         if kind.is_paged:
             return 0
@@ -156,6 +157,6 @@ class _Memory:
         return self.half * min(self.engine.live_parameters, self.inventory.parameters) + largest
 
     def _update(self) -> float:
-        """The float32 gradients of the group of parameters that an engine with masters updates at a time."""
+        """Return the bytes of the float32 gradients that an engine with masters updates at a time."""
         group = min(self.engine.live_parameters or 0, self.inventory.trained / self.shards)
         return 4 * group * self.has_masters

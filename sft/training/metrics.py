@@ -126,7 +126,7 @@ def append_line(file: Path, line: Line) -> None:
         opened.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def lines_upto(file: Path, step: int) -> list[str]:
+def lines_up_to(file: Path, step: int) -> list[str]:
     """Return the lines of a file without those of later steps, and without one that a kill left unfinished."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

@@ -25,7 +25,7 @@ from sft.training.metrics import (
     PackLoss,
     append_line,
     finite,
-    lines_upto,
+    lines_up_to,
     peak_memory_bytes,
 )
 
@@ -57,14 +57,14 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the lines of steps that come again, learn the usual losses from the last of the others, validate before
         the first step, and start the clock."""
-        kept = lines_upto(self.file, state.global_step)
+        kept = lines_up_to(self.file, state.global_step)
         for line in kept[-WINDOW - 1 :]:
             self.last_was_spike = self.spikes.add(json.loads(line)) is not None
         if self.trainer.rank.is_main:
             write_atomically(self.file, "".join(kept))
             for file in map(self.file.with_name, (NONFINITE, SPIKES)):
                 if file.is_file():
-                    write_atomically(file, "".join(lines_upto(file, state.global_step)))
+                    write_atomically(file, "".join(lines_up_to(file, state.global_step)))
         parts = self.trainer.parts
         before = parts.validate(self.trainer.model, 0) if parts.resume_from is None else {}
         if before and self.trainer.rank.is_main:

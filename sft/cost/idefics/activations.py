@@ -80,14 +80,14 @@ class _Activations:
         return width * (self.half * (kept if own_copies else min(kept, 1)) + kept * dropout)
 
     def _norm(self, width: int, stream: int) -> float:
-        """An RMS norm keeps its input; the root mean square is one number a token."""
+        """Return what an RMS norm keeps: its input; the root mean square is one number a token."""
         return width * stream
 
     def _qk_norm(self) -> float:
         return self._norm(self.shape.hidden, self.half) * self.shape.qk_norms
 
     def _mlp(self, group: LayerGroup) -> float:
-        """A gated MLP of the language model, for each token."""
+        """Return what a gated MLP of the language model keeps for each token."""
         D, F, half = self.shape.hidden, self.shape.intermediate, self.half
         return (
             self._norm(D, self.stream)
@@ -97,7 +97,7 @@ class _Activations:
         )
 
     def _text_layer(self) -> float:
-        """A layer of the language model, for each token."""
+        """Return what a layer of the language model keeps for each token."""
         D, half = self.shape.hidden, self.half
         return (
             self._norm(D, self.stream)
@@ -108,7 +108,7 @@ class _Activations:
         )
 
     def _cross_layer(self) -> float:
-        """A gated cross-attention layer, for each token."""
+        """Return what a gated cross-attention layer keeps for each token."""
         D, half = self.shape.hidden, self.half
         return (
             self._norm(D, self.stream)
@@ -121,13 +121,13 @@ class _Activations:
         )
 
     def _cross_states(self) -> float:
-        """A gated cross-attention layer, for each state of an image."""
+        """Return what a gated cross-attention layer keeps for each state of an image."""
         D, E = self.shape.hidden, self.shape.vision_hidden
         keys_values = self._inputs("cross_attention", E, "k_proj", "v_proj", stream=4)
         return keys_values + self._qk_norm() + 2 * D * self.half
 
     def _vision_layer(self) -> float:
-        """A layer of the tower, for each patch. The input of a layer norm is float32."""
+        """Return what a layer of the tower keeps for each patch. The input of a layer norm is float32."""
         E, I, half = self.shape.vision_hidden, self.shape.vision_intermediate, self.half  # noqa: E741
         return (
             4 * E
@@ -141,7 +141,7 @@ class _Activations:
         )
 
     def _resampler_block(self) -> float:
-        """A block of the resampler, for each image."""
+        """Return what a block of the resampler keeps for each image."""
         shape, half = self.shape, self.half
         E, heads, C = shape.vision_hidden, shape.resampler_heads, shape.resampler_heads * shape.resampler_head
         latents, context = shape.resampler_latents, shape.resampler_latents + shape.patches
