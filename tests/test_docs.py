@@ -88,8 +88,10 @@ def test_a_recipe_line_names_an_adapter_and_options_that_it_has(dataset):
 
 @pytest.mark.parametrize("name", adapter_names())
 def test_every_adapter_has_a_section_with_all_its_options_and_a_recipe_line(name):
-    assert all(f"`{option}`" in section(name) or f"`{option}: " in section(name) for option in options_of(name))
-    assert name in {dataset["dataset"] for dataset in DATASETS}
+    assert section(name), f"docs/data.md has no section {name}"
+    missing = {o for o in options_of(name) if f"`{o}`" not in section(name) and f"`{o}: " not in section(name)}
+    assert not missing, f"the section {name} of docs/data.md names no option {missing}"
+    assert name in {dataset["dataset"] for dataset in DATASETS}, f"docs/data.md has no yaml recipe line of {name}"
 
 
 def test_other_snippets_are_keys_of_a_recipe():

@@ -58,6 +58,11 @@ def recipe_path(name: str) -> Path:
     """
     path = Path(name)
     if path.is_dir() and name not in ("", *shipped_recipes()):
+        if (path / "manifest.json").is_file():
+            raise UserError(
+                f"{name}: a prepared dataset, not a recipe; give a recipe that has it in data.mixture "
+                f"(`idefics-sft stats {name}` shows what it holds)"
+            )
         raise UserError(
             f"{name}: a folder without recipe.yaml, so no run; "
             "give the folder that `idefics-sft train` wrote, or a recipe file"

@@ -69,7 +69,10 @@ def load_template(family: Family, model_path: str | Path) -> ChatTemplate:
     try:
         return ChatTemplate(source, family.text.load_tokenizer(base), images)
     except ValueError as error:
-        raise UserError(f"{model_path}: {error}; a base gets it by `idefics-sft prepare`") from error
+        raise UserError(
+            f"{model_path}: {error}; a base gets it by `idefics-sft prepare RECIPE`; "
+            "then name it as RUN@base, or its folder in `bases` of data.store"
+        ) from error
 
 
 def find_family(model_path: str | Path) -> Family:

@@ -96,6 +96,16 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path):
     assert lines[1] == {"key": "toys/2", "reason": "too small", "detail": "", "filtered": True}
 
 
+def test_a_bug_of_an_adapter_names_its_record(tmp_path):
+    class Broken(Toys):
+        def to_sample(self, row):
+            raise KeyError("photo")
+
+    with pytest.raises(KeyError) as caught:
+        prepared(tmp_path, Broken(shown("one", "Hi.")))
+    assert caught.value.__notes__ == ["while reading the record toys/0"]
+
+
 def test_too_many_bad_records_stop_with_the_table(tmp_path):
     toys = Toys(shown("good", "Hi."), shown("bad", b"?"), SkipSample("no messages"), SkipSample("no messages"))
     with pytest.raises(UserError) as caught:

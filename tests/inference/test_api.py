@@ -162,7 +162,7 @@ def test_prompts_in_a_batch_are_gone_on_with_as_one_by_one(here, model):
 def test_a_base_as_it_was_released_goes_on_with_prompts_and_says_why_it_cannot_chat(here):
     base = sft.load("idefics-9b")
     assert isinstance(base.generate(opened(CARD[1]), max_new_tokens=4), str)
-    with pytest.raises(UserError, match=r"end_of_utterance.*a base gets it by `idefics-sft prepare`"):
+    with pytest.raises(UserError, match=r"end_of_utterance.*a base gets it by `idefics-sft prepare RECIPE`"):
         base.chat("Hi")
 
 

@@ -378,5 +378,9 @@ def test_shipped_files_have_names(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"^empty: a folder without recipe\.yaml, so no run; give the folder that"):
         recipe_path("empty")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^store: a prepared dataset, not a recipe; give a recipe .*stats store"):
+        recipe_path("store")
     with pytest.raises(UserError, match="no such file is shipped"):
         resolve("shipped:tiny_bass")

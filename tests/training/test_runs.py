@@ -180,7 +180,8 @@ def test_a_tokenizer_one_piece_short_is_refused(tmp_path, refusal):
 
 def test_a_base_that_is_not_prepared_is_no_partner_to_talk_to(tmp_path, refusal):
     refused = refusal("chat", write_model(tmp_path / "model", extra=2))
-    assert "<end_of_utterance>" in refused and "a base gets it by `idefics-sft prepare`" in refused
+    assert "<end_of_utterance>" in refused
+    assert "a base gets it by `idefics-sft prepare RECIPE`; then name it as RUN@base" in refused
 
 
 @pytest.mark.parametrize(

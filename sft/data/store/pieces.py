@@ -134,6 +134,9 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
                 line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
                 skips.write(json.dumps(line) + "\n")
                 continue
+            except Exception as error:
+                error.add_note(f"while reading the record {key}")
+                raise
             for image in loaded:
                 if image["sha256"] not in seen:
                     seen[image["sha256"]] = len(seen)
