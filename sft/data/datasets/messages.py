@@ -9,7 +9,8 @@ Raw layout: a file of one such object a line (.jsonl), of one list (.json) or of
 holds `<split>.jsonl`, `.json` or `.parquet`, or `<split>-00000-of-00002.parquet` and so on, as the hub has them.
 
 Roles     system, user (human), assistant (gpt), in alternation up to an assistant's turn; or `document` alone, which is
-          text to continue, as in pre-training. A `system` beside the messages is their first message.
+          text to continue, as in pre-training. A `system` beside the messages is their first message; an empty one,
+          here or there, is none.
 Content   a string, or parts: {"type": "text", "text": …}, {"type": "image"}, {"type": "image", "image": "dog.jpg"}.
           `<image>` in a string marks where an image stands if the record has images, then there must be one marker for
           each; otherwise it is plain text, as every other special token always is. Strings are stripped, also around
@@ -29,9 +30,11 @@ from typing import Any, NamedTuple, get_args
 from sft.core.errors import UserError
 from sft.core.images import base64_image, local_image
 from sft.core.sample import ImageRef, Message, Role, Sample, SkipSample
+from sft.data.datasets._system import without_empty_system
 from sft.data.formats import READERS, Row, first_json_byte, is_parquet
 
 LICENCE = "your own"
+VERSION = 2
 MARKER = "<image>"
 ROLES = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
@@ -134,7 +137,7 @@ def _messages(row: Row, here: Path) -> list[Any]:
     others = [f"`{key}`" for key in OTHER_FORMS if key in row]
     if others and "messages" not in row and "conversations" not in row:
         raise UserError(f"{here}: found {', '.join(others)} in place of `messages`; expected {EXPECTED}")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not (messages := without_empty_system(messages)):
         raise SkipSample("no messages")
     system, first = row.get("system"), messages[0]
     if isinstance(system, str) and system.strip() and not (isinstance(first, dict) and _role(first) == "system"):

@@ -56,6 +56,28 @@ def test_other_spellings():
     assert said(human) == [("user", "Hi."), ("assistant", "Hello.")]
 
 
+EMPTY = ["", " \n", None, [], [{"type": "text", "text": ""}]]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_an_empty_system_text_is_none(tmp_path, empty, keys):
+    talk = [dict(zip(keys, ("system", empty), strict=True)), *TALK]
+    spoken = [("user", "Hi."), ("assistant", "Hello.")]
+    alone, beside, both = read(
+        tmp_path,
+        {"messages": talk},
+        {"messages": TALK, "system": empty},
+        {"messages": talk, "system": "Be brief."},
+    )
+    assert (said(alone), said(beside)) == (spoken, spoken)
+    assert said(both) == [("system", "Be brief."), *spoken]
+
+
+def test_an_empty_system_text_alone_is_no_conversation(tmp_path):
+    assert read(tmp_path, {"messages": [{"role": "system", "content": ""}]}) == ["no messages"]
+
+
 def test_parquet_holds_images_as_bytes_or_paths(tmp_path):
     shutil.copytree(HERE / "photos", tmp_path / "photos")
     red = encoded("red")
