@@ -13,8 +13,8 @@ Roles     system, user (human), assistant (gpt), in alternation up to an assista
           here or there, is none.
 Content   a string, or parts: {"type": "text", "text": …}, {"type": "image"}, {"type": "image", "image": "dog.jpg"}.
           `<image>` in a string marks where an image stands if the record has images, then there must be one marker for
-          each; otherwise it is plain text, as every other special token always is. Strings are stripped, also around
-          markers; parts are taken as they are.
+          each, or the record is left out; otherwise it is plain text, as every other special token always is. Strings
+          are stripped, also around markers; parts are taken as they are.
 Images    paths relative to the data's folder (or `image_folder`) that stay inside it, {"bytes": …, "path": …} as
           parquet files of `datasets` have them, bytes, or `data:image/…;base64,…`.
 
@@ -119,7 +119,7 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
     listed = _listed_images(row)
     turns = [_turn(message, has_images=bool(listed)) for message in _messages(row, here)]
     _check_roles([role for role, _ in turns])
-    _check_markers([item for _, items in turns for item in items].count(_Place()), len(listed), here)
+    _check_markers([item for _, items in turns for item in items].count(_Place()), len(listed))
     remaining, folder = iter(listed), _images_of(path, image_folder)
 
     def fill(item: str | _Place) -> str | ImageRef:
@@ -190,13 +190,14 @@ def _items(content: Any, has_images: bool) -> Iterator[str | _Place]:
         raise SkipSample("content is neither text nor a list of parts")
 
 
-def _check_markers(num_markers: int, num_images: int, here: Path) -> None:
-    """Raise a UserError where markers and images differ in number: your own file is yours to mend."""
+def _check_markers(num_markers: int, num_images: int) -> None:
+    """Raise SkipSample where markers and images differ in number; its detail says how to mend the record."""
     if num_markers != num_images:
-        raise UserError(
-            f"{here}: {num_markers} {MARKER} marker{'s' * (num_markers != 1)} but {num_images}"
+        raise SkipSample(
+            "markers and images differ in number",
+            detail=f"{num_markers} {MARKER} marker{'s' * (num_markers != 1)} but {num_images}"
             f' image{"s" * (num_images != 1)}; write {MARKER} in a string, or {{"type": "image"}} among parts,'
-            " once for each image, where it stands"
+            " once for each image, where it stands",
         )
 
 
