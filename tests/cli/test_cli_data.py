@@ -91,6 +91,21 @@ def test_data_are_printed_as_they_are_and_steer_no_terminal(tmp_path, capsys, na
     assert status_of("stats", tmp_path / "store") == 0
 
 
+def test_all_mismatches_of_markers_and_images_are_listed_in_one_run(tmp_path, capsys):
+    said = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "That."}]
+    sound = {"messages": [said[0] | {"content": "Hm?"}, said[1]]}
+    rows = [sound, {"messages": said}, sound, {"messages": said}]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["prepare", "--dataset", "messages", "--path", tmp_path / "raw.jsonl", "--output", tmp_path / "store"]
+    assert status_of(*command) == 2
+    assert "2 markers and images differ in number (as messages/raw.jsonl:2" in capsys.readouterr().err
+    assert status_of(*command, "--max-skip-share", 0.5) == 0
+    assert "messages/raw.jsonl:2: 1 <image> marker but 0 images; write <image> in" in capsys.readouterr().out
+    skips = [json.loads(line) for line in (tmp_path / "store" / "skips.jsonl").read_text().splitlines()]
+    assert [skip["key"] for skip in skips] == ["messages/raw.jsonl:2", "messages/raw.jsonl:4"]
+    assert len(Store(tmp_path / "store")) == 2
+
+
 def test_a_bar_counts_what_this_run_has_done(monkeypatch, capsys):
     """4,096 of the 8,192 records were there already, so that 1,000 in ten seconds are 100 a second."""
     now = iter((0.0, 5.0, 20.0, 30.0))

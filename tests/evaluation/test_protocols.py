@@ -11,7 +11,7 @@ from sft.core.sample import ImageRef
 from sft.evaluation.results import Outcome, Result
 from sft.evaluation.task import without_images
 from sft.evaluation.tasks.mmbench.benchmark import Benchmark, load_benchmark
-from sft.evaluation.tasks.mmbench.multiple_choice import AskedRow
+from sft.evaluation.tasks.mmbench.multiple_choice import AskedRow, MMBench
 from sft.evaluation.tasks.mmbench.named_option import find_letter
 from sft.evaluation.tasks.mmbench.protocols import check_protocol, compared, group_rows, query, question_text
 from sft.evaluation.tasks.mmbench.questions import PASS, Row
@@ -124,6 +124,86 @@ def test_a_written_answer_names_an_option_or_none(answer, letter):
 
 def test_an_option_inside_another_counts_for_the_longer_one():
     assert find_letter("the red dog", ("A", "B"), ("dog", "red dog")) == "B"
+
+
+SHAPES = ("a red circle", "a blue square", "the star.")
+VITAMINS = ("vitamin C", "vitamin D", "iron")
+LETTERS_AS_TEXTS = ("C", "A", "B")
+YES_NO = ("Yes", "No")
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        # the text of an option, before any letter
+        (SHAPES, "A blue square", "B"),
+        (SHAPES, "A blue square.", "B"),
+        (SHAPES, "a blue square", "B"),
+        (SHAPES, "A BLUE SQUARE", "B"),
+        (SHAPES, "A blue  square\n", "B"),
+        (SHAPES, "**A blue square**", "B"),
+        (SHAPES, '"A blue square"', "B"),
+        (SHAPES, "Blue square", "B"),
+        (SHAPES, "The blue square", "B"),
+        (SHAPES, "It is a blue square.", "B"),
+        (SHAPES, "Answer: A blue square", "B"),
+        (SHAPES, "The answer is A blue square", "B"),
+        (SHAPES, "A star", "C"),
+        (SHAPES, "A red circle", "A"),
+        (SHAPES, "A big star", "C"),
+        (VITAMINS, "Vitamin C", "A"),
+        (VITAMINS, "It is vitamin C", "A"),
+        (VITAMINS, "The answer is vitamin C.", "A"),
+        (VITAMINS, "Vitamin A", "A"),  # no option's text, so the letter
+        (YES_NO, "No", "B"),
+        (YES_NO, "No, it is", "B"),
+        # a letter beside the text, which is the letter
+        (SHAPES, "B. a blue square", "B"),
+        (SHAPES, "(B) A blue square", "B"),
+        (SHAPES, "B: blue square", "B"),
+        (SHAPES, "A blue square, so B", "B"),
+        (SHAPES, "A. a red circle", "A"),
+        (SHAPES, "A) blue square", "A"),
+        (SHAPES, "A\nblue square", "A"),
+        (SHAPES, "B a red circle", "B"),
+        (YES_NO, "No, the answer is A", "A"),
+        # a letter alone
+        (SHAPES, "A", "A"),
+        (SHAPES, "A.", "A"),
+        (SHAPES, "[C]", "C"),
+        (SHAPES, "A is right", "A"),
+        (SHAPES, "Answer: C", "C"),
+        (LETTERS_AS_TEXTS, "A", "A"),
+        (LETTERS_AS_TEXTS, "The answer is C", "C"),
+        # none, or more than one
+        (SHAPES, "A red circle or a blue square", ""),
+        (SHAPES, "A green triangle lies there", ""),
+        (SHAPES, "squares", ""),
+    ],
+)
+def test_an_option_s_text_is_read_before_a_letter(options, answer, letter):
+    assert find_letter(answer, "ABC"[: len(options)], options) == letter
+
+
+def test_options_that_differ_in_an_article_alone_are_compared_with_it():
+    assert [find_letter(said, ("A", "B"), ("a cat", "the cat")) for said in ("the cat", "A cat", "cat")] == [
+        "B",
+        "A",
+        "",
+    ]
+
+
+def test_other_rules_are_another_protocol_of_generated_answers_only(template, monkeypatch):
+    asked = Benchmark(
+        name="toy", protocol="vanilla", fingerprint="", questions=tuple(group_rows([a_row()], "vanilla")), rows=()
+    )
+
+    def hashes() -> list[str]:
+        return [MMBench(asked, scoring).protocol_hash(template) for scoring in ("generate", "letter")]
+
+    before = hashes()
+    monkeypatch.setattr("sft.evaluation.tasks.mmbench.multiple_choice.RULES", 0)
+    assert [now == then for now, then in zip(hashes(), before, strict=True)] == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------------- submission

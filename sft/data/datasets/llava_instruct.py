@@ -13,7 +13,8 @@ Images are those of COCO train2017, though the captions are of COCO 2014: `train
 `<name>` itself. The mix names its images with folders: `coco/train2017/…`, `gqa/images/…`, `vg/VG_100K/…`.
 
 Known defects: `<image>` stands before the question or after it; ids are not unique; in the mix some ids are integers,
-40,688 records have no image, texts have blanks around them, and some dialogues open with an answer.
+40,688 records have no image, texts have blanks around them, and some dialogues open with an answer. An empty system
+text, as tools that copy such lists write, is none; any other is an unknown role.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from typing import Any
 
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Role, Sample, SkipSample
+from sft.data.datasets._system import without_empty_system
 from sft.data.formats import Row, read_json_list, require_file
 
 LICENCE = "CC-BY-4.0"
+VERSION = 2
 MERGED = "llava_instruct_150k.json"
 PARTS = ("conversation_58k.json", "detail_23k.json", "complex_reasoning_77k.json")
 MARKER = "<image>"
@@ -98,7 +101,7 @@ def _question_first(conversations: object) -> list[Turn]:
     nothing."""
     if not isinstance(conversations, list):
         raise SkipSample("conversations is not a list")
-    turns = [_turn(turn) for turn in conversations]
+    turns = [_turn(turn) for turn in without_empty_system(conversations)]
     if turns and turns[0][0] == "assistant":
         del turns[0]
     if any(role != expected for (role, _), expected in zip(turns, cycle(("user", "assistant")), strict=False)):

@@ -9,11 +9,12 @@ Raw layout: a file of one such object a line (.jsonl), of one list (.json) or of
 holds `<split>.jsonl`, `.json` or `.parquet`, or `<split>-00000-of-00002.parquet` and so on, as the hub has them.
 
 Roles     system, user (human), assistant (gpt), in alternation up to an assistant's turn; or `document` alone, which is
-          text to continue, as in pre-training. A `system` beside the messages is their first message.
+          text to continue, as in pre-training. A `system` beside the messages is their first message; an empty one,
+          here or there, is none.
 Content   a string, or parts: {"type": "text", "text": …}, {"type": "image"}, {"type": "image", "image": "dog.jpg"}.
           `<image>` in a string marks where an image stands if the record has images, then there must be one marker for
-          each; otherwise it is plain text, as every other special token always is. Strings are stripped, also around
-          markers; parts are taken as they are.
+          each, or the record is left out; otherwise it is plain text, as every other special token always is. Strings
+          are stripped, also around markers; parts are taken as they are.
 Images    paths relative to the data's folder (or `image_folder`) that stay inside it, {"bytes": …, "path": …} as
           parquet files of `datasets` have them, bytes, or `data:image/…;base64,…`.
 
@@ -29,9 +30,11 @@ from typing import Any, NamedTuple, get_args
 from sft.core.errors import UserError
 from sft.core.images import base64_image, local_image
 from sft.core.sample import ImageRef, Message, Role, Sample, SkipSample
+from sft.data.datasets._system import without_empty_system
 from sft.data.formats import READERS, Row, first_json_byte, is_parquet
 
 LICENCE = "your own"
+VERSION = 2
 MARKER = "<image>"
 ROLES = {role: role for role in get_args(Role)} | {"human": "user", "gpt": "assistant"}
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
@@ -116,7 +119,7 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
     listed = _listed_images(row)
     turns = [_turn(message, has_images=bool(listed)) for message in _messages(row, here)]
     _check_roles([role for role, _ in turns])
-    _check_markers([item for _, items in turns for item in items].count(_Place()), len(listed), here)
+    _check_markers([item for _, items in turns for item in items].count(_Place()), len(listed))
     remaining, folder = iter(listed), _images_of(path, image_folder)
 
     def fill(item: str | _Place) -> str | ImageRef:
@@ -134,7 +137,7 @@ def _messages(row: Row, here: Path) -> list[Any]:
     others = [f"`{key}`" for key in OTHER_FORMS if key in row]
     if others and "messages" not in row and "conversations" not in row:
         raise UserError(f"{here}: found {', '.join(others)} in place of `messages`; expected {EXPECTED}")
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not (messages := without_empty_system(messages)):
         raise SkipSample("no messages")
     system, first = row.get("system"), messages[0]
     if isinstance(system, str) and system.strip() and not (isinstance(first, dict) and _role(first) == "system"):
@@ -187,13 +190,14 @@ def _items(content: Any, has_images: bool) -> Iterator[str | _Place]:
         raise SkipSample("content is neither text nor a list of parts")
 
 
-def _check_markers(num_markers: int, num_images: int, here: Path) -> None:
-    """Raise a UserError where markers and images differ in number: your own file is yours to mend."""
+def _check_markers(num_markers: int, num_images: int) -> None:
+    """Raise SkipSample where markers and images differ in number; its detail says how to mend the record."""
     if num_markers != num_images:
-        raise UserError(
-            f"{here}: {num_markers} {MARKER} marker{'s' * (num_markers != 1)} but {num_images}"
+        raise SkipSample(
+            "markers and images differ in number",
+            detail=f"{num_markers} {MARKER} marker{'s' * (num_markers != 1)} but {num_images}"
             f' image{"s" * (num_images != 1)}; write {MARKER} in a string, or {{"type": "image"}} among parts,'
-            " once for each image, where it stands"
+            " once for each image, where it stands",
         )
 
 

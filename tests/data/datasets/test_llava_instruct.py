@@ -116,6 +116,12 @@ def test_a_leading_answer_is_dropped():
     assert said(samples(adapter("llava_instruct", MIX))[4]) == [("user", "Say it once more."), ("assistant", "Gladly.")]
 
 
+@pytest.mark.parametrize("empty", ["", " \n", None])
+def test_an_empty_system_text_is_none(empty):
+    turns = [("system", empty), ("human", "<image>\nWhat is it?"), ("gpt", "A kite.")]
+    assert outcome(talk(*turns)) == [("user", f"<{IMAGE}>|What is it?"), ("assistant", "A kite.")]
+
+
 def test_keys_differ_where_ids_do_not():
     of = adapter("llava_instruct")
     first, _, detail, _ = samples(of)

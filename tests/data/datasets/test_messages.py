@@ -56,6 +56,28 @@ def test_other_spellings():
     assert said(human) == [("user", "Hi."), ("assistant", "Hello.")]
 
 
+EMPTY = ["", " \n", None, [], [{"type": "text", "text": ""}]]
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_an_empty_system_text_is_none(tmp_path, empty, keys):
+    talk = [dict(zip(keys, ("system", empty), strict=True)), *TALK]
+    spoken = [("user", "Hi."), ("assistant", "Hello.")]
+    alone, beside, both = read(
+        tmp_path,
+        {"messages": talk},
+        {"messages": TALK, "system": empty},
+        {"messages": talk, "system": "Be brief."},
+    )
+    assert (said(alone), said(beside)) == (spoken, spoken)
+    assert said(both) == [("system", "Be brief."), *spoken]
+
+
+def test_an_empty_system_text_alone_is_no_conversation(tmp_path):
+    assert read(tmp_path, {"messages": [{"role": "system", "content": ""}]}) == ["no messages"]
+
+
 def test_parquet_holds_images_as_bytes_or_paths(tmp_path):
     shutil.copytree(HERE / "photos", tmp_path / "photos")
     red = encoded("red")
@@ -124,6 +146,28 @@ def test_a_missing_image_is_named(tmp_path):
     assert left_out.value.detail == str(HERE / "photos" / "bird.png")
 
 
+@pytest.mark.parametrize(
+    ("content", "images", "found"),
+    [
+        ("<image><image>Same?", ["photos/dog.png"], "2 <image> markers but 1 image"),
+        ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
+        ("What is it?", "photos/dog.png", "0 <image> markers but 1 image"),
+        ([{"type": "image"}], None, "1 <image> marker but 0 images"),
+        ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
+    ],
+)
+def test_markers_that_do_not_match_the_images_are_a_bad_record_with_both_numbers(tmp_path, content, images, found):
+    wrong = {"messages": [{"role": "user", "content": content}, TALK[1]], "images": images}
+    reason = "markers and images differ in number"
+    before, *both, after = read(tmp_path, {"messages": TALK}, wrong, wrong, {"messages": TALK})
+    assert both == [reason, reason]
+    assert said(before) == said(after) == [("user", "Hi."), ("assistant", "Hello.")]
+    of = adapter("messages", tmp_path)
+    with pytest.raises(SkipSample) as left_out:
+        of.to_sample(list(of.rows(of.files()[0]))[1])
+    assert left_out.value.detail.startswith(f"{found}; write <image> in a string, or ")
+
+
 @pytest.mark.parametrize("wrong", [None, 7, [], {}, "", "\ud83d", [None], [[]], {"role": []}, {"type": "image"}, b"?"])
 def test_a_field_of_another_shape_is_a_bad_record(wrong):
     of, place = adapter("messages"), {"__from__": "train.jsonl:1"}
@@ -144,23 +188,6 @@ def test_a_field_of_another_shape_is_a_bad_record(wrong):
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes
-
-
-@pytest.mark.parametrize(
-    ("content", "images", "found"),
-    [
-        ("<image><image>Same?", ["photos/dog.png"], "2 <image> markers but 1 image"),
-        ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
-        ("What is it?", "photos/dog.png", "0 <image> markers but 1 image"),
-        ([{"type": "image"}], None, "1 <image> marker but 0 images"),
-        ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
-    ],
-)
-def test_markers_that_do_not_match_the_images_are_a_mistake_with_its_line(tmp_path, content, images, found):
-    wrong = {"messages": [{"role": "user", "content": content}, TALK[1]], "images": images}
-    with pytest.raises(UserError) as raised:
-        read(tmp_path, {"messages": TALK}, wrong)
-    assert str(raised.value).startswith(f"{tmp_path}/train.jsonl:2: {found}; write <image> in a string, or ")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from sft.evaluation.statistics import weighted_mean
 from sft.evaluation.task import Answer, How, PromptedTask, Query
 from sft.evaluation.task_source import TaskSource
 from sft.evaluation.tasks.mmbench.benchmark import Benchmark, benchmark_file, load_benchmark
-from sft.evaluation.tasks.mmbench.named_option import MAX_NEW_TOKENS, find_letter
+from sft.evaluation.tasks.mmbench.named_option import MAX_NEW_TOKENS, RULES, find_letter
 from sft.evaluation.tasks.mmbench.protocols import DEVIATIONS, check_protocol, compared, letters, query
 from sft.evaluation.tasks.mmbench.questions import Question, Row
 from sft.evaluation.tasks.mmbench.shots import draw_shots
@@ -116,7 +116,7 @@ class MMBench(PromptedTask[Question]):
             "blind": self.blind,
             "shots": self.shots,
             "questions": self.chosen.fingerprint,
-        }
+        } | ({"rules": RULES} if self.how == "generate" else {})
 
     def queries(self, item: Question) -> list[Query]:
         """Return a query for each rotation of a question, all after the same shots."""
