@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sft.batches.mixture import Mixture
-from sft.batches.packing import Bundle, pack_window
+from sft.batches.packing import LARGE, Bundle, pack_window
 from sft.batches.source_stream import Draw, SourceSizes
 from sft.core.sample import Caps, Pack, PackItem
 from sft.recipe import DataConfig
@@ -48,15 +48,16 @@ class Planner:
 
     def windows(self) -> Iterator[list[Pack]]:
         """Yield windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn
-        last may not fill a window: then it is the whole steps of packs that hold something."""
+        last is as few whole steps as hold it all, which may be more than a window; only where that is fewer samples
+        than packs are the samples of a step left out."""
         while not self.mixture.ended():
-            rng = np.random.default_rng([self.seed, self.window])
             with _no_garbage_collection():
-                packs, self.carry = pack_window(self.carry, self._draw(), self.window_packs, self.caps, rng)
+                drawn = self._draw()
+                if self.mixture.ended():
+                    packs, self.carry = self._last_packs(drawn), []
+                else:
+                    packs, self.carry = self._packs(drawn, self.window_packs)
             self.window += 1
-            if self.mixture.ended():
-                packs = [pack for pack in packs if pack.items]
-                del packs[len(packs) // self.packs_per_step * self.packs_per_step :]
             yield packs
 
     def num_trained(self, packs: Sequence[Pack]) -> int:
@@ -81,6 +82,28 @@ class Planner:
         self.window = state["window"]
         self.mixture.restore(state["drawn"])
         self.carry = [self._restored(items) for items in state["carry"]]
+
+    def _packs(self, drawn: Sequence[Bundle], num_packs: int, large: float = LARGE) -> tuple[list[Pack], list[Bundle]]:
+        rng = np.random.default_rng([self.seed, self.window])
+        return pack_window(self.carry, drawn, num_packs, self.caps, rng, large)
+
+    def _last_packs(self, drawn: Sequence[Bundle]) -> list[Pack]:
+        """Return the whole steps of packs that the carry and the last draw take, none of them empty."""
+        bundles = [*self.carry, *drawn]
+        needed = max(
+            sum(bundle.num_tokens for bundle in bundles) / self.caps.tokens,
+            sum(sum(bundle.images.values()) for bundle in bundles) / self.caps.image_weight,
+        )
+        num_packs = ceil(needed / self.packs_per_step) * self.packs_per_step
+        packs: list[Pack] = []
+        left = bundles
+        while left:
+            packs, left = self._packs(drawn, num_packs)
+            if left:  # best fit for all: 100 samples of about 17 tokens take 14 packs of 128, not 15
+                packs, left = self._packs(drawn, num_packs, large=0.0)
+            num_packs += self.packs_per_step
+        packs = [pack for pack in packs if pack.items]
+        return packs[: len(packs) // self.packs_per_step * self.packs_per_step]
 
     def _draw(self) -> list[Bundle]:
         """Draw what fills a window besides the carry: in tokens, in images, or in packs that one image may stand in."""

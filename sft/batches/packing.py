@@ -32,19 +32,24 @@ full of images and half empty of tokens: the card's mixture filled 94.6 % under 
 
 
 def pack_window(
-    first: Sequence[Bundle], then: Sequence[Bundle], num_packs: int, caps: Caps, rng: np.random.Generator
+    first: Sequence[Bundle],
+    then: Sequence[Bundle],
+    num_packs: int,
+    caps: Caps,
+    rng: np.random.Generator,
+    large: float = LARGE,
 ) -> tuple[list[Pack], list[Bundle]]:
     """Fill `num_packs` packs; return them shuffled, and the bundles that did not fit.
 
     Large bundles come first, for they need an empty pack, then small ones; of both, those of `first`, the carry of the
     window before, and then those of `then`; the longest first each time. No pack is empty while there is a bundle for
-    each.
+    each. `large` is the part of a pack over which a bundle is large.
     """
-    large = LARGE * caps.tokens
-    are_large = [[b for b in own if b.num_tokens > large] for own in (first, then)]
-    are_small = [[b for b in own if b.num_tokens <= large] for own in (first, then)]
+    large_tokens = large * caps.tokens
+    are_large = [[b for b in own if b.num_tokens > large_tokens] for own in (first, then)]
+    are_small = [[b for b in own if b.num_tokens <= large_tokens] for own in (first, then)]
     in_order = [b for bundles in (*are_large, *are_small) for b in sorted(bundles, key=_length, reverse=True)]
-    packs, left = _fill(in_order, num_packs, caps)
+    packs, left = _fill(in_order, num_packs, caps, large_tokens)
     _fill_empty(packs)
     return [Pack(items=tuple(packs[number])) for number in rng.permutation(num_packs)], left
 
@@ -52,7 +57,9 @@ def pack_window(
 _length = itemgetter(Bundle._fields.index("num_tokens"))
 
 
-def _fill(in_order: Sequence[Bundle], num_packs: int, caps: Caps) -> tuple[list[list[PackItem]], list[Bundle]]:
+def _fill(
+    in_order: Sequence[Bundle], num_packs: int, caps: Caps, large: float
+) -> tuple[list[list[PackItem]], list[Bundle]]:
     """Place bundles one after another; the samples of each pack, and what did not fit.
 
     One loop without calls, since it takes most of the time of planning.
@@ -62,7 +69,7 @@ def _fill(in_order: Sequence[Bundle], num_packs: int, caps: Caps) -> tuple[list[
     weights = [0] * num_packs  # for each pack, what its distinct images weigh
     by_room = [(caps.tokens, number) for number in range(num_packs)]  # tokens that still fit, and the pack; sorted
     left: list[Bundle] = []
-    num_empty, to_come, large = num_packs, len(in_order), LARGE * caps.tokens
+    num_empty, to_come = num_packs, len(in_order)
     for bundle in in_order:
         items, tokens, images = bundle
         weight = sum(images.values())

@@ -52,7 +52,7 @@ class Sources:
     def held_out(self) -> Sources | None:
         """Return the other side: what is held out of training, or the dataset of `data.validation.path` as one source.
 
-        A source of which nothing can be held out is not among them.
+        A source of which nothing can be held out is not among them. `max_epochs` is not for these: it limits training.
 
         Raises:
             UserError: nothing is held out of any.
@@ -67,11 +67,11 @@ class Sources:
                     f"data.validation: holds out none of {samples:,} samples, for nothing would be left to train on; "
                     "add samples with other images, or choose by a benchmark"
                 )
-            mixture = tuple(self.data.mixture[number] for number in held)
+            mixture = tuple(self.data.mixture[number].model_copy(update={"max_epochs": None}) for number in held)
             data = self.data.model_copy(update={"mixture": mixture})
             sides = [own for number in held if (own := self.sources[number].sides) is not None]
             return Sources([self.parts[number] for number in held], data, held_out=sides)
-        only = self.data.mixture[0].model_copy(update={"name": "validation", "share": 1.0})
+        only = self.data.mixture[0].model_copy(update={"name": "validation", "share": 1.0, "max_epochs": None})
         data = self.data.model_copy(update={"validation": None, "mixture": (only,)})
         return Sources([[self.validation]], data)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -59,3 +60,23 @@ def schedule(optimizer: Optimizer, settings: TrainingConfig) -> LambdaLR:
     end = settings.decay_steps or settings.max_steps
     final = 0.0 if settings.decay_steps else settings.final_learning_rate or 0.0
     return LambdaLR(optimizer, linear_schedule(settings.warmup_steps, end, final / settings.learning_rate))
+
+
+def resume_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Set a schedule to the step of a saved one, and the optimizer's learning rates to what `schedule`, not the saved
+    one, has there."""
+    step: int = saved["last_epoch"]
+    pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [rate * factor(step) for rate, factor in pairs]
+    schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+@contextmanager
+def kept_settings(optimizer: Optimizer) -> Iterator[None]:
+    """Keep the settings of every group of parameters while a saved optimizer is loaded, which brings its own."""
+    before = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        group.update(own)

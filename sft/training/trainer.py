@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -36,7 +36,7 @@ from sft.training.check_gradients import CheckGradients
 from sft.training.engines import Writers, get_engine
 from sft.training.engines.resume_state import Spent, read_progress, write_progress
 from sft.training.metrics import Line, Log, StepMetrics
-from sft.training.optimizer import make_optimizer, parameter_groups, schedule
+from sft.training.optimizer import kept_settings, make_optimizer, parameter_groups, resume_schedule, schedule
 from sft.training.write_metrics import WriteMetrics
 
 
@@ -272,13 +272,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         return folder is not None and Writers.of(read_progress(folder)).processes != self.rank.of
 
     def load_state(self, folder: Path) -> None:
-        """Continue after the step of a state. The data are restored elsewhere (`MicroBatches.restore`)."""
-        assert self.lr_scheduler is not None
+        """Continue after the step of a state, under the settings of the recipe, which may have changed since. The data
+        are restored elsewhere (`MicroBatches.restore`)."""
+        assert isinstance(self.lr_scheduler, LambdaLR)
         progress = read_progress(folder)
-        self.engine.load(self, folder, Writers.of(progress))
-        self.lr_scheduler.load_state_dict(progress["schedule"])
-        for group, rate in zip(self.bare_optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        with kept_settings(self.bare_optimizer):
+            self.engine.load(self, folder, Writers.of(progress))
+        resume_schedule(self.lr_scheduler, self.bare_optimizer, progress["schedule"])
         if self.accelerator.scaler and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.state.global_step = self._globalstep_last_logged = progress["step"]

@@ -164,3 +164,21 @@ def test_the_last_window_is_whole_steps_of_packs_that_hold_something(number):
     assert len(packs) % 4 == 0
     assert number - 4 < len(packs) <= number
     assert planner.mixture.ended() == "toy"
+
+
+@pytest.mark.parametrize("packs_per_step", [1, 4])
+@pytest.mark.parametrize("number", [50, 3000])
+def test_the_last_window_is_as_few_packs_as_hold_what_is_left(number, packs_per_step):
+    """Once it was spread over a whole window, and packs were a fifth full."""
+    sizes = [Toy(1, [4 + i % 20 for i in range(number)], [(i,) if i % 3 else () for i in range(number)], max_epochs=2)]
+    planner = planner_of(sizes, packs_per_step=packs_per_step, max_images_per_pack=8)
+    packs = [pack for window in planner.windows() for pack in window]
+    assert Counter(item for pack in packs for item in pack.items) == {PackItem(0, i): 2 for i in range(number)}
+    assert len(packs) % packs_per_step == 0 and planner.carry == []
+    assert len(packs) < 1.05 * 2 * sum(sizes[0].lengths) / 64 + packs_per_step
+
+
+def test_what_is_drawn_last_is_packed_even_where_it_takes_more_than_a_window():
+    """Of 65 samples longer than half a pack no two fit into one, although their tokens fit into 64."""
+    planner = planner_of([Toy(1, [33] * 65, max_epochs=1)], packs_per_step=1)
+    assert [len(window) for window in planner.windows()] == [65]

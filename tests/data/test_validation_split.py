@@ -18,6 +18,7 @@ from sft.data.store import Settings, prepare_store
 from sft.data.store.image_keys import image_key
 from sft.data.truncate import Limits
 from sft.data.validation_split import HoldOut, SampleKeys, Side, hold_out_share, sample_keys, texts_of
+from sft.evaluation.held_out_loss import held_out_packs
 from sft.recipe import ValidationConfig
 
 
@@ -144,6 +145,17 @@ def test_images_of_a_validation_file_are_held_out_of_every_source(parts, tmp_pat
     sources = Sources(parts, data, validation=own)
     assert keys(sources) == [["a/1"], ["b/1"]]
     assert keys(sources.held_out()) == [["own/0"]]
+
+
+def test_every_held_out_sample_is_measured_whatever_max_epochs_leaves_to_train(parts, tmp_path, template):
+    """Sources of few samples once came to their end before one pack, and nothing was left to choose by."""
+    own = part(tmp_path / "own", template, shown("own", KEPT, "How many?"), shown("other", KEPT))
+    data = data_config("one", "two")
+    short = tuple(source.model_copy(update={"max_epochs": 0.1}) for source in data.mixture)
+    for validation, dataset in ((ValidationConfig(share=0.5), None), (ValidationConfig(path="own.jsonl"), own)):
+        limited = data.model_copy(update={"mixture": short, "validation": validation})
+        held_out = Sources(parts, limited, validation=dataset).held_out()
+        assert held_out_packs(held_out, seed=0).num_samples == 2
 
 
 def test_parts_of_a_sample_are_on_its_side(tmp_path, template):

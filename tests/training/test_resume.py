@@ -174,6 +174,33 @@ def test_settings_that_change_what_is_trained_are_named(copied):
     ]
 
 
+def test_settings_that_changed_hold_from_the_next_step(copied):
+    settings = copied.training.model_copy(
+        update={"learning_rate": 1e-5, "weight_decay": 0.25, "betas": (0.5, 0.75), "max_steps": 5}
+    )
+    recipe = copied.model_copy(update={"training": settings})
+    before = metrics(copied)
+    trained(recipe, resume_from=folder_of(copied, 3))
+    assert metrics(recipe)[:3] == before
+    rates = [line["learning_rate"] for line in metrics(recipe)]
+    assert rates[3:] == pytest.approx([1e-5 * (1 - 2 / 4), 1e-5 * (1 - 3 / 4)])
+    groups = torch.load(folder_of(recipe, 5) / STATE / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+    assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.75)}
+    assert {group["initial_lr"] for group in groups} == {1e-5}
+    assert load_recipe(Path(recipe.output_dir) / "recipe.yaml").training == settings
+
+
+def test_an_extended_run_goes_on_at_the_rate_of_the_longer_schedule(copied):
+    """Its first step once had the 0.0 at which the shorter schedule ended."""
+    assert trained(copied, resume_from=folder_of(copied, 3)).status == "finished"
+    longer = copied.model_copy(update={"training": copied.training.model_copy(update={"max_steps": 8})})
+    finished = train(longer, console(to_stderr=True), allow_changed=True)
+    assert (finished.status, finished.step) == ("finished", 8)
+    peak, rates = copied.training.learning_rate, [line["learning_rate"] for line in metrics(longer)]
+    assert rates[4:] == pytest.approx([peak * (1 - (step - 1) / 7) for step in range(4, 8)])
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 

@@ -118,13 +118,10 @@ def load(trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
     if written_by.processes == trainer.rank.of:
         _load(trainer, folder, TAG)
         return
-    groups = [{**group} for group in _adamw(trainer).param_groups]
     with converted(folder / TAG, trainer.rank) as output:
         _load(trainer, output.parent, output.name)
-    # DeepSpeed 0.19.8 gives all groups the settings of the first, weight decay among them, and all states one tensor of
-    # the number of steps, to which AdamW then adds as often as there are groups.
-    for group, own in zip(_adamw(trainer).param_groups, groups, strict=True):
-        group.update({key: value for key, value in own.items() if key != "params"})
+    # DeepSpeed 0.19.8 gives all states one tensor of the number of steps, to which AdamW then adds as often as there
+    # are groups. (It also gives all groups the settings of the first; the trainer sets them to the recipe's.)
     for state in _adamw(trainer).state.values():
         state["step"] = state["step"].clone()
 
