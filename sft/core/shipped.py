@@ -4,6 +4,7 @@ In a checkout they stand at the top of the repository; in an installed wheel, in
 that begins with `shipped:` names one of them: `shipped:tiny_base`.
 """
 
+import os
 from pathlib import Path
 
 from sft.core.errors import UserError, nearest
@@ -16,6 +17,13 @@ def shipped_root() -> Path:
     """Return the folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
     installed = _PACKAGE / "shipped_files"
     return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def user_cache() -> Path:
+    """Return the user's own folder for what is made of models of others: `IDEFICS_SFT_CACHE`, else a folder in
+    `XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("IDEFICS_SFT_CACHE")
+    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "idefics-sft").expanduser()
 
 
 def resolve(path: str | Path) -> Path:

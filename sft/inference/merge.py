@@ -30,6 +30,7 @@ from sft.inference.model_card import Merged, architecture_of, model_card
 from sft.models.family import Family
 from sft.models.loaded_model import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.models.lora import Merger, is_adapter_folder
+from sft.models.plain_folder import save_processor
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST
 
@@ -69,9 +70,7 @@ def merge(
             _copy(checkpoint, folder)
         else:
             _write_merged(family, base, Merger(checkpoint), folder, dtype or torch.bfloat16, shard_bytes, on_progress)
-        template.tokenizer.chat_template = template.template
-        family.weights.save_processor(template.tokenizer, family.weights.load_config(base or checkpoint), folder)
-        template.tokenizer.save_pretrained(folder)
+        save_processor(family, template, family.weights.load_config(base or checkpoint), folder)
         kind, parameters, num_bytes = _weights_of(folder)
         made = Merged(
             output=str(output),
@@ -144,8 +143,6 @@ def _write_merged(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     family.weights.write_config(json.loads((base / "config.json").read_text()), folder, dtype)
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 
 
 def write_safetensors(
