@@ -43,6 +43,7 @@ def merge(
     output: Path,
     *,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Merged:
@@ -52,18 +53,24 @@ def merge(
     `on_progress` is told (tensors done, tensors in all) after each file of weights.
 
     Raises:
-        UserError: there is something in `output`, the checkpoint is not one, the base of adapters is missing or
-            another, or a `dtype` is given for a full run's checkpoint.
+        UserError: there is something in `output`, other than a model to `overwrite`, the checkpoint is not one, the
+            base of adapters is missing or another, or a `dtype` is given for a full run's checkpoint.
         RunError: the disk is full.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; choose another --output")
     recipe_file = checkpoint / "recipe.yaml"
     recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
     family = find_family(checkpoint)
     base = find_base(checkpoint) if is_adapter_folder(checkpoint) else None
     if base is None and dtype is not None:
         raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")
+    parts = [path.resolve() for path in (checkpoint, base) if path]
+    may_go = (
+        overwrite and (output / "config.json").is_file() and not any(p.is_relative_to(output.resolve()) for p in parts)
+    )
+    if not may_go and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(
+            f"{output}: is there already; choose another --output, or --overwrite a model that was made before"
+        )
     template = load_template(family, checkpoint)
     with _whole_or_nothing(output) as folder:
         if base is None:
