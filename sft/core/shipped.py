@@ -20,10 +20,9 @@ def shipped_root() -> Path:
 
 
 def user_cache() -> Path:
-    """Return the user's own folder for what is made of models of others: `IDEFICS_SFT_CACHE`, else a folder in
-    `XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("IDEFICS_SFT_CACHE")
-    return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "idefics-sft").expanduser()
+    """Return the user's folder for what may be made again: `IDEFICS_SFT_CACHE`, else one in `XDG_CACHE_HOME`."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("IDEFICS_SFT_CACHE") or f"{caches}/idefics-sft").expanduser()
 
 
 def resolve(path: str | Path) -> Path:

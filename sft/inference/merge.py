@@ -63,14 +63,10 @@ def merge(
     base = find_base(checkpoint) if is_adapter_folder(checkpoint) else None
     if base is None and dtype is not None:
         raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")
-    parts = [path.resolve() for path in (checkpoint, base) if path]
-    may_go = (
-        overwrite and (output / "config.json").is_file() and not any(p.is_relative_to(output.resolve()) for p in parts)
-    )
-    if not may_go and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(
-            f"{output}: is there already; choose another --output, or --overwrite a model that was made before"
-        )
+    holds_source = any(part.resolve().is_relative_to(output.resolve()) for part in (checkpoint, base) if part)
+    is_replaced = overwrite and not holds_source and (output / "config.json").is_file()
+    if output.exists() and not is_replaced and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already; choose another --output, or --overwrite a model")
     template = load_template(family, checkpoint)
     with _whole_or_nothing(output) as folder:
         if base is None:

@@ -36,18 +36,13 @@ _known: dict[str, Family] = {}
 
 
 def adapters_of(recipe: Recipe) -> Path | None:
-    """Return the folder of adapters that `model.path` names, from which training goes on; None where it names a
-    model."""
+    """Return the folder of adapters that `model.path` names, to be trained further; None where it names a model."""
     folder = resolve(recipe.model.path)
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
 def base_of(recipe: Recipe) -> str:
-    """Return the name of the model that a recipe stands on: `model.path`, or the base of the adapters there.
-
-    Raises:
-        UserError: that base is not here.
-    """
+    """Return the model that a recipe stands on: `model.path`, or the base of the adapters there."""
     if adapters := adapters_of(recipe):
         from sft.models.base_model import base_of_adapters  # it takes torch
 

@@ -1,5 +1,4 @@
-"""The base of a recipe or of adapters: its name, and its prepared copy, a model folder with every special token of the
-chat template, made on first use.
+"""The base of a recipe or of adapters: its name, and its prepared copy, which has every special token of the template.
 
 `prepare` and `train` make the copy in `data.store`. All other commands read it there, and make it in the user's cache:
 the recipe may have come with somebody's adapters, and nothing is written where it points.
@@ -31,11 +30,10 @@ def base_of_adapters(adapters: Path) -> str:
     Raises:
         UserError: neither names a folder of this machine or a hub id.
     """
-    recipe = recipe_of_adapters(adapters)
-    named = read_config(adapters).base_model_name_or_path or ""
-    for name in (named, recipe.model.path if recipe else ""):
+    named, recipe = read_config(adapters).base_model_name_or_path, recipe_of_adapters(adapters)
+    for name in (named, recipe and recipe.model.path):
         if name and (not is_local(name) or (resolve(name) / "config.json").is_file()):
-            return name
+            return str(name)
     raise UserError(
         f"{adapters}: its base model {named or '(not named)'} is not here; write its folder or hub id as "
         f"base_model_name_or_path into {adapters / 'adapter_config.json'}"

@@ -19,11 +19,9 @@ def save_processor(family: Family, template: ChatTemplate, config: PreTrainedCon
     tokenizer.chat_template = template.template
     family.weights.save_processor(tokenizer, config, folder)
     tokenizer.save_pretrained(folder)
-    ends = [token for token in family.text.ENDS if token in tokenizer.get_vocab()]
+    ends = tokenizer.convert_tokens_to_ids([token for token in family.text.ENDS if token in tokenizer.get_vocab()])
     GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.convert_tokens_to_ids(ends),
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends
     ).save_pretrained(folder)
 
 
@@ -39,39 +37,26 @@ def make_portable(model: PackedModel, folder: Path) -> None:
     settings = {name: value for name, value in json.loads(file.read_text()).items() if name in names}
     (folder / "special_tokens_map.json").write_text(json.dumps(settings, indent=2) + "\n")
     file.unlink()
-    base = model.peft_config["default"].base_model_name_or_path
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    name, tag = (Path(base).name, "") if is_local(base) else (base, f"\nbase_model: {base}")
     rows = getattr(model.config, "additional_vocab_size", 0)  # of IDEFICS; a published base may have one fewer
-    (folder / "README.md").write_text(
-        _CARD.format(
-            tag="" if is_local(base) else f"base_model: {base}\n",
-            name=Path(base).name if is_local(base) else base,
-            room=f", additional_vocab_size={rows}, ignore_mismatched_sizes=True" if rows else "",
-            why=_WHY if rows else "",
-        ),
-        encoding="utf-8",
-    )
+    room = f", additional_vocab_size={rows}, ignore_mismatched_sizes=True" if rows else ""
+    (folder / "README.md").write_text(_CARD.format(name=name, tag=tag, room=room), encoding="utf-8")
 
 
 _CARD = """---
-library_name: peft
-{tag}tags: [idefics-sft]
+library_name: peft{tag}
 ---
-
 # Adapters for {name}
 
 ```python
 from peft import AutoPeftModel
 from transformers import AutoProcessor
 
-folder = "."  # this folder
+folder = "."  # this folder, whose adapter_config.json names the base
 model = AutoPeftModel.from_pretrained(folder, dtype="float32"{room})
 processor = AutoProcessor.from_pretrained(folder)
 ```
-{why}
-`adapter_config.json` names the base. `idefics-sft merge` writes a model that needs no PEFT.
-"""
 
-_WHY = """
-The last two arguments make room for all rows of added tokens, which the adapters hold; the published base may have
-fewer. `PeftModel.from_pretrained(base, folder)` takes a base that was loaded with them.
+The adapters hold the rows of all added tokens. The published base may have fewer, so it is loaded with room for them.
 """

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, status_of
 from safetensors.torch import load_file
 
 from sft.core.errors import UserError
+from sft.evaluation.tasks.mmbench.benchmark import benchmark_file
 from sft.models.loaded_model import find_base, load_for_inference
 from sft.models.lora import WEIGHTS
 
@@ -92,6 +93,7 @@ def test_opening_adapters_of_a_stranger_writes_nothing_where_their_recipe_points
     )
     assert find_base(copy).parent == tmp_path / "cache" / "bases"
     assert status_of("merge", str(copy), "--output", str(tmp_path / "merged")) == 0
+    assert benchmark_file("easy_vqa", tmp_path / "chosen by a stranger", seed=0).is_relative_to(tmp_path / "cache")
     assert not (tmp_path / "chosen by a stranger").exists()
     monkeypatch.setenv("IDEFICS_SFT_CACHE", "/proc/nowhere")
     with pytest.raises(UserError, match=r"copied: its base model shipped:tiny_base: .*/proc/nowhere"):
