@@ -150,11 +150,12 @@ def continue_adapters(model: PackedModel, folder: Path, group_of: Callable[[str]
     """
     with open_weights(folder) as tensors:
         given = {key.removeprefix(_PREFIX) for key in tensors.keys()}  # noqa: SIM118
-    own = {name.replace(_ADAPTER, ".") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    is_trained = {name.replace(_ADAPTER, "."): weight.requires_grad for name, weight in model.named_parameters()}
+    own = {name for name, trained in is_trained.items() if trained}
     if apart := sorted(name for name in own ^ given if "lora_" in name):
         lack, layer = "lack" if apart[0] in own else "have", apart[0].partition(".lora_")[0]
         raise UserError(f"model.lora.targets: the adapters of {folder} {lack} {layer}; name the targets they have")
-    if frozen := sorted({group_of(name) for name in given - own}):
+    if frozen := sorted({group_of(name) for name in given & is_trained.keys() - own}):
         raise UserError(f"model.trainable: the adapters of {folder} hold weights of {', '.join(frozen)}; add these")
     _fill(model, folder, {})
 

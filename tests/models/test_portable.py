@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, status_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sft.core.errors import UserError
 from sft.evaluation.tasks.mmbench.benchmark import benchmark_file
@@ -119,3 +119,10 @@ def test_training_goes_on_from_adapters(run, tmp_path, monkeypatch, refusal):
     for change, message in refused.items():
         extra = ["model.lora=null", "model.trainable=null"] if change == "model.mode=full" else []
         assert re.search(message, refusal("train", *on, "output_dir=refused", change, *extra)), change
+
+
+def test_adapters_of_another_kind_of_model_are_refused(run, copy, tmp_path, refusal):
+    tensors = load_file(copy / WEIGHTS)
+    save_file(tensors | {"base_model.model.strange": torch.zeros(1)}, copy / WEIGHTS)
+    given = (f"model.path={copy}", f"output_dir={tmp_path / 'refused'}")
+    assert "its base model has no strange" in refusal("train", run.parent / "recipe.yaml", *given)
