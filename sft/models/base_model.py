@@ -90,7 +90,10 @@ def find_prepared_base(recipe: Recipe) -> Path:
 
 def prepare_in_cache(name: str, family: Family) -> Path:
     """Make a base with every special token in the user's cache if it is not there yet, and return its folder."""
-    return _prepared(_place(user_cache(), name), name, family)
+    try:
+        return _prepared(_place(user_cache(), name), name, family)
+    except OSError as error:
+        raise UserError(f"{user_cache()}: {error.strerror}; name a folder of yours in IDEFICS_SFT_CACHE") from error
 
 
 def _prepared(path: Path, name: str, family: Family) -> Path:

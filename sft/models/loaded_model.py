@@ -180,5 +180,5 @@ def find_base(adapters: Path) -> Path:
         if recipe and name in (recipe.model.path, base_name(recipe)):
             return find_prepared_base(recipe)
         return prepare_in_cache(name, family)
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise UserError(f"{adapters}: its base model {name}: {error}") from error
