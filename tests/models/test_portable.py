@@ -96,9 +96,7 @@ def test_opening_adapters_of_a_stranger_writes_nothing_where_their_recipe_points
     assert benchmark_file("easy_vqa", tmp_path / "chosen by a stranger", seed=0).is_relative_to(tmp_path / "cache")
     assert not (tmp_path / "chosen by a stranger").exists()
     monkeypatch.setenv("IDEFICS_SFT_CACHE", "/proc/nowhere")
-    with pytest.raises(
-        UserError, match=r"copied: its base model shipped:tiny_base: /proc/nowhere: .* in IDEFICS_SFT_CACHE"
-    ):
+    with pytest.raises(UserError, match=r"copied: its base model shipped:.*: /proc/nowhere: .* in IDEFICS_SFT_CACHE"):
         find_base(copy)
 
 
