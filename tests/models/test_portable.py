@@ -1,6 +1,7 @@
 """Adapters on another machine, and those of strangers here."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -70,7 +71,12 @@ def test_adapters_open_elsewhere_over_the_published_base_by_the_lines_of_their_r
     config = json.loads((copy / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(REPOSITORY / "tiny_base")
     snippet = (copy / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    subprocess.run([sys.executable, "-c", ELSEWHERE.format(snippet=snippet)], cwd=copy, check=True)
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE.format(snippet=snippet)],
+        cwd=copy,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     ids, pixels, looks, logits, end, eos, side = torch.load(copy / "logits.pt")
     expected.config._attn_implementation = expected.config.vision_config._attn_implementation = "sdpa"
     with torch.no_grad():
