@@ -34,6 +34,13 @@ from build_tiny_base import train_tokenizer  # noqa: E402
 
 pytest_plugins = ["helpers.evaluated_run"]
 
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """A cache for the tests, in place of the user's."""
+    os.environ["IDEFICS_SFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 IMAGE_SIZE = 28
 NUM_LATENTS = 8
 

@@ -40,6 +40,7 @@ class Planner:
             samples_per_image=data.max_samples_per_image_per_pack,
         )
         self.mixture = Mixture(sizes, unit=data.share_unit, seed=seed, caps=self.caps)
+        self.openings_are_trained = data.train_on == "all" and not data.pack_isolation  # see `collate`
         self.packs_per_step = packs_per_step
         self.window_packs = packs_per_step * ceil(MIN_WINDOW_PACKS / packs_per_step)
         self.seed = seed
@@ -67,7 +68,8 @@ class Planner:
             for item in pack.items:
                 rows[item.source].append(item.sample)
         pairs = zip(self.sizes, rows, strict=True)
-        return sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
+        inside = sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
+        return inside + sum(max(len(pack.items) - 1, 0) for pack in packs) * self.openings_are_trained
 
     def state(self) -> dict[str, Any]:
         """Return counters and carry as JSON, between two windows."""

@@ -189,10 +189,10 @@ def _base_of(model: str) -> Path | None:
     """Return the prepared base of a run, for RUN@base."""
     if not model.endswith("@base"):
         return None
-    from sft.models.base_model import prepare_base
+    from sft.models.base_model import find_prepared_base
     from sft.runs.names import find_recipe
 
-    return prepare_base(find_recipe(model.removesuffix("@base")))
+    return find_prepared_base(find_recipe(model.removesuffix("@base")))
 
 
 def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[EvaluationConfig, bool]:

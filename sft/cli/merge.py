@@ -19,6 +19,7 @@ def run(
     base_dtype: Annotated[
         str | None, typer.Option(help="What adapters are merged in: bf16 (default) or fp32.", metavar="bf16|fp32")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in DIR.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare logits; needs room for the model.")] = False,
     json: Json = False,
 ) -> None:
@@ -46,7 +47,11 @@ def run(
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[base_dtype] if base_dtype else None
     with progress("merging", None, out) as update:
         made = merge(
-            checkpoint, output, dtype=dtype, on_progress=lambda done, total: update(done, f"of {total} tensors")
+            checkpoint,
+            output,
+            dtype=dtype,
+            overwrite=overwrite,
+            on_progress=lambda done, total: update(done, f"of {total} tensors"),
         )
     differences = compare(checkpoint, output) if check else {}
     if json:

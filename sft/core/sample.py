@@ -156,7 +156,7 @@ class Batch:
     """A micro-batch: its packs laid one after another in a single row, nothing padded.
 
     Labels are not shifted: they line up with `input_ids_T` and can be printed beside them. The first label of a
-    segment is always IGNORE_INDEX, since the token before it belongs to another sample.
+    sample is IGNORE_INDEX, since the token before it belongs to another sample; `collate` names the one exception.
     """
 
     input_ids_T: Tensor

@@ -4,6 +4,7 @@ In a checkout they stand at the top of the repository; in an installed wheel, in
 that begins with `shipped:` names one of them: `shipped:tiny_base`.
 """
 
+import os
 from pathlib import Path
 
 from sft.core.errors import UserError, nearest
@@ -16,6 +17,12 @@ def shipped_root() -> Path:
     """Return the folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
     installed = _PACKAGE / "shipped_files"
     return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def user_cache() -> Path:
+    """Return the user's folder for what may be made again: `IDEFICS_SFT_CACHE`, else one in `XDG_CACHE_HOME`."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("IDEFICS_SFT_CACHE") or f"{caches}/idefics-sft").expanduser()
 
 
 def resolve(path: str | Path) -> Path:

@@ -15,7 +15,7 @@ from sft.core.errors import UserError
 from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.family import Cost, ModelCost, Precision, Setting, read_model
 from sft.data.store import MANIFEST, Store
-from sft.models import names_of_family
+from sft.models import base_of, names_of_family
 from sft.recipe import ENGINES, EngineName, LoraSettings, Recipe, with_overrides
 from sft.recipe.engines import check_can_shard, check_engine_precision, resolve_engine
 from sft.recipe.optimizers import lighter_optimizers
@@ -49,7 +49,7 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     Raises:
         UserError: the model's shape is not known, or the GPU lacks what the recipe asks for.
     """
-    model = read_model(recipe.model.family, recipe.model.path)
+    model = read_model(recipe.model.family, base_of(recipe))
     setting = setting_of(recipe, model, device, gpus)
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes

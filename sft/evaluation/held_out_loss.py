@@ -24,7 +24,7 @@ from sft.core.sample import PackItem
 from sft.data.prepare import open_sources
 from sft.data.sources import Sources
 from sft.models import get_family
-from sft.models.base_model import prepare_base
+from sft.models.base_model import find_prepared_base
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Images
 from sft.models.loaded_model import load_template
@@ -193,5 +193,5 @@ def open_held_out(recipe: Recipe) -> tuple[Sources | None, ChatTemplate]:
     Raises:
         UserError: the data are not prepared.
     """
-    template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))
+    template = load_template(get_family(recipe.model.family), from_main(lambda: find_prepared_base(recipe)))
     return open_sources(recipe, template, [recipe.output_dir]).held_out(), template

@@ -66,7 +66,7 @@ class LoraSettings(_Part):
 
 class ModelConfig(_Part):
     path: str
-    """Base model: a folder, a hub id, or `shipped:tiny_base`."""
+    """Base model: a folder, a hub id, or `shipped:tiny_base`; or a folder of adapters, to train them further."""
     family: str = "idefics"
     """Kind of model: a folder of sft/models/, or the dotted name of a package of your own."""
     mode: Literal["full", "lora", "qlora"] = "full"

@@ -17,6 +17,7 @@ from sft.core.precision import torch_dtype
 from sft.data.sources import Sources
 from sft.models.lora import has_adapters, save_adapters
 from sft.models.packed_model import PackedModel
+from sft.models.plain_folder import make_portable, save_processor
 from sft.recipe import Recipe
 from sft.runs.checkpoint import STATE, check_state, step_of
 from sft.runs.status import RunStatus
@@ -156,13 +157,12 @@ def save_snapshot(
     `model` is the opened model as the engine has it, and `weights` are its weights, where an engine shards them.
     """
     family, template = opened.family, opened.template
+    if not has_adapters(model):
+        family.weights.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
+    save_processor(family, template, model.config, folder)
     if has_adapters(model):
         save_adapters(model, folder, weights)
-    else:
-        family.weights.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
-    template.tokenizer.chat_template = template.template
-    family.weights.save_processor(template.tokenizer, model.config, folder)
-    template.tokenizer.save_pretrained(folder)
+        make_portable(model, folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 
 

@@ -182,3 +182,13 @@ def test_what_is_drawn_last_is_packed_even_where_it_takes_more_than_a_window():
     """Of 65 samples longer than half a pack no two fit into one, although their tokens fit into 64."""
     planner = planner_of([Toy(1, [33] * 65, max_epochs=1)], packs_per_step=1)
     assert [len(window) for window in planner.windows()] == [65]
+
+
+def test_a_step_counts_the_openings_that_are_predicted_where_samples_see_each_other():
+    """Three samples of a pack of 12 tokens have two openings between them; half of each sample is trained besides."""
+    toys = [Toy(share=1, lengths=[4] * 30)]
+    for isolated, more in ((True, 0), (False, 2)):
+        data = data_config(sequence_length=12, train_on="all", pack_isolation=isolated)
+        planner = Planner(toys, data, packs_per_step=1, seed=0)
+        pack = next(pack for pack in next(planner.windows()) if len(pack.items) == 3)
+        assert planner.num_trained([pack]) == 3 * 2 + more

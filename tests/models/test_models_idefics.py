@@ -197,10 +197,11 @@ def test_without_isolation_a_pack_is_one_text_but_images_stay_with_their_sample(
     found = losses_of(model, batch)
 
     as_one = plain_losses(model, template, DOG, TEXT, TWO_IMAGES)  # positions run on, one causal mask over all
-    trained = batch.labels_T[1:] != -100
-    check_equal(found, as_one[trained], 1e-5)
-    isolated = losses_of(model, batch_of(placed))
-    assert (found - isolated).abs().max() > 1e-3
+    check_equal(found, as_one, 1e-5)  # the `<s>` after each `</s>` among it, as in 2023
+    assert batch.num_trained_tokens == len(as_one)
+    isolated = batch_of(placed)
+    inside = isolated.labels_T[1:] != -100
+    assert (found[inside] - losses_of(model, isolated)).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- the image matters
