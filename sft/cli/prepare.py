@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -87,7 +87,7 @@ RECIPE_KEYS = {
     "option": "data.mixture.0.datasets.0.options",
     "output": "data.store",
     "verify": "data.verify",
-    "images": "data.images",
+    "images": "data.images.store",
 }
 
 
@@ -181,10 +181,22 @@ def show(stores: Sequence[Store], out: Console) -> None:
                 share = percent(number / max(store.manifest["records"], 1))
                 example = store.manifest["examples"][reason]
                 out.print(printable(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}"))
+        for line in _image_lines(store):
+            out.print(printable(f"{store.path.name}: {line}"))
         if store.manifest["limit"]:
             out.print(
                 f"{printable(store.path.name)}: only the first {store.manifest['limit']:,} records, as --limit said"
             )
+
+
+def _image_lines(store: Store) -> Iterator[str]:
+    """Yield what is told of the images of a store."""
+    noted = store.manifest.get("image_notes", {})
+    applied = "applied" if store.decoding.orientation == "apply" else "not applied (data.images.orientation: ignore)"
+    if number := noted.get("orientation"):
+        yield f"{number:,} images have an EXIF orientation, {applied}"
+    if number := noted.get("no_end_marker"):
+        yield f"{number:,} JPEG images lack their end marker; all of their data is there, and they are taken"
 
 
 def _show_end(prepared: _Prepared, out: Console) -> None:
@@ -205,5 +217,7 @@ def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
         "images": store.num_images,
         "filtered": manifest["filtered"],
         "skipped": manifest["skipped"],
+        "orientation": store.decoding.orientation,
+        "image_notes": manifest.get("image_notes", {}),
         "fitted": fitted,
     }

@@ -262,7 +262,7 @@ def _image(image: str | Picture) -> ImageRef:
         content = checked.read_bytes(ImageRef(source=image if isinstance(image, bytes) else Path(image)))
         checked.decode_rgb(content)
     except SkipSample as skip:
-        raise UserError(f"{name}: {skip.reason}") from skip
+        raise UserError(f"{name}: {skip.explained}") from skip
     return ImageRef(source=content)
 
 

@@ -90,7 +90,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path):
     assert store.manifest["skipped"] == {"line is not JSON": 2, "image does not decode": 1, "text is not Unicode": 1}
     assert store.manifest["filtered"] == {"too small": 1}
     assert store.manifest["examples"]["line is not JSON"] == "toys/1"
-    assert store.manifest["examples"]["image does not decode"] == "bad"
+    assert store.manifest["examples"]["image does not decode"] == "bad: image 1 of the record"
     lines = [json.loads(line) for line in (store.path / "skips.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["toys/1", "toys/2", "toys/3", "bad", "half a letter"]
     assert lines[1] == {"key": "toys/2", "reason": "too small", "detail": "", "filtered": True}
@@ -562,8 +562,8 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
     [
         (b"", "image does not decode"),
         (RED[: len(RED) // 2], "image does not decode"),
-        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
-        (header_of(6_000, 5_000), TOO_MANY_PIXELS),
+        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC"),
+        (header_of(8_000, 8_126), TOO_MANY_PIXELS),
         (header_of(10_000, 10_000), TOO_MANY_PIXELS),  # Pillow would warn
         (header_of(60_000, 60_000), TOO_MANY_PIXELS),  # Pillow would raise
         (header_of(510, 10), TOO_NARROW),
