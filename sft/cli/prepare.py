@@ -36,7 +36,9 @@ def run(
     split: Annotated[str | None, typer.Option(help="With --dataset: which part of the raw data; train.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="With --dataset: KEY=VALUE for the adapter.")] = None,
     verify: Annotated[str | None, typer.Option(help="With --dataset: decode (the default) or header.")] = None,
-    images: Annotated[str | None, typer.Option(help="With --dataset: embed (the default) or reference.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="With --dataset: embed (the default), reference, or as data.images.")
+    ] = None,
     max_skip_share: Annotated[
         float | None, typer.Option(min=0, max=1, help="Stop when more than this share of the records is bad.")
     ] = None,
@@ -55,7 +57,7 @@ def run(
         if recipe is not None or output is None:
             raise UserError("prepare --dataset NAME needs --path RAW and --output DIR, and no RECIPE")
         asked = {"dataset": dataset, "path": path, "split": split or "train", "options": _adapter_options(option or ())}
-        how = {name: value for name, value in (("verify", verify), ("images", images)) if value is not None}
+        how = {name: _yaml(f"--{name}", value) for name, value in (("verify", verify), ("images", images)) if value}
         prepared = _one(asked, how, output, max_skip_share, options, out)
     else:
         if recipe is None:
@@ -87,7 +89,7 @@ RECIPE_KEYS = {
     "option": "data.mixture.0.datasets.0.options",
     "output": "data.store",
     "verify": "data.verify",
-    "images": "data.images.store",
+    "images": "data.images",
 }
 
 
@@ -147,18 +149,22 @@ def _one(
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
     options = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--option {text!r}: expected KEY=VALUE")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--option {text!r}: {value!r} is not readable as a YAML value") from error
+        options[key] = _yaml(f"--option {text!r}", value)
     return options
+
+
+def _yaml(where: str, value: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {value!r} is not readable as a YAML value") from error
 
 
 def show(stores: Sequence[Store], out: Console) -> None:

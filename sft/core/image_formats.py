@@ -68,7 +68,7 @@ def _has_all_scans(content: bytes) -> bool:
         header = frame[scan.end() : scan.end() + 2 * scan[1][0] + 3]
         if header[-2:-1] == b"\x3f" and not header[-1] & 15:
             complete.update(header[:-3:2])
-    return len(complete) == frame[9]
+    return frame[9:10] == bytes([len(complete)])
 
 
 def is_heic(content: bytes) -> bool:

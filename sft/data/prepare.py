@@ -98,7 +98,7 @@ def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Set
 
 def prepare_one(
     asked: dict[str, Any],
-    how: dict[str, str],
+    how: dict[str, Any],
     path: Path,
     max_skip_share: float | None,
     options: PrepareOptions,
@@ -118,7 +118,7 @@ def prepare_one(
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"--{str(problem['loc'][-1]).replace('_', '-')}: {problem['msg']}") from error
+        raise UserError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}") from error
     Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)  # what it refuses, before a folder is made
     if path.exists() and not is_store_folder(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: is there already and is no prepared dataset; choose another --output")
