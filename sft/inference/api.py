@@ -16,7 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -267,8 +267,9 @@ def _image(image: str | Picture) -> ImageRef:
 
 
 def _png(image: Image.Image) -> bytes:
-    """Return the same pixels as a file, so that all images go one way."""
+    """Return the same pixels as a file, turned as their EXIF says, so that all images go one way."""
     file = io.BytesIO()
+    image = ImageOps.exif_transpose(image)
     (image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1") else image.convert("RGB")).save(file, "PNG")
     return file.getvalue()
 
