@@ -200,9 +200,9 @@ def _image_lines(store: Store) -> Iterator[str]:
     noted = store.manifest.get("image_notes", {})
     applied = "applied" if store.decoding.orientation == "apply" else "not applied (data.images.orientation: ignore)"
     if number := noted.get("orientation"):
-        yield f"{number:,} images have an EXIF orientation, {applied}"
+        yield f"{number:,} image{' has' if number == 1 else 's have'} an EXIF orientation, {applied}"
     if number := noted.get("no_end_marker"):
-        yield f"{number:,} JPEG images lack their end marker; all of their data is there, and they are taken"
+        yield f"{number:,} JPEG without an end marker taken; all of the data is there"
 
 
 def _show_end(prepared: _Prepared, out: Console) -> None:
