@@ -62,5 +62,5 @@ def _opened(file: str, allow_dir: Path | None) -> ImageRef:
         open_image(Path(file))
     except SkipSample as skip:
         expected = f"; expected a {READ} image" if skip.reason == DOES_NOT_DECODE else ""
-        raise UserError(f"{file}: {skip.reason}{expected}") from skip
+        raise UserError(f"{file}: {skip.explained}{expected}") from skip
     return ImageRef(source=Path(file))

@@ -40,6 +40,9 @@ Role = Literal[
 TrainOn = Literal["assistant", "all"]
 Policy = Literal["prefix", "split", "drop"]
 """What is done with a conversation that does not fit a pack (`sft.data.truncate`)."""
+Orientation = Literal["apply", "ignore"]
+MAX_PIXELS = 65_000_000
+"""Pixels of an image: telephones take 50 million (8,192 x 6,144) and 64 million (9,248 x 6,936)."""
 
 
 class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
@@ -55,8 +58,28 @@ class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
         self.filtered = filtered
         self.detail = detail
 
+    @property
+    def explained(self) -> str:
+        """The reason, with the detail in brackets."""
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
     def __reduce__(self) -> tuple[object, ...]:
         return partial(SkipSample, filtered=self.filtered, detail=self.detail), (self.reason,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How encoded images become pixels (`sft.core.images`)."""
+
+    orientation: Orientation = "apply"
+    """`apply`: images are turned as their EXIF says and as a viewer shows them. `ignore`: they are as they are
+    stored."""
+    max_pixels: int = MAX_PIXELS
+    """Images of more pixels are refused."""
+
+
+AS_SHOWN = Decoding()
+"""What is asked of a model outside of prepared data is seen as a viewer shows it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +88,8 @@ class ImageRef:
 
     source: Path | bytes
     size: tuple[int, int] | None = None
-    """Width and height in pixels, where they are known without opening the image."""
+    """Width and height in pixels as it is seen, where they are known without opening the image."""
+    decoding: Decoding = AS_SHOWN
 
 
 class Tiling(NamedTuple):

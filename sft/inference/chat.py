@@ -105,7 +105,7 @@ class Conversation:
 
     def _told(self, skip: SkipSample, path: Path) -> str:
         if skip.reason != images.MISSING:
-            return skip.reason
+            return skip.explained
         return "a folder; expected an image file in it" if path.is_dir() else f"{skip.reason}; looked in {self.folder}"
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sft.core.sample import Policy, TrainOn
+from sft.core.sample import MAX_PIXELS, Orientation, Policy, TrainOn
 from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
 from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
@@ -25,11 +25,19 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+def as_section(value: Any) -> Any:
+    """Return `reference` as `{store: reference}`."""
+    return {"store": value} if isinstance(value, str) else value
+
+
 Number = BeforeValidator(_no_truth_value)
 Positive = Annotated[int, Field(gt=0), Number]
 Share = Annotated[float, Field(gt=0), Number]
 Beta = Annotated[float, Field(ge=0, lt=1), Number]
 Seed = Annotated[int, Field(ge=0), Number]
+ImageStore = Literal["embed", "reference"]
+MOST_PIXELS = 178_956_970
+"""Pillow opens no larger image."""
 Scoring = Literal[
     "letter",  # the option whose letter is the likeliest answer
     "text",  # the option whose full text is
@@ -157,6 +165,17 @@ class ValidationConfig(_Part):
         return self
 
 
+class ImagesConfig(_Part):
+    store: ImageStore = "embed"
+    """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
+    orientation: Orientation = "apply"
+    """`apply`: images are turned as their EXIF says and as a viewer shows them. `ignore`: they are as they are stored,
+    for data that were annotated so."""
+    max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS), Number] = MAX_PIXELS
+    """Images of more pixels are skipped: 50 and 64 megapixels of a telephone are taken, 108 are not. While it is
+    decoded, one of 50 megapixels takes up to 0.2 GB as JPEG, 0.5 GB as PNG, 0.9 GB as WebP."""
+
+
 class DataConfig(_Part):
     store: str = "stores"
     """Folder of the prepared datasets."""
@@ -182,8 +201,10 @@ class DataConfig(_Part):
     """What is held out of training. An image held out of one source is held out of all."""
     verify: Literal["decode", "header"] = "decode"
     """How images are checked when they are prepared: `decode` each once, or read its `header` only (web scale)."""
-    images: Literal["embed", "reference"] = "embed"
-    """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
+    images: Annotated[ImagesConfig, BeforeValidator(as_section, json_schema_input_type=ImageStore | ImagesConfig)] = (
+        ImagesConfig()
+    )
+    """How images are stored and seen. `images: reference` is short for `images: {store: reference}`."""
     augment: Literal["crop", "none"] = "none"
     """Augmentation of training images. `crop`: a random box of nine tenths or more of the image, another at each step,
     as the idefics-9b-instruct card's transform does. `none`: the whole image."""

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from sft.core.errors import UserError
-from sft.recipe.config import Recipe
+from sft.recipe.config import Recipe, as_section
 from sft.recipe.explain import explain_overrides, explain_problems, in_words
 
 MAX_RECIPE_BYTES = 1024 * 1024
@@ -105,6 +105,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         elif isinstance(place, dict):
             if place.get(part) is None:
                 place[part] = {}
+            if part == "images":
+                place[part] = as_section(place[part])
             place = place[part]
         else:
             raise UserError(f"override {override!r}: there is no {part!r} to go into")

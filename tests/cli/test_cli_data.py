@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import status_of
+from PIL import Image
 
 from sft.cli.terminal import console, preparation
 from sft.core.file_lock import locked
@@ -279,3 +280,18 @@ def test_after_kill_9_it_goes_on_and_the_result_is_the_same(tmp_path, monkeypatc
     assert made and not finished & set(made), "finished pieces are not made again"
     assert list(resumed.keys) == [f"messages/raw.jsonl:{n + 1}" for n in range(4000)]
     assert not list(tmp_path.glob(".store*"))
+
+
+def test_prepare_says_how_images_are_seen(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "photo.jpg", exif=exif)
+    turns = [{"role": "user", "content": "<image>Which colour?"}, {"role": "assistant", "content": "Red."}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns, "images": ["photo.jpg"]}))
+    command = ["prepare", "--dataset", "messages", "--path", str(tmp_path), "--output", str(tmp_path / "store")]
+    assert status_of(*command) == 0
+    assert "1 image has an EXIF orientation, applied" in capsys.readouterr().out
+    assert status_of(*command, "--images", "{orientation: ignore}") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "made again since data.images was orientation apply" in printed
+    assert "1 image has an EXIF orientation, not applied (data.images.orientation: ignore)" in printed

@@ -17,7 +17,7 @@ from PIL import Image
 from sft.core.errors import RunError, UserError
 from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, TOO_MANY_PIXELS, TOO_NARROW, decode_rgb, read_bytes
 from sft.core.parallel import ordered_map
-from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.core.sample import Decoding, ImageRef, Message, Sample, SkipSample
 from sft.data.datasets import Adapter
 from sft.data.store import Store, is_store_folder, schedule
 
@@ -90,7 +90,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path):
     assert store.manifest["skipped"] == {"line is not JSON": 2, "image does not decode": 1, "text is not Unicode": 1}
     assert store.manifest["filtered"] == {"too small": 1}
     assert store.manifest["examples"]["line is not JSON"] == "toys/1"
-    assert store.manifest["examples"]["image does not decode"] == "bad"
+    assert store.manifest["examples"]["image does not decode"] == "bad: image 1 of the record"
     lines = [json.loads(line) for line in (store.path / "skips.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["toys/1", "toys/2", "toys/3", "bad", "half a letter"]
     assert lines[1] == {"key": "toys/2", "reason": "too small", "detail": "", "filtered": True}
@@ -111,7 +111,8 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.7)
     assert str(caught.value) == (
-        "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode (as bad)"
+        "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode "
+        "(as bad: image 1 of the record)"
         f"; all of them: {tmp_path}/toys.skips.jsonl"
     )
     assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
@@ -562,8 +563,8 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
     [
         (b"", "image does not decode"),
         (RED[: len(RED) // 2], "image does not decode"),
-        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
-        (header_of(6_000, 5_000), TOO_MANY_PIXELS),
+        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC"),
+        (header_of(8_000, 8_126), TOO_MANY_PIXELS),
         (header_of(10_000, 10_000), TOO_MANY_PIXELS),  # Pillow would warn
         (header_of(60_000, 60_000), TOO_MANY_PIXELS),  # Pillow would raise
         (header_of(510, 10), TOO_NARROW),
@@ -575,6 +576,62 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
 def test_an_image_that_is_not_fit_has_a_reason(tmp_path, content, reason):
     store = prepared(tmp_path, Toys(shown("good", RED), shown("bad", content)))
     assert store.manifest["skipped"] == {reason: 1}
+
+
+def turned(colour: str, format: str = "JPEG") -> bytes:
+    """An image of 6 x 4 pixels that a viewer shows as one of 4 x 6."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), colour).save(buffer, format, exif=exif)
+    return buffer.getvalue()
+
+
+SIDEWAYS = (shown("a", turned("red"), RED), shown("b", turned("blue", "PNG"), turned("red")), shown("c", turned("red")))
+
+
+@pytest.mark.parametrize("piece_records", [1, 4096])
+def test_sizes_are_of_images_as_they_are_seen_and_each_is_counted_once(tmp_path, monkeypatch, piece_records):
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", piece_records)
+    store = prepared(tmp_path, Toys(*SIDEWAYS, shown("d", encoded("blue", "JPEG")[:-2])))
+    assert store.image_sizes == [(4, 6), (4, 4), (4, 6), (4, 4)]
+    assert store.manifest["image_notes"] == {"orientation": 2, "no_end_marker": 1}
+    assert store.sample(0).images[0].decoding == store.decoding == Decoding()
+
+
+def test_an_ignored_orientation_is_counted_and_goes_with_the_images(tmp_path):
+    as_stored = Decoding(orientation="ignore", max_pixels=100)
+    store = prepared(tmp_path, Toys(*SIDEWAYS), decoding=as_stored)
+    assert store.image_sizes[0] == (6, 4) and store.manifest["image_notes"]["orientation"] == 2
+    assert store.sample(0).images[0].decoding == Store(store.path).decoding == as_stored
+
+
+def test_a_store_is_made_again_for_another_orientation(tmp_path):
+    toys = Toys(*SIDEWAYS)
+    sizes = [prepared(tmp_path, toys, decoding=Decoding(orientation=o)).image_sizes[0] for o in ("ignore", "apply")]
+    assert sizes == [(6, 4), (4, 6)]
+    read, store = toys.num_read, prepared(tmp_path, toys)
+    assert toys.num_read == read, "there is nothing to make again"
+    older = {key: value for key, value in store.manifest.items() if key not in ("orientation", "max_pixels")}
+    (store.path / "manifest.json").write_text(json.dumps(older))
+    assert Store(store.path).decoding == Decoding(orientation="ignore", max_pixels=25_000_000), "as it was made"
+    assert prepared(tmp_path, toys).image_sizes[0] == (4, 6) and toys.num_read == 2 * read - 3
+
+
+def test_a_skipped_image_is_named(tmp_path):
+    (tmp_path / "torn.png").write_bytes(RED[:-20])
+    (tmp_path / "wide.png").write_bytes(encoded("red", size=(9, 3)))
+    torn, wide = (ImageRef(source=tmp_path / name) for name in ("torn.png", "wide.png"))
+    samples = [
+        Sample(key=f"{n}", messages=(Message(role="document", content=(i,)),)) for n, i in enumerate((torn, wide))
+    ]
+    toys = Toys(*samples, shown("2", RED, RED[:-20]), shown("3", "Hi."))
+    store = prepared(tmp_path, toys, decoding=Decoding(max_pixels=26))
+    details = [json.loads(line)["detail"] for line in (store.path / "skips.jsonl").read_text().splitlines()]
+    assert details == [
+        str(torn.source),
+        f"{wide.source}: 9 x 3, over the 26 of data.images.max_pixels",
+        "image 2 of the record",
+    ]
 
 
 def test_a_file_that_is_not_there_has_a_reason(tmp_path):
@@ -589,6 +646,6 @@ def test_transparency_is_laid_over_white():
     assert decode_rgb(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
 def test_formats_that_are_read(format):
     assert decode_rgb(encoded("white", format)).getpixel((0, 0)) == (255, 255, 255)

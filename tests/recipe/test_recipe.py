@@ -182,6 +182,17 @@ def test_a_number_needs_no_dot(tmp_path):
     assert read(tmp_path, "training.learning_rate=3e-6").training.learning_rate == 0.000003
 
 
+def test_how_images_are_stored_may_be_one_word(tmp_path):
+    short = TOY.replace("data:\n", "data:\n  images: reference\n")
+    assert read(tmp_path, text=short).data.images.store == "reference"
+    both = read(
+        tmp_path, "data.images.orientation=ignore", "data.images.max_pixels=100_000_000", text=short
+    ).data.images
+    assert (both.store, both.orientation, both.max_pixels) == ("reference", "ignore", 100_000_000)
+    assert read(tmp_path, "data.images=reference").data.images.store == "reference"
+    assert "data.images.store: expected 'embed' or 'reference', found 'link'" in refusal(tmp_path, "data.images=link")
+
+
 def test_overrides_are_dotted_and_read_as_yaml(tmp_path):
     recipe = read(
         tmp_path,

@@ -4,7 +4,7 @@
         images.arrow    the piece's distinct images
         image_files.jsonl  the image files that were read
         skips.jsonl     what was left out and why
-        piece.json      counts; the folder gets its name only when all of this is written
+        piece.json      counts, and what was noted of images; the folder gets its name only when all of this is written
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sft.core.files import staged
-from sft.core.images import size_of, verified_size
-from sft.core.sample import ImageRef, Sample, SkipSample
+from sft.core.images import open_checked, verified
+from sft.core.sample import Decoding, ImageRef, Sample, SkipSample
 from sft.data.formats import Row
 from sft.data.store.image_files import IMAGE_FILES, ImageReader
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, to_record
 
 Images = Literal["embed", "reference"]
 Verify = Literal["decode", "header"]
+Noted = dict[str, list[int]]
+"""What is told of some images, and their rows in images.arrow."""
 
 
 class ToSample(Protocol):
@@ -92,14 +94,16 @@ class PieceTask:
     """How much of all raw files was read by its end, for progress bars."""
     path: Path
     images: Images
+    decoding: Decoding
     verify: Verify
 
 
 def write_piece(task: PieceTask) -> Counts:
     """Write a piece and return its counts."""
     with staged(task.path) as folder:
-        counts = _write_tables(task, folder)
-        (folder / "piece.json").write_text(json.dumps(counts.to_json() | {"is_last": task.is_last}))
+        counts, noted = _write_tables(task, folder)
+        ending = {"is_last": task.is_last, "noted": noted}
+        (folder / "piece.json").write_text(json.dumps(counts.to_json() | ending))
     return counts
 
 
@@ -109,8 +113,15 @@ def read_piece(path: Path) -> tuple[Counts, bool]:
     return Counts.from_json(values), values["is_last"]
 
 
-def _write_tables(task: PieceTask, folder: Path) -> Counts:
+def read_noted(path: Path) -> Noted:
+    """Return what was noted of the images of a finished piece."""
+    noted: Noted = json.loads((path / "piece.json").read_text())["noted"]
+    return noted
+
+
+def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
     counts = Counts()
+    noted: Noted = {"orientation": [], "no_end_marker": []}
     seen: dict[str, int] = {}  # sha256 -> row, within the piece
     with (
         (folder / "skips.jsonl").open("w", encoding="utf-8") as skips,
@@ -128,7 +139,7 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
                 sample = task.adapter.to_sample(row)
                 key = sample.key
                 _check_text(sample)
-                loaded = [_load(image, reader, seen, task) for image in sample.images]
+                loaded = [_load(image, number, reader, seen, task) for number, image in enumerate(sample.images, 1)]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
                 line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
@@ -139,13 +150,15 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
                 raise
             for image in loaded:
                 if image["sha256"] not in seen:
+                    for note in filter(image["notes"].get, noted):
+                        noted[note].append(len(seen))
                     seen[image["sha256"]] = len(seen)
                     images.write(image, len(image["bytes"] or b""))
             record = to_record(sample, [seen[image["sha256"]] for image in loaded])
             samples.write(record, sum(len(i) for m in sample.messages for i in m.content if isinstance(i, str)))
             counts.samples += 1
     counts.distinct_images = len(seen)
-    return counts
+    return counts, noted
 
 
 def _check_text(sample: Sample) -> None:
@@ -158,18 +171,29 @@ def _check_text(sample: Sample) -> None:
                 raise SkipSample("text is not Unicode") from error
 
 
-def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
-    """Return the row of images/ for an image; verified unless it was before."""
-    content, sha256 = reader.read(image)
-    if sha256 in seen:
-        return {"sha256": sha256}
-    width, height = verified_size(content) if task.verify == "decode" else size_of(content)
+def _load(image: ImageRef, number: int, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
+    """Return the row of images/ for an image, the `number`th of its sample, with `notes`; verified unless it was
+    before.
+
+    Raises:
+        SkipSample: it is not fit; the detail names its file, or its number where it is none.
+    """
+    try:
+        content, sha256 = reader.read(image)
+        if sha256 in seen:
+            return {"sha256": sha256}
+        header = (verified if task.verify == "decode" else open_checked)(content, task.decoding)
+    except SkipSample as skip:
+        name = str(image.source) if isinstance(image.source, Path) else f"image {number} of the record"
+        detail = skip.detail if name in skip.detail else ": ".join(filter(None, (name, skip.detail)))
+        raise SkipSample(skip.reason, detail=detail) from skip
     path = str(image.source.absolute()) if isinstance(image.source, Path) else None
     is_kept = task.images == "embed" or path is None
     return {
         "sha256": sha256,
         "bytes": content if is_kept else None,
         "path": path,
-        "width": width,
-        "height": height,
+        "width": header.size[0],
+        "height": header.size[1],
+        "notes": {"orientation": header.exif_orientation != 1, "no_end_marker": header.lacks_end},
     }

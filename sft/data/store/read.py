@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sft.core.errors import UserError
 from sft.core.files import hash_file
 from sft.core.images import read_bytes
-from sft.core.sample import ImageRef, Sample
+from sft.core.sample import Decoding, ImageRef, Sample
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
 from sft.data.store.image_keys import KEYS, ORDER, read_numbers
 from sft.data.store.pieces import Counts
@@ -137,10 +137,20 @@ class Store:
         """Key of each sample, in row order."""
         return self._samples.column("key")
 
+    @cached_property
+    def decoding(self) -> Decoding:
+        """How its images were looked at when it was made, and are to be looked at. Earlier versions ignored their
+        orientation."""
+        return Decoding(
+            orientation=self.manifest.get("orientation", "ignore"),
+            max_pixels=self.manifest.get("max_pixels", 25_000_000),
+        )
+
     def image(self, row: int) -> ImageRef:
         """Return an image: its bytes, or the file it was left in."""
         content = self._images.value(row, _BYTES)
-        return ImageRef(source=content if content is not None else Path(self._images.value(row, _PATH)))
+        source = content if content is not None else Path(self._images.value(row, _PATH))
+        return ImageRef(source=source, decoding=self.decoding)
 
     def image_bytes(self, row: int) -> bytes:
         """Return the encoded bytes of an image.

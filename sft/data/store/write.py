@@ -70,9 +70,9 @@ def prepare_store(
     hashes = [hash_file(file) if file.is_file() else None for file in all_files]
     _check_unchanged(stamps, pieces)
     with staged(path) as target:
-        counts.distinct_images = join_pieces(piece_folders(pieces), target)
+        counts.distinct_images, noted = join_pieces(piece_folders(pieces), target)
         entries = [stamp | {"xxh3": xxh3} for stamp, xxh3 in zip(stamps, hashes, strict=True)]
-        _write_manifest(target, raw, wanted, settings, entries, counts)
+        _write_manifest(target, raw, wanted | {"image_notes": noted}, settings, entries, counts)
     _clean_up(path)
     return Store(path)
 
@@ -80,7 +80,7 @@ def prepare_store(
 def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what a store has to be made of and how, as its manifest says it."""
     how = {key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")}
-    return {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked, **how}
+    return {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked, **how, **asdict(settings.decoding)}
 
 
 def _finished_store(
@@ -157,7 +157,7 @@ def _check_adapter(store: Store, raw: RawDataset) -> None:
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
     """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest
+    manifest = store.manifest | asdict(store.decoding)
     return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
 

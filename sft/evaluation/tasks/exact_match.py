@@ -139,9 +139,9 @@ def _question(file: Path, number: int, line: str) -> OpenQuestion:
         pictures = tuple(images.local_image(file.parent, name) for name in names)
         contents = [images.read_bytes(picture) for picture in pictures]
         for content in contents:
-            images.verified_size(content)
+            images.verified(content)
     except SkipSample as skip:
-        raise UserError(f"{where}: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}") from skip
+        raise UserError(f"{where}: {skip.explained}") from skip
     name, sha256 = str(row.get("id", number)), hashlib.sha256(contents[0]).hexdigest() if contents else ""
     return OpenQuestion(
         id=name,
