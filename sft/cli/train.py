@@ -119,11 +119,14 @@ def train(
     Raises:
         UserError: a run of another recipe is in the folder, or the checkpoint to resume from is not complete.
     """
+    from sft.data.check_recipe import check_recipe
     from sft.training.resume import find_run
 
     found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
     if found.finished:
         return found.finished
+    if rank.of == 1:
+        check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
     from sft.data.prepare import open_prepared, prepare
     from sft.training import run as runs
