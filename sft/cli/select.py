@@ -138,15 +138,15 @@ def show(selection: Selection, out: Console) -> None:
     rows = [_row(score, selection) for score in selection.scores]
     header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
     out.print(table(_title(selection), header, rows))
-    out.print(f"* selected, by the rule {selection.rule}: {selection.selected}")
-    if selection.rule != "best":
-        out.print(f"  by the card's rule, best: {selection.best}")
+    out.print(f"* selected: {selection.selected}, {_why(selection)}")
     if _has_ties(selection):
-        out.print(f"= not to be told apart from the best: {', '.join(selection.tied)}")
+        out.print(f"= cannot be told apart from the best: {', '.join(selection.tied)}")
+    if not selection.questions[1]:
+        out.print("Training recorded only the mean loss, so how sure this choice is cannot be said.")
     if selection.cross_fitted is not None:
         worth, limits = selection.cross_fitted, selection.cross_fitted_interval
         out.print(
-            "cross-fitted, chosen on one half, scored on the other: "
+            "cross-fitted (chosen on one half of the questions, scored on the other): "
             f"{_figure(worth, selection)} ({_between(limits, selection)})"
         )
     for warning in selection.warnings:
@@ -160,6 +160,15 @@ def _row(score: CheckpointScore, selection: Selection) -> tuple[str, ...]:
     notes = "weights removed" if not score.has_weights else "best" if score.checkpoint == selection.best else ""
     figure = _figure(score.score, selection)
     return f"{marks} {score.checkpoint}", figure, _between(score.interval, selection), p_best, notes
+
+
+def _why(selection: Selection) -> str:
+    extreme = "lowest loss" if selection.metric.lower_is_better else "highest score"
+    if selection.rule == "earliest_not_worse":
+        return f"the earliest that cannot be told apart from the best; {selection.best} has the {extreme}"
+    if selection.selected != selection.best:
+        return f"the best that still has its weights; {selection.best} has the {extreme}"
+    return f"the {extreme}"
 
 
 def _has_ties(selection: Selection) -> bool:
@@ -178,10 +187,10 @@ def _between(limits: tuple[float, float] | None, selection: Selection) -> str:
 def _title(selection: Selection) -> str:
     chosen_on, reported = selection.questions
     if not reported:
-        return "held-out loss as training wrote it down: only means, so nothing says how sure the choice is"
+        return "held-out loss"
     by = " and ".join(selection.ranks) or selection.by
     name = "held-out loss" if selection.by == "loss" else f"{selection.benchmark} by {by}"
     if selection.chosen_on == "half":
         return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
     what = "samples" if selection.by == "loss" else "questions"
-    return f"{name}: {reported} {what} about {selection.images} images or texts"
+    return f"{name}: {reported} {what}, {selection.images} images or texts"
