@@ -1,13 +1,13 @@
 """`idefics-sft plan RECIPE`: what training will take of memory, time and money, before a GPU is rented."""
 
 from collections.abc import Iterator
-from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, print_json, table
+from sft.cli.completion import complete_gpu
+from sft.cli.terminal import WIDTH, Json, Overrides, RecipeName, console, folded, percent, print_json, table
 
 if TYPE_CHECKING:
     from sft.cost.devices import Device
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sft.cost.family import Setting
     from sft.recipe import Recipe
 
-Gpu = Literal["a100-80", "h100-80", "l4-24", "t4-16", "rtx4090-24"]
+DEFAULT_GPU = "a100-80"
 MOST = 1e6
 """The largest memory in GiB and the largest price that are taken, since `inf` is a number too."""
 EXAMPLES = (
@@ -29,7 +29,9 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
-    gpu: Annotated[Gpu | None, typer.Option(help="Kind of GPU; a100-80 if left out.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help=f"Kind of GPU; {DEFAULT_GPU} if left out.", autocompletion=complete_gpu)
+    ] = None,
     gpu_memory: Annotated[
         float | None,
         typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another kind of GPU; no time is given."),
@@ -48,16 +50,18 @@ def run(
     estimated = estimate(found, _device(gpu, gpu_memory, price_per_hour), gpus, utilisation, price_per_hour)
     if json:
         print_json(estimated.report)
-    else:
-        show(found, estimated, utilisation, console())
+        return
+    show(found, estimated, utilisation, console())
+    if gpu is None and gpu_memory is None:
+        console().print(f"\nPlanned for {estimated.device.name}, not for this machine; --gpu names another GPU.")
 
 
 def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device":
     from sft.core.errors import UserError
-    from sft.cost.devices import DEVICES, device_of_memory
+    from sft.cost.devices import device_of_memory, find_device
 
     if gib is None:
-        return DEVICES[gpu or "a100-80"]
+        return find_device(gpu or DEFAULT_GPU)
     if gpu is not None:
         raise UserError("--gpu and --gpu-memory: give one of them")
     if price is not None:
@@ -93,7 +97,7 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
     if not report["fits"]:
         out.print("It would fit with" if report["advice"] else "Nothing that plan knows would make it fit.")
         for line in report["advice"]:
-            out.print(_folded(line, indent="  "))
+            out.print(folded(f"  {line}", WIDTH, 4))
 
 
 def _how(setting: "Setting") -> Iterator[str]:
@@ -103,14 +107,6 @@ def _how(setting: "Setting") -> Iterator[str]:
         yield setting.engine
     if setting.checkpointing:
         yield "checkpointing" + (f" of {setting.checkpointing:g}" if setting.checkpointing < 1 else "")
-
-
-def _folded(line: str, indent: str = "") -> str:
-    """Return a line folded between words to 80 columns."""
-    after = f"{indent}  "
-    return fill(
-        line, 80, initial_indent=indent, subsequent_indent=after, break_long_words=False, break_on_hyphens=False
-    )
 
 
 def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
@@ -123,7 +119,21 @@ def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out
         return
     out.print(f"{work},\nat {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"
-    out.print(f"{_duration(seconds)}, {seconds * report['gpus'] / 3600:,.1f} GPU hours{cost}")
+    hours = seconds * report["gpus"] / 3600
+    out.print(f"{_duration(seconds)}, {f'{hours:,.1f}' if hours >= 0.05 else 'under 0.1'} GPU hours{cost}")
+    _print_idle(recipe, report["idle"], out)
+
+
+def _print_idle(recipe: "Recipe", idle: dict[str, Any], out: Console) -> None:
+    """Print the share of the work that is done on nothing, and the sizes of a step that avoid it."""
+    if idle["packs"] == idle["slots"]:
+        return
+    sizes = " or ".join(map(str, idle["tokens_per_step"]))
+    line = (
+        f"{percent(idle['share'])} of it idle: a step has {idle['packs']:,} packs for {idle['slots']:,} slots. "
+        f"training.tokens_per_step={sizes} leaves none idle; it is {recipe.training.tokens_per_step} now."
+    )
+    out.print(folded(line, WIDTH))
 
 
 def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: str, out: Console) -> None:
@@ -154,7 +164,7 @@ def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
         line = f"feature cache: {size}. The first epoch fills it and takes longer; later it saves {saved}."
     else:
         line = f"data.feature_cache=on would take {size}, and save {saved} from the second epoch on."
-    out.print(_folded(line))
+    out.print(folded(line, WIDTH))
 
 
 def _duration(seconds: float) -> str:
@@ -162,7 +172,7 @@ def _duration(seconds: float) -> str:
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {name}"
-    return f"{seconds:.1f} seconds"
+    return f"{seconds:.1f} seconds" if seconds >= 0.05 else "under 0.1 seconds"
 
 
 def _bar(size: int, largest: int, width: int = 24) -> str:

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sft.cli.completion import complete_override, complete_recipe
@@ -192,8 +192,8 @@ def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
         yield _preparation_lines(out)
         return
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=30)),
+        BarColumn(bar_width=12),
         TaskProgressColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
