@@ -92,7 +92,7 @@ def _show_task(summary: Summary, out: Console) -> None:
 
 def _show_filtered(summary: Summary, out: Console) -> None:
     for reason, number in summary["filtered"].items():
-        out.print(f"{number} questions were not asked: {reason}")
+        out.print(f"{number} questions were left out: {reason}")
 
 
 def _show_multiple_choice(summary: Summary, out: Console) -> None:
@@ -112,7 +112,7 @@ def _show_multiple_choice(summary: Summary, out: Console) -> None:
         out.print(f"95 % interval {_between(summary)}, over images as clusters")
         if summary["blind"] is not None and summary["with_images"]:
             out.print(f"without images {_blind(summary)}")
-        again = f" ({percent(summary['independent_chance'])} guessing anew in each rotation)"
+        again = f" ({percent(summary['independent_chance'])} if each rotation is guessed separately)"
         anew = again if summary["protocol"] == "circular" else ""
         out.print(f"chance {percent(summary['chance'])}{anew}")
     _show_filtered(summary, out)

@@ -1,4 +1,4 @@
-"""`idefics-sft quickstart`: the whole way on a laptop, from real pictures to a model one can talk to."""
+"""`idefics-sft quickstart`: every step on a laptop, from real pictures to a model to talk to."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str,
     status = train(recipe, out)
     if status.status == "stopped":
         where = [] if output_dir == DEFAULT_OUTPUT_DIR else ["--output-dir", str(output_dir)]
-        out.print(f"Go on with: idefics-sft {shlex.join(['quickstart', *where, *overrides])}")
+        out.print(f"Resume with: idefics-sft {shlex.join(['quickstart', *where, *overrides])}")
         raise typer.Exit(STOPPED)
     selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)
@@ -156,7 +156,7 @@ def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, An
     tasks = open_tasks(named_tasks(settings), settings, Path(recipe.data.store))
 
     def score(path: Path, name: str, blind: bool = False) -> dict[str, Any]:
-        with progress(f"asking {name}{' without images' if blind else ''}", None, out) as update:
+        with progress(f"evaluating {name}{' without images' if blind else ''}", None, out) as update:
             results = score_model(
                 path,
                 [task.without_images() for task in tasks] if blind else tasks,

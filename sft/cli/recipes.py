@@ -48,7 +48,7 @@ def copy(
     ] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Copy a shipped recipe, to change it, and lay its schema for editors beside it."""
+    """Copy a shipped recipe, to change it, and put its schema for editors next to it."""
     from sft.recipe.json_schema import SCHEMA_FILE, schema_text
 
     recipe = shipped_recipe(name)

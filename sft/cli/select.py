@@ -27,7 +27,7 @@ def run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
     by: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; told from the benchmark. The first chooses."),
+        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; follows from the benchmark. The first chooses."),
     ] = None,
     benchmark: Annotated[
         str | None,
