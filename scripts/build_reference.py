@@ -40,7 +40,7 @@ recipe, with every default filled in, is kept in the folder of the run, and that
 
 **In an editor** the first line of a recipe, `# yaml-language-server: $schema=recipe.schema.json`, completes keys, shows
 what they mean and marks mistakes: in VS Code (extension YAML), JetBrains, Neovim, Helix and others with
-yaml-language-server. The schema is in the same folder as the recipe; `idefics-sft schema > recipe.schema.json` makes it.
+yaml-language-server. The schema is next to the recipe; `idefics-sft schema > recipe.schema.json` makes it.
 """
 
 
