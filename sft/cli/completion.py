@@ -53,13 +53,6 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [*complete_shipped(incomplete), *files, *(f"{path}/" for path in found if path.is_dir())]
 
 
-def complete_gpu(incomplete: str) -> list[str]:
-    """Return the GPUs that begin like this, for the shell."""
-    from sft.cost.devices import DEVICES
-
-    return [name for name in DEVICES if name.startswith(incomplete)]
-
-
 def complete_override(incomplete: str) -> list[str]:
     """Return the dotted keys of a recipe, or the values of one that has a few, that begin like this, for the shell."""
     from sft.recipe.json_schema import choices_of, dotted_keys

@@ -36,15 +36,10 @@ def score_text(score: float, metric: Metric) -> str:
     return percent(score) if metric.is_share else f"{score:.4f}"
 
 
-def _score(summary: Summary) -> float:
-    score: float = summary["accuracy"] if "accuracy" in summary else summary["score"]
-    return score
-
-
 def _figure(summary: Summary) -> str:
     """Return the score with its standard error."""
     metric, error = metric_of(summary), summary["standard_error"]
-    score = score_text(_score(summary), metric)
+    score = score_text(summary["accuracy" if "accuracy" in summary else "score"], metric)
     return f"{score} ± {100 * error:.1f}" if metric.is_share else f"{score} ± {error:.4f}"
 
 
@@ -62,7 +57,7 @@ def _overview(summaries: Sequence[Summary]) -> Group:
         (
             summary["benchmark"] + (f" by {summary['rank']}" if "rank" in summary else ""),
             f"{summary['questions']:,}",
-            score_text(_score(summary), metric_of(summary)),
+            score_text(summary["accuracy" if "accuracy" in summary else "score"], metric_of(summary)),
             _between(summary),
             _blind(summary),
         )

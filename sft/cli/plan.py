@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from sft.cli.completion import complete_gpu
 from sft.cli.terminal import WIDTH, Json, Overrides, RecipeName, console, folded, percent, print_json, table
+from sft.core.errors import UserError
+from sft.cost.devices import DEVICES, GIB, Device, device_of_memory, find_device
 
 if TYPE_CHECKING:
-    from sft.cost.devices import Device
     from sft.cost.estimate import Estimate
     from sft.cost.family import Setting
     from sft.recipe import Recipe
@@ -25,12 +25,17 @@ EXAMPLES = (
 )
 
 
+def _gpus(incomplete: str) -> list[str]:
+    return [name for name in DEVICES if name.startswith(incomplete)]
+
+
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[
-        str | None, typer.Option(help=f"Kind of GPU; {DEFAULT_GPU} if left out.", autocompletion=complete_gpu)
+        str | None,
+        typer.Option(help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.", autocompletion=_gpus),
     ] = None,
     gpu_memory: Annotated[
         float | None,
@@ -56,10 +61,7 @@ def run(
         console().print(f"\nPlanned for {estimated.device.name}, not for this machine; --gpu names another GPU.")
 
 
-def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device":
-    from sft.core.errors import UserError
-    from sft.cost.devices import device_of_memory, find_device
-
+def _device(gpu: str | None, gib: float | None, price: float | None) -> Device:
     if gib is None:
         return find_device(gpu or DEFAULT_GPU)
     if gpu is not None:
@@ -71,8 +73,6 @@ def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device"
 
 def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
     """Print memory by kind, whether it fits, time and cost, and advice."""
-    from sft.cost.devices import GIB
-
     setting, device, report = estimated.setting, estimated.device, estimated.report
     out.print(f"{recipe.model.path} on {setting.gpus} x {device.name}")
     out.print(", ".join(_how(setting)))
@@ -121,16 +121,18 @@ def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"
     hours = seconds * report["gpus"] / 3600
     out.print(f"{_duration(seconds)}, {f'{hours:,.1f}' if hours >= 0.05 else 'under 0.1'} GPU hours{cost}")
-    _print_idle(recipe, report["idle"], out)
+    _print_idle(recipe, estimated, out)
 
 
-def _print_idle(recipe: "Recipe", idle: dict[str, Any], out: Console) -> None:
+def _print_idle(recipe: "Recipe", estimated: "Estimate", out: Console) -> None:
     """Print the share of the work that is done on nothing, and the sizes of a step that avoid it."""
-    if idle["packs"] == idle["slots"]:
+    if not (idle := estimated.report["idle"]):
         return
-    sizes = " or ".join(map(str, idle["tokens_per_step"]))
+    at_once = recipe.training.micro_batch_packs * estimated.setting.gpus
+    slots = estimated.micro_batches * at_once
+    sizes = " or ".join(str(packs * recipe.data.sequence_length) for packs in (slots - at_once, slots) if packs)
     line = (
-        f"{percent(idle['share'])} of it idle: a step has {idle['packs']:,} packs for {idle['slots']:,} slots. "
+        f"{percent(idle)} of it idle: a step has {recipe.packs_per_step:,} packs for {slots:,} slots. "
         f"training.tokens_per_step={sizes} leaves none idle; it is {recipe.training.tokens_per_step} now."
     )
     out.print(folded(line, WIDTH))

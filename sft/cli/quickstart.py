@@ -48,6 +48,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune the shipped small base on real pictures, choose a checkpoint, and talk to it. Needs no GPU."""
+    from sft.report import report as write_report
+
     out = console(to_stderr=json)
     overrides = overrides or []
     recipe = _recipe(output_dir, overrides)
@@ -65,7 +67,7 @@ def run(
     _show(report, out)
     out.print("\nTo talk to it:")
     out.print(f"  idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}", soft_wrap=True)
-    out.print(f"To read about it: {_page(output_dir)}")
+    out.print(f"To read about it: {write_report(output_dir)}")
     if json:
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
 
@@ -87,13 +89,6 @@ def _recipe(output_dir: Path, overrides: list[str]) -> Recipe:
             )
     own = (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}")
     return load_recipe(shipped_recipe("quickstart"), (*own, *overrides))
-
-
-def _page(output_dir: Path) -> Path:
-    """Return the report of the run, as a file to open in a browser."""
-    from sft.report import report
-
-    return report(output_dir)
 
 
 def _delete_run(output_dir: Path) -> None:

@@ -135,20 +135,19 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Sessi
 
 def show(selection: Selection, out: Console) -> None:
     """Print the choice as a table, and what to know before believing it."""
+    from sft.report.selection_text import selection_words
+    from sft.selection.record import as_json
+
     rows = [_row(score, selection) for score in selection.scores]
-    header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
-    out.print(table(_title(selection), header, rows))
-    out.print(f"* selected: {selection.selected}, {_why(selection)}")
+    is_loss = selection.by == "loss"
+    header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
+    out.print(table("held-out loss" if is_loss else selection.benchmark, header, rows))
+    selected, *others = selection_words(as_json(selection))
+    out.print(f"* {selected}")
     if _has_ties(selection):
         out.print(f"= cannot be told apart from the best: {', '.join(selection.tied)}")
-    if not selection.questions[1]:
-        out.print("Training recorded only the mean loss, so how sure this choice is cannot be said.")
-    if selection.cross_fitted is not None:
-        worth, limits = selection.cross_fitted, selection.cross_fitted_interval
-        out.print(
-            "cross-fitted (chosen on one half of the questions, scored on the other): "
-            f"{_figure(worth, selection)} ({_between(limits, selection)})"
-        )
+    for sentence in others:
+        out.print(sentence)
     for warning in selection.warnings:
         out.print(f"warning: {warning}")
 
@@ -162,15 +161,6 @@ def _row(score: CheckpointScore, selection: Selection) -> tuple[str, ...]:
     return f"{marks} {score.checkpoint}", figure, _between(score.interval, selection), p_best, notes
 
 
-def _why(selection: Selection) -> str:
-    extreme = "lowest loss" if selection.metric.lower_is_better else "highest score"
-    if selection.rule == "earliest_not_worse":
-        return f"the earliest that cannot be told apart from the best; {selection.best} has the {extreme}"
-    if selection.selected != selection.best:
-        return f"the best that still has its weights; {selection.best} has the {extreme}"
-    return f"the {extreme}"
-
-
 def _has_ties(selection: Selection) -> bool:
     """Return whether there is more in the set than the best one itself."""
     return bool(set(selection.tied) - {selection.best})
@@ -182,15 +172,3 @@ def _figure(value: float, selection: Selection) -> str:
 
 def _between(limits: tuple[float, float] | None, selection: Selection) -> str:
     return f"{_figure(limits[0], selection)} to {_figure(limits[1], selection)}" if limits else ""
-
-
-def _title(selection: Selection) -> str:
-    chosen_on, reported = selection.questions
-    if not reported:
-        return "held-out loss"
-    by = " and ".join(selection.ranks) or selection.by
-    name = "held-out loss" if selection.by == "loss" else f"{selection.benchmark} by {by}"
-    if selection.chosen_on == "half":
-        return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
-    what = "samples" if selection.by == "loss" else "questions"
-    return f"{name}: {reported} {what}, {selection.images} images or texts"

@@ -56,20 +56,19 @@ could be allocated (hpcaitech/Open-Sora#697), 23.65 on an RTX 4090 (tloen/llama-
 
 
 def find_device(name: str) -> Device:
-    """Return the GPU called `name`: its name in the table, or a part that only one has, such as `RTX 4090` or `h100`.
+    """Return the GPU with a name of the table, or with a part that only one name has: `RTX 4090`, `h100`, `A100 40`.
 
     Raises:
         UserError: none or several have that name.
     """
-    wanted = "".join(c for c in name.lower() if c.isalnum() or c == "-")
-    exact = [known for known in DEVICES if wanted in (known, known.replace("-", ""))]
-    of_kind = [known for known in DEVICES if known.partition("-")[0] == wanted]
-    found = exact or of_kind or [known for known in DEVICES if wanted and wanted in known]
-    if len(found) == 1:
-        return DEVICES[found[0]]
-    if found:
-        raise UserError(f"--gpu {name}: expected one of {', '.join(found)}")
-    raise UserError(f"--gpu {name}: unknown; --gpu-memory GIB plans for any GPU (known: {', '.join(DEVICES)})")
+    wanted = "".join(filter(str.isalnum, name.lower()))
+    names = {known.replace("-", ""): known for known in DEVICES}
+    found = [known for known in DEVICES if wanted == known.partition("-")[0]]
+    found = found or [known for short, known in names.items() if wanted in short]
+    if len(found) != 1:
+        known = ", ".join(found or DEVICES)
+        raise UserError(f"--gpu {name}: expected one of {known}; --gpu-memory GIB plans for any other")
+    return DEVICES[found[0]]
 
 
 def device_of_memory(gib: float) -> Device:

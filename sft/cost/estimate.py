@@ -68,20 +68,12 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
         "seconds": seconds,
         "gpus": gpus,
         "cost": money,
-        "idle": _idle(recipe, gpus, micro_batches),
+        "idle": 1 - recipe.packs_per_step / (micro_batches * recipe.training.micro_batch_packs * gpus),
         "feature_cache": feature_cache(recipe, model, setting),
         "checkpointing": list(_by_share(model, setting, device)),
         "advice": [] if fits else list(_advice(recipe, model, device, gpus)),
     }
     return Estimate(setting, device, needed, micro_batches, report)
-
-
-def _idle(recipe: Recipe, gpus: int, micro_batches: int) -> dict[str, Any]:
-    """Return the share of a step's slots that no pack fills, and values of `tokens_per_step` that leave none empty."""
-    at_once = recipe.training.micro_batch_packs * gpus
-    packs, slots = recipe.packs_per_step, micro_batches * at_once
-    full = [number * recipe.data.sequence_length for number in (slots - at_once, slots) if number]
-    return {"share": 1 - packs / slots, "packs": packs, "slots": slots, "tokens_per_step": full}
 
 
 def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Setting:
@@ -207,19 +199,13 @@ def _changes(recipe: Recipe, device: Device, gpus: int) -> Iterator[Iterator[_Ch
             break
     for mode in _MODES[_MODES.index(recipe.model.mode) + 1 :]:
         yield _with_settings(recipe, here._replace(overrides=(f"model.mode={mode}",)))
-    larger = (here._replace(device=DEVICES[name], options=f"--gpu {name}") for name in _larger(device))
+    larger = (
+        here._replace(device=other, options=f"--gpu {name}")
+        for name, other in sorted(DEVICES.items(), key=lambda item: item[1].usable_gib)
+        if other.usable_gib > device.usable_gib and (other.flop_per_second or 0) >= (device.flop_per_second or 0)
+    )
     yield (change for on_larger in larger for change in _with_settings(recipe, on_larger))
     yield (more for change in _with_settings(recipe, here) for more in _more_gpus(recipe, change))
-
-
-def _larger(device: Device) -> list[str]:
-    """Return the GPUs that have more memory and are not slower, the smallest first."""
-    speed = device.flop_per_second or 0.0
-    names = [name for name, other in DEVICES.items() if other.usable_gib > device.usable_gib]
-    return sorted(
-        (name for name in names if (DEVICES[name].flop_per_second or 0.0) >= speed),
-        key=lambda name: DEVICES[name].usable_gib,
-    )
 
 
 _MODES = ("full", "lora", "qlora")

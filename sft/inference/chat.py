@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +28,6 @@ OnText = Callable[[str], None]
 Respond = Callable[[Sequence[Message], OnText | None], str]
 """The answer to a conversation whose last message is the user's."""
 
-COMMANDS = ("/image", "/reset", "/help", "/quit", "/exit")
 HELP = "/image FILE shows an image with your next message, /reset forgets, /help lists, /quit ends."
 
 
@@ -117,17 +117,12 @@ class Conversation:
 
 
 def file_names(text: str, folder: Path) -> list[str]:
-    """Return the files that a text names: one name as it stands, or names as terminals paste them, quoted or escaped.
-
-    `a b.png` stays one name, unless `a` and `b.png` are files.
-    """
-    if (folder / text).exists():
-        return [text]
-    try:
+    """Return the files that a text names: one as it stands, or some as terminals paste them, quoted or escaped."""
+    with suppress(ValueError):  # a quotation mark without its other half
         words = shlex.split(text)
-    except ValueError:  # a quotation mark without its other half
-        return [text]
-    return words if len(words) == 1 or all((folder / word).is_file() for word in words) else [text]
+        if not (folder / text).exists() and (len(words) == 1 or all((folder / word).is_file() for word in words)):
+            return words
+    return [text]
 
 
 class Repl:
@@ -180,7 +175,7 @@ class Repl:
             for image in map(self.conversation.open_image, file_names(argument.strip(), self.conversation.folder)):
                 self.show(image)
         elif command.startswith("/"):
-            raise UserError(f"{command}: unknown command{nearest(command, COMMANDS) or '.'} {HELP}")
+            raise UserError(f"{command}: unknown command{nearest(command, ('/image', '/reset')) or '.'} {HELP}")
         elif line:
             self._answer(line)
             self._shown.clear()

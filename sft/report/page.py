@@ -101,12 +101,10 @@ def _about(run: Run) -> str:
 
 def _conclusions(run: Run) -> Iterator[str]:
     """Yield sentences, the most important first: how the selected checkpoint does, or how the held-out loss moved."""
-    yield from selection_words(run)
-    loss = held_out(run)
-    if not run.selection and len(loss) > 1:
+    yield from selection_words(run.selection)
+    if not run.selection and len(loss := held_out(run)) > 1:
         (first, before), (last, after) = loss[0], loss[-1]
-        moved = "fell" if after < before else "rose" if after > before else "stayed"
-        yield f"The held-out loss {moved} from {before:.3f} at step {first:,.0f} to {after:.3f} at step {last:,.0f}."
+        yield f"The held-out loss went from {before:.3f} at step {first:,.0f} to {after:.3f} at step {last:,.0f}."
 
 
 def _key_figures(run: Run) -> Iterable[tuple[str, str]]:

@@ -32,9 +32,9 @@ def between(interval: Sequence[float] | None, selection: Line) -> str:
     return " to ".join(score_text(limit, selection) for limit in interval) if interval else ""
 
 
-def selection_words(run: Run) -> Iterable[str]:
-    """Yield sentences: which checkpoint was selected, why, and how sure that is."""
-    chosen = run.selection
+def selection_words(chosen: Line | None) -> Iterable[str]:
+    """Yield sentences: which checkpoint was selected, why, and how sure that is. `chosen` has the keys of
+    selection.json."""
     if not chosen:
         return
     score = score_of(chosen, chosen["selected"])
@@ -52,6 +52,8 @@ def selection_words(run: Run) -> Iterable[str]:
             yield "Each is the mean of both rankings."
         if chosen.get("chosen_on") == "half":
             yield f"The choice was made on {questions:,} other {kind}."
+    else:
+        yield "Training recorded only the mean of the loss, so how sure the choice is cannot be said."
     if chosen["best"] != chosen["selected"]:
         yield f"{chosen['best']} has the {_extreme(chosen)}."
     if chosen.get("cross_fitted") is not None:

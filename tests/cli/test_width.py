@@ -117,7 +117,7 @@ LEAKS = {
 }
 
 
-SENTENCES = ("warning", "cross-fitted", "* selected", "= cannot")
+SENTENCES = ("warning", "Cross-fitted", "* checkpoint-", "= cannot", "The figures")
 """How lines begin that a terminal folds between words."""
 
 

@@ -147,7 +147,7 @@ def test_what_was_left_out_is_told_by_reason(run):
 def test_the_most_important_sentence_stands_on_top(run, tmp_path):
     assert '<p class="conclusion">checkpoint-30 was selected' in render(run)
     not_chosen = render(read_run(write_run(tmp_path / "run", chosen=False)))
-    assert '<p class="conclusion">The held-out loss fell from ' in not_chosen
+    assert '<p class="conclusion">The held-out loss went from ' in not_chosen
 
 
 def test_held_out_loss_begins_with_the_base_and_weighs_by_tokens(run):
@@ -168,7 +168,7 @@ def test_answers_are_those_of_the_base_and_of_the_selected_checkpoint(run):
 
 
 def test_the_choice_is_told_with_its_reason(run):
-    assert [sentence.replace(NBSP, " ") for sentence in selection_words(run)] == [
+    assert [sentence.replace(NBSP, " ") for sentence in selection_words(run.selection)] == [
         "checkpoint-30 was selected: it is the best of those that still have their weights, and has 60.0 % "
         "(95 % interval 50.0 % to 66.7 %).",
         "The figures are from 100 questions about 60 images or texts of shapes, ranked by letter and text.",

@@ -326,7 +326,7 @@ def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):
     assert again["rule"] == "earliest_not_worse" and again["scores"] == selection["scores"]
     assert kept(copied) == before
     assert status_of("select", copied) == 0
-    assert "* selected: checkpoint-" in " ".join(capsys.readouterr().out.split())
+    assert "was selected: it has the highest score" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):
