@@ -168,7 +168,7 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Upda
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        MofNCompleteColumn() if total else TextColumn("{task.completed:,.0f}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),

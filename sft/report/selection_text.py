@@ -52,7 +52,7 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
             yield "Each is the mean of both rankings."
         if chosen.get("chosen_on") == "half":
             yield f"The choice was made on {questions:,} other {kind}."
-    else:
+    elif chosen["by"] == "loss":
         yield "Training recorded only the mean of the loss, so how sure the choice is cannot be said."
     if chosen["best"] != chosen["selected"]:
         yield f"{chosen['best']} has the {_extreme(chosen)}."
