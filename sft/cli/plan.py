@@ -25,17 +25,16 @@ EXAMPLES = (
 )
 
 
-def _gpus(incomplete: str) -> list[str]:
-    return [name for name in DEVICES if name.startswith(incomplete)]
-
-
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[
         str | None,
-        typer.Option(help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.", autocompletion=_gpus),
+        typer.Option(
+            help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.",
+            autocompletion=lambda incomplete: [name for name in DEVICES if name.startswith(incomplete)],
+        ),
     ] = None,
     gpu_memory: Annotated[
         float | None,
