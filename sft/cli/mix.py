@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group
@@ -21,10 +21,6 @@ from sft.cli.terminal import (
     table,
 )
 from sft.core.errors import printable
-
-if TYPE_CHECKING:
-    from sft.batches.source_stream import SourceSizes
-    from sft.recipe import Recipe
 
 EXAMPLES = (
     "mix my-data.yaml",
@@ -46,28 +42,19 @@ def run(
 
     found = find_recipe(recipe, overrides or ())
     quiet_libraries()
+    from sft.batches.declared_sizes import declared_sources
     from sft.batches.mixture_report import mix
+    from sft.data.prepare import open_prepared
 
     wanted = steps or found.training.max_steps
-    sources = _declared(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
+    arguments = [recipe, *(overrides or ())]
+    sources = declared_sources(found.data) if sizes else open_prepared(found, arguments)[0].sources
     with progress("planning", wanted, console(to_stderr=True)) as update:
         report = mix(found, sources, wanted, update)
     if json:
         print_json(report)
     else:
         show(report, console())
-
-
-def _declared(recipe: "Recipe") -> "Sequence[SourceSizes]":
-    from sft.batches.declared_sizes import declared_sources
-
-    return declared_sources(recipe.data)
-
-
-def _prepared(recipe: "Recipe", arguments: Sequence[str]) -> "Sequence[SourceSizes]":
-    from sft.data.prepare import open_prepared
-
-    return open_prepared(recipe, arguments)[0].sources
 
 
 # ------------------------------------------------------------------------------------------------------- tables

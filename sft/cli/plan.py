@@ -81,7 +81,9 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
     out.print()
     total, peak = device.usable_bytes, report["peak_bytes"]
     unit, name = (GIB, "GiB") if peak >= GIB else (2**20, "MiB")
-    rows = [(kind, f"{size / unit:,.1f}", _bar(size, peak)) for kind, size in report["bytes"].items() if size]
+    rows = [
+        (kind, f"{size / unit:,.1f}", "█" * round(size / peak * 24)) for kind, size in report["bytes"].items() if size
+    ]
     rows += [("at the peak", f"{peak / unit:,.1f}", ""), ("usable", f"{total / unit:,.1f}", "")]
     out.print(table("Memory of each GPU", ("", name, ""), rows))
     if report["fits"]:
@@ -137,10 +139,14 @@ def _print_idle(recipe: "Recipe", estimated: "Estimate", out: Console) -> None:
     out.print(folded(line, WIDTH))
 
 
+_WRITTEN = {0.0: "false", 1.0: "true"}
+"""Shares that a recipe writes as words."""
+
+
 def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: str, out: Console) -> None:
     rows = [
         (
-            f"{_value(row['share'])}{' (asked)' * (row['share'] == asked)}",
+            _WRITTEN.get(row["share"], f"{row['share']:g}") + " (asked)" * (row["share"] == asked),
             f"{row['peak_bytes'] / unit:,.1f}",
             "yes" if row["fits"] else "no",
             f"{row['work']:.2f}",
@@ -149,11 +155,6 @@ def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: s
     ]
     out.print()
     out.print(table("training.gradient_checkpointing", ("", f"{name} at the peak", "fits", "work"), rows))
-
-
-def _value(share: float) -> str:
-    """Return a share as a recipe writes it."""
-    return {0.0: "false", 1.0: "true"}.get(share, f"{share:g}")
 
 
 def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
@@ -174,7 +175,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {name}"
     return f"{seconds:.1f} seconds" if seconds >= 0.05 else "under 0.1 seconds"
-
-
-def _bar(size: int, largest: int, width: int = 24) -> str:
-    return "█" * round(size / largest * width)

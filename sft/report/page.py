@@ -58,7 +58,6 @@ def render(run: Run) -> str:
 def view(run: Run) -> dict[str, Any]:
     """Return what the template prints."""
     totals = source_totals(run)
-    conclusions = list(_conclusions(run))
     return {
         "name": run.path.resolve().name,
         "run": shlex.quote(str(run.path)),
@@ -68,7 +67,7 @@ def view(run: Run) -> dict[str, Any]:
         "figures": list(_key_figures(run)),
         "problems": list(_problems(run)),
         "selection": run.selection,
-        "conclusions": conclusions,
+        "conclusions": list(_conclusions(run)),
         "scores": list(scores(run)),
         "score_panels": list(score_panels(run)),
         "category_panels": list(category_panels(run.selection)),

@@ -41,15 +41,13 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     limits = f" (95 % interval {between(score['interval'], chosen)})" if score.get("interval") else ""
     yield f"{chosen['selected']} was selected: {_reason(chosen)} {score_text(score['score'], chosen)}{limits}."
     questions, reported = chosen.get("questions", (0, 0))
-    ranks = " and ".join(chosen.get("ranks", ()))
+    ranks = " and ".join(chosen.get("ranks", ())) + ", the mean of both" * (len(chosen.get("ranks", ())) == 2)
     if reported:
         kind = "samples" if chosen["by"] == "loss" else "questions"
         yield (
             f"The figures are from {reported:,} {kind} about {chosen.get('images', 0):,} images or texts "
             f"of {chosen['benchmark']}{f', ranked by {ranks}' if ranks else ''}."
         )
-        if " and " in ranks:
-            yield "Each is the mean of both rankings."
         if chosen.get("chosen_on") == "half":
             yield f"The choice was made on {questions:,} other {kind}."
     elif chosen["by"] == "loss":

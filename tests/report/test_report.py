@@ -171,8 +171,8 @@ def test_the_choice_is_told_with_its_reason(run):
     assert [sentence.replace(NBSP, " ") for sentence in selection_words(run.selection)] == [
         "checkpoint-30 was selected: it is the best of those that still have their weights, and has 60.0 % "
         "(95 % interval 50.0 % to 66.7 %).",
-        "The figures are from 100 questions about 60 images or texts of shapes, ranked by letter and text.",
-        "Each is the mean of both rankings.",
+        "The figures are from 100 questions about 60 images or texts of shapes, ranked by letter and text, the mean "
+        "of both.",
         "checkpoint-40 has the highest score.",
         "Cross-fitted, that is, chosen on one half and scored on the other, the choice scores 55.0 % "
         "(50.0 % to 60.0 %).",
