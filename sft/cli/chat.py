@@ -26,7 +26,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
 ) -> None:
-    """Talk to a model about images: /image FILE, /reset, /quit."""
+    """Talk to a model about images: /image FILE, /reset, /help, /quit."""
     from sft.runs.names import find_model
 
     path = find_model(model)

@@ -179,7 +179,7 @@ class _Evaluation:
     def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
         if not tasks:
             return []
-        with progress(f"asking{how}", None, out) as update:
+        with progress(f"evaluating{how}", None, out) as update:
             results = self._scored.score(tasks, lambda done, total: update(done, f"of {total}"))
         seed, chose = self._settings.seed, self.tasks[0].benchmark
         return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]

@@ -44,7 +44,7 @@ def run(
     ] = None,
     num_proc: Annotated[int, typer.Option(min=1, help="Processes that work side by side.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records of each dataset.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make stores anew that are there already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make stores again that are there already.")] = False,
     json: Json = False,
 ) -> None:
     """Prepare the datasets of a recipe and its base model, or one dataset."""
@@ -209,7 +209,7 @@ def _show_end(prepared: _Prepared, out: Console) -> None:
     """Print what was done with samples that do not fit a pack, and the next command."""
     for store, changes in zip(prepared.stores, prepared.changes, strict=True):
         for what, number in changes.items():
-            out.print(printable(f"{store.path.name}: {number:,} times, for it does not fit a pack: {what}"))
+            out.print(printable(f"{store.path.name}: {number:,} samples do not fit a pack, {what}"))
     for line in prepared.following:
         out.print(printable(line), soft_wrap=True)
 

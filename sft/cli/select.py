@@ -27,7 +27,7 @@ def run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
     by: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; told from the benchmark. The first chooses."),
+        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; follows from the benchmark. The first chooses."),
     ] = None,
     benchmark: Annotated[
         str | None,
@@ -135,20 +135,19 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Sessi
 
 def show(selection: Selection, out: Console) -> None:
     """Print the choice as a table, and what to know before believing it."""
+    from sft.report.selection_text import selection_words
+    from sft.selection.record import as_json
+
     rows = [_row(score, selection) for score in selection.scores]
-    header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
-    out.print(table(_title(selection), header, rows))
-    out.print(f"* selected, by the rule {selection.rule}: {selection.selected}")
-    if selection.rule != "best":
-        out.print(f"  by the card's rule, best: {selection.best}")
+    is_loss = selection.by == "loss"
+    header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
+    out.print(table("held-out loss" if is_loss else selection.benchmark, header, rows))
+    selected, *others = selection_words(as_json(selection))
+    out.print(f"* {selected}")
     if _has_ties(selection):
-        out.print(f"= not to be told apart from the best: {', '.join(selection.tied)}")
-    if selection.cross_fitted is not None:
-        worth, limits = selection.cross_fitted, selection.cross_fitted_interval
-        out.print(
-            "cross-fitted, chosen on one half, scored on the other: "
-            f"{_figure(worth, selection)} ({_between(limits, selection)})"
-        )
+        out.print(f"= cannot be told apart from the best: {', '.join(selection.tied)}")
+    for sentence in others:
+        out.print(sentence)
     for warning in selection.warnings:
         out.print(f"warning: {warning}")
 
@@ -173,15 +172,3 @@ def _figure(value: float, selection: Selection) -> str:
 
 def _between(limits: tuple[float, float] | None, selection: Selection) -> str:
     return f"{_figure(limits[0], selection)} to {_figure(limits[1], selection)}" if limits else ""
-
-
-def _title(selection: Selection) -> str:
-    chosen_on, reported = selection.questions
-    if not reported:
-        return "held-out loss as training wrote it down: only means, so nothing says how sure the choice is"
-    by = " and ".join(selection.ranks) or selection.by
-    name = "held-out loss" if selection.by == "loss" else f"{selection.benchmark} by {by}"
-    if selection.chosen_on == "half":
-        return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
-    what = "samples" if selection.by == "loss" else "questions"
-    return f"{name}: {reported} {what} about {selection.images} images or texts"

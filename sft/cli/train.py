@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
 EXAMPLES = (
-    "train my-data.yaml                # goes on with what was begun",
+    "train my-data.yaml                # resumes an unfinished run",
     "train my-data.yaml --dry-run      # memory and time of a step",
     "train my-data.yaml --nproc 8 training.max_steps=500",
 )
@@ -46,17 +46,17 @@ def run(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that train together.")] = 1,
     resume: Annotated[
-        str, typer.Option(metavar="auto|none|PATH", help="Go on with an unfinished run, start anew, or a checkpoint.")
+        str, typer.Option(metavar="auto|none|PATH", help="Resume, start over, or a checkpoint to resume from.")
     ] = "auto",
     allow_changed: Annotated[
-        bool, typer.Option("--allow-changed", help="Go on although settings of the recipe changed.")
+        bool, typer.Option("--allow-changed", help="Resume although settings of the recipe changed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, measure memory and time of a step, write nothing to output_dir.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
+    """Fine-tune as a recipe says; prepares what is missing and resumes an unfinished run."""
     from sft.core.distributed import launched_rank, process_group
     from sft.core.launch import launch
     from sft.runs.names import find_recipe
@@ -91,7 +91,7 @@ def _show(recipe: Recipe, status: RunStatus, arguments: list[str], *, json: bool
     if json:
         print_json({"output_dir": recipe.output_dir} | vars(status))
     if status.status == "stopped":
-        out.print(f"Go on with: idefics-sft train {shlex.join(arguments)}", markup=False, soft_wrap=True)
+        out.print(f"Resume with: idefics-sft train {shlex.join(arguments)}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if not json:
         # A checkpoint can be selected by a benchmark, or by the loss on held-out data.
@@ -119,11 +119,14 @@ def train(
     Raises:
         UserError: a run of another recipe is in the folder, or the checkpoint to resume from is not complete.
     """
+    from sft.data.check_recipe import check_recipe
     from sft.training.resume import find_run
 
     found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
     if found.finished:
         return found.finished
+    if rank.of == 1:
+        check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
     from sft.data.prepare import open_prepared, prepare
     from sft.training import run as runs

@@ -68,6 +68,7 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
         "seconds": seconds,
         "gpus": gpus,
         "cost": money,
+        "idle": 1 - recipe.packs_per_step / (micro_batches * recipe.training.micro_batch_packs * gpus),
         "feature_cache": feature_cache(recipe, model, setting),
         "checkpointing": list(_by_share(model, setting, device)),
         "advice": [] if fits else list(_advice(recipe, model, device, gpus)),
@@ -198,10 +199,12 @@ def _changes(recipe: Recipe, device: Device, gpus: int) -> Iterator[Iterator[_Ch
             break
     for mode in _MODES[_MODES.index(recipe.model.mode) + 1 :]:
         yield _with_settings(recipe, here._replace(overrides=(f"model.mode={mode}",)))
-    for name, larger in sorted(DEVICES.items(), key=lambda item: item[1].usable_gib):
-        if larger.usable_gib > device.usable_gib:
-            yield _with_settings(recipe, here._replace(device=larger, options=f"--gpu {name}"))
-            break
+    larger = (
+        here._replace(device=other, options=f"--gpu {name}")
+        for name, other in sorted(DEVICES.items(), key=lambda item: item[1].usable_gib)
+        if other.usable_gib > device.usable_gib and (other.flop_per_second or 0) >= (device.flop_per_second or 0)
+    )
+    yield (change for on_larger in larger for change in _with_settings(recipe, on_larger))
     yield (more for change in _with_settings(recipe, here) for more in _more_gpus(recipe, change))
 
 

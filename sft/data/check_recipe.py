@@ -59,3 +59,9 @@ def _of_paths(recipe: Recipe) -> Iterator[str]:
     for key, folder in (("output_dir", recipe.output_dir), ("data.store", recipe.data.store)):
         if Path(folder).exists() and not Path(folder).is_dir():
             yield f"{key}: {folder} is a file; expected a folder, or a name for a new one"
+    datasets = (dataset for source in recipe.data.mixture for dataset in source.datasets)
+    if any(dataset.path and not resolve(dataset.path).exists() for dataset in datasets):
+        yield (
+            "data.mixture: set each `path` to where the data are, from the current directory; a source that you do not "
+            "have can be deleted, and the shares of the others then have to sum to 100"
+        )

@@ -335,7 +335,7 @@ class EvaluationConfig(_Part):
     `NAME=PATH` names data of its own. Of several, all are evaluated and the first one chooses. Left out: `exact_match`
     for a .jsonl, `mmbench` for other benchmarks, `loss` without one."""
     split: str | None = None
-    """The part of a benchmark that is asked, where it has several; left out, the first in `idefics-sft tasks list`."""
+    """The part of a benchmark to evaluate, if it has several; left out, the first in `idefics-sft tasks list`."""
     rule: Rule = "best"
     """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
     did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
@@ -352,7 +352,7 @@ class EvaluationConfig(_Part):
     shots: Annotated[int, Field(ge=0)] = 0
     """Answered questions shown before each question."""
     support: str | None = None
-    """The TSV of the shots. Left out: a tenth of the benchmark's images, which are then not asked about."""
+    """The TSV of the shots. Left out: a tenth of the benchmark's images, which are then not evaluated."""
     max_questions: Positive | None = None
     """Evaluate a seeded part of the benchmark of at most so many questions, by whole images."""
     seed: Seed = 0

@@ -168,7 +168,7 @@ def test_what_is_wrong_is_one_line(tmp_path, refusal):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "is there already and is no prepared dataset" in refusal(*prepare(tmp_path / "mine"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
-    assert "no prepared dataset here" in refusal("stats", tmp_path)
+    assert f"prepare --dataset messages --path {tmp_path} --output stores/" in refusal("stats", tmp_path)
     assert "no prepared dataset here" in refusal("export", tmp_path, "--output", tmp_path / "x")
 
 

@@ -326,7 +326,7 @@ def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):
     assert again["rule"] == "earliest_not_worse" and again["scores"] == selection["scores"]
     assert kept(copied) == before
     assert status_of("select", copied) == 0
-    assert "* selected, by the rule best: checkpoint-" in " ".join(capsys.readouterr().out.split())
+    assert "was selected: it has the highest score" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):
@@ -495,7 +495,7 @@ def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied
     assert f"could not be evaluated: checkpoint-1 ({what})" in said.err
     selection = json.loads((copied / "selection.json").read_text())
     assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
-    assert selection["warnings"][-1] == f"left out: checkpoint-1: {what}" and "not to be told apart" not in said.out
+    assert selection["warnings"][-1] == f"left out: checkpoint-1: {what}" and "cannot be told apart" not in said.out
     assert status_of("report", copied) == 0
     assert f"Left out: checkpoint-1: {what}." in (copied / "report.html").read_text()
     damage(copied / "checkpoints" / "checkpoint-2")

@@ -222,7 +222,7 @@ def test_a_signal_stops_with_75_and_the_same_command_goes_on(tmp_path, monkeypat
     assert status_of("train", path, *STEPS) == 75
     assert signal.getsignal(number) == before
     said = capsys.readouterr().out.replace("\n", " ")
-    assert f"stopped after step 2 ({number.name})" in said and f"Go on with: idefics-sft train {path}" in said
+    assert f"stopped after step 2 ({number.name})" in said and f"Resume with: idefics-sft train {path}" in said
     monkeypatch.setattr(run, "train", real)
     assert status_of("train", path, *STEPS) == 0
     said = capsys.readouterr().out.replace("\n", "")

@@ -128,10 +128,7 @@ def _how_to_get(dataset: str) -> str:
     says."""
     if dataset == "messages" or "." in dataset:
         return ""
-    return (
-        f"; docs/data.md#{dataset} has the command that downloads it, or take its source out of the recipe: "
-        "the other shares still have to sum to 100"
-    )
+    return f"; docs/data.md#{dataset} has the command that downloads it"
 
 
 def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:

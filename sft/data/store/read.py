@@ -51,7 +51,9 @@ class Store:
         """
         self.path = path
         if not (path / MANIFEST).is_file():
-            raise UserError(f"{path}: no prepared dataset here; run `idefics-sft prepare` first")
+            raw, output = (path, Path("stores", path.stem)) if path.exists() else (Path("RAW"), path)
+            make = f"idefics-sft prepare --dataset messages --path {raw} --output {output}"
+            raise UserError(f"{path}: no prepared dataset here; `{make}` makes one")
         self.manifest = self._read_manifest()
         if self.manifest["version"] != VERSION:
             raise UserError(
