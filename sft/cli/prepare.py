@@ -163,6 +163,8 @@ def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
 
 def show(stores: Sequence[Store], out: Console) -> None:
     """Print what each store holds, and what was left out of it and why."""
+    from sft.data.statistics import not_read
+
     rows = [
         (
             printable(store.path),
@@ -181,6 +183,8 @@ def show(stores: Sequence[Store], out: Console) -> None:
                 share = percent(number / max(store.manifest["records"], 1))
                 example = store.manifest["examples"][reason]
                 out.print(printable(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}"))
+        for line in not_read(store):
+            out.print(printable(f"{store.path.name}: {line}"), markup=False)
         if store.manifest["limit"]:
             out.print(
                 f"{printable(store.path.name)}: only the first {store.manifest['limit']:,} records, as --limit said"
@@ -205,5 +209,6 @@ def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
         "images": store.num_images,
         "filtered": manifest["filtered"],
         "skipped": manifest["skipped"],
+        "not_read": manifest.get("not_read", {}),
         "fitted": fitted,
     }

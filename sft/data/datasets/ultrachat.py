@@ -22,9 +22,11 @@ from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "MIT"
+KEYS = Keys.of("data messages prompt prompt_id", turn="role content")
 
 
 def files(path: Path, split: str) -> list[Path]:
