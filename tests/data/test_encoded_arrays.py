@@ -70,7 +70,7 @@ def test_all_trains_every_token_but_the_first(encoded):
 
 def test_what_is_there_is_opened_as_it_is(encoded, template):
     again = encode_samples(Toys((), ()), template, encoded.path)
-    assert len(again) == 3
+    assert len(again) == 4
 
 
 def test_an_unfinished_folder_is_made_again(encoded, template):

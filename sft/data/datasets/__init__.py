@@ -110,7 +110,8 @@ class Adapter:
         if self.keys and self.keys.is_conversation:
             self.keys.check_meaning(row)
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
-        if not any(message.is_trained for message in sample.messages if message.role in ("assistant", "document")):
+        answers = [message.is_trained for message in sample.messages if message.role in ("assistant", "document")]
+        if answers and not any(answers):
             raise SkipSample("no answer is to be learned", filtered=True)
         return sample
 

@@ -68,10 +68,22 @@ class Keys(NamedTuple):
         """
         for level, holder, known in self._holders(row):
             for key, value in holder.items():
-                if key not in known and (reason := _meaning(row, key, value)):
+                if key not in known and (reason := self._meaning(row, key, value)):
                     raise SkipSample(reason, detail=f"{level}{key}", filtered=reason == NOT_LEARNED)
                 if level and key in ("role", "from", "type") and (reason := _reason(str(value))):
                     raise SkipSample(reason, detail=f"{level}{key} {value!r}")
+
+    def _meaning(self, row: Row, key: str, value: Any) -> str | None:
+        """Return what another key makes of a record; an empty one if a text has a marker for what is not there."""
+        if key in FLAGS:
+            return NOT_LEARNED if _is_no(value) else None
+        if _LABEL.fullmatch(key):
+            labels = value if isinstance(value, list) else [value]
+            return "answer is labelled as bad" if any(map(_is_no, labels)) else None
+        if (reason := _reason(key)) is None or not _is_empty(value):
+            return reason
+        texts = (text for _, holder, _ in self._holders(row) for text in holder.values() if isinstance(text, str))
+        return reason if any(re.search(_REASONS[reason][1], text) for text in texts) else None
 
     def shows_images(self, row: Row | SkipSample) -> bool:
         """Return whether a record has images."""
@@ -129,16 +141,6 @@ def _objects(values: Any) -> list[Row]:
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
-def _meaning(row: Row, key: str, value: Any) -> str | None:
-    """Return what another key makes of a record; an empty one only where a text has a marker for what is not there."""
-    if key in FLAGS:
-        return NOT_LEARNED if _is_no(value) else None
-    if _LABEL.fullmatch(key):
-        return "answer is labelled as bad" if any(map(_is_no, value if isinstance(value, list) else [value])) else None
-    reason = _reason(key)
-    return reason if reason and (not _is_empty(value) or re.search(_REASONS[reason][1], repr(row))) else None
-
-
 @lru_cache(maxsize=1024)
 def _reason(name: str) -> str | None:
     return next((reason for reason, (names, _) in _REASONS.items() if re.fullmatch(names, name, re.IGNORECASE)), None)
@@ -151,4 +153,6 @@ def _is_no(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | bytes | list | dict) and not value)
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or (isinstance(value, bytes | list | dict) and not value)
