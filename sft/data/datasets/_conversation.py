@@ -81,7 +81,8 @@ def to_messages(
 def no_messages(row: Row) -> SkipSample:
     """Return the reason to skip a record in which no turns are found."""
     found = [key for key in row if not key.startswith("__")]
-    near = next(filter(None, (nearest(key.lower(), ("messages", "conversations")) for key in found)), "")
+    others = [key.lower() for key in found if not is_image_key(key) and key not in ("messages", "conversations")]
+    near = next(filter(None, (nearest(key, ("messages", "conversations")) for key in others)), "")
     expected = "messages or conversations, a list of turns; or a question and its answer"
     return SkipSample("no messages", detail=f"found {', '.join(found) or 'nothing'}{near}; expected {expected}")
 
@@ -170,8 +171,9 @@ def _part(part: Any) -> str | _Place:
             return text
     elif kind in IMAGES:
         return _Place(part) if any(part.get(key) for key in SOURCES) else _Place(number=part.get("index"))
-    found = f"type {kind!r}" if kind else f"keys {', '.join(part)}" if isinstance(part, dict) else repr(part)
-    raise SkipSample("unknown content part", detail=f"{found[:100]}{nearest(str(kind), (*TEXTS, *IMAGES))}")
+    found = f"type {kind!r}, keys {', '.join(part)}" if isinstance(part, dict) else repr(part)
+    near = "" if kind in (*TEXTS, *IMAGES) else nearest(str(kind), (*TEXTS, *IMAGES))
+    raise SkipSample("unknown content part", detail=f"{found[:100]}{near}")
 
 
 def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list[Any]:

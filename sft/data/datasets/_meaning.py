@@ -87,9 +87,10 @@ class Keys(NamedTuple):
 
     def shows_images(self, row: Row | SkipSample) -> bool:
         """Return whether a record has images."""
-        return isinstance(row, dict) and (
-            any(is_image_key(key) and not _is_empty(value) for key, value in row.items())
-            or any(str(holder.get("type")).startswith("image") for _, holder, _ in self._holders(row))
+        return isinstance(row, dict) and any(
+            (is_image_key(key) and not _is_empty(value)) or (key == "type" and "image" in str(value))
+            for _, holder, _ in self._holders(row)
+            for key, value in holder.items()
         )
 
     def _holders(self, row: Row) -> Iterator[tuple[str, Row, frozenset[str]]]:
@@ -125,7 +126,7 @@ def noting_images(rows: Callable[_Arguments, Iterator[Row | SkipSample]]) -> Cal
 
     @wraps(rows)
     def noting(*args: _Arguments.args, **options: _Arguments.kwargs) -> Iterator[Row | SkipSample]:
-        records = rows(*args, **options)
+        records = iter(rows(*args, **options))
         first = list(islice(records, _FIRST_RECORDS))
         found = any(map(keys.shows_images, first))
         for record in chain(first, records):
@@ -148,11 +149,13 @@ def _reason(name: str) -> str | None:
 
 def _is_no(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip().lower() in ("false", "no", "0", "0.0")
+        return value.strip().lower() in ("false", "0", "0.0")
     return isinstance(value, int | float) and value == 0
 
 
 def _is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
-    return value is None or (isinstance(value, bytes | list | dict) and not value)
+    if isinstance(value, dict):
+        return all(map(_is_empty, value.values()))
+    return value in (None, b"", []) or (isinstance(value, list) and all(item in (None, "") for item in value))

@@ -70,7 +70,7 @@ def _texts_of_messages(messages: object) -> list[object]:
         raise SkipSample("dialogue is not a list")
     for place, message in enumerate(messages):
         if message.get("role") != ("assistant" if place % 2 else "user"):
-            raise SkipSample("turns do not alternate")
+            raise SkipSample("turns do not alternate", detail=f"role {message.get('role')!r} at turn {place + 1}"[:200])
     return [message.get("content") for message in messages]
 
 

@@ -18,7 +18,7 @@ CHANGING = [
     *[({key: value}, BAD) for key in ("label", "kto_tag") for value in (False, 0, "false")],
     *[({key: [[1, 2, 3, 4]]}, BOXES) for key in ("objects", "bbox", "bboxes")],
     ({"weight": 0}, NOT_LEARNED),
-    ({"label": True, "videos": [], "tools": "[]", "objects": {}, "train": True}, None),
+    ({"label": True, "videos": [], "tools": "[]", "objects": {"bbox": []}, "train": True}, None),
 ]
 RECORDS = {
     "messages": {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]},

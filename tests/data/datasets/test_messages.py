@@ -180,6 +180,8 @@ def test_a_marker_is_a_word_only_in_a_file_without_images(tmp_path, record):
     assert [said(one) if isinstance(one, Sample) else one for one in read(tmp_path, alone)] == (
         ["image marker without an image"] if record else word
     )
+    in_turn = {"messages": [ASKED[0] | {"images": ["photos/dog.png"]}, ASKED[1]]}
+    assert read(tmp_path, in_turn) == ["image marker without an image"]
     first, second = read(tmp_path, alone, {"messages": ASKED, "images": ["photos/dog.png"]})
     assert (first, said(second)[0]) == ("image marker without an image", DOG)
 
@@ -273,7 +275,7 @@ def test_more_bad_records(tmp_path, record, reason):
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "imag"}]}, TALK[1]]},
-            "type 'imag'; did you mean 'image'?",
+            "type 'imag', keys type; did you mean 'image'?",
         ),
         ({"mesages": TALK, "image": ""}, "found mesages, image; did you mean 'messages'?; expected messages or"),
         ({"text": "A page."}, "found text; expected messages or conversations, a list of turns; or a question"),
