@@ -60,10 +60,14 @@ def to_messages(
     if not isinstance(turns, list):
         raise no_messages(row)
     system = [{"role": "system", "content": row[name]} for name in SYSTEMS if row.get(name)]
-    read = [turn for turn in (_turn(turn, is_marked) for turn in (*system, *turns)) if turn.items]
+    read = [
+        turn for turn in (_turn(turn, is_marked) for turn in (*system, *turns)) if turn.items or turn.role != "system"
+    ]
     if read and read[:1] == read[1:2] and read[0].role == "system":
         del read[0]  # it is said beside the turns and among them
     read = _checked(_trimmed(read) if trims else read)
+    if empty := [turn.role for turn in read if not turn.items]:
+        raise SkipSample("empty message", detail=f"of {empty[0]}")
     if trims and any(isinstance(item, _Place) for turn in read for item in turn.items if turn.role == "assistant"):
         raise SkipSample("image marker in an answer")
     remaining = iter(_unnamed_images(row, read, images))
@@ -100,19 +104,15 @@ def listed_images(row: Row) -> list[Any]:
 
 
 def _turn(turn: Any, is_marked: bool) -> _Turn:
-    """Return a turn; a system text that says nothing has no items."""
+    """Return a turn; one that says nothing has no items."""
     name = str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else repr(turn)[:100]
     if not isinstance(turn, dict) or name.lower() not in ROLES:
         known = ", ".join(ROLES)
         raise SkipSample("unknown role", detail=f"{name[:100]!r}{nearest(name.lower(), ROLES)} (known: {known})")
-    role = ROLES[name.lower()]
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     items = [item for item in _items(content, is_marked) if item != ""]
-    if all(isinstance(item, str) and not item.strip() for item in items):
-        if role != "system":
-            raise SkipSample("empty message", detail=f"of {role}")
-        items = []
-    return _Turn(role, items, is_trained(turn))
+    is_empty = all(isinstance(item, str) and not item.strip() for item in items)
+    return _Turn(ROLES[name.lower()], [] if is_empty else items, is_trained(turn))
 
 
 def _trimmed(turns: list[_Turn]) -> list[_Turn]:

@@ -133,6 +133,10 @@ def test_a_last_question_without_an_answer_is_dropped():
     assert said(samples(adapter("llava_instruct", MIX))[3]) == [("user", "Name a tree."), ("assistant", "The elm.")]
 
 
+def test_an_empty_last_question_is_dropped_too():
+    assert len(outcome(talk(("human", "What?"), ("gpt", "A kite."), ("human", "")))) == 2
+
+
 def test_a_leading_answer_is_dropped():
     assert said(samples(adapter("llava_instruct", MIX))[4]) == [("user", "Say it once more."), ("assistant", "Gladly.")]
 
