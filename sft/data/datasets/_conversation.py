@@ -85,10 +85,10 @@ def to_messages(
 def no_messages(row: Row) -> SkipSample:
     """Return the reason to skip a record in which no turns are found."""
     found = [key for key in row if not key.startswith("__")]
-    others = [key.lower() for key in found if not is_image_key(key) and key not in ("messages", "conversations")]
+    others = (key.lower() for key in found if not is_image_key(key) and key not in ("messages", "conversations"))
     near = next(filter(None, (nearest(key, ("messages", "conversations")) for key in others)), "")
-    expected = "messages or conversations, a list of turns; or a question and its answer"
-    return SkipSample("no messages", detail=f"found {', '.join(found) or 'nothing'}{near}; expected {expected}")
+    detail = f"found {', '.join(found) or 'nothing'}{near}; expected messages or conversations, a list of turns"
+    return SkipSample("no messages", detail=f"{detail}; or a question and its answer")
 
 
 def listed_images(row: Row) -> list[Any]:
@@ -140,23 +140,19 @@ def _checked(turns: list[_Turn]) -> list[_Turn]:
 
 
 def _items(content: Any, is_marked: bool) -> Iterator[str | _Place]:
+    """Yield texts and where images stand; a string loses the blanks around it and around markers, parts do not."""
     if isinstance(content, str):
-        yield from _marked(content, is_marked)
+        end = 0
+        for mark in _MARKS.finditer(content):
+            if is_marked or mark[0] != MARKER:
+                yield content[end : mark.start()].strip()
+                yield _Place(mark[1])
+                end = mark.end()
+        yield content[end:].strip()
     elif isinstance(content, list | dict):
         yield from map(_part, content if isinstance(content, list) else [content])
     elif content is not None:
         raise SkipSample("content is neither text nor a list of parts", detail=type(content).__name__)
-
-
-def _marked(text: str, is_marked: bool) -> Iterator[str | _Place]:
-    """Yield a text without blanks around it and around markers, and where these stand."""
-    end = 0
-    for mark in _MARKS.finditer(text):
-        if is_marked or mark[0] != MARKER:
-            yield text[end : mark.start()].strip()
-            yield _Place(mark[1])
-            end = mark.end()
-    yield text[end:].strip()
 
 
 def _part(part: Any) -> str | _Place:

@@ -14,7 +14,7 @@ from sft.data.formats import Row
 TURNS = ("messages", "conversations", "turns", "texts", "prompt", "completion")
 """Keys under which a record holds its turns, as objects; `content` or `value` of a turn holds parts."""
 
-FLAGS = ("weight", "loss", "loss_weight", "loss_scale", "train")
+FLAGS = frozenset(("weight", "loss", "loss_weight", "loss_scale", "train"))
 """Keys by which others say whether a turn is to be learned: OpenAI, ms-swift, LLaMA-Factory, axolotl."""
 
 NOT_LEARNED = "record or turn is marked as not to be learned"
@@ -105,7 +105,7 @@ class Keys(NamedTuple):
 
 def is_trained(turn: Row) -> bool:
     """Return whether a turn is to be learned: no key says that it is not."""
-    return not any(key in turn and _is_no(turn[key]) for key in FLAGS)
+    return FLAGS.isdisjoint(turn) or not any(_is_no(turn.get(key)) for key in FLAGS)
 
 
 @lru_cache(maxsize=1024)

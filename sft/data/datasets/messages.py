@@ -169,13 +169,12 @@ def _round(asked: Any, row: Row) -> list[Any]:
     if more and not (isinstance(question, str) and isinstance(more, str)):
         raise SkipSample("input is not text", detail=type(more).__name__)
     flags = {name: found[name] for name in FLAGS if name in found}
-    return [*_as_turns("user", f"{question}\n{more}" if more else question), *_as_turns("assistant", answer, flags)]
+    return [*_as_turns("user", f"{question}\n{more}" if more else question, {}), *_as_turns("assistant", answer, flags)]
 
 
-def _as_turns(role: Role, content: Any, flags: Row | None = None) -> list[Any]:
-    if isinstance(content, list) and any(isinstance(turn, dict) and turn.get("role") for turn in content):
-        return content
-    return [{"role": role, "content": content, **(flags or {})}]
+def _as_turns(role: Role, content: Any, flags: Row) -> list[Any]:
+    is_list = isinstance(content, list) and any(isinstance(turn, dict) and turn.get("role") for turn in content)
+    return content if is_list else [{"role": role, "content": content, **flags}]
 
 
 def _image_file(folder: Path, given: Any) -> ImageRef:

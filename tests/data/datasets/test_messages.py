@@ -151,6 +151,7 @@ def test_indices_say_which_image_stands_where(tmp_path):
     (sample,) = read(tmp_path, record)
     assert said(sample)[0] == ("user", "<cat.png>|<dog.png>")
     assert read(tmp_path, record | {"images": ["photos/dog.png"]}) == ["image index out of range"]
+    assert read(tmp_path, record | {"images": ["photos/dog.png", None]}) == ["image is not a local path"]
 
 
 COLUMNS = [
