@@ -61,8 +61,9 @@ class Counts:
     def pass_over(self, keys: Iterable[tuple[str, Any]]) -> None:
         """Count keys of a record that are not read."""
         for key, value in keys:
+            if key not in self.not_read:
+                self.examples[f"not read: {key}"] = repr(value)[:200]
             self.not_read[key] += 1
-            self.examples.setdefault(f"not read: {key}", repr(value)[:200])
 
     def add(self, other: Counts) -> None:
         """Count what another piece counted."""
