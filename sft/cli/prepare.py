@@ -169,6 +169,8 @@ def _yaml(where: str, value: str) -> Any:
 
 def show(stores: Sequence[Store], out: Console) -> None:
     """Print what each store holds, and what was left out of it and why."""
+    from sft.data.statistics import not_read
+
     rows = [
         (
             printable(store.path),
@@ -187,7 +189,7 @@ def show(stores: Sequence[Store], out: Console) -> None:
                 share = percent(number / max(store.manifest["records"], 1))
                 example = store.manifest["examples"][reason]
                 out.print(printable(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}"))
-        for line in _image_lines(store):
+        for line in (*_image_lines(store), *not_read(store)):
             out.print(printable(f"{store.path.name}: {line}"))
         if store.manifest["limit"]:
             out.print(
@@ -225,5 +227,6 @@ def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
         "skipped": manifest["skipped"],
         "orientation": store.decoding.orientation,
         "image_notes": manifest.get("image_notes", {}),
+        "not_read": manifest.get("not_read", {}),
         "fitted": fitted,
     }

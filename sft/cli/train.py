@@ -25,7 +25,7 @@ from sft.cli.terminal import (
     quiet_libraries,
 )
 from sft.core.distributed import ALONE, Rank, from_main
-from sft.core.errors import UserError
+from sft.core.errors import UserError, printable
 from sft.core.launch import STOPPED
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def train(
         check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
     from sft.data.prepare import open_prepared, prepare
+    from sft.data.statistics import not_read
     from sft.training import run as runs
 
     check_before_preparing(recipe)
@@ -137,6 +138,9 @@ def train(
     else:
         with preparation(out) as on_progress:
             sources = prepare(recipe, on_progress)
+    for store in (part.store for parts in sources.parts for part in parts):
+        for line in not_read(store):
+            out.print(printable(f"{store.path.name}: {line}"), markup=False)
     with progress("training", recipe.training.max_steps, out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:

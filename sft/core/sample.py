@@ -115,6 +115,8 @@ class Message:
 
     role: Role
     content: tuple[str | ImageRef, ...]
+    is_trained: bool = True
+    """False for a turn that the data mark as not to be learned: nothing of its text has a label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,10 +146,16 @@ class EncodedSample:
     """Where the tokens of each image begin, in reading order."""
     image_weights: tuple[int, ...] = ()
     """What each image counts towards the cap of a pack (`Caps.image_weight`); empty: 1 each."""
+    withheld_spans: tuple[tuple[int, int], ...] = ()
+    """Half-open token ranges of turns that are not to be learned (`Message.is_trained`): never predicted."""
 
     def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
-        """Return the token ranges that are predicted: the answers, or `all` tokens after the first."""
-        return self.trained_spans if train_on == "assistant" else ((1, len(self.input_ids)),)
+        """Return the token ranges that are predicted: the answers, or `all` tokens after the first that are not
+        withheld."""
+        if train_on == "assistant":
+            return self.trained_spans
+        borders = [1, *(border for span in self.withheld_spans for border in span), len(self.input_ids)]
+        return tuple(zip(borders[::2], borders[1::2], strict=True))
 
 
 class PackItem(NamedTuple):

@@ -184,7 +184,8 @@ class DataConfig(_Part):
     share_unit: Literal["tokens", "trained_tokens", "samples"] = "tokens"
     """What a share counts. Under answers-only training a third of the tokens can be over half of the gradient."""
     train_on: TrainOn = "assistant"
-    """Which tokens are trained. `assistant`: the answers. `all`: every token after the first, as in 2023."""
+    """Which tokens are trained. `assistant`: the answers. `all`: every token after the first, as in 2023. Turns that
+    the data mark as not to be learned are never trained."""
     sequence_length: Positive = 2048
     """Tokens of a pack."""
     max_images_per_pack: Positive = 24

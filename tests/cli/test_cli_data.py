@@ -92,6 +92,19 @@ def test_data_are_printed_as_they_are_and_steer_no_terminal(tmp_path, capsys, na
     assert status_of("stats", tmp_path / "store") == 0
 
 
+def test_keys_that_are_not_read_are_named_once_and_those_that_hold_images_warned_of(tmp_path, capsys):
+    said = [{"role": "user", "content": "Hm?", "name": "Ann"}, {"role": "assistant", "content": "That.", "name": "Bo"}]
+    extra = {"img": "0.png", "label": True} | dict.fromkeys("abcdefg", 1)
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"messages": said} | extra) + "\n" + json.dumps({"messages": said}))
+    command = ["prepare", "--dataset", "messages", "--path", tmp_path / "raw.jsonl", "--output", tmp_path / "store"]
+    assert status_of(*command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "store: warning: img seems to hold images ('0.png') and is not read; expected 'image'" in printed
+    assert "store: not read: turns: name (4), img (1 of 2), label (1 of 2), " in printed and "… and 4 more" in printed
+    assert status_of(*command, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stores"][0]["not_read"]["turns: name"] == 4
+
+
 def test_all_mismatches_of_markers_and_images_are_listed_in_one_run(tmp_path, capsys):
     said = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "That."}]
     sound = {"messages": [said[0] | {"content": "Hm?"}, said[1]]}
@@ -99,7 +112,7 @@ def test_all_mismatches_of_markers_and_images_are_listed_in_one_run(tmp_path, ca
     (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["prepare", "--dataset", "messages", "--path", tmp_path / "raw.jsonl", "--output", tmp_path / "store"]
     assert status_of(*command) == 2
-    assert "2 markers and images differ in number (as messages/raw.jsonl:2" in capsys.readouterr().err
+    assert "2 image marker without an image (as messages/raw.jsonl:2" in capsys.readouterr().err
     assert status_of(*command, "--max-skip-share", 0.5) == 0
     assert "messages/raw.jsonl:2: 1 <image> marker but 0 images; write <image> in" in capsys.readouterr().out
     skips = [json.loads(line) for line in (tmp_path / "store" / "skips.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import xxhash
+from conftest import withheld
 from helpers.stores import BLUE, RED, Toys, encoded, prepared, shown
 from PIL import Image
 
@@ -20,6 +21,7 @@ from sft.core.parallel import ordered_map
 from sft.core.sample import Decoding, ImageRef, Message, Sample, SkipSample
 from sft.data.datasets import Adapter
 from sft.data.store import Store, is_store_folder, schedule
+from sft.data.store.tables import SAMPLES_4, TableWriter, batches_of
 
 
 def header_of(width: int, height: int) -> bytes:
@@ -333,6 +335,46 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     (store.path / "manifest.json").write_text(json.dumps(store.manifest | {"version": 0}))
     with pytest.raises(UserError, match=r"prepared by version 0 .* prepare with --fresh"):
         Store(store.path)
+
+
+def test_a_store_of_before_turns_had_marks_is_read(tmp_path):
+    samples = [shown("one", RED, "Is it red?"), shown("two", "Hi.")]
+    store = prepared(tmp_path, Toys(*samples))
+    (file,) = (store.path / "samples").glob("*.arrow")
+    records = [{"key": key, "messages": messages} for batch in batches_of(file) for key, messages in rows_of(batch)]
+    with TableWriter(file.with_name("new"), SAMPLES_4) as table:
+        for record in records:
+            table.write(record, 1)
+    file.with_name("new").rename(file)
+    old = {key: value for key, value in store.manifest.items() if key != "not_read"} | {"version": 4}
+    (store.path / "manifest.json").write_text(json.dumps(old))
+    assert [Store(store.path).sample(row) for row in range(2)] == samples
+    assert keys(prepared(tmp_path, Toys())) == ["one", "two"], "it is opened, and not made anew"
+
+
+def rows_of(batch):
+    return zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def test_turns_that_are_not_to_be_learned_read_back_so(tmp_path):
+    sample = withheld(shown("one", RED, "Is it red?"), 1)
+    assert prepared(tmp_path, Toys(sample, shown("two", RED))).sample(0) == sample
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_keys_that_are_not_read_are_counted_over_all_pieces(tmp_path, monkeypatch, num_proc):
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 1)
+    records = [shown(str(number), "Hi.") for number in range(3)]
+    store = prepared(tmp_path, Labelled(*records, SkipSample("no messages")), num_proc=num_proc)
+    assert store.manifest["not_read"] == {"label": 3, "turns: loss": 6}
+    assert store.manifest["examples"]["not read: label"] == "'0'"
+
+
+class Labelled(Toys):
+    """Records that have a key beside, and two turns with one."""
+
+    def not_read(self, row):
+        return [("label", row["sample"].key), ("turns: loss", 1), ("turns: loss", 1)]
 
 
 def test_progress_counts_records(tmp_path):

@@ -10,6 +10,8 @@ and, where they are of use:
     default_path()                     -> the data, where it comes with a Python package
     LICENCE: str                       -> of the data, as published
     VERSION: int                       -> raised when the same records become other samples; 1 without it
+    KEYS: Keys                         -> the keys that are read; all others are counted, and records of conversations
+                                          that have one that changes their meaning are left out
 
 `path` is what the recipe says: the folder or file of the raw data. `options` are keyword-only arguments of any of these
 functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
@@ -31,6 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 from sft.core.errors import UserError, nearest
 from sft.core.sample import Sample, SkipSample
 from sft.core.shipped import resolve
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row
 
 
@@ -94,14 +97,31 @@ class Adapter:
         rows: Iterable[Row | SkipSample] = self.module.rows(file, self.split, **self._own(self.module.rows))
         return rows
 
+    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that the adapter does not read, and what they hold; none if it declares none."""
+        return self.keys.not_read(row) if self.keys else ()
+
     def to_sample(self, row: Row) -> Sample:
         """Return one record as a sample.
 
         Raises:
             SkipSample: the record is left out, with a named reason.
         """
+        if self.keys and self.keys.is_conversation:
+            self.keys.check_meaning(row)
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
+        answers = [message.is_trained for message in sample.messages if message.role in ("assistant", "document")]
+        if answers and not any(answers):
+            raise SkipSample("no answer is to be learned", filtered=True)
         return sample
+
+    @cached_property
+    def keys(self) -> Keys | None:
+        """The keys that the adapter reads, also those that its options name."""
+        keys: Keys | None = getattr(self.module, "KEYS", None)
+        columns = [name for value in self.options.values() if isinstance(value, dict) for name in value.values()]
+        named = {name for name in (*columns, *self.options.values()) if isinstance(name, str)}
+        return keys and keys._replace(record=keys.record | named)
 
     @cached_property
     def _sample_options(self) -> dict[str, Any]:

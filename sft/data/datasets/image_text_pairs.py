@@ -29,11 +29,14 @@ from typing import Any
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, find_files, is_parquet, read_parquet, read_tar
 
 LICENCE = "LAION: CC-BY-4.0 for URLs and captions; PMD: that of each source; images belong to their owners"
 IMAGES = ("image", "image.jpeg", "jpg", "jpeg", "png", "webp")
 TEXTS = ("text", "text.txt", "txt", "TEXT", "caption")
+KNOWN = "url status error_message width height original_width original_height exif sha256 md5 uid json meta URL"
+KEYS = Keys.of(" ".join((*IMAGES, *TEXTS, KNOWN)), is_conversation=False)
 
 
 def files(path: Path, split: str) -> list[Path]:

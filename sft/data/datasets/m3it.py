@@ -34,9 +34,11 @@ from sft.core.errors import UserError, nearest
 from sft.core.images import base64_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
 from sft.data.datasets._m3it_templates import TEMPLATES, general, text_of
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, read_json, read_records
 
 LICENCE = "other: every subset keeps the licence of its source"
+KEYS = Keys.of("instruction inputs outputs image_base64_str image_str img_str image_base64 image images")
 
 SELECTION = (
     *("coco", "textcap", "image-paragraph-captioning"),

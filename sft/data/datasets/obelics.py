@@ -30,9 +30,11 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, find_files, is_parquet, read_parquet, read_records, read_tar
 
 LICENCE = "CC-BY-4.0 (texts and images belong to their owners)"
+KEYS = Keys.of("items", is_conversation=False)
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 LISTS = ("*.parquet", "*.jsonl")
 IMAGE_TOKENS = ("<image>", "<fake_token_around_image>")

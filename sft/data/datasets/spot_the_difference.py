@@ -21,6 +21,7 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
 from sft.data.datasets.llava_instruct import folder_of
 from sft.data.formats import Row, find_files, first_json_byte, is_parquet, read_json_list
@@ -28,6 +29,7 @@ from sft.data.formats import Row, find_files, first_json_byte, is_parquet, read_
 __all__ = ["beside", "files", "rows", "to_sample"]
 
 LICENCE = "original: not stated; MIMIC-IT: tagged MIT, the agreement on the hub allows research use only"
+KEYS = Keys.of("img_id sentences instruction answer images image_ids rel_ins_ids")
 IMAGE_FOLDERS = ("resized_images", "data/resized_images", "../resized_images")
 PROMPTS = (
     "What has changed from the first picture to the second?",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,6 +34,9 @@ class ToSample(Protocol):
 
     name: str
 
+    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that mean nothing to `to_sample`, and what they hold."""
+
     def to_sample(self, row: Row) -> Sample:
         """Return the sample of a record, or raise SkipSample."""
 
@@ -47,13 +50,22 @@ class Counts:
     distinct_images: int = 0
     filtered: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    not_read: Counter[str] = field(default_factory=Counter)
+    """How often records, turns (`turns: loss`) and parts have keys that the adapter does not read."""
     examples: dict[str, str] = field(default_factory=dict)
-    """For each reason the first record that was left out for it."""
+    """For each reason the first record that was left out for it; for each key that is not read its first value."""
 
     def leave_out(self, skip: SkipSample, key: str) -> None:
         """Count a record that is left out."""
         (self.filtered if skip.filtered else self.skipped)[skip.reason] += 1
         self.examples.setdefault(skip.reason, f"{key}: {skip.detail}" if skip.detail not in key else key)
+
+    def pass_over(self, keys: Iterable[tuple[str, Any]]) -> None:
+        """Count keys of a record that are not read."""
+        for key, value in keys:
+            if key not in self.not_read:
+                self.examples[f"not read: {key}"] = repr(value)[:200]
+            self.not_read[key] += 1
 
     def add(self, other: Counts) -> None:
         """Count what another piece counted."""
@@ -62,6 +74,7 @@ class Counts:
         self.distinct_images += other.distinct_images
         self.filtered += other.filtered
         self.skipped += other.skipped
+        self.not_read += other.not_read
         self.examples = other.examples | self.examples
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +84,7 @@ class Counts:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Counts:
         """Return counts from an object that holds what `to_json` gave, among other things."""
-        own = {name: type(value)(values[name]) for name, value in vars(Counts()).items()}
+        own = {name: type(value)(values.get(name, value)) for name, value in vars(Counts()).items()}
         return Counts(**own)
 
     @property
@@ -136,6 +149,7 @@ def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
             try:
                 if isinstance(row, SkipSample):
                     raise row
+                counts.pass_over(task.adapter.not_read(row))
                 sample = task.adapter.to_sample(row)
                 key = sample.key
                 _check_text(sample)

@@ -62,6 +62,9 @@ class RawDataset(Protocol):
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """Return the raw records of a file."""
 
+    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that are not read, and what they hold."""
+
     def to_sample(self, row: Row) -> Sample:
         """Return one record as a sample."""
 
