@@ -111,7 +111,7 @@ def test_a_thousand_sources_stay_readable_and_exact():
     for source in report["sources"]:
         source["skipped"] = {"no answer": 2}
     lines = printed(report).splitlines()
-    assert len(lines) < 75 and max(map(len, lines)) <= 120
+    assert len(lines) < 95 and max(map(len, lines)) <= 120
     assert any("977 others" in line for line in lines)
     assert "2,000 skipped, no answer (1,000 sources)" in lines
     assert len(json.loads(json.dumps(report))["sources"]) == 1000
