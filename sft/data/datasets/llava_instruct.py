@@ -28,9 +28,10 @@ from typing import Any
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Role, Sample, SkipSample
 from sft.data.datasets._system import without_empty_system
-from sft.data.formats import Row, read_json_list, require_file
+from sft.data.formats import Row, read_records, require_file
 
 LICENCE = "CC-BY-4.0"
+READS_HUB = True
 VERSION = 2
 MERGED = "llava_instruct_150k.json"
 PARTS = ("conversation_58k.json", "detail_23k.json", "complex_reasoning_77k.json")
@@ -51,7 +52,7 @@ def files(path: Path, split: str) -> list[Path]:
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
     """Yield the records of one list."""
-    return read_json_list(file)
+    return read_records(file)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:

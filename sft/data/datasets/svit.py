@@ -32,7 +32,7 @@ from typing import Any, Literal
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import _visual_genome, llava_instruct
-from sft.data.formats import Row, find_files, read_json_list
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "CC-BY-4.0"
 Task = Literal["conversation", "complex_reasoning", "detail_description", "referring_qa"]
@@ -53,7 +53,7 @@ def rows(
 ) -> Iterator[Row | SkipSample]:
     """Yield a row for each conversation, or for each question with its answer; one for each record in LLaVA's form."""
     held_out = frozenset() if keep_held_out else _held_out_ids(file)
-    for record in read_json_list(file):
+    for record in read_records(file):
         if isinstance(record, SkipSample) or ("id" in record and "image_id" not in record):
             yield record
         else:

@@ -25,6 +25,7 @@ from sft.core.sample import Message, Sample, SkipSample
 from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "MIT"
+READS_HUB = True
 
 
 def files(path: Path, split: str) -> list[Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +31,42 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
     Raises:
         UserError: missing, cut off, or not parquet.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     require_file(path, "a parquet file")
+    number = 0
+    with refuse_damaged(path, "parquet", lambda: number), pq.ParquetFile(path, memory_map=True) as file:
+        total = max(file.metadata.num_rows, 1)
+        for number, row in enumerate(rows_of(path, batches(path, file, columns), lambda place: place / total), start=1):
+            yield row
+
+
+def rows_of(path: Path, batches: Iterator[Any], share_read: Callable[[int], float]) -> Iterator[Row | SkipSample]:
+    """Yield the rows of Arrow batches; `share_read` tells how much of the file was read with a row, by its number."""
     limit, number = max_record_bytes.get(), 0
+    for batch in batches:
+        for place in range(batch.num_rows):
+            number += 1
+            here = f"{path.name}:{number}"
+            one = batch.slice(place, 1)
+            if one.nbytes > limit and _is_too_long(one, limit):
+                yield SkipSample(TOO_LONG, where=here)
+            else:
+                yield _converted(one, here, share_read(number))
+
+
+@contextmanager
+def refuse_damaged(path: Path, kind: str, row: Callable[[], int]) -> Iterator[None]:
+    """
+    Raises:
+        UserError: the file is damaged; `row` tells after which row.
+    """
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            total = max(file.metadata.num_rows, 1)
-            for batch in batches(path, file, columns):
-                for place in range(batch.num_rows):
-                    number += 1
-                    here = f"{path.name}:{number}"
-                    one = batch.slice(place, 1)
-                    if one.nbytes > limit and _is_too_long(one, limit):
-                        yield SkipSample(TOO_LONG, detail=here)
-                    else:
-                        yield _converted(one, here, number / total)
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as parquet after row {number}: {one_line(error)}") from error
+        raise UserError(f"{path}: not readable as {kind} after row {row()}: {one_line(error)}") from error
 
 
 def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:
@@ -119,5 +137,5 @@ def _converted(one: Any, here: str, at: float) -> Row | SkipSample:
     try:
         row: Row = one.to_pylist()[0]
     except (ValueError, OverflowError):  # text that is not UTF-8, a date in the year 60000
-        return SkipSample("row has a value that cannot be read", detail=here)
+        return SkipSample("row has a value that cannot be read", where=here)
     return placed(row, here, at)

@@ -121,7 +121,8 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
         reader = ImageReader(image_files)
         for number, row in enumerate(task.rows, start=task.first):
             counts.records += 1
-            key = f"{task.adapter.name}/{row.get('__from__', number) if isinstance(row, dict) else number}"
+            here = row.get("__from__") if isinstance(row, dict) else row.where
+            key = f"{task.adapter.name}/{here or number}"
             try:
                 if isinstance(row, SkipSample):
                     raise row
@@ -160,11 +161,15 @@ def _check_text(sample: Sample) -> None:
 
 def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
     """Return the row of images/ for an image; verified unless it was before."""
-    content, sha256 = reader.read(image)
+    path = str(image.source.absolute()) if isinstance(image.source, Path) else None
+    content, sha256 = reader.read(image, seen)
     if sha256 in seen:
         return {"sha256": sha256}
-    width, height = verified_size(content) if task.verify == "decode" else size_of(content)
-    path = str(image.source.absolute()) if isinstance(image.source, Path) else None
+    try:
+        width, height = verified_size(content) if task.verify == "decode" else size_of(content)
+    except SkipSample as skip:
+        skip.detail = skip.detail or path or ""
+        raise
     is_kept = task.images == "embed" or path is None
     return {
         "sha256": sha256,

@@ -1,0 +1,38 @@
+"""Datasets of the hub: `datasets` downloads one once, and its cached Arrow files are read like any others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sft.core.errors import UserError, reason_of
+
+
+def is_hub_id(path: str) -> bool:
+    """Return whether a path has the form `owner/name`."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path))
+
+
+def hub_cache() -> Path:
+    """Return the folder below which the hub's libraries keep files, images among them."""
+    from datasets import config
+
+    return Path(config.HF_CACHE_HOME).expanduser()
+
+
+def hub_files(name: str, split: str, configuration: str | None) -> list[Path]:
+    """Return the Arrow files of one split of a dataset; images in them are not decoded.
+
+    Raises:
+        UserError: there is no such dataset, configuration or split, or it cannot be reached.
+    """
+    import datasets
+
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise UserError(f"{name}: split {split!r} is not the name of a split")
+    try:
+        dataset = datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:  # of the network, of the hub, of the files: each library has its own
+        why = f"as a dataset of the hub: {reason_of(error)}"
+        raise UserError(f"{name}: no such file or folder here; {why}; its configuration is option config") from error
+    return [Path(file["filename"]) for file in dataset.cache_files]
