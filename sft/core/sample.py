@@ -58,8 +58,7 @@ class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
         self.where = where
 
     def __reduce__(self) -> tuple[object, ...]:
-        how = {"filtered": self.filtered, "detail": self.detail, "where": self.where}
-        return partial(SkipSample, **how), (self.reason,)
+        return partial(SkipSample, filtered=self.filtered, detail=self.detail, where=self.where), (self.reason,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -104,7 +104,7 @@ def _step(name: str) -> int | None:
 def _manifests(recipe: Recipe, source: int) -> Iterable[Line]:
     for dataset in recipe.data.mixture[source].datasets:
         try:
-            manifest = Store(Path(recipe.data.store) / dataset.store_name).manifest
+            manifest = Store(dataset.store_in(recipe.data.store)).manifest
         except UserError:  # the run was copied here without its data
             continue
         yield {"dataset": dataset.dataset, "path": dataset.path, **manifest}

@@ -110,10 +110,12 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
     toys = Toys(shown("good", "Hi."), shown("bad", b"?"), SkipSample("no messages"), SkipSample("no messages"))
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.7)
-    assert str(caught.value) == (
+    problem, leftover = caught.value.args
+    assert problem == (
         "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode (as bad)"
         f"; all of them: {tmp_path}/toys.skips.jsonl"
     )
+    assert leftover.startswith(f"{tmp_path}/.toys.pieces: ") and "the next run goes on from them" in leftover
     assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "toys").exists()
     assert len(prepared(tmp_path, toys, max_skip_share=0.75)) == 1

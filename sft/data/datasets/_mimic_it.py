@@ -32,8 +32,8 @@ from sft.data.formats import (
     index_base64_object,
     is_table,
     read_json_items,
-    read_records,
     read_range,
+    read_records,
     require_file,
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.core.sample import SkipSample
-from sft.data.formats.parquet import refuse_damaged, rows_of
+from sft.data.formats.parquet import rows_of
 from sft.data.formats.rows import Row, require_file
 
 
@@ -17,21 +17,16 @@ def read_arrow(path: Path) -> Iterator[Row | SkipSample]:
     Raises:
         UserError: missing, cut off, or not Arrow.
     """
+    return rows_of(require_file(path, "an Arrow file"), "Arrow", _batches(path))
+
+
+def _batches(path: Path) -> Iterator[tuple[Any, float]]:
     import pyarrow as pa
 
-    require_file(path, "an Arrow file")
-    number = 0
-    with refuse_damaged(path, "Arrow", lambda: number), pa.memory_map(str(path)) as file:
-        for number, row in enumerate(rows_of(path, _batches(file), lambda _: file.tell() / file.size()), start=1):
-            yield row
-
-
-def _batches(file: Any) -> Iterator[Any]:
-    import pyarrow as pa
-
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
-    reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
-        batch.validate(full=True)  # else its offsets and texts are taken as they are
-        yield batch
+    with pa.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            batch.validate(full=True)  # else its offsets and texts are taken as they are
+            yield batch, file.tell() / file.size()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sft.core.errors import UserError, reason_of
+from sft.core.contain import contained
+from sft.core.errors import UserError
 
 
 def is_hub_id(path: str) -> bool:
@@ -30,9 +31,7 @@ def hub_files(name: str, split: str, configuration: str | None) -> list[Path]:
 
     if not re.fullmatch(r"\w+(\.\w+)*", split):
         raise UserError(f"{name}: split {split!r} is not the name of a split")
-    try:
-        dataset = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # of the network, of the hub, of the files: each library has its own
-        why = f"as a dataset of the hub: {reason_of(error)}"
-        raise UserError(f"{name}: no such file or folder here; {why}; its configuration is option config") from error
-    return [Path(file["filename"]) for file in dataset.cache_files]
+    with contained() as failed:  # by the network, the hub, the files: each library has its own errors
+        return [Path(file["filename"]) for file in datasets.load_dataset(name, configuration, split=split).cache_files]
+    why = f"as a dataset of the hub: {failed.reason} (option config names a configuration)"
+    raise UserError(f"{name}: no such file or folder here; {why}")

@@ -181,7 +181,7 @@ class _JsonText:
         found = ""
         for key in self._keys():
             is_list = key in LISTS and self._is_list_of_objects()
-            if found and (is_list or key in CONVERSATIONS) or is_list and own.keys() & set(CONVERSATIONS):
+            if (found and (is_list or key in CONVERSATIONS)) or (is_list and own.keys() & set(CONVERSATIONS)):
                 raise UserError(
                     f"{self.path}: records stand below {found or 'messages'!r} and at {key!r}; expected one"
                 )

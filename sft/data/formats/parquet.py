@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +30,40 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
     Raises:
         UserError: missing, cut off, or not parquet.
     """
+    return rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
+
+
+def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     import pyarrow.parquet as pq
 
-    require_file(path, "a parquet file")
-    number = 0
-    with refuse_damaged(path, "parquet", lambda: number), pq.ParquetFile(path, memory_map=True) as file:
-        total = max(file.metadata.num_rows, 1)
-        for number, row in enumerate(rows_of(path, batches(path, file, columns), lambda place: place / total), start=1):
-            yield row
+    with pq.ParquetFile(path, memory_map=True) as file:
+        num_rows = 0
+        for batch in batches(path, file, columns):
+            num_rows += batch.num_rows
+            yield batch, num_rows / file.metadata.num_rows
 
 
-def rows_of(path: Path, batches: Iterator[Any], share_read: Callable[[int], float]) -> Iterator[Row | SkipSample]:
-    """Yield the rows of Arrow batches; `share_read` tells how much of the file was read with a row, by its number."""
-    limit, number = max_record_bytes.get(), 0
-    for batch in batches:
-        for place in range(batch.num_rows):
-            number += 1
-            here = f"{path.name}:{number}"
-            one = batch.slice(place, 1)
-            if one.nbytes > limit and _is_too_long(one, limit):
-                yield SkipSample(TOO_LONG, where=here)
-            else:
-                yield _converted(one, here, share_read(number))
+def rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
+    """Yield the rows of Arrow batches, which come with how much of the file was read.
 
-
-@contextmanager
-def refuse_damaged(path: Path, kind: str, row: Callable[[], int]) -> Iterator[None]:
-    """
     Raises:
-        UserError: the file is damaged; `row` tells after which row.
+        UserError: the file is damaged.
     """
     import pyarrow as pa
 
+    limit, number = max_record_bytes.get(), 0
     try:
-        yield
+        for batch, share in batches:
+            for place in range(batch.num_rows):
+                number += 1
+                here = f"{path.name}:{number}"
+                one = batch.slice(place, 1)
+                if one.nbytes > limit and _is_too_long(one, limit):
+                    yield SkipSample(TOO_LONG, where=here)
+                else:
+                    yield _converted(one, here, share)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as {kind} after row {row()}: {one_line(error)}") from error
+        raise UserError(f"{path}: not readable as {kind} after row {number}: {one_line(error)}") from error
 
 
 def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:

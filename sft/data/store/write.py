@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -62,11 +63,12 @@ def prepare_store(
     stamps = [_stamp(file) for file in all_files]
     plan = wanted | {"verify": settings.verify, "files": stamps}
     pieces = open_pieces(path, [VERSION, plan], settings.max_skip_share)
-    with record_limit(settings.max_record_bytes):
-        early = write_pieces(raw, files, pieces, settings, on_progress)
-    _check_unchanged(stamps, pieces)
-    counts = early or _all_counts(pieces)
-    _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
+    with _explain_leftover(pieces):
+        with record_limit(settings.max_record_bytes):
+            early = write_pieces(raw, files, pieces, settings, on_progress)
+        _check_unchanged(stamps, pieces)
+        counts = early or _all_counts(pieces)
+        _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
     hashes = [hash_file(file) if file.is_file() else None for file in all_files]
     _check_unchanged(stamps, pieces)
     with staged(path) as target:
@@ -75,6 +77,17 @@ def prepare_store(
         _write_manifest(target, raw, wanted, settings, entries, counts)
     _clean_up(path)
     return Store(path)
+
+
+@contextmanager
+def _explain_leftover(pieces: Path) -> Iterator[None]:
+    """Add to a UserError what is kept of the work: the folder is hidden."""
+    try:
+        yield
+    except UserError as error:
+        num_bytes = sum(file.stat().st_size for piece in piece_folders(pieces) for file in piece.iterdir())
+        kept = f"{pieces}: {num_bytes:,} bytes of finished work are kept here; the next run goes on from them"
+        raise UserError(*error.args, *([kept] if num_bytes else ())) from error
 
 
 def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
