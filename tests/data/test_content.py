@@ -237,4 +237,6 @@ def test_rows_say_which_of_several_folders_they_are_from(tmp_path):
         (folder / "train.jsonl").write_text('{"no"}\n7\n')
     of = adapter("m3it", tmp_path, subsets=["coco", "gqa"])
     skips = [row for file in of.files() for row in of.rows(file)]
-    assert [skip.where for skip in skips] == [f"{name}/train.jsonl:{line}" for name in ("coco", "gqa") for line in (1, 2)]
+    assert [skip.where for skip in skips] == [
+        f"{name}/train.jsonl:{line}" for name in ("coco", "gqa") for line in (1, 2)
+    ]

@@ -28,10 +28,12 @@ _TABLES: tuple[tuple[bytes, Kind], ...] = (
     (rb"PAR1", "parquet"),
     (rb"ARROW1|\xff\xff\xff\xff", "arrow"),  # of the file and of the stream format, which `datasets` caches
 )
-_BY_NAME: dict[str, Kind] = {"csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow"} | {
-    "tar": "tar",
-    "tgz": "tar",
-}
+_BY_NAME: tuple[tuple[str, Kind], ...] = (
+    ("csv|tsv", "csv"),
+    ("parquet", "parquet"),
+    ("arrow", "arrow"),
+    ("tar|tgz", "tar"),
+)
 """CSV has no first bytes of its own; what lost its own is refused by its reader."""
 _REFUSED = (
     (rb"PK[\3\5\7]", "is a zip archive; unpack it"),
@@ -107,7 +109,7 @@ def kind_of(path: Path) -> Kind:
     """
     with opened(path, READ) as content:
         head = content.file.read(_HEAD_BYTES)
-        kind = _match(_TABLES, head) or ("tar" if _is_tar_header(head) else None)
+        kind: Kind | None = _match(_TABLES, head) or ("tar" if _is_tar_header(head) else None)
         if content.packing and (kind in ("parquet", "arrow") or _match(_PACKINGS, head)):
             raise UserError(f"{path}: is {kind or 'packed'} inside {content.packing}; unpack it")
         if kind is None and (found := _match(_REFUSED, head)):
@@ -121,8 +123,8 @@ def kind_of(path: Path) -> Kind:
         return "object" if _is_object(path) else "lines"
     if start[:1] == b"[":
         return "list"
-    by_name = re.search(r"\.(csv|tsv|parquet|arrow|tar|tgz)(\.\w+)?$", path.name, re.IGNORECASE)
-    return _BY_NAME[by_name[1].lower()] if by_name else "lines" if start else "empty"
+    by_name = (kind for names, kind in _BY_NAME if re.search(rf"\.({names})(\.\w+)?$", path.name, re.IGNORECASE))
+    return next(by_name, "lines" if start else "empty")
 
 
 def _match(patterns: tuple[tuple[bytes, Any], ...], head: bytes) -> Any:

@@ -121,7 +121,7 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
         reader = ImageReader(image_files)
         for number, row in enumerate(task.rows, start=task.first):
             counts.records += 1
-            here = row.get("__from__") if isinstance(row, dict) else row.where
+            here = str(row.get("__from__", "") if isinstance(row, dict) else row.where)
             key = f"{task.adapter.name}/{here or number}"
             try:
                 if isinstance(row, SkipSample):
@@ -132,7 +132,7 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
                 loaded = [_load(image, reader, seen, task) for image in sample.images]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
-                line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
+                line = {"key": key, "reason": skip.reason, "detail": skip.detail or here, "filtered": skip.filtered}
                 skips.write(json.dumps(line) + "\n")
                 continue
             except Exception as error:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.core.errors import RunError, UserError
-from sft.core.files import discard, hash_file, remove_leftovers, staged
+from sft.core.files import discard, hash_file, location, remove_leftovers, staged
+from sft.core.shipped import resolve
 from sft.data.formats import record_limit
 from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
@@ -87,13 +88,22 @@ def _explain_leftover(pieces: Path) -> Iterator[None]:
     except UserError as error:
         num_bytes = sum(file.stat().st_size for piece in piece_folders(pieces) for file in piece.iterdir())
         kept = f"{pieces}: {num_bytes:,} bytes of finished work are kept here; the next run goes on from them"
+        if not num_bytes:
+            discard(pieces)
         raise UserError(*error.args, *([kept] if num_bytes else ())) from error
 
 
 def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what a store has to be made of and how, as its manifest says it."""
     how = {key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")}
-    return {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked, **how}
+    return {"adapter": {"name": raw.name, "version": raw.version}, "asked": _located(asked), **how}
+
+
+def _located(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what was asked for, with the path by which a source is known however it was spelled."""
+    path = asked.get("path")
+    is_here = isinstance(path, str) and resolve(path).exists()
+    return {**asked, "path": str(location(resolve(str(path))))} if is_here else asked
 
 
 def _finished_store(
@@ -170,13 +180,13 @@ def _check_adapter(store: Store, raw: RawDataset) -> None:
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
     """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest
+    manifest = store.manifest | {"asked": _located(store.manifest["asked"])}
     return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
 
 def _stamp(file: Path) -> dict[str, Any]:
     stat = file.stat()
-    return {"path": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {"path": str(location(file)), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _skips_of_failure(path: Path) -> Path:
