@@ -240,3 +240,9 @@ def test_rows_say_which_of_several_folders_they_are_from(tmp_path):
     assert [skip.where for skip in skips] == [
         f"{name}/train.jsonl:{line}" for name in ("coco", "gqa") for line in (1, 2)
     ]
+
+
+def test_an_object_of_many_members_is_no_record_without_end(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({str(n): {"a": "x" * 90} for n in range(40_000)}))
+    with pytest.raises(UserError, match="a record of over 1,000 bytes"), record_limit(1000):
+        list(read_records(tmp_path / "x.json"))

@@ -8,7 +8,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -24,10 +24,8 @@ NOT_UTF8 = "is not UTF-8, maybe latin-1, cp1252 or gb18030"
 _HEAD_BYTES = 4096
 _BLANKS = b" \t\r\n"
 _PACKINGS = ((rb"\x1f\x8b", "gzip"), (rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", "zstd"))
-_TABLES: tuple[tuple[bytes, Kind], ...] = (
-    (rb"PAR1", "parquet"),
-    (rb"ARROW1|\xff\xff\xff\xff", "arrow"),  # of the file and of the stream format, which `datasets` caches
-)
+_TABLES = ((rb"PAR1", "parquet"), (rb"ARROW1|\xff\xff\xff\xff", "arrow"))
+"""Arrow as a file, and as the stream that `datasets` caches."""
 _BY_NAME: tuple[tuple[str, Kind], ...] = (
     ("csv|tsv", "csv"),
     ("parquet", "parquet"),
@@ -112,10 +110,11 @@ def kind_of(path: Path) -> Kind:
         kind: Kind | None = _match(_TABLES, head) or ("tar" if _is_tar_header(head) else None)
         if content.packing and (kind in ("parquet", "arrow") or _match(_PACKINGS, head)):
             raise UserError(f"{path}: is {kind or 'packed'} inside {content.packing}; unpack it")
-        if kind is None and (found := _match(_REFUSED, head)):
-            raise UserError(f"{path}: {_encoding(found, path) if found.startswith('UTF') else found}; expected {READ}")
         if kind is not None:
             return kind
+        if found := _match(_REFUSED, head):
+            encoding = f"is text in {found}; `iconv -f {found} -t UTF-8 {path.name}` makes UTF-8 of it"
+            raise UserError(f"{path}: {encoding if found.startswith('UTF') else found}; expected {READ}")
         start = head.removeprefix(b"\xef\xbb\xbf").lstrip(_BLANKS)
         while not start and (block := content.file.read(BLOCK_BYTES)):
             start = block.lstrip(_BLANKS)
@@ -131,17 +130,10 @@ def _match(patterns: tuple[tuple[bytes, Any], ...], head: bytes) -> Any:
     return next((what for pattern, what in patterns if re.match(pattern, head, re.DOTALL)), None)
 
 
-def _encoding(found: str, path: Path) -> str:
-    return f"is text in {found}; `iconv -f {found} -t UTF-8 {path.name}` makes UTF-8 of it"
-
-
 def _is_tar_header(head: bytes) -> bool:
-    try:
-        return len(head) >= tarfile.BLOCKSIZE and bool(
-            tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-        )
-    except tarfile.HeaderError:
-        return False
+    with suppress(tarfile.HeaderError):
+        return bool(tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape"))
+    return False
 
 
 def _is_object(path: Path) -> bool:
@@ -155,12 +147,10 @@ def _is_object(path: Path) -> bool:
 
 def _ends_of_lines(file: IO[bytes]) -> Iterator[tuple[str, str]]:
     """Yield the first and the last character of each line that is not blank, however long it is."""
-    first = last = b""
+    ends = ""
     while block := file.readline(BLOCK_BYTES):
         text = block.removeprefix(b"\xef\xbb\xbf").strip(_BLANKS)
-        first, last = first or text[:1], text[-1:] or last
-        if first and block.endswith(b"\n"):
-            yield first.decode("latin-1"), last.decode("latin-1")
-            first = last = b""
-    if first:
-        yield first.decode("latin-1"), last.decode("latin-1")
+        ends = ends[:1] + (text[:1] + text[-1:]).decode("latin-1") if text else ends
+        if ends and (block.endswith(b"\n") or len(block) < BLOCK_BYTES):
+            yield ends[0], ends[-1]
+            ends = ""

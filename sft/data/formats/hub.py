@@ -16,9 +16,9 @@ def is_hub_id(path: str) -> bool:
 
 def hub_cache() -> Path:
     """Return the folder below which the hub's libraries keep files, images among them."""
-    from datasets import config
+    from huggingface_hub.constants import HF_HOME
 
-    return Path(config.HF_CACHE_HOME).expanduser()
+    return Path(HF_HOME)
 
 
 def hub_files(name: str, split: str, configuration: str | None) -> list[Path]:

@@ -152,6 +152,7 @@ class _JsonText:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at = "", 0
         self.line = self.column = 0  # of the beginning of `text`
+        self.num_read = 0  # bytes, unpacked
 
     @property
     def share_read(self) -> float:
@@ -178,8 +179,10 @@ class _JsonText:
     def records(self) -> Iterator[Any]:
         """Yield the objects of a list below one of LISTS, or else the object that stands here."""
         own: dict[str, Any] = {}
-        found = ""
+        found, start = "", self.num_read
         for key in self._keys():
+            if not found and self.num_read - start > 2 * self.limit + BLOCK_BYTES:
+                raise self._too_long()
             is_list = key in LISTS and self._is_list_of_objects()
             if (found and (is_list or key in CONVERSATIONS)) or (is_list and own.keys() & set(CONVERSATIONS)):
                 raise UserError(
@@ -315,6 +318,7 @@ class _JsonText:
             self.text += error.object[: error.start].decode(errors="replace")
             byte = error.object[error.start]
             raise self._wrong(f"byte 0x{byte:02x} {NOT_UTF8}; save it as UTF-8", len(self.text)) from error
+        self.num_read += len(block)
         if block:
             self.line, self.column = self._location(self.at)
             self.text, self.at = left + more, 0

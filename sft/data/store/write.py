@@ -87,10 +87,11 @@ def _explain_leftover(pieces: Path) -> Iterator[None]:
         yield
     except UserError as error:
         num_bytes = sum(file.stat().st_size for piece in piece_folders(pieces) for file in piece.iterdir())
-        kept = f"{pieces}: {num_bytes:,} bytes of finished work are kept here; the next run goes on from them"
         if not num_bytes:
             discard(pieces)
-        raise UserError(*error.args, *([kept] if num_bytes else ())) from error
+            raise
+        kept = f"{pieces} keeps {num_bytes:,} bytes of finished work, from which the next run goes on"
+        raise UserError(*error.args[:-1], f"{error.args[-1]}; {kept}") from error
 
 
 def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
