@@ -75,7 +75,7 @@ def _way_out(folder: Path, name: str) -> str:
     """Return how a path leads out of the folder of the images, and what would be right."""
     parts = Path(name).parts
     how = "is absolute" if os.path.isabs(name) else "has .." if ".." in parts else "follows a symbolic link"
-    return f"{how}; the images' folder is {folder} (option image_folder names another)"
+    return f"{how}; the images' folder is {folder.absolute()} (option image_folder names another)"
 
 
 def base64_image(encoded: object) -> ImageRef:
