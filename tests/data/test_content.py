@@ -99,6 +99,7 @@ def test_a_file_of_records_is_read_whatever_it_is_called(tmp_path, form):
         (encoded("red"), "is an image"),
         (tar(), "is a tar; unpack it"),
         (gzip.compress(parquet()), "is parquet inside gzip; unpack it"),
+        (zstd(tar()), "is tar inside zstd; unpack it"),
         (gzip.compress(gzip.compress(b"{}")), "is packed inside gzip"),
         (gzip.compress(LINES.encode())[:-9], "not readable as gzip after 100% of it"),
         (zstd(LINES.encode())[:-9], "not readable as zstd after 100% of it"),

@@ -108,7 +108,8 @@ def kind_of(path: Path) -> Kind:
     with opened(path, READ) as content:
         head = content.file.read(_HEAD_BYTES)
         kind: Kind | None = _match(_TABLES, head) or ("tar" if _is_tar_header(head) else None)
-        if content.packing and (kind in ("parquet", "arrow") or _match(_PACKINGS, head)):
+        is_twice = kind in ("parquet", "arrow") or (content.packing, kind) == ("zstd", "tar") or _match(_PACKINGS, head)
+        if content.packing and is_twice:
             raise UserError(f"{path}: is {kind or 'packed'} inside {content.packing}; unpack it")
         if kind is not None:
             return kind
