@@ -402,7 +402,8 @@ def summed(image: bytes) -> bytes:
 
 def test_lines_that_are_no_records_are_skipped_each_for_its_reason(skips_of):
     lines = {
-        "line is not JSON": [b'{"messages": [', b"\0" * 50, b'{"a": "\xff\xfe"}', b"{'a': 1}", b"\x80\x04K\x01."],
+        "line is not JSON": [b'{"messages": [', b"\0" * 50, b"{'a': 1}"],
+        "line is not UTF-8": [b'{"a": "\xff\xfe"}', b"\x80\x04K\x01."],
         "line is not a JSON object": [b"[]", b"7", b'"text"', b"null"],
         "record nested too deep": [b'{"messages": ' + b"[" * n + b"]" * n + b"}" for n in (200, 600, 900, 100_000)],
         "record too long": [b'{"messages": "' + b"x" * 11 * MEGABYTE + b'"}'],
@@ -450,7 +451,11 @@ MEMBER = 1024
     [
         ("train.jsonl", b"", "the file is empty"),
         ("train.json", b'[{"messages": ', "train.json: not readable as JSON after record 0"),
-        ("train.json", b"[" * 100_000, "train.json: not readable as JSON after record 0: it is cut off"),
+        (
+            "train.json",
+            b"[" * 100_000,
+            "train.json: not readable as JSON after record 0: line 1, column 2: it is cut off",
+        ),
         ("train.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "train.parquet: not readable as parquet after row 0"),
         ("train.parquet", b"", "train.parquet: not readable as parquet after row 0"),
     ],

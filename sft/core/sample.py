@@ -49,14 +49,16 @@ class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
     """This record is left out. `reason` is a fixed phrase, so that records can be counted by it.
 
     `filtered` marks a record that is sound but left out by a policy of its dataset; it does not count as dirty.
-    `detail` says where or what, for the list of skips: a file and line, the name of the missing image.
+    `detail` says what was found, for the list of skips: the name of the missing image. `where` is the file and line, of
+    a record that never was a row.
     """
 
-    def __init__(self, reason: str, *, filtered: bool = False, detail: str = "") -> None:
+    def __init__(self, reason: str, *, filtered: bool = False, detail: str = "", where: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.filtered = filtered
         self.detail = detail
+        self.where = where
 
     @property
     def explained(self) -> str:
@@ -64,7 +66,7 @@ class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(SkipSample, filtered=self.filtered, detail=self.detail), (self.reason,)
+        return partial(SkipSample, filtered=self.filtered, detail=self.detail, where=self.where), (self.reason,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -138,8 +137,8 @@ def _by_share(model: ModelCost, setting: Setting, device: Device) -> Iterator[di
 
 def _distinct_images(recipe: Recipe) -> tuple[int | None, list[tuple[int, int]]]:
     """Return the number of distinct images of all sources, None while not all are prepared, and the sizes of some."""
-    names = {dataset.store_name for source in recipe.data.mixture for dataset in source.datasets}
-    folders = [Path(recipe.data.store) / name for name in sorted(names)]
+    datasets = (dataset for source in recipe.data.mixture for dataset in source.datasets)
+    folders = sorted({dataset.store_in(recipe.data.store) for dataset in datasets})
     if not all((folder / MANIFEST).is_file() for folder in folders):
         return None, []
     stores = [Store(folder) for folder in folders]

@@ -40,7 +40,8 @@ def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
         try:
             Adapter(dataset.dataset, path, dataset.split, dataset.options)
         except UserError as error:
-            yield from error.args
+            cure = ", or take its source out of the recipe: the other shares still have to sum to 100"
+            yield from (problem + cure * ("docs/data.md#" in problem) for problem in error.args)
 
 
 def _of_paths(recipe: Recipe) -> Iterator[str]:

@@ -56,7 +56,7 @@ def prepare(
 
         def prepared(source: str, dataset: DatasetConfig) -> PreparedDataset:
             name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
-            path = Path(recipe.data.store) / _store_name(dataset, options.limit)
+            path = _store_path(recipe, dataset, options.limit)
             with locked(path, beside=True):
                 store = _prepared_store(dataset, path, name, store_settings(recipe.data, options), on_progress)
                 encoded = encode_samples(
@@ -72,10 +72,11 @@ def prepare(
         return _sources(recipe, prepared)
 
 
-def _store_name(dataset: DatasetConfig, limit: int | None) -> str:
-    """Return the folder name of a store. One of the first records alone has a name of its own, so that it is not taken
-    for a whole one."""
-    return dataset.store_name if limit is None else f"{dataset.store_name}-first-{limit}"
+def _store_path(recipe: Recipe, dataset: DatasetConfig, limit: int | None = None) -> Path:
+    """Return the folder of a store. One of the first records alone has a name of its own, so that it is not taken for a
+    whole one."""
+    store = dataset.store_in(recipe.data.store)
+    return store if limit is None else store.with_name(f"{dataset.store_name}-first-{limit}")
 
 
 def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Settings, on_progress: Progress) -> Store:
@@ -165,7 +166,7 @@ def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str
 
 
 def _opened_store(recipe: Recipe, dataset: DatasetConfig, arguments: Sequence[str]) -> Store:
-    path = Path(recipe.data.store) / dataset.store_name
+    path = _store_path(recipe, dataset)
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path}: no prepared dataset here; run `{_command(arguments)}` first")
     return Store(path)

@@ -20,6 +20,7 @@ from sft.batches.collate import collate
 from sft.batches.image_source import StoredImages
 from sft.batches.pack_stream import Planner
 from sft.core.distributed import all_gather_dict, all_or_none, assign, from_main
+from sft.core.files import text_lines
 from sft.core.sample import PackItem
 from sft.data.prepare import open_sources
 from sft.data.sources import Sources
@@ -138,15 +139,14 @@ def recorded_losses(run_dir: Path) -> dict[int, float]:
     if not file.is_file():
         return {}
     losses = {}
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                metrics = json.loads(line)
-            except ValueError:  # a line that a killed training did not finish
-                continue
-            loss = mean_loss(metrics.get("validation", {}))
-            if loss is not None and math.isfinite(loss):
-                losses[int(metrics["step"])] = loss
+    for line in text_lines(file):
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # a line that a killed training did not finish
+            continue
+        loss = mean_loss(metrics.get("validation", {}))
+        if loss is not None and math.isfinite(loss):
+            losses[int(metrics["step"])] = loss
     return losses
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sft.core.files import location
 from sft.core.sample import MAX_PIXELS, Orientation, Policy, TrainOn
+from sft.core.shipped import PREFIX
 from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
 from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
@@ -134,8 +137,20 @@ class DatasetConfig(_Part):
 
     @property
     def store_name(self) -> str:
-        """Name of the prepared store: the adapter and a digest of path, split and options."""
-        asked = json.dumps([self.path, self.split, self.options], sort_keys=True)
+        """Name of the prepared store: the adapter and a digest of path, split and options. The path is that of the
+        file, however it is spelled, relative to the current directory where it is in it."""
+        if self.path is None or self.path.startswith(PREFIX):
+            return self._named(self.path)
+        path, here = location(Path(self.path).expanduser()), Path.cwd()
+        return self._named(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+    def store_in(self, folder: str) -> Path:
+        """Return where the store is in a folder of stores; earlier versions named it by the path as it is spelled."""
+        own, earlier = Path(folder) / self.store_name, Path(folder) / self._named(self.path)
+        return own if own.exists() or not earlier.exists() else earlier
+
+    def _named(self, path: str | None) -> str:
+        asked = json.dumps([path, self.split, self.options], sort_keys=True)
         return f"{self.dataset.rsplit('.', 1)[-1]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -112,10 +113,11 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
     toys = Toys(shown("good", "Hi."), shown("bad", b"?"), SkipSample("no messages"), SkipSample("no messages"))
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.7)
-    assert str(caught.value) == (
+    assert re.sub("[0-9,]+ bytes", "N bytes", str(caught.value)) == (
         "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode "
         "(as bad: image 1 of the record)"
         f"; all of them: {tmp_path}/toys.skips.jsonl"
+        f"; {tmp_path}/.toys.pieces keeps N bytes of finished work, from which the next run goes on"
     )
     assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "toys").exists()
@@ -691,3 +693,14 @@ def test_transparency_is_laid_over_white():
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
 def test_formats_that_are_read(format):
     assert decode_rgb(encoded("white", format)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_file_is_listed_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 2)
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "broken.png").write_bytes(RED[:40])
+    files = ["red.png"] * 5 + ["broken.png"]
+    store = prepared(tmp_path, Toys(*(framed(str(n), tmp_path / name) for n, name in enumerate(files))))
+    listed = [json.loads(line)["path"] for line in (store.path / "image_files.jsonl").read_text().splitlines()]
+    assert listed == [str(tmp_path / "red.png"), str(tmp_path / "broken.png")]
+    assert store.manifest["examples"] == {"image does not decode": f"5: {tmp_path / 'broken.png'}"}

@@ -27,9 +27,10 @@ from pathlib import Path
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
-from sft.data.formats import Row, read_json_list, require_file
+from sft.data.formats import Row, read_records, require_file
 
 LICENCE = "CC-BY-4.0"
+READS_HUB = True
 VERSION = 3
 KEYS = LLAVA
 MERGED = "llava_instruct_150k.json"
@@ -47,7 +48,7 @@ def files(path: Path, split: str) -> list[Path]:
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
     """Yield the records of one list."""
-    return read_json_list(file)
+    return read_records(file)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:

@@ -18,7 +18,7 @@ from pathlib import Path
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, to_messages
 from sft.data.datasets.llava_instruct import folder_of, image_of
-from sft.data.formats import Row, find_files, read_json_list
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "CC-BY-NC-4.0"
 KEYS = LLAVA
@@ -36,10 +36,10 @@ def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[
     all."""
     own = OWN_RECORDS.get(file.name) if own_records is None else own_records
     if own is None:
-        yield from read_json_list(file)
+        yield from read_records(file)
         return
     last: deque[Row | SkipSample] = deque()
-    for row in read_json_list(file):
+    for row in read_records(file):
         last.append(row)
         if len(last) > own:
             last.popleft()

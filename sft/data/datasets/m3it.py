@@ -149,9 +149,10 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
     instructions: list[str] = []
     for row in read_records(file):
         if isinstance(row, SkipSample):
-            yield row
+            yield SkipSample(row.reason, detail=row.detail, where=f"{subset}/{row.where}")
             continue
-        row |= {"__subset__": subset, "__key__": f"m3it/{subset}/{row['__from__']}"}
+        here = f"{subset}/{row['__from__']}"
+        row |= {"__subset__": subset, "__key__": f"m3it/{here}", "__from__": here}
         if "instruction" in row:
             yield row
             continue
@@ -163,7 +164,7 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
             try:
                 yield _loader_form(one | {"__rng__": rng, "__classes__": classes}, rng.choice(instructions))
             except SkipSample as skip:
-                yield SkipSample(skip.reason, detail=row["__from__"])
+                yield SkipSample(skip.reason, detail=skip.detail, where=here)
 
 
 def _loader_form(row: Row, instruction: str) -> Row:

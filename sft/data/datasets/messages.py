@@ -14,6 +14,7 @@ holds `<split>.jsonl`, `.json` or `.parquet`, or `<split>-00000-of-00002.parquet
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,9 +26,10 @@ from sft.core.images import local_image
 from sft.core.sample import ImageRef, Role, Sample, SkipSample
 from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, listed_images, no_messages, to_messages
 from sft.data.datasets._meaning import FLAGS, Keys, is_image_key, noting_images
-from sft.data.formats import READERS, Row, first_json_byte, is_parquet
+from sft.data.formats import Row, read_json, read_records, record_files
 
 LICENCE = "your own"
+READS_HUB = True
 VERSION = 3
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
 QUESTIONS = ("user", "prompt", "query", "instruction", "question")
@@ -47,19 +49,27 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
     if image_folder is not None and not _images_of(path, image_folder).is_dir():
         raise UserError(f"{_images_of(path, image_folder)}: no such folder; expected images (option image_folder)")
     if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise UserError(f"{path}: not a file that is known here; expected .jsonl, .json or .parquet")
         return [path]
-    found = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
+    name = re.escape(split)
+    found = record_files(path, name)
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise UserError(f"{path}: holds {names}; expected one of them, or say which by the path")
-    if found := found or sorted(path.glob(f"{split}-*-of-*.parquet")):
+    part = r"-\d+-of-\d+(-\w+)?"
+    for folder, stem in ((path, name + part), (path / "data", name + part), (path, f".+-{name}({part})?")):
+        found = found or record_files(folder, stem)  # of the hub, of the cache of `datasets`
+    if found := found or _saved_files(path, split) or record_files(path, "metadata"):
         return found
     raise UserError(
         f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; {_what_is_in(path)}; "
         "name the file after the split, or say which by the path"
     )
+
+
+def _saved_files(folder: Path, split: str) -> list[Path]:
+    """Return the files of a folder that `save_to_disk` of `datasets` wrote, of one set or of several by their split."""
+    states = (state for state in (folder / "state.json", folder / split / "state.json") if state.is_file())
+    return [state.parent / one["filename"] for state in states for one in read_json(state)["_data_files"]]
 
 
 def _folder_of(path: Path) -> Path:
@@ -80,24 +90,12 @@ def _what_is_in(folder: Path) -> str:
 @noting_images
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
     """Yield the records of a file."""
-    suffix = file.suffix.lower()
-    if not is_parquet(file):
-        _check_beginning(file, first_json_byte(file), suffix)
-    records = READERS[suffix](file)
+    records = read_records(file)
     first = next(records, None)
     if first is None:
         raise UserError(f"{file}: the file has no records; expected such as {EXPECTED}")
     yield first
     yield from records
-
-
-def _check_beginning(file: Path, first: str, suffix: str) -> None:
-    if not first:
-        raise UserError(f"{file}: the file is empty; expected records such as {EXPECTED}")
-    if suffix == ".jsonl" and first == "[":
-        raise UserError(f"{file}: begins with [, a JSON list; call it {file.stem}.json, or write one object a line")
-    if suffix == ".json" and first == "{":
-        raise UserError(f"{file}: begins with {{; expected a list of objects. One object a line is {file.stem}.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------ records

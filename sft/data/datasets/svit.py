@@ -34,7 +34,7 @@ from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import _visual_genome, llava_instruct
 from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
-from sft.data.formats import Row, find_files, read_json_list
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "CC-BY-4.0"
 KEYS = LLAVA._replace(record=LLAVA.record | {"image_id", "turns", "held_out", "task", "place"})
@@ -56,7 +56,7 @@ def rows(
 ) -> Iterator[Row | SkipSample]:
     """Yield a row for each conversation, or for each question with its answer; one for each record in LLaVA's form."""
     held_out = frozenset() if keep_held_out else _held_out_ids(file)
-    for record in read_json_list(file):
+    for record in read_records(file):
         if isinstance(record, SkipSample) or ("id" in record and "image_id" not in record):
             yield record
         else:

@@ -27,6 +27,7 @@ from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "MIT"
 KEYS = Keys.of("data messages prompt prompt_id", turn="role content")
+READS_HUB = True
 
 
 def files(path: Path, split: str) -> list[Path]:

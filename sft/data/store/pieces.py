@@ -145,7 +145,8 @@ def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
         reader = ImageReader(image_files)
         for number, row in enumerate(task.rows, start=task.first):
             counts.records += 1
-            key = f"{task.adapter.name}/{row.get('__from__', number) if isinstance(row, dict) else number}"
+            here = str(row.get("__from__", "") if isinstance(row, dict) else row.where)
+            key = f"{task.adapter.name}/{here or number}"
             try:
                 if isinstance(row, SkipSample):
                     raise row
@@ -156,7 +157,7 @@ def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
                 loaded = [_load(image, number, reader, seen, task) for number, image in enumerate(sample.images, 1)]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
-                line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
+                line = {"key": key, "reason": skip.reason, "detail": skip.detail or here, "filtered": skip.filtered}
                 skips.write(json.dumps(line) + "\n")
                 continue
             except Exception as error:
@@ -192,16 +193,16 @@ def _load(image: ImageRef, number: int, reader: ImageReader, seen: dict[str, int
     Raises:
         SkipSample: it is not fit; the detail names its file, or its number where it is none.
     """
+    path = str(image.source.absolute()) if isinstance(image.source, Path) else None
     try:
-        content, sha256 = reader.read(image)
+        content, sha256 = reader.read(image, seen)
         if sha256 in seen:
             return {"sha256": sha256}
         header = (verified if task.verify == "decode" else open_checked)(content, task.decoding)
     except SkipSample as skip:
-        name = str(image.source) if isinstance(image.source, Path) else f"image {number} of the record"
-        detail = skip.detail if name in skip.detail else ": ".join(filter(None, (name, skip.detail)))
-        raise SkipSample(skip.reason, detail=detail) from skip
-    path = str(image.source.absolute()) if isinstance(image.source, Path) else None
+        name = path or f"image {number} of the record"
+        skip.detail = skip.detail if name in skip.detail else ": ".join(filter(None, (name, skip.detail)))
+        raise
     is_kept = task.images == "embed" or path is None
     return {
         "sha256": sha256,

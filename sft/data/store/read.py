@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.core.files import hash_file
+from sft.core.files import hash_file, location
 from sft.core.images import read_bytes
 from sft.core.sample import Decoding, ImageRef, Sample
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
@@ -188,9 +188,9 @@ class Store:
         A file is read again only where its time of change says that it may be another; what was deleted since is no
         change, since the store has what it needs of it.
         """
-        known = {entry["path"]: entry for entry in self.manifest["files"]}
-        changed = [file for file in files if _is_other(file, known.get(str(file.absolute())))]
-        changed += [Path(path) for path in known.keys() - {str(file.absolute()) for file in files}]
+        known = {location(entry["path"]): entry for entry in self.manifest["files"]}
+        changed = [file for file in files if _is_other(file, known.get(location(file)))]
+        changed += known.keys() - set(map(location, files))
         try:
             return changed + list(changed_image_files(self.path / IMAGE_FILES))
         except (ValueError, TypeError, KeyError) as error:

@@ -348,9 +348,7 @@ def test_a_field_of_another_shape_is_a_bad_record(wrong):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("train.jsonl", "", "train.jsonl: the file is empty; expected records such as"),
-        ("train.jsonl", " [\n{}]", r"train.jsonl: begins with \[, a JSON list; call it train.json, or write one"),
-        ("train.json", '{"messages": []}', "train.json: begins with {; expected a list of objects"),
+        ("train.jsonl", "", "train.jsonl: the file is empty; expected JSON lines, a JSON list"),
         ("train.txt", "{}", "no train.jsonl, train.json or train.parquet; the folder holds train.txt; name the file"),
         ("train.d/x", "", "the folder holds train.d/; name the file"),
         ("train.parquet", "PAR?", "train.parquet: not readable as parquet"),
@@ -372,11 +370,8 @@ def test_a_parquet_file_without_rows_is_a_mistake(tmp_path):
 def test_the_file_of_a_split_is_one(tmp_path):
     for name in ("train.jsonl", "train.json"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds train.jsonl and train.json; expected one of them"):
+    with pytest.raises(UserError, match=r"holds train.json and train.jsonl; expected one of them"):
         adapter("messages", tmp_path).files()
-    (tmp_path / "train.txt").touch()
-    with pytest.raises(UserError, match=r"train.txt: not a file that is known here; expected .jsonl, .json or"):
-        adapter("messages", tmp_path / "train.txt").files()
     with pytest.raises(UserError, match=r"bad.jsonl, forms.jsonl, llava.json, photos/, train.jsonl; name the file"):
         adapter("messages", HERE, "test").files()
 
