@@ -1,6 +1,5 @@
 """`idefics-sft mix RECIPE`: what the mixture will be, before anything is paid for."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,10 +48,9 @@ def run(
     quiet_libraries()
     from sft.batches.mixture_report import mix
 
-    wanted = steps or found.training.max_steps
     sources = _declared(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
-    with progress("planning", wanted, console(to_stderr=True)) as update:
-        report = mix(found, sources, wanted, update)
+    with progress("planning", steps or found.training.max_steps, console(to_stderr=True)) as update:
+        report = mix(found, sources, steps, update)
     if json:
         print_json(report)
     else:
@@ -62,7 +60,7 @@ def run(
 def _declared(recipe: "Recipe") -> "Sequence[SourceSizes]":
     from sft.batches.declared_sizes import declared_sources
 
-    return declared_sources(recipe.data)
+    return declared_sources(recipe.limited_data)
 
 
 def _prepared(recipe: "Recipe", arguments: Sequence[str]) -> "Sequence[SourceSizes]":
@@ -75,8 +73,6 @@ def _prepared(recipe: "Recipe", arguments: Sequence[str]) -> "Sequence[SourceSiz
 
 MAX_ROWS = 24
 """Sources that have a line of their own; the others share one."""
-MAX_NOTES = 12
-"""Reasons and warnings that are printed."""
 LONGEST_NAME = 28
 Source = dict[str, Any]
 
@@ -180,29 +176,13 @@ def _name(source: Source) -> str:
 
 
 def _notes(report: dict[str, Any], out: Console) -> None:
-    for lines, style in ((_reasons(report["sources"]), ""), (report["warnings"], "yellow")):
+    from sft.batches.look_ahead import MAX_NOTES, reasons
+
+    for lines, style in ((reasons(report["sources"]), ""), (report["warnings"], "yellow")):
         for line in lines[:MAX_NOTES]:
             out.print(Text(f"{'warning: ' if style else ''}{printable(line)}", style))
         if (more := len(lines) - MAX_NOTES) > 0:
             out.print(Text(f"… and {more:,} more; --json has all", style))
-
-
-KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a pack"}
-
-
-def _reasons(sources: list[Source]) -> list[str]:
-    """Return why samples were left out, source by source; over all of them, the commonest first, where that is too
-    much."""
-    lines, of_all, naming = [], Counter[str](), Counter[str]()
-    for source in sources:
-        for kind, what in KINDS.items():
-            for reason, number in source[kind].items():
-                lines.append(f"{source['name']}: {number:,} {what}, {reason}")
-                of_all[f"{what}, {reason}"] += number
-                naming[f"{what}, {reason}"] += 1
-    if len(lines) <= MAX_NOTES:
-        return lines
-    return [f"{number:,} {what} ({naming[what]:,} sources)" for what, number in of_all.most_common()]
 
 
 # -------------------------------------------------------------------------------------------------------- plots
