@@ -12,7 +12,7 @@ from sft.core.files import write_atomically
 from sft.core.metric import ACCURACY, Metric
 from sft.recipe import Rule
 
-FILE = "selection.json"
+FILE, PLOT, KEPT = "selection.json", "selection.svg", "selections"
 
 ChosenOn = Literal[
     "all",  # all questions; the winner's own figure is then optimistic, the cross-fitted one is not
@@ -82,15 +82,35 @@ def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
     return replace(selection, scores=tuple(scores))
 
 
-def write_selection(selection: Selection, run_dir: Path) -> None:
-    """Write `selection.json`, whole or not at all."""
-    write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")
+def write_selection(selection: Selection, run_dir: Path, *, use: bool = False) -> Path:
+    """Keep a selection in `selections/`, a file for each benchmark, and make it the current one, `selection.json`,
+    where `use` says so, no other is, or the current one is by the same benchmark. Return where its plot belongs."""
+    text = json.dumps(as_json(selection), indent=2) + "\n"
+    kept = run_dir / KEPT / f"{selection.benchmark}.json"
+    kept.parent.mkdir(exist_ok=True)
+    write_atomically(kept, text)
+    current = current_selection(run_dir)
+    if not (use or current is None or is_current(selection, run_dir)):
+        return kept.with_suffix(".svg")
+    write_atomically(run_dir / FILE, text)
+    return run_dir / PLOT
+
+
+def current_selection(run_dir: Path) -> dict[str, Any] | None:
+    """Return the keys of `selection.json`, by which the checkpoint of a run is found; None where none was selected."""
+    file = run_dir / FILE
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def is_current(selection: Selection, run_dir: Path) -> bool:
+    """Return whether a selection, which was written, is the current one."""
+    return (current_selection(run_dir) or {}).get("benchmark") == selection.benchmark
 
 
 def is_chosen_on_half(run_dir: Path) -> bool:
     """Return whether the checkpoint of a run was chosen on one half of the images: figures come from the other."""
-    file = run_dir / FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chosen_on") == "half")
+    return (current_selection(run_dir) or {}).get("chosen_on") == "half"
 
 
 def as_json(selection: Selection) -> dict[str, Any]:

@@ -37,6 +37,7 @@ OUTPUTS = (
     "evaluations",
     "selection.json",
     "selection.svg",
+    "selections",
     "report.html",
     "tensorboard",
 )
