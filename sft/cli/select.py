@@ -80,19 +80,18 @@ def run(
 
 def _end(run: str, run_dir: Path, selection: Selection, out: Console, *, json: bool) -> None:
     """Print which selection is the current one, and what comes next."""
-    from sft.selection.record import KEPT, PLOT, as_json, current_selection, is_current
+    from sft.selection.record import as_json, chooser, current_selection, is_current, plot_of
 
-    plot, current = PLOT, current_selection(run_dir) or {}
-    if not is_current(selection, run_dir):
-        plot = f"{KEPT}/{selection.benchmark}.svg"
+    current = current_selection(run_dir)
+    if current and not is_current(selection, run_dir):
         out.print(
-            f"chat, evaluate and merge still take {current['selected']}, by {current['benchmark']}; the same command "
-            f"with --use makes them take {selection.selected}"
+            f"chat, evaluate and merge still take {current['selected']}, by {chooser(current)}; the same command with "
+            f"--use makes them take {selection.selected}"
         )
     if json:
         print_json(as_json(selection))
     else:
-        out.print(f"Plot: {run_dir / plot}. Next: idefics-sft chat {run}")
+        out.print(f"Plot: {run_dir / plot_of(selection, run_dir)}. Next: idefics-sft chat {run}")
 
 
 def _with_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,18 +82,27 @@ def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
     return replace(selection, scores=tuple(scores))
 
 
-def write_selection(selection: Selection, run_dir: Path, *, use: bool = False) -> Path:
+def write_selection(selection: Selection, run_dir: Path, *, use: bool = False) -> str:
     """Keep a selection in `selections/`, a file for each benchmark, and make it the current one, `selection.json`,
     where `use` says so, no other is, or the current one is by the same benchmark. Return where its plot belongs."""
-    text = json.dumps(as_json(selection), indent=2) + "\n"
-    kept = run_dir / KEPT / f"{selection.benchmark}.json"
-    kept.parent.mkdir(exist_ok=True)
-    write_atomically(kept, text)
     current = current_selection(run_dir)
-    if not (use or current is None or is_current(selection, run_dir)):
-        return kept.with_suffix(".svg")
-    write_atomically(run_dir / FILE, text)
-    return run_dir / PLOT
+    for keys in (current, as_json(selection)):  # one of an earlier version is kept only now
+        if keys is not None:
+            (run_dir / KEPT).mkdir(exist_ok=True)
+            write_atomically(run_dir / KEPT / f"{chooser(keys)}.json", json.dumps(keys, indent=2) + "\n")
+    if use or current is None or is_current(selection, run_dir):
+        write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")
+    return plot_of(selection, run_dir)
+
+
+def plot_of(selection: Selection, run_dir: Path) -> str:
+    """Return where the plot of a selection, which was written, belongs in the folder of its run."""
+    return PLOT if is_current(selection, run_dir) else f"{KEPT}/{chooser(as_json(selection))}.svg"
+
+
+def chooser(keys: Mapping[str, Any]) -> str:
+    """Return what chose, by the keys of a selection."""
+    return "held_out_loss" if keys["by"] == "loss" else str(keys["benchmark"])
 
 
 def current_selection(run_dir: Path) -> dict[str, Any] | None:
@@ -105,7 +114,8 @@ def current_selection(run_dir: Path) -> dict[str, Any] | None:
 
 def is_current(selection: Selection, run_dir: Path) -> bool:
     """Return whether a selection, which was written, is the current one."""
-    return (current_selection(run_dir) or {}).get("benchmark") == selection.benchmark
+    current = current_selection(run_dir)
+    return current is not None and chooser(current) == chooser(as_json(selection))
 
 
 def is_chosen_on_half(run_dir: Path) -> bool:

@@ -73,8 +73,8 @@ class Session:
         self._tasks: list[Task] | None = None
 
     def select(self) -> Selection:
-        """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged or whose
-        evaluation fails is logged, left out and named among its warnings; `check_all_evaluated` raises afterwards.
+        """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged, or
+        whose evaluation fails, is logged, left out and named among the warnings; `check_all_evaluated` raises then.
 
         Raises:
             UserError: there is nothing to choose from or by.
@@ -296,5 +296,5 @@ class Session:
         return selection
 
     def _write(self, selection: Selection) -> Selection:
-        write_plot(selection, write_selection(selection, self.run_dir, use=self._use))
+        write_plot(selection, self.run_dir / write_selection(selection, self.run_dir, use=self._use))
         return selection
