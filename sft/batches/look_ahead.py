@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
 from sft.batches.mixture_report import mix, warnings_of
+from sft.batches.pack_stream import Planner
 from sft.batches.source_stream import SourceSizes
+from sft.batches.steps import first_step_of
 from sft.core.errors import UserError
 from sft.recipe import Recipe
 
@@ -19,17 +22,33 @@ MAX_NOTES = 12
 KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a pack"}
 
 
-def look_ahead(recipe: Recipe, sources: Sequence[SourceSizes]) -> dict[str, Any]:
-    """Return what a training will draw, as `mix` does. Its last step is exact; where no source can end it, the first
-    packs stand for all, and epochs grow in proportion."""
+def look_ahead(recipe: Recipe, sources: Sequence[SourceSizes], state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a training will draw, as `mix` does. Its last step is exact, also from the state of a plan on, which
+    stands where fewer epochs may have ended. Where no source can end it, the first packs stand for all, and epochs grow
+    in proportion."""
     steps = recipe.training.max_steps
     few = ceil(MAX_PACKS / recipe.packs_per_step)
-    if steps is None or steps <= few or any(source.max_epochs for source in sources):
-        return mix(recipe, sources)
+    can_end = any(source.max_epochs for source in sources)
+    if steps is None or steps <= few or can_end:
+        report = mix(recipe, sources)
+        return report | ({"steps": _last_step(recipe, sources, state)} if state and can_end else {})
     report = mix(recipe, sources, few)
     for source in report["sources"]:
         source["epochs"] *= steps / few
     return report | {"steps": steps, "warnings": warnings_of(recipe, report["sources"], None, steps)}
+
+
+def _last_step(recipe: Recipe, sources: Sequence[SourceSizes], state: dict[str, Any]) -> int:
+    """Return the last step of a training that goes on from the state of a plan."""
+    planner = Planner(sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
+    planner.restore(state["window"])
+    last = first_step_of(state, planner) - 1
+    most = recipe.training.max_steps or sys.maxsize
+    for packs in planner.windows():
+        last += ceil(len(packs) / recipe.packs_per_step)
+        if last >= most:
+            break
+    return min(last, most)
 
 
 def planned(recipe: Recipe, report: dict[str, Any]) -> Recipe:

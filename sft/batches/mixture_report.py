@@ -130,7 +130,7 @@ def _line(recipe: Recipe, planner: Planner, totals: MixtureCounts, index: int, p
         "trained_tokens": tally.trained_tokens,
         "samples": tally.samples,
         "images": tally.images,
-        "epochs": stream.epochs,
+        "epochs": stream.epochs * tally.samples / max(stream.counters.samples, 1),  # of a window, a part may be trained
         "ended_at_step": tally.ended_at_step,
         "when_exhausted": source.when_exhausted,
         "pieces": len(source),

@@ -135,8 +135,14 @@ class Plans:
         """Go on where `state` was taken; at most one window is planned again."""
         self.planner.restore(state["window"])
         self._steps_to_skip = state["steps"]
-        of_window = self.planner.window * (self.planner.window_packs // self.planner.packs_per_step)
-        self._first_step = state.get("next", of_window + self._steps_to_skip + 1) - self._steps_to_skip
+        self._first_step = first_step_of(state, self.planner)
+
+
+def first_step_of(state: dict[str, Any], planner: Planner) -> int:
+    """Return the first step of the window in which a plan stands (`Plans.state`), to which the planner is restored."""
+    if "next" in state:
+        return int(state["next"] - state["steps"])
+    return planner.window * (planner.window_packs // planner.packs_per_step) + 1  # of an earlier version
 
 
 def assign_packs(costs: Sequence[float], num_ranks: int, micro_batch_packs: int) -> list[list[list[int]]]:

@@ -127,7 +127,7 @@ def train(
     if found.finished:
         return found.finished
     quiet_libraries()
-    from sft.batches.look_ahead import describe_data, look_ahead
+    from sft.batches.look_ahead import describe_data
     from sft.data.prepare import open_prepared, prepare
     from sft.training import run as runs
 
@@ -137,7 +137,7 @@ def train(
     else:
         with preparation(out) as on_progress:
             sources = prepare(recipe, on_progress)
-    ahead = from_main(lambda: look_ahead(recipe, sources.sources))
+    ahead = from_main(lambda: runs.plan_ahead(recipe, sources, found.checkpoint))
     for data_line in describe_data(ahead):
         out.print(data_line)
     with progress("training", ahead["steps"], out) as update:

@@ -290,9 +290,10 @@ class TrainingConfig(_Part):
         `max_steps` brings no warm-up."""
         if not isinstance(values, dict):
             return values
-        filled = {} if values.get("max_steps") is None else {"warmup_steps": 0}
         retired = {"max_nonfinite_steps"} if values.get("max_nonfinite_steps") == 3 else set()
-        return filled | {key: value for key, value in values.items() if key not in retired}
+        values = {key: value for key, value in values.items() if key not in retired}
+        has_none = values.get("max_steps") is not None and values.get("warmup_steps") is None
+        return values | ({"warmup_steps": 0} if has_none else {})
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

@@ -48,7 +48,7 @@ def train(
     `resume_from`, a checkpoint of the run, training continues after its step, and later checkpoints are deleted. `rank`
     says which of several processes this is, all of which call this; only the main one writes. A signal, or a file
     `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then. `ahead` is the
-    `look_ahead` of this recipe, if it is known.
+    `plan_ahead` of this training, if it is known.
 
     Raises:
         UserError: the folder is in use or holds other things, or the pack is too long for the model; or the checkpoint
@@ -56,8 +56,18 @@ def train(
     """
     run_dir = Path(recipe.output_dir)
     with locked(run_dir) if rank.is_main else nullcontext(), StopRequest(run_dir) as stop:
-        ahead = ahead or from_main(lambda: look_ahead(recipe, sources.sources))
+        ahead = ahead or from_main(lambda: plan_ahead(recipe, sources, resume_from))
         return TrainingRun(recipe, ahead, sources, on_step, log, resume_from, stop, rank).train()
+
+
+def plan_ahead(recipe: Recipe, sources: Sources, resume_from: Path | None = None) -> dict[str, Any]:
+    """Return the `look_ahead` of a training, which may go on from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is not complete, or of other data.
+    """
+    state = progress_of(resume_from, sources)["data"]["plans"] if resume_from else None
+    return look_ahead(recipe, sources.sources, state)
 
 
 class TrainingRun:

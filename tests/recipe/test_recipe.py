@@ -138,6 +138,11 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
         ("training.max_steps=true", "training.max_steps: expected a number, found true"),
         ("training.betas=[0.9, 0.9, 0.9]", "training.betas: expected fewer entries, found a list"),
         ("output_dir=2026-01-01", "output_dir: expected text, found 2026-01-01"),
+        ("training.num_train_epochs=3", "training.num_train_epochs: unknown key; here it is training.epochs"),
+        ("epochs=3", "epochs: unknown key; here it is training.epochs"),
+        ("micro_batch_size=4", "micro_batch_size: unknown key; here it is training.micro_batch_packs"),
+        ("training.lr=1.0e-4", "training.lr: unknown key; here it is training.learning_rate"),
+        ("training.epochs=0", "training.epochs: expected a number greater than 0, found 0"),
     ],
 )
 def test_a_wrong_value_is_one_message_without_words_of_python(tmp_path, override, expected):
