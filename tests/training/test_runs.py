@@ -209,7 +209,7 @@ def test_a_copied_run_is_the_one_that_is_used(trained, copied, capsys):
     selection, _ = printed(capsys, "select", copied)
     assert find_model(str(copied)) == copied / "checkpoints" / selection["selected"]
     _, said = printed(capsys, "evaluate", copied, "--blind")
-    assert f"model: {copied / 'checkpoints' / selection['selected']}\n" in said
+    assert f"model: {copied / 'checkpoints' / selection['selected']}, selected by {selection['benchmark']}\n" in said
     assert (copied / "evaluations").is_dir()
     assert contents(trained.parent / "run") == before, "nothing is written where it was copied from"
 
