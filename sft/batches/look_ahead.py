@@ -68,7 +68,8 @@ def describe_data(report: dict[str, Any]) -> Iterator[str]:
     for source in report["sources"][:MAX_NOTES]:
         held_out = source["held_out"].get("validation", 0)
         held = f", {held_out:,} held out" if held_out else ""
-        yield f"{source['name']}: {source['pieces']:,} samples{held}, trained for {source['epochs']:.3g} epochs"
+        epochs = f"{source['epochs']:.3g}"
+        yield f"{source['name']}: {source['pieces']:,} samples{held}, trained for {epochs} epoch{'s' * (epochs != '1')}"
     yield from reasons(report["sources"])[:MAX_NOTES]
     packs, per_step = report["packs"], report["packs_per_step"]
     yield f"{_number(report['steps'], 'step')} of {_number(per_step, 'pack')}, {packs['fill']:.1%} full of tokens"
