@@ -16,7 +16,7 @@ from sft.core.errors import UserError
 from sft.recipe import Recipe
 
 MAX_PACKS = 8192
-"""So many packs stand for all of a long training that nothing ends early: planning them takes half a second."""
+"""So many packs stand for all of a long training that nothing ends early: planning them takes less than a second."""
 MAX_NOTES = 12
 """Reasons, warnings and sources that are printed."""
 KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a pack"}
