@@ -27,7 +27,7 @@ def run(
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
 ) -> None:
     """Talk to a model about images: /image FILE, /reset, /help, /quit."""
-    from sft.runs.names import find_model
+    from sft.runs.names import chosen_by, find_model
 
     path = find_model(model)
     if allow_dir is not None and not allow_dir.is_dir():
@@ -39,7 +39,7 @@ def run(
 
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    console().print(f"model: {path}")
+    console().print(f"model: {path}{chosen_by(path)}")
     loaded = load_for_inference(path, load_in_4bit=load_4bit)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
     repl = Repl(Conversation(respond, folder=allow_dir or Path()), sys.stdin, sys.stdout)

@@ -73,6 +73,7 @@ def run(
     images of that recipe's benchmark, figures come from the other.
     """
     from sft.core.distributed import process_group
+    from sft.runs.names import chosen_by
 
     given: dict[str, Any] = {
         "benchmark": benchmark,
@@ -94,7 +95,7 @@ def run(
         out.quiet = not process.is_main
         changes = given | {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = _Evaluation(model, changes, submission)
-        out.print(f"model: {evaluation.path}")
+        out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
         _report(found, details, submission, json, out)

@@ -28,7 +28,7 @@ def run(
     A RUN means its selected, else its newest checkpoint.
     """
     from sft.core.errors import UserError
-    from sft.runs.names import find_model
+    from sft.runs.names import chosen_by, find_model
 
     if base_dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--base-dtype {base_dtype}: expected bf16 or fp32")
@@ -43,7 +43,7 @@ def run(
     from sft.inference.merge import compare, merge
 
     out = console(to_stderr=json)
-    out.print(f"checkpoint: {checkpoint}")
+    out.print(f"checkpoint: {checkpoint}{chosen_by(checkpoint)}")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[base_dtype] if base_dtype else None
     with progress("merging", None, out) as update:
         made = merge(

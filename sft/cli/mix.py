@@ -1,6 +1,5 @@
 """`idefics-sft mix RECIPE`: what the mixture will be, before anything is paid for."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Annotated, Any, Literal
@@ -46,11 +45,10 @@ def run(
     from sft.batches.mixture_report import mix
     from sft.data.prepare import open_prepared
 
-    wanted = steps or found.training.max_steps
     arguments = [recipe, *(overrides or ())]
-    sources = declared_sources(found.data) if sizes else open_prepared(found, arguments)[0].sources
-    with progress("planning", wanted, console(to_stderr=True)) as update:
-        report = mix(found, sources, wanted, update)
+    sources = declared_sources(found.limited_data) if sizes else open_prepared(found, arguments)[0].sources
+    with progress("planning", steps or found.training.max_steps, console(to_stderr=True)) as update:
+        report = mix(found, sources, steps, update)
     if json:
         print_json(report)
     else:
@@ -61,8 +59,6 @@ def run(
 
 MAX_ROWS = 24
 """Sources that have a line of their own; the others share one."""
-MAX_NOTES = 12
-"""Reasons and warnings that are printed."""
 LONGEST_NAME = 28
 Source = dict[str, Any]
 
@@ -168,29 +164,13 @@ def _name(source: Source) -> str:
 
 
 def _notes(report: dict[str, Any], out: Console) -> None:
-    for lines, style in ((_reasons(report["sources"]), ""), (report["warnings"], "yellow")):
+    from sft.batches.look_ahead import MAX_NOTES, reasons
+
+    for lines, style in ((reasons(report["sources"]), ""), (report["warnings"], "yellow")):
         for line in lines[:MAX_NOTES]:
             out.print(Text(f"{'warning: ' if style else ''}{printable(line)}", style))
         if (more := len(lines) - MAX_NOTES) > 0:
             out.print(Text(f"… and {more:,} more; --json has all", style))
-
-
-KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a pack"}
-
-
-def _reasons(sources: list[Source]) -> list[str]:
-    """Return why samples were left out, source by source; over all of them, the commonest first, where that is too
-    much."""
-    lines, of_all, naming = [], Counter[str](), Counter[str]()
-    for source in sources:
-        for kind, what in KINDS.items():
-            for reason, number in source[kind].items():
-                lines.append(f"{source['name']}: {number:,} {what}, {reason}")
-                of_all[f"{what}, {reason}"] += number
-                naming[f"{what}, {reason}"] += 1
-    if len(lines) <= MAX_NOTES:
-        return lines
-    return [f"{number:,} {what} ({naming[what]:,} sources)" for what, number in of_all.most_common()]
 
 
 # -------------------------------------------------------------------------------------------------------- plots

@@ -111,12 +111,15 @@ def _how(setting: "Setting") -> Iterator[str]:
 
 
 def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
-    report, steps = estimated.report, recipe.training.max_steps
+    report = estimated.report
+    if report["epochs"]:
+        out.print("epochs: " + ", ".join(f"{name} {epochs:.3g}" for name, epochs in report["epochs"].items()))
     batches = f"{estimated.micro_batches} micro-batch{'es' * (estimated.micro_batches > 1)}"
-    work = f"{steps:,} steps x {batches} x {estimated.cost.flop / 1e12:,.1f} TFLOP"
+    steps = f"{report['steps']:,} steps" if report["steps"] else f"{recipe.training.epochs:g} epochs (not prepared yet)"
+    work = f"{steps} x {batches} x {estimated.cost.flop / 1e12:,.1f} TFLOP"
     peak, seconds = estimated.device.flop_per_second, report["seconds"]
     if peak is None or seconds is None:
-        out.print(f"{work}; no time without the GPU's speed")
+        out.print(f"{work}; no time without {'the number of steps' if peak else 'the speed of the GPU'}")
         return
     out.print(f"{work},\nat {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"

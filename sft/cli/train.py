@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
+NOTABLE_WAIT = 0.1
+"""The share of a step waited for data from which on the bar shows it; `data.num_workers` may lower it."""
 EXAMPLES = (
     "train my-data.yaml                # resumes an unfinished run",
     "train my-data.yaml --dry-run      # memory and time of a step",
@@ -96,7 +98,7 @@ def _show(recipe: Recipe, status: RunStatus, arguments: list[str], *, json: bool
     if not json:
         # A checkpoint can be selected by a benchmark, or by the loss on held-out data.
         selects = recipe.evaluation.benchmark or (Path(recipe.output_dir) / "before.json").is_file()
-        why = f" ({status.why})" if status.step < status.max_steps and status.why else ""
+        why = "" if status.why in ("", "training.max_steps", "training.epochs") else f" ({status.why})"
         out.print(
             f"{recipe.output_dir}: {status.status} at step {status.step}{why}. "
             f"Next: idefics-sft {'select' if selects else 'chat'} {recipe.output_dir}"
@@ -128,6 +130,7 @@ def train(
     if rank.of == 1:
         check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
+    from sft.batches.look_ahead import describe_data
     from sft.data.prepare import open_prepared, prepare
     from sft.data.statistics import not_read
     from sft.training import run as runs
@@ -140,13 +143,16 @@ def train(
             sources = prepare(recipe, on_progress)
     for store in (part.store for parts in sources.parts for part in parts):
         for line in not_read(store):
-            out.print(printable(f"{store.path.name}: {line}"), markup=False)
-    with progress("training", recipe.training.max_steps, out) as update:
+            out.print(printable(f"{store.path.name}: {line}"))
+    ahead = from_main(lambda: runs.plan_ahead(recipe, sources, found.checkpoint))
+    for data_line in describe_data(ahead):
+        out.print(data_line)
+    with progress("training", ahead["steps"], out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
-        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank)
+        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank, ahead)
 
 
 def note(line: dict[str, Any], width: int | None) -> str:
@@ -154,6 +160,8 @@ def note(line: dict[str, Any], width: int | None) -> str:
     parts = [f"{name} {own['loss']:.3f}" for name, own in line["sources"].items() if own["loss"] is not None]
     head = "loss not finite" if line["loss"] is None else f"loss {line['loss']:.3f}"
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+    if (waited := line.get("data_wait", 0.0)) >= NOTABLE_WAIT:
+        speed += f", {waited:.0%} waiting for data"
     for number in range(len(parts), 0, -1):
         sources = ", ".join(parts[:number]) + ", …" * (number < len(parts))
         text = f"{head} ({sources})  {speed}"

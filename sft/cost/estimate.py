@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sft.batches.look_ahead import look_ahead
 from sft.core.errors import UserError
 from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.family import Cost, ModelCost, Precision, Setting, read_model
+from sft.data.prepare import open_prepared
 from sft.data.store import MANIFEST, Store
 from sft.models import base_of, names_of_family
 from sft.recipe import ENGINES, EngineName, LoraSettings, Recipe, with_overrides
@@ -53,10 +55,11 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes
     micro_batches = math.ceil(recipe.packs_per_step / (recipe.training.micro_batch_packs * gpus))
+    ahead = _look_ahead(recipe)
+    steps = ahead["steps"] if ahead else recipe.training.max_steps
     seconds = None
-    if device.flop_per_second:
-        flop = needed.flop * micro_batches * recipe.training.max_steps
-        seconds = flop / (device.flop_per_second * utilisation)
+    if device.flop_per_second and steps:
+        seconds = needed.flop * micro_batches * steps / (device.flop_per_second * utilisation)
     money = None if price_per_hour is None or seconds is None else seconds / 3600 * gpus * price_per_hour
     report = {
         "fits": fits,
@@ -64,6 +67,8 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
         "trainable_parameters": model.trained_parameters(setting),
         "peak_bytes": needed.peak_bytes,
         "bytes": needed.bytes,
+        "steps": steps,
+        "epochs": {source["name"]: source["epochs"] for source in ahead["sources"]} if ahead else None,
         "seconds": seconds,
         "gpus": gpus,
         "cost": money,
@@ -73,6 +78,14 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
         "advice": [] if fits else list(_advice(recipe, model, device, gpus)),
     }
     return Estimate(setting, device, needed, micro_batches, report)
+
+
+def _look_ahead(recipe: Recipe) -> dict[str, Any] | None:
+    """Return what training will draw; None while the sources are not prepared."""
+    try:
+        return look_ahead(recipe, open_prepared(recipe)[0].sources)
+    except UserError:
+        return None
 
 
 def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Setting:

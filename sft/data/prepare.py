@@ -196,9 +196,9 @@ def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], PreparedDatase
     parts = [[part(source.name, dataset) for dataset in source.datasets] for source in recipe.data.mixture]
     validation = recipe.data.validation
     if validation is None or validation.path is None:
-        return Sources(parts, recipe.data)
+        return Sources(parts, recipe.limited_data)
     own = part(VALIDATION, DatasetConfig(dataset="messages", path=validation.path))
-    return Sources(parts, recipe.data, validation=own)
+    return Sources(parts, recipe.limited_data, validation=own)
 
 
 def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:

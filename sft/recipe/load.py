@@ -92,6 +92,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_ALTERNATIVES = {"training.epochs": "max_steps", "training.max_steps": "epochs"}
+"""Overrides that take the place of another key of the same part."""
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set `a.b.0.c=value` in nested mappings and lists."""
     key, equals, text = override.partition("=")
@@ -118,5 +122,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
+        if value is not None and (other := _ALTERNATIVES.get(key)):
+            place.pop(other, None)  # the recipe's
     else:
         raise UserError(f"override {override!r}: there is no {last!r} to set")

@@ -47,6 +47,8 @@ class StepMetrics:
     def reset(self) -> None:
         """Begin a step."""
         self.dirty_samples = 0
+        self.waited = 0.0
+        """Seconds in which this process waited for batches, or made them."""
         self.keys: list[tuple[str, ...]] = []
         """Keys of the samples of each micro-batch."""
         self._sums_S3 = torch.zeros(len(self.names) + 1, 3, dtype=torch.float64)

@@ -38,6 +38,7 @@ OUTPUTS = (
     "evaluations",
     "selection.json",
     "selection.svg",
+    "selections",
     "report.html",
     "tensorboard",
 )
@@ -83,16 +84,16 @@ def check_ours(run_dir: Path) -> None:
             raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
 
 
-def claim_folder(recipe: Recipe, run_dir: Path) -> None:
-    """Claim the folder for this run: delete what an earlier run wrote, so that no step of it is taken for one of this
-    run, and write the recipe.
+def claim_folder(recipe: Recipe, run_dir: Path, steps: int) -> None:
+    """Claim the folder for this run of so many steps: delete what an earlier run wrote, so that no step of it is taken
+    for one of this run, and write the recipe.
 
     Raises:
         UserError: see `check_ours`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     check_ours(run_dir)
-    RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
+    RunStatus(status="running", step=0, max_steps=steps).write(run_dir)
     delete_outputs(run_dir)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 

@@ -10,6 +10,7 @@ import pytest
 from helpers.planning import Toy
 from rich.console import Console
 
+from sft.batches.look_ahead import describe_data, look_ahead, planned
 from sft.batches.mixture_report import mix
 from sft.batches.pack_stream import Planner
 from sft.cli.mix import show
@@ -89,6 +90,39 @@ def test_errors_are_counted_anew_where_a_source_leaves_its_share_to_the_others()
     assert report["sources"][0]["ended_at_step"] == 24, "600 of 64 x 8 samples a window, half of them"
     assert report["warnings"][-1] == "few ends after max_epochs at step 24; the others take its share"
     assert report["ended_by"] is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "training", "steps", "warmup"),
+    [
+        (3, "epochs=3", 57, 2),  # 450 packs, 8 a step
+        (3, "max_steps=100", 57, 0),  # the source comes to its end before
+        (None, "max_steps=4", 4, 0),
+    ],
+)
+def test_a_training_and_its_schedule_end_at_the_true_last_step(epochs, training, steps, warmup):
+    recipe = recipe_of("training.warmup_steps=", "training.decay_steps=", f"training.{training}")
+    recipe = planned(recipe, report := look_ahead(recipe, [Toy(1, [64] * 150, max_epochs=epochs)]))
+    assert (report["steps"], recipe.training.steps, recipe.training.warmup_steps) == (steps, steps, warmup)
+
+
+def test_a_long_training_is_looked_ahead_by_its_first_packs():
+    report = look_ahead(recipe_of("training.max_steps=22000"), [Toy(1, [64] * 1000, name="mine")])
+    assert report["steps"] == 22000 and report["sources"][0]["epochs"] == pytest.approx(22000 * 8 / 1000, rel=0.01)
+
+
+def test_training_begins_with_what_it_is_trained_on():
+    """Ten samples of a pack each, eight packs a step: 16 epochs in 20 steps, 0.8 in each."""
+    recipe = recipe_of("training.max_steps=20", "training.decay_steps=", "training.warmup_steps=1")
+    report = look_ahead(recipe, [Toy(1, [64] * 10, name="mine")])
+    report["sources"][0] |= {"skipped": {"no answer": 2}, "held_out": {"validation": 3}}
+    assert list(describe_data(report)) == [
+        "mine: 10 samples, 3 held out, trained for 16 epochs",
+        "mine: 2 skipped, no answer",
+        "20 steps of 8 packs, 100.0% full of tokens",
+        "warning: mine is drawn for 16.0 epochs, 0.8 in each step; a smaller training.tokens_per_step and "
+        "training.epochs=3 are better",
+    ]
 
 
 def test_what_data_are_called_is_printed_as_it_is():

@@ -229,8 +229,8 @@ def planned(capsys, *arguments):
 def test_the_report_has_the_keys_of_the_contract_and_its_parts_add_up(capsys):
     report = planned(capsys, "quickstart", "--gpu", "t4-16")
     assert list(report) == (
-        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "seconds", "gpus", "cost",
-         "idle", "feature_cache", "checkpointing", "advice"]
+        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "steps", "epochs", "seconds", "gpus",
+         "cost", "idle", "feature_cache", "checkpointing", "advice"]
     )  # fmt: skip
     assert report["fits"] and report["advice"] == [] and report["cost"] is None
     assert sum(report["bytes"].values()) == report["peak_bytes"] < GIB

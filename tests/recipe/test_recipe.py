@@ -90,7 +90,7 @@ def refusal_of_first(tmp_path, text):
 
 def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
     assert refusal(tmp_path, text=TOY.replace("  max_steps: 10\n", "")) == (
-        "toy.yaml:14: training.max_steps: this key is required"
+        "toy.yaml:14: training: max_steps or epochs is required; epochs: 3 is usual"
     )
     assert refusal(tmp_path, text=TOY.replace("output_dir: run\n", "")) == "toy.yaml: output_dir: this key is required"
 
@@ -133,10 +133,16 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
             "data.mixture.0.datasets.0.datset: unknown key; did you mean 'dataset'?",
         ),
         ("model.lora=[3]", "model.lora: expected a mapping of keys, found a list"),
-        ("training.max_steps=", "training.max_steps: expected a whole number, found nothing"),
+        ("training.max_steps=", "training: max_steps or epochs is required; epochs: 3 is usual"),
+        ("training.tokens_per_step=", "training.tokens_per_step: expected a whole number, found nothing"),
         ("training.max_steps=true", "training.max_steps: expected a number, found true"),
         ("training.betas=[0.9, 0.9, 0.9]", "training.betas: expected fewer entries, found a list"),
         ("output_dir=2026-01-01", "output_dir: expected text, found 2026-01-01"),
+        ("training.num_train_epochs=3", "training.num_train_epochs: unknown key; here it is training.epochs"),
+        ("epochs=3", "epochs: unknown key; here it is training.epochs"),
+        ("micro_batch_size=4", "micro_batch_size: unknown key; here it is training.micro_batch_packs"),
+        ("training.lr=1.0e-4", "training.lr: unknown key; here it is training.learning_rate"),
+        ("training.epochs=0", "training.epochs: expected a number greater than 0, found 0"),
     ],
 )
 def test_a_wrong_value_is_one_message_without_words_of_python(tmp_path, override, expected):

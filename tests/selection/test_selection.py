@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,7 +31,7 @@ from sft.selection import session
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune, prune_weights, weights_to_prune
-from sft.selection.record import is_chosen_on_half, write_selection
+from sft.selection.record import current_selection, is_chosen_on_half, write_selection
 from sft.selection.rules import choose, choose_by_recorded_loss
 
 
@@ -197,6 +198,19 @@ def test_the_loss_that_training_wrote_down_is_the_mean_over_trained_tokens(tmp_p
     selection = choose_by_recorded_loss({2: 1.5, 4: 1.0})
     assert selection.selected == "checkpoint-4" and selection.scores[0].standard_error is None
     assert recorded_losses(tmp_path / "nowhere") == {}
+
+
+def test_a_choice_by_another_benchmark_is_kept_and_replaces_the_first_one_when_asked(tmp_path):
+    first = choose_by_recorded_loss({1: 2.5, 2: 1.5}, {"checkpoint-1", "checkpoint-2"})
+    other = replace(first, by="exact_match", benchmark="mine", selected="checkpoint-1")
+    assert write_selection(first, tmp_path) == "selection.svg"
+    assert write_selection(other, tmp_path) == "selections/mine.svg"
+    assert (current_selection(tmp_path) or {})["selected"] == "checkpoint-2"
+    again = replace(first, benchmark="held_out_loss", selected="checkpoint-1")
+    assert write_selection(again, tmp_path) == "selection.svg", "the same task chooses again"
+    assert write_selection(other, tmp_path, use=True) == "selection.svg"
+    assert (current_selection(tmp_path) or {})["benchmark"] == "mine"
+    assert sorted(file.stem for file in (tmp_path / "selections").iterdir()) == ["held_out_loss", "mine"]
 
 
 def test_one_image_cannot_be_halved(tmp_path):

@@ -326,7 +326,7 @@ def test_metrics_have_a_line_a_step(finished):
     for line in lines:
         assert line.keys() == {
             "step", "time", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second",
-            "peak_memory_bytes", "sources", "dirty_samples",
+            "data_wait", "peak_memory_bytes", "sources", "dirty_samples",
         }  # fmt: skip
         assert line["sources"].keys() == {"pictures", "talk"}
         assert sum(own["tokens"] for own in line["sources"].values()) == line["tokens"] <= 256
