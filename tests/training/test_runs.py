@@ -285,4 +285,4 @@ def test_after_training_select_is_named_where_something_can_choose_else_chat(rec
 
 def test_an_image_named_on_the_command_line_must_be_one(trained, refusal):
     refused = refusal("chat", trained, "--image", trained)
-    assert f"{trained}: image does not decode; expected a JPEG, PNG, WEBP, GIF or BMP image" in refused
+    assert f"{trained}: image does not decode; expected a JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC image" in refused
