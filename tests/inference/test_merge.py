@@ -238,3 +238,11 @@ def test_the_command_line(checkpoint, tmp_path, capsys, refusal):
     assert made["output"] == str(output)
     assert made["check"]["base + adapters"]["same_choice"] > 0.9
     assert "is there already; choose another --output" in refusal("merge", checkpoint, "--output", output)
+    ends = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
+    (output / "generation_config.json").unlink()
+    assert status_of("merge", checkpoint, "--output", output, "--overwrite") == 0
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == ends == [2, 402]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").touch()
+    for kept in (tmp_path / "photos", checkpoint, checkpoint.parent):
+        assert "is there already" in refusal("merge", checkpoint, "--output", kept, "--overwrite")

@@ -30,8 +30,9 @@ def load_model(
 
     The groups in `trained` (None: all) have float32 weights, since updates of 1e-5 are lost in bfloat16 parameters.
     Matrices of the others are stored in `frozen_dtype`, or in 4 bits where `quantised` and of a group in `QUANTISED`:
-    nf4 with double quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, head, norms,
-    biases and gates are always float32. Quantised weights stay on the `device` they are loaded to.
+    nf4 with double quantisation (Dettmers et al. 2023, QLoRA) of the weights as they are in the folder, computed in
+    `frozen_dtype`. Embeddings, head, norms, biases and gates are always float32. Quantised weights stay on the `device`
+    they are loaded to.
 
     Raises:
         UserError: the folder is not an IDEFICS model, or weights are missing, damaged or of another shape.
@@ -42,17 +43,23 @@ def load_model(
     in_4_bits = [group for group in QUANTISED if quantised and group not in trained]
     if trained >= GROUPS.keys():
         frozen_dtype = torch.float32  # nothing is frozen
+    loaded_dtype = torch.float32 if in_4_bits else frozen_dtype  # nothing is rounded before it is quantised
     model: PackedIdefics = PackedIdefics.from_pretrained(
         folder,
-        dtype=frozen_dtype,
+        dtype=loaded_dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
         **_quantisation(in_4_bits, frozen_dtype, device) if in_4_bits else {},
     )
-    if frozen_dtype != torch.float32:
-        _reload_exactly(model, folder, kept_exact(model, trained))
+    exact = {*kept_exact(model, trained)}
+    if loaded_dtype != torch.float32:
+        _reload_exactly(model, folder, exact)
+    for name, parameter in model.named_parameters():
+        if name not in exact and parameter.is_floating_point():
+            parameter.data = parameter.data.to(frozen_dtype)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
+            module.weight.quant_state.dtype = frozen_dtype  # type: ignore[union-attr]  # what it is dequantised to
             # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
             # next one with gradients fails (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
