@@ -58,7 +58,7 @@ def run(
                 "path": str(found.path),
                 "records": found.records,
                 "samples": len(found.samples),
-                "images": found.num_images,
+                "options": dict(found.options),
                 "skipped": dict(found.skipped),
                 "epochs": sizes.epochs,
                 "steps": sizes.steps,

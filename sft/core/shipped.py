@@ -65,7 +65,7 @@ def recipe_path(name: str) -> Path:
         UserError: neither a file nor a shipped recipe; a folder or a file of data, which is no recipe.
     """
     path = Path(name)
-    for_data = "`idefics-sft recipes copy my-data` writes a recipe; set `path` in it to these data"
+    for_data = f"`idefics-sft new {name}` writes a recipe for data"
     if path.suffix.lower() in DATA_SUFFIXES and path.is_file():
         raise UserError(f"{name}: this is data, not a recipe; {for_data}")
     if path.is_dir() and name not in ("", *shipped_recipes()):
@@ -76,7 +76,7 @@ def recipe_path(name: str) -> Path:
             )
         raise UserError(
             f"{name}: a folder without recipe.yaml, so no run; "
-            f"give the folder that `idefics-sft train` wrote, or a recipe. For a folder of data, {for_data}"
+            f"give the folder that `idefics-sft train` wrote, or a recipe; {for_data}"
         )
     return path if path.is_file() else shipped_recipe(name)
 

@@ -22,7 +22,20 @@ from sft.runs.checkpoint import checkpoint_name, write_folder
 from sft.runs.names import find_model, find_recipe, recipe_of_model, run_checkpoints
 
 COMMANDS = (
-    *("quickstart", "validate", "prepare", "mix", "inspect", "plan", "train", "evaluate", "select", "merge", "chat"),
+    *(
+        "quickstart",
+        "new",
+        "validate",
+        "prepare",
+        "mix",
+        "inspect",
+        "plan",
+        "train",
+        "evaluate",
+        "select",
+        "merge",
+        "chat",
+    ),
     *("report", "stats", "export", "leaks", "doctor", "recipes", "tasks", "schema"),
 )
 
@@ -89,7 +102,7 @@ def test_data_are_no_recipe_and_what_makes_one_is_named(recipe, refusal):
     Path("train.jsonl").write_text("{}\n")
     Path("photos").mkdir()
     for data in ("train.jsonl", "photos"):
-        assert "`idefics-sft recipes copy my-data` writes a recipe" in refusal("train", data)
+        assert f"`idefics-sft new {data}` writes a recipe" in refusal("train", data)
 
 
 def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):
