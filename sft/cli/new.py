@@ -14,7 +14,7 @@ from sft.core.errors import UserError
 EXAMPLES = (
     "new photos                           # photos.yaml",
     "new my_data/train.jsonl mine.yaml --mode lora",
-    "new my_data --model shipped:tiny_base --mode full    # to try the data out on a CPU",
+    "new my_data --model shipped:tiny_base --mode full  # for a CPU",
 )
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 
