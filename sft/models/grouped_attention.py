@@ -279,7 +279,7 @@ def _flash(
     *,
     is_causal: bool,
 ) -> Tensor:
-    """Attend all groups in one call. It has run on no GPU yet; its arguments are tested against a reference on CPU."""
+    """Attend all groups in one call (measured on an H200 by `scripts/check_gpu attention`)."""
     from torch.nn.attention import varlen
 
     output = varlen.varlen_attn(
