@@ -39,7 +39,6 @@ from sft.data.formats import (
 )
 from sft.data.formats import parquet as parquet_reader
 from sft.data.formats import tar as tar_reader
-from sft.data.formats.parquet_footer import BYTE_ARRAY, column_sizes
 from sft.data.formats.rows import TOO_DEEP, TOO_LONG
 
 MEGABYTE = 1024 * 1024
@@ -485,34 +484,11 @@ def test_few_large_rows_are_unpacked_at_a_time(parquet, monkeypatch, use_diction
     assert pool.max_memory() < 20_000_000
 
 
-def test_the_size_of_a_dictionary_is_read_from_its_page(parquet):
-    for size in (1, 60, 5000, 3_000_000):
-        path = parquet({"a": [b"x" * size]})
-        ((column,),) = column_sizes(path)
-        assert parquet_reader._dictionary_bytes(path, column) == size + 4, "and its length"
-
-
-def test_the_sizes_of_columns_are_those_that_pyarrow_reads(parquet):
-    path = parquet({"a": list(range(99)), "b": [{"c": "x", "d": [b"y" * 500]}] * 99}, row_group_size=40)
-    groups = pq.ParquetFile(path).metadata
-    for group, sizes in enumerate(column_sizes(path)):
-        for number, found in enumerate(sizes):
-            column = groups.row_group(group).column(number)
-            assert found.name == column.path_in_schema
-            assert (found.kind == BYTE_ARRAY) == (column.physical_type == "BYTE_ARRAY")
-            assert found.num_values == column.num_values
-            assert found.unpacked == column.total_uncompressed_size and found.packed == column.total_compressed_size
-            assert found.dictionary_at == (column.dictionary_page_offset or 0)
-        assert len(sizes) == groups.num_columns
-    assert group + 1 == groups.num_row_groups == 3
-
-
-def test_a_column_that_unpacks_to_a_thousand_times_its_size_is_refused(parquet, monkeypatch):
+def test_a_row_group_that_unpacks_to_a_thousand_times_its_file_is_refused(parquet, monkeypatch):
     monkeypatch.setattr(parquet_reader, "MAX_UNPACKED_BYTES", 1_000_000)
     monkeypatch.setattr(parquet_reader, "MAX_UNPACKED_TIMES", 100)
     path = parquet({"a": [1], "b": [bytes(1_100_000)]}, compression="zstd")
-    assert "x.parquet: column b unpacks" in refusal_of(read_parquet(path))
-    assert outcomes(read_parquet(path, columns=["a"])) == [{"a": 1}]
+    assert "x.parquet: a row group unpacks" in refusal_of(read_parquet(path))
     assert len(outcomes(read_parquet(parquet({"b": [np.random.default_rng(0).bytes(1_100_000)]})))) == 1
 
 
