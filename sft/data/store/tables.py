@@ -21,11 +21,8 @@ from numpy.typing import NDArray
 from sft.core.sample import ImageRef, Message, Sample
 
 _CONTENT = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.int64())])
-_MESSAGE_4 = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT))])
-_MESSAGE = pa.struct([*_MESSAGE_4, ("is_trained", pa.bool_())])
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT)), ("is_trained", pa.bool_())])
 SAMPLES = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE))])
-SAMPLES_4 = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE_4))])
-"""Of version 4 of the store, in which every turn is trained."""
 IMAGES = pa.schema(
     [
         ("sha256", pa.string()),
@@ -183,7 +180,7 @@ def to_messages(record: Sequence[dict[str, Any]], images: dict[int, ImageRef]) -
             content=tuple(
                 item["text"] if item["type"] == "text" else images[item["image"]] for item in message["content"]
             ),
-            is_trained=message.get("is_trained", True),
+            is_trained=message["is_trained"],
         )
         for message in record
     )
