@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sft.core.files import staged
 from sft.core.images import open_checked, verified
 from sft.core.sample import Decoding, ImageRef, Sample, SkipSample
+from sft.data.datasets import Adapter
 from sft.data.formats import Row
 from sft.data.store.image_files import IMAGE_FILES, ImageReader
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, to_record
@@ -27,18 +28,6 @@ Images = Literal["embed", "reference"]
 Verify = Literal["decode", "header"]
 Noted = dict[str, list[int]]
 """What is told of some images, and their rows in images.arrow."""
-
-
-class ToSample(Protocol):
-    """What makes a sample of a record."""
-
-    name: str
-
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
-        """Yield the keys of a record that mean nothing to `to_sample`, and what they hold."""
-
-    def to_sample(self, row: Row) -> Sample:
-        """Return the sample of a record, or raise SkipSample."""
 
 
 @dataclass
@@ -97,7 +86,7 @@ class Counts:
 class PieceTask:
     """A piece that a process is to write."""
 
-    adapter: ToSample
+    adapter: Adapter
     rows: list[Row | SkipSample]
     first: int
     """Number of the first record in its file, for the keys of records that never became samples."""

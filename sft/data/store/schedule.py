@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sft.core.files import discard
 from sft.core.parallel import ordered_map
-from sft.core.sample import AS_SHOWN, Decoding, ImageRef, Sample, SkipSample
+from sft.core.sample import AS_SHOWN, Decoding, ImageRef, SkipSample
+from sft.data.datasets import Adapter
 from sft.data.formats import MAX_RECORD_BYTES, Row
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
 from sft.data.store.pieces import Counts, Images, PieceTask, Verify, read_piece, write_piece
@@ -38,35 +39,6 @@ FAILED = "failed.json"
 
 OnRecords = Callable[[int, float], None]
 """Called with the records done so far, and the share of all raw bytes."""
-
-
-class RawDataset(Protocol):
-    """What a store is made from; `sft.data.datasets.Adapter` is one."""
-
-    name: str
-
-    @property
-    def version(self) -> int:
-        """Raised when the same records become other samples."""
-
-    @property
-    def licence(self) -> str:
-        """Of the data."""
-
-    def files(self) -> list[Path]:
-        """Return the raw files, in a fixed order."""
-
-    def all_files(self) -> list[Path]:
-        """Return the raw files and whatever else the rows are read from."""
-
-    def rows(self, file: Path) -> Iterable[Row | SkipSample]:
-        """Return the raw records of a file."""
-
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
-        """Yield the keys of a record that are not read, and what they hold."""
-
-    def to_sample(self, row: Row) -> Sample:
-        """Return one record as a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +92,7 @@ def piece_folders(pieces: Path) -> list[Path]:
 
 
 def write_pieces(
-    raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: OnRecords
+    raw: Adapter, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: OnRecords
 ) -> Counts | None:
     """Write the missing pieces; return the counts so far if that was given up because most records are bad."""
     finished = _finished_pieces(pieces)
@@ -142,7 +114,7 @@ def _write(task: PieceTask) -> tuple[Counts, float]:
 
 
 def _missing_pieces(
-    raw: RawDataset,
+    raw: Adapter,
     files: Sequence[Path],
     pieces: Path,
     finished: dict[int, dict[int, tuple[Counts, bool]]],
