@@ -91,9 +91,9 @@ def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
         UserError: missing, a record over the limit, or it stops being JSON somewhere.
     """
     number = 0
-    with _opened(path, "a JSON list") as text, text.errors(lambda: f"record {number}"):
+    with _opened(path, "a JSON list", lambda: f"record {number}") as text:
         for number, row in enumerate(text.elements(), start=1):
-            yield _record(row, f"{path.name}:{number}", text.share_read)
+            yield _record(row, f"{path.name}:{number}", text.content.share_read)
         text.check_end()
     if not number:
         raise UserError(f"{path}: no JSON list of records")
@@ -106,11 +106,11 @@ def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
         UserError: as `read_json_list`; or records stand in two places.
     """
     number = 0
-    with _opened(path, "a JSON object") as text, text.errors(lambda: f"record {number}"):
+    with _opened(path, "a JSON object", lambda: f"record {number}") as text:
         while text.peek() == "{":
             for row in text.records():
                 number += 1
-                yield _record(row, f"{path.name}:{number}", text.share_read)
+                yield _record(row, f"{path.name}:{number}", text.content.share_read)
         text.check_end()
 
 
@@ -128,10 +128,10 @@ def read_json_items(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         UserError: missing, a value over the limit, or it stops being JSON somewhere.
     """
     key = None
-    with _opened(path, "a JSON object") as text, text.errors(lambda: f"key {one_line(key)!r}" if key else "no key"):
+    with _opened(path, "a JSON object", lambda: f"key {one_line(key)!r}" if key else "no key") as text:
         for key, value in text.items_below(name):
             if isinstance(value, dict):
-                placed(value, f"{path.name}:{printable(key)}", text.share_read)
+                placed(value, f"{path.name}:{printable(key)}", text.content.share_read)
             yield key, value
         text.check_end()
     if key is None:
@@ -139,9 +139,13 @@ def read_json_items(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _opened(path: Path, what: str) -> Iterator[_JsonText]:
+def _opened(path: Path, what: str, last: Callable[[], str]) -> Iterator[_JsonText]:
+    """Open a JSON text, and tell after what it stops being JSON."""
     with opened(path, what) as content:
-        yield _JsonText(content, path)
+        try:
+            yield _JsonText(content, path)
+        except ValueError as error:
+            raise UserError(f"{path}: not readable as JSON after {last()}: {one_line(error)}") from error
 
 
 class _JsonText:
@@ -154,18 +158,6 @@ class _JsonText:
         self.text, self.at = "", 0
         self.line = self.column = 0  # of the beginning of `text`
         self.num_read = 0  # bytes, unpacked
-
-    @property
-    def share_read(self) -> float:
-        return self.content.share_read
-
-    @contextmanager
-    def errors(self, last: Callable[[], str]) -> Iterator[None]:
-        """Tell after what the text stops being JSON."""
-        try:
-            yield
-        except ValueError as error:
-            raise UserError(f"{self.path}: not readable as JSON after {last()}: {one_line(error)}") from error
 
     def check_end(self) -> None:
         """Raise ValueError unless nothing stands here."""

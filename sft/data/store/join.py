@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.files import link_or_copy
-from sft.data.store.image_files import IMAGE_FILES, join_image_files
+from sft.data.store.image_files import IMAGE_FILES
 from sft.data.store.image_keys import image_key, write_image_keys
 from sft.data.store.pieces import read_noted, read_piece
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
@@ -41,9 +41,9 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
         _join_samples(piece / "samples.arrow", row_of[start:stop], target / "samples" / name)
         for note, rows in read_noted(piece).items():
             noted[note] += int(is_kept[start:stop][rows].sum())
-        with (target / "skips.jsonl").open("ab") as joined, (piece / "skips.jsonl").open("rb") as own:
-            shutil.copyfileobj(own, joined)
-    join_image_files([piece / IMAGE_FILES for piece in pieces], target / IMAGE_FILES)
+        for lines in ("skips.jsonl", IMAGE_FILES):
+            with (target / lines).open("ab") as joined, (piece / lines).open("rb") as own:
+                shutil.copyfileobj(own, joined)
     finish_table(target / "samples", SAMPLES)
     finish_table(target / "images", IMAGES)
     return int(is_kept.sum()), noted

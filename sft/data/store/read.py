@@ -97,11 +97,6 @@ class Store:
         """Distinct images."""
         return len(self._images)
 
-    @property
-    def image_hashes(self) -> list[str]:
-        """sha256 of each image, in row order."""
-        return list(self._images.column("sha256"))
-
     @cached_property
     def image_keys(self) -> NDArray[np.int64]:
         """The key of each image, in row order; equal images have equal keys in every store."""

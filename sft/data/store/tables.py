@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -132,10 +131,6 @@ class Table:
         batch = bisect_right(self._starts, row) - 1
         return self.batches[batch].column(column)[row - self._starts[batch]].as_py()
 
-    @cached_property
-    def _column_of(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.batches[0].schema.names)} if self.batches else {}
-
     def rows(self, start: int, stop: int) -> Iterator[tuple[Any, ...]]:
         """Yield the values of rows `start` to `stop`, some at a time."""
         for first, batch in zip(self._starts, self.batches, strict=False):
@@ -147,7 +142,7 @@ class Table:
     def column(self, name: str) -> Iterator[Any]:
         """Yield all values of a column."""
         for batch in self.batches:
-            yield from batch.column(self._column_of[name]).to_pylist()
+            yield from batch.column(name).to_pylist()
 
 
 # ------------------------------------------------------------------------------------------ samples as records

@@ -18,17 +18,9 @@ from sft.data.datasets import Adapter
 from sft.data.formats import record_limit
 from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
-from sft.data.store.pieces import Counts, Verify, read_piece
+from sft.data.store.pieces import Counts, Settings, Verify, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
-from sft.data.store.schedule import (
-    FAILED,
-    OnRecords,
-    Settings,
-    open_pieces,
-    piece_folders,
-    pieces_folder,
-    write_pieces,
-)
+from sft.data.store.schedule import FAILED, OnRecords, open_pieces, piece_folders, pieces_folder, write_pieces
 
 
 def prepare_store(
