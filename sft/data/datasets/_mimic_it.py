@@ -25,7 +25,7 @@ from typing import Any
 
 from sft.core.errors import UserError
 from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
-from sft.core.sample import ImageRef, Message, SkipSample
+from sft.core.sample import ImageRef, Message, SkipSample, question_and_answer
 from sft.data.formats import (
     FileRange,
     Row,
@@ -70,10 +70,10 @@ def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
         SkipSample: no text where there should be one.
     """
     question, answer = _question_and_answer(row)
-    messages = [Message(role="user", content=(*images, question)), Message(role="assistant", content=(answer,))]
+    messages = question_and_answer((*images, question), answer)
     for question, answer in map(_question_and_answer, row.get("__further__", ())):
-        messages += [Message(role="user", content=(question,)), Message(role="assistant", content=(answer,))]
-    return tuple(messages)
+        messages += question_and_answer((question,), answer)
+    return messages
 
 
 def two_images(row: Row) -> tuple[ImageRef, ...]:

@@ -1,4 +1,4 @@
-"""Parquet files, a few rows at a time."""
+"""Parquet files, a few rows at a time, and Arrow files and streams, as `datasets` caches and saves them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
     Raises:
         UserError: missing, cut off, or not parquet.
     """
-    return rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
+    return _rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
 
 
 def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
@@ -42,7 +42,28 @@ def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[An
             yield batch, num_rows / file.metadata.num_rows
 
 
-def rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
+def read_arrow(path: Path) -> Iterator[Row | SkipSample]:
+    """Yield the rows of an Arrow file or stream, mapped into memory; the limit on records is that of `read_parquet`.
+
+    Raises:
+        UserError: missing, cut off, or not Arrow.
+    """
+    return _rows_of(require_file(path, "an Arrow file"), "Arrow", _arrow_batches(path))
+
+
+def _arrow_batches(path: Path) -> Iterator[tuple[Any, float]]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            batch.validate(full=True)  # else its offsets and texts are taken as they are
+            yield batch, file.tell() / file.size()
+
+
+def _rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
     """Yield the rows of Arrow batches, which come with how much of the file was read.
 
     Raises:

@@ -169,7 +169,7 @@ class Store:
         A file is read again only where its time of change says that it may be another; what was deleted since is no
         change, since the store has what it needs of it.
         """
-        known = {location(entry["path"]): entry for entry in self.manifest["files"]}
+        known = {Path(entry["path"]): entry for entry in self.manifest["files"]}
         changed = [file for file in files if _is_other(file, known.get(location(file)))]
         changed += known.keys() - set(map(location, files))
         try:

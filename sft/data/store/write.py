@@ -174,7 +174,7 @@ def _check_adapter(store: Store, raw: Adapter) -> None:
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
     """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest | {"asked": _located(store.manifest["asked"])}
+    manifest = store.manifest
     return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
 
