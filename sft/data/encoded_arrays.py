@@ -170,7 +170,6 @@ def encode_samples(
 
 def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> None:
     ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
-    num_rows = 0
     has_untrainable = is_weighted = False
     changes: Counter[str] = Counter()
     id_type = _id_type(template)
@@ -187,12 +186,9 @@ def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> 
                 files[name].write((array + shift).tobytes())
             for name in _OFFSETS_OF:
                 ends[name] += len(block[name])
-            num_rows += len(block["num_trained"])
             has_untrainable |= bool(block["num_untrainable"].any())
             is_weighted |= bool((block["image_weights"] != 1).any())
         index = {
-            "version": VERSION,
-            "rows": num_rows,
             "tokens": ends["input_ids"],
             "has_untrainable": has_untrainable,
             "is_weighted": is_weighted,

@@ -41,7 +41,6 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
-        self.num_rows = 0
         self._file = path.open("wb")
         self._stream = pa.ipc.new_stream(self._file, schema)
         self._rows: list[dict[str, Any]] = []
@@ -51,7 +50,6 @@ class TableWriter:
         """Add a row; `num_bytes` is about its size, so that batches stay small."""
         self._rows.append(row)
         self._num_bytes += num_bytes
-        self.num_rows += 1
         if self._num_bytes >= _BATCH_BYTES or len(self._rows) >= _BATCH_ROWS:
             self._flush()
 
@@ -59,7 +57,6 @@ class TableWriter:
         """Add a batch as it is."""
         if batch.num_rows:
             self._stream.write_batch(batch)
-            self.num_rows += batch.num_rows
 
     def _flush(self) -> None:
         if self._rows:
