@@ -15,7 +15,7 @@ IMAGES_A_ROW = 4
 BATCH_BYTES = 64 * 1024 * 1024
 BATCH_ROWS = 8
 """So much of a parquet file is unpacked at a time, about. Equal values may be written once, so that each row can be as
-large as the largest: the few rows bound these too, and one at a time would take 30 us more a row."""
+large as the largest: the few rows bound these too, and one row at a time would take 30 us more for each."""
 MAX_UNPACKED_BYTES = 256 * 1024 * 1024
 MAX_UNPACKED_TIMES = 1000
 """A row group of more bytes than that many times its whole file is a bomb: a page of it is unpacked as a whole."""

@@ -1,6 +1,6 @@
 """Finished pieces -> the two tables of a store, each distinct image once.
 
-What stays in memory is about 60 bytes an image.
+What stays in memory is about 65 bytes an image.
 Image bytes are not written again: the file of a piece becomes a file of the table under a second name, unless some of
 its images already stand in an earlier piece.
 """
