@@ -199,7 +199,7 @@ def show(stores: Sequence[Store], out: Console) -> None:
 
 def _image_lines(store: Store) -> Iterator[str]:
     """Yield what is told of the images of a store."""
-    noted = store.manifest.get("image_notes", {})
+    noted = store.manifest["image_notes"]
     applied = "applied" if store.decoding.orientation == "apply" else "not applied (data.images.orientation: ignore)"
     if number := noted.get("orientation"):
         yield f"{number:,} image{' has' if number == 1 else 's have'} an EXIF orientation, {applied}"
@@ -226,7 +226,7 @@ def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
         "filtered": manifest["filtered"],
         "skipped": manifest["skipped"],
         "orientation": store.decoding.orientation,
-        "image_notes": manifest.get("image_notes", {}),
-        "not_read": manifest.get("not_read", {}),
+        "image_notes": manifest["image_notes"],
+        "not_read": manifest["not_read"],
         "fitted": fitted,
     }

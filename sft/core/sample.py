@@ -13,7 +13,7 @@ Shape letters, here and wherever tensors are named:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,11 @@ class Message:
     content: tuple[str | ImageRef, ...]
     is_trained: bool = True
     """False for a turn that the data mark as not to be learned: nothing of its text has a label."""
+
+
+def question_and_answer(question: Sequence[str | ImageRef], answer: str) -> tuple[Message, ...]:
+    """Return the two messages of a question, with its images, and its answer."""
+    return Message(role="user", content=tuple(question)), Message(role="assistant", content=(answer,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

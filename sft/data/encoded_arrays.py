@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.core.files import discard, mapped, read_ahead, staged, whole_file
 from sft.core.parallel import ordered_map
-from sft.core.sample import EncodedSample, Sample, TrainOn
+from sft.core.sample import EncodedSample, TrainOn
+from sft.data.store import Store
 from sft.data.truncate import Limits, Truncation
 from sft.models.chat_template import ChatTemplate
 
@@ -135,18 +136,8 @@ class EncodedSamples:
         return places, np.asarray(numbers)
 
 
-class StoredSamples(Protocol):
-    """What is encoded: samples by row, each with the rows of its images. `sft.data.store.Store` is one."""
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    def stored_samples(self, start: int, stop: int) -> Iterable[tuple[Sample, tuple[int, ...]]]:
-        """Yield the samples from `start` on, before `stop`, each with the rows of its images."""
-
-
 def encode_samples(
-    samples: StoredSamples,
+    samples: Store,
     template: ChatTemplate,
     path: Path,
     *,
@@ -179,7 +170,6 @@ def encode_samples(
 
 def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> None:
     ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
-    num_rows = 0
     has_untrainable = is_weighted = False
     changes: Counter[str] = Counter()
     id_type = _id_type(template)
@@ -196,12 +186,9 @@ def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> 
                 files[name].write((array + shift).tobytes())
             for name in _OFFSETS_OF:
                 ends[name] += len(block[name])
-            num_rows += len(block["num_trained"])
             has_untrainable |= bool(block["num_untrainable"].any())
             is_weighted |= bool((block["image_weights"] != 1).any())
         index = {
-            "version": VERSION,
-            "rows": num_rows,
             "tokens": ends["input_ids"],
             "has_untrainable": has_untrainable,
             "is_weighted": is_weighted,
@@ -213,7 +200,7 @@ def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> 
 
 @dataclass(frozen=True)
 class _Block:
-    samples: StoredSamples
+    samples: Store
     start: int
     stop: int
     template: ChatTemplate

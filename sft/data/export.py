@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,18 +25,10 @@ import pyarrow.parquet as pq
 from sft.core.errors import RunError, UserError
 from sft.core.images import read_bytes
 from sft.core.sample import ImageRef, Sample, SkipSample
+from sft.data.store import Store
 
 ROW_GROUP_BYTES = 32 * 1024 * 1024
 """What is held in memory here, and by readers, which take a row group at a time."""
-
-
-class Samples(Protocol):
-    """What can be exported; `sft.data.store.Store` is one."""
-
-    def __len__(self) -> int: ...
-
-    def sample(self, row: int) -> Sample:
-        """Return a sample with its images."""
 
 
 class Exported(NamedTuple):
@@ -49,7 +41,7 @@ class Exported(NamedTuple):
 
 
 def export_messages(
-    samples: Samples, path: Path, *, on_progress: Callable[[int], None] = lambda samples: None
+    samples: Store, path: Path, *, on_progress: Callable[[int], None] = lambda samples: None
 ) -> Exported:
     """Write `path`, or `path/train.parquet` where it does not end in .parquet; whole or not at all.
 
@@ -98,7 +90,7 @@ def _schema() -> pa.Schema:
     return features.arrow_schema
 
 
-def _row_groups(samples: Samples) -> Iterator[list[dict[str, Any]]]:
+def _row_groups(samples: Store) -> Iterator[list[dict[str, Any]]]:
     """Yield rows in runs of about ROW_GROUP_BYTES."""
     rows: list[dict[str, Any]] = []
     size = 0

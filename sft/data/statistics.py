@@ -47,7 +47,7 @@ def store_stats(store: Store) -> dict[str, Any]:
 
 def not_read(store: Store) -> list[str]:
     """Return in words which keys of a store's records were not read, and before them which seem to hold images."""
-    counts, records = Counter(store.manifest.get("not_read", {})), f" of {store.manifest['records']:,}"
+    counts, records = Counter(store.manifest["not_read"]), f" of {store.manifest['records']:,}"
     lines = []
     for key in counts:
         value, name = store.manifest["examples"][f"not read: {key}"], key.rpartition(": ")[2]

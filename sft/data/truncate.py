@@ -9,6 +9,7 @@ image; only its first piece has the `<s>`, only its last the `</s>`.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -67,14 +68,14 @@ class Truncation:
     def __init__(self, template: ChatTemplate, limits: Limits | None) -> None:
         """Without limits everything fits."""
         self.template = template
-        self.limits = limits
+        self.limits = limits or Limits(sys.maxsize, sys.maxsize)
         self.changes: Counter[str] = Counter()
         """How many, by what was done."""
 
     def pieces(self, sample: Sample, image_rows: Sequence[int]) -> list[Piece]:
         """Return the pieces that a sample becomes. `image_rows` tell its images apart, in reading order."""
         whole = Piece(self.template.encode(sample), tuple(image_rows))
-        pieces = [whole] if self.limits is None or self._fits(whole) else self._fitting(sample, image_rows, whole)
+        pieces = [whole] if self._fits(whole) else self._fitting(sample, image_rows, whole)
         trained = [p for p in pieces if p.encoded.trained_spans or not p.encoded.withheld_spans]
         if len(trained) < len(pieces):
             self.changes[NOTHING_TRAINED] += len(pieces) - len(trained)
@@ -82,7 +83,6 @@ class Truncation:
 
     def _fitting(self, sample: Sample, image_rows: Sequence[int], whole: Piece) -> list[Piece]:
         """Return the pieces of a sample that does not fit."""
-        assert self.limits is not None
         sample = _with_own_images(sample)
         rows = {id(image): row for image, row in zip(sample.images, image_rows, strict=True)}
 
@@ -104,16 +104,13 @@ class Truncation:
 
     def _count(self, what: str, piece: Piece) -> None:
         """Count what was done, and for want of what: tokens, if these alone would not have fitted."""
-        assert self.limits is not None
         is_too_long = len(piece.encoded.input_ids) > self.limits.tokens
         self.changes[f"{what}: {TOO_LONG if is_too_long else TOO_MANY_IMAGES}"] += 1
 
     def _fits(self, piece: Piece) -> bool:
-        assert self.limits is not None
         return len(piece.encoded.input_ids) <= self.limits.tokens and piece.image_weight <= self.limits.image_weight
 
     def _first_turns(self, sample: Sample, encode: _Encode, whole: Piece) -> list[Piece]:
-        assert self.limits is not None
         turns = _turns(sample.messages)
         # An answer's trained span ends where a conversation that ends with it has its `</s>`: a guess from above.
         answers = (*whole.encoded.trained_spans, *whole.encoded.withheld_spans)
@@ -146,8 +143,6 @@ class Truncation:
         return pieces
 
     def _split_document(self, content: Items, encode: _Encode, whole: Piece) -> list[Piece]:
-        assert self.limits is not None
-        limits = self.limits
         borders = _paragraph_borders(content)
         end = len(borders) - 1
 
@@ -160,8 +155,8 @@ class Truncation:
                 self._count(PARAGRAPH_DROPPED, piece)
             else:
                 parts = [_slice(content, start, stop) for start, stop in pairwise(borders[first : last + 1])]
-                too_long = len(piece.encoded.input_ids) / limits.tokens
-                too_many_images = piece.image_weight / limits.image_weight
+                too_long = len(piece.encoded.input_ids) / self.limits.tokens
+                too_many_images = piece.image_weight / self.limits.image_weight
                 weigh = _num_characters if too_long > too_many_images else _num_images
                 number = max(ceil(max(too_long, too_many_images)), 2)
                 for start, stop in pairwise(_even([1e-3 + weigh(part) for part in parts], number)):

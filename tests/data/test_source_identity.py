@@ -37,12 +37,6 @@ def test_a_finished_store_is_opened_by_any_spelling(here):
     spellings = [spelling.format(here=here) for spelling in SPELLINGS]
     made = {(make(path), os.stat("store/manifest.json").st_ino)[1] for path in spellings}
     assert len(made) == 1
-    manifest = json.loads(Path("store/manifest.json").read_text())
-    Path("store/manifest.json").write_text(
-        json.dumps(manifest | {"asked": {"dataset": "messages", "path": "./data/x.jsonl"}})
-    )
-    inode = os.stat("store/manifest.json").st_ino
-    assert make("data/x.jsonl") and os.stat("store/manifest.json").st_ino == inode, "of an earlier version"
     (here / "y.jsonl").write_text(json.dumps(TALK))
     assert len(make("y.jsonl")) == 1
 

@@ -22,7 +22,6 @@ from sft.core.parallel import ordered_map
 from sft.core.sample import Decoding, ImageRef, Message, Sample, SkipSample
 from sft.data.datasets import Adapter
 from sft.data.store import Store, is_store_folder, schedule
-from sft.data.store.tables import SAMPLES_4, TableWriter, batches_of
 
 
 def header_of(width: int, height: int) -> bytes:
@@ -69,7 +68,7 @@ def test_each_distinct_image_is_kept_once(tmp_path):
     assert store.num_images == 2
     assert [rows for _, rows in store.stored_samples()] == [(0,), (1, 0, 1), (0,)]
     assert store.image_bytes(0) == RED
-    assert len(set(store.image_hashes)) == 2
+    assert len(set(store.image_keys.tolist())) == 2
 
 
 def test_text_alone_is_a_store_too(tmp_path):
@@ -269,7 +268,7 @@ def cut(file: Path) -> None:
         (lambda store: cut(store / "manifest.json"), r"manifest.json is not readable as JSON"),
         (lambda store: os.truncate(store / "manifest.json", 0), r"manifest.json is not readable as JSON"),
         (lambda store: (store / "manifest.json").write_text("{}"), r"manifest.json does not say 'version'"),
-        (lambda store: (store / "manifest.json").write_text('{"version": 4}'), r"manifest.json does not say 'adapter'"),
+        (lambda store: (store / "manifest.json").write_text('{"version": 5}'), r"manifest.json does not say 'adapter'"),
         (lambda store: (store / "image_keys.bin").unlink(), r"image_keys.bin is missing"),
         (lambda store: cut(store / "image_order.bin"), r"image_order.bin is not of 8 bytes"),
         (lambda store: (store / "image_files.jsonl").unlink(), r"image_files.jsonl is missing"),
@@ -337,25 +336,6 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     (store.path / "manifest.json").write_text(json.dumps(store.manifest | {"version": 0}))
     with pytest.raises(UserError, match=r"prepared by version 0 .* prepare with --fresh"):
         Store(store.path)
-
-
-def test_a_store_of_before_turns_had_marks_is_read(tmp_path):
-    samples = [shown("one", RED, "Is it red?"), shown("two", "Hi.")]
-    store = prepared(tmp_path, Toys(*samples))
-    (file,) = (store.path / "samples").glob("*.arrow")
-    records = [{"key": key, "messages": messages} for batch in batches_of(file) for key, messages in rows_of(batch)]
-    with TableWriter(file.with_name("new"), SAMPLES_4) as table:
-        for record in records:
-            table.write(record, 1)
-    file.with_name("new").rename(file)
-    old = {key: value for key, value in store.manifest.items() if key != "not_read"} | {"version": 4}
-    (store.path / "manifest.json").write_text(json.dumps(old))
-    assert [Store(store.path).sample(row) for row in range(2)] == samples
-    assert keys(prepared(tmp_path, Toys())) == ["one", "two"], "it is opened, and not made anew"
-
-
-def rows_of(batch):
-    return zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def test_turns_that_are_not_to_be_learned_read_back_so(tmp_path):
@@ -429,7 +409,7 @@ def contents(store: Store):
     """All a store holds."""
     manifest = {key: store.manifest[key] for key in ("records", "samples", "distinct_images", "skipped", "examples")}
     skips = (store.path / "skips.jsonl").read_text()
-    return [store.sample(row) for row in range(len(store))], store.image_hashes, manifest, skips
+    return [store.sample(row) for row in range(len(store))], store.image_keys.tolist(), manifest, skips
 
 
 def test_pieces_make_the_same_samples_as_one(tmp_path, monkeypatch):
@@ -653,12 +633,9 @@ def test_a_store_is_made_again_for_another_orientation(tmp_path):
     toys = Toys(*SIDEWAYS)
     sizes = [prepared(tmp_path, toys, decoding=Decoding(orientation=o)).image_sizes[0] for o in ("ignore", "apply")]
     assert sizes == [(6, 4), (4, 6)]
-    read, store = toys.num_read, prepared(tmp_path, toys)
+    read = toys.num_read
+    prepared(tmp_path, toys)
     assert toys.num_read == read, "there is nothing to make again"
-    older = {key: value for key, value in store.manifest.items() if key not in ("orientation", "max_pixels")}
-    (store.path / "manifest.json").write_text(json.dumps(older))
-    assert Store(store.path).decoding == Decoding(orientation="ignore", max_pixels=25_000_000), "as it was made"
-    assert prepared(tmp_path, toys).image_sizes[0] == (4, 6) and toys.num_read == 2 * read - 3
 
 
 def test_a_skipped_image_is_named(tmp_path):
@@ -695,12 +672,12 @@ def test_formats_that_are_read(format):
     assert decode_rgb(encoded("white", format)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_an_image_file_is_listed_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
+def test_an_image_file_is_listed_once_a_piece_and_a_broken_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "PIECE_RECORDS", 2)
     (tmp_path / "red.png").write_bytes(RED)
     (tmp_path / "broken.png").write_bytes(RED[:40])
     files = ["red.png"] * 5 + ["broken.png"]
     store = prepared(tmp_path, Toys(*(framed(str(n), tmp_path / name) for n, name in enumerate(files))))
     listed = [json.loads(line)["path"] for line in (store.path / "image_files.jsonl").read_text().splitlines()]
-    assert listed == [str(tmp_path / "red.png"), str(tmp_path / "broken.png")]
+    assert listed == [str(tmp_path / name) for name in ("red.png", "red.png", "red.png", "broken.png")]
     assert store.manifest["examples"] == {"image does not decode": f"5: {tmp_path / 'broken.png'}"}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from functools import lru_cache, wraps
-from itertools import chain, islice
-from typing import Any, NamedTuple, ParamSpec
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from sft.core.sample import SkipSample
 from sft.data.formats import Row
@@ -32,8 +31,6 @@ _IMAGE_KEY = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_NAME = re.compile(r"\[?'[^:\n]+\.(jpe?g|png|webp|gif|bmp)'.*", re.IGNORECASE)
-_Arguments = ParamSpec("_Arguments")
-_FIRST_RECORDS = 32
 
 
 class Keys(NamedTuple):
@@ -117,25 +114,6 @@ def is_image_key(key: str) -> bool:
 def is_image_like(key: str, value: str) -> bool:
     """Return whether a key that is not read seems to hold images, by its name or by how Python shows its value."""
     return is_image_key(key) or _IMAGE_NAME.fullmatch(value) is not None
-
-
-def noting_images(rows: Callable[_Arguments, Iterator[Row | SkipSample]]) -> Callable[_Arguments, Iterator[Any]]:
-    """Make a `rows` that notes in a record, as `__images__`, whether one before it, or of the first ones of the file,
-    has images: `<image>` in it is a marker then, and not a word."""
-    keys = Keys.of("")
-
-    @wraps(rows)
-    def noting(*args: _Arguments.args, **options: _Arguments.kwargs) -> Iterator[Row | SkipSample]:
-        records = iter(rows(*args, **options))
-        first = list(islice(records, _FIRST_RECORDS))
-        found = any(map(keys.shows_images, first))
-        for record in chain(first, records):
-            found = found or keys.shows_images(record)
-            if found and isinstance(record, dict):
-                record["__images__"] = True
-            yield record
-
-    return noting
 
 
 def _objects(values: Any) -> list[Row]:

@@ -21,32 +21,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sft.core.errors import UserError
 from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
-from sft.core.sample import ImageRef, Message, SkipSample
+from sft.core.sample import ImageRef, Message, SkipSample, question_and_answer
 from sft.data.formats import (
+    FileRange,
     Row,
     batches,
     index_base64_object,
     is_table,
     read_json_items,
-    read_range,
     read_records,
     require_file,
 )
 
 BLOCK_BYTES = 512 * 1024 * 1024
 """So much of an image parquet is held in memory, about."""
-
-
-class ImageLocation(NamedTuple):
-    """Where the base64 of an image stands."""
-
-    file: Path
-    offset: int
-    length: int
 
 
 def patterns(name: str, split: str) -> list[str]:
@@ -78,10 +70,10 @@ def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
         SkipSample: no text where there should be one.
     """
     question, answer = _question_and_answer(row)
-    messages = [Message(role="user", content=(*images, question)), Message(role="assistant", content=(answer,))]
+    messages = question_and_answer((*images, question), answer)
     for question, answer in map(_question_and_answer, row.get("__further__", ())):
-        messages += [Message(role="user", content=(question,)), Message(role="assistant", content=(answer,))]
-    return tuple(messages)
+        messages += question_and_answer((question,), answer)
+    return messages
 
 
 def two_images(row: Row) -> tuple[ImageRef, ...]:
@@ -106,10 +98,10 @@ def two_of(images: object) -> list[Any]:
 def _image(source: object, detail: str) -> ImageRef:
     if source is None:
         raise SkipSample("image not in the data", detail=detail)
-    if isinstance(source, ImageLocation):
+    if isinstance(source, FileRange):
         if source.length > MAX_BYTES * 4 // 3 + 4:
             raise SkipSample(TOO_MANY_BYTES, detail=detail)
-        return base64_image(read_range(source.file, source[1:]))
+        return base64_image(source.read())
     if not isinstance(source, dict):
         return base64_image(source)
     content = source.get("bytes")
@@ -199,7 +191,7 @@ def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Ro
 
 
 def _with_places(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
-    places = {_plain(name): ImageLocation(file, *place) for name, place in index_base64_object(file).items()}
+    places = {_plain(name): place for name, place in index_base64_object(file).items()}
     for record in records:
         yield record if isinstance(record, SkipSample) else _with(record, places)
 

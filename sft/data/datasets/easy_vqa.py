@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.core.sample import ImageRef, Message, Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, read_json, require_file
 
@@ -82,10 +82,7 @@ def to_sample(row: Row, path: Path, *, form: Form = "questions", seed: int = 0) 
         question = multiple_choice(question, options)
         if row["answer_with"] == "letter":
             answer = "ABCD"[options.index(answer)]
-    return Sample(
-        key=key,
-        messages=(Message(role="user", content=(image, question)), Message(role="assistant", content=(answer,))),
-    )
+    return Sample(key=key, messages=question_and_answer((image, question), answer))
 
 
 def draw_options(answer: str, rng: random.Random) -> list[str]:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.core.sample import Message, Sample, SkipSample
+from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._visual_genome import image_of
 from sft.data.datasets.llava_instruct import folder_of
@@ -47,8 +47,7 @@ def to_sample(row: Row, path: Path, *, image_folder: str = "image", with_coordin
     if not with_coordinates and (COORDINATES.search(question) or COORDINATES.search(answer)):
         raise SkipSample("coordinates in the text", filtered=True)
     image = image_of(row.get("image_id"), folder_of(path) / image_folder)
-    messages = (Message(role="user", content=(image, question)), Message(role="assistant", content=(answer,)))
-    return Sample(key=f"lrv_instruction/{row['__from__']}", messages=messages)
+    return Sample(key=f"lrv_instruction/{row['__from__']}", messages=question_and_answer((image, question), answer))
 
 
 def _text(row: Row, field: str) -> str:

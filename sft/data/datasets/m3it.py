@@ -32,7 +32,7 @@ from pathlib import Path
 
 from sft.core.errors import UserError, nearest
 from sft.core.images import base64_image
-from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.core.sample import ImageRef, Sample, SkipSample, question_and_answer
 from sft.data.datasets._m3it_templates import TEMPLATES, general, text_of
 from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, read_json, read_records
@@ -227,13 +227,7 @@ def to_sample(row: Row, path: Path) -> Sample:
     question = "\n".join(text.strip() for text in (instruction, inputs) if text.strip())
     if not question or not outputs.strip():
         raise SkipSample("empty message")
-    return Sample(
-        key=row["__key__"],
-        messages=(
-            Message(role="user", content=(*_images(row), question)),
-            Message(role="assistant", content=(outputs.strip(),)),
-        ),
-    )
+    return Sample(key=row["__key__"], messages=question_and_answer((*_images(row), question), outputs.strip()))
 
 
 def _images(row: Row) -> Iterator[ImageRef]:

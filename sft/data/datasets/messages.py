@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,13 @@ from sft.core.errors import UserError, nearest
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Role, Sample, SkipSample
 from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, listed_images, no_messages, to_messages
-from sft.data.datasets._meaning import FLAGS, Keys, is_image_key, noting_images
+from sft.data.datasets._meaning import FLAGS, Keys, is_image_key
 from sft.data.formats import Row, read_json, read_records, record_files
 
 LICENCE = "your own"
 READS_HUB = True
 VERSION = 3
+FIRST_RECORDS = 32
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
 QUESTIONS = ("user", "prompt", "query", "instruction", "question")
 ANSWERS = ("assistant", "completion", "response", "output", "answer")
@@ -87,15 +89,19 @@ def _what_is_in(folder: Path) -> str:
     return f"the folder holds {', '.join(names) or 'nothing'}"
 
 
-@noting_images
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file."""
+    """Yield the records of a file. `__images__` in one notes that it, one before it, or one of the first of the file
+    has images: `<image>` in it is a marker then, and not a word."""
     records = read_records(file)
-    first = next(records, None)
-    if first is None:
+    first = list(islice(records, FIRST_RECORDS))
+    if not first:
         raise UserError(f"{file}: the file has no records; expected such as {EXPECTED}")
-    yield first
-    yield from records
+    found = any(map(KEYS.shows_images, first))
+    for record in chain(first, records):
+        found = found or KEYS.shows_images(record)
+        if found and isinstance(record, dict):
+            record["__images__"] = True
+        yield record
 
 
 # ------------------------------------------------------------------------------------------------------ records

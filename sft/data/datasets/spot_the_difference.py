@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.images import local_image
-from sft.core.sample import Message, Sample, SkipSample
+from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
 from sft.data.datasets.llava_instruct import folder_of
@@ -86,10 +86,7 @@ def to_sample(
     images = (local_image(folder, f"{image}.png"), local_image(folder, f"{image}_2.png"))
     prompt = random.Random(f"{seed}/{key}").choice(PROMPTS)
     answer = _answer(row.get("sentences"), correct_casing)
-    return Sample(
-        key=key,
-        messages=(Message(role="user", content=(*images, prompt)), Message(role="assistant", content=(answer,))),
-    )
+    return Sample(key=key, messages=question_and_answer((*images, prompt), answer))
 
 
 def _answer(sentences: object, correct_casing: bool) -> str:

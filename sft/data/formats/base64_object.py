@@ -5,16 +5,28 @@ from __future__ import annotations
 import mmap
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from sft.data.formats.rows import require_file
 
 _BASE64_MEMBER = re.compile(rb'"(?<!\\")([^"\\]{1,256})"\s*:\s*(?:\[\s*)?"([^"\\]*)"')
 
-ByteRange = tuple[int, int]
-"""Offset and length in a file."""
+
+class FileRange(NamedTuple):
+    """Where some bytes stand."""
+
+    file: Path
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
 
 
-def index_base64_object(path: Path) -> dict[str, ByteRange]:
+def index_base64_object(path: Path) -> dict[str, FileRange]:
     """Return where each value of a JSON object `{"name": "base64", …}` stands; a value may be a list of one such
     string.
 
@@ -25,14 +37,6 @@ def index_base64_object(path: Path) -> dict[str, ByteRange]:
         return {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return {
-            found[1].decode("utf-8", "replace"): (found.start(2), found.end(2) - found.start(2))
+            found[1].decode("utf-8", "replace"): FileRange(path, found.start(2), found.end(2) - found.start(2))
             for found in _BASE64_MEMBER.finditer(content)
         }
-
-
-def read_range(path: Path, place: ByteRange) -> bytes:
-    """Return the bytes at a place in a file."""
-    offset, length = place
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(length)

@@ -52,35 +52,19 @@ class Content:
         self.packing = _match(_PACKINGS, raw.read(4)) or ""
         raw.seek(0)
         self._raw, self._size = raw, max(path.stat().st_size, 1)
-        packed: Any = gzip.GzipFile(fileobj=raw) if self.packing == "gzip" else _Zstd(raw) if self.packing else None
-        self.file = io.BufferedReader(packed, BLOCK_BYTES) if packed else raw
+        self.file = io.BufferedReader(self._unpacked(), BLOCK_BYTES) if self.packing else raw
+
+    def _unpacked(self) -> Any:
+        if self.packing == "gzip":
+            return gzip.GzipFile(fileobj=self._raw)
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(self._raw, "zstd")
 
     @property
     def share_read(self) -> float:
         """How much of the file was read, 0 to 1."""
         return self._raw.tell() / self._size
-
-
-class _Zstd(io.RawIOBase):
-    """The unpacked bytes of a zstd file."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import pyarrow as pa
-
-        self._stream: Any = pa.input_stream(raw, compression="zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import pyarrow as pa
-
-        try:
-            content = self._stream.read(len(buffer))
-        except (pa.ArrowException, OSError) as error:
-            raise EOFError(one_line(error)) from error
-        buffer[: len(content)] = content
-        return len(content)
 
 
 @contextmanager
@@ -94,7 +78,9 @@ def opened(path: Path, what: str) -> Iterator[Content]:
         content = Content(path, raw)
         try:
             yield content
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, OSError, zlib.error) as error:
+            if not content.packing:
+                raise
             after = f"{content.packing} after {content.share_read:.0%} of it"
             raise UserError(f"{path}: not readable as {after}: {one_line(error)}; get it again") from error
 

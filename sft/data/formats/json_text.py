@@ -84,19 +84,19 @@ def _problem(error: json.JSONDecodeError) -> str:
     return f"{error.msg.removesuffix(' at')} at {near!r}" if near else CUT_OFF
 
 
-def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSample]:
-    """Yield the objects of a JSON list of any size, streamed. `prefix` says where the list is: `item` for a list at the
-    top, `annotations.item` for one under a key.
+def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
+    """Yield the objects of a JSON list of any size, streamed.
 
     Raises:
         UserError: missing, a record over the limit, or it stops being JSON somewhere.
     """
     number = 0
-    with _opened(path, "a JSON list") as text, text.errors(lambda: f"record {number}"):
-        for number, row in enumerate(text.walk(prefix.split(".")[:-1], text.elements), start=1):
-            yield _record(row, f"{path.name}:{number}", text.share_read)
+    with _opened(path, "a JSON list", lambda: f"record {number}") as text:
+        for number, row in enumerate(text.elements(), start=1):
+            yield _record(row, f"{path.name}:{number}", text.content.share_read)
+        text.check_end()
     if not number:
-        raise UserError(f"{path}: no JSON list of records at {prefix!r}")
+        raise UserError(f"{path}: no JSON list of records")
 
 
 def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
@@ -106,11 +106,11 @@ def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
         UserError: as `read_json_list`; or records stand in two places.
     """
     number = 0
-    with _opened(path, "a JSON object") as text, text.errors(lambda: f"record {number}"):
+    with _opened(path, "a JSON object", lambda: f"record {number}") as text:
         while text.peek() == "{":
             for row in text.records():
                 number += 1
-                yield _record(row, f"{path.name}:{number}", text.share_read)
+                yield _record(row, f"{path.name}:{number}", text.content.share_read)
         text.check_end()
 
 
@@ -120,27 +120,32 @@ def _record(value: Any, here: str, at: float) -> Row | SkipSample:
     return SkipSample(value.reason if isinstance(value, SkipSample) else "record is not a JSON object", where=here)
 
 
-def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a JSON object of any size, streamed: the object at `prefix`, "" for the top. A value
+def read_json_items(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the keys and values of the JSON object below a key of the one at the top, of any size, streamed. A value
     that is nested too deep is a SkipSample.
 
     Raises:
         UserError: missing, a value over the limit, or it stops being JSON somewhere.
     """
     key = None
-    with _opened(path, "a JSON object") as text, text.errors(lambda: f"key {one_line(key)!r}" if key else "no key"):
-        for key, value in text.walk(prefix.split(".") if prefix else [], text.items):
+    with _opened(path, "a JSON object", lambda: f"key {one_line(key)!r}" if key else "no key") as text:
+        for key, value in text.items_below(name):
             if isinstance(value, dict):
-                placed(value, f"{path.name}:{printable(key)}", text.share_read)
+                placed(value, f"{path.name}:{printable(key)}", text.content.share_read)
             yield key, value
+        text.check_end()
     if key is None:
-        raise UserError(f"{path}: no JSON object at {prefix!r}" if prefix else f"{path}: not a JSON object, or empty")
+        raise UserError(f"{path}: no JSON object at {name!r}")
 
 
 @contextmanager
-def _opened(path: Path, what: str) -> Iterator[_JsonText]:
+def _opened(path: Path, what: str, last: Callable[[], str]) -> Iterator[_JsonText]:
+    """Open a JSON text, and tell after what it stops being JSON."""
     with opened(path, what) as content:
-        yield _JsonText(content, path)
+        try:
+            yield _JsonText(content, path)
+        except ValueError as error:
+            raise UserError(f"{path}: not readable as JSON after {last()}: {one_line(error)}") from error
 
 
 class _JsonText:
@@ -153,23 +158,6 @@ class _JsonText:
         self.text, self.at = "", 0
         self.line = self.column = 0  # of the beginning of `text`
         self.num_read = 0  # bytes, unpacked
-
-    @property
-    def share_read(self) -> float:
-        return self.content.share_read
-
-    @contextmanager
-    def errors(self, last: Callable[[], str]) -> Iterator[None]:
-        """Tell after what the text stops being JSON."""
-        try:
-            yield
-        except ValueError as error:
-            raise UserError(f"{self.path}: not readable as JSON after {last()}: {one_line(error)}") from error
-
-    def walk(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        """Yield what `read` reads below the keys, and on to the end of the text."""
-        yield from self._below(keys, read)
-        self.check_end()
 
     def check_end(self) -> None:
         """Raise ValueError unless nothing stands here."""
@@ -205,18 +193,6 @@ class _JsonText:
             pass
         return bool(_LIST_OF_OBJECTS.match(self.text, self.at))
 
-    def _below(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-        if not keys:
-            yield from read()
-        elif self.peek() != "{":
-            self.value()
-        else:
-            for key in self._keys():
-                if key == keys[0]:
-                    yield from self._below(keys[1:], read)
-                else:
-                    self.value()
-
     def elements(self) -> Iterator[Any]:
         """Yield the elements of the list that stands here; none where something else does."""
         if self.peek() != "[":
@@ -226,17 +202,20 @@ class _JsonText:
             while self._takes(",", "]") == ",":
                 yield self.value()
 
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Yield the members of the object that stands here; none where something else does."""
-        if self.peek() != "{":
-            self.value()
-        else:
-            for key in self._keys():
-                yield key, self.value()
+    def items_below(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield the members of the object below a key of the one that stands here."""
+        for above in self._keys():
+            if above == name:
+                yield from ((key, self.value()) for key in self._keys())
+            else:
+                self.value()
 
     def _keys(self) -> Iterator[str]:
-        """Yield the keys of an object; whoever asks for the next one has read the value."""
-        if self._opens("{", "}"):
+        """Yield the keys of an object, none where something else stands; whoever asks for the next one has read the
+        value."""
+        if self.peek() != "{":
+            self.value()
+        elif self._opens("{", "}"):
             yield self._key()
             while self._takes(",", "}") == ",":
                 yield self._key()

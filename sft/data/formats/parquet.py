@@ -1,25 +1,24 @@
-"""Parquet files, a few rows at a time."""
+"""Parquet files, a few rows at a time, and Arrow files and streams, as `datasets` caches and saves them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.core.errors import UserError, printable
+from sft.core.errors import UserError
 from sft.core.sample import SkipSample
-from sft.data.formats.parquet_footer import BYTE_ARRAY, ColumnSizes, column_sizes
 from sft.data.formats.rows import TOO_LONG, Row, max_record_bytes, one_line, placed, require_file
 
 IMAGES_A_ROW = 4
 """A row of a parquet file may hold so many images of the size of a record, since it holds them as they are."""
 BATCH_BYTES = 64 * 1024 * 1024
-BATCH_ROWS = 64
-"""So much of a parquet file is unpacked at a time, about."""
+BATCH_ROWS = 8
+"""So much of a parquet file is unpacked at a time, about. Equal values may be written once, so that each row can be as
+large as the largest: the few rows bound these too, and one row at a time would take 30 us more for each."""
 MAX_UNPACKED_BYTES = 256 * 1024 * 1024
 MAX_UNPACKED_TIMES = 1000
-"""A column of more bytes than that many times what it is packed into is a bomb: a page of it is unpacked as a whole."""
+"""A row group of more bytes than that many times its whole file is a bomb: a page of it is unpacked as a whole."""
 
 
 def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[Row | SkipSample]:
@@ -30,7 +29,7 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
     Raises:
         UserError: missing, cut off, or not parquet.
     """
-    return rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
+    return _rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
 
 
 def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
@@ -43,7 +42,28 @@ def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[An
             yield batch, num_rows / file.metadata.num_rows
 
 
-def rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
+def read_arrow(path: Path) -> Iterator[Row | SkipSample]:
+    """Yield the rows of an Arrow file or stream, mapped into memory; the limit on records is that of `read_parquet`.
+
+    Raises:
+        UserError: missing, cut off, or not Arrow.
+    """
+    return _rows_of(require_file(path, "an Arrow file"), "Arrow", _arrow_batches(path))
+
+
+def _arrow_batches(path: Path) -> Iterator[tuple[Any, float]]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            batch.validate(full=True)  # else its offsets and texts are taken as they are
+            yield batch, file.tell() / file.size()
+
+
+def _rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
     """Yield the rows of Arrow batches, which come with how much of the file was read.
 
     Raises:
@@ -69,47 +89,21 @@ def rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iter
 def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:
     """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES.
 
+    What the file says of single columns is not asked for: pyarrow ends the process where that is damaged (pyarrow 26:
+    `RowGroupMetaData.column()`).
+
     Raises:
-        UserError: a column is a bomb.
+        UserError: a row group is a bomb.
         OSError, pyarrow.ArrowException, UnicodeDecodeError: the file is damaged.
     """
-    for group, sizes in enumerate(column_sizes(path)):
-        wanted = [one for one in sizes if columns is None or one.name.partition(".")[0] in columns]
-        num_rows = _batch_rows(path, int(file.metadata.row_group(group).num_rows), wanted)
-        yield from file.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns)
-
-
-def _batch_rows(path: Path, num_rows: int, columns: Sequence[ColumnSizes]) -> int:
-    """Return how many rows of a row group make up BATCH_BYTES, at the most; `columns` tell how large they are
-    unpacked.
-
-    Raises:
-        UserError: they are a bomb.
-    """
-    num_bytes = 0
-    for one in columns:
-        if one.kind == BYTE_ARRAY and one.unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * one.packed):
-            name = printable(one.name)
-            raise UserError(f"{path}: column {name} unpacks {one.packed:,} bytes into {one.unpacked:,}, as no data do")
-        num_bytes += one.unpacked
-        if one.kind == BYTE_ARRAY and one.dictionary_at:  # any value may be all of it
-            num_bytes += one.num_values * _dictionary_bytes(path, one)
-    return min(max(BATCH_BYTES * num_rows // max(num_bytes, 1), 1), BATCH_ROWS)
-
-
-def _dictionary_bytes(path: Path, column: ColumnSizes) -> int:
-    """Return the unpacked size of a column's dictionary: the second number in the header of its page."""
-    with path.open("rb") as file:
-        file.seek(max(column.dictionary_at, 0))
-        found = _PAGE_HEADER.match(file.read(16))
-    if not found:
-        return column.unpacked
-    varint: bytes = found[1]
-    return sum((byte & 127) << 7 * place for place, byte in enumerate(varint)) // 2  # a zigzag varint
-
-
-_PAGE_HEADER = re.compile(rb"\x15[\x00-\x7f]\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
-"""How Thrift writes a page's kind and size."""
+    packed = path.stat().st_size
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        unpacked = max(group.total_byte_size, 1)
+        if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * packed):
+            raise UserError(f"{path}: a row group unpacks {packed:,} bytes into {unpacked:,}, as no data do")
+        num_rows = min(max(BATCH_BYTES * group.num_rows // unpacked, 1), BATCH_ROWS)
+        yield from file.iter_batches(batch_size=num_rows, row_groups=[number], columns=columns)
 
 
 def _is_too_long(one: Any, limit: int) -> bool:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.sample import SkipSample
-from sft.data.formats.arrow import read_arrow
 from sft.data.formats.content import READ, Kind, kind_of
 from sft.data.formats.csv_text import read_csv
 from sft.data.formats.json_text import read_json_list, read_json_object, read_jsonl
-from sft.data.formats.parquet import read_parquet
+from sft.data.formats.parquet import read_arrow, read_parquet
 from sft.data.formats.rows import Row
 from sft.data.formats.tar import read_tar
 

@@ -22,8 +22,8 @@ A store without a manifest is unfinished and is made again.
     tables       the Arrow files
 """
 
+from sft.data.store.pieces import Settings
 from sft.data.store.read import MANIFEST, Store, is_store_folder
-from sft.data.store.schedule import RawDataset, Settings
 from sft.data.store.write import prepare_store
 
-__all__ = ["MANIFEST", "RawDataset", "Settings", "Store", "is_store_folder", "prepare_store"]
+__all__ = ["MANIFEST", "Settings", "Store", "is_store_folder", "prepare_store"]

@@ -1,4 +1,4 @@
-"""What the image files that records name were like when they were read: a line of JSON for each.
+"""What the image files that records name were like when they were read: a line of JSON for each of a piece.
 
 A file that is changed, or there at last, makes other samples. A file deleted since is no change: the store has what it
 needs of it.
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO
-
-import numpy as np
-import xxhash
 
 from sft.core.files import text_lines
 from sft.core.images import read_bytes
@@ -68,21 +65,6 @@ def changed_image_files(listed: Path) -> Iterator[Path]:
         stamp = stamp_of(file)
         if stamp not in (None, (entry["bytes"], entry["mtime_ns"])) and _sha256(file) != entry["sha256"]:
             yield file
-
-
-def join_image_files(lists: Sequence[Path], target: Path) -> None:
-    """Write the lines of all lists into one, each once; what stays in memory is 16 bytes a line."""
-    hashes = np.fromiter((xxhash.xxh3_64_intdigest(line) for line in _all_lines(lists)), np.uint64)
-    is_first = np.zeros(len(hashes), bool)
-    is_first[np.unique(hashes, return_index=True)[1]] = True
-    with target.open("wb") as joined:
-        joined.writelines(line for line, keep in zip(_all_lines(lists), is_first, strict=True) if keep)
-
-
-def _all_lines(lists: Sequence[Path]) -> Iterator[bytes]:
-    for listed in lists:
-        with listed.open("rb") as lines:
-            yield from lines
 
 
 def stamp_of(file: Path) -> Stamp | None:

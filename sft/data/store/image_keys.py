@@ -22,9 +22,8 @@ def image_key(sha256: str) -> int:
     return int.from_bytes(bytes.fromhex(sha256[:16]), "little") >> 1
 
 
-def write_image_keys(folder: Path, first_words: NDArray[np.uint64]) -> None:
-    """Write the keys of the images whose hashes begin with these words, in row order."""
-    keys = (first_words >> np.uint64(1)).astype(np.int64)
+def write_image_keys(folder: Path, keys: NDArray[np.int64]) -> None:
+    """Write the keys of the images of a store, in row order."""
     keys.tofile(folder / KEYS)
     np.argsort(keys, kind="stable").astype(np.int64).tofile(folder / ORDER)
 

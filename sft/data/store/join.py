@@ -1,6 +1,6 @@
 """Finished pieces -> the two tables of a store, each distinct image once.
 
-The hashes of all images are kept in a file rather than in a set; what stays in memory is about 40 bytes an image.
+What stays in memory is about 65 bytes an image.
 Image bytes are not written again: the file of a piece becomes a file of the table under a second name, unless some of
 its images already stand in an earlier piece.
 """
@@ -18,13 +18,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.files import link_or_copy
-from sft.data.store.image_files import IMAGE_FILES, join_image_files
-from sft.data.store.image_keys import write_image_keys
+from sft.data.store.image_files import IMAGE_FILES
+from sft.data.store.image_keys import image_key, write_image_keys
 from sft.data.store.pieces import read_noted, read_piece
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
-
-_HASH_WORDS = 4
-"""sha256 is four words of 64 bits."""
 
 
 def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]]:
@@ -34,7 +31,8 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
     num_images = [read_piece(piece)[0].distinct_images for piece in pieces]
     starts = [0, *accumulate(num_images)]
     noted: Counter[str] = Counter()
-    is_kept, row_of = _distinct(pieces, starts, target)
+    keys, is_kept, row_of = _distinct(pieces)
+    write_image_keys(target, keys[is_kept])
     (target / "samples").mkdir()
     (target / "images").mkdir()
     for number, (piece, start, stop) in enumerate(zip(pieces, starts, starts[1:], strict=False)):
@@ -43,45 +41,23 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
         _join_samples(piece / "samples.arrow", row_of[start:stop], target / "samples" / name)
         for note, rows in read_noted(piece).items():
             noted[note] += int(is_kept[start:stop][rows].sum())
-        with (target / "skips.jsonl").open("ab") as joined, (piece / "skips.jsonl").open("rb") as own:
-            shutil.copyfileobj(own, joined)
-    join_image_files([piece / IMAGE_FILES for piece in pieces], target / IMAGE_FILES)
+        for lines in ("skips.jsonl", IMAGE_FILES):
+            with (target / lines).open("ab") as joined, (piece / lines).open("rb") as own:
+                shutil.copyfileobj(own, joined)
     finish_table(target / "samples", SAMPLES)
     finish_table(target / "images", IMAGES)
     return int(is_kept.sum()), noted
 
 
-def _distinct(
-    pieces: Sequence[Path], starts: Sequence[int], target: Path
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Return, for every image of all pieces, end to end, whether it is the first with its content, and the row its
-    content gets."""
-    total = starts[-1]
-    if not total:
-        write_image_keys(target, np.empty(0, np.uint64))
-        return np.empty(0, bool), np.empty(0, np.int64)
-    scratch = target / "hashes.bin"
-    hashes = np.memmap(scratch, np.uint64, "w+", shape=(_HASH_WORDS, total))
-    for piece, start in zip(pieces, starts, strict=False):
-        for batch in batches_of(piece / "images.arrow"):
-            digests = bytes.fromhex("".join(batch.column(0).to_pylist()))
-            words = np.frombuffer(digests, np.uint64).reshape(-1, _HASH_WORDS)
-            hashes[:, start : start + len(words)] = words.T
-            start += len(words)
-    order = np.lexsort(hashes)  # stable: among equals the first stays first
-    differs = np.ones(total, bool)
-    differs[1:] = False
-    for words in hashes:
-        in_order = words[order]
-        differs[1:] |= in_order[1:] != in_order[:-1]
-    first_of = order[np.maximum.accumulate(np.where(differs, np.arange(total), 0))]
-    is_kept = np.zeros(total, bool)
-    is_kept[first_of] = True
-    row_of = np.empty(total, np.int64)
-    row_of[order] = (np.cumsum(is_kept) - 1)[first_of]
-    write_image_keys(target, hashes[0][is_kept])
-    scratch.unlink()
-    return is_kept, row_of
+def _distinct(pieces: Sequence[Path]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Return, for every image of all pieces, end to end, its key, whether it is the first with its content, and the row
+    its content gets. Equal keys are equal images, as they are for whoever finds an image by its key."""
+    batches = (batch for piece in pieces for batch in batches_of(piece / "images.arrow"))
+    keys = np.fromiter((image_key(sha256) for batch in batches for sha256 in batch.column(0).to_pylist()), np.int64)
+    _, first, content = np.unique(keys, return_index=True, return_inverse=True)
+    is_kept = np.zeros(len(keys), bool)
+    is_kept[first] = True
+    return keys, is_kept, (np.cumsum(is_kept) - 1)[first][content]
 
 
 def _join_images(file: Path, is_kept: NDArray[np.bool_], target: Path) -> None:

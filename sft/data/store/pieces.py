@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sft.core.files import staged
 from sft.core.images import open_checked, verified
-from sft.core.sample import Decoding, ImageRef, Sample, SkipSample
-from sft.data.formats import Row
+from sft.core.sample import AS_SHOWN, Decoding, ImageRef, Sample, SkipSample
+from sft.data.datasets import Adapter
+from sft.data.formats import MAX_RECORD_BYTES, Row
 from sft.data.store.image_files import IMAGE_FILES, ImageReader
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, to_record
 
@@ -29,16 +30,23 @@ Noted = dict[str, list[int]]
 """What is told of some images, and their rows in images.arrow."""
 
 
-class ToSample(Protocol):
-    """What makes a sample of a record."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a store is made."""
 
-    name: str
-
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
-        """Yield the keys of a record that mean nothing to `to_sample`, and what they hold."""
-
-    def to_sample(self, row: Row) -> Sample:
-        """Return the sample of a record, or raise SkipSample."""
+    images: Images = "embed"
+    """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
+    decoding: Decoding = AS_SHOWN
+    verify: Verify = "decode"
+    """`decode`: each distinct image is decoded once. `header`: only its header is read."""
+    limit: int | None = None
+    """Only the first so many records."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    max_skip_share: float = 0.05
+    """More bad records than this are a failure."""
+    num_proc: int = 1
+    fresh: bool = False
+    """Make it anew, whatever is there."""
 
 
 @dataclass
@@ -97,7 +105,7 @@ class Counts:
 class PieceTask:
     """A piece that a process is to write."""
 
-    adapter: ToSample
+    adapter: Adapter
     rows: list[Row | SkipSample]
     first: int
     """Number of the first record in its file, for the keys of records that never became samples."""
@@ -106,9 +114,7 @@ class PieceTask:
     share_read: float
     """How much of all raw files was read by its end, for progress bars."""
     path: Path
-    images: Images
-    decoding: Decoding
-    verify: Verify
+    settings: Settings
 
 
 def write_piece(task: PieceTask) -> Counts:
@@ -198,12 +204,12 @@ def _load(image: ImageRef, number: int, reader: ImageReader, seen: dict[str, int
         content, sha256 = reader.read(image, seen)
         if sha256 in seen:
             return {"sha256": sha256}
-        header = (verified if task.verify == "decode" else open_checked)(content, task.decoding)
+        header = (verified if task.settings.verify == "decode" else open_checked)(content, task.settings.decoding)
     except SkipSample as skip:
         name = path or f"image {number} of the record"
         skip.detail = skip.detail if name in skip.detail else ": ".join(filter(None, (name, skip.detail)))
         raise
-    is_kept = task.images == "embed" or path is None
+    is_kept = task.settings.images == "embed" or path is None
     return {
         "sha256": sha256,
         "bytes": content if is_kept else None,

@@ -19,23 +19,14 @@ from sft.core.sample import Decoding, ImageRef, Sample
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
 from sft.data.store.image_keys import KEYS, ORDER, read_numbers
 from sft.data.store.pieces import Counts
-from sft.data.store.tables import IMAGES, SAMPLES, SAMPLES_4, Table, image_rows_of, to_messages
+from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
 
 VERSION = 5
 """Raised when the layout changes; stores of another version are refused."""
-READ = (4, VERSION)
-"""Versions that are read: 4 has no turns that are not trained, and no counts of keys that were not read."""
 MANIFEST = "manifest.json"
 _IN_MANIFEST = {
-    "adapter",
-    "asked",
-    "verify",
-    "images",
-    "limit",
-    "max_record_bytes",
-    "files",
-    "licence",
-    *(vars(Counts()).keys() - {"not_read"}),
+    *("adapter", "asked", "verify", "images", "limit", "max_record_bytes", "orientation", "max_pixels"),
+    *("files", "licence", "image_notes", *vars(Counts())),
 }
 _LAYOUT = {"samples", "images", "encoded", "features", KEYS, ORDER, IMAGE_FILES, "skips.jsonl", MANIFEST}
 
@@ -57,15 +48,14 @@ class Store:
             make = f"idefics-sft prepare --dataset messages --path {raw} --output {output}"
             raise UserError(f"{path}: no prepared dataset here; `{make}` makes one")
         self.manifest = self._read_manifest()
-        if self.manifest["version"] not in READ:
+        if self.manifest["version"] != VERSION:
             raise UserError(
                 f"{path}: prepared by version {self.manifest['version']} of the store, this is {VERSION}; "
                 "prepare with --fresh to make it anew"
             )
         if missing := sorted(_IN_MANIFEST - self.manifest.keys()):
             raise self._damaged(f"{MANIFEST} does not say {missing[0]!r}")
-        schema = SAMPLES if self.manifest["version"] == VERSION else SAMPLES_4
-        self._samples = self._table("samples", schema, self.manifest["samples"])
+        self._samples = self._table("samples", SAMPLES, self.manifest["samples"])
         self._images = self._table("images", IMAGES, self.manifest["distinct_images"])
         for name, num_bytes in ((KEYS, 8 * len(self._images)), (ORDER, 8 * len(self._images)), (IMAGE_FILES, None)):
             if not (path / name).is_file():
@@ -107,11 +97,6 @@ class Store:
         """Distinct images."""
         return len(self._images)
 
-    @property
-    def image_hashes(self) -> list[str]:
-        """sha256 of each image, in row order."""
-        return list(self._images.column("sha256"))
-
     @cached_property
     def image_keys(self) -> NDArray[np.int64]:
         """The key of each image, in row order; equal images have equal keys in every store."""
@@ -144,12 +129,8 @@ class Store:
 
     @cached_property
     def decoding(self) -> Decoding:
-        """How its images were looked at when it was made, and are to be looked at. Earlier versions ignored their
-        orientation."""
-        return Decoding(
-            orientation=self.manifest.get("orientation", "ignore"),
-            max_pixels=self.manifest.get("max_pixels", 25_000_000),
-        )
+        """How its images were looked at when it was made, and are to be looked at."""
+        return Decoding(orientation=self.manifest["orientation"], max_pixels=self.manifest["max_pixels"])
 
     def image(self, row: int) -> ImageRef:
         """Return an image: its bytes, or the file it was left in."""
@@ -188,7 +169,7 @@ class Store:
         A file is read again only where its time of change says that it may be another; what was deleted since is no
         change, since the store has what it needs of it.
         """
-        known = {location(entry["path"]): entry for entry in self.manifest["files"]}
+        known = {Path(entry["path"]): entry for entry in self.manifest["files"]}
         changed = [file for file in files if _is_other(file, known.get(location(file)))]
         changed += known.keys() - set(map(location, files))
         try:

@@ -15,17 +15,17 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sft.core.files import discard
 from sft.core.parallel import ordered_map
-from sft.core.sample import AS_SHOWN, Decoding, ImageRef, Sample, SkipSample
-from sft.data.formats import MAX_RECORD_BYTES, Row
+from sft.core.sample import ImageRef, SkipSample
+from sft.data.datasets import Adapter
+from sft.data.formats import Row
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
-from sft.data.store.pieces import Counts, Images, PieceTask, Verify, read_piece, write_piece
+from sft.data.store.pieces import Counts, PieceTask, Settings, read_piece, write_piece
 
 PIECE_RECORDS = 4096
 PIECE_BYTES = 48 * 1024 * 1024
@@ -38,54 +38,6 @@ FAILED = "failed.json"
 
 OnRecords = Callable[[int, float], None]
 """Called with the records done so far, and the share of all raw bytes."""
-
-
-class RawDataset(Protocol):
-    """What a store is made from; `sft.data.datasets.Adapter` is one."""
-
-    name: str
-
-    @property
-    def version(self) -> int:
-        """Raised when the same records become other samples."""
-
-    @property
-    def licence(self) -> str:
-        """Of the data."""
-
-    def files(self) -> list[Path]:
-        """Return the raw files, in a fixed order."""
-
-    def all_files(self) -> list[Path]:
-        """Return the raw files and whatever else the rows are read from."""
-
-    def rows(self, file: Path) -> Iterable[Row | SkipSample]:
-        """Return the raw records of a file."""
-
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
-        """Yield the keys of a record that are not read, and what they hold."""
-
-    def to_sample(self, row: Row) -> Sample:
-        """Return one record as a sample."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a store is made."""
-
-    images: Images = "embed"
-    """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
-    decoding: Decoding = AS_SHOWN
-    verify: Verify = "decode"
-    """`decode`: each distinct image is decoded once. `header`: only its header is read."""
-    limit: int | None = None
-    """Only the first so many records."""
-    max_record_bytes: int = MAX_RECORD_BYTES
-    max_skip_share: float = 0.05
-    """More bad records than this are a failure."""
-    num_proc: int = 1
-    fresh: bool = False
-    """Make it anew, whatever is there."""
 
 
 def pieces_folder(path: Path) -> Path:
@@ -120,7 +72,7 @@ def piece_folders(pieces: Path) -> list[Path]:
 
 
 def write_pieces(
-    raw: RawDataset, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: OnRecords
+    raw: Adapter, files: Sequence[Path], pieces: Path, settings: Settings, on_progress: OnRecords
 ) -> Counts | None:
     """Write the missing pieces; return the counts so far if that was given up because most records are bad."""
     finished = _finished_pieces(pieces)
@@ -142,7 +94,7 @@ def _write(task: PieceTask) -> tuple[Counts, float]:
 
 
 def _missing_pieces(
-    raw: RawDataset,
+    raw: Adapter,
     files: Sequence[Path],
     pieces: Path,
     finished: dict[int, dict[int, tuple[Counts, bool]]],
@@ -170,9 +122,7 @@ def _missing_pieces(
                         is_last=is_last,
                         share_read=(sum(sizes[:number]) + share * sizes[number]) / whole,
                         path=pieces / f"{number:05d}-{block:06d}",
-                        images=settings.images,
-                        decoding=settings.decoding,
-                        verify=settings.verify,
+                        settings=settings,
                     )
                 records += len(rows)
         left = None if left is None else left - records

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +20,8 @@ from numpy.typing import NDArray
 from sft.core.sample import ImageRef, Message, Sample
 
 _CONTENT = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.int64())])
-_MESSAGE_4 = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT))])
-_MESSAGE = pa.struct([*_MESSAGE_4, ("is_trained", pa.bool_())])
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT)), ("is_trained", pa.bool_())])
 SAMPLES = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE))])
-SAMPLES_4 = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE_4))])
-"""Of version 4 of the store, in which every turn is trained."""
 IMAGES = pa.schema(
     [
         ("sha256", pa.string()),
@@ -45,7 +41,6 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
-        self.num_rows = 0
         self._file = path.open("wb")
         self._stream = pa.ipc.new_stream(self._file, schema)
         self._rows: list[dict[str, Any]] = []
@@ -55,7 +50,6 @@ class TableWriter:
         """Add a row; `num_bytes` is about its size, so that batches stay small."""
         self._rows.append(row)
         self._num_bytes += num_bytes
-        self.num_rows += 1
         if self._num_bytes >= _BATCH_BYTES or len(self._rows) >= _BATCH_ROWS:
             self._flush()
 
@@ -63,7 +57,6 @@ class TableWriter:
         """Add a batch as it is."""
         if batch.num_rows:
             self._stream.write_batch(batch)
-            self.num_rows += batch.num_rows
 
     def _flush(self) -> None:
         if self._rows:
@@ -135,10 +128,6 @@ class Table:
         batch = bisect_right(self._starts, row) - 1
         return self.batches[batch].column(column)[row - self._starts[batch]].as_py()
 
-    @cached_property
-    def _column_of(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.batches[0].schema.names)} if self.batches else {}
-
     def rows(self, start: int, stop: int) -> Iterator[tuple[Any, ...]]:
         """Yield the values of rows `start` to `stop`, some at a time."""
         for first, batch in zip(self._starts, self.batches, strict=False):
@@ -150,7 +139,7 @@ class Table:
     def column(self, name: str) -> Iterator[Any]:
         """Yield all values of a column."""
         for batch in self.batches:
-            yield from batch.column(self._column_of[name]).to_pylist()
+            yield from batch.column(name).to_pylist()
 
 
 # ------------------------------------------------------------------------------------------ samples as records
@@ -183,7 +172,7 @@ def to_messages(record: Sequence[dict[str, Any]], images: dict[int, ImageRef]) -
             content=tuple(
                 item["text"] if item["type"] == "text" else images[item["image"]] for item in message["content"]
             ),
-            is_trained=message.get("is_trained", True),
+            is_trained=message["is_trained"],
         )
         for message in record
     )

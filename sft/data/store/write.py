@@ -14,25 +14,17 @@ from typing import Any
 from sft.core.errors import RunError, UserError
 from sft.core.files import discard, hash_file, location, remove_leftovers, staged
 from sft.core.shipped import resolve
+from sft.data.datasets import Adapter
 from sft.data.formats import record_limit
 from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
-from sft.data.store.pieces import Counts, Verify, read_piece
+from sft.data.store.pieces import Counts, Settings, Verify, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
-from sft.data.store.schedule import (
-    FAILED,
-    OnRecords,
-    RawDataset,
-    Settings,
-    open_pieces,
-    piece_folders,
-    pieces_folder,
-    write_pieces,
-)
+from sft.data.store.schedule import FAILED, OnRecords, open_pieces, piece_folders, pieces_folder, write_pieces
 
 
 def prepare_store(
-    raw: RawDataset,
+    raw: Adapter,
     path: Path,
     *,
     asked: dict[str, Any],
@@ -94,7 +86,7 @@ def _explain_leftover(pieces: Path) -> Iterator[None]:
         raise UserError(*error.args[:-1], f"{error.args[-1]}; {kept}") from error
 
 
-def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def _wanted(raw: Adapter, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what a store has to be made of and how, as its manifest says it."""
     how = {key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")}
     made = {"adapter": {"name": raw.name, "version": raw.version}, "asked": _located(asked)}
@@ -109,7 +101,7 @@ def _located(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished_store(
-    path: Path, raw: RawDataset, all_files: Sequence[Path], wanted: dict[str, Any], settings: Settings
+    path: Path, raw: Adapter, all_files: Sequence[Path], wanted: dict[str, Any], settings: Settings
 ) -> Store | None:
     """Return the finished store that is there, if it is what is wanted and no file has changed since.
 
@@ -132,7 +124,7 @@ def _all_counts(pieces: Path) -> Counts:
 
 def _write_manifest(
     target: Path,
-    raw: RawDataset,
+    raw: Adapter,
     wanted: dict[str, Any],
     settings: Settings,
     files: Sequence[dict[str, Any]],
@@ -171,7 +163,7 @@ def _check_unchanged(stamps: Sequence[dict[str, Any]], pieces: Path) -> None:
             raise RunError(f"{stamp['path']}: changed while it was read; prepare again")
 
 
-def _check_adapter(store: Store, raw: RawDataset) -> None:
+def _check_adapter(store: Store, raw: Adapter) -> None:
     made_by = store.manifest["adapter"]
     if made_by != {"name": raw.name, "version": raw.version}:
         raise UserError(
@@ -182,7 +174,7 @@ def _check_adapter(store: Store, raw: RawDataset) -> None:
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
     """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest | asdict(store.decoding) | {"asked": _located(store.manifest["asked"])}
+    manifest = store.manifest
     return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
 

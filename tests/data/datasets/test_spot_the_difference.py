@@ -81,7 +81,7 @@ def test_an_instruction_whose_images_are_absent_is_left_out_by_name():
 def test_rows_hold_places_and_no_image_bytes():
     of = adapter(NAME, MIMIC_IT)
     for row in of.rows(of.files()[0]):
-        assert all(image is None or isinstance(image, _mimic_it.ImageLocation) for image in row["images"])
+        assert all(image is None or isinstance(image, _mimic_it.FileRange) for image in row["images"])
 
 
 def test_multi_turn_joins_related_instructions_on_the_same_images_and_asks_each_once():
