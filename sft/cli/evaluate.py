@@ -26,44 +26,34 @@ EXAMPLES = (
     "evaluate runs/my-data@100 --benchmark mmbench.tsv --protocol card",
     "evaluate runs/my-data --task vqav2=coco --task mmbench=dev_en.tsv",
 )
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
-]
-Tasks = Annotated[
-    list[str] | None, typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several.")
-]
-Benchmark = Annotated[
-    str | None,
-    typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
-]
-Split = Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")]
-Protocol = Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")]
-Scored = Annotated[str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")]
-Generate = Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")]
-Shots = Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")]
-Support = Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")]
-Blind = Annotated[bool, typer.Option("--blind", help="Ask without the images.")]
-Baseline = Annotated[bool, typer.Option(help="Ask without the images too, to compare.")]
-MaxQuestions = Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")]
-Details = Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")]
-Submission = Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")]
 
 
 def run(
-    model: Model,
-    task: Tasks = None,
-    benchmark: Benchmark = None,
-    split: Split = None,
-    protocol: Protocol = None,
-    rank: Scored = None,
-    generate: Generate = False,
-    shots: Shots = None,
-    support: Support = None,
-    blind: Blind = False,
-    baseline: Baseline = True,
-    max_questions: MaxQuestions = None,
-    details: Details = None,
-    submission: Submission = None,
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several."),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
+    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
+    support: Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Ask without the images.")] = False,
+    baseline: Annotated[bool, typer.Option(help="Ask without the images too, to compare.")] = True,
+    max_questions: Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")] = None,
+    details: Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")] = None,
+    submission: Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")] = None,
     nproc: Nproc = 1,
     json: Json = False,
 ) -> None:
@@ -75,25 +65,17 @@ def run(
     from sft.core.distributed import process_group
     from sft.runs.names import chosen_by
 
-    given: dict[str, Any] = {
-        "benchmark": benchmark,
-        "split": split,
-        "protocol": protocol,
-        "shots": shots,
-        "support": support,
-    }
-    given["max_questions"] = max_questions
     scorings = _scorings(protocol, rank, generate)
     for option, file in (("details", details), ("submission", submission)):
         _check_place(option, file)
     if nproc > 1:
-        options = {"task": task, "rank": rank, "generate": generate, "blind": blind, "no_baseline": not baseline}
-        files = {"details": details, "submission": submission, "json": json}
-        start(nproc, ["evaluate", model], given | options | files)
+        start(context)
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        changes = given | {"by": tuple(task) if task else None, "ranks": scorings}
+        names = ("benchmark", "split", "protocol", "shots", "support", "max_questions")
+        changes = {name: context.params[name] for name in names}
+        changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = _Evaluation(model, changes, submission)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)

@@ -24,6 +24,7 @@ EXAMPLES = (
 
 
 def run(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
     by: Annotated[
         list[str] | None,
@@ -52,16 +53,7 @@ def run(
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
-        options = {
-            "by": by,
-            "benchmark": benchmark,
-            "split": split,
-            "rule": rule,
-            "use": use,
-            "watch": watch,
-            "json": json,
-        }
-        start(nproc, ["select", run], options)
+        start(context)
     selection = session = None
     with process_group() as process:
         out = console(to_stderr=json)
