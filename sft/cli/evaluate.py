@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from sft.cli.evaluation_tables import show_summaries
 from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
 
@@ -260,6 +259,8 @@ def _report(found: list[_Found], details: Path | None, submission: Path | None, 
         write_submission(submission, found[0].task.chosen.rows, found[0].result)
         summaries[0]["submission"] = str(submission)
     if not json:
+        from sft.cli.evaluation_tables import show_summaries
+
         show_summaries(summaries, out)
         return
     by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}

@@ -68,7 +68,7 @@ def view(run: Run) -> dict[str, Any]:
         "problems": list(_problems(run)),
         "selection": run.selection,
         "conclusions": list(_conclusions(run)),
-        "scores": list(scores(run)),
+        "scores": list(scores(run.selection)),
         "score_panels": list(score_panels(run)),
         "category_panels": list(category_panels(run.selection)),
         "answers": list(answers(run)),
