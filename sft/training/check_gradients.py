@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from transformers import TrainerCallback
 
 from sft.core.distributed import all_reduce_sum, any_process
 from sft.core.errors import RunError
-from sft.training.callbacks import Training
+
+if TYPE_CHECKING:
+    from sft.training.trainer import Trainer
 
 
 class CheckGradients(TrainerCallback):  # type: ignore[misc]
@@ -22,7 +24,7 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
     before the optimizer's step, hooks record them when they are computed.
     """
 
-    def __init__(self, trainer: Training) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.is_done = False
         self.can_show = False

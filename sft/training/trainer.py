@@ -32,7 +32,7 @@ from sft.models.family import Weights
 from sft.models.loss import trained_positions
 from sft.models.packed_model import PackedModel
 from sft.recipe import EngineName, TrainingConfig
-from sft.training.callbacks import FillGradients, RecomputeShare, Resume, Stop
+from sft.training.callbacks import Begin, FillGradients, Stop
 from sft.training.check_gradients import CheckGradients
 from sft.training.engines import Writers, get_engine
 from sft.training.engines.resume_state import Spent, read_progress, write_progress
@@ -118,8 +118,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             processing_class=parts.tokenizer,
             callbacks=[
                 *parts.callbacks,
-                Resume(self),
-                RecomputeShare(self),
+                Begin(self),
                 WriteMetrics(self, parts.run_dir, parts.on_step, parts.log),
                 CheckGradients(self),
                 FillGradients(self),

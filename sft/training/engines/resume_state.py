@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from sft.core.distributed import ALONE, Rank
-from sft.core.errors import UserError
+from sft.training.engines.sharded_state import check_names, trained
 
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.pt", "progress.json"
 
@@ -54,8 +54,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write the trained weights and the optimizer of a whole model."""
     from safetensors.torch import save_file
 
-    trained = {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
-    save_file(trained, folder / TRAINED)
+    save_file({name: weight.detach().contiguous() for name, weight in trained(model).items()}, folder / TRAINED)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
@@ -67,11 +66,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank 
     """
     from safetensors.torch import load_file
 
-    saved, trained = load_file(folder / TRAINED), _trained(model)
-    if differing := sorted(saved.keys() ^ trained.keys()):
-        raise UserError(f"{folder}: other tensors were trained then; {differing[0]} is one of {len(differing)}")
+    saved, parameters = load_file(folder / TRAINED), trained(model)
+    check_names(folder, saved, parameters)
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
@@ -85,7 +83,3 @@ def read_progress(folder: Path) -> Progress:
     """Read progress.json."""
     progress: Progress = json.loads((folder / PROGRESS).read_text())
     return progress
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
