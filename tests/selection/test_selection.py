@@ -24,13 +24,13 @@ from sft.models.idefics import weights
 from sft.models.idefics.weights import load_model
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import EvaluationConfig
-from sft.runs.checkpoint import checkpoints, write_folder
+from sft.runs.checkpoint import checkpoints, keep_newest_states, write_folder
 from sft.runs.names import find_recipe
 from sft.runs.status import RunStatus
 from sft.selection import session
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
-from sft.selection.pruning import prune, prune_weights, weights_to_prune
+from sft.selection.pruning import prune_weights, weights_to_prune
 from sft.selection.record import current_selection, is_chosen_on_half, write_selection
 from sft.selection.rules import choose, choose_by_recorded_loss
 
@@ -305,16 +305,16 @@ def test_pruned_weights_are_not_found_and_the_state_beside_them_is_whole(tmp_pat
     assert names(tmp_path) == ["checkpoint-30"]
     left = tmp_path / "checkpoints" / "checkpoint-10"
     assert [path.name for path in left.iterdir()] == ["state"]
-    prune(left, "state")
+    write_checkpoint(tmp_path, 40, state=True)
+    keep_newest_states(left.parent, 1)
     assert not left.exists()
     assert prune_weights(tmp_path, selection) == []
 
 
 def test_state_is_pruned_from_beside_weights_and_what_a_kill_has_left_goes_with_the_next(tmp_path):
-    folder = write_checkpoint(tmp_path, 10, state=True)
-    prune(folder, "state")
-    assert names(tmp_path) == ["checkpoint-10"] and not (folder / "state").exists()
-    torn = write_checkpoint(tmp_path, 20, state=True)
+    folder, torn = (write_checkpoint(tmp_path, step, state=True) for step in (10, 20))
+    keep_newest_states(folder.parent, 1)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"] and not (folder / "state").exists()
     (torn / "manifest.json").unlink()  # where a kill stopped removing weights
     prune_weights(tmp_path, choose(outcomes(tmp_path, {10: "x-" * 20}), by="mmbench"))
     assert [path.name for path in torn.iterdir()] == ["state"]
