@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -132,7 +133,8 @@ class _Evaluation:
         self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
         from sft.core.distributed import all_or_none
-        from sft.evaluation.run_tasks import ScoredModel
+        from sft.evaluation.run_tasks import score_model
+        from sft.models.loaded_model import load_for_inference
         from sft.selection.record import is_chosen_on_half
 
         with all_or_none():
@@ -140,7 +142,8 @@ class _Evaluation:
         self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
         """Whether its checkpoint was chosen by the other half of the images."""
         name = "base" if model.endswith("@base") else Path(self.path).name
-        self._scored = ScoredModel(self.path, run_dir=run_dir, name=name)
+        load = cache(load_for_inference)  # once, for what is asked with images and without
+        self._score_model = partial(score_model, self.path, run_dir=run_dir, name=name, load=load)
 
     def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
         """Return what it scored on each task, on those items that figures come from; without images too where that is
@@ -162,7 +165,7 @@ class _Evaluation:
         if not tasks:
             return []
         with progress(f"evaluating{how}", None, out) as update:
-            results = self._scored.score(tasks, lambda done, total: update(done, f"of {total}"))
+            results = self._score_model(tasks, on_progress=lambda done, total: update(done, f"of {total}"))
         seed, chose = self._settings.seed, self.tasks[0].benchmark
         return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
 

@@ -230,7 +230,7 @@ def test_one_image_cannot_be_halved(tmp_path):
         ({"benchmark": "easy_vqa"}, "mmbench"),
         ({"benchmark": "b.tsv", "by": "loss"}, "loss"),
         ({"benchmark": "coco", "by": "vqav2"}, "vqav2"),
-        ({"by": "mmbench"}, "--by mmbench needs a benchmark"),
+        ({"by": "mmbench"}, "mmbench needs its data"),
         ({"by": "vqav2"}, "vqav2 needs its data"),
         ({"benchmark": "b.tsv", "by": "exact_match"}, "reads a .jsonl"),
         ({"benchmark": "b.jsonl", "by": "mmbench"}, "reads a TSV"),

@@ -53,11 +53,7 @@ class ExactMatch(OpenQuestions):
         Raises:
             UserError: see `read_questions`; no file is named, or one that is none of questions.
         """
-        data = source.data
-        if data is None:
-            raise UserError(
-                "--by exact_match needs a benchmark; give --benchmark FILE, or evaluation.benchmark in the recipe"
-            )
+        data = source.named_data("exact_match")
         if data in BUILT_BENCHMARKS or not data.endswith(".jsonl"):
             raise UserError(f"{data}: --by exact_match reads a .jsonl of questions with short answers")
         file = resolve(data)

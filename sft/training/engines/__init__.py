@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sft.core.distributed import TIMEOUT, Rank
 from sft.core.errors import UserError
@@ -26,18 +26,6 @@ if TYPE_CHECKING:
 
     from sft.training.engines.resume_state import Progress
     from sft.training.trainer import Trainer
-
-
-class Writers(NamedTuple):
-    """The engine and the number of processes that have written a state."""
-
-    engine: EngineName
-    processes: int
-
-    @classmethod
-    def of(cls, progress: Progress) -> Writers:
-        """Return the writers of a state by its progress; states from before there were engines do not name them."""
-        return cls(progress.get("engine", "ddp"), progress.get("processes", 1))
 
 
 class Engine:
@@ -86,9 +74,9 @@ class Engine:
         """Write the trained weights and the optimizer's tensors into a folder, each process its shard."""
         raise NotImplementedError
 
-    def load(self, trainer: Trainer, folder: Path, written_by: Writers) -> None:
-        """Read what `save` of this engine has written, by any number of processes. An engine that does not shard reads
-        what any engine has written."""
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
+        """Read what `save` of this engine has written, by any number of processes (`progress` says how many). An engine
+        that does not shard reads what any engine has written."""
         raise NotImplementedError
 
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
@@ -120,13 +108,12 @@ def check_readable(checkpoint: Path, progress: Progress, engine: EngineName, ran
     Raises:
         UserError: another engine has written it; or it has to be converted, and DeepSpeed is not installed.
     """
-    writers = Writers.of(progress)
-    if ENGINES[engine].shards and writers.engine != engine:
+    writer = progress["engine"]
+    if ENGINES[engine].shards and writer != engine:
         raise UserError(
-            f"{checkpoint}: was written under {writers.engine}, which {engine} cannot read; set "
-            f"distributed.engine={writers.engine}"
+            f"{checkpoint}: was written under {writer}, which {engine} cannot read; set distributed.engine={writer}"
         )
-    get_engine(writers.engine).check_state(checkpoint, written_by=writers.processes, read_by=rank.of)
+    get_engine(writer).check_state(checkpoint, written_by=progress["processes"], read_by=rank.of)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from sft.core.distributed import Rank
-from sft.training.engines import Engine, Writers, get_engine
-from sft.training.engines.resume_state import load_state, save_state
+from sft.training.engines import Engine, get_engine
+from sft.training.engines.resume_state import Progress, load_state, save_state
 
 if TYPE_CHECKING:
     from sft.training.trainer import Trainer
@@ -30,9 +30,9 @@ class Ddp(Engine):
         if trainer.rank.is_main:
             save_state(folder, trainer.unwrapped, trainer.bare_optimizer)
 
-    def load(self, trainer: Trainer, folder: Path, written_by: Writers) -> None:
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
         """Read everything in each process, whichever engine has written it."""
-        writer = get_engine(written_by.engine)
+        writer = get_engine(progress["engine"])
         writer.load_whole(folder, trainer.unwrapped, trainer.bare_optimizer, trainer.rank)
 
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:

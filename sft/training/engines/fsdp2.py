@@ -17,7 +17,8 @@ from torch.optim.optimizer import Optimizer
 from sft.core.distributed import Rank
 from sft.core.errors import RunError
 from sft.recipe.engines import check_engine_precision
-from sft.training.engines import Engine, Writers, sharded_state
+from sft.training.engines import Engine, sharded_state
+from sft.training.engines.resume_state import Progress
 
 if TYPE_CHECKING:
     from sft.training.trainer import Trainer
@@ -99,7 +100,7 @@ class Fsdp2(Engine):
         """Write the shard of each process."""
         sharded_state.save(folder, trainer.unwrapped, trainer.bare_optimizer)
 
-    def load(self, trainer: Trainer, folder: Path, written_by: Writers) -> None:
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
         """Read the shard of each process from what any number of processes have written."""
         sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from sft.core.distributed import ALONE, Rank
+from sft.recipe import EngineName
 from sft.training.engines.sharded_state import check_names, trained
 
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.pt", "progress.json"
@@ -36,8 +37,9 @@ class Spent(TypedDict):
 class Progress(TypedDict):
     """The content of progress.json."""
 
-    engine: NotRequired[str]
-    processes: NotRequired[int]
+    engine: EngineName
+    processes: int
+    """How many wrote the state."""
     step: int
     schedule: dict[str, Any]
     """The state of the learning-rate schedule, by torch."""
@@ -80,6 +82,6 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read progress.json."""
-    progress: Progress = json.loads((folder / PROGRESS).read_text())
+    """Read progress.json; those from before there were engines do not name one."""
+    progress: Progress = {"engine": "ddp", "processes": 1} | json.loads((folder / PROGRESS).read_text())
     return progress

@@ -16,7 +16,8 @@ from torch.optim.optimizer import Optimizer
 from sft.core.distributed import TIMEOUT, Rank
 from sft.core.errors import UserError
 from sft.recipe.engines import check_engine_precision
-from sft.training.engines import Engine, Writers, universal
+from sft.training.engines import Engine, universal
+from sft.training.engines.resume_state import Progress
 from sft.training.engines.universal import ADAM_STEPS, TAG, converted
 
 if TYPE_CHECKING:
@@ -104,9 +105,9 @@ class Zero3(Engine):
             states = _adamw(trainer).state.values()
             (folder / ADAM_STEPS).write_text(json.dumps(int(next(iter(states))["step"])))
 
-    def load(self, trainer: Trainer, folder: Path, written_by: Writers) -> None:
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
         """Read the shard of each process; from another number of processes through DeepSpeed's universal conversion."""
-        if written_by.processes == trainer.rank.of:
+        if progress["processes"] == trainer.rank.of:
             _load(trainer, folder, TAG)
             return
         with converted(folder / TAG, trainer.rank) as output:
