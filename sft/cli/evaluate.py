@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from sft.evaluation.task import Task
     from sft.recipe import EvaluationConfig, Recipe
 
-PROTOCOLS = ("card", "vanilla", "circular")
-SCORINGS = ("letter", "text", "generate")
 EXAMPLES = (
     "evaluate runs/my-data --benchmark mmbench_dev_en.tsv",
     "evaluate runs/my-data@100 --benchmark mmbench.tsv --protocol card",
@@ -42,9 +40,12 @@ def run(
         typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")] = None,
+    protocol: Annotated[
+        Literal["card", "vanilla", "circular"] | None, typer.Option(help="circular by default.")
+    ] = None,
     rank: Annotated[
-        str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")
+        Literal["letter", "text", "generate"] | None,
+        typer.Option(help="Choose by the likelihood of the letter (default) or of the text."),
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
     shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
@@ -89,13 +90,10 @@ def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[s
     """Return the ways of scoring options that are asked for; None leaves it to the recipe.
 
     Raises:
-        UserError: an option has no such value, or two of them exclude each other.
+        UserError: two options exclude each other.
     """
     from sft.core.errors import UserError
 
-    for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, SCORINGS)):
-        if value not in (None, *allowed):
-            raise UserError(f"--{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
     return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None

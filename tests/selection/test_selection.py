@@ -409,7 +409,7 @@ def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp
 
 def test_what_does_not_go_together_is_refused(copied, refusal):
     assert "tea: no such task (known: exact_match, loss, mmbench, vqav2)" in refusal("select", copied, "--by", "tea")
-    assert "--rule tea: expected best or earliest_not_worse" in refusal("select", copied, "--rule", "tea")
+    assert "'--rule': 'tea' is not one of 'best', 'earliest_not_worse'" in refusal("select", copied, "--rule", "tea")
     assert "--by loss takes no --benchmark" in refusal("select", copied, "--by", "loss", "--benchmark", "x.tsv")
     assert "nothing to choose by" in refusal("select", copied, "--by", "loss")
     assert "x.jsonl: No such file" in refusal("select", copied, "--benchmark", "x.jsonl")
