@@ -41,7 +41,8 @@ def run(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
     protocol: Annotated[
-        Literal["card", "vanilla", "circular"] | None, typer.Option(help="circular by default.")
+        Literal["card", "vanilla", "circular"] | None,
+        typer.Option(help="How a question is asked: circular by default."),
     ] = None,
     rank: Annotated[
         Literal["letter", "text", "generate"] | None,

@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: help is wanted
             error.show()
         else:
-            terminal.print_problems(" ".join(error.format_message().split()))
+            message = " ".join(error.format_message().split())
+            terminal.print_problems(message.replace(": Value error, ", ": "))  # pydantic's words
         sys.exit(2)
     except (UserError, RunError) as error:
         if "--debug" in arguments:

@@ -34,7 +34,9 @@ def run(
         typer.Option("--benchmark", "--data", metavar="PATH", help="A TSV, a .jsonl, or the data of the task."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
-    rule: Annotated[Literal["best", "earliest_not_worse"] | None, typer.Option(help="best by default.")] = None,
+    rule: Annotated[
+        Literal["best", "earliest_not_worse"] | None, typer.Option(help="Which one is chosen: best by default.")
+    ] = None,
     use: Annotated[bool, typer.Option("--use", help="Make it the checkpoint of chat, evaluate and merge.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
