@@ -174,7 +174,7 @@ def test_the_card_says_what_the_model_is_and_nothing_of_this_machine(checkpoint,
 
 
 def test_the_card_of_a_choice_by_the_loss_that_training_wrote_down_says_no_more_than_that(checkpoint, tmp_path):
-    write_selection(choose_by_recorded_loss({1: 2.5, 2: 1.5}), checkpoint.parents[1])
+    write_selection(choose_by_recorded_loss({1: 2.5, 2: 1.5}), checkpoint.parents[1], use=True)
     merge(checkpoint, tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "Held-out loss 1.5000." in card and "Score" not in card and "Cross-fitted" not in card

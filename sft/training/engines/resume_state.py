@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from sft.core.distributed import ALONE, Rank
 from sft.recipe import EngineName
 from sft.training.engines.sharded_state import check_names, trained
 
@@ -60,7 +59,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank = ALONE) -> None:
+def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Set the trained weights and the optimizer of a whole model to what was saved.
 
     Raises:
