@@ -90,11 +90,12 @@ def _shares(report: dict[str, Any], own: list[Source], others: list[Source], wid
 
     def row(name: str, sources: list[Source], bound: str = "") -> tuple[str, ...]:
         """Return the line of some sources: the sums of their shares, and the largest of the other figures."""
-        units = ("tokens", "trained_tokens", "samples")
-        shares = [[source["asked"], *map(source["achieved_in"].get, units)] for source in sources]
-        others = [[source[key] for key in ("epochs", "error_in_packs", "error_inside_in_packs")] for source in sources]
-        sums, largest = map(sum, zip(*shares, strict=True)), map(max, zip(*others, strict=True))
-        return (name, *map(percent, sums), *(f"{bound}{figure:.2f}" for figure in largest))
+        shares = [sum(source["asked"] for source in sources)]
+        for unit in ("tokens", "trained_tokens", "samples"):
+            shares.append(sum(source["achieved_in"][unit] for source in sources))
+        keys = ("epochs", "error_in_packs", "error_inside_in_packs")
+        largest = (max(source[key] for source in sources) for key in keys)
+        return (name, *map(percent, shares), *(f"{bound}{figure:.2f}" for figure in largest))
 
     rows = [row(_name(source), [source]) for source in own]
     if others:
