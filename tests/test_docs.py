@@ -18,9 +18,7 @@ import yaml
 from conftest import REPOSITORY, status_of
 from PIL import Image
 
-from sft.cli import recipes, tasks
-from sft.cli.main import COMMANDS as MODULES
-from sft.cli.main import app
+from sft.cli.main import PANELS, app
 from sft.core.errors import UserError
 from sft.core.shipped import shipped_recipes
 from sft.data.datasets import Adapter, adapter_names
@@ -48,7 +46,8 @@ def commands_of(text: str) -> list[str]:
 
 COMMANDS = [command for page in PAGES.values() for command in commands_of(page)]
 OF_RECIPES = [re.sub(r"  .*", "", command) for head in HEADS.values() for command in commands_of(head)]
-OF_HELP = [command for module in (*MODULES, recipes, tasks) for command in getattr(module, "EXAMPLES", ())]
+MODULES = [import_module(f"sft.cli.{name}") for names in PANELS.values() for name in names]
+OF_HELP = [command for module in MODULES for command in getattr(module, "EXAMPLES", ())]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -146,7 +145,7 @@ def test_mix_prints_what_the_page_shows(capsys):
 
 
 def test_every_command_has_examples_in_its_help_that_fit_a_terminal():
-    assert [module.__name__ for module in (*MODULES, recipes, tasks) if not getattr(module, "EXAMPLES", ())] == []
+    assert [module.__name__ for module in MODULES if not getattr(module, "EXAMPLES", ())] == []
     assert [command for command in OF_HELP if len(f" idefics-sft {command}") > 79] == []
 
 

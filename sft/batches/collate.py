@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, compress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sft.batches.feature_cache import FeatureCache
 from sft.batches.image_source import ImageSource
 from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch, EncodedSample, PlacedSample, SkipSample, Tiling, TrainOn
 from sft.models.family import Tiles
 
 Ints = NDArray[np.int64]
-
-
-class KnownFeatures(Protocol):
-    """The states of images that need not be encoded any more; `sft.batches.feature_cache` has them."""
-
-    @property
-    def state_size(self) -> int:
-        """Numbers of a state."""
-
-    def read(self, key: int, /) -> NDArray[np.float16] | None:
-        """Return the states (S, E) of an image, None where they are not known."""
 
 
 DUMMY = PlacedSample(
@@ -46,7 +36,7 @@ def collate(
     num_trained_tokens: int | None = None,
     forgive_images: bool = False,
     always_whole: bool = False,
-    features: KnownFeatures | None = None,
+    features: FeatureCache | None = None,
 ) -> Batch:
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 

@@ -9,6 +9,7 @@ workers (`sft.batches.workers`), whose batches come in the order of their plans.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,19 @@ NUM_NAMED = 5
 """Samples that an error names."""
 
 
+@dataclass(eq=False)
 class BatchMaker(Dataset[Batch]):
     """Makes batches of plans, here or in a worker: `maker[plan]`."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        images: Images,
-        *,
-        seed: int,
-        always_whole: bool = False,
-        features: FeatureCache | None = None,
-        notes: Path | None = None,
-    ) -> None:
-        """With `always_whole` every batch has an image and a label (`sft.batches.collate`). Of images that have
-        `features` none are decoded. In the folder `notes` each worker keeps a file that says which samples it is
-        working on."""
-        self.reader = reader
-        self.images = images
-        self.seed = seed
-        self.always_whole = always_whole
-        self.features = features
-        self.notes = notes
+    reader: Reader
+    images: Images
+    seed: int
+    always_whole: bool = False
+    """Whether every batch has an image and a label (`sft.batches.collate`)."""
+    features: FeatureCache | None = None
+    """Of images that it has none are decoded."""
+    notes: Path | None = None
+    """A folder in which each worker keeps a file that says which samples it is working on."""
 
     def __getitem__(self, plan: Plan) -> Batch:
         packs = [[self._sample(place) for place in places] for places in plan.packs]

@@ -21,7 +21,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -187,24 +187,18 @@ def _distinct(keys: Sequence[NDArray[np.int64]]) -> int:
     return len(np.unique(np.concatenate([np.empty(0, np.int64), *keys])))
 
 
+@dataclass(eq=False)
 class Encoder:
     """Completes batches: encodes the images whose states are not there yet, and keeps these."""
 
-    def __init__(
-        self,
-        model: PackedModel,
-        cache: FeatureCache,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        warn: Callable[[str], None],
-    ) -> None:
-        """Images are encoded under `autocast`. `warn` is called once with what is wrong with the cache; training goes
-        on without it."""
-        self.model = model
-        self.cache = cache
-        self.autocast = autocast
-        self._warn = warn
-        self._is_writing = True
-        self._overflows = 0
+    model: PackedModel
+    cache: FeatureCache
+    autocast: Callable[[], AbstractContextManager[Any]]
+    """Images are encoded under it."""
+    warn: Callable[[str], None]
+    """Called once with what is wrong with the cache; training goes on without it."""
+    _is_writing: bool = True
+    _overflows: int = 0
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the states of all its images, and no tiles."""
@@ -234,7 +228,7 @@ class Encoder:
         if not features_SE.isfinite().all():
             self._overflows += 1
             if self._overflows == 1:
-                self._warn("features of an image are over float16's 65,504; such images are encoded each time")
+                self.warn("features of an image are over float16's 65,504; such images are encoded each time")
             return exact_SE.float()
         self._keep(key, features_SE)
         return features_SE
@@ -246,7 +240,7 @@ class Encoder:
             self.cache.write(key, features_SE.cpu().numpy())
         except OSError as error:
             self._is_writing = False
-            self._warn(f"data.feature_cache: no more features are kept, other images are encoded each time ({error})")
+            self.warn(f"data.feature_cache: no more features are kept, other images are encoded each time ({error})")
 
 
 def _tiles_by_image(batch: Batch) -> Iterator[tuple[int, Tensor]]:

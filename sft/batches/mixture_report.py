@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,11 +159,8 @@ def _budget(source: SourceSizes, tally: SourceCounts) -> dict[str, int]:
 def _bytes_of_each(source: PreparedSource, table: str) -> float:
     """Return the bytes of a sample, of the part of one that fits a pack, or of an image in the stores, on average."""
     number = sum(len(part.encoded) if table == "samples" else part.store.num_images for part in source.parts)
-    return sum(_size(part.store.path / table) for part in source.parts) / max(number, 1)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    files = (file for part in source.parts for file in (part.store.path / table).iterdir())
+    return sum(file.stat().st_size for file in files) / max(number, 1)
 
 
 def _in_hundredths(packs_with_tokens: Ints) -> list[int]:

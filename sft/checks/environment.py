@@ -114,7 +114,8 @@ def check_bitsandbytes() -> Finding:
     with contained() as failure, torch.random.fork_rng(devices=[]):  # the seed of a training is not touched
         wrong = _wrong_with_bitsandbytes(device())
     if failure.error:  # a library without code for the device raises RuntimeError, OSError and others
-        wrong = f"{type(failure.error).__name__}: {_first_line(failure.error)}"
+        first_line = str(failure.error).strip().partition("\n")[0]
+        wrong = f"{type(failure.error).__name__}: {first_line}"
     if wrong:
         advice = "model.mode qlora and the 8-bit optimizers do not work here; `python -m bitsandbytes` tells more"
         return Finding(name=name, result="failed", found=wrong, advice=advice)
@@ -169,7 +170,3 @@ def existing(path: Path) -> Path:
     """Return the folder itself, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

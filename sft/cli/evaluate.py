@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
 
-from sft.cli.evaluation_tables import show_summaries
 from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
 
@@ -19,51 +19,43 @@ if TYPE_CHECKING:
     from sft.evaluation.task import Task
     from sft.recipe import EvaluationConfig, Recipe
 
-PROTOCOLS = ("card", "vanilla", "circular")
-SCORINGS = ("letter", "text", "generate")
 EXAMPLES = (
     "evaluate runs/my-data --benchmark mmbench_dev_en.tsv",
     "evaluate runs/my-data@100 --benchmark mmbench.tsv --protocol card",
     "evaluate runs/my-data --task vqav2=coco --task mmbench=dev_en.tsv",
 )
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
-]
-Tasks = Annotated[
-    list[str] | None, typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several.")
-]
-Benchmark = Annotated[
-    str | None,
-    typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
-]
-Split = Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")]
-Protocol = Annotated[str | None, typer.Option(help="card, vanilla or circular (default).")]
-Scored = Annotated[str | None, typer.Option(help="Choose by the likelihood of the letter (default) or of the text.")]
-Generate = Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")]
-Shots = Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")]
-Support = Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")]
-Blind = Annotated[bool, typer.Option("--blind", help="Ask without the images.")]
-Baseline = Annotated[bool, typer.Option(help="Ask without the images too, to compare.")]
-MaxQuestions = Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")]
-Details = Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")]
-Submission = Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")]
 
 
 def run(
-    model: Model,
-    task: Tasks = None,
-    benchmark: Benchmark = None,
-    split: Split = None,
-    protocol: Protocol = None,
-    rank: Scored = None,
-    generate: Generate = False,
-    shots: Shots = None,
-    support: Support = None,
-    blind: Blind = False,
-    baseline: Baseline = True,
-    max_questions: MaxQuestions = None,
-    details: Details = None,
-    submission: Submission = None,
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, a recipe, RUN, RUN@STEP, or RUN@base.")
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several."),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
+    protocol: Annotated[
+        Literal["card", "vanilla", "circular"] | None,
+        typer.Option(help="How a question is asked: circular by default."),
+    ] = None,
+    rank: Annotated[
+        Literal["letter", "text", "generate"] | None,
+        typer.Option(help="Choose by the likelihood of the letter (default) or of the text."),
+    ] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
+    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
+    support: Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Ask without the images.")] = False,
+    baseline: Annotated[bool, typer.Option(help="Ask without the images too, to compare.")] = True,
+    max_questions: Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")] = None,
+    details: Annotated[Path | None, typer.Option(help="Write a line of JSON for each question.")] = None,
+    submission: Annotated[Path | None, typer.Option(help="Write the .xlsx that MMBench's server scores.")] = None,
     nproc: Nproc = 1,
     json: Json = False,
 ) -> None:
@@ -75,25 +67,17 @@ def run(
     from sft.core.distributed import process_group
     from sft.runs.names import chosen_by
 
-    given: dict[str, Any] = {
-        "benchmark": benchmark,
-        "split": split,
-        "protocol": protocol,
-        "shots": shots,
-        "support": support,
-    }
-    given["max_questions"] = max_questions
     scorings = _scorings(protocol, rank, generate)
     for option, file in (("details", details), ("submission", submission)):
         _check_place(option, file)
     if nproc > 1:
-        options = {"task": task, "rank": rank, "generate": generate, "blind": blind, "no_baseline": not baseline}
-        files = {"details": details, "submission": submission, "json": json}
-        start(nproc, ["evaluate", model], given | options | files)
+        start(context)
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        changes = given | {"by": tuple(task) if task else None, "ranks": scorings}
+        names = ("benchmark", "split", "protocol", "shots", "support", "max_questions")
+        changes = {name: context.params[name] for name in names}
+        changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = _Evaluation(model, changes, submission)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
@@ -107,13 +91,10 @@ def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[s
     """Return the ways of scoring options that are asked for; None leaves it to the recipe.
 
     Raises:
-        UserError: an option has no such value, or two of them exclude each other.
+        UserError: two options exclude each other.
     """
     from sft.core.errors import UserError
 
-    for option, value, allowed in (("protocol", protocol, PROTOCOLS), ("rank", rank, SCORINGS)):
-        if value not in (None, *allowed):
-            raise UserError(f"--{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
     return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
@@ -151,7 +132,8 @@ class _Evaluation:
         self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
         from sft.core.distributed import all_or_none
-        from sft.evaluation.run_tasks import ScoredModel
+        from sft.evaluation.run_tasks import score_model
+        from sft.models.loaded_model import load_for_inference
         from sft.selection.record import is_chosen_on_half
 
         with all_or_none():
@@ -159,7 +141,8 @@ class _Evaluation:
         self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
         """Whether its checkpoint was chosen by the other half of the images."""
         name = "base" if model.endswith("@base") else Path(self.path).name
-        self._scored = ScoredModel(self.path, run_dir=run_dir, name=name)
+        load = cache(load_for_inference)  # once, for what is asked with images and without
+        self._score_model = partial(score_model, self.path, run_dir=run_dir, name=name, load=load)
 
     def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
         """Return what it scored on each task, on those items that figures come from; without images too where that is
@@ -181,7 +164,7 @@ class _Evaluation:
         if not tasks:
             return []
         with progress(f"evaluating{how}", None, out) as update:
-            results = self._scored.score(tasks, lambda done, total: update(done, f"of {total}"))
+            results = self._score_model(tasks, on_progress=lambda done, total: update(done, f"of {total}"))
         seed, chose = self._settings.seed, self.tasks[0].benchmark
         return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
 
@@ -278,6 +261,8 @@ def _report(found: list[_Found], details: Path | None, submission: Path | None, 
         write_submission(submission, found[0].task.chosen.rows, found[0].result)
         summaries[0]["submission"] = str(submission)
     if not json:
+        from sft.cli.evaluation_tables import show_summaries
+
         show_summaries(summaries, out)
         return
     by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}

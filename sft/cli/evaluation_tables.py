@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, Group
 
 from sft.cli.terminal import percent, table
-from sft.core.metric import ACCURACY, Metric
+from sft.report.selection_text import between, metric_of, score_text
 
 Summary = dict[str, Any]
 """What `Task.summary` returns."""
@@ -20,36 +20,15 @@ def show_summaries(summaries: Sequence[Summary], out: Console) -> None:
         out.print(_overview(summaries))
         return
     for summary in summaries:
-        if "letters" in summary:
-            _show_multiple_choice(summary, out)
-        else:
-            _show_task(summary, out)
+        _show(summary, out)
 
 
-def metric_of(summary: Summary) -> Metric:
-    """Return what the score of a summary measures."""
-    return Metric(**summary["metric"]) if "metric" in summary else ACCURACY
-
-
-def score_text(score: float, metric: Metric) -> str:
-    """Return a score as text: a share in percent."""
-    return percent(score) if metric.is_share else f"{score:.4f}"
-
-
-def _figure(summary: Summary) -> str:
-    """Return the score with its standard error."""
-    metric, error = metric_of(summary), summary["standard_error"]
-    score = score_text(summary["accuracy" if "accuracy" in summary else "score"], metric)
-    return f"{score} ± {100 * error:.1f}" if metric.is_share else f"{score} ± {error:.4f}"
-
-
-def _between(summary: Summary) -> str:
-    low, high = (score_text(limit, metric_of(summary)) for limit in summary["interval"])
-    return f"{low} to {high}"
+def _score(summary: Summary) -> str:
+    return score_text(summary["accuracy" if "accuracy" in summary else "score"], summary)
 
 
 def _blind(summary: Summary) -> str:
-    return "" if summary["blind"] is None else score_text(summary["blind"], metric_of(summary))
+    return "" if summary["blind"] is None else score_text(summary["blind"], summary)
 
 
 def _overview(summaries: Sequence[Summary]) -> Group:
@@ -57,8 +36,8 @@ def _overview(summaries: Sequence[Summary]) -> Group:
         (
             summary["benchmark"] + (f" by {summary['rank']}" if "rank" in summary else ""),
             f"{summary['questions']:,}",
-            score_text(summary["accuracy" if "accuracy" in summary else "score"], metric_of(summary)),
-            _between(summary),
+            _score(summary),
+            between(summary["interval"], summary),
             _blind(summary),
         )
         for summary in summaries
@@ -67,53 +46,48 @@ def _overview(summaries: Sequence[Summary]) -> Group:
     return table(f"tasks, by {', '.join(names)}", ("task", "questions", "score", "95 % interval", "no image"), rows)
 
 
-def _show_task(summary: Summary, out: Console) -> None:
-    """Print one task: by category, over all, and without images."""
-    metric = metric_of(summary)
+def _show(summary: Summary, out: Console) -> None:
+    """Print one way of scoring one task: scores, and what of the protocol and of the answers bears on them."""
+    is_choice = "letters" in summary
+    how = f"{summary['protocol']}, by {summary['rank']}" if is_choice else metric_of(summary).name
     shots = f", {summary['shots']} shot{'s' * (summary['shots'] > 1)}" if summary["shots"] else ""
     blind = "" if summary["with_images"] else ", without images"
-    rows = [
-        (name, str(part["questions"]), score_text(part["score"], metric))
-        for name, part in summary["categories"].items()
-    ]
-    rows.append(("all", str(summary["questions"]), _figure(summary)))
-    out.print(table(f"{summary['benchmark']}, {metric.name}{shots}{blind}", ("category", "questions", "score"), rows))
-    out.print(f"95 % interval {_between(summary)}, over images as clusters")
-    if summary["blind"] is not None and summary["with_images"]:
-        out.print(f"without images {_blind(summary)}")
-    _show_filtered(summary, out)
+    title = f"{summary['benchmark']}, {how}{shots}{blind}" + (f", {summary['rows']} rows" if is_choice else "")
+    if is_choice and summary["accuracy"] is None:
+        out.print(f"{title}: answers not scored here, in {summary['submission']}")
+    else:
+        _show_scores(title, summary, out)
+    for reason, number in summary["filtered"].items():
+        out.print(f"{number} questions were left out: {reason}")
+    if is_choice:
+        _show_letters(summary, out)
     out.print(f"protocol {summary['protocol_hash']}\n")
 
 
-def _show_filtered(summary: Summary, out: Console) -> None:
-    for reason, number in summary["filtered"].items():
-        out.print(f"{number} questions were left out: {reason}")
-
-
-def _show_multiple_choice(summary: Summary, out: Console) -> None:
-    """Print one way of scoring options: by category, over all, and what to compare it with."""
-    shots = f", {summary['shots']} shot{'s' * (summary['shots'] > 1)}" if summary["shots"] else ""
-    blind = "" if summary["with_images"] else ", without images"
-    title = f"{summary['benchmark']}, {summary['protocol']}, by {summary['rank']}{shots}{blind}, {summary['rows']} rows"
-    if summary["accuracy"] is None:
-        out.print(f"{title}: answers not scored here, in {summary['submission']}")
-    else:
-        parts = [(*part, "") for part in summary["categories"].items()]
-        if summary["l2_categories"] != summary["categories"]:
-            parts += [(*part, " (l2)") for part in summary["l2_categories"].items()]
-        rows = [(f"{name}{kind}", str(part["questions"]), percent(part["accuracy"])) for name, part, kind in parts]
-        rows.append(("all", str(summary["questions"]), _figure(summary)))
-        out.print(table(title, ("category", "questions", "accuracy"), rows))
-        out.print(f"95 % interval {_between(summary)}, over images as clusters")
-        if summary["blind"] is not None and summary["with_images"]:
-            out.print(f"without images {_blind(summary)}")
+def _show_scores(title: str, summary: Summary, out: Console) -> None:
+    """Print scores by category and over all, and what to compare them with."""
+    kind, metric, error = "accuracy" if "letters" in summary else "score", metric_of(summary), summary["standard_error"]
+    parts = [(*part, "") for part in summary["categories"].items()]
+    if summary.get("l2_categories", summary["categories"]) != summary["categories"]:
+        parts += [(*part, " (l2)") for part in summary["l2_categories"].items()]
+    rows = [(f"{name}{l2}", str(part["questions"]), score_text(part[kind], summary)) for name, part, l2 in parts]
+    spread = f"{100 * error:.1f}" if metric.is_share else f"{error:.4f}"
+    rows.append(("all", str(summary["questions"]), f"{_score(summary)} ± {spread}"))
+    out.print(table(title, ("category", "questions", kind), rows))
+    out.print(f"95 % interval {between(summary['interval'], summary)}, over images as clusters")
+    if summary["blind"] is not None and summary["with_images"]:
+        out.print(f"without images {_blind(summary)}")
+    if "chance" in summary:
         again = f" ({percent(summary['independent_chance'])} if each rotation is guessed separately)"
-        anew = again if summary["protocol"] == "circular" else ""
-        out.print(f"chance {percent(summary['chance'])}{anew}")
-    _show_filtered(summary, out)
+        out.print(f"chance {percent(summary['chance'])}{again if summary['protocol'] == 'circular' else ''}")
+
+
+def _show_letters(summary: Summary, out: Console) -> None:
+    """Print how the rows of multiple-choice questions were answered, and where that differs from the protocol's
+    source."""
     if summary["not_finite"]:
         out.print(f"{summary['not_finite']} rows count as wrong: the model's outputs are not finite there")
     for deviation in summary["deviations"]:
         out.print(f"differs from its source: {deviation}")
     letters = ", ".join(f"{letter} {percent(share)}" for letter, share in summary["letters"].items())
-    out.print(f"letters predicted: {letters}\nprotocol {summary['protocol_hash']}\n")
+    out.print(f"letters predicted: {letters}")

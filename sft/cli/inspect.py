@@ -57,14 +57,6 @@ def headline(description: dict[str, Any]) -> str:
     )
 
 
-def _contents(description: dict[str, Any]) -> str:
-    figures = description["figures"]
-    return (
-        f"samples: {figures['samples']:,}, images: {figures['images']:,}, of which {figures['distinct_images']:,} are "
-        "distinct and encoded"
-    )
-
-
 def show(description: dict[str, Any], out: Console) -> None:
     """Print the pack in colours; where there are none, trained tokens stand in ⟦brackets⟧."""
     coloured = out.color_system is not None and not out.no_color
@@ -73,7 +65,9 @@ def show(description: dict[str, Any], out: Console) -> None:
         out.print(Text.assemble(*parts), soft_wrap=False)
 
     put((headline(description).capitalize(), "bold"))
-    put((_contents(description), "dim"))
+    figures = description["figures"]
+    images = f"images: {figures['images']:,}, of which {figures['distinct_images']:,} are distinct and encoded"
+    put((f"samples: {figures['samples']:,}, {images}", "dim"))
     put(
         ("trained" if coloured else "⟦trained⟧", TRAINED if coloured else PLAIN),
         (" not trained ", PLAIN), ("<special> ", SPECIAL), ("[image 0: its size]", IMAGE),
@@ -89,7 +83,7 @@ def show(description: dict[str, Any], out: Console) -> None:
         if sample["problem"]:
             put((f"not trained, since an image cannot be read any more: {_visible(sample['problem'])}", PROBLEM))
         put(*_sample(tokens, description["images"], coloured))
-    unused = description["sequence_length"] - description["figures"]["tokens"]
+    unused = description["sequence_length"] - figures["tokens"]
     if unused > 0:
         put((f"\n{unused:,} tokens unused: nothing is padded in memory", "dim"))
 

@@ -7,37 +7,13 @@ from __future__ import annotations
 
 import errno
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer import Abort, BadParameter
 
-from sft.cli import (
-    INTERRUPTED,
-    STOPPED_LINE,
-    chat,
-    completion,
-    doctor,
-    evaluate,
-    export,
-    inspect,
-    leaks,
-    merge,
-    mix,
-    new,
-    plan,
-    prepare,
-    quickstart,
-    recipes,
-    report,
-    schema,
-    select,
-    stats,
-    tasks,
-    terminal,
-    train,
-    validate,
-)
+from sft.cli import INTERRUPTED, STOPPED_LINE, completion, terminal
 from sft.core.distributed import reports_the_error
 from sft.core.errors import RunError, UserError
 
@@ -49,45 +25,24 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (
-    quickstart,
-    new,
-    doctor,
-    validate,
-    prepare,
-    mix,
-    inspect,
-    plan,
-    train,
-    evaluate,
-    select,
-    merge,
-    chat,
-    report,
-    stats,
-    export,
-    leaks,
-    schema,
-)
 PANELS = {
     "Start": ("quickstart", "new", "doctor", "recipes"),
     "Data": ("validate", "prepare", "mix", "inspect", "stats", "export", "leaks"),
     "Training": ("plan", "train"),
     "Models": ("tasks", "evaluate", "select", "report", "chat", "merge"),
+    "Other": ("schema",),
 }
-"""How the list of commands is divided; what stands in none comes last."""
+"""The commands, as their list is divided. Each is a module of this folder with a function `run`, or an `app` of several
+commands."""
 
-
-def _panel(name: str) -> str:
-    return next((title for title, names in PANELS.items() if name in names), "Other")
-
-
-for command in COMMANDS:
-    name = command.__name__.rsplit(".", 1)[-1]
-    epilog = terminal.examples(getattr(command, "EXAMPLES", ()))
-    app.command(name=name, epilog=epilog, rich_help_panel=_panel(name))(command.run)
-app.add_typer(recipes.app, name="recipes", rich_help_panel=_panel("recipes"))
-app.add_typer(tasks.app, name="tasks", rich_help_panel=_panel("tasks"))
+for panel, names in PANELS.items():
+    for name in names:
+        command = import_module(f"sft.cli.{name}")
+        if hasattr(command, "app"):
+            app.add_typer(command.app, name=name, rich_help_panel=panel)
+        else:
+            epilog = terminal.examples(command.EXAMPLES)
+            app.command(name=name, epilog=epilog, rich_help_panel=panel)(command.run)
 
 
 _UsageError: Any = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "UsageError")
@@ -140,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: help is wanted
             error.show()
         else:
-            terminal.print_problems(" ".join(error.format_message().split()))
+            message = " ".join(error.format_message().split())
+            terminal.print_problems(message.replace(": Value error, ", ": "))  # pydantic's words
         sys.exit(2)
     except (UserError, RunError) as error:
         if "--debug" in arguments:

@@ -1,7 +1,7 @@
 """`idefics-sft merge RUN --output DIR`: a checkpoint as a plain transformers model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ def run(
     run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, its recipe, RUN@STEP or a checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder of the new model.")],
     base_dtype: Annotated[
-        str | None, typer.Option(help="What adapters are merged in: bf16 (default) or fp32.", metavar="bf16|fp32")
+        Literal["bf16", "fp32"] | None, typer.Option(help="What adapters are merged in: bf16 by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in DIR.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare logits; needs room for the model.")] = False,
@@ -30,8 +30,6 @@ def run(
     from sft.core.errors import UserError
     from sft.runs.names import chosen_by, find_model
 
-    if base_dtype not in (None, "bf16", "fp32"):
-        raise UserError(f"--base-dtype {base_dtype}: expected bf16 or fp32")
     checkpoint = find_model(run)
     if not isinstance(checkpoint, Path):
         raise UserError(f"{run}: expected a run or a checkpoint of one; a hub model has nothing to merge")

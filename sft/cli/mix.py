@@ -87,32 +87,19 @@ def _in_lines(sources: list[Source]) -> tuple[list[Source], list[Source]]:
 
 def _shares(report: dict[str, Any], own: list[Source], others: list[Source], width: int) -> Group:
     header = ("source", "asked", "tokens", "trained", "samples", "epochs", "off", "inside", "")
-    rows = [
-        (
-            _name(source),
-            percent(source["asked"]),
-            *(percent(source["achieved_in"][unit]) for unit in ("tokens", "trained_tokens", "samples")),
-            f"{source['epochs']:.2f}",
-            f"{source['error_in_packs']:.2f}",
-            f"{source['error_inside_in_packs']:.2f}",
-        )
-        for source in own
-    ]
+
+    def row(name: str, sources: list[Source], bound: str = "") -> tuple[str, ...]:
+        """Return the line of some sources: the sums of their shares, and the largest of the other figures."""
+        shares = [sum(source["asked"] for source in sources)]
+        for unit in ("tokens", "trained_tokens", "samples"):
+            shares.append(sum(source["achieved_in"][unit] for source in sources))
+        keys = ("epochs", "error_in_packs", "error_inside_in_packs")
+        largest = (max(source[key] for source in sources) for key in keys)
+        return (name, *map(percent, shares), *(f"{bound}{figure:.2f}" for figure in largest))
+
+    rows = [row(_name(source), [source]) for source in own]
     if others:
-        rows.append(
-            (
-                f"{len(others):,} others",
-                percent(sum(source["asked"] for source in others)),
-                *(
-                    percent(sum(source["achieved_in"][unit] for source in others))
-                    for unit in ("tokens", "trained_tokens", "samples")
-                ),
-                *(
-                    f"≤ {max(source[name] for source in others):.2f}"
-                    for name in ("epochs", "error_in_packs", "error_inside_in_packs")
-                ),
-            )
-        )
+        rows.append(row(f"{len(others):,} others", others, "≤ "))
     taken = sum(max(len(row[column]) for row in (header, *rows)) + 1 for column in range(len(header) - 1))
     room = max(min(width - taken, 32), 0)
     largest = max(source["achieved"] for source in report["sources"])

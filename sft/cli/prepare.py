@@ -48,7 +48,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Prepare the datasets of a recipe and its base model, or one dataset."""
-    from sft.data.prepare import PrepareOptions
+    from sft.data.prepare import PrepareOptions, prepare_one
 
     quiet_libraries()
     out = console(to_stderr=json)
@@ -58,7 +58,9 @@ def run(
             raise UserError("prepare --dataset NAME needs --path RAW and --output DIR, and no RECIPE")
         asked = {"dataset": dataset, "path": path, "split": split or "train", "options": _adapter_options(option or ())}
         how = {name: _yaml(f"--{name}", value) for name, value in (("verify", verify), ("images", images)) if value}
-        prepared = _one(asked, how, output, max_skip_share, options, out)
+        with preparation(out) as update:
+            store = prepare_one(asked, how, output, max_skip_share, options, update)
+        prepared = _Prepared([store], [{}], (f"Next: {shlex.join(['idefics-sft', 'stats', str(output)])}",))
     else:
         if recipe is None:
             raise UserError("prepare needs a RECIPE, or --dataset NAME --path RAW --output DIR")
@@ -130,22 +132,6 @@ def _all(
             f"The first {options.limit:,} records are for looking: mix and train want all, without --limit",
         )
     return _Prepared(stores, [part.encoded.changes for part in parts], following)
-
-
-def _one(
-    asked: dict[str, Any],
-    how: dict[str, str],
-    output: Path,
-    max_skip_share: float | None,
-    options: PrepareOptions,
-    out: Console,
-) -> _Prepared:
-    """Prepare one dataset without a recipe."""
-    from sft.data.prepare import prepare_one
-
-    with preparation(out) as update:
-        store = prepare_one(asked, how, output, max_skip_share, options, update)
-    return _Prepared([store], [{}], (f"Next: {shlex.join(['idefics-sft', 'stats', str(output)])}",))
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from sft.cli.evaluation_tables import score_text
 from sft.cli.several import Nproc, start
-from sft.cli.terminal import Json, console, notes, percent, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import Json, console, notes, print_json, progress, quiet_libraries, table
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
-    from sft.selection.record import CheckpointScore, ChosenOn, Selection
+    from sft.selection.record import ChosenOn, Selection
     from sft.selection.session import Session
 EXAMPLES = (
     "select runs/my-data",
@@ -24,6 +23,7 @@ EXAMPLES = (
 
 
 def run(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
     by: Annotated[
         list[str] | None,
@@ -34,7 +34,9 @@ def run(
         typer.Option("--benchmark", "--data", metavar="PATH", help="A TSV, a .jsonl, or the data of the task."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
-    rule: Annotated[str | None, typer.Option(help="best (default) or earliest_not_worse.")] = None,
+    rule: Annotated[
+        Literal["best", "earliest_not_worse"] | None, typer.Option(help="Which one is chosen: best by default.")
+    ] = None,
     use: Annotated[bool, typer.Option("--use", help="Make it the checkpoint of chat, evaluate and merge.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
@@ -52,16 +54,7 @@ def run(
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
-        options = {
-            "by": by,
-            "benchmark": benchmark,
-            "split": split,
-            "rule": rule,
-            "use": use,
-            "watch": watch,
-            "json": json,
-        }
-        start(nproc, ["select", run], options)
+        start(context)
     selection = session = None
     with process_group() as process:
         out = console(to_stderr=json)
@@ -100,14 +93,11 @@ def _with_options(
     """Return the recipe with what the command line says about its evaluation.
 
     Raises:
-        UserError: an option has no such value, or two of them do not go together.
+        UserError: two options do not go together.
     """
     from sft.core.errors import UserError
     from sft.evaluation.tasks import named_tasks
-    from sft.recipe import Rule
 
-    if rule not in (None, *get_args(Rule)):
-        raise UserError(f"--rule {rule}: expected {' or '.join(get_args(Rule))}")
     if by == ["loss"] and benchmark:
         raise UserError("--by loss takes no --benchmark: it is the loss on what data.validation holds out")
     given: dict[str, Any] = {"rule": rule} if rule else {}
@@ -160,40 +150,24 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: 
 
 def show(selection: Selection, out: Console) -> None:
     """Print the choice as a table, and what to know before believing it."""
-    from sft.report.selection_text import selection_words
+    from sft.report.selection_text import scores, selection_words
     from sft.selection.record import as_json
 
-    rows = [_row(score, selection) for score in selection.scores]
+    chosen = as_json(selection)
+    has_ties = bool(set(selection.tied) - {selection.best})  # there is more in the set than the best one itself
+    rows = []
+    for score in scores(chosen):
+        marks = ("*" if score["is_selected"] else " ") + ("=" if has_ties and score["is_tied"] else " ")
+        notes = "weights removed" if score["is_gone"] else "best" if score["name"] == selection.best else ""
+        rows.append((f"{marks} {score['name']}", score["score"], score["interval"], score["p_best"], notes))
     is_loss = selection.by == "loss"
     header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
     out.print(table("held-out loss" if is_loss else selection.benchmark, header, rows))
-    selected, *others = selection_words(as_json(selection))
+    selected, *others = selection_words(chosen)
     out.print(f"* {selected}")
-    if _has_ties(selection):
+    if has_ties:
         out.print(f"= cannot be told apart from the best: {', '.join(selection.tied)}")
     for sentence in others:
         out.print(sentence)
     for warning in selection.warnings:
         out.print(f"warning: {warning}")
-
-
-def _row(score: CheckpointScore, selection: Selection) -> tuple[str, ...]:
-    is_tied = _has_ties(selection) and score.checkpoint in selection.tied
-    marks = ("*" if score.checkpoint == selection.selected else " ") + ("=" if is_tied else " ")
-    p_best = "" if score.p_best is None else percent(score.p_best)
-    notes = "weights removed" if not score.has_weights else "best" if score.checkpoint == selection.best else ""
-    figure = _figure(score.score, selection)
-    return f"{marks} {score.checkpoint}", figure, _between(score.interval, selection), p_best, notes
-
-
-def _has_ties(selection: Selection) -> bool:
-    """Return whether there is more in the set than the best one itself."""
-    return bool(set(selection.tied) - {selection.best})
-
-
-def _figure(value: float, selection: Selection) -> str:
-    return score_text(value, selection.metric)
-
-
-def _between(limits: tuple[float, float] | None, selection: Selection) -> str:
-    return f"{_figure(limits[0], selection)} to {_figure(limits[1], selection)}" if limits else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -160,7 +161,7 @@ class Update(Protocol):
 def progress(description: str, total: int | None, out: Console) -> Iterator[Update]:
     """Show a bar with time used and time left; yield `update(done, note)`. In a log it prints a line now and then."""
     if is_quiet():
-        yield _nothing
+        yield lambda done, note="": None
         return
     if not out.is_terminal:
         yield _lines(description, total, out)
@@ -200,31 +201,36 @@ def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=out) as bar:
-        tasks: dict[str, TaskID] = {}
-        rates: dict[str, _Rate] = {}
+        shown: dict[str, tuple[TaskID, _Speed]] = {}
 
         def update(name: str, records: int, share: float) -> None:
-            if name not in tasks:
-                tasks[name], rates[name] = bar.add_task(printable(name), total=1.0, note=""), _Rate()
-            rate = rates[name].after(records, time.monotonic())
-            bar.update(tasks[name], completed=share, note=f"{records:,}{rate}")
+            if name not in shown:
+                shown[name] = bar.add_task(printable(name), total=1.0, note=""), _Speed()
+            task, speed = shown[name]
+            rate, _ = speed.after(records, share, time.monotonic())
+            bar.update(task, completed=share, note=f"{records:,}{rate}")
 
         yield update
 
 
-class _Rate:
-    """Records a second since the first report: what that one counts may have been done by an earlier run."""
+class _Speed:
+    """The speed at which a dataset is prepared since the first report: what that one counts may have been done by an
+    earlier run."""
 
-    def __init__(self) -> None:
-        self.first: tuple[int, float] | None = None
+    def __init__(self, now: float = 0.0) -> None:
+        self.first: tuple[int, float, float] | None = None
+        """Records, share and time of the first report."""
+        self.printed = now
+        """When a log got its last line; infinite after the last of all."""
 
-    def after(self, records: int, now: float) -> str:
-        """Return the rate as `, 1,234/s`; nothing while it cannot be known."""
+    def after(self, records: int, share: float, now: float) -> tuple[str, str]:
+        """Return the rate as `, 1,234/s` and the time left as `, 15 s left`; nothing while they cannot be known."""
         if self.first is None or records < self.first[0]:
-            self.first = (records, now) if records else None
-            return ""
-        done, seconds = records - self.first[0], now - self.first[1]
-        return f", {done / seconds:,.0f}/s" if done and seconds > 1 else ""
+            self.first = (records, share, now) if records else None
+            return "", ""
+        done, grown, seconds = records - self.first[0], share - self.first[1], now - self.first[2]
+        rate = f", {done / seconds:,.0f}/s" if done and seconds > 1 else ""
+        return rate, f", {seconds * (1 - share) / grown:,.0f} s left" if grown > 0 and share < 1 else ""
 
 
 _LOG_EVERY_SECONDS = 15.0
@@ -232,39 +238,22 @@ _LOG_EVERY_SECONDS = 15.0
 
 def _preparation_lines(out: Console) -> Callable[[str, int, float], None]:
     """Return the same for a log: it prints a line at the beginning, one now and then, one at the end."""
-    printed: dict[str, float] = {}
-    first: dict[str, tuple[float, float]] = {}
-    rates: dict[str, _Rate] = {}
-    ended: set[str] = set()
+    speeds: dict[str, _Speed] = {}
 
     def update(name: str, records: int, share: float) -> None:
         now = time.monotonic()
-        if name not in printed:
-            printed[name], rates[name] = now, _Rate()
+        if name not in speeds:
+            speeds[name] = _Speed(now)
             if not share:
                 out.print(f"preparing {printable(name)}")
-        rate = rates[name].after(records, now)
-        if share:
-            first.setdefault(name, (share, now))
-        if name in ended or (now - printed[name] < _LOG_EVERY_SECONDS and share < 1):
+        speed = speeds[name]
+        rate, left = speed.after(records, share, now)
+        if now - speed.printed < _LOG_EVERY_SECONDS and (share < 1 or speed.printed == math.inf):
             return
-        printed[name] = now
-        if share >= 1:
-            ended.add(name)
-        out.print(f"preparing {printable(name)}: {records:,}{rate}{_time_left(first.get(name), share, now)}")
+        speed.printed = now if share < 1 else math.inf
+        out.print(f"preparing {printable(name)}: {records:,}{rate}{left}")
 
     return update
-
-
-def _time_left(first: tuple[float, float] | None, share: float, now: float) -> str:
-    """Return the time left, by what was done since the first report."""
-    if first is None or not first[0] < share < 1:
-        return ""
-    return f", {(now - first[1]) * (1 - share) / (share - first[0]):,.0f} s left"
-
-
-def _nothing(done: int, note: str = "") -> None:
-    """Show nothing, under --quiet."""
 
 
 def _lines(description: str, total: int | None, out: Console) -> Update:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from sft.cli.several import start
 from sft.cli.terminal import (
     Json,
     Overrides,
     RecipeName,
     console,
-    is_quiet,
     notes,
     preparation,
     print_json,
@@ -44,6 +44,7 @@ EXAMPLES = (
 
 
 def run(
+    context: typer.Context,
     recipe: RecipeName,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that train together.")] = 1,
@@ -60,7 +61,6 @@ def run(
 ) -> None:
     """Fine-tune as a recipe says; prepares what is missing and resumes an unfinished run."""
     from sft.core.distributed import launched_rank, process_group
-    from sft.core.launch import launch
     from sft.runs.names import find_recipe
 
     found = find_recipe(recipe, overrides or ())
@@ -73,12 +73,7 @@ def run(
         show_dry_run(found, json=json)
         return
     if nproc > 1:
-        if launched_rank().of > 1:
-            raise UserError(f"--nproc {nproc}: the processes are started already, by torchrun or srun; leave it out")
-        _prepare_for(nproc, found, console(to_stderr=json), resume, allow_changed)
-        options = [f"--resume={resume}", *["--allow-changed"] * allow_changed, *["--json"] * json]
-        options += ["--quiet"] * is_quiet()
-        sys.exit(launch(nproc, ["train", *named, *options]))
+        start(context, lambda: _prepare_for(nproc, found, console(to_stderr=json), resume, allow_changed))
     with redirect_stdout(sys.stderr) if json else nullcontext(), process_group() as rank:  # DeepSpeed prints
         out = notes(to_stderr=json)
         out.quiet |= not rank.is_main
@@ -191,19 +186,15 @@ def _prepare_for(nproc: int, recipe: Recipe, out: Console, resume: str, allow_ch
     """Prepare the data for several processes; what they would refuse is refused before.
 
     Raises:
-        UserError: see `train`, or there are fewer GPUs than processes.
+        UserError: see `train`.
     """
     from sft.training.resume import check_changes
 
     if resume != "none":
         check_changes(recipe, allow_changed)
-    import torch
-
     from sft.data.prepare import prepare
     from sft.training.engines import choose_engine
 
-    if torch.cuda.is_available() and nproc > torch.cuda.device_count():
-        raise UserError(f"--nproc {nproc}: this machine has {torch.cuda.device_count()} GPUs; each process needs one")
     choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc), recipe.training.optimizer)
     quiet_libraries()
     check_before_preparing(recipe)

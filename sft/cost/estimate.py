@@ -17,7 +17,7 @@ from sft.cost.family import Cost, ModelCost, Precision, Setting, read_model
 from sft.data.prepare import open_prepared
 from sft.data.store import MANIFEST, Store
 from sft.models import base_of, names_of_family
-from sft.recipe import ENGINES, EngineName, LoraSettings, Recipe, with_overrides
+from sft.recipe import ENGINES, LoraSettings, Recipe, with_overrides
 from sft.recipe.engines import check_can_shard, check_engine_precision, resolve_engine
 from sft.recipe.optimizers import lighter_optimizers
 
@@ -96,7 +96,8 @@ def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> S
     """
     training, data, packs = recipe.training, recipe.data, recipe.training.micro_batch_packs
     lora = recipe.model.lora or LoraSettings()
-    engine, precision = _engine(recipe, gpus), _precision(training.precision, device)
+    engine = resolve_engine(recipe.distributed.engine, recipe.model.mode, gpus)
+    precision = _precision(training.precision, device)
     check_can_shard(engine, recipe.model.mode, training.optimizer)
     check_engine_precision(engine, precision)
     images, image_weight = model.fullest_images(data.sequence_length, data.max_images_per_pack)
@@ -159,10 +160,6 @@ def _distinct_images(recipe: Recipe) -> tuple[int | None, list[tuple[int, int]]]
     step = len(keys) // NUM_SIZES + 1
     sizes = [store.image_size(row) for store in stores for row in range(0, len(store.image_keys), step)]
     return len(np.unique(keys)), sizes
-
-
-def _engine(recipe: Recipe, gpus: int) -> EngineName:
-    return resolve_engine(recipe.distributed.engine, recipe.model.mode, gpus)
 
 
 def _precision(asked: str, device: Device) -> Precision:
@@ -242,7 +239,8 @@ def _with_settings(recipe: Recipe, change: _Change) -> Iterator[_Change]:
 def _more_gpus(recipe: Recipe, change: _Change) -> Iterator[_Change]:
     """Yield a change with the model sharded over 2, 4, 8, … times the GPUs, at most one for each pack of a step."""
     gpus = 2 * change.gpus
-    while ENGINES[engine := _engine(recipe, gpus)].shards and gpus <= min(MAX_GPUS, recipe.packs_per_step):
+    engine = resolve_engine(recipe.distributed.engine, recipe.model.mode, gpus)
+    while ENGINES[engine].shards and gpus <= min(MAX_GPUS, recipe.packs_per_step):
         yield change._replace(gpus=gpus, options=f"--gpus {gpus} ({engine})")
         gpus *= 2
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+if TYPE_CHECKING:
+    from sft.evaluation.task import Item
 
-class Clustered(Protocol):
-    """An item of which others may not be independent."""
-
-    @property
-    def cluster(self) -> str:
-        """The same for items about the same image."""
-
-
-ItemT = TypeVar("ItemT", bound=Clustered)
+ItemT = TypeVar("ItemT", bound="Item")
 
 
 def half_of(image: str, seed: int) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,54 +81,6 @@ def held_out_packs(held_out: Sources, *, seed: int) -> HeldOutPacks:
     return HeldOutPacks(sources=held_out, packs=tuple(pack for pack in packs if pack))
 
 
-def sample_losses(
-    model: PackedModel,
-    sources: Sources,
-    packs: Sequence[HeldOutPack],
-    *,
-    images: Images,
-    autocast: bool = False,
-    always_whole: bool = False,
-    before_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[SampleLoss]:
-    """Yield the loss of each sample by a model in evaluation mode, a forward for each pack; images are seen whole.
-
-    `autocast` computes in bfloat16; for `always_whole` see `collate`. What is done before a forward is done inside
-    `before_forward`.
-
-    Raises:
-        SkipSample: an image was changed since it was prepared.
-    """
-    device = next(model.parameters()).device
-    for pack in packs:
-        # Each sample is a source of its own, so that the forward hands back which loss is whose.
-        placed = [sources.sample(item)._replace(source=number) for number, item in enumerate(pack)]
-        with before_forward():
-            batch = collate(
-                [placed],
-                StoredImages(sources.reader, images),
-                train_on=sources.data.train_on,
-                pack_isolation=sources.data.pack_isolation,
-                always_whole=always_whole,
-            ).to(device)
-        # Not inference_mode: what a module keeps from it could not be trained with afterwards.
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            output = model(batch=batch)
-        is_real_P = output.source_ids_P >= 0
-        numbers_P, losses_P = output.source_ids_P[is_real_P], output.token_losses_P[is_real_P].double()
-        counts = torch.bincount(numbers_P, minlength=len(pack)).tolist()
-        sums = torch.bincount(numbers_P, losses_P, minlength=len(pack)).tolist()
-        for item, sample, count, total in zip(pack, placed, counts, sums, strict=True):
-            if count:
-                yield SampleLoss(
-                    key=sample.encoded.key,
-                    cluster=f"image {sample.images[0]}" if sample.images else sample.encoded.key,
-                    source=sources.sources[item.source].name,
-                    loss=total / count,
-                    trained_tokens=count,
-                )
-
-
 def mean_loss(by_source: dict[str, Any]) -> float | None:
     """Return the mean loss over the trained tokens of all sources, from a `validation` in metrics.jsonl; None without
     any."""
@@ -163,32 +115,58 @@ def shared_losses(
     always_whole: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SampleLoss]:
-    """Return the loss of every held-out sample, in the order of the packs, which are divided among the processes; see
-    `sample_losses`.
+    """Return the loss of every held-out sample by a model in evaluation mode, in the order of the packs, which are
+    divided among the processes. Images are seen whole; `autocast` computes in bfloat16.
 
-    With `always_whole` the processes wait for each other in every forward: what fails before it in one of them fails in
-    all, then and there.
+    With `always_whole` (see `collate`) the processes wait for each other in every forward: what fails before it in one
+    of them fails in all, then and there.
+
+    Raises:
+        SkipSample: an image was changed since it was prepared.
     """
     own: dict[int, list[SampleLoss]] = {}
     done = 0
     with nullcontext() if always_whole else all_or_none():
         for number, turn in assign(range(len(held_out.packs))):
-            packs = [held_out.packs[number]]
-            own[number] = [
-                *sample_losses(
-                    model,
-                    held_out.sources,
-                    packs,
-                    images=images,
-                    autocast=autocast,
-                    always_whole=always_whole,
-                    before_forward=all_or_none if always_whole else nullcontext,
-                )
-            ]
+            pack = held_out.packs[number]
+            own[number] = [*_losses_of(pack, held_out.sources, model, images, autocast, always_whole)]
             done += sum(len(held_out.packs[other]) for other in turn)
             on_progress(done, held_out.num_samples)
     by_pack = all_gather_dict(own)
     return [sample for number in sorted(by_pack) for sample in by_pack[number]]
+
+
+def _losses_of(
+    pack: HeldOutPack, sources: Sources, model: PackedModel, images: Images, autocast: bool, always_whole: bool
+) -> Iterator[SampleLoss]:
+    """Yield the loss of each sample of a pack, by one forward."""
+    device = next(model.parameters()).device
+    # Each sample is a source of its own, so that the forward hands back which loss is whose.
+    placed = [sources.sample(item)._replace(source=number) for number, item in enumerate(pack)]
+    with all_or_none() if always_whole else nullcontext():
+        batch = collate(
+            [placed],
+            StoredImages(sources.reader, images),
+            train_on=sources.data.train_on,
+            pack_isolation=sources.data.pack_isolation,
+            always_whole=always_whole,
+        ).to(device)
+    # Not inference_mode: what a module keeps from it could not be trained with afterwards.
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        output = model(batch=batch)
+    is_real_P = output.source_ids_P >= 0
+    numbers_P, losses_P = output.source_ids_P[is_real_P], output.token_losses_P[is_real_P].double()
+    counts = torch.bincount(numbers_P, minlength=len(pack)).tolist()
+    sums = torch.bincount(numbers_P, losses_P, minlength=len(pack)).tolist()
+    for item, sample, count, total in zip(pack, placed, counts, sums, strict=True):
+        if count:
+            yield SampleLoss(
+                key=sample.encoded.key,
+                cluster=f"image {sample.images[0]}" if sample.images else sample.encoded.key,
+                source=sources.sources[item.source].name,
+                loss=total / count,
+                trained_tokens=count,
+            )
 
 
 def open_held_out(recipe: Recipe) -> tuple[Sources | None, ChatTemplate]:

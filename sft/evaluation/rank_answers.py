@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch import Tensor
 from sft.batches.collate import Shown
 from sft.batches.image_source import OpenedImages
 from sft.core.distributed import all_gather_dict, all_or_none, assign
+from sft.core.parallel import prefetch
 from sft.core.sample import IGNORE_INDEX, Batch, ImageRef
 from sft.evaluation.task import AnswerScore, Query
 from sft.models.chat_template import ChatTemplate
@@ -105,7 +105,7 @@ def score_answers(
     model.eval()
     try:
         with all_or_none():
-            batches = _prefetched(lambda forward: _batch(forward, source), [own for own, _ in rounds])
+            batches = prefetch(_batch(own, source) for own, _ in rounds)
             for (own, turn), batch in zip(rounds, batches, strict=True):
                 log_probs = _log_probs(model, own, batch, autocast=autocast)
                 for path, log_prob in zip(own.paths, log_probs, strict=True):
@@ -224,19 +224,6 @@ def _num_shared(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     length = min(len(one), len(other))
     different = np.flatnonzero(one[:length] != other[:length])
     return int(different[0]) if len(different) else length
-
-
-def _prefetched(make: Callable[[_Forward], Batch], forwards: Sequence[_Forward]) -> Iterator[Batch]:
-    """Yield each forward's batch, made while the one before it is computed."""
-    with ThreadPoolExecutor(1) as pool:
-        before = None
-        for forward in forwards:
-            ahead = pool.submit(make, forward)
-            if before:
-                yield before.result()
-            before = ahead
-        if before:
-            yield before.result()
 
 
 def _batch(forward: _Forward, source: OpenedImages) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -20,83 +20,66 @@ Answers = list[list[Answer | None]]
 """For each item, the answers to its queries; None where a query is too long."""
 
 
-class ScoredModel:
-    """A model and its results, kept in the run under `name` and read back if they are there; it is loaded, by `load`,
-    when something is to be asked. Without a run nothing is kept."""
-
-    def __init__(
-        self, path: str | Path, *, run_dir: Path | None = None, name: str = "", load: Load = load_for_inference
-    ) -> None:
-        self.path = path
-        self.run_dir = run_dir
-        self.name = name
-        self._load = load
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        """The model on its device."""
-        return self._load(self.path)
-
-    def score(self, tasks: Sequence[Task], on_progress: OnProgress = lambda done, total: None) -> list[Result]:
-        """Return its result on each task; all processes share in asking. Tasks of one benchmark share their forwards.
-
-        Raises:
-            UserError, RunError: the model cannot be loaded, or it is asked in vain; see the tasks.
-        """
-        hashes, kept, weights = from_main(lambda: self._kept(tasks))
-        results = {task: result for task, result in zip(tasks, kept, strict=True) if result}
-        missing = [task for task in tasks if task not in results]
-        for task, result in self._ask(missing, dict(zip(tasks, hashes, strict=True)), weights, on_progress):
-            with all_or_none():
-                if self.run_dir and is_main_process():
-                    write_result(result, task.summary(result), self.run_dir, self.name)
-            results[task] = result
-        return [results[task] for task in tasks]
-
-    def _kept(self, tasks: Sequence[Task]) -> tuple[list[str], list[Result | None], str]:
-        """Return the hash of each task's protocol, what is kept of each, and the hash of the weights."""
-        template = load_template(find_family(self.path), self.path)
-        hashes = [task.protocol_hash(template) for task in tasks]
-        if self.run_dir is None:
-            return hashes, [None for _ in tasks], ""
-        weights = weights_hash(Path(self.path))
-        kept = [
-            find_result(self.run_dir, task.benchmark, protocol_hash, self.name, weights=weights, num_rows=task.num_rows)
-            for task, protocol_hash in zip(tasks, hashes, strict=True)
-        ]
-        return hashes, kept, weights
-
-    def _ask(
-        self, tasks: Sequence[Task], hash_of: Mapping[Task, str], weights: str, on_progress: OnProgress
-    ) -> Iterator[tuple[Task, Result]]:
-        if tasks:
-            with all_or_none():
-                loaded = self.loaded
-        for benchmark, group in groupby(tasks, key=lambda task: task.benchmark):
-            own = list(group)
-            answers = ask(loaded, own, on_progress)
-            for task in own:
-                if isinstance(task, PromptedTask):
-                    yield task, task.result(answers[task], hash_of[task], weights)
-                elif isinstance(task, MeasuredTask):
-                    outcomes = tuple(task.measure(Path(self.path), loaded, on_progress))
-                    result = Result(
-                        benchmark=benchmark, protocol_hash=hash_of[task], outcomes=outcomes, weights=weights
-                    )
-                    yield task, result
-
-
 def score_model(
     path: str | Path,
     tasks: Sequence[Task],
     *,
-    run_dir: Path | None,
-    name: str,
+    run_dir: Path | None = None,
+    name: str = "",
     load: Load = load_for_inference,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Result]:
-    """Return the results of a model that is asked once: see `ScoredModel.score`."""
-    return ScoredModel(path, run_dir=run_dir, name=name, load=load).score(tasks, on_progress)
+    """Return the result of a model on each task, kept in the run under `name` and read back if it is there; without a
+    run nothing is kept. The model is loaded, by `load`, when something is to be asked.
+
+    All processes share in asking. Tasks of one benchmark share their forwards.
+
+    Raises:
+        UserError, RunError: the model cannot be loaded, or it is asked in vain; see the tasks.
+    """
+    hashes, kept, weights = from_main(lambda: _kept(path, tasks, run_dir, name))
+    results = {task: result for task, result in zip(tasks, kept, strict=True) if result}
+    missing = {task: own for task, own in zip(tasks, hashes, strict=True) if task not in results}
+    if missing:
+        with all_or_none():
+            loaded = load(path)
+        for task, result in _ask(Path(path), loaded, missing, weights, on_progress):
+            with all_or_none():
+                if run_dir and is_main_process():
+                    write_result(result, task.summary(result), run_dir, name)
+            results[task] = result
+    return [results[task] for task in tasks]
+
+
+def _kept(
+    path: str | Path, tasks: Sequence[Task], run_dir: Path | None, name: str
+) -> tuple[list[str], list[Result | None], str]:
+    """Return the hash of each task's protocol, what is kept of each, and the hash of the weights."""
+    template = load_template(find_family(path), path)
+    hashes = [task.protocol_hash(template) for task in tasks]
+    if run_dir is None:
+        return hashes, [None for _ in tasks], ""
+    weights = weights_hash(Path(path))
+    kept = [
+        find_result(run_dir, task.benchmark, protocol_hash, name, weights=weights, num_rows=task.num_rows)
+        for task, protocol_hash in zip(tasks, hashes, strict=True)
+    ]
+    return hashes, kept, weights
+
+
+def _ask(
+    path: Path, loaded: Loaded, hash_of: Mapping[Task, str], weights: str, on_progress: OnProgress
+) -> Iterator[tuple[Task, Result]]:
+    for benchmark, group in groupby(hash_of, key=lambda task: task.benchmark):
+        own = list(group)
+        answers = ask(loaded, own, on_progress)
+        for task in own:
+            if isinstance(task, PromptedTask):
+                yield task, task.result(answers[task], hash_of[task], weights)
+            elif isinstance(task, MeasuredTask):
+                outcomes = tuple(task.measure(path, loaded, on_progress))
+                result = Result(benchmark=benchmark, protocol_hash=hash_of[task], outcomes=outcomes, weights=weights)
+                yield task, result
 
 
 def ask(

@@ -31,15 +31,23 @@ class TaskSource:
     held_out: HeldOut | None = None
     """None for a model that belongs to no run."""
 
+    def named_data(self, task: str) -> str:
+        """Return the file or folder as the user wrote it.
+
+        Raises:
+            UserError: none is named.
+        """
+        if self.data is None:
+            raise UserError(f"{task} needs its data: give --benchmark PATH, or evaluation.benchmark in the recipe")
+        return self.data
+
     def path(self, task: str) -> Path:
         """Return where the data are.
 
         Raises:
             UserError: no place is named, or nothing is there.
         """
-        if self.data is None:
-            raise UserError(f"{task} needs its data: give --benchmark PATH, or evaluation.benchmark in the recipe")
-        found = resolve(self.data)
+        found = resolve(self.named_data(task))
         if not found.exists():
             raise UserError(
                 f"{self.data}: not there; give --benchmark PATH of {task} (see idefics-sft tasks show {task})"

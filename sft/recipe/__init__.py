@@ -10,48 +10,25 @@ explain      the message for everything that is wrong with a recipe
 json_schema  the schema by which editors complete and check recipes
 """
 
-from sft.recipe.config import (
-    BUILT_BENCHMARKS,
-    CheckpointsConfig,
-    DataConfig,
-    DatasetConfig,
-    DistributedConfig,
-    EvaluationConfig,
-    GroupConfig,
-    LoraSettings,
-    ModelConfig,
-    Recipe,
-    Rule,
-    Scoring,
-    SourceConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
-from sft.recipe.engines import ENGINES, AskedEngine, EngineName
-from sft.recipe.load import load_recipe, with_overrides
-from sft.recipe.optimizers import OPTIMIZERS, OptimizerName
-
-__all__ = [
-    "BUILT_BENCHMARKS",
-    "ENGINES",
-    "OPTIMIZERS",
-    "AskedEngine",
-    "CheckpointsConfig",
-    "DataConfig",
-    "DatasetConfig",
-    "DistributedConfig",
-    "EngineName",
-    "EvaluationConfig",
-    "GroupConfig",
-    "LoraSettings",
-    "ModelConfig",
-    "OptimizerName",
-    "Recipe",
-    "Rule",
-    "Scoring",
-    "SourceConfig",
-    "TrainingConfig",
-    "ValidationConfig",
-    "load_recipe",
-    "with_overrides",
-]
+from sft.recipe.config import BUILT_BENCHMARKS as BUILT_BENCHMARKS
+from sft.recipe.config import CheckpointsConfig as CheckpointsConfig
+from sft.recipe.config import DataConfig as DataConfig
+from sft.recipe.config import DatasetConfig as DatasetConfig
+from sft.recipe.config import DistributedConfig as DistributedConfig
+from sft.recipe.config import EvaluationConfig as EvaluationConfig
+from sft.recipe.config import GroupConfig as GroupConfig
+from sft.recipe.config import LoraSettings as LoraSettings
+from sft.recipe.config import ModelConfig as ModelConfig
+from sft.recipe.config import Recipe as Recipe
+from sft.recipe.config import Rule as Rule
+from sft.recipe.config import Scoring as Scoring
+from sft.recipe.config import SourceConfig as SourceConfig
+from sft.recipe.config import TrainingConfig as TrainingConfig
+from sft.recipe.config import ValidationConfig as ValidationConfig
+from sft.recipe.engines import ENGINES as ENGINES
+from sft.recipe.engines import AskedEngine as AskedEngine
+from sft.recipe.engines import EngineName as EngineName
+from sft.recipe.load import load_recipe as load_recipe
+from sft.recipe.load import with_overrides as with_overrides
+from sft.recipe.optimizers import OPTIMIZERS as OPTIMIZERS
+from sft.recipe.optimizers import OptimizerName as OptimizerName

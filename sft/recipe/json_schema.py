@@ -54,11 +54,8 @@ def choices_of(key: str) -> list[str]:
     for name in key.split("."):
         fields = part.model_fields if isinstance(part, type) and issubclass(part, BaseModel) else {}
         part = fields[name].annotation if name in fields else None
-    return [value for kind in (get_args(part) if _is_union(part) else (part,)) for value in _values(kind)]
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)
+    kinds = get_args(part) if get_origin(part) in (Union, UnionType) else (part,)
+    return [value for kind in kinds for value in _values(kind)]
 
 
 def _values(kind: Any) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -71,12 +72,6 @@ def _make_adamw_8bit(
     return optimizer
 
 
-def _make_paged_adamw_8bit(
-    groups: Groups, settings: TrainingConfig, model: nn.Module, is_scaled: bool
-) -> torch.optim.Optimizer:
-    return _make_adamw_8bit(groups, settings, model, is_scaled, paged=True)
-
-
 def _make_adafactor(
     groups: Groups, settings: TrainingConfig, model: nn.Module, is_scaled: bool
 ) -> torch.optim.Optimizer:
@@ -111,7 +106,7 @@ OPTIMIZERS = {
     ),
     "paged_adamw_8bit": Optimizer(
         meaning="the same, and states move to main memory when the GPU is full; without a GPU it is `adamw_8bit`",
-        make=_make_paged_adamw_8bit,
+        make=partial(_make_adamw_8bit, paged=True),
         bytes_per_parameter=_EIGHT_BIT_STATES,
         bytes_per_embedding_parameter=8,
         is_paged=True,

@@ -23,12 +23,6 @@ from sft.report.selection_text import score_of, score_text, scores, selection_wo
 from sft.report.series import held_out, series
 
 FILE = "report.html"
-STATUS = {
-    "finished": "finished",
-    "running": "running",
-    "stopped": "stopped, can be resumed",
-    "failed": "failed",
-}
 
 
 def report(run_dir: Path, output: Path | None = None) -> Path:
@@ -62,13 +56,13 @@ def view(run: Run) -> dict[str, Any]:
         "name": run.path.resolve().name,
         "run": shlex.quote(str(run.path)),
         "status": run.status.status,
-        "status_text": STATUS.get(run.status.status, run.status.status),
+        "status_text": run.status.status + ", can be resumed" * (run.status.status == "stopped"),
         "about": _about(run),
         "figures": list(_key_figures(run)),
         "problems": list(_problems(run)),
         "selection": run.selection,
         "conclusions": list(_conclusions(run)),
-        "scores": list(scores(run)),
+        "scores": list(scores(run.selection)),
         "score_panels": list(score_panels(run)),
         "category_panels": list(category_panels(run.selection)),
         "answers": list(answers(run)),

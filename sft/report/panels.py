@@ -48,14 +48,13 @@ def score_panels(run: Run) -> Iterable[Panel]:
     for (benchmark, protocol, rank), summaries in by_kind.items():
         summaries.sort(key=lambda summary: summary["step"])
         metric = metric_of(summaries[-1])
+        rings = _rings([summary["step"] for summary in summaries], run.selection)
         svg = _score_chart(
             [(summary["step"], summary["score"]) for summary in summaries],
             metric,
             intervals=[summary.get("interval") for summary in summaries],
             tips=[f"step {summary['step']:,}: {score_text(summary['score'], summary)}" for summary in summaries],
-            rings=[
-                ring if ring == "ring" else "" for ring in _rings([one["step"] for one in summaries], run.selection)
-            ],
+            rings=[ring if ring == "ring" else "" for ring in rings],
             label=f"{metric.name} on {benchmark}" + f" by {rank}" * bool(rank),
             limits=(0, 1) if metric.is_share else None,
             chance=summaries[-1].get("chance"),
@@ -127,16 +126,10 @@ def loss_panels(run: Run) -> Iterable[Panel]:
     """Yield the loss of training and of held-out data, and the learning rate."""
     if not run.lines:
         return
-    points = losses(run.lines)
-    svg = chart(
-        [
-            Series(points=_thin([(step, loss) for step, loss, _ in points]), style="faint"),
-            Series(points=_means(points)),
-            Series(points=held_out(run), style="dots", colour="var(--second)"),
-        ],
+    svg = _loss_chart(
+        losses(run.lines),
+        Series(points=held_out(run), style="dots", colour="var(--second)"),
         label="training loss and held-out loss",
-        format_y=plain,
-        log=True,
     )
     yield Panel("Loss", "per trained token" + "; dots: held out" * bool(held_out(run)), svg)
     rates = series(run.lines, "learning_rate")
@@ -152,22 +145,13 @@ def source_panels(run: Run) -> Iterable[Panel]:
     for number, source in enumerate(run.recipe.data.mixture):
         points = source_losses(run.lines, source.name)
         hue = HUES[number % len(HUES)]
-        colour = f"hsl({hue} 55% var(--level))"
         apart = held_out(run, source.name)
-        svg = chart(
-            [
-                Series(points=_thin([(step, loss) for step, loss, _ in points]), style="faint", colour=colour),
-                Series(points=_means(points), colour=colour),
-                Series(
-                    points=apart,
-                    style="dots",
-                    colour="var(--text)",
-                    tips=[f"held out, step {step:,.0f}: {loss:.3f}" for step, loss in apart],
-                ),
-            ],
+        tips = [f"held out, step {step:,.0f}: {loss:.3f}" for step, loss in apart]
+        svg = _loss_chart(
+            points,
+            Series(points=apart, style="dots", colour="var(--text)", tips=tips),
+            colour=f"hsl({hue} 55% var(--level))",
             label=f"loss of {source.name}",
-            format_y=plain,
-            log=True,
             last_step=last,
             height=SMALL,
         )
@@ -176,29 +160,33 @@ def source_panels(run: Run) -> Iterable[Panel]:
             yield Panel(source.name, ends + (f" · held out {apart[-1][1]:.3g}" if apart else ""), svg, hue)
 
 
+def _loss_chart(
+    points: Sequence[tuple[float, float, float]], apart: Series, *, colour: str = "var(--accent)", **drawn: Any
+) -> Markup:
+    """Return training losses (step, loss, tokens) with their means, and held-out ones."""
+    faint = Series(points=_thin([(step, loss) for step, loss, _ in points]), style="faint", colour=colour)
+    return chart([faint, Series(points=_means(points), colour=colour), apart], format_y=plain, log=True, **drawn)
+
+
 def speed_panels(run: Run) -> Iterable[Panel]:
     """Yield speed, memory and the norm of the gradient, as far as they were recorded."""
     speeds, memory = series(run.lines, "tokens_per_second"), series(run.lines, "peak_memory_bytes")
     norms = series(run.lines, "grad_norm")
     if speeds:
-        lines = [Series(points=_thin(speeds), style="faint"), Series(points=_smooth(speeds))]
-        yield Panel(
-            "Speed", "tokens/s", chart(lines, label="tokens per second", format_y=plain, from_zero=True, height=SMALL)
-        )
+        svg = _small_chart(speeds, _smooth(speeds), label="tokens per second", from_zero=True)
+        yield Panel("Speed", "tokens/s", svg)
     if memory:
-        svg = chart(
-            [Series(points=[(step, size / GIB) for step, size in _thin(memory)])],
-            label="largest memory so far",
-            format_y=plain,
-            from_zero=True,
-            height=SMALL,
-        )
+        in_gib = [(step, size / GIB) for step, size in _thin(memory)]
+        svg = _small_chart((), in_gib, label="largest memory so far", from_zero=True)
         yield Panel("Memory", "GiB, the highest so far of one process", svg)
     if norms:
-        lines = [Series(points=_thin(norms), style="faint"), Series(points=_smooth(norms))]
-        yield Panel(
-            "Gradient norm", "before clipping", chart(lines, label="norm", format_y=plain, log=True, height=SMALL)
-        )
+        yield Panel("Gradient norm", "before clipping", _small_chart(norms, _smooth(norms), label="norm", log=True))
+
+
+def _small_chart(faint: Sequence[Point], line: Sequence[Point], **drawn: Any) -> Markup:
+    return chart(
+        [Series(points=_thin(faint), style="faint"), Series(points=line)], format_y=plain, height=SMALL, **drawn
+    )
 
 
 def _smooth(points: Sequence[Point]) -> list[Point]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sft.core.metric import ACCURACY, LOSS, Metric
 from sft.report.numbers import percent
-from sft.report.run_files import Line, Run
+from sft.report.run_files import Line
 
 
 def metric_of(line: Line) -> Metric:
@@ -24,7 +24,7 @@ def score_of(selection: Line, checkpoint: str) -> Line:
 
 def score_text(score: float, selection: Line) -> str:
     """Return a score as text: a share in percent."""
-    return percent(score) if metric_of(selection).is_share else f"{score:.3f}"
+    return percent(score) if metric_of(selection).is_share else f"{score:.4f}"
 
 
 def between(interval: Sequence[float] | None, selection: Line) -> str:
@@ -77,9 +77,8 @@ def _reason(chosen: Line) -> str:
     return f"it has the {extreme},"
 
 
-def scores(run: Run) -> Iterable[dict[str, Any]]:
-    """Yield the rows of the table of checkpoints."""
-    chosen = run.selection
+def scores(chosen: Line | None) -> Iterable[dict[str, Any]]:
+    """Yield the rows of the table of checkpoints. `chosen` has the keys of selection.json."""
     if not chosen:
         return
     for score in chosen["scores"]:

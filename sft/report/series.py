@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from sft.report.charts import Point
 from sft.report.run_files import Line, Run
 
@@ -28,13 +30,9 @@ def binned(points: Sequence[tuple[float, float, float]], bins: int) -> list[Poin
     """Return at most `bins` points (x, y) of points (x, y, weight), each the weighted mean of a stretch of them: the
     mean loss of its tokens, where the weights are tokens."""
     width = -(-len(points) // bins) if points else 1
-    stretches = (points[first : first + width] for first in range(0, len(points), width))
-    return [(_mean(stretch, 0), _mean(stretch, 1)) for stretch in stretches]
-
-
-def _mean(stretch: Sequence[tuple[float, float, float]], column: int) -> float:
-    weight = sum(point[2] for point in stretch)
-    return sum(point[column] * point[2] for point in stretch) / weight
+    stretches = (np.array(points[first : first + width]) for first in range(0, len(points), width))
+    means = (np.average(stretch[:, :2], axis=0, weights=stretch[:, 2]).tolist() for stretch in stretches)
+    return [(x, y) for x, y in means]
 
 
 def held_out(run: Run, source: str | None = None) -> list[Point]:

@@ -127,21 +127,22 @@ def _has_size(file: Path, size: int) -> bool:
 
 def checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, by step."""
-    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
-    return sorted(found, key=step_of)
+    return [path for path in _by_step(directory) if is_complete(path)]
+
+
+def _by_step(directory: Path) -> list[Path]:
+    return sorted((path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def incomplete_checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints whose weights were written, but are damaged; not those whose weights were removed."""
-    named = (path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name))
-    return sorted((path for path in named if (path / MANIFEST).is_file() and not is_complete(path)), key=step_of)
+    return [path for path in _by_step(directory) if (path / MANIFEST).is_file() and not is_complete(path)]
 
 
 def newest_state(directory: Path, log: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint whose state is complete and as it was written; None where there is none. `log` gets
     the reason why a newer one is skipped."""
-    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    for path in sorted(found, key=step_of, reverse=True):
+    for path in reversed(_by_step(directory)):
         problem = _problem_of_state(path)
         if problem is None:
             return path
@@ -175,8 +176,8 @@ def _problem_of_state(path: Path) -> str | None:
 
 def keep_newest_states(directory: Path, number: int) -> None:
     """Remove the state of all checkpoints but the newest `number`, and folders whose weights were removed before."""
-    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / STATE).is_dir()]
-    for path in sorted(found, key=step_of)[:-number]:
+    found = [path for path in _by_step(directory) if (path / STATE).is_dir()]
+    for path in found[:-number]:
         discard(path / STATE)
         if not (path / MANIFEST).exists():
             discard(path)

@@ -94,9 +94,8 @@ def not_worse(scores_K: Array, draws_RK: Array) -> NDArray[np.bool_]:
     of Statistics 9, 1981, 1026-1034). Comparing each with the winner alone, as if the winner had been named
     beforehand, leaves the truly best out more often the more models there are.
     """
-    return np.array(
-        [_largest_lead(scores_K, draws_RK, k) <= _critical_lead(scores_K, draws_RK, k) for k in _all(scores_K)]
-    )
+    models = range(len(scores_K))
+    return np.array([_largest_lead(scores_K, draws_RK, k) <= _critical_lead(scores_K, draws_RK, k) for k in models])
 
 
 def detectable_difference(
@@ -111,7 +110,7 @@ def detectable_difference(
     best = choose_best(scores_K)
     quantile = NormalDist().inv_cdf(power)
     found = []
-    for k in (k for k in _all(scores_K) if k != best):
+    for k in (k for k in range(len(scores_K)) if k != best):
         factor, error = _critical_lead(scores_K, draws_RK, k) + quantile, float(_lead_errors(draws_RK, k)[best])
         disagreement = 0.0 if disagreements_K is None else float(disagreements_K[k])
         found.append(_difference_of(factor, error, disagreement))
@@ -140,10 +139,6 @@ def disagreements(values_KQ: Array, weights_Q: Array | None = None) -> Array:
     differently."""
     best = choose_best(mean_scores(values_KQ, weights_Q))
     return mean_scores((values_KQ - values_KQ[best]) ** 2, weights_Q)
-
-
-def _all(scores_K: Array) -> range:
-    return range(len(scores_K))
 
 
 def _lead_errors(draws_RK: Array, k: int) -> Array:

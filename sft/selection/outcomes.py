@@ -6,11 +6,10 @@ Shape letters: K checkpoints, Q questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,8 @@ from sft.evaluation.draw_images import half_of
 from sft.evaluation.results import Outcome, read_lines
 from sft.runs.checkpoint import checkpoint_name, step_of
 from sft.selection.bootstrap import Array
+
+ContentT = TypeVar("ContentT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,10 @@ def read_outcomes(
     folder = run_dir / "evaluations" / benchmark
     by_step = _files(folder, protocol_hashes, counts)
     ranks = _ranks(folder, by_step)
-    tables = {step: [_lines(file) for _, file in sorted(ranked.items())] for step, ranked in sorted(by_step.items())}
+    tables = {
+        step: [_read(file, read_lines) for _, file in sorted(ranked.items())]
+        for step, ranked in sorted(by_step.items())
+    }
     first = next(iter(tables.values()))[0]
     asked = [outcome.item for outcome in first]
     for step, ranked in tables.items():
@@ -129,7 +133,7 @@ def _files(
     for file in sorted(folder.glob("*/checkpoint-*.json")):
         if protocol_hashes is not None and file.parent.name not in protocol_hashes:
             continue
-        summary = _summary(file)
+        summary = _read(file, lambda file: dict(json.loads(file.read_text(encoding="utf-8"))))
         if not summary.get("with_images", True) or not counts(file.stem):
             continue
         rank = summary.get("rank", "")
@@ -155,23 +159,12 @@ def _ranks(folder: Path, by_step: dict[int, dict[str, Path]]) -> tuple[str, ...]
     return tuple(rank for rank in ranks if rank)
 
 
-def _lines(file: Path) -> tuple[Outcome, ...]:
-    with _damage_named(file):
-        return read_lines(file)
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    with _damage_named(file):
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-@contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
+def _read(file: Path, read: Callable[[Path], ContentT]) -> ContentT:
     """
     Raises:
         UserError: the file is not what was written.
     """
     try:
-        yield
+        return read(file)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file}: damaged; delete it and run `idefics-sft select` again") from error

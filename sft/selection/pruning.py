@@ -1,21 +1,16 @@
-"""Which parts of which checkpoints may go, and removing them so that a kill leaves nothing that looks whole.
+"""Which checkpoints' weights may go, and removing them so that a kill leaves nothing that looks whole.
 
-A checkpoint folder holds two parts, each complete by its own manifest (design.md section 7): the weights, which are
-everything outside `state/`, and the resume state in `state/`.
-"""
+The resume state in `state/`, which is complete by a manifest of its own, stays (`sft.runs.checkpoint`)."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
 
 from sft.core.files import discard
 from sft.runs.checkpoint import MANIFEST, STATE, checkpoints
 from sft.selection.record import Selection
-
-Part = Literal["weights", "state"]
 
 
 def weights_to_prune(selection: Selection, present: Collection[str]) -> list[str]:
@@ -36,17 +31,12 @@ def prune_weights(run_dir: Path, selection: Selection) -> list[str]:
     _finish_pruning(folder)
     names = weights_to_prune(selection, [path.name for path in checkpoints(folder)])
     for name in names:
-        prune(folder / name, "weights")
+        _remove_weights(folder / name)
     return names
 
 
-def prune(checkpoint: Path, part: Part) -> None:
-    """Remove one part of a checkpoint, and the folder with its last part. The other part stays whole at any moment."""
-    if part == "state":
-        discard(checkpoint / STATE)
-        if not (checkpoint / MANIFEST).exists():
-            discard(checkpoint)
-        return
+def _remove_weights(checkpoint: Path) -> None:
+    """Remove the weights of a checkpoint, and the folder where it has no state. The state stays whole at any moment."""
     if not (checkpoint / STATE).is_dir():
         discard(checkpoint)
         return
@@ -64,4 +54,4 @@ def _finish_pruning(folder: Path) -> None:
     """Remove what a kill has left of weights whose manifest is gone. Checkpoints get their names with the manifest."""
     for path in folder.glob("checkpoint-*"):
         if (path / STATE).is_dir() and not (path / MANIFEST).exists():
-            prune(path, "weights")
+            _remove_weights(path)

@@ -82,12 +82,9 @@ class Session:
         """
         present = from_main(lambda: run_checkpoints(self.run_dir))
         with self._held():
-            paths = self._sound(present)
-            if losses := from_main(lambda: self._recorded_losses(paths)):
-                return from_main(lambda: self._choose_by_recorded(losses, paths))
-            if not self._evaluate_these(paths):
-                raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
-            return from_main(self._choose)
+            if selection := self._selection_of(self._sound(present), every_steps=1):
+                return selection
+            raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
 
     def prepare(self) -> None:
         """Read the benchmarks, so that what is wrong with them is reported before training begins.
@@ -110,14 +107,16 @@ class Session:
         with self._held():
             present = from_main(lambda: run_checkpoints(self.run_dir))
             paths = self._sound([path for path in present if step_of(path) % every_steps == 0])
-            if losses := from_main(lambda: self._recorded_losses(paths)):
-                every = {step: loss for step, loss in losses.items() if step % every_steps == 0}
-                selection = from_main(lambda: self._choose_by_recorded(every, paths))
-            elif self._evaluate_these(paths):
-                selection = from_main(self._choose)
-            else:
-                return None
+            selection = self._selection_of(paths, every_steps)
         return selection if is_main_process() else None
+
+    def _selection_of(self, paths: list[Path], every_steps: int) -> Selection | None:
+        """Choose among checkpoints by the losses of every so many steps that training wrote down, else by evaluating
+        those that were not evaluated; None where that adds nothing."""
+        if losses := from_main(lambda: self._recorded_losses(paths, every_steps)):
+            present = {path.name for path in paths}
+            return from_main(lambda: self._write_and_prune(choose_by_recorded_loss(losses, present)))
+        return from_main(self._choose) if self._evaluate_these(paths) else None
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -237,9 +236,9 @@ class Session:
             self._log("choosing by the loss on what data.validation holds out, computed for every checkpoint")
         return tasks
 
-    def _recorded_losses(self, paths: list[Path]) -> dict[int, float]:
-        """Return the losses that training wrote down, where they are enough: for the rule `best`, and every checkpoint
-        has one."""
+    def _recorded_losses(self, paths: list[Path], every_steps: int) -> dict[int, float]:
+        """Return the losses of every so many steps that training wrote down, where they are enough: for the rule
+        `best`, and every checkpoint has one."""
         settings = self.recipe.evaluation
         is_by_loss = [task.name for task in named_tasks(settings)] == ["loss"]
         if not paths or not is_by_loss or settings.rule != "best":
@@ -248,10 +247,8 @@ class Session:
         if not all(step in losses for step in steps):
             return {}
         left_out = {step_of(Path(name)) for name in self.failed}
-        return {step: loss for step, loss in losses.items() if step <= max(steps) and step not in left_out}
-
-    def _choose_by_recorded(self, losses: dict[int, float], paths: list[Path]) -> Selection:
-        return self._write_and_prune(choose_by_recorded_loss(losses, {path.name for path in paths}))
+        counted = (step for step in losses if step <= max(steps) and step % every_steps == 0 and step not in left_out)
+        return {step: losses[step] for step in counted}
 
     def _choose(self) -> Selection:
         assert self._tasks is not None

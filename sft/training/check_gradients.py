@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from transformers import TrainerCallback
 
 from sft.core.distributed import all_reduce_sum, any_process
 from sft.core.errors import RunError
-from sft.training.callbacks import Training
+from sft.training.engines.sharded_state import trained
+
+if TYPE_CHECKING:
+    from sft.training.trainer import Trainer
 
 
 class CheckGradients(TrainerCallback):  # type: ignore[misc]
@@ -22,7 +25,7 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
     before the optimizer's step, hooks record them when they are computed.
     """
 
-    def __init__(self, trainer: Training) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.is_done = False
         self.can_show = False
@@ -31,9 +34,6 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
         """Whether a gradient that a hook has recorded is more than zeros."""
         self.hooks: list[RemovableHandle] = []
         self.should_move: list[tuple[str, nn.Parameter]] = []
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record gradients that the engine removes."""
@@ -45,7 +45,7 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
 
         self.hooks = [
             parameter.register_hook(partial(record, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._trained()
+            for name, parameter in trained(self.trainer.model).items()
         ]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,14 +55,16 @@ class CheckGradients(TrainerCallback):  # type: ignore[misc]
         self.can_show = any_process(self.trainer.step_metrics.has_images)
         if not self.can_show:
             return
-        trained = self._trained()
-        without = [name for name, parameter in trained if parameter.grad is None and name not in self.recorded]
+        parameters = trained(self.trainer.model)
+        without = [
+            name for name, parameter in parameters.items() if parameter.grad is None and name not in self.recorded
+        ]
         if without:
             raise RunError(
-                f"step {state.global_step + 1}: {len(without)} of {len(trained)} trainable tensors got no gradient, "
+                f"step {state.global_step + 1}: {len(without)} of {len(parameters)} trainable tensors got no gradient, "
                 f"{without[0]} among them"
             )
-        adapters = [(name, parameter) for name, parameter in trained if ".lora_B." in name]
+        adapters = [(name, parameter) for name, parameter in parameters.items() if ".lora_B." in name]
         has_gradient = self._in_any_process([self._has_gradient(name, parameter) for name, parameter in adapters])
         self.should_move = [adapter for adapter, moves in zip(adapters, has_gradient, strict=True) if moves]
         if adapters and not self.should_move:

@@ -51,14 +51,12 @@ def _thumbnail(image: ImageRef) -> str:
     return b64encode(file.getvalue()).decode()
 
 
-def held_out_questions(
-    packs: HeldOutPacks, template: ChatTemplate, *, room: int, number: int = NUM_ANSWERS
-) -> list[HeldOutQuestion]:
+def held_out_questions(packs: HeldOutPacks, template: ChatTemplate, *, room: int) -> list[HeldOutQuestion]:
     """Return the first questions of the packs, from one source after another. Documents give none. `room` is the number
     of tokens that a question may have."""
     by_source = [_questions_of(packs, source, template, room) for source in range(len(packs.sources.sources))]
     in_turn = (question for one_each in zip_longest(*by_source) for question in one_each if question)
-    return list(islice(in_turn, number))
+    return list(islice(in_turn, NUM_ANSWERS))
 
 
 def _questions_of(packs: HeldOutPacks, source: int, template: ChatTemplate, room: int) -> Iterator[HeldOutQuestion]:

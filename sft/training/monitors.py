@@ -7,8 +7,8 @@ trackers               every line of metrics.jsonl to trackio, wandb or tensorbo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -83,7 +83,6 @@ class Monitors:
         return {name: reason for part in parts if part for name, reason in part.failed.items()}
 
 
-@contextmanager
-def _no_bar(name: str) -> Iterator[Callable[[int, str], None]]:
+def _no_bar(name: str) -> AbstractContextManager[Callable[[int, str], None]]:
     """Show no bar: that of the training is on the screen."""
-    yield lambda done, unit: None
+    return nullcontext(lambda done, unit: None)

@@ -62,11 +62,8 @@ def trained_table(parts: Sequence[TrainedPart]) -> str:
     ]
     rows.append(("all", "", f"{sum(p.tensors for p in parts):,}", f"{sum(p.parameters for p in parts):,}", "", "", ""))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    right = {2, 3, 4}
     lines = (
-        " ".join(
-            cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+        " ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, "<<>>><<", widths, strict=True))
         for row in (header, *rows)
     )
     return "\n".join(line.rstrip() for line in lines)

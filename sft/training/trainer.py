@@ -32,9 +32,9 @@ from sft.models.family import Weights
 from sft.models.loss import trained_positions
 from sft.models.packed_model import PackedModel
 from sft.recipe import EngineName, TrainingConfig
-from sft.training.callbacks import FillGradients, RecomputeShare, Resume, Stop
+from sft.training.callbacks import Begin, FillGradients, Stop
 from sft.training.check_gradients import CheckGradients
-from sft.training.engines import Writers, get_engine
+from sft.training.engines import get_engine
 from sft.training.engines.resume_state import Spent, read_progress, write_progress
 from sft.training.metrics import Line, Log, StepMetrics
 from sft.training.optimizer import kept_settings, make_optimizer, parameter_groups, resume_schedule, schedule
@@ -118,8 +118,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             processing_class=parts.tokenizer,
             callbacks=[
                 *parts.callbacks,
-                Resume(self),
-                RecomputeShare(self),
+                Begin(self),
                 WriteMetrics(self, parts.run_dir, parts.on_step, parts.log),
                 CheckGradients(self),
                 FillGradients(self),
@@ -278,7 +277,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
     def _converts(self) -> bool:
         """Tell whether the state to resume from was written by another number of processes."""
         folder = self.parts.resume_from
-        return folder is not None and Writers.of(read_progress(folder)).processes != self.rank.of
+        return folder is not None and read_progress(folder)["processes"] != self.rank.of
 
     def load_state(self, folder: Path) -> None:
         """Continue after the step of a state, under the settings of the recipe, which may have changed since. The data
@@ -286,7 +285,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         assert isinstance(self.lr_scheduler, LambdaLR)
         progress = read_progress(folder)
         with kept_settings(self.bare_optimizer):
-            self.engine.load(self, folder, Writers.of(progress))
+            self.engine.load(self, folder, progress)
         resume_schedule(self.lr_scheduler, self.bare_optimizer, progress["schedule"])
         if self.accelerator.scaler and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])

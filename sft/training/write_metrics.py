@@ -6,14 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from sft.core.distributed import all_gather, any_process
 from sft.core.errors import RunError
 from sft.core.files import write_atomically
-from sft.training.callbacks import Training
 from sft.training.loss_spikes import WINDOW, Spike, Spikes
 from sft.training.metrics import (
     BEFORE,
@@ -29,6 +28,9 @@ from sft.training.metrics import (
     peak_memory_bytes,
 )
 
+if TYPE_CHECKING:
+    from sft.training.trainer import Trainer
+
 MAX_NONFINITE_STEPS = 3
 """Steps in a row whose loss or gradient is not finite, with which a run ends. Each changes nothing."""
 WORST_PACKS, NAMED_SAMPLES = 4, 5
@@ -39,13 +41,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     """Writes a line of metrics.jsonl for each step, reports losses that jump with their packs, and ends the run when
     too many steps in a row are not finite."""
 
-    def __init__(
-        self,
-        trainer: Training,
-        run_dir: Path,
-        on_step: Callable[[int, Line], None],
-        log: Log,
-    ) -> None:
+    def __init__(self, trainer: Trainer, run_dir: Path, on_step: Callable[[int, Line], None], log: Log) -> None:
         self.trainer = trainer
         self.file = run_dir / METRICS
         self.on_step = on_step

@@ -291,8 +291,9 @@ def test_what_chat_is_given_wrong_is_told_before_a_model_is_loaded(tmp_path, ref
 
 
 def test_a_benchmark_that_is_none_is_refused(llama, questions, tmp_path, refusal):
-    assert "--rank tea: expected letter, text or generate" in refusal("evaluate", llama, "--rank", "tea")
-    assert "--protocol tea: expected card, vanilla or circular" in refusal("evaluate", llama, "--protocol", "tea")
+    assert "'--rank': 'tea' is not one of 'letter', 'text', 'generate'" in refusal("evaluate", llama, "--rank", "tea")
+    refused = refusal("evaluate", llama, "--protocol", "tea")
+    assert "'--protocol': 'tea' is not one of 'card', 'vanilla', 'circular'" in refused
     assert "--benchmark is needed" in refusal("evaluate", llama)
     assert "--generate and --rank text exclude each other" in refusal("evaluate", llama, "--generate", "--rank", "text")
     card = ("evaluate", llama, "--benchmark", questions, "--protocol", "card", "--rank", "text")

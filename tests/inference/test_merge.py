@@ -230,7 +230,8 @@ def test_a_full_disk_is_told_and_nothing_is_left(checkpoint, tmp_path, monkeypat
 
 def test_the_command_line(checkpoint, tmp_path, capsys, refusal):
     output = tmp_path / "merged"
-    assert "expected bf16 or fp32" in refusal("merge", checkpoint, "--output", output, "--base-dtype", "fp16")
+    refused = refusal("merge", checkpoint, "--output", output, "--base-dtype", "fp16")
+    assert "'fp16' is not one of 'bf16', 'fp32'" in refused
     assert "a hub model has nothing to merge" in refusal("merge", "owner/name", "--output", output)
     assert status_of("merge", checkpoint, "--output", output, "--check", "--json") == 0
     (line,) = capsys.readouterr().out.splitlines()

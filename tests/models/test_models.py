@@ -13,7 +13,6 @@ import sft
 from sft import models
 from sft.core.errors import UserError
 from sft.core.shipped import recipe_path, resolve
-from sft.evaluation.run_tasks import ScoredModel
 from sft.models import check_names, get_family, names_of_family
 from sft.models.loaded_model import find_family, load_for_inference
 from sft.recipe import load_recipe
@@ -70,7 +69,6 @@ def test_a_model_is_asked_as_its_own_family_says(toy_family):
     assert find_family(toy_family).name == "toy_family"
     loaded = load_for_inference(toy_family, precision="float32")
     assert loaded.family.name == "toy_family" and loaded.tokenizer
-    assert ScoredModel(toy_family).loaded.family is loaded.family
 
 
 def test_a_family_that_is_not_known_is_named(tmp_path):

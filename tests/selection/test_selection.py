@@ -24,13 +24,13 @@ from sft.models.idefics import weights
 from sft.models.idefics.weights import load_model
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import EvaluationConfig
-from sft.runs.checkpoint import checkpoints, write_folder
+from sft.runs.checkpoint import checkpoints, keep_newest_states, write_folder
 from sft.runs.names import find_recipe
 from sft.runs.status import RunStatus
 from sft.selection import session
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
-from sft.selection.pruning import prune, prune_weights, weights_to_prune
+from sft.selection.pruning import prune_weights, weights_to_prune
 from sft.selection.record import current_selection, is_chosen_on_half, write_selection
 from sft.selection.rules import choose, choose_by_recorded_loss
 
@@ -230,7 +230,7 @@ def test_one_image_cannot_be_halved(tmp_path):
         ({"benchmark": "easy_vqa"}, "mmbench"),
         ({"benchmark": "b.tsv", "by": "loss"}, "loss"),
         ({"benchmark": "coco", "by": "vqav2"}, "vqav2"),
-        ({"by": "mmbench"}, "--by mmbench needs a benchmark"),
+        ({"by": "mmbench"}, "mmbench needs its data"),
         ({"by": "vqav2"}, "vqav2 needs its data"),
         ({"benchmark": "b.tsv", "by": "exact_match"}, "reads a .jsonl"),
         ({"benchmark": "b.jsonl", "by": "mmbench"}, "reads a TSV"),
@@ -305,16 +305,16 @@ def test_pruned_weights_are_not_found_and_the_state_beside_them_is_whole(tmp_pat
     assert names(tmp_path) == ["checkpoint-30"]
     left = tmp_path / "checkpoints" / "checkpoint-10"
     assert [path.name for path in left.iterdir()] == ["state"]
-    prune(left, "state")
+    write_checkpoint(tmp_path, 40, state=True)
+    keep_newest_states(left.parent, 1)
     assert not left.exists()
     assert prune_weights(tmp_path, selection) == []
 
 
 def test_state_is_pruned_from_beside_weights_and_what_a_kill_has_left_goes_with_the_next(tmp_path):
-    folder = write_checkpoint(tmp_path, 10, state=True)
-    prune(folder, "state")
-    assert names(tmp_path) == ["checkpoint-10"] and not (folder / "state").exists()
-    torn = write_checkpoint(tmp_path, 20, state=True)
+    folder, torn = (write_checkpoint(tmp_path, step, state=True) for step in (10, 20))
+    keep_newest_states(folder.parent, 1)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"] and not (folder / "state").exists()
     (torn / "manifest.json").unlink()  # where a kill stopped removing weights
     prune_weights(tmp_path, choose(outcomes(tmp_path, {10: "x-" * 20}), by="mmbench"))
     assert [path.name for path in torn.iterdir()] == ["state"]
@@ -409,7 +409,7 @@ def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp
 
 def test_what_does_not_go_together_is_refused(copied, refusal):
     assert "tea: no such task (known: exact_match, loss, mmbench, vqav2)" in refusal("select", copied, "--by", "tea")
-    assert "--rule tea: expected best or earliest_not_worse" in refusal("select", copied, "--rule", "tea")
+    assert "'--rule': 'tea' is not one of 'best', 'earliest_not_worse'" in refusal("select", copied, "--rule", "tea")
     assert "--by loss takes no --benchmark" in refusal("select", copied, "--by", "loss", "--benchmark", "x.tsv")
     assert "nothing to choose by" in refusal("select", copied, "--by", "loss")
     assert "x.jsonl: No such file" in refusal("select", copied, "--benchmark", "x.jsonl")

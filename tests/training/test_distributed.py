@@ -31,7 +31,7 @@ from sft.data.prepare import prepare
 from sft.models.idefics.weights import select_trainable
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_complete
-from sft.training.engines import check_readable, choose_engine, fsdp2
+from sft.training.engines import check_readable, choose_engine, get_engine
 
 REPOSITORY = Path(__file__).parent.parent.parent
 DEEPSPEED = REPOSITORY / ".cache" / "deepspeed"
@@ -374,7 +374,7 @@ def test_engines_are_refused_where_they_cannot_do_what_is_asked(monkeypatch):
     with pytest.raises(UserError, match="fsdp2 shards the states of adamw, not of adamw_8bit"):
         choose_engine("fsdp2", "full", Rank(0, 2), "adamw_8bit")
     with pytest.raises(UserError, match="fsdp2 does not train in float16"):
-        fsdp2.check_precision("float16")
+        get_engine("fsdp2").check_precision("float16")
 
 
 def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
@@ -393,7 +393,7 @@ def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
 
 def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):
     with pytest.raises(RunError, match="fsdp2 has not sharded the model: it is a PackedIdefics"):
-        fsdp2.check_prepared(model)
+        get_engine("fsdp2").check_prepared(model)
 
 
 def test_no_gradient_moves_weights_as_a_gradient_of_zero_does(template, tmp_path, model):

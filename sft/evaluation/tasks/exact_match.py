@@ -28,7 +28,6 @@ from sft.evaluation.open_questions import OpenQuestion, OpenQuestions
 from sft.evaluation.results import Result
 from sft.evaluation.task import Answer
 from sft.evaluation.task_source import TaskSource
-from sft.recipe import BUILT_BENCHMARKS
 
 if TYPE_CHECKING:
     from sft.models.chat_template import ChatTemplate
@@ -53,12 +52,8 @@ class ExactMatch(OpenQuestions):
         Raises:
             UserError: see `read_questions`; no file is named, or one that is none of questions.
         """
-        data = source.data
-        if data is None:
-            raise UserError(
-                "--by exact_match needs a benchmark; give --benchmark FILE, or evaluation.benchmark in the recipe"
-            )
-        if data in BUILT_BENCHMARKS or not data.endswith(".jsonl"):
+        data = source.named_data("exact_match")
+        if not data.endswith(".jsonl"):
             raise UserError(f"{data}: --by exact_match reads a .jsonl of questions with short answers")
         file = resolve(data)
         return [cls(file, read_questions(file))]

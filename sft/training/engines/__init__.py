@@ -5,18 +5,17 @@ zero3     DeepSpeed shards it; universal: its states for another number of proce
 fsdp2     torch's `fully_shard` shards it; sharded_state: its states
 resume_state  the state of a checkpoint: the files of a whole model, and the progress that every engine writes
 
-An engine is a module of this package that offers what `EngineModule` lists, under the name that it has in
-`sft.recipe.ENGINES`. Sharding is the work of torch and DeepSpeed; here is how each is set up, and how its shards are
-written and read.
+An engine is a module of this package, under the name that it has in `sft.recipe.ENGINES`, whose ENGINE is an `Engine`.
+Sharding is the work of torch and DeepSpeed; here is how each is set up, and how its shards are written and read.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-from sft.core.distributed import Rank
+from sft.core.distributed import TIMEOUT, Rank
 from sft.core.errors import UserError
 from sft.recipe import ENGINES, AskedEngine, EngineName, OptimizerName
 from sft.recipe.engines import check_can_shard, resolve_engine
@@ -26,46 +25,18 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
 
     from sft.training.engines.resume_state import Progress
+    from sft.training.trainer import Trainer
 
 
-class Writers(NamedTuple):
-    """The engine and the number of processes that have written a state."""
+class Engine:
+    """What the trainer needs of an engine. All processes make each of these calls. One that keeps the whole model in
+    every process overrides the last three only."""
 
-    engine: EngineName
-    processes: int
-
-    @classmethod
-    def of(cls, progress: Progress) -> Writers:
-        """Return the writers of a state by its progress; states from before there were engines do not name them."""
-        return cls(progress.get("engine", "ddp"), progress.get("processes", 1))
-
-
-class TrainedModel(Protocol):
-    """What an engine sees of the trainer (`sft.training.trainer.Trainer`)."""
-
-    rank: Rank
-    accelerator: Any
-    """accelerate's, which is not typed."""
-    model_wrapped: Any
-    """The model as the engine wraps it; DeepSpeed's engine under ZeRO-3."""
-
-    @property
-    def unwrapped(self) -> nn.Module:
-        """The model itself."""
-
-    @property
-    def bare_optimizer(self) -> Optimizer:
-        """The optimizer inside accelerate's wrapper."""
-
-
-class EngineModule(Protocol):
-    """What the trainer needs of an engine. All processes make each of these calls."""
-
-    KEEPS_GRADIENTS: bool
+    KEEPS_GRADIENTS = True
     """Whether gradients stand in `.grad` until the optimizer's step."""
 
     def check_installed(self) -> None:
-        """Raise UserError where a package is missing."""
+        """Raise UserError where a package is missing; torch is there."""
 
     def check_precision(self, precision: str) -> None:
         """Raise UserError where the engine does not train in this precision here."""
@@ -76,6 +47,9 @@ class EngineModule(Protocol):
     def arguments(self, *, clip: float, precision: str, convert: bool) -> dict[str, Any]:
         """Return the engine's part of transformers' TrainingArguments. `convert`: training resumes from a state of
         another number of processes."""
+        import torch
+
+        return {"ddp_timeout": int(TIMEOUT.total_seconds()), "use_cpu": not torch.cuda.is_available()}
 
     def shard(self, model: nn.Module, precision: str) -> None:
         """Leave this process its shard of the weights, if that is done before the trainer is made."""
@@ -85,28 +59,35 @@ class EngineModule(Protocol):
 
     def own_shard(self, tensor: Tensor) -> Tensor:
         """Return what this process has of a parameter or gradient."""
+        return tensor
 
-    def gradient_norm(self, trainer: TrainedModel, norm: Any) -> Any:
+    def gradient_norm(self, trainer: Trainer, norm: Any) -> Any:
         """Return the norm of the whole gradient, by what its clipping returned; not finite where the step is left
         out."""
+        return norm
 
-    def gather_weights(self, trainer: TrainedModel) -> dict[str, Tensor] | None:
+    def gather_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
         """Return the whole weights in the main process; None where it has them anyway."""
+        return None
 
-    def save(self, trainer: TrainedModel, folder: Path) -> None:
+    def save(self, trainer: Trainer, folder: Path) -> None:
         """Write the trained weights and the optimizer's tensors into a folder, each process its shard."""
+        raise NotImplementedError
 
-    def load(self, trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
-        """Read what `save` of this engine has written, by any number of processes. An engine that does not shard reads
-        what any engine has written."""
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
+        """Read what `save` of this engine has written, by any number of processes (`progress` says how many). An engine
+        that does not shard reads what any engine has written."""
+        raise NotImplementedError
 
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
         """Set a whole model and its optimizer to what `save` of this engine has written."""
+        raise NotImplementedError
 
 
-def get_engine(name: EngineName) -> EngineModule:
+def get_engine(name: EngineName) -> Engine:
     """Return the engine called `name`, which is not `auto`."""
-    return import_module(f"{__name__}.{name}")
+    engine: Engine = import_module(f"{__name__}.{name}").ENGINE
+    return engine
 
 
 def choose_engine(asked: AskedEngine, mode: str, rank: Rank, optimizer: OptimizerName = "adamw") -> EngineName:
@@ -127,13 +108,12 @@ def check_readable(checkpoint: Path, progress: Progress, engine: EngineName, ran
     Raises:
         UserError: another engine has written it; or it has to be converted, and DeepSpeed is not installed.
     """
-    writers = Writers.of(progress)
-    if ENGINES[engine].shards and writers.engine != engine:
+    writer = progress["engine"]
+    if ENGINES[engine].shards and writer != engine:
         raise UserError(
-            f"{checkpoint}: was written under {writers.engine}, which {engine} cannot read; set "
-            f"distributed.engine={writers.engine}"
+            f"{checkpoint}: was written under {writer}, which {engine} cannot read; set distributed.engine={writer}"
         )
-    get_engine(writers.engine).check_state(checkpoint, written_by=writers.processes, read_by=rank.of)
+    get_engine(writer).check_state(checkpoint, written_by=progress["processes"], read_by=rank.of)
 
 
 def is_sharded(model: nn.Module) -> bool:

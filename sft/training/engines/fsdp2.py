@@ -8,117 +8,105 @@ makes copies (DDP) instead and does not say so (accelerate 1.15, state.py), and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from sft.core.distributed import TIMEOUT, Rank
+from sft.core.distributed import Rank
 from sft.core.errors import RunError
 from sft.recipe.engines import check_engine_precision
-from sft.training.engines import TrainedModel, Writers, sharded_state
+from sft.training.engines import Engine, sharded_state
+from sft.training.engines.resume_state import Progress
 
-KEEPS_GRADIENTS = True
-
-
-def check_installed() -> None:
-    """Do nothing: torch is all that it takes."""
+if TYPE_CHECKING:
+    from sft.training.trainer import Trainer
 
 
-def check_precision(precision: str) -> None:
-    """Refuse float16.
+class Fsdp2(Engine):
+    """Any number of processes reads the shards of any other."""
 
-    Raises:
-        UserError: the precision is float16.
-    """
-    check_engine_precision("fsdp2", precision)
+    def check_precision(self, precision: str) -> None:
+        """Refuse float16.
 
+        Raises:
+            UserError: the precision is float16.
+        """
+        check_engine_precision("fsdp2", precision)
 
-def check_state(checkpoint: Path, *, written_by: int, read_by: int) -> None:
-    """Do nothing: any number of processes reads the shards of any other."""
+    def shard(self, model: nn.Module, precision: str) -> None:
+        """Leave this process its shard of every layer. A layer is gathered as a whole, and so are the embedding and the
+        head; everything else is gathered for the whole forward.
 
+        Weights are kept as they are, and gathered and computed with in `precision`; gradients are summed in float32.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
-    """Return the settings of a model that is sharded already."""
-    return {"ddp_timeout": int(TIMEOUT.total_seconds()), "use_cpu": not torch.cuda.is_available()}
+        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),))
+        policy = MixedPrecisionPolicy()
+        if precision == "bfloat16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        whole: Any = model  # of transformers, which is not typed
+        layers = [module for module in model.modules() if type(module).__name__ in whole.shard_units]
+        for module in (*layers, whole.get_input_embeddings(), whole.get_output_embeddings(), whole):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # accelerate and transformers are told that nothing is left to do: no copies for DDP and no autocast; and that
+        # all processes have to generate equally long.
+        whole._is_accelerate_prepared = whole._is_fsdp_managed_module = True
 
+    def check_prepared(self, model: nn.Module) -> None:
+        """Check that every tensor is sharded.
 
-def shard(model: nn.Module, precision: str) -> None:
-    """Leave this process its shard of every layer. A layer is gathered as a whole, and so are the embedding and the
-    head; everything else is gathered for the whole forward.
+        Raises:
+            RunError: one is whole, or another version of accelerate has wrapped the model as copies (DDP).
+        """
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.tensor import DTensor
 
-    Weights are kept as they are, and gathered and computed with in `precision`; gradients are summed in float32.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+        if whole or not isinstance(model, FSDPModule):
+            raise RunError(
+                f"distributed.engine: fsdp2 has not sharded the model: it is a {type(model).__name__}, {len(whole)} of "
+                "whose tensors are whole; are transformers and accelerate those of constraints.txt?"
+            )
 
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy()
-    if precision == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    whole: Any = model  # of transformers, which is not typed
-    layers = [module for module in model.modules() if type(module).__name__ in whole.shard_units]
-    for module in (*layers, whole.get_input_embeddings(), whole.get_output_embeddings(), whole):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    # accelerate and transformers are told that nothing is left to do: no copies for DDP and no autocast; and that all
-    # processes have to generate equally long.
-    whole._is_accelerate_prepared = whole._is_fsdp_managed_module = True
+    def own_shard(self, tensor: Tensor) -> Tensor:
+        """Return this process's rows."""
+        own: Any = tensor
+        return own.to_local() if hasattr(own, "to_local") else tensor
 
+    def gradient_norm(self, trainer: Trainer, norm: Any) -> Any:
+        """Return the norm over the shards of all processes."""
+        return norm.full_tensor()
 
-def check_prepared(model: nn.Module) -> None:
-    """Check that every tensor is sharded.
+    def gather_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
+        """Gather one tensor after another. Where only adapters are written, the frozen weights of the base are left
+        out."""
+        from sft.models.lora import has_adapters
 
-    Raises:
-        RunError: one is whole, or another version of accelerate has wrapped the model as copies (DDP).
-    """
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+        only_trained = has_adapters(trainer.unwrapped)
+        whole = {}
+        for name, parameter in trainer.unwrapped.named_parameters():
+            if parameter.requires_grad or not only_trained:
+                own: Any = parameter.detach()
+                tensor = own.full_tensor()
+                if trainer.rank.is_main:
+                    whole[name] = tensor.cpu()
+        return whole
 
-    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
-    if whole or not isinstance(model, FSDPModule):
-        raise RunError(
-            f"distributed.engine: fsdp2 has not sharded the model: it is a {type(model).__name__}, {len(whole)} of "
-            "whose tensors are whole; are transformers and accelerate those of constraints.txt?"
-        )
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """Write the shard of each process."""
+        sharded_state.save(folder, trainer.unwrapped, trainer.bare_optimizer)
 
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
+        """Read the shard of each process from what any number of processes have written."""
+        sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
 
-def own_shard(tensor: Tensor) -> Tensor:
-    """Return this process's rows."""
-    own: Any = tensor
-    return own.to_local() if hasattr(own, "to_local") else tensor
-
-
-def gradient_norm(trainer: TrainedModel, norm: Any) -> Any:
-    """Return the norm over the shards of all processes."""
-    return norm.full_tensor()
-
-
-def gather_weights(trainer: TrainedModel) -> dict[str, Tensor] | None:
-    """Gather one tensor after another. Where only adapters are written, the frozen weights of the base are left out."""
-    from sft.models.lora import has_adapters
-
-    only_trained = has_adapters(trainer.unwrapped)
-    whole = {}
-    for name, parameter in trainer.unwrapped.named_parameters():
-        if parameter.requires_grad or not only_trained:
-            own: Any = parameter.detach()
-            tensor = own.full_tensor()
-            if trainer.rank.is_main:
-                whole[name] = tensor.cpu()
-    return whole
-
-
-def save(trainer: TrainedModel, folder: Path) -> None:
-    """Write the shard of each process."""
-    sharded_state.save(folder, trainer.unwrapped, trainer.bare_optimizer)
+    def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
+        """Set a whole model to the shards of all processes."""
+        sharded_state.load(folder, model, optimizer)
 
 
-def load(trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
-    """Read the shard of each process from what any number of processes have written."""
-    sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
-
-
-def load_whole(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
-    """Set a whole model to the shards of all processes."""
-    sharded_state.load(folder, model, optimizer)
+ENGINE = Fsdp2()

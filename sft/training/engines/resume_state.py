@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from sft.core.distributed import ALONE, Rank
-from sft.core.errors import UserError
+from sft.recipe import EngineName
+from sft.training.engines.sharded_state import check_names, trained
 
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.pt", "progress.json"
 
@@ -36,8 +36,9 @@ class Spent(TypedDict):
 class Progress(TypedDict):
     """The content of progress.json."""
 
-    engine: NotRequired[str]
-    processes: NotRequired[int]
+    engine: EngineName
+    processes: int
+    """How many wrote the state."""
     step: int
     schedule: dict[str, Any]
     """The state of the learning-rate schedule, by torch."""
@@ -54,12 +55,11 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write the trained weights and the optimizer of a whole model."""
     from safetensors.torch import save_file
 
-    trained = {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
-    save_file(trained, folder / TRAINED)
+    save_file({name: weight.detach().contiguous() for name, weight in trained(model).items()}, folder / TRAINED)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank = ALONE) -> None:
+def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Set the trained weights and the optimizer of a whole model to what was saved.
 
     Raises:
@@ -67,11 +67,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank 
     """
     from safetensors.torch import load_file
 
-    saved, trained = load_file(folder / TRAINED), _trained(model)
-    if differing := sorted(saved.keys() ^ trained.keys()):
-        raise UserError(f"{folder}: other tensors were trained then; {differing[0]} is one of {len(differing)}")
+    saved, parameters = load_file(folder / TRAINED), trained(model)
+    check_names(folder, saved, parameters)
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
@@ -82,10 +81,6 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read progress.json."""
-    progress: Progress = json.loads((folder / PROGRESS).read_text())
+    """Read progress.json; those from before there were engines do not name one."""
+    progress: Progress = {"engine": "ddp", "processes": 1} | json.loads((folder / PROGRESS).read_text())
     return progress
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

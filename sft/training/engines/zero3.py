@@ -7,7 +7,7 @@ import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,127 +16,121 @@ from torch.optim.optimizer import Optimizer
 from sft.core.distributed import TIMEOUT, Rank
 from sft.core.errors import UserError
 from sft.recipe.engines import check_engine_precision
-from sft.training.engines import TrainedModel, Writers, universal
+from sft.training.engines import Engine, universal
+from sft.training.engines.resume_state import Progress
 from sft.training.engines.universal import ADAM_STEPS, TAG, converted
 
-KEEPS_GRADIENTS = False
+if TYPE_CHECKING:
+    from sft.training.trainer import Trainer
+
 _INSTALL = "`DS_BUILD_OPS=0 pip install --no-build-isolation 'idefics-sft[deepspeed]'`"
 
 
-def check_installed() -> None:
-    """Check for DeepSpeed.
+class Zero3(Engine):
+    """DeepSpeed wraps the model in an engine of its own, and shards it, when training begins."""
 
-    Raises:
-        UserError: it is not installed.
-    """
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            f"distributed.engine: zero3 needs DeepSpeed, which is not installed: {_INSTALL}; or set "
-            "distributed.engine=fsdp2, or ddp, where memory allows"
-        )
+    KEEPS_GRADIENTS = False
 
+    def check_installed(self) -> None:
+        """Check for DeepSpeed.
 
-def check_precision(precision: str) -> None:
-    """Refuse float16, and bfloat16 without a GPU.
+        Raises:
+            UserError: it is not installed.
+        """
+        if find_spec("deepspeed") is None:
+            raise UserError(
+                f"distributed.engine: zero3 needs DeepSpeed, which is not installed: {_INSTALL}; or set "
+                "distributed.engine=fsdp2, or ddp, where memory allows"
+            )
 
-    Raises:
-        UserError: the engine does not train in this precision here.
-    """
-    check_engine_precision("zero3", precision)
-    if precision == "bfloat16" and not torch.cuda.is_available():  # transformers refuses it
-        raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
+    def check_precision(self, precision: str) -> None:
+        """Refuse float16, and bfloat16 without a GPU.
 
+        Raises:
+            UserError: the engine does not train in this precision here.
+        """
+        check_engine_precision("zero3", precision)
+        if precision == "bfloat16" and not torch.cuda.is_available():  # transformers refuses it
+            raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
 
-def check_state(checkpoint: Path, *, written_by: int, read_by: int) -> None:
-    """Check for DeepSpeed where it has to convert the state.
+    def check_state(self, checkpoint: Path, *, written_by: int, read_by: int) -> None:
+        """Check for DeepSpeed where it has to convert the state.
 
-    Raises:
-        UserError: the state is of another number of processes, and DeepSpeed is not installed.
-    """
-    if written_by != read_by and find_spec("deepspeed") is None:
-        raise UserError(
-            f"{checkpoint}: was written under zero3 by another number of processes; DeepSpeed has to convert it, and "
-            f"is not installed: {_INSTALL}"
-        )
+        Raises:
+            UserError: the state is of another number of processes, and DeepSpeed is not installed.
+        """
+        if written_by != read_by and find_spec("deepspeed") is None:
+            raise UserError(
+                f"{checkpoint}: was written under zero3 by another number of processes; DeepSpeed has to convert it, "
+                f"and is not installed: {_INSTALL}"
+            )
 
+    def arguments(self, *, clip: float, precision: str, convert: bool) -> dict[str, Any]:
+        """Return the settings of DeepSpeed. Its own optimizers, which would have to be compiled, are not used."""
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": clip,
+            "bf16": {"enabled": precision == "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": 3,
+                "overlap_comm": True,
+                "contiguous_gradients": True,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "checkpoint": {"load_universal": convert},
+        }
+        return {"ddp_timeout": int(TIMEOUT.total_seconds()), "deepspeed": settings}
 
-def arguments(*, clip: float, precision: str, convert: bool) -> dict[str, Any]:
-    """Return the settings of DeepSpeed. Its own optimizers, which would have to be compiled, are not used."""
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": clip,
-        "bf16": {"enabled": precision == "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "checkpoint": {"load_universal": convert},
-    }
-    return {"ddp_timeout": int(TIMEOUT.total_seconds()), "deepspeed": settings}
+    def own_shard(self, tensor: Tensor) -> Tensor:
+        """Return this process's slice of the flattened parameter."""
+        return getattr(tensor, "ds_tensor", tensor)
 
+    def gradient_norm(self, trainer: Trainer, norm: Any) -> Any:
+        """Return NaN for a step that DeepSpeed has left out because its norm is not finite: DeepSpeed has made the step
+        by now, and goes on to report the last norm that was finite."""
+        return math.nan if trainer.model_wrapped.optimizer.overflow else norm
 
-def shard(model: nn.Module, precision: str) -> None:
-    """Do nothing: DeepSpeed shards the model when training begins."""
+    def gather_weights(self, trainer: Trainer) -> dict[str, Tensor] | None:
+        """Return the weights as DeepSpeed keeps them for computing: bfloat16, or float32."""
+        weights: dict[str, Tensor] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        return weights
 
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """Write DeepSpeed's own files, two of each process. Frozen weights are the base's and are left out."""
+        trainer.model_wrapped.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True, save_latest=False)
+        if trainer.rank.is_main:
+            states = _adamw(trainer).state.values()
+            (folder / ADAM_STEPS).write_text(json.dumps(int(next(iter(states))["step"])))
 
-def check_prepared(model: nn.Module) -> None:
-    """Do nothing: DeepSpeed wraps the model in an engine of its own."""
+    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
+        """Read the shard of each process; from another number of processes through DeepSpeed's universal conversion."""
+        if progress["processes"] == trainer.rank.of:
+            _load(trainer, folder, TAG)
+            return
+        with converted(folder / TAG, trainer.rank) as output:
+            _load(trainer, output.parent, output.name)
+        # DeepSpeed 0.19.8 gives all states one tensor of the number of steps, to which AdamW then adds as often as
+        # there are groups. (It also gives all groups the settings of the first; the trainer sets them to the recipe's.)
+        for state in _adamw(trainer).state.values():
+            state["step"] = state["step"].clone()
 
-
-def own_shard(tensor: Tensor) -> Tensor:
-    """Return this process's slice of the flattened parameter."""
-    return getattr(tensor, "ds_tensor", tensor)
-
-
-def gradient_norm(trainer: TrainedModel, norm: Any) -> Any:
-    """Return NaN for a step that DeepSpeed has left out because its norm is not finite: DeepSpeed has made the step by
-    now, and goes on to report the last norm that was finite."""
-    return math.nan if trainer.model_wrapped.optimizer.overflow else norm
-
-
-def gather_weights(trainer: TrainedModel) -> dict[str, Tensor] | None:
-    """Return the weights as DeepSpeed keeps them for computing: bfloat16, or float32."""
-    weights: dict[str, Tensor] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return weights
-
-
-def save(trainer: TrainedModel, folder: Path) -> None:
-    """Write DeepSpeed's own files, two of each process. Frozen weights are the base's and are left out."""
-    trainer.model_wrapped.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True, save_latest=False)
-    if trainer.rank.is_main:
-        states = _adamw(trainer).state.values()
-        (folder / ADAM_STEPS).write_text(json.dumps(int(next(iter(states))["step"])))
-
-
-def load(trainer: TrainedModel, folder: Path, written_by: Writers) -> None:
-    """Read the shard of each process; from another number of processes through DeepSpeed's universal conversion."""
-    if written_by.processes == trainer.rank.of:
-        _load(trainer, folder, TAG)
-        return
-    with converted(folder / TAG, trainer.rank) as output:
-        _load(trainer, output.parent, output.name)
-    # DeepSpeed 0.19.8 gives all states one tensor of the number of steps, to which AdamW then adds as often as there
-    # are groups. (It also gives all groups the settings of the first; the trainer sets them to the recipe's.)
-    for state in _adamw(trainer).state.values():
-        state["step"] = state["step"].clone()
+    def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
+        """Set a whole model to the shards of all processes, through DeepSpeed's universal conversion."""
+        universal.load(folder, model, optimizer, rank)
 
 
-def load_whole(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
-    """Set a whole model to the shards of all processes, through DeepSpeed's universal conversion."""
-    universal.load(folder, model, optimizer, rank)
-
-
-def _adamw(trainer: TrainedModel) -> Any:
+def _adamw(trainer: Trainer) -> Any:
     """Return the optimizer inside DeepSpeed's."""
     return trainer.model_wrapped.optimizer.optimizer
 
 
-def _load(trainer: TrainedModel, folder: Path, tag: str) -> None:
+def _load(trainer: Trainer, folder: Path, tag: str) -> None:
     trainer.model_wrapped.load_checkpoint(
         str(folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
     )
+
+
+ENGINE = Zero3()

@@ -86,11 +86,7 @@ class MMBench(PromptedTask[Question]):
         Raises:
             UserError: see `load_benchmark`; no file is named, or one that is none.
         """
-        data, settings = source.data, source.settings
-        if data is None:
-            raise UserError(
-                "--by mmbench needs a benchmark; give --benchmark FILE, or evaluation.benchmark in the recipe"
-            )
+        data, settings = source.named_data("mmbench"), source.settings
         if data.endswith(".jsonl"):
             raise UserError(f"{data}: --by mmbench reads a TSV of MMBench layout; a .jsonl goes with --by exact_match")
         questions = load_benchmark(
