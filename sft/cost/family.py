@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from sft import cost
 from sft.core.errors import UserError
+from sft.models import package_name
 from sft.recipe import ENGINES, EngineName, OptimizerName
 
 Precision = Literal["bfloat16", "float16", "float32"]
@@ -122,7 +123,8 @@ def read_model(family: str, path: str) -> ModelCost:
         UserError: no costs are known of the family, or the config of the model cannot be read.
     """
     known = [module.name for module in iter_modules(cost.__path__) if module.ispkg]
-    package = f"{cost.__name__}.{family}" if family in known else family
+    own = package_name(family)
+    package = f"{cost.__name__}.{own}" if own in known else family
     try:
         read: ReadModel = import_module(f"{package}.cost").read_model
     except ModuleNotFoundError as error:

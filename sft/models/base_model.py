@@ -14,7 +14,8 @@ def base_path(recipe: Recipe) -> Path:
     """Return where the prepared base of a recipe stands: another place when the files of a local base change."""
     files = sorted(resolve(recipe.model.path).glob("*")) if is_local(recipe.model.path) else []
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(f"{recipe.model.path} {stamps}".encode()).hexdigest()[:8]
+    images = recipe.model.image_settings
+    digest = hashlib.sha256(f"{recipe.model.path} {stamps}{images or ''}".encode()).hexdigest()[:8]
     name = recipe.model.path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     return Path(recipe.data.store) / "bases" / f"{name}-{digest}"
 
@@ -25,5 +26,5 @@ def prepare_base(recipe: Recipe) -> Path:
     if not (path / "config.json").is_file():
         source = resolve(recipe.model.path) if is_local(recipe.model.path) else recipe.model.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        get_family(recipe.model.family).weights.prepare_base(source, path)
+        get_family(recipe.model.family).weights.prepare_base(source, path, recipe.model.image_settings)
     return path

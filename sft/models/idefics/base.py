@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,13 +22,13 @@ BASE_EMBEDDING = "model.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def prepare_base(path: str | Path, output: Path) -> None:
+def prepare_base(path: str | Path, output: Path, images: Mapping[str, Any] | None = None) -> None:
     """Write a base folder whose vocabulary has `<end_of_utterance>`, so that every engine loads a plain checkpoint.
 
     Only the shards that hold the extra rows are rewritten, the others are linked. The new row of the embedding and of
     the head is the mean of the base embedding rows (the method of HuggingFaceM4's update_model_embeds.py). A base that
     has the token already (an instruct model) is linked as it is. `resize_token_embeddings` cannot do this: it grows the
-    *base* rows and throws the extra rows of the head away.
+    *base* rows and throws the extra rows of the head away. There are no settings of `images`.
 
     Raises:
         UserError: the folder is not an IDEFICS model.

@@ -1,0 +1,171 @@
+"""Idefics3 and SmolVLM: what transformers computes and saves, in packs and cut by torch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiled import SAMPLES, batch_of, byte_tokenizer, tiny_folder
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from sft.core.errors import UserError
+from sft.core.sample import Sample
+from sft.evaluation.rank_answers import score_answers
+from sft.evaluation.task import Query
+from sft.inference.generate import generate, prompt_of
+from sft.models import family_at, get_family
+from sft.models.idefics3.weights import (
+    load_config,
+    load_model,
+    prepare_base,
+    save_model,
+    save_processor,
+    select_trainable,
+)
+from sft.models.loaded_model import load_template
+
+FAMILY = get_family("idefics3")
+KINDS = {
+    "idefics3": dict(kind="idefics3"),
+    "smolvlm": dict(kind="smolvlm"),
+    "tied": dict(kind="smolvlm", tied=True),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiled")
+    return {name: tiny_folder(folder / name, tokenizer, **options) for name, options in KINDS.items()}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def base(request, folders):
+    return folders[request.param]
+
+
+@pytest.fixture
+def model(base):
+    return load_model(base).eval()
+
+
+@pytest.fixture(scope="module")
+def template(base):
+    return load_template(FAMILY, base)
+
+
+def test_an_image_has_the_tokens_of_its_tiling(template):
+    encoded = template.encode(SAMPLES[2])
+    states = [int((encoded.input_ids[at:] == template.images.state_token_id).sum()) for at in encoded.image_positions]
+    assert np.diff([*states, 0]).tolist() == [-12, -12, -12] and encoded.image_weights == (3, 3, 3)
+
+
+def test_states_are_never_trained(template):
+    every = batch_of(template, SAMPLES, train_on="all")
+    is_state_T = every.state_ids_T >= 0
+    assert (every.labels_T[is_state_T] == -100).all() and is_state_T.sum() == 4 * (5 + 3 + 3 + 3 + 3)
+    assert every.num_states == (20, 12, 12) and every.num_tiles == (5, 3, 3)
+    assert len(every.tiles[0]) == 11, "each distinct image is encoded once"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_packed_equals_alone_by_transformers(model, template, train_on, checkpointing):
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of(template, SAMPLES, train_on=train_on)
+    loss = model.train()(batch=batch).loss
+    loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_disable()
+    total = 0.0
+    for segment in range(len(SAMPLES)):
+        labels_T = batch.labels_T[batch.segment_ids_T == segment]
+        logits_TV = model.plain_logits(batch, segment)
+        own = torch.nn.functional.cross_entropy(logits_TV[:-1], labels_T[1:], reduction="sum", ignore_index=-100)
+        (own / batch.num_trained_tokens).backward()
+        total += own.item() / batch.num_trained_tokens
+    assert loss.item() == pytest.approx(total, abs=1e-5)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, atol=1e-5, rtol=1e-5), name
+        assert parameter.grad.abs().sum() > 0, f"{name} is trained"
+
+
+def test_a_batch_without_images_gives_every_parameter_a_gradient_by_one_call_of_the_tower(model, template):
+    calls = []
+    for part in (model.model.vision_model, model.model.connector):
+        part.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    model.train()(batch=batch_of(template, SAMPLES[1:2], always_whole=True)).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    model(batch=batch_of(template, SAMPLES))
+    assert calls == [model.model.vision_model, model.model.connector] * 2
+
+
+def test_answers_are_ranked_and_written_as_alone(model, template):
+    requests = [Query(Sample(key=s.key, messages=s.messages[:1]), ("A dog.", "A dog and a cat.")) for s in SAMPLES]
+    together = score_answers(model, template, requests)
+    alone = [score_answers(model, template, [request])[0] for request in requests]
+    for own, other in zip(together, alone, strict=True):
+        assert [score.log_prob for score in own] == pytest.approx([score.log_prob for score in other], abs=2e-5)
+    prompts = [prompt_of(template, sample.messages[:1]) for sample in SAMPLES]
+    written = generate(model, template.tokenizer, prompts, max_new_tokens=6)
+    assert written == [generate(model, template.tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+
+
+def test_what_is_saved_opens_with_transformers_alone_with_the_same_logits(model, base, template, tmp_path):
+    save_model(model, tmp_path, torch.float32)
+    save_processor(template.tokenizer, model.config, tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert [type(plain).__name__] == json.loads((tmp_path / "config.json").read_text())["architectures"]
+    assert "preprocessor" not in (tmp_path / "config.json").read_text()
+    batch = batch_of(template, SAMPLES[:1])
+    pixels = batch.tiles[0].float() / 127.5 - 1
+    logits_1TV = plain(input_ids=batch.input_ids_T[None], pixel_values=pixels[None]).logits
+    every_T = torch.arange(len(batch.input_ids_T))
+    assert torch.allclose(model(batch=batch, read_P=every_T), logits_1TV[0], atol=1e-5)
+    text = "User: What is it?<end_of_utterance>\nAssistant:"
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    assert own(text, add_special_tokens=False) == template.tokenizer(text, add_special_tokens=False)
+    assert load_config(tmp_path).preprocessor["size"] == {"longest_edge": 128} and family_at(tmp_path) is FAMILY
+
+
+def test_a_prepared_base_has_the_image_settings_of_its_recipe(folders, tmp_path):
+    prepare_base(folders["idefics3"], tmp_path / "base", {"longest_edge": 192, "split": False})
+    config = load_config(tmp_path / "base")
+    assert FAMILY.images(config).tiles == (192, 64, False)
+    assert json.loads((tmp_path / "base" / "preprocessor_config.json").read_text())["do_image_splitting"] is False
+    assert load_model(tmp_path / "base").config.preprocessor == config.preprocessor
+
+
+def test_a_base_that_lacks_a_token_or_a_row_or_has_another_tower_is_refused(folders, tokenizer, tmp_path):
+    many = byte_tokenizer(tags=[f"<{number}>" for number in range(300)])
+    cases = {
+        "the tokenizer has 663 tokens, the model 512": tiny_folder(tmp_path / "rows", many),
+        "the tokenizer has none of <.im_start.>, ": tiny_folder(tmp_path / "start", byte_tokenizer(start="<s>")),
+        "cuts tiles of 32 pixels, the vision tower takes 64": tiny_folder(
+            tmp_path / "tower", tokenizer, max_image_size={"longest_edge": 32}
+        ),
+    }
+    for problem, folder in cases.items():
+        with pytest.raises(UserError, match=problem):
+            prepare_base(folder, tmp_path / "out")
+
+
+def test_a_tied_head_is_trained_with_its_embeddings_or_not_at_all(folders):
+    model = load_model(folders["tied"])
+    with pytest.raises(UserError, match="head is tied to its embeddings; name both, or neither"):
+        select_trainable(model, ["head"])
+    assert select_trainable(model, ["language"]) == ()
+
+
+def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
+    model = load_model(folders["idefics3"], trained=(), frozen_dtype=torch.bfloat16, quantised=True)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
+    in_4_bits = [name for name, kind in kinds.items() if kind == "Linear4bit"]
+    assert len(in_4_bits) == 2 * 7 and all(name.startswith("model.text_model.layers.") for name in in_4_bits)
+    assert model.lm_head.weight.dtype == model.model.text_model.embed_tokens.weight.dtype == torch.float32
