@@ -173,7 +173,7 @@ def _build(config: IdeficsConfig, setting: Setting) -> PackedModel:
     model.requires_grad_(False)
     trained = [group for group in GROUPS if setting.trains(group)]
     if len(trained) < len(GROUPS):
-        _round_frozen(model, half, set(kept_exact(model, {*trained, *EXACT}, GROUP_OF)))
+        _round_frozen(model, half, set(kept_exact(model, trained, EXACT, GROUP_OF)))
     if setting.mode == "qlora":
         _quantise(model, [group for group in QUANTISED if group not in trained])
     if setting.mode != "full":

@@ -49,7 +49,7 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     Raises:
         UserError: the model's shape is not known, or the GPU lacks what the recipe asks for.
     """
-    model = read_model(recipe.model.family, recipe.model.path)
+    model = read_model(recipe.model.family, recipe.model.path, recipe.model.image_settings)
     setting = setting_of(recipe, model, device, gpus)
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes

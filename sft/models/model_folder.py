@@ -123,7 +123,7 @@ def load_weights(
     *,
     trained: Collection[str],
     frozen_dtype: torch.dtype,
-    exact: Collection[str],
+    exact: tuple[str, ...],
     in_4_bits: Collection[str],
     group_of: Mapping[str, str],
     device: torch.device | str,
@@ -132,9 +132,9 @@ def load_weights(
     """Load a model folder. Parameters of groups in `trained` are float32, since updates of 1e-5 are lost in bfloat16.
 
     Matrices of other groups are stored in `frozen_dtype`, those of the groups `in_4_bits` in nf4 with double
-    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, norms, biases, gates and the
-    groups in `exact` are always float32. Quantised weights stay on the `device` they are loaded to. `group_of` has the
-    group of each beginning of a parameter's name. `options` are further arguments of `from_pretrained`.
+    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, norms, biases, gates and what
+    begins with one of `exact` are always float32. Quantised weights stay on the `device` they are loaded to. `group_of`
+    has the group of each beginning of a parameter's name. `options` are further arguments of `from_pretrained`.
     """
     if frozen := [group for group in in_4_bits if group not in trained]:
         options |= _quantisation(
@@ -144,7 +144,7 @@ def load_weights(
         folder, dtype=frozen_dtype, attn_implementation="sdpa", use_safetensors=True, **options
     )
     if frozen_dtype != torch.float32:
-        _reload_exactly(model, folder, kept_exact(model, {*trained, *exact}, group_of))
+        _reload_exactly(model, folder, kept_exact(model, trained, exact, group_of))
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
@@ -180,13 +180,17 @@ def find_group(name: str, group_of: Mapping[str, str]) -> str:
     return matching[0]
 
 
-def kept_exact(model: nn.Module, exact: Collection[str], group_of: Mapping[str, str]) -> Iterator[str]:
-    """Parameters that are float32, whatever the frozen matrices are stored in: those of the groups `exact`, and what no
-    matrix product would round under autocast."""
+def kept_exact(
+    model: nn.Module, trained: Collection[str], exact: tuple[str, ...], group_of: Mapping[str, str]
+) -> Iterator[str]:
+    """Parameters that are float32, whatever the frozen matrices are stored in: those of groups that are trained, those
+    that begin with one of `exact`, and what no matrix product would round under autocast."""
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and find_group(f"{name}.weight", group_of) not in exact
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and not f"{name}.".startswith(exact)
+        and find_group(f"{name}.weight", group_of) not in trained
     }
     return (name for name, _ in model.named_parameters() if name not in matrices)
 

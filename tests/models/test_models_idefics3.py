@@ -1,15 +1,18 @@
 """Idefics3 and SmolVLM: what transformers computes and saves, in packs and cut by torch."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiled import SAMPLES, batch_of, byte_tokenizer, tiny_folder
+from conftest import status_of
+from helpers.resume import folder_of, metrics, trained
+from helpers.tiled import REFS, SAMPLES, SIZES, batch_of, byte_tokenizer, png, tiny_folder
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from sft.core.errors import UserError
-from sft.core.sample import Sample
+from sft.core.sample import Message, Sample
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.inference.generate import generate, prompt_of
@@ -22,7 +25,8 @@ from sft.models.idefics3.weights import (
     save_processor,
     select_trainable,
 )
-from sft.models.loaded_model import load_template
+from sft.models.loaded_model import load_for_inference, load_template
+from sft.recipe import load_recipe
 
 FAMILY = get_family("idefics3")
 KINDS = {
@@ -169,3 +173,122 @@ def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
     in_4_bits = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(in_4_bits) == 2 * 7 and all(name.startswith("model.text_model.layers.") for name in in_4_bits)
     assert model.lm_head.weight.dtype == model.model.text_model.embed_tokens.weight.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------- whole commands
+
+
+@pytest.fixture(scope="module")
+def recipe(folders, tmp_path_factory):
+    """A folder of pictures with questions, and a recipe for a tiny SmolVLM."""
+    folder = tmp_path_factory.mktemp("run")
+    for name in SIZES:
+        (folder / f"{name}.png").write_bytes(png(name))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What is this?" if number % 4 else "What is a dog?"},
+                {"role": "assistant", "content": f"A {name} image."},
+            ],
+            "images": [f"{name}.png"] * (number % 4 > 0),
+        }
+        for number, name in enumerate([*SIZES] * 8)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "tiled.yaml"
+    file.write_text(
+        f"""
+model: {{path: {folders["smolvlm"]}, family: smolvlm}}
+data:
+  store: {folder}/stores
+  sequence_length: 256
+  mixture: [{{name: talk, share: 1, datasets: [{{dataset: messages, path: {folder}/train.jsonl}}]}}]
+  validation: {{share: 0.1}}
+training: {{max_steps: 5, tokens_per_step: 512, learning_rate: 1e-3, precision: float32}}
+checkpoints: {{every_steps: 5}}
+output_dir: {folder}/out
+"""
+    )
+    return file
+
+
+def lines_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_recipe_prepares_mixes_trains_and_answers(recipe, capsys):
+    for command in ("validate", "prepare", "mix", "inspect", "plan"):
+        assert status_of(command, recipe) == 0, capsys.readouterr().err
+    assert status_of("train", recipe) == 0, capsys.readouterr().err
+    run = recipe.parent / "out"
+    lines = lines_of(run)
+    assert len(lines) == 5 and lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["validation"]
+    loaded = load_for_inference(run / "checkpoints" / "checkpoint-5", precision="float32")
+    question = prompt_of(loaded.template, [Message(role="user", content=(REFS["wide"], "What is this?"))])
+    (answer,) = generate(loaded.model, loaded.tokenizer, [question], max_new_tokens=8)
+    assert answer.startswith("A")
+
+
+@pytest.fixture(scope="module")
+def prepared(recipe):
+    """The recipe, whose stores and base are there."""
+    assert status_of("prepare", recipe) == 0
+    return recipe
+
+
+@pytest.mark.parametrize("overrides", [
+    ("model.mode=lora", "model.lora.r=4"),
+    ("model.mode=qlora", "model.lora={r: 4, targets: [language.attention, connector, vision.mlp]}"),
+    ("model.mode=lora", "data.feature_cache=true", "training.gradient_checkpointing=0.5"),
+    ("model.trainable=[connector, embeddings]", "data.train_on=all", "model.images={split: false}"),
+])  # fmt: skip
+def test_every_way_to_train_learns_and_is_merged_and_asked(prepared, tmp_path, capsys, monkeypatch, overrides):
+    own = (*overrides, f"output_dir={tmp_path}/run", "training.learning_rate=1e-2", "training.max_steps=4")
+    assert status_of("train", prepared, *own) == 0, capsys.readouterr().err
+    lines = lines_of(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert status_of("merge", tmp_path / "run", "--output", tmp_path / "merged", "--check") == 0, (
+        capsys.readouterr().err
+    )
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert type(plain).__name__ == "SmolVLMForConditionalGeneration"
+    (tmp_path / "a.png").write_bytes(png("tall"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n/quit\n"))
+    chat = ("chat", tmp_path / "run", "--image", tmp_path / "a.png", "--max-new-tokens", 2)
+    assert status_of(*chat) == 0, capsys.readouterr().err
+
+
+def test_a_run_that_stopped_goes_on_to_the_bit(prepared, tmp_path, capsys):
+    recipe = load_recipe(prepared, (f"output_dir={tmp_path}", "training.max_steps=4", "checkpoints.every_steps=2"))
+    trained(recipe)
+    before = metrics(recipe)
+    trained(recipe, resume_from=folder_of(recipe, 2))
+    assert metrics(recipe) == before and len(before) == 4
+
+
+def test_doctor_sees_that_it_sees(folders, capsys):
+    assert status_of("doctor", "--model", folders["idefics3"]) == 0, capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "image changes logits" in printed and "there are none: images are part of the text" in printed
+
+
+@pytest.mark.parametrize(("override", "problem"), [
+    ("model.trainable=[gates]", "model.trainable: smolvlm has no 'gates' (known: vision, connector, language,"),
+    ("model={path: a/b, family: smolvlm, mode: lora, lora: {targets: [cross_attention]}}",
+     "has no 'cross_attention'; did you mean 'vision.attention'? (known: vision,"),
+    ("model={path: a/b, family: idefics, images: {split: false}}", "model.images: idefics has no 'split' (known: none"),
+    ("data.augment=crop", "data.augment: crop changes the size of an image"),
+])  # fmt: skip
+def test_what_the_family_has_not_is_refused_by_name(prepared, refusal, override, problem):
+    assert problem in refusal("prepare" if "augment" in override else "validate", prepared, override)
+
+
+def test_a_family_outside_the_tree_is_found_by_its_dotted_name(prepared, tmp_path, capsys):
+    outside = get_family("outside_family")
+    assert outside.name == "outside" and outside.text is FAMILY.text
+    assert status_of("validate", prepared, "model.family=outside_family") == 0, capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "else"}))
+    recipe = load_recipe(prepared)
+    model = recipe.model.model_copy(update={"family": "outside_family"})
+    (tmp_path / "recipe.yaml").write_text(recipe.model_copy(update={"model": model}).to_yaml())
+    assert family_at(tmp_path) == outside, "a checkpoint's recipe names its family"

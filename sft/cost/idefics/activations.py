@@ -33,11 +33,12 @@ class _Activations:
             block_input = patches * shape.vision_hidden * 4
             result.append(self._stage("vision", patches * self._vision_layer(), block_input, patches))
         if images and shape.resampler_layers and self.model.has_backward("resampler"):
-            block = self._resampler_block() * images
+            block = (self._connector() if shape.connector_inputs else self._resampler_block()) * images
             result.append(self._stage("resampler", block, block, 0))
-        cross = tokens * self._cross_layer() + states * self._cross_states()
         block_input = tokens * shape.hidden * self.stream
-        result.append(self._stage("cross_attention", cross, block_input, tokens))
+        if shape.cross_layers:
+            cross = tokens * self._cross_layer() + states * self._cross_states()
+            result.append(self._stage("cross_attention", cross, block_input, tokens))
         text = self._stage("language", tokens * self._text_layer(), block_input, tokens)
         last_norm = self._norm(shape.hidden, self.stream) + shape.hidden * self.half  # and the input of the head
         return [*result, replace(text, kept=text.kept + tokens * last_norm)]
@@ -139,6 +140,10 @@ class _Activations:
             + I * half
             + self._inputs("vision", I, "fc2", stream=half)
         )
+
+    def _connector(self) -> float:
+        """Return what a linear layer between tower and language model keeps for each image."""
+        return self.shape.states * self._inputs("resampler", self.shape.connector_inputs, "proj", stream=self.half)
 
     def _resampler_block(self) -> float:
         """Return what a block of the resampler keeps for each image."""

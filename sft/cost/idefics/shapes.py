@@ -76,6 +76,21 @@ class Shape:
     resampler_qk_norms: bool
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return False
+
+    @property
+    def connector_inputs(self) -> int:
+        """Numbers from which a linear layer makes an image state, where such a layer follows the tower."""
+        return 0
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of an image state."""
+        return self.vision_hidden
+
+    @property
     def patches(self) -> int:
         """Patches of an image, the class token among them."""
         return (self.image_size // self.patch_size) ** 2 + 1
@@ -166,7 +181,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All parameters."""
-        return sum(map(self.group_parameters, LAYER_GROUPS)) + 2 * self.embedding_parameters
+        return sum(map(self.group_parameters, LAYER_GROUPS)) + (2 - self.is_tied) * self.embedding_parameters
 
     @property
     def gates(self) -> int:

@@ -49,8 +49,8 @@ QUANTISED = ("language", "cross_attention")
 """Groups whose weight matrices are stored in 4 bits: 7.8 of the 8.9 billion parameters of idefics-9b. The tower, the
 resampler, the embedding and the head stay unquantised; 4 bits would save another 0.5 GB."""
 
-EXACT = ("head", "extra_rows")
-"""Groups whose matrices are float32 wherever they are frozen."""
+EXACT = ("lm_head.",)
+"""Matrices that are float32 wherever they are frozen, by the beginnings of their names."""
 
 
 def group_of(name: str) -> str:

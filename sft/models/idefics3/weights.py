@@ -21,6 +21,7 @@ from sft.models.idefics3.images import TiledImages
 from sft.models.idefics3.names import GROUPS, MODEL_TYPES
 from sft.models.idefics3.packed import PackedIdefics3, PackedSmolVLM, model_class, use_grouped_attention
 from sft.models.idefics3.text import load_tokenizer
+from sft.models.idefics3.tilings import PREPROCESSOR, PROCESSOR, read_preprocessor, with_settings
 from sft.models.model_folder import (
     check_weights,
     choose_trainable,
@@ -46,6 +47,10 @@ GROUP_OF = {
 }
 """The group of parameters that a name begins with."""
 
+EXACT = ("lm_head.", "model.vision_model.embeddings.")
+"""Matrices that are float32 wherever they are frozen. The head computes in float32 in evaluation. The first of all
+matrices gives the type in which SmolVLM's own forward puts image states among embeddings, which are float32."""
+
 LORA_LAYERS = {
     "vision.attention": r"model\.vision_model\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj",
     "vision.mlp": r"model\.vision_model\.encoder\.layers\.\d+\.mlp\.fc[12]",
@@ -58,8 +63,6 @@ notebook gives hit six layers of the tower for twenty that it means."""
 
 NOT_DECAYED = ("bias", "layernorm", "layer_norm")
 """Parameters whose name holds one of these are not decayed, as m4's rule has it; `text_model.norm` is decayed."""
-
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 DEFAULTS = {
     "do_convert_rgb": True,
@@ -90,26 +93,11 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     config: PreTrainedConfig = AutoConfig.for_model(**values)
     if (kind := config.text_config.model_type) != "llama":
         raise UserError(f"{path}: text_config.model_type is {kind!r}; only 'llama' is known to pack without leaks")
-    config.preprocessor = _read_preprocessor(folder)
+    config.preprocessor = read_preprocessor(folder)
     tile, image_size = TiledImages(config).tiles.tile, config.vision_config.image_size
     if tile != image_size:
         raise UserError(f"{path}: {PREPROCESSOR} cuts tiles of {tile} pixels, the vision tower takes {image_size}")
     return config
-
-
-def _read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Return what a folder says of its images, wherever it does; nothing where it says nothing."""
-    for file, part in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):  # the second: transformers 5
-        try:
-            found = json.loads((folder / file).read_text())
-            found = found.get(part) if part else found
-        except FileNotFoundError:
-            continue
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{folder / file}: damaged, not a JSON object") from error
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def save_processor(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, directory: Path) -> None:
@@ -141,7 +129,7 @@ def prepare_base(path: str | Path, output: Path, images: Mapping[str, Any] | Non
     Raises:
         UserError: the folder is not a model of this family, or its tokenizer has more tokens than the model has rows.
     """
-    source, settings = local_folder(path), dict(images or {})
+    source = local_folder(path)
     config = load_config(source)
     check_weights(source, _expected_weights(config))
     tokenizer = load_tokenizer(source)
@@ -149,10 +137,7 @@ def prepare_base(path: str | Path, output: Path, images: Mapping[str, Any] | Non
         raise UserError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}")
     if (found := tokenizer.convert_tokens_to_ids("<image>")) != config.image_token_id:
         raise UserError(f"{path}: <image> has id {found} in the tokenizer and {config.image_token_id} in config.json")
-    if "longest_edge" in settings:
-        config.preprocessor["size"] = {"longest_edge": settings["longest_edge"]}
-    if "split" in settings:
-        config.preprocessor["do_image_splitting"] = settings["split"]
+    config.preprocessor = with_settings(config.preprocessor, images or {})
     with new_base(source, output) as folder:
         save_processor(tokenizer, config, folder)
 
@@ -191,7 +176,7 @@ def load_model(
         config=config,
         trained=trained,
         frozen_dtype=torch.float32 if trained >= GROUPS.keys() else frozen_dtype,  # nothing is frozen
-        exact=("head",),
+        exact=EXACT,
         in_4_bits=("language",) if quantised else (),
         group_of=GROUP_OF,
         device=device,
