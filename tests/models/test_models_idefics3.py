@@ -110,6 +110,12 @@ def test_a_batch_without_images_gives_every_parameter_a_gradient_by_one_call_of_
     assert calls == [model.model.vision_model, model.model.connector] * 2
 
 
+def test_under_checkpointing_no_gradient_goes_through_a_frozen_tower(model, template):
+    select_trainable(model, ["language"])
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert not model.train().encode_images(batch_of(template, SAMPLES).tiles).requires_grad
+
+
 def test_answers_are_ranked_and_written_as_alone(model, template):
     requests = [Query(Sample(key=s.key, messages=s.messages[:1]), ("A dog.", "A dog and a cat.")) for s in SAMPLES]
     together = score_answers(model, template, requests)

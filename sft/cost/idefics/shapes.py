@@ -76,6 +76,11 @@ class Shape:
     resampler_qk_norms: bool
 
     @property
+    def is_lean(self) -> bool:
+        """Whether layers keep little for the backward pass (`sft.models.idefics.layers`), or as transformers' own."""
+        return True
+
+    @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding."""
         return False

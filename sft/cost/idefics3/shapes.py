@@ -20,6 +20,11 @@ class TiledShape(Shape):
     has_tied_head: bool
 
     @property
+    def is_lean(self) -> bool:
+        """The layers are transformers' own."""
+        return False
+
+    @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding."""
         return self.has_tied_head

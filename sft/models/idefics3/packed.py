@@ -33,6 +33,10 @@ class _PackedTiles(PackedModel):
         """Compute what `PackedModel` says of `model(...)`."""
         return super().forward(*args, **kwargs) if batch is None else self.packed_forward(batch, read_P, z_loss)
 
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: transformers would send gradients through a frozen tower under activation checkpointing, which
+        doubles the work of a step. Without reentrant checkpoints no input needs a gradient."""
+
     def encode_images(self, tiles: Sequence[Tensor]) -> Tensor:
         """Return the states (R, E) of images: one call of the tower and one of the connector for all tiles."""
         (tiles_KCHW,) = tiles
