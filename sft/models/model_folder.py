@@ -120,8 +120,9 @@ def _link(source: Path, target: Path) -> None:
 def load_weights(
     model_class: type[M],
     folder: Path,
+    expected: Mapping[str, Tensor],
     *,
-    trained: Collection[str],
+    trained: Collection[str] | None,
     frozen_dtype: torch.dtype,
     exact: tuple[str, ...],
     in_4_bits: Collection[str],
@@ -129,17 +130,25 @@ def load_weights(
     device: torch.device | str,
     **options: Any,
 ) -> M:
-    """Load a model folder. Parameters of groups in `trained` are float32, since updates of 1e-5 are lost in bfloat16.
+    """Load a model folder that has the weights `expected`. Parameters of groups in `trained` (None: all) are float32,
+    since updates of 1e-5 are lost in bfloat16.
 
     Matrices of other groups are stored in `frozen_dtype`, those of the groups `in_4_bits` in nf4 with double
     quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, norms, biases, gates and what
     begins with one of `exact` are always float32. Quantised weights stay on the `device` they are loaded to. `group_of`
     has the group of each beginning of a parameter's name. `options` are further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: weights are missing, damaged or of another shape.
     """
-    if frozen := [group for group in in_4_bits if group not in trained]:
-        options |= _quantisation(
-            [name for name, group in group_of.items() if group not in frozen], frozen_dtype, device
-        )
+    check_weights(folder, expected)
+    groups = {*group_of.values()}
+    trained = groups if trained is None else trained
+    if groups <= {*trained}:
+        frozen_dtype = torch.float32  # nothing is frozen
+    if frozen := {*in_4_bits} - {*trained}:
+        kept = [name for name, group in group_of.items() if group not in frozen]
+        options |= _quantisation(kept, frozen_dtype, device)
     model: M = model_class.from_pretrained(  # type: ignore[attr-defined]
         folder, dtype=frozen_dtype, attn_implementation="sdpa", use_safetensors=True, **options
     )
@@ -205,11 +214,6 @@ def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> Non
         with safe_open(folder / file, framework="pt") as tensors:
             for name in held:
                 parameters[name].data = tensors.get_tensor(name).float().to(parameters[name].device)
-
-
-def save_weights(model: PackedModel, directory: Path, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> None:
-    """Write weights rounded once to `dtype`, and the config of the model's own class."""
-    model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
 
 
 def write_plain_config(config: Mapping[str, Any], directory: Path, dtype: torch.dtype, class_name: str) -> None:

@@ -75,20 +75,12 @@ class Shape:
     resampler_latents: int
     resampler_qk_norms: bool
 
-    @property
-    def is_lean(self) -> bool:
-        """Whether layers keep little for the backward pass (`sft.models.idefics.layers`), or as transformers' own."""
-        return True
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the head is the embedding."""
-        return False
-
-    @property
-    def connector_inputs(self) -> int:
-        """Numbers from which a linear layer makes an image state, where such a layer follows the tower."""
-        return 0
+    is_lean: bool = True
+    """Whether layers keep little for the backward pass (`sft.models.idefics.layers`), or what transformers' own do."""
+    is_tied: bool = False
+    """Whether the head is the embedding."""
+    connector_inputs: int = 0
+    """Numbers from which a linear layer makes an image state, where such a layer follows the tower."""
 
     @property
     def state_size(self) -> int:

@@ -58,10 +58,7 @@ class TiledCost:
         text = max(setting.tokens - tiles * (self.shape.states + MARKERS), 1)
         full = replace(setting, images=tiles, trained_tokens=min(setting.trained_tokens, text))
         one = replace(setting, images=1)  # the tile of a dummy
-        return max((self._cost(kind) for kind in (full, one)), key=lambda cost: cost.peak_bytes)
-
-    def _cost(self, setting: Setting) -> Cost:
-        return cost_of(self._counted(setting))
+        return max((cost_of(self._counted(kind)) for kind in (full, one)), key=lambda cost: cost.peak_bytes)
 
     def _counted(self, setting: Setting) -> TrainedModel:
         """Return a model whose connector is counted as a resampler."""

@@ -9,7 +9,7 @@ from typing import Any
 from sft.cost.idefics.shapes import LayerGroup, Linear, Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TiledShape(Shape):
     """The sizes of a model."""
 
@@ -17,17 +17,6 @@ class TiledShape(Shape):
     head_size: int
     shuffled: int
     """How many patches, in each direction, become one state."""
-    has_tied_head: bool
-
-    @property
-    def is_lean(self) -> bool:
-        """The layers are transformers' own."""
-        return False
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the head is the embedding."""
-        return self.has_tied_head
 
     @property
     def state_size(self) -> int:
@@ -43,11 +32,6 @@ class TiledShape(Shape):
     def states(self) -> int:
         """States of a tile."""
         return self.patches // self.shuffled**2
-
-    @property
-    def connector_inputs(self) -> int:
-        """Numbers of the patches that become one state."""
-        return self.vision_hidden * self.shuffled**2
 
     @property
     def never_trained(self) -> int:
@@ -91,7 +75,9 @@ def shape_of(values: Mapping[str, Any]) -> TiledShape:
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         shuffled=config.scale_factor,
-        has_tied_head=config.tie_word_embeddings,
+        connector_inputs=vision.hidden_size * config.scale_factor**2,
+        is_tied=config.tie_word_embeddings,
+        is_lean=False,
         resampler_layers=1,  # the connector; what follows these models have not
         resampler_heads=0,
         resampler_head=0,

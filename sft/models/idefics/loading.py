@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sft.models.idefics.folders import expected_weights, read_config, write_config
-from sft.models.idefics.names import GROUPS
 from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
 from sft.models.idefics.parameters import EXACT, GROUP_OF, QUANTISED
-from sft.models.model_folder import check_weights, load_weights, local_folder, save_weights
+from sft.models.model_folder import load_weights, local_folder
 
 
 def load_model(
@@ -32,13 +31,12 @@ def load_model(
         UserError: the folder is not an IDEFICS model, or weights are missing, damaged or of another shape.
     """
     folder = local_folder(path)
-    check_weights(folder, expected_weights(read_config(folder)))
-    trained = set(GROUPS if trained is None else trained)
     model = load_weights(
         PackedIdefics,
         folder,
+        expected_weights(read_config(folder)),
         trained=trained,
-        frozen_dtype=torch.float32 if trained >= GROUPS.keys() else frozen_dtype,  # nothing is frozen
+        frozen_dtype=frozen_dtype,
         exact=EXACT,
         in_4_bits=QUANTISED if quantised else (),
         group_of=GROUP_OF,
@@ -54,5 +52,6 @@ def save_model(model: nn.Module, directory: Path, dtype: torch.dtype, weights: d
     `weights` are those of the model, where its parameters hold but a share of them.
     """
     assert isinstance(model, PackedIdefics)
-    save_weights(model, directory, dtype, weights or model.state_dict())
+    weights = {name: tensor.to(dtype) for name, tensor in (weights or model.state_dict()).items()}
+    model.save_pretrained(directory, state_dict=weights)
     write_config(json.loads((directory / "config.json").read_text()), directory, dtype)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from sft import models
 from sft.core.errors import UserError
 from sft.models.idefics3.images import TiledImages
-from sft.models.idefics3.names import GROUPS, MODEL_TYPES
+from sft.models.idefics3.names import MODEL_TYPES
 from sft.models.idefics3.packed import PackedIdefics3, PackedSmolVLM, model_class, use_grouped_attention
 from sft.models.idefics3.text import load_tokenizer
 from sft.models.idefics3.tilings import PREPROCESSOR, PROCESSOR, read_preprocessor, with_settings
@@ -30,7 +30,6 @@ from sft.models.model_folder import (
     load_weights,
     local_folder,
     new_base,
-    save_weights,
     write_plain_config,
 )
 from sft.models.model_folder import weight_files as weight_files
@@ -64,17 +63,11 @@ notebook gives hit six layers of the tower for twenty that it means."""
 NOT_DECAYED = ("bias", "layernorm", "layer_norm")
 """Parameters whose name holds one of these are not decayed, as m4's rule has it; `text_model.norm` is decayed."""
 
-DEFAULTS = {
-    "do_convert_rgb": True,
-    "do_image_splitting": True,
-    "do_normalize": True,
-    "do_pad": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "resample": 1,  # Lanczos
-    "rescale_factor": 1 / 255,
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("do_convert_rgb", "do_image_splitting", "do_normalize", "do_pad", "do_rescale", "do_resize"), True
+    ),
+    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "resample": 1,  # 1: Lanczos
 }
 """What preprocessor_config.json of every released model says besides the sizes."""
 
@@ -103,8 +96,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
 def save_processor(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, directory: Path) -> None:
     """Write what transformers' `AutoProcessor` and servers read: the tokenizer, and how images become tiles. Keys that
     the base had, such as those of videos, are kept."""
-    kind = "SmolVLM" if config.model_type == "smolvlm" else "Idefics3"
-    images = TiledImages(config)
+    kind, images = _class_names(config.model_type), TiledImages(config)
     preprocessor = {
         **DEFAULTS,
         **config.preprocessor,
@@ -116,6 +108,11 @@ def save_processor(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig,
     _write_json(directory / PREPROCESSOR, preprocessor)
     _write_json(directory / PROCESSOR, {"image_seq_len": images.states_per_tile, "processor_class": f"{kind}Processor"})
     tokenizer.save_pretrained(directory)
+
+
+def _class_names(model_type: str) -> str:
+    """Return what transformers' classes of a model begin with."""
+    return "SmolVLM" if model_type == "smolvlm" else "Idefics3"
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -144,12 +141,12 @@ def prepare_base(path: str | Path, output: Path, images: Mapping[str, Any] | Non
 
 def _expected_weights(config: PreTrainedConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        weights = model_class(config)(config).state_dict()
-    return {name: weight for name, weight in weights.items() if not (_is_tied(config) and name == HEAD)}
+        return _without_tied(config, model_class(config)(config).state_dict())
 
 
-def _is_tied(config: PreTrainedConfig) -> bool:
-    return bool(config.tie_word_embeddings)
+def _without_tied(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the head where it is the embedding, as files of weights do."""
+    return {name: weight for name, weight in weights.items() if not (config.tie_word_embeddings and name == HEAD)}
 
 
 def load_model(
@@ -168,14 +165,13 @@ def load_model(
     """
     folder = local_folder(path)
     config = load_config(folder)
-    check_weights(folder, _expected_weights(config))
-    trained = set(GROUPS if trained is None else trained)
     model = load_weights(
         model_class(config),
         folder,
+        _expected_weights(config),
         config=config,
         trained=trained,
-        frozen_dtype=torch.float32 if trained >= GROUPS.keys() else frozen_dtype,  # nothing is frozen
+        frozen_dtype=frozen_dtype,
         exact=EXACT,
         in_4_bits=("language",) if quantised else (),
         group_of=GROUP_OF,
@@ -192,17 +188,15 @@ def save_model(
 
     `weights` are those of the model, where its parameters hold but a share of them.
     """
-    all_weights = weights or model.state_dict()
-    own = {name: weight for name, weight in all_weights.items() if not (_is_tied(model.config) and name == HEAD)}
-    save_weights(model, directory, dtype, own)
+    own = _without_tied(model.config, weights or model.state_dict())
+    model.save_pretrained(directory, state_dict={name: weight.to(dtype) for name, weight in own.items()})
     write_config(json.loads((directory / "config.json").read_text()), directory, dtype)
 
 
 def write_config(config: dict[str, Any], directory: Path, dtype: torch.dtype) -> None:
     """Write config.json for weights of `dtype`, as of the plain class."""
-    plain = "SmolVLM" if config["model_type"] == "smolvlm" else "Idefics3"
-    config = {key: value for key, value in config.items() if key != "preprocessor"}
-    write_plain_config(config, directory, dtype, f"{plain}ForConditionalGeneration")
+    plain = f"{_class_names(config['model_type'])}ForConditionalGeneration"
+    write_plain_config({key: value for key, value in config.items() if key != "preprocessor"}, directory, dtype, plain)
 
 
 def encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -234,6 +228,6 @@ def select_trainable(model: nn.Module, groups: Collection[str] | None = None) ->
         UserError: the head is to be trained without the embeddings, which it is tied to.
     """
     assert isinstance(model, PackedModel)
-    if groups is not None and _is_tied(model.config) and ("head" in groups) != ("embeddings" in groups):
+    if groups is not None and model.config.tie_word_embeddings and ("head" in groups) != ("embeddings" in groups):
         raise UserError("model.trainable: this model's head is tied to its embeddings; name both, or neither")
     return choose_trainable(model, lambda name: groups is None or group_of(name) in groups)
