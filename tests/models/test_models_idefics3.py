@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from conftest import status_of
 from helpers.resume import folder_of, metrics, trained
 from helpers.tiled import REFS, SAMPLES, SIZES, batch_of, byte_tokenizer, png, tiny_folder
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample
@@ -17,6 +19,7 @@ from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.inference.generate import generate, prompt_of
 from sft.models import family_at, get_family
+from sft.models.idefics3.text import load_tokenizer
 from sft.models.idefics3.weights import (
     load_config,
     load_model,
@@ -27,6 +30,7 @@ from sft.models.idefics3.weights import (
 )
 from sft.models.loaded_model import load_for_inference, load_template
 from sft.recipe import load_recipe
+from sft.training.engines import fsdp2
 
 FAMILY = get_family("idefics3")
 KINDS = {
@@ -142,6 +146,36 @@ def test_what_is_saved_opens_with_transformers_alone_with_the_same_logits(model,
     own = AutoTokenizer.from_pretrained(tmp_path)
     assert own(text, add_special_tokens=False) == template.tokenizer(text, add_special_tokens=False)
     assert load_config(tmp_path).preprocessor["size"] == {"longest_edge": 128} and family_at(tmp_path) is FAMILY
+
+
+def test_a_token_that_a_tokenizer_does_not_call_special_is_special_all_the_same(folders, tokenizer, tmp_path):
+    shutil.copytree(folders["idefics3"], tmp_path / "plain")
+    file = tmp_path / "plain" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    for token in stored["added_tokens"]:
+        token["special"] = False
+    file.write_text(json.dumps(stored))
+    loaded = load_tokenizer(tmp_path / "plain")
+    text = "<image> <row_1_col_1> <end_of_utterance>"
+    for split in (False, True):
+        ids = [one(text, split_special_tokens=split)["input_ids"] for one in (loaded, tokenizer)]
+        assert ids[0] == ids[1] and (len(ids[0]) == 5) != split
+
+
+def test_a_checkpoint_is_asked_by_transformers_processor_as_by_us(folders):
+    """`AutoProcessor` of an idefics3 needs nothing else; that of a smolvlm asks for what videos need."""
+    folder = folders["idefics3"]
+    loaded = load_for_inference(folder, precision="float32")
+    messages = (Message(role="user", content=(REFS["wide"], "What is", REFS["square"], "this?")),)
+    processor, own = AutoProcessor.from_pretrained(folder), prompt_of(loaded.template, messages)
+    pictures = [Image.open(io.BytesIO(png(name))) for name in ("wide", "square")]
+    text = loaded.template.text(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=pictures, add_special_tokens=False, return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == own.encoded.input_ids.tolist()
+    tiles = [[loaded.images.cut(np.array(one.convert("RGB")), loaded.images.tiling(*one.size)) for one in pictures]]
+    ours = loaded.model(input_ids=inputs["input_ids"], **loaded.model.generation_inputs([own.encoded], tiles)).logits
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)(**inputs).logits
+    assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), "which pixels that differ by 1 / 255 make"
 
 
 def test_a_prepared_base_has_the_image_settings_of_its_recipe(folders, tmp_path):
@@ -270,6 +304,18 @@ def test_a_run_that_stopped_goes_on_to_the_bit(prepared, tmp_path, capsys):
     before = metrics(recipe)
     trained(recipe, resume_from=folder_of(recipe, 2))
     assert metrics(recipe) == before and len(before) == 4
+
+
+def test_a_tied_head_is_sharded_with_its_embeddings(folders, tmp_path):
+    model, template = load_model(folders["tied"]), load_template(FAMILY, folders["tied"])
+    batch = batch_of(template, SAMPLES)
+    expected = model(batch=batch).loss
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fsdp2.shard(model, "float32")
+        assert model(batch=batch).loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_doctor_sees_that_it_sees(folders, capsys):

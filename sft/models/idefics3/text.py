@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizerFast
 
 from sft.core.errors import UserError
 from sft.core.sample import EncodedSample, ImageRef
@@ -54,12 +54,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer.json found; a folder of Idefics3 or SmolVLM has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if missing := [token for token in (FAKE, IMAGE, END_OF_UTTERANCE) if token not in special]:
-        raise UserError(f"{path}: the tokenizer has no special token {missing[0]}; a base of this family has all three")
-    start = next((token for token in CHAT_TEMPLATES if token in special), None)
+    tokens = tokenizer.get_vocab()
+    if missing := [token for token in (FAKE, IMAGE, END_OF_UTTERANCE) if token not in tokens]:
+        raise UserError(f"{path}: the tokenizer has no token {missing[0]}; a base of this family has it")
+    start = next((token for token in CHAT_TEMPLATES if token in tokens), None)
     if start is None:
         raise UserError(f"{path}: the tokenizer has none of {', '.join(CHAT_TEMPLATES)}, one of which begins a text")
+    # Whatever a tokenizer.json says of them, nobody's text becomes one.
+    ours = [token for token in (start, *ENDS, *NEVER_WRITTEN) if token in tokens]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in ours], special_tokens=True)
     tokenizer.bos_token = start  # a tokenizer_config.json may name none
     tokenizer.eos_token = tokenizer.eos_token or END_OF_UTTERANCE
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -67,7 +67,10 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(
         ("do_convert_rgb", "do_image_splitting", "do_normalize", "do_pad", "do_rescale", "do_resize"), True
     ),
-    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "resample": 1,  # 1: Lanczos
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+    "rescale_factor": 1 / 255,
+    "resample": 1,  # 1: Lanczos
 }
 """What preprocessor_config.json of every released model says besides the sizes."""
 
