@@ -134,9 +134,10 @@ def load_weights(
     since updates of 1e-5 are lost in bfloat16.
 
     Matrices of other groups are stored in `frozen_dtype`, those of the groups `in_4_bits` in nf4 with double
-    quantisation (Dettmers et al. 2023, QLoRA), computed in `frozen_dtype`. Embeddings, norms, biases, gates and what
-    begins with one of `exact` are always float32. Quantised weights stay on the `device` they are loaded to. `group_of`
-    has the group of each beginning of a parameter's name. `options` are further arguments of `from_pretrained`.
+    quantisation (Dettmers et al. 2023, QLoRA) of what is in the folder, computed in `frozen_dtype`. Embeddings, norms,
+    biases, gates and what begins with one of `exact` are always float32. Quantised weights stay on the `device` they
+    are loaded to. `group_of` has the group of each beginning of a parameter's name. `options` are further arguments of
+    `from_pretrained`.
 
     Raises:
         UserError: weights are missing, damaged or of another shape.
@@ -149,13 +150,19 @@ def load_weights(
     if frozen := {*in_4_bits} - {*trained}:
         kept = [name for name, group in group_of.items() if group not in frozen]
         options |= _quantisation(kept, frozen_dtype, device)
+    loaded_dtype = torch.float32 if frozen else frozen_dtype  # nothing is rounded before it is quantised
     model: M = model_class.from_pretrained(  # type: ignore[attr-defined]
-        folder, dtype=frozen_dtype, attn_implementation="sdpa", use_safetensors=True, **options
+        folder, dtype=loaded_dtype, attn_implementation="sdpa", use_safetensors=True, **options
     )
-    if frozen_dtype != torch.float32:
-        _reload_exactly(model, folder, kept_exact(model, trained, exact, group_of))
+    in_float32 = {*kept_exact(model, trained, exact, group_of)}
+    if loaded_dtype != torch.float32:
+        _reload_exactly(model, folder, in_float32)
+    for name, parameter in model.named_parameters():
+        if name not in in_float32 and parameter.is_floating_point():
+            parameter.data = parameter.data.to(frozen_dtype)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
+            module.weight.quant_state.dtype = frozen_dtype  # type: ignore[union-attr]  # what it is dequantised to
             # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
             # next one with gradients fails (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
