@@ -31,7 +31,7 @@ A recipe is one YAML file: which model is trained on what, how, and what chooses
 
     idefics-sft recipes list                     # those that come with the toolkit
     idefics-sft recipes copy my-data             # my-data.yaml and recipe.schema.json, here, to change
-    idefics-sft validate my-data.yaml            # keys, shares, paths: what is wrong and in which line
+    idefics-sft validate my-data.yaml            # keys, shares, paths: one problem a line
     idefics-sft train my-data.yaml training.max_steps=100 data.mixture.0.share=80
 
 What follows the recipe overrides a key, lists by number, values as YAML has them. Paths are relative to the current
@@ -40,7 +40,7 @@ recipe, with every default filled in, is kept in the folder of the run, and that
 
 **In an editor** the first line of a recipe, `# yaml-language-server: $schema=recipe.schema.json`, completes keys, shows
 what they mean and marks mistakes: in VS Code (extension YAML), JetBrains, Neovim, Helix and others with
-yaml-language-server. The schema lies beside the recipe; `idefics-sft schema > recipe.schema.json` makes it.
+yaml-language-server. The schema is next to the recipe; `idefics-sft schema > recipe.schema.json` makes it.
 """
 
 

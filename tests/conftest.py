@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 from build_tiny_base import train_tokenizer  # noqa: E402
 
 pytest_plugins = ["helpers.evaluated_run"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """A cache for the tests, in place of the user's."""
+    os.environ["IDEFICS_SFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
 
 IMAGE_SIZE = 28
 NUM_LATENTS = 8
@@ -159,6 +167,12 @@ def conversation(*turns: tuple[str, ...] | str, system: str | None = None, key: 
         items = (turn,) if isinstance(turn, str) else turn
         messages.append(Message(role="assistant" if i % 2 else "user", content=content(*items)))
     return Sample(key=key, messages=tuple(messages))
+
+
+def withheld(sample: Sample, *numbers: int) -> Sample:
+    """A sample of which some messages, by their numbers, are not to be learned."""
+    messages = (replace(message, is_trained=i not in numbers) for i, message in enumerate(sample.messages))
+    return replace(sample, messages=tuple(messages))
 
 
 def document(*items: str, key: str = "page") -> Sample:

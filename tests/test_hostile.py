@@ -35,7 +35,7 @@ from sft.core.images import (
     TOO_NARROW,
     decode_rgb,
     size_of,
-    verified_size,
+    verified,
 )
 from sft.core.sample import SkipSample
 from sft.data.datasets import Adapter
@@ -275,7 +275,7 @@ def test_no_pickle_is_opened(tmp_path, skips_of):
         (encoded("WEBP")[:-4], "image does not decode"),
         (encoded("GIF")[:20], "image does not decode"),
         (encoded("BMP")[:60], "image does not decode"),
-        (encoded("TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
+        (encoded("TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image does not decode"),
         (b"<html><body>404</body></html>", "image does not decode"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image does not decode"),
@@ -300,7 +300,7 @@ def test_base64_that_is_none_is_skipped(skips_of):
 BOMBS = """
 import json, resource, sys
 from pathlib import Path
-from sft.core.images import verified_size
+from sft.core.images import verified
 from sft.core.sample import SkipSample
 from sft.data.formats import read_json_list, read_jsonl, read_tar, record_limit
 
@@ -309,7 +309,7 @@ def peak():
 
 def image(path):
     try:
-        return verified_size(path.read_bytes())
+        return verified(path.read_bytes()).size
     except SkipSample as skip:
         return skip.reason
 
@@ -378,7 +378,7 @@ def test_a_changed_image_decodes_or_is_skipped_and_nothing_is_printed(image, cha
     for place, new in changes:
         place %= len(image)
         image = image[:place] + new + image[place + len(new) :]
-    for read in (size_of, verified_size, decode_rgb):
+    for read in (size_of, verified, decode_rgb):
         try:
             read(summed(image) if sums_fit else image)
         except SkipSample as skip:
@@ -402,7 +402,8 @@ def summed(image: bytes) -> bytes:
 
 def test_lines_that_are_no_records_are_skipped_each_for_its_reason(skips_of):
     lines = {
-        "line is not JSON": [b'{"messages": [', b"\0" * 50, b'{"a": "\xff\xfe"}', b"{'a': 1}", b"\x80\x04K\x01."],
+        "line is not JSON": [b'{"messages": [', b"\0" * 50, b"{'a': 1}"],
+        "line is not UTF-8": [b'{"a": "\xff\xfe"}', b"\x80\x04K\x01."],
         "line is not a JSON object": [b"[]", b"7", b'"text"', b"null"],
         "record nested too deep": [b'{"messages": ' + b"[" * n + b"]" * n + b"}" for n in (200, 600, 900, 100_000)],
         "record too long": [b'{"messages": "' + b"x" * 11 * MEGABYTE + b'"}'],
@@ -450,7 +451,11 @@ MEMBER = 1024
     [
         ("train.jsonl", b"", "the file is empty"),
         ("train.json", b'[{"messages": ', "train.json: not readable as JSON after record 0"),
-        ("train.json", b"[" * 100_000, "train.json: not readable as JSON after record 0: it is cut off"),
+        (
+            "train.json",
+            b"[" * 100_000,
+            "train.json: not readable as JSON after record 0: line 1, column 2: it is cut off",
+        ),
         ("train.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "train.parquet: not readable as parquet after row 0"),
         ("train.parquet", b"", "train.parquet: not readable as parquet after row 0"),
     ],

@@ -33,6 +33,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,9 +132,7 @@ def load(content: bytes) -> Pixels:
 
 def load_cropped(content: bytes) -> Pixels:
     """As in training."""
-    width, height = Image.open(io.BytesIO(content)).size
-    crop = training_crop(width, height, seed=0, step=len(content), image_key=0)
-    return load_tiles(content, SQUARE, crop)[0]
+    return load_tiles(content, SQUARE, partial(training_crop, seed=0, step=len(content), image_key=0))[0]
 
 
 def _by_pillow(image: Image.Image) -> Pixels:

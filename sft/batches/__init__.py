@@ -12,6 +12,7 @@ collate         packs -> Batch: the only place where tensors are made
 image_source    where collate gets the tiles of an image
 feature_cache   the output of a frozen vision tower, cached on disk
 mixture_report  what a mixture will be; mixture_counts: what its packs hold
+look_ahead      what a training will draw, and the step at which it ends
 declared_sizes  sources of declared sizes, to plan a mixture without its data
 inspect_pack    one pack as the model sees it
 """

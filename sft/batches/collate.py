@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, compress
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -51,12 +51,13 @@ def collate(
     """Lay the packs of a micro-batch one after another and decode each distinct image once.
 
     With `pack_isolation` every sample is a segment of its own; without it a whole pack is one, as in 2023: its samples
-    see each other, and positions run on. Images are isolated either way. `num_trained_tokens` is that of the whole
-    optimizer step; left out, the micro-batch is taken for the step. With `forgive_images` an image that fails is black
-    and what shows it has no labels; everything else stays as it was planned. With `always_whole` a batch without images
-    or labels gets a dummy sample that shows a black image and whose loss counts nothing, so that every rank makes the
-    same calls and every parameter gets a gradient. One without samples always does. With `features` only images of
-    which these know nothing are decoded.
+    see each other, positions run on, and with `train_on` all the `<s>` of a sample is predicted from the `</s>` before
+    it. Images are isolated either way. `num_trained_tokens` is that of the whole optimizer step; left out, the
+    micro-batch is taken for the step. With `forgive_images` an image that fails is black and what shows it has no
+    labels; everything else stays as it was planned. With `always_whole` a batch without images or labels gets a dummy
+    sample that shows a black image and whose loss counts nothing, so that every rank makes the same calls and every
+    parameter gets a gradient. One without samples always does. With `features` only images of which these know nothing
+    are decoded.
 
     Raises:
         SkipSample: an image fails, and `forgive_images` is not set.
@@ -69,6 +70,10 @@ def collate(
     dirty = {s.encoded.key: faults[image].reason for s in samples for image in s.images if image in faults}
     state_id = source.images.state_token_id
     labels = [_labels(s.encoded, train_on, state_id, is_dirty=not faults.keys().isdisjoint(s.images)) for s in samples]
+    if train_on == "all" and not pack_isolation:
+        later = [number > 0 and sample.encoded.key not in dirty for pack in packs for number, sample in enumerate(pack)]
+        for sample, own in zip(compress(samples, later), compress(labels, later), strict=True):
+            own[0] = sample.encoded.input_ids[0]
     num_labels = sum(int((own != IGNORE_INDEX).sum()) for own in labels)
     if not samples or (always_whole and not (keys and num_labels)):
         samples.append(DUMMY)

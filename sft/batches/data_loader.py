@@ -18,7 +18,7 @@ from sft.batches.collate import collate
 from sft.batches.feature_cache import FeatureCache
 from sft.batches.image_source import StoredImages
 from sft.batches.steps import Plan, Plans
-from sft.batches.workers import batches_of_workers
+from sft.batches.workers import batches_of_workers, num_workers
 from sft.core.errors import RunError
 from sft.core.sample import Batch, PlacedSample
 from sft.data.reader import Location, Reader
@@ -81,7 +81,7 @@ class BatchMaker(Dataset[Batch]):
 class MicroBatches(IterableDataset[dict[str, Batch]]):
     """The micro-batches of a rank, as `{"batch": Batch}`, as long as there are plans.
 
-    `data.num_workers` processes make them.
+    Worker processes make them (`data.num_workers`).
     """
 
     def __init__(self, plans: Plans, images: Images, *, features: FeatureCache | None = None) -> None:
@@ -111,7 +111,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
         self.dirty = dict(state["dirty"])
 
     def _batches(self) -> Iterator[Batch]:
-        if self.sources.data.num_workers:
+        if num_workers(self.sources.data):
             yield from batches_of_workers(self._maker, self.plans, self.sources.data)
         else:
             yield from map(self._maker().__getitem__, self.plans)

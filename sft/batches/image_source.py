@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from sft.core.images import read_bytes, size_of
+from sft.core.images import read_bytes
 from sft.core.sample import ImageRef, SkipSample, Tiling
 from sft.data.reader import Reader
 from sft.models.family import Images, Tiles
@@ -61,16 +62,16 @@ class StoredImages:
         self.on_load(image)
         try:
             content = self.reader.image_bytes(image)
-            return load_tiles(content, self.images, self._crop_of(image, content))
+            return load_tiles(content, self.images, self._crop_of(image), self.reader.decoding(image))
         except SkipSample as skip:
             self.on_failure(image, skip)
             raise
 
-    def _crop_of(self, image: int, content: bytes) -> Crop | None:
+    def _crop_of(self, image: int) -> Callable[[int, int], Crop] | None:
         if self.crop is None:
             return None
-        (width, height), (seed, step) = size_of(content), self.crop
-        return training_crop(width, height, seed=seed, step=step, image_key=image)
+        seed, step = self.crop
+        return partial(training_crop, seed=seed, step=step, image_key=image)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class OpenedImages:
         Raises:
             SkipSample: it cannot be read, or does not decode.
         """
-        return load_tiles(read_bytes(self.refs[image]), self.images)
+        return load_tiles(read_bytes(self.refs[image]), self.images, decoding=self.refs[image].decoding)
 
 
 @dataclass(frozen=True)

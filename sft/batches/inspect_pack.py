@@ -19,6 +19,7 @@ from PIL import Image
 
 from sft.batches.collate import Shown, collate
 from sft.batches.image_source import StoredImages
+from sft.batches.look_ahead import look_ahead
 from sft.batches.pack_stream import Planner
 from sft.core.errors import UserError, nearest
 from sft.core.sample import IGNORE_INDEX, Batch, Pack, SkipSample
@@ -72,7 +73,7 @@ def inspect_pack(
     return {
         "pack": number,
         "step": step,
-        "steps": recipe.training.max_steps,
+        "steps": _steps(recipe, sources),
         "train_on": data.train_on,
         "pack_isolation": data.pack_isolation,
         **describe(
@@ -95,7 +96,7 @@ def find_pack(recipe: Recipe, sources: Sources, number: int, source: str | None)
     names = [config.name for config in recipe.data.mixture]
     if source is not None and source not in names:
         raise UserError(f"--source {source}: no such source{nearest(source, names)} (sources: {', '.join(names)})")
-    total = recipe.training.max_steps * recipe.packs_per_step
+    total = _steps(recipe, sources) * recipe.packs_per_step
     if not 0 <= number < total:
         raise UserError(f"--pack {number}: the run has {total:,} packs, numbered from 0")
     planner = Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
@@ -105,6 +106,10 @@ def find_pack(recipe: Recipe, sources: Sources, number: int, source: str | None)
     if source is None:
         raise UserError(f"--pack {number}: the mixture is exhausted before it")
     raise UserError(f"--source {source}: no pack from --pack {number} to the last holds a sample of it")
+
+
+def _steps(recipe: Recipe, sources: Sources) -> int:
+    return recipe.training.max_steps or int(look_ahead(recipe, sources.sources)["steps"])
 
 
 def describe(

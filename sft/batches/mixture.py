@@ -39,7 +39,7 @@ class Mixture:
         growing numbers.
 
         Sources that have come to the end of `max_epochs` give nothing more; those that `reweight` leave their share to
-        the others.
+        the others. At the end of one that is to stop everything the others have given no more than their shares.
         """
         shares = self.shares()
         rise = 0.0
@@ -47,6 +47,7 @@ class Mixture:
             tokens_per_unit = sum(s.tokens_per_unit * share for s, share in zip(self.streams, shares, strict=True))
             guess = num_tokens * sum(shares) / tokens_per_unit
             rise = self._largest_rise(shares, guess, num_tokens, image_weight, most_of_one_image)
+            rise = min([rise, *(s.rise_to_end(share) for s, share in zip(self.streams, shares, strict=True))])
         return [s.draw(s.target + share * rise) for s, share in zip(self.streams, shares, strict=True)]
 
     def _largest_rise(

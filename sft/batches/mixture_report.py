@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
 from sft.data.orders import Ints
 from sft.data.prepared_source import PreparedSource
-from sft.recipe import Recipe
+from sft.recipe import Recipe, TrainingConfig
 
 UNITS = ("tokens", "trained_tokens", "samples")
 MANY_EPOCHS = 4
 """Beyond four epochs repeated data is worth less and less than new (Muennighoff and others, 2023)."""
+USUAL_EPOCHS = 3
+FEW_STEPS = 10
+"""With fewer steps there is hardly a learning-rate schedule."""
 MAX_POINTS = 60
 """At most so many figures are given window by window; the largest of several windows stands for them."""
 
@@ -32,18 +37,20 @@ def mix(
     on_progress: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
     """Return what `steps` optimizer steps will draw, as `idefics-sft mix --json` prints it; shares are fractions of 1.
+    Left out, they are those of the recipe, up to the end of a source that ends training.
 
     Errors of shares are in packs: of `sequence_length` tokens, or of what a pack holds on average in another unit.
     """
     steps = steps or recipe.training.max_steps
+    packs_asked = steps * recipe.packs_per_step if steps else sys.maxsize
     planner = Planner(sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)
     totals = MixtureCounts(len(sources), recipe.data.sequence_length)
-    for packs, shares_S in _windows(planner, steps * recipe.packs_per_step):
+    for packs, shares_S in _windows(planner, packs_asked):
         given_PS = count_packs(totals, packs, sources, recipe.data.share_unit)
         ended = [index for index, stream in enumerate(planner.mixture.streams) if stream.is_exhausted]
         is_new = [index for index in ended if totals.of_source[index].ended_at_step is None]
         for index in is_new:
-            totals.of_source[index].ended_at_step = totals.packs // recipe.packs_per_step
+            totals.of_source[index].ended_at_step = ceil(totals.packs / recipe.packs_per_step)
         if is_new:
             totals.errors.begin_anew()
         else:
@@ -64,12 +71,12 @@ def _windows(planner: Planner, wanted: int) -> Iterator[tuple[list[Pack], Floats
         wanted -= len(packs)
 
 
-def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int) -> dict[str, Any]:
+def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int | None) -> dict[str, Any]:
     length, unit = recipe.data.sequence_length, recipe.data.share_unit
     pack = length if unit == "tokens" else totals.sum(unit) / max(totals.packs, 1)
     sources = [_line(recipe, planner, totals, index, pack) for index in range(len(planner.sizes))]
-    done = totals.packs // recipe.packs_per_step
-    ended_by = planner.mixture.ended() if done < steps else None
+    done = ceil(totals.packs / recipe.packs_per_step)
+    ended_by = planner.mixture.ended() if steps is None or done < steps else None
     shown, encoded = totals.sum("images"), totals.distinct_images
     errors = totals.errors
     return {
@@ -98,7 +105,7 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int)
             "largest_error_in_packs": _thinned(errors.of_ends, pack),
         },
         "tokens_left_over": sum(line["tokens_left_over"] for line in sources),
-        "warnings": _warnings(sources, ended_by, done, steps),
+        "warnings": warnings_of(recipe, sources, ended_by, done),
     }
 
 
@@ -123,7 +130,7 @@ def _line(recipe: Recipe, planner: Planner, totals: MixtureCounts, index: int, p
         "trained_tokens": tally.trained_tokens,
         "samples": tally.samples,
         "images": tally.images,
-        "epochs": stream.epochs,
+        "epochs": stream.epochs * tally.samples / max(stream.counters.samples, 1),  # of a window, a part may be trained
         "ended_at_step": tally.ended_at_step,
         "when_exhausted": source.when_exhausted,
         "pieces": len(source),
@@ -173,10 +180,11 @@ def _thinned(values: Sequence[float], unit: float) -> list[float]:
     return [float(stretch.max()) / unit for stretch in np.array_split(values, min(MAX_POINTS, len(values)))]
 
 
-def _warnings(sources: Sequence[dict[str, Any]], ended_by: str | None, done: int, steps: int) -> list[str]:
+def warnings_of(recipe: Recipe, sources: Sequence[dict[str, Any]], ended_by: str | None, done: int) -> list[str]:
     """Return what a person should know before paying for it."""
+    training = recipe.training
     found = [
-        f"{source['name']} is drawn for {source['epochs']:.1f} epochs"
+        f"{source['name']} is drawn for {source['epochs']:.1f} epochs{_advice(training, source['epochs'] / done)}"
         for source in sources
         if source["epochs"] > MANY_EPOCHS
     ]
@@ -185,6 +193,19 @@ def _warnings(sources: Sequence[dict[str, Any]], ended_by: str | None, done: int
         for source in sources
         if source["ended_at_step"] is not None and source["when_exhausted"] == "reweight"
     ]
-    if ended_by is not None:
-        found.append(f"{ended_by} ends after max_epochs, and training with it: {done:,} of {steps:,} steps")
+    if ended_by is not None and not (training.epochs and ended_by == sources[0]["name"]):
+        asked = f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"
+        found.append(f"{ended_by} ends after max_epochs, and training with it: {done:,} steps of {asked}")
+    if training.epochs and done < FEW_STEPS:
+        found.append(f"training has {done} step{'s' * (done > 1)}; a smaller training.tokens_per_step gives it more")
     return found
+
+
+def _advice(training: TrainingConfig, epochs_of_step: float) -> str:
+    """Return what to set for fewer epochs of a source."""
+    if training.epochs:
+        return f"; {USUAL_EPOCHS} are usual"
+    if epochs_of_step > USUAL_EPOCHS / FEW_STEPS:
+        less = f"a smaller training.tokens_per_step and training.epochs={USUAL_EPOCHS} are better"
+        return f", {epochs_of_step:.1f} in each step; {less}"
+    return f"; training.max_steps={round(USUAL_EPOCHS / epochs_of_step)} is {USUAL_EPOCHS} epochs of it"

@@ -40,6 +40,7 @@ class Planner:
             samples_per_image=data.max_samples_per_image_per_pack,
         )
         self.mixture = Mixture(sizes, unit=data.share_unit, seed=seed, caps=self.caps)
+        self.openings_are_trained = data.train_on == "all" and not data.pack_isolation  # see `collate`
         self.packs_per_step = packs_per_step
         self.window_packs = packs_per_step * ceil(MIN_WINDOW_PACKS / packs_per_step)
         self.seed = seed
@@ -48,8 +49,8 @@ class Planner:
 
     def windows(self) -> Iterator[list[Pack]]:
         """Yield windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn
-        last is as few whole steps as hold it all, which may be more than a window; only where that is fewer samples
-        than packs are the samples of a step left out."""
+        last is as few whole steps as hold it all, which may be more than a window; only where there are fewer samples
+        than packs does the last step have fewer packs."""
         while not self.mixture.ended():
             with _no_garbage_collection():
                 drawn = self._draw()
@@ -67,7 +68,8 @@ class Planner:
             for item in pack.items:
                 rows[item.source].append(item.sample)
         pairs = zip(self.sizes, rows, strict=True)
-        return sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
+        inside = sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
+        return inside + sum(max(len(pack.items) - 1, 0) for pack in packs) * self.openings_are_trained
 
     def state(self) -> dict[str, Any]:
         """Return counters and carry as JSON, between two windows."""
@@ -102,8 +104,7 @@ class Planner:
             if left:  # best fit for all: 100 samples of about 17 tokens take 14 packs of 128, not 15
                 packs, left = self._packs(drawn, num_packs, large=0.0)
             num_packs += self.packs_per_step
-        packs = [pack for pack in packs if pack.items]
-        return packs[: len(packs) // self.packs_per_step * self.packs_per_step]
+        return [pack for pack in packs if pack.items]
 
     def _draw(self) -> list[Bundle]:
         """Draw what fills a window besides the carry: in tokens, in images, or in packs that one image may stand in."""

@@ -8,6 +8,7 @@ Stream       a source: its counters, and its look-ahead
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -179,6 +180,14 @@ class Stream:
     def epochs(self) -> float:
         """How many epochs are drawn."""
         return self.passed / len(self.sizes)
+
+    def rise_to_end(self, share: float) -> float:
+        """Return by how much the level rises until the source comes to the end at which everything is to stop, as far
+        as its look-ahead knows: infinite where that is not near."""
+        ahead, last = self._lookahead, self._start + (self.limit or 0) - self.passed
+        if self.limit is None or ahead is None or self.sizes.when_exhausted != "stop" or last > len(ahead.ordered.rows):
+            return math.inf
+        return (float(ahead.given_before[last]) + 0.25 - self.target) / share  # units are whole numbers: 0.25 is none
 
     def lookahead(self, target: float) -> Draw:
         """Return the samples that bring the source nearest to a target, without drawing them."""

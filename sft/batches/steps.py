@@ -41,10 +41,9 @@ class Plan(NamedTuple):
 class Window(NamedTuple):
     """Packs that are planned together."""
 
-    first_step: int
+    steps: list[list[Pack]]
     state: dict[str, Any]
-    """Of the planner, before it."""
-    packs: list[Pack]
+    """Of the planner, after it."""
 
 
 class Plans:
@@ -65,6 +64,8 @@ class Plans:
         self.micro_batch_packs = micro_batch_packs
         self.image_cost = image_cost
         self.rank = rank
+        self._first_step = 1
+        """The first step of the next window."""
         self._steps_to_skip = 0
         self._starts: deque[tuple[int, dict[str, Any]]] = deque()
         """The first step of each window that training may still be in, and the planner's state before it."""
@@ -87,25 +88,24 @@ class Plans:
         return 1 - self.planner.packs_per_step / places
 
     def __iter__(self) -> Iterator[Plan]:
+        self._starts.append((self._first_step, self.planner.state()))
         for window in prefetch(self._planned()):
-            self._starts.append((window.first_step, window.state))
-            size = self.planner.packs_per_step
-            steps = [window.packs[first : first + size] for first in range(0, len(window.packs), size)]
-            first, self._steps_to_skip = self._steps_to_skip, 0
-            for step, packs in enumerate(steps[first:], window.first_step + first):
+            first, skipped = self._first_step, self._steps_to_skip
+            self._first_step, self._steps_to_skip = first + len(window.steps), 0
+            self._starts.append((self._first_step, window.state))
+            for step, packs in enumerate(window.steps[skipped:], first + skipped):
                 yield from self._of_step(step, packs)
 
     def _planned(self) -> Iterator[Window]:
-        steps_per_window = self.planner.window_packs // self.planner.packs_per_step
-        first_step, state = self.planner.window * steps_per_window + 1, self.planner.state()
+        size = self.planner.packs_per_step
         for packs in self.planner.windows():
-            yield Window(first_step, state, packs)
-            first_step, state = first_step + steps_per_window, self.planner.state()
+            yield Window([packs[first : first + size] for first in range(0, len(packs), size)], self.planner.state())
 
     def _of_step(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
         num_trained_tokens = max(self.planner.num_trained(packs), 1)  # what sums are divided by
-        assigned = assign_packs(self._costs(packs), self.rank.of, self.micro_batch_packs)
-        for numbers in assigned[self.rank.number]:
+        assigned = assign_packs(self._costs(packs), self.rank.of, self.micro_batch_packs)[self.rank.number]
+        assigned += [[]] * (self.micro_batches_per_step - len(assigned))  # the last step of all may be short
+        for numbers in assigned:
             own = (tuple(self.sources.locate(item) for item in packs[number].items) for number in numbers)
             yield Plan(step, tuple(own), num_trained_tokens)
 
@@ -123,18 +123,26 @@ class Plans:
         return list(costs + self.image_cost * np.bincount(packs_of, weights, minlength=len(packs)))
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return where the plan stands after a step, as JSON: the window of the next one, and how far into it."""
+        """Return where the plan stands after a step, as JSON: the next one, its window, and how far into that it is."""
         while len(self._starts) > 1 and self._starts[1][0] <= step + 1:
             self._starts.popleft()
         if not self._starts:
-            return {"window": self.planner.state(), "steps": self._steps_to_skip}
+            return {"window": self.planner.state(), "steps": self._steps_to_skip, "next": step + 1}
         first_step, window = self._starts[0]
-        return {"window": window, "steps": step + 1 - first_step}
+        return {"window": window, "steps": step + 1 - first_step, "next": step + 1}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; at most one window is planned again."""
         self.planner.restore(state["window"])
         self._steps_to_skip = state["steps"]
+        self._first_step = first_step_of(state, self.planner)
+
+
+def first_step_of(state: dict[str, Any], planner: Planner) -> int:
+    """Return the first step of the window in which a plan stands (`Plans.state`), to which the planner is restored."""
+    if "next" in state:
+        return int(state["next"] - state["steps"])
+    return planner.window * (planner.window_packs // planner.packs_per_step) + 1  # of an earlier version
 
 
 def assign_packs(costs: Sequence[float], num_ranks: int, micro_batch_packs: int) -> list[list[list[int]]]:

@@ -20,9 +20,19 @@ from sft.core.errors import RunError
 from sft.core.sample import Batch
 from sft.recipe import DataConfig
 
+MOST_WORKERS = 4
+
+
+def num_workers(data: DataConfig) -> int:
+    """Return how many processes make batches for this one (`data.num_workers`)."""
+    if data.num_workers is not None:
+        return data.num_workers
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(cores - 1, 0), MOST_WORKERS) if torch.cuda.is_available() else 0
+
 
 def batches_of_workers(make: Callable[[Path], Dataset[Batch]], plans: Plans, data: DataConfig) -> Iterator[Batch]:
-    """Yield the batches of plans, in their order, made by `data.num_workers` processes.
+    """Yield the batches of plans, in their order, made by `num_workers` processes.
 
     `make` returns the maker of batches that each worker gets; in the folder it is given, a worker notes the samples it
     is working on.
@@ -45,7 +55,7 @@ def _worked(make: Callable[[Path], Dataset[Batch]], plans: Plans, data: DataConf
             sampler=plans,
             batch_size=None,
             collate_fn=_packed_up,
-            num_workers=data.num_workers,
+            num_workers=num_workers(data),
             timeout=data.worker_timeout,
             multiprocessing_context="spawn",  # forking a process that has threads can hang
             worker_init_fn=_end_plainly,

@@ -77,7 +77,7 @@ def room_for(recipe: Recipe, family: Family, model: PackedModel) -> Room:
     everything = sum(parameter.numel() for parameter in model.parameters())
     snapshot = 4 * trained if has_adapters(model) else 2 * everything
     state = round((4 + OPTIMIZERS[recipe.training.optimizer].bytes_per_parameter) * trained)
-    snapshots = -(-recipe.training.max_steps // recipe.checkpoints.every_steps)
+    snapshots = -(-recipe.training.steps // recipe.checkpoints.every_steps)
     if recipe.checkpoints.keep_weights == "best+last":
         snapshots = min(snapshots, 3)  # the best, the selected and the newest
     states = min(snapshots, recipe.checkpoints.keep_state + 1)  # the newest is whole before the oldest goes

@@ -26,8 +26,8 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
 ) -> None:
-    """Talk to a model about images: /image FILE, /reset, /quit."""
-    from sft.runs.names import find_model
+    """Talk to a model about images: /image FILE, /reset, /help, /quit."""
+    from sft.runs.names import chosen_by, find_model
 
     path = find_model(model)
     if allow_dir is not None and not allow_dir.is_dir():
@@ -39,7 +39,7 @@ def run(
 
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    console().print(f"model: {path}")
+    console().print(f"model: {path}{chosen_by(path)}")
     loaded = load_for_inference(path, load_in_4bit=load_4bit)
     respond = responder(loaded.model, loaded.template, max_new_tokens=max_new_tokens, autocast=loaded.autocast)
     repl = Repl(Conversation(respond, folder=allow_dir or Path()), sys.stdin, sys.stdout)
@@ -62,5 +62,5 @@ def _opened(file: str, allow_dir: Path | None) -> ImageRef:
         open_image(Path(file))
     except SkipSample as skip:
         expected = f"; expected a {READ} image" if skip.reason == DOES_NOT_DECODE else ""
-        raise UserError(f"{file}: {skip.reason}{expected}") from skip
+        raise UserError(f"{file}: {skip.explained}{expected}") from skip
     return ImageRef(source=Path(file))

@@ -73,6 +73,7 @@ def run(
     images of that recipe's benchmark, figures come from the other.
     """
     from sft.core.distributed import process_group
+    from sft.runs.names import chosen_by
 
     given: dict[str, Any] = {
         "benchmark": benchmark,
@@ -94,7 +95,7 @@ def run(
         out.quiet = not process.is_main
         changes = given | {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = _Evaluation(model, changes, submission)
-        out.print(f"model: {evaluation.path}")
+        out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
         _report(found, details, submission, json, out)
@@ -179,7 +180,7 @@ class _Evaluation:
     def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
         if not tasks:
             return []
-        with progress(f"asking{how}", None, out) as update:
+        with progress(f"evaluating{how}", None, out) as update:
             results = self._scored.score(tasks, lambda done, total: update(done, f"of {total}"))
         seed, chose = self._settings.seed, self.tasks[0].benchmark
         return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
@@ -189,10 +190,10 @@ def _base_of(model: str) -> Path | None:
     """Return the prepared base of a run, for RUN@base."""
     if not model.endswith("@base"):
         return None
-    from sft.models.base_model import prepare_base
+    from sft.models.base_model import find_prepared_base
     from sft.runs.names import find_recipe
 
-    return prepare_base(find_recipe(model.removesuffix("@base")))
+    return find_prepared_base(find_recipe(model.removesuffix("@base")))
 
 
 def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[EvaluationConfig, bool]:

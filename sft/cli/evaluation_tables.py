@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 
 from sft.cli.terminal import percent, table
 from sft.core.metric import ACCURACY, Metric
@@ -40,7 +39,7 @@ def score_text(score: float, metric: Metric) -> str:
 def _figure(summary: Summary) -> str:
     """Return the score with its standard error."""
     metric, error = metric_of(summary), summary["standard_error"]
-    score = score_text(summary["accuracy"] if "accuracy" in summary else summary["score"], metric)
+    score = score_text(summary["accuracy" if "accuracy" in summary else "score"], metric)
     return f"{score} ± {100 * error:.1f}" if metric.is_share else f"{score} ± {error:.4f}"
 
 
@@ -53,19 +52,19 @@ def _blind(summary: Summary) -> str:
     return "" if summary["blind"] is None else score_text(summary["blind"], metric_of(summary))
 
 
-def _overview(summaries: Sequence[Summary]) -> Table:
+def _overview(summaries: Sequence[Summary]) -> Group:
     rows = [
         (
             summary["benchmark"] + (f" by {summary['rank']}" if "rank" in summary else ""),
-            str(summary["questions"]),
-            _figure(summary),
+            f"{summary['questions']:,}",
+            score_text(summary["accuracy" if "accuracy" in summary else "score"], metric_of(summary)),
             _between(summary),
             _blind(summary),
-            metric_of(summary).name,
         )
         for summary in summaries
     ]
-    return table("tasks", ("task", "questions", "score", "95 % interval", "without images", ""), rows)
+    names = dict.fromkeys(metric_of(summary).name for summary in summaries)
+    return table(f"tasks, by {', '.join(names)}", ("task", "questions", "score", "95 % interval", "no image"), rows)
 
 
 def _show_task(summary: Summary, out: Console) -> None:
@@ -88,7 +87,7 @@ def _show_task(summary: Summary, out: Console) -> None:
 
 def _show_filtered(summary: Summary, out: Console) -> None:
     for reason, number in summary["filtered"].items():
-        out.print(f"{number} questions were not asked: {reason}")
+        out.print(f"{number} questions were left out: {reason}")
 
 
 def _show_multiple_choice(summary: Summary, out: Console) -> None:
@@ -108,7 +107,7 @@ def _show_multiple_choice(summary: Summary, out: Console) -> None:
         out.print(f"95 % interval {_between(summary)}, over images as clusters")
         if summary["blind"] is not None and summary["with_images"]:
             out.print(f"without images {_blind(summary)}")
-        again = f" ({percent(summary['independent_chance'])} guessing anew in each rotation)"
+        again = f" ({percent(summary['independent_chance'])} if each rotation is guessed separately)"
         anew = again if summary["protocol"] == "circular" else ""
         out.print(f"chance {percent(summary['chance'])}{anew}")
     _show_filtered(summary, out)

@@ -16,7 +16,7 @@ def run(
     store: StorePath,
     output: Annotated[
         Path | None,
-        typer.Option(help="A .parquet file, or a folder for train.parquet; STORE.messages beside it, if left out."),
+        typer.Option(help="A .parquet file, or a folder for train.parquet; STORE.messages next to it, if left out."),
     ] = None,
     format: Annotated[Literal["messages-parquet"], typer.Option(help="What to write.")] = "messages-parquet",
     json: Json = False,

@@ -1,4 +1,4 @@
-"""`idefics-sft leaks TSV STORE...`: images of a benchmark that stand in prepared datasets."""
+"""`idefics-sft leaks TSV STORE...`: images of a benchmark that are in prepared datasets."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -24,6 +24,7 @@ from sft.cli import (
     leaks,
     merge,
     mix,
+    new,
     plan,
     prepare,
     quickstart,
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     quickstart,
+    new,
     doctor,
     validate,
     prepare,
@@ -68,7 +70,7 @@ COMMANDS = (
     schema,
 )
 PANELS = {
-    "Start": ("quickstart", "doctor", "recipes"),
+    "Start": ("quickstart", "new", "doctor", "recipes"),
     "Data": ("validate", "prepare", "mix", "inspect", "stats", "export", "leaks"),
     "Training": ("plan", "train"),
     "Models": ("tasks", "evaluate", "select", "report", "chat", "merge"),

@@ -19,6 +19,7 @@ def run(
     base_dtype: Annotated[
         str | None, typer.Option(help="What adapters are merged in: bf16 (default) or fp32.", metavar="bf16|fp32")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in DIR.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare logits; needs room for the model.")] = False,
     json: Json = False,
 ) -> None:
@@ -27,7 +28,7 @@ def run(
     A RUN means its selected, else its newest checkpoint.
     """
     from sft.core.errors import UserError
-    from sft.runs.names import find_model
+    from sft.runs.names import chosen_by, find_model
 
     if base_dtype not in (None, "bf16", "fp32"):
         raise UserError(f"--base-dtype {base_dtype}: expected bf16 or fp32")
@@ -42,11 +43,15 @@ def run(
     from sft.inference.merge import compare, merge
 
     out = console(to_stderr=json)
-    out.print(f"checkpoint: {checkpoint}")
+    out.print(f"checkpoint: {checkpoint}{chosen_by(checkpoint)}")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[base_dtype] if base_dtype else None
     with progress("merging", None, out) as update:
         made = merge(
-            checkpoint, output, dtype=dtype, on_progress=lambda done, total: update(done, f"of {total} tensors")
+            checkpoint,
+            output,
+            dtype=dtype,
+            overwrite=overwrite,
+            on_progress=lambda done, total: update(done, f"of {total} tensors"),
         )
     differences = compare(checkpoint, output) if check else {}
     if json:

@@ -1,13 +1,11 @@
 """`idefics-sft mix RECIPE`: what the mixture will be, before anything is paid for."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 from rich.text import Text
 
 from sft.cli.terminal import (
@@ -22,10 +20,6 @@ from sft.cli.terminal import (
     table,
 )
 from sft.core.errors import printable
-
-if TYPE_CHECKING:
-    from sft.batches.source_stream import SourceSizes
-    from sft.recipe import Recipe
 
 EXAMPLES = (
     "mix my-data.yaml",
@@ -47,36 +41,24 @@ def run(
 
     found = find_recipe(recipe, overrides or ())
     quiet_libraries()
+    from sft.batches.declared_sizes import declared_sources
     from sft.batches.mixture_report import mix
+    from sft.data.prepare import open_prepared
 
-    wanted = steps or found.training.max_steps
-    sources = _declared(found) if sizes else _prepared(found, [recipe, *(overrides or ())])
-    with progress("planning", wanted, console(to_stderr=True)) as update:
-        report = mix(found, sources, wanted, update)
+    arguments = [recipe, *(overrides or ())]
+    sources = declared_sources(found.limited_data) if sizes else open_prepared(found, arguments)[0].sources
+    with progress("planning", steps or found.training.max_steps, console(to_stderr=True)) as update:
+        report = mix(found, sources, steps, update)
     if json:
         print_json(report)
     else:
         show(report, console())
 
 
-def _declared(recipe: "Recipe") -> "Sequence[SourceSizes]":
-    from sft.batches.declared_sizes import declared_sources
-
-    return declared_sources(recipe.data)
-
-
-def _prepared(recipe: "Recipe", arguments: Sequence[str]) -> "Sequence[SourceSizes]":
-    from sft.data.prepare import open_prepared
-
-    return open_prepared(recipe, arguments)[0].sources
-
-
 # ------------------------------------------------------------------------------------------------------- tables
 
 MAX_ROWS = 24
 """Sources that have a line of their own; the others share one."""
-MAX_NOTES = 12
-"""Reasons and warnings that are printed."""
 LONGEST_NAME = 28
 Source = dict[str, Any]
 
@@ -85,9 +67,9 @@ def show(report: dict[str, Any], out: Console) -> None:
     """Print the mixture: shares in every unit, what is needed for it, how full the packs are."""
     own, others = _in_lines(report["sources"])
     out.print(_shares(report, own, others, out.width))
-    out.print("off: packs away from its share at the end of a window; inside: within a window")
+    out.print("off: packs too many or too few at the end of a window; inside: within it")
     out.print()
-    out.print(_needed(report, own, others))
+    out.print(*_needed(report, own, others), sep="\n")
     _notes(report, out)
     out.print()
     for line in _plots(report):
@@ -103,7 +85,7 @@ def _in_lines(sources: list[Source]) -> tuple[list[Source], list[Source]]:
     return [s for s in sources if s["name"] in large], [s for s in sources if s["name"] not in large]
 
 
-def _shares(report: dict[str, Any], own: list[Source], others: list[Source], width: int) -> Table:
+def _shares(report: dict[str, Any], own: list[Source], others: list[Source], width: int) -> Group:
     header = ("source", "asked", "tokens", "trained", "samples", "epochs", "off", "inside", "")
     rows = [
         (
@@ -139,9 +121,9 @@ def _shares(report: dict[str, Any], own: list[Source], others: list[Source], wid
     return table(title, header, [(*row, bar) for row, bar in zip(rows, bars, strict=True)])
 
 
-def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> Table:
-    """Return the table of what has to be there for these steps, and what was left out. Columns of nothing but zeros are
-    left out too."""
+def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> Iterator[Group]:
+    """Yield the table of what has to be there for these steps, and that of what was left out. Columns of nothing but
+    zeros are left out too."""
 
     def numbers(source: Source) -> list[int]:
         budget = source["budget"]
@@ -160,18 +142,20 @@ def _needed(report: dict[str, Any], own: list[Source], others: list[Source]) -> 
         return [sum(column) for column in zip(*map(numbers, sources), strict=True)]
 
     # A piece is a sample, or a part of one that is too long for a pack.
-    header = ("pieces", "of", "images", "GB", "validation", "neither", "filtered", "skipped", "tokens left over")
+    header = ("pieces", "of", "images", "GB", "validation", "neither", "filtered", "skipped", "tokens over")
     rows = [(_name(source), numbers(source)) for source in own]
     if others:
         rows.append((f"{len(others):,} others", together(others)))
     rows.append(("all", together(report["sources"])))
-    kept = [column for column in range(len(header)) if column < 4 or rows[-1][1][column]]
     size = header.index("GB")
-    lines = [
-        (name, *(f"{row[column] / 1e9:,.2f}" if column == size else f"{row[column]:,}" for column in kept))
-        for name, row in rows
-    ]
-    return table("What these steps take", ("needed", *(header[column] for column in kept)), lines)
+    left_out = [column for column in range(size + 1, len(header)) if rows[-1][1][column]]
+    for title, kept in (("What these steps take", range(size + 1)), ("What is left out", left_out)):
+        lines = [
+            (name, *(f"{row[column] / 1e9:,.2f}" if column == size else f"{row[column]:,}" for column in kept))
+            for name, row in rows
+        ]
+        if kept:
+            yield table(title, ("source", *(header[column] for column in kept)), lines)
 
 
 def _name(source: Source) -> str:
@@ -180,29 +164,13 @@ def _name(source: Source) -> str:
 
 
 def _notes(report: dict[str, Any], out: Console) -> None:
-    for lines, style in ((_reasons(report["sources"]), ""), (report["warnings"], "yellow")):
+    from sft.batches.look_ahead import MAX_NOTES, reasons
+
+    for lines, style in ((reasons(report["sources"]), ""), (report["warnings"], "yellow")):
         for line in lines[:MAX_NOTES]:
             out.print(Text(f"{'warning: ' if style else ''}{printable(line)}", style))
         if (more := len(lines) - MAX_NOTES) > 0:
             out.print(Text(f"… and {more:,} more; --json has all", style))
-
-
-KINDS = {"filtered": "filtered", "skipped": "skipped", "fitted": "do not fit a pack"}
-
-
-def _reasons(sources: list[Source]) -> list[str]:
-    """Return why samples were left out, source by source; over all of them, the commonest first, where that is too
-    much."""
-    lines, of_all, naming = [], Counter[str](), Counter[str]()
-    for source in sources:
-        for kind, what in KINDS.items():
-            for reason, number in source[kind].items():
-                lines.append(f"{source['name']}: {number:,} {what}, {reason}")
-                of_all[f"{what}, {reason}"] += number
-                naming[f"{what}, {reason}"] += 1
-    if len(lines) <= MAX_NOTES:
-        return lines
-    return [f"{number:,} {what} ({naming[what]:,} sources)" for what, number in of_all.most_common()]
 
 
 # -------------------------------------------------------------------------------------------------------- plots

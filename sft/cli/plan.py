@@ -1,21 +1,21 @@
 """`idefics-sft plan RECIPE`: what training will take of memory, time and money, before a GPU is rented."""
 
 from collections.abc import Iterator
-from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, print_json, table
+from sft.cli.terminal import WIDTH, Json, Overrides, RecipeName, console, folded, percent, print_json, table
+from sft.core.errors import UserError
+from sft.cost.devices import DEVICES, GIB, Device, device_of_memory, find_device
 
 if TYPE_CHECKING:
-    from sft.cost.devices import Device
     from sft.cost.estimate import Estimate
     from sft.cost.family import Setting
     from sft.recipe import Recipe
 
-Gpu = Literal["a100-80", "h100-80", "l4-24", "t4-16", "rtx4090-24"]
+DEFAULT_GPU = "a100-80"
 MOST = 1e6
 """The largest memory in GiB and the largest price that are taken, since `inf` is a number too."""
 EXAMPLES = (
@@ -29,7 +29,13 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
-    gpu: Annotated[Gpu | None, typer.Option(help="Kind of GPU; a100-80 if left out.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.",
+            autocompletion=lambda incomplete: [name for name in DEVICES if name.startswith(incomplete)],
+        ),
+    ] = None,
     gpu_memory: Annotated[
         float | None,
         typer.Option(min=0.1, max=MOST, metavar="GIB", help="Usable memory of another kind of GPU; no time is given."),
@@ -48,16 +54,15 @@ def run(
     estimated = estimate(found, _device(gpu, gpu_memory, price_per_hour), gpus, utilisation, price_per_hour)
     if json:
         print_json(estimated.report)
-    else:
-        show(found, estimated, utilisation, console())
+        return
+    show(found, estimated, utilisation, console())
+    if gpu is None and gpu_memory is None:
+        console().print(f"\nPlanned for {estimated.device.name}, not for this machine; --gpu names another GPU.")
 
 
-def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device":
-    from sft.core.errors import UserError
-    from sft.cost.devices import DEVICES, device_of_memory
-
+def _device(gpu: str | None, gib: float | None, price: float | None) -> Device:
     if gib is None:
-        return DEVICES[gpu or "a100-80"]
+        return find_device(gpu or DEFAULT_GPU)
     if gpu is not None:
         raise UserError("--gpu and --gpu-memory: give one of them")
     if price is not None:
@@ -67,8 +72,6 @@ def _device(gpu: str | None, gib: float | None, price: float | None) -> "Device"
 
 def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
     """Print memory by kind, whether it fits, time and cost, and advice."""
-    from sft.cost.devices import GIB
-
     setting, device, report = estimated.setting, estimated.device, estimated.report
     out.print(f"{recipe.model.path} on {setting.gpus} x {device.name}")
     out.print(", ".join(_how(setting)))
@@ -78,7 +81,9 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
     out.print()
     total, peak = device.usable_bytes, report["peak_bytes"]
     unit, name = (GIB, "GiB") if peak >= GIB else (2**20, "MiB")
-    rows = [(kind, f"{size / unit:,.1f}", _bar(size, peak)) for kind, size in report["bytes"].items() if size]
+    rows = [
+        (kind, f"{size / unit:,.1f}", "█" * round(size / peak * 24)) for kind, size in report["bytes"].items() if size
+    ]
     rows += [("at the peak", f"{peak / unit:,.1f}", ""), ("usable", f"{total / unit:,.1f}", "")]
     out.print(table("Memory of each GPU", ("", name, ""), rows))
     if report["fits"]:
@@ -93,7 +98,7 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
     if not report["fits"]:
         out.print("It would fit with" if report["advice"] else "Nothing that plan knows would make it fit.")
         for line in report["advice"]:
-            out.print(_folded(line, indent="  "))
+            out.print(folded(f"  {line}", WIDTH, 4))
 
 
 def _how(setting: "Setting") -> Iterator[str]:
@@ -105,31 +110,46 @@ def _how(setting: "Setting") -> Iterator[str]:
         yield "checkpointing" + (f" of {setting.checkpointing:g}" if setting.checkpointing < 1 else "")
 
 
-def _folded(line: str, indent: str = "") -> str:
-    """Return a line folded between words to 80 columns."""
-    after = f"{indent}  "
-    return fill(
-        line, 80, initial_indent=indent, subsequent_indent=after, break_long_words=False, break_on_hyphens=False
-    )
-
-
 def _print_time(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Console) -> None:
-    report, steps = estimated.report, recipe.training.max_steps
+    report = estimated.report
+    if report["epochs"]:
+        out.print("epochs: " + ", ".join(f"{name} {epochs:.3g}" for name, epochs in report["epochs"].items()))
     batches = f"{estimated.micro_batches} micro-batch{'es' * (estimated.micro_batches > 1)}"
-    work = f"{steps:,} steps x {batches} x {estimated.cost.flop / 1e12:,.1f} TFLOP"
+    steps = f"{report['steps']:,} steps" if report["steps"] else f"{recipe.training.epochs:g} epochs (not prepared yet)"
+    work = f"{steps} x {batches} x {estimated.cost.flop / 1e12:,.1f} TFLOP"
     peak, seconds = estimated.device.flop_per_second, report["seconds"]
     if peak is None or seconds is None:
-        out.print(f"{work}; no time without the GPU's speed")
+        out.print(f"{work}; no time without {'the number of steps' if peak else 'the speed of the GPU'}")
         return
     out.print(f"{work},\nat {percent(utilisation)} of {peak / 1e12:,.0f} TFLOP/s:")
     cost = "" if report["cost"] is None else f", cost {report['cost']:,.2f}"
-    out.print(f"{_duration(seconds)}, {seconds * report['gpus'] / 3600:,.1f} GPU hours{cost}")
+    hours = seconds * report["gpus"] / 3600
+    out.print(f"{_duration(seconds)}, {f'{hours:,.1f}' if hours >= 0.05 else 'under 0.1'} GPU hours{cost}")
+    _print_idle(recipe, estimated, out)
+
+
+def _print_idle(recipe: "Recipe", estimated: "Estimate", out: Console) -> None:
+    """Print the share of the work that is done on nothing, and the sizes of a step that avoid it."""
+    if not (idle := estimated.report["idle"]):
+        return
+    at_once = recipe.training.micro_batch_packs * estimated.setting.gpus
+    slots = estimated.micro_batches * at_once
+    sizes = " or ".join(str(packs * recipe.data.sequence_length) for packs in (slots - at_once, slots) if packs)
+    line = (
+        f"{percent(idle)} of it idle: a step has {recipe.packs_per_step:,} packs for {slots:,} slots. "
+        f"training.tokens_per_step={sizes} leaves none idle; it is {recipe.training.tokens_per_step} now."
+    )
+    out.print(folded(line, WIDTH))
+
+
+_WRITTEN = {0.0: "false", 1.0: "true"}
+"""Shares that a recipe writes as words."""
 
 
 def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: str, out: Console) -> None:
     rows = [
         (
-            f"{_value(row['share'])}{' (asked)' * (row['share'] == asked)}",
+            _WRITTEN.get(row["share"], f"{row['share']:g}") + " (asked)" * (row["share"] == asked),
             f"{row['peak_bytes'] / unit:,.1f}",
             "yes" if row["fits"] else "no",
             f"{row['work']:.2f}",
@@ -138,11 +158,6 @@ def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: s
     ]
     out.print()
     out.print(table("training.gradient_checkpointing", ("", f"{name} at the peak", "fits", "work"), rows))
-
-
-def _value(share: float) -> str:
-    """Return a share as a recipe writes it."""
-    return {0.0: "false", 1.0: "true"}.get(share, f"{share:g}")
 
 
 def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
@@ -154,7 +169,7 @@ def _print_feature_cache(cache: dict[str, Any], out: Console) -> None:
         line = f"feature cache: {size}. The first epoch fills it and takes longer; later it saves {saved}."
     else:
         line = f"data.feature_cache=on would take {size}, and save {saved} from the second epoch on."
-    out.print(_folded(line))
+    out.print(folded(line, WIDTH))
 
 
 def _duration(seconds: float) -> str:
@@ -162,8 +177,4 @@ def _duration(seconds: float) -> str:
     for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {name}"
-    return f"{seconds:.1f} seconds"
-
-
-def _bar(size: int, largest: int, width: int = 24) -> str:
-    return "█" * round(size / largest * width)
+    return f"{seconds:.1f} seconds" if seconds >= 0.05 else "under 0.1 seconds"

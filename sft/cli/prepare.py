@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -36,13 +36,15 @@ def run(
     split: Annotated[str | None, typer.Option(help="With --dataset: which part of the raw data; train.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="With --dataset: KEY=VALUE for the adapter.")] = None,
     verify: Annotated[str | None, typer.Option(help="With --dataset: decode (the default) or header.")] = None,
-    images: Annotated[str | None, typer.Option(help="With --dataset: embed (the default) or reference.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="With --dataset: embed (the default), reference, or as data.images.")
+    ] = None,
     max_skip_share: Annotated[
         float | None, typer.Option(min=0, max=1, help="Stop when more than this share of the records is bad.")
     ] = None,
     num_proc: Annotated[int, typer.Option(min=1, help="Processes that work side by side.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records of each dataset.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make stores anew that are there already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make stores again that are there already.")] = False,
     json: Json = False,
 ) -> None:
     """Prepare the datasets of a recipe and its base model, or one dataset."""
@@ -55,7 +57,7 @@ def run(
         if recipe is not None or output is None:
             raise UserError("prepare --dataset NAME needs --path RAW and --output DIR, and no RECIPE")
         asked = {"dataset": dataset, "path": path, "split": split or "train", "options": _adapter_options(option or ())}
-        how = {name: value for name, value in (("verify", verify), ("images", images)) if value is not None}
+        how = {name: _yaml(f"--{name}", value) for name, value in (("verify", verify), ("images", images)) if value}
         prepared = _one(asked, how, output, max_skip_share, options, out)
     else:
         if recipe is None:
@@ -147,22 +149,28 @@ def _one(
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
     options = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--option {text!r}: expected KEY=VALUE")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--option {text!r}: {value!r} is not readable as a YAML value") from error
+        options[key] = _yaml(f"--option {text!r}", value)
     return options
+
+
+def _yaml(where: str, value: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {value!r} is not readable as a YAML value") from error
 
 
 def show(stores: Sequence[Store], out: Console) -> None:
     """Print what each store holds, and what was left out of it and why."""
+    from sft.data.statistics import not_read
+
     rows = [
         (
             printable(store.path),
@@ -181,17 +189,29 @@ def show(stores: Sequence[Store], out: Console) -> None:
                 share = percent(number / max(store.manifest["records"], 1))
                 example = store.manifest["examples"][reason]
                 out.print(printable(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}"))
+        for line in (*_image_lines(store), *not_read(store)):
+            out.print(printable(f"{store.path.name}: {line}"))
         if store.manifest["limit"]:
             out.print(
                 f"{printable(store.path.name)}: only the first {store.manifest['limit']:,} records, as --limit said"
             )
 
 
+def _image_lines(store: Store) -> Iterator[str]:
+    """Yield what is told of the images of a store."""
+    noted = store.manifest.get("image_notes", {})
+    applied = "applied" if store.decoding.orientation == "apply" else "not applied (data.images.orientation: ignore)"
+    if number := noted.get("orientation"):
+        yield f"{number:,} image{' has' if number == 1 else 's have'} an EXIF orientation, {applied}"
+    if number := noted.get("no_end_marker"):
+        yield f"{number:,} JPEG without an end marker taken; all of the data is there"
+
+
 def _show_end(prepared: _Prepared, out: Console) -> None:
     """Print what was done with samples that do not fit a pack, and the next command."""
     for store, changes in zip(prepared.stores, prepared.changes, strict=True):
         for what, number in changes.items():
-            out.print(printable(f"{store.path.name}: {number:,} times, for it does not fit a pack: {what}"))
+            out.print(printable(f"{store.path.name}: {number:,} samples do not fit a pack, {what}"))
     for line in prepared.following:
         out.print(printable(line), soft_wrap=True)
 
@@ -205,5 +225,8 @@ def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
         "images": store.num_images,
         "filtered": manifest["filtered"],
         "skipped": manifest["skipped"],
+        "orientation": store.decoding.orientation,
+        "image_notes": manifest.get("image_notes", {}),
+        "not_read": manifest.get("not_read", {}),
         "fitted": fitted,
     }

@@ -1,4 +1,4 @@
-"""`idefics-sft quickstart`: the whole way on a laptop, from real pictures to a model one can talk to."""
+"""`idefics-sft quickstart`: every step on a laptop, from real pictures to a model to talk to."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune the shipped small base on real pictures, choose a checkpoint, and talk to it. Needs no GPU."""
+    from sft.report import report as write_report
+
     out = console(to_stderr=json)
     overrides = overrides or []
     recipe = _recipe(output_dir, overrides)
@@ -65,7 +67,7 @@ def run(
     _show(report, out)
     out.print("\nTo talk to it:")
     out.print(f"  idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}", soft_wrap=True)
-    out.print(f"To read about it: {_page(output_dir)}")
+    out.print(f"To read about it: {write_report(output_dir)}")
     if json:
         print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
 
@@ -87,13 +89,6 @@ def _recipe(output_dir: Path, overrides: list[str]) -> Recipe:
             )
     own = (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}")
     return load_recipe(shipped_recipe("quickstart"), (*own, *overrides))
-
-
-def _page(output_dir: Path) -> Path:
-    """Return the report of the run, as a file to open in a browser."""
-    from sft.report import report
-
-    return report(output_dir)
 
 
 def _delete_run(output_dir: Path) -> None:
@@ -127,7 +122,7 @@ def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str,
     status = train(recipe, out)
     if status.status == "stopped":
         where = [] if output_dir == DEFAULT_OUTPUT_DIR else ["--output-dir", str(output_dir)]
-        out.print(f"Go on with: idefics-sft {shlex.join(['quickstart', *where, *overrides])}")
+        out.print(f"Resume with: idefics-sft {shlex.join(['quickstart', *where, *overrides])}")
         raise typer.Exit(STOPPED)
     selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)
@@ -156,7 +151,7 @@ def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, An
     tasks = open_tasks(named_tasks(settings), settings, Path(recipe.data.store))
 
     def score(path: Path, name: str, blind: bool = False) -> dict[str, Any]:
-        with progress(f"asking {name}{' without images' if blind else ''}", None, out) as update:
+        with progress(f"evaluating {name}{' without images' if blind else ''}", None, out) as update:
             results = score_model(
                 path,
                 [task.without_images() for task in tasks] if blind else tasks,

@@ -48,7 +48,7 @@ def copy(
     ] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Copy a shipped recipe, to change it, and lay its schema for editors beside it."""
+    """Copy a shipped recipe, to change it, and put its schema for editors next to it."""
     from sft.recipe.json_schema import SCHEMA_FILE, schema_text
 
     recipe = shipped_recipe(name)
@@ -59,4 +59,5 @@ def copy(
         raise UserError(f"{file}: is there already; --force overwrites it")
     file.write_bytes(recipe.read_bytes())
     (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
-    console().print(f"{file}, and {SCHEMA_FILE} for editors. Next: idefics-sft validate {file}")
+    console().print(f"{file}, and {SCHEMA_FILE} for editors. Set the paths in it to your data.")
+    console().print(f"Next: idefics-sft validate {file}")

@@ -2,7 +2,7 @@
 
 import sys
 
-EXAMPLES = ("schema > recipe.schema.json      # beside the recipe that names it",)
+EXAMPLES = ("schema > recipe.schema.json      # for the recipe that names it",)
 
 
 def run() -> None:

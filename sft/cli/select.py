@@ -27,7 +27,7 @@ def run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
     by: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; told from the benchmark. The first chooses."),
+        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; follows from the benchmark. The first chooses."),
     ] = None,
     benchmark: Annotated[
         str | None,
@@ -35,6 +35,7 @@ def run(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The part of the benchmark; `tasks list` has them.")] = None,
     rule: Annotated[str | None, typer.Option(help="best (default) or earliest_not_worse.")] = None,
+    use: Annotated[bool, typer.Option("--use", help="Make it the checkpoint of chat, evaluate and merge.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
     ] = False,
@@ -43,33 +44,54 @@ def run(
 ) -> None:
     """Evaluate every checkpoint of a run that is not evaluated yet, and choose one; writes selection.json and a plot.
 
-    What is left out comes from the recipe. Without a benchmark, the loss on what data.validation holds out chooses.
+    What is left out comes from the recipe. Without a benchmark, the loss on what data.validation holds out chooses. A
+    choice by another benchmark is kept beside the first one, and replaces it with --use only.
     """
     from sft.core.distributed import process_group
     from sft.runs.names import find_recipe
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
-        options = {"by": by, "benchmark": benchmark, "split": split, "rule": rule, "watch": watch, "json": json}
+        options = {
+            "by": by,
+            "benchmark": benchmark,
+            "split": split,
+            "rule": rule,
+            "use": use,
+            "watch": watch,
+            "json": json,
+        }
         start(nproc, ["select", run], options)
     selection = session = None
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
         if watch:
-            for selection in _session(recipe, out).watch():
+            for selection in _session(recipe, out, use=use).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-            selection, session = _select(recipe, out)
+            selection, session = _select(recipe, out, use=use)
             show(selection, out)
-    if process.is_main and json:
-        from sft.selection.record import as_json
-
-        print_json(as_json(selection))
-    elif process.is_main:
-        out.print(f"Plot: {Path(recipe.output_dir) / 'selection.svg'}. Next: idefics-sft chat {run}")
+    if process.is_main:
+        _end(run, Path(recipe.output_dir), selection, out, json=json)
     if session:
         session.check_all_evaluated()
+
+
+def _end(run: str, run_dir: Path, selection: Selection, out: Console, *, json: bool) -> None:
+    """Print which selection is the current one, and what comes next."""
+    from sft.selection.record import as_json, chooser, current_selection, is_current, plot_of
+
+    current = current_selection(run_dir)
+    if current and not is_current(selection, run_dir):
+        out.print(
+            f"chat, evaluate and merge still take {current['selected']}, by {chooser(current)}; the same command with "
+            f"--use makes them take {selection.selected}"
+        )
+    if json:
+        print_json(as_json(selection))
+    else:
+        out.print(f"Plot: {run_dir / plot_of(selection, run_dir)}. Next: idefics-sft chat {run}")
 
 
 def _with_options(
@@ -111,15 +133,17 @@ def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Sele
     return selection
 
 
-def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> tuple[Selection, Session]:
+def _select(
+    recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: bool = False
+) -> tuple[Selection, Session]:
     from sft.runs.names import run_checkpoints
 
     run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
-    session = _session(recipe, out, chosen_on)
+    session = _session(recipe, out, chosen_on, use=use)
     return session.select(), session
 
 
-def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Session:
+def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: bool = False) -> Session:
     quiet_libraries()
     from sft.evaluation.held_out_loss import open_held_out
     from sft.selection.session import Session
@@ -130,25 +154,25 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all") -> Sessi
         log=notes(out.stderr).print,
         progress=lambda name: progress(name, None, out),
         chosen_on=chosen_on,
+        use=use,
     )
 
 
 def show(selection: Selection, out: Console) -> None:
     """Print the choice as a table, and what to know before believing it."""
+    from sft.report.selection_text import selection_words
+    from sft.selection.record import as_json
+
     rows = [_row(score, selection) for score in selection.scores]
-    header = ("checkpoint", "loss" if selection.by == "loss" else "score", "95 % interval", "P(best)", "")
-    out.print(table(_title(selection), header, rows))
-    out.print(f"* selected, by the rule {selection.rule}: {selection.selected}")
-    if selection.rule != "best":
-        out.print(f"  by the card's rule, best: {selection.best}")
+    is_loss = selection.by == "loss"
+    header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
+    out.print(table("held-out loss" if is_loss else selection.benchmark, header, rows))
+    selected, *others = selection_words(as_json(selection))
+    out.print(f"* {selected}")
     if _has_ties(selection):
-        out.print(f"= not to be told apart from the best: {', '.join(selection.tied)}")
-    if selection.cross_fitted is not None:
-        worth, limits = selection.cross_fitted, selection.cross_fitted_interval
-        out.print(
-            "cross-fitted, chosen on one half, scored on the other: "
-            f"{_figure(worth, selection)} ({_between(limits, selection)})"
-        )
+        out.print(f"= cannot be told apart from the best: {', '.join(selection.tied)}")
+    for sentence in others:
+        out.print(sentence)
     for warning in selection.warnings:
         out.print(f"warning: {warning}")
 
@@ -173,15 +197,3 @@ def _figure(value: float, selection: Selection) -> str:
 
 def _between(limits: tuple[float, float] | None, selection: Selection) -> str:
     return f"{_figure(limits[0], selection)} to {_figure(limits[1], selection)}" if limits else ""
-
-
-def _title(selection: Selection) -> str:
-    chosen_on, reported = selection.questions
-    if not reported:
-        return "held-out loss as training wrote it down: only means, so nothing says how sure the choice is"
-    by = " and ".join(selection.ranks) or selection.by
-    name = "held-out loss" if selection.by == "loss" else f"{selection.benchmark} by {by}"
-    if selection.chosen_on == "half":
-        return f"{name}: chosen on {chosen_on} questions, figures from {reported} others"
-    what = "samples" if selection.by == "loss" else "questions"
-    return f"{name}: {reported} {what} about {selection.images} images or texts"

@@ -10,7 +10,7 @@ import typer
 from sft.cli.terminal import WIDTH, Json, console, examples, folded, table
 
 EXAMPLES = ("tasks list", "tasks show vqav2")
-app = typer.Typer(help="List the benchmarks, or show what one needs and how it is asked.", no_args_is_help=True)
+app = typer.Typer(help="List the benchmarks, or show what one needs and how it is evaluated.", no_args_is_help=True)
 
 
 @app.command(name="list", epilog=examples(EXAMPLES[:1]))
@@ -32,7 +32,7 @@ def list_(json: Json = False) -> None:
 
 @app.command(epilog=examples(EXAMPLES[1:]))
 def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks list`.")]) -> None:
-    """Print what a task needs and how it is asked."""
+    """Print what a task needs and how it is evaluated."""
     from sft.evaluation.tasks import task_module, task_type
 
     task = task_type(name)
@@ -41,4 +41,4 @@ def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks
     about = [folded(paragraph, WIDTH, 0) if "  " not in paragraph else paragraph for paragraph in about]
     splits = f"; splits {', '.join(task.splits)}" if task.splits else ""
     console().print("\n\n".join(about))
-    console().print(f"\nmetric {task.metric.name}; asked by: {task.how}{splits}")
+    console().print(f"\nmetric {task.metric.name}; evaluated by: {task.how}{splits}")

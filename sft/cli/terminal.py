@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import Annotated, Any, Protocol
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,7 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sft.cli.completion import complete_override, complete_recipe
@@ -128,18 +128,17 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
-    """Return a plain table. Numbers stand to the right and are never cut; text may be folded."""
-    result = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Group:
+    """Return a plain table. Numbers stand to the right and are never cut; text may be folded. The title may be wider
+    than the columns."""
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name, *cells in zip(header, *rows, strict=True):
         is_number = bool(name) and all(_NUMBER.match(str(cell)) for cell in cells) and any(cells)
         least = max(map(len, cells)) if is_number else None
         result.add_column(name, justify="right" if is_number else "left", overflow="fold", min_width=least)
     for row in rows:
         result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))  # no text is markup
-    return result
+    return Group(Text(title, "bold"), result)
 
 
 _NUMBER = re.compile(r"[-+≤]? ?\d|$|none$|nan$|inf$")
@@ -169,7 +168,7 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Upda
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        MofNCompleteColumn() if total else TextColumn("{task.completed:,.0f}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
@@ -193,8 +192,8 @@ def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
         yield _preparation_lines(out)
         return
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=30)),
+        BarColumn(bar_width=12),
         TaskProgressColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),

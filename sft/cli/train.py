@@ -25,7 +25,7 @@ from sft.cli.terminal import (
     quiet_libraries,
 )
 from sft.core.distributed import ALONE, Rank, from_main
-from sft.core.errors import UserError
+from sft.core.errors import UserError, printable
 from sft.core.launch import STOPPED
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 70
 """Columns of a terminal that the bar, the steps and the times take."""
+NOTABLE_WAIT = 0.1
+"""The share of a step waited for data from which on the bar shows it; `data.num_workers` may lower it."""
 EXAMPLES = (
-    "train my-data.yaml                # goes on with what was begun",
+    "train my-data.yaml                # resumes an unfinished run",
     "train my-data.yaml --dry-run      # memory and time of a step",
     "train my-data.yaml --nproc 8 training.max_steps=500",
 )
@@ -46,17 +48,17 @@ def run(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU, that train together.")] = 1,
     resume: Annotated[
-        str, typer.Option(metavar="auto|none|PATH", help="Go on with an unfinished run, start anew, or a checkpoint.")
+        str, typer.Option(metavar="auto|none|PATH", help="Resume, start over, or a checkpoint to resume from.")
     ] = "auto",
     allow_changed: Annotated[
-        bool, typer.Option("--allow-changed", help="Go on although settings of the recipe changed.")
+        bool, typer.Option("--allow-changed", help="Resume although settings of the recipe changed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, measure memory and time of a step, write nothing to output_dir.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Fine-tune as a recipe says; prepares what is missing, and goes on with what was begun."""
+    """Fine-tune as a recipe says; prepares what is missing and resumes an unfinished run."""
     from sft.core.distributed import launched_rank, process_group
     from sft.core.launch import launch
     from sft.runs.names import find_recipe
@@ -91,12 +93,12 @@ def _show(recipe: Recipe, status: RunStatus, arguments: list[str], *, json: bool
     if json:
         print_json({"output_dir": recipe.output_dir} | vars(status))
     if status.status == "stopped":
-        out.print(f"Go on with: idefics-sft train {shlex.join(arguments)}", markup=False, soft_wrap=True)
+        out.print(f"Resume with: idefics-sft train {shlex.join(arguments)}", markup=False, soft_wrap=True)
         raise typer.Exit(STOPPED)
     if not json:
         # A checkpoint can be selected by a benchmark, or by the loss on held-out data.
         selects = recipe.evaluation.benchmark or (Path(recipe.output_dir) / "before.json").is_file()
-        why = f" ({status.why})" if status.step < status.max_steps and status.why else ""
+        why = "" if status.why in ("", "training.max_steps", "training.epochs") else f" ({status.why})"
         out.print(
             f"{recipe.output_dir}: {status.status} at step {status.step}{why}. "
             f"Next: idefics-sft {'select' if selects else 'chat'} {recipe.output_dir}"
@@ -119,13 +121,18 @@ def train(
     Raises:
         UserError: a run of another recipe is in the folder, or the checkpoint to resume from is not complete.
     """
+    from sft.data.check_recipe import check_recipe
     from sft.training.resume import find_run
 
     found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
     if found.finished:
         return found.finished
+    if rank.of == 1:
+        check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
+    from sft.batches.look_ahead import describe_data
     from sft.data.prepare import open_prepared, prepare
+    from sft.data.statistics import not_read
     from sft.training import run as runs
 
     check_before_preparing(recipe)
@@ -134,12 +141,18 @@ def train(
     else:
         with preparation(out) as on_progress:
             sources = prepare(recipe, on_progress)
-    with progress("training", recipe.training.max_steps, out) as update:
+    for store in (part.store for parts in sources.parts for part in parts):
+        for line in not_read(store):
+            out.print(printable(f"{store.path.name}: {line}"))
+    ahead = from_main(lambda: runs.plan_ahead(recipe, sources, found.checkpoint))
+    for data_line in describe_data(ahead):
+        out.print(data_line)
+    with progress("training", ahead["steps"], out) as update:
 
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
-        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank)
+        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank, ahead)
 
 
 def note(line: dict[str, Any], width: int | None) -> str:
@@ -147,6 +160,8 @@ def note(line: dict[str, Any], width: int | None) -> str:
     parts = [f"{name} {own['loss']:.3f}" for name, own in line["sources"].items() if own["loss"] is not None]
     head = "loss not finite" if line["loss"] is None else f"loss {line['loss']:.3f}"
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+    if (waited := line.get("data_wait", 0.0)) >= NOTABLE_WAIT:
+        speed += f", {waited:.0%} waiting for data"
     for number in range(len(parts), 0, -1):
         sources = ", ".join(parts[:number]) + ", …" * (number < len(parts))
         text = f"{head} ({sources})  {speed}"

@@ -31,6 +31,7 @@ def run(
     if json:
         print_json({"valid": True, "sources": [source.name for source in found.data.mixture], "next": command})
     else:
-        sources, steps = len(found.data.mixture), found.training.max_steps
-        counted = f"{sources} source{'s' * (sources != 1)}, {steps:,} step{'s' * (steps != 1)}"
+        sources, steps, epochs = len(found.data.mixture), found.training.max_steps, found.training.epochs
+        long = f"{steps:,} step{'s' * (steps != 1)}" if steps else f"{epochs:g} epochs of {found.data.mixture[0].name}"
+        counted = f"{sources} source{'s' * (sources != 1)}, {long}"
         print(f"{recipe}: valid, {counted}\nNext: {command}")

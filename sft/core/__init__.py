@@ -7,6 +7,7 @@ errors       UserError for a mistake of the user, RunError for a failure of the 
 contain      runs work whose failure must not end what runs around it
 files        files that are written whole or not at all
 file_lock    one process at a time in a folder
+image_formats  what Pillow leaves open: orientation, a JPEG without its end, HEIC
 images       images from untrusted files, checked before they are decoded
 metric       what a score measures and how it is printed
 parallel     a map over several processes; a thread that prefetches

@@ -28,6 +28,20 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def text_lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text with their ends. A line ends at \\n alone: `str.splitlines` also ends one at
+    U+2028, U+0085 and others, which JSON allows inside a string."""
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        yield from lines
+
+
+def location(path: str | Path) -> Path:
+    """Return a path by which a file or folder is known however it was spelled: absolute, without links to folders. A
+    link to a file stays: what is beside it, and its name, are its own."""
+    path = Path(path)
+    return path.resolve() if path.is_dir() or path.name == ".." else path.parent.resolve() / path.name
+
+
 @contextmanager
 def explain_full_disk(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
     """

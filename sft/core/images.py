@@ -1,33 +1,42 @@
 """Opening images that nobody vouches for, and making pixels of them.
 
 Limits are checked after the header and before decoding: a 76 KiB PNG can decode to 231 MiB without a warning.
+
+Sizes and pixels are of the image as it is seen: turned as its EXIF says, unless `Decoding` says otherwise.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pybase64
 from PIL import Image
 
-from sft.core.sample import ImageRef, SkipSample
+from sft.core.image_formats import END, JPEG, can_read_heic, is_heic, lacks_only_its_end, orientation_of, turned
+from sft.core.sample import AS_SHOWN, Decoding, ImageRef, SkipSample
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 25_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 MAX_BYTES = 32 * 1024 * 1024
 MAX_ASPECT_RATIO = 50
+MAX_DECODED_PIXELS = 25_000_000
+"""A JPEG of more pixels is decoded at a half, a quarter or an eighth of its size: in 75 MB, as large as it may be."""
 
-READ = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+READ = "JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC"
 MISSING = "image file missing"
 DOES_NOT_DECODE = "image does not decode"
 TOO_MANY_BYTES = f"image too many bytes (over {MAX_BYTES // 2**20} MiB)"
-TOO_MANY_PIXELS = f"image too many pixels (over {MAX_PIXELS:,})"
+TOO_MANY_PIXELS = "image too many pixels"
+NEEDS_HEIC = "image is HEIC, which needs pillow-heif; pip install 'idefics-sft[heic]'"
 TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
 """Reasons to skip a record."""
 
@@ -39,15 +48,40 @@ def local_image(folder: Path, name: object) -> ImageRef:
         SkipSample: not a path, or one that leads out of the folder: a URL, `..`, an absolute path, a symbolic link.
     """
     if not isinstance(name, str) or not name.strip() or "://" in name or "\0" in name:
-        raise SkipSample("image is not a local path", detail=repr(name)[:200])
-    file = folder / name
+        kind = "a file:// URL" if str(name).startswith("file:") else "a URL, and none is fetched"
+        hint = f" is {kind}; expected a path below the images' folder" if "://" in str(name) else ""
+        raise SkipSample("image is not a local path", detail=repr(name)[:200] + hint)
+    file = os.path.join(folder, name)
+    parent, base = os.path.split(file)
+    is_link = base in ("", ".", "..")
     try:
-        is_inside = file.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # half a letter, a name too long, a loop of links
+        is_link = is_link or stat.S_ISLNK(os.lstat(file).st_mode)
+    except FileNotFoundError as error:
+        if "\\" in name or name != name.strip():
+            found = f"{name[:200]!r} has backslashes, as Windows writes paths, or blanks around it; expected a/b.jpg"
+            raise SkipSample(MISSING, detail=found) from error
+    except OSError:
+        pass  # it is missed when it is read
+    except ValueError as error:  # half a letter
         raise SkipSample("image is not a local path", detail=repr(name)[:200]) from error
-    if not is_inside:
-        raise SkipSample("image path leaves the folder", detail=repr(name)[:200])
-    return ImageRef(source=file)
+    if not _is_below(parent, str(folder)) or (is_link and not _is_below.__wrapped__(file, str(folder))):
+        raise SkipSample("image path leaves the folder", detail=f"{name[:200]!r} {_way_out(folder, name)}")
+    return ImageRef(source=folder / name)
+
+
+@lru_cache(maxsize=4096)
+def _is_below(path: str, folder: str) -> bool:
+    """Return whether a path stays in a folder when all links are followed. This takes 20 us, so that the folders of
+    images are looked at once."""
+    root = os.path.realpath(folder)
+    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(root, ""))
+
+
+def _way_out(folder: Path, name: str) -> str:
+    """Return how a path leads out of the folder of the images, and what would be right."""
+    parts = Path(name).parts
+    how = "is absolute" if os.path.isabs(name) else "has .." if ".." in parts else "follows a symbolic link"
+    return f"{how}; the images' folder is {folder.absolute()} (option image_folder names another)"
 
 
 def base64_image(encoded: object) -> ImageRef:
@@ -103,74 +137,108 @@ def read_bytes(image: ImageRef) -> bytes:
     return content
 
 
-def decode_rgb(content: bytes) -> Image.Image:
+class Header(NamedTuple):
+    """An image whose header was read and is within the limits; nothing is decoded yet."""
+
+    image: Image.Image
+    stored_size: tuple[int, int]
+    """Width and height."""
+    exif_orientation: int
+    """1 to 8; 1 is as it is stored."""
+    orientation: int
+    """How it is turned to be seen: the same, or 1 where that is ignored."""
+    lacks_end: bool = False
+    """Whether it was decoded and is a JPEG that lacks its end marker alone."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as it is seen."""
+        width, height = self.stored_size
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+    @property
+    def least_size(self) -> tuple[int, int]:
+        """The stored width and height that a JPEG is decoded to at least."""
+        width, height = self.stored_size
+        part = next((part for part in (1, 2, 4) if width * height <= MAX_DECODED_PIXELS * part**2), 8)
+        return -(-width // part), -(-height // part)
+
+
+def decode_rgb(content: bytes, decoding: Decoding = AS_SHOWN) -> Image.Image:
     """Decode an image to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform).
+    A JPEG of more than MAX_DECODED_PIXELS comes smaller than its size.
 
     Raises:
         SkipSample: not an image of a known format, over the limits, or it does not decode.
     """
+    header = open_checked(content, decoding)
     with _as_skips():
-        image = _open(content)
-        image.load()
-        if image.mode == "RGB":
-            return image
-        if image.mode.startswith("I;16"):
-            return _eight_bits(image).convert("RGB")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        rgb = _rgb(_loaded(header.image, header.least_size, content)[0])
+    return rgb if header.orientation == 1 else Image.fromarray(turned(np.asarray(rgb), header.orientation))
 
 
-def open_checked(content: bytes) -> Image.Image:
-    """Return an image whose header was read and is within the limits; nothing is decoded yet.
+def open_checked(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
+    """Read the header of an image, and check it. Pillow is not let near formats that are not read.
 
     Raises:
         SkipSample: as `decode_rgb`, for what the header says.
     """
+    if content[:4] in (b"II*\0", b"MM\0*"):  # TIFF 6.0
+        raise SkipSample(f"image is TIFF, which is not read; expected {READ}")
+    if (heic := is_heic(content)) and not can_read_heic():
+        raise SkipSample(NEEDS_HEIC)
     with _as_skips():
-        return _open(content)
+        image = Image.open(io.BytesIO(content), formats=("HEIF",) if heic else FORMATS)
+        _check_size(image.size, decoding.max_pixels)
+        exif_orientation = orientation_of(image, content)
+        orientation = exif_orientation if decoding.orientation == "apply" else 1
+        return Header(image, image.size, exif_orientation, orientation)
 
 
-def size_of(content: bytes) -> tuple[int, int]:
+def size_of(content: bytes, decoding: Decoding = AS_SHOWN) -> tuple[int, int]:
     """Return width and height by the header alone: a body that does not decode is not noticed.
 
     Raises:
         SkipSample: as `decode_rgb`, for what the header says.
     """
-    return open_checked(content).size
+    return open_checked(content, decoding).size
 
 
-def verified_size(content: bytes) -> tuple[int, int]:
-    """Return width and height of an image that decodes.
+def verified(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
+    """Return the header of an image that decodes.
 
     A JPEG is decoded at an eighth of its size: the whole of its data is read and checked, in a third of the time.
 
     Raises:
         SkipSample: as `decode_rgb`.
     """
+    header = open_checked(content, decoding)
     with _as_skips():
-        image = _open(content)
-        size = image.size
-        image.draft("RGB", (1, 1))
+        return header._replace(lacks_end=_loaded(header.image, (1, 1), content)[1])
+
+
+def _loaded(image: Image.Image, least: tuple[int, int], content: bytes) -> tuple[Image.Image, bool]:
+    """Decode an opened image, a JPEG to a size of `least` or more; return it, and whether it lacks its end marker."""
+    if image.format in JPEG:  # Pillow's plugin for HEIC would take a thumbnail
+        image.draft(None, least)
+    try:
         image.load()
-        return size
+        return image, False
+    except OSError:
+        if image.format not in JPEG or not lacks_only_its_end(content):
+            raise
+    return _loaded(Image.open(io.BytesIO(content + END), formats=JPEG[:1]), least, b"")[0], True
 
 
-def _open(content: bytes) -> Image.Image:
-    if other := _unread_format(content):
-        raise SkipSample(f"image is {other}, which is not read; expected {READ}")
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    _check_size(image.size)
-    return image
-
-
-def _unread_format(content: bytes) -> str | None:
-    """Return the name of a format that is not read, by its first bytes: TIFF (TIFF 6.0), and HEIC and AVIF (HEIF,
-    ISO/IEC 23008-12), as telephones write. Pillow is not let near them."""
-    if content[:4] in (b"II*\0", b"MM\0*"):
-        return "TIFF"
-    is_heif = content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"mif1", b"avif")
-    return "HEIC or AVIF" if is_heif else None
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        return _eight_bits(image).convert("RGB")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
 
 
 @contextmanager
@@ -182,17 +250,18 @@ def _as_skips() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Image.DecompressionBombError as error:
-        raise SkipSample(TOO_MANY_PIXELS) from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise SkipSample(TOO_MANY_PIXELS, detail=str(error)) from error
+    except (OSError, EOFError, SyntaxError, ValueError, RuntimeError, struct.error) as error:
         raise SkipSample(DOES_NOT_DECODE) from error
 
 
-def _check_size(size: tuple[int, int]) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
-        raise SkipSample(TOO_MANY_PIXELS)
+    if width * height > max_pixels:
+        detail = f"{width:,} x {height:,}, over the {max_pixels:,} of data.images.max_pixels"
+        raise SkipSample(TOO_MANY_PIXELS, detail=detail)
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise SkipSample(TOO_NARROW)
+        raise SkipSample(TOO_NARROW, detail=f"{width:,} x {height:,}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

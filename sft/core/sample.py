@@ -40,23 +40,48 @@ Role = Literal[
 TrainOn = Literal["assistant", "all"]
 Policy = Literal["prefix", "split", "drop"]
 """What is done with a conversation that does not fit a pack (`sft.data.truncate`)."""
+Orientation = Literal["apply", "ignore"]
+MAX_PIXELS = 65_000_000
+"""Pixels of an image: telephones take 50 million (8,192 x 6,144) and 64 million (9,248 x 6,936)."""
 
 
 class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
     """This record is left out. `reason` is a fixed phrase, so that records can be counted by it.
 
     `filtered` marks a record that is sound but left out by a policy of its dataset; it does not count as dirty.
-    `detail` says where or what, for the list of skips: a file and line, the name of the missing image.
+    `detail` says what was found, for the list of skips: the name of the missing image. `where` is the file and line, of
+    a record that never was a row.
     """
 
-    def __init__(self, reason: str, *, filtered: bool = False, detail: str = "") -> None:
+    def __init__(self, reason: str, *, filtered: bool = False, detail: str = "", where: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.filtered = filtered
         self.detail = detail
+        self.where = where
+
+    @property
+    def explained(self) -> str:
+        """The reason, with the detail in brackets."""
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(SkipSample, filtered=self.filtered, detail=self.detail), (self.reason,)
+        return partial(SkipSample, filtered=self.filtered, detail=self.detail, where=self.where), (self.reason,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How encoded images become pixels (`sft.core.images`)."""
+
+    orientation: Orientation = "apply"
+    """`apply`: images are turned as their EXIF says and as a viewer shows them. `ignore`: they are as they are
+    stored."""
+    max_pixels: int = MAX_PIXELS
+    """Images of more pixels are refused."""
+
+
+AS_SHOWN = Decoding()
+"""What is asked of a model outside of prepared data is seen as a viewer shows it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +90,8 @@ class ImageRef:
 
     source: Path | bytes
     size: tuple[int, int] | None = None
-    """Width and height in pixels, where they are known without opening the image."""
+    """Width and height in pixels as it is seen, where they are known without opening the image."""
+    decoding: Decoding = AS_SHOWN
 
 
 class Tiling(NamedTuple):
@@ -91,6 +117,8 @@ class Message:
 
     role: Role
     content: tuple[str | ImageRef, ...]
+    is_trained: bool = True
+    """False for a turn that the data mark as not to be learned: nothing of its text has a label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +148,16 @@ class EncodedSample:
     """Where the tokens of each image begin, in reading order."""
     image_weights: tuple[int, ...] = ()
     """What each image counts towards the cap of a pack (`Caps.image_weight`); empty: 1 each."""
+    withheld_spans: tuple[tuple[int, int], ...] = ()
+    """Half-open token ranges of turns that are not to be learned (`Message.is_trained`): never predicted."""
 
     def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
-        """Return the token ranges that are predicted: the answers, or `all` tokens after the first."""
-        return self.trained_spans if train_on == "assistant" else ((1, len(self.input_ids)),)
+        """Return the token ranges that are predicted: the answers, or `all` tokens after the first that are not
+        withheld."""
+        if train_on == "assistant":
+            return self.trained_spans
+        borders = [1, *(border for span in self.withheld_spans for border in span), len(self.input_ids)]
+        return tuple(zip(borders[::2], borders[1::2], strict=True))
 
 
 class PackItem(NamedTuple):
@@ -156,7 +190,7 @@ class Batch:
     """A micro-batch: its packs laid one after another in a single row, nothing padded.
 
     Labels are not shifted: they line up with `input_ids_T` and can be printed beside them. The first label of a
-    segment is always IGNORE_INDEX, since the token before it belongs to another sample.
+    sample is IGNORE_INDEX, since the token before it belongs to another sample; `collate` names the one exception.
     """
 
     input_ids_T: Tensor

@@ -4,11 +4,13 @@ In a checkout they stand at the top of the repository; in an installed wheel, in
 that begins with `shipped:` names one of them: `shipped:tiny_base`.
 """
 
+import os
 from pathlib import Path
 
 from sft.core.errors import UserError, nearest
 
 PREFIX = "shipped:"
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst", ".tar", ".zip")
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -16,6 +18,12 @@ def shipped_root() -> Path:
     """Return the folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
     installed = _PACKAGE / "shipped_files"
     return installed if installed.is_dir() else _PACKAGE.parent
+
+
+def user_cache() -> Path:
+    """Return the user's folder for what may be made again: `IDEFICS_SFT_CACHE`, else one in `XDG_CACHE_HOME`."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("IDEFICS_SFT_CACHE") or f"{caches}/idefics-sft").expanduser()
 
 
 def resolve(path: str | Path) -> Path:
@@ -54,9 +62,12 @@ def recipe_path(name: str) -> Path:
     """Return the file of a recipe given by path or by the name of a shipped one.
 
     Raises:
-        UserError: neither a file nor a shipped recipe; a folder, which is no recipe.
+        UserError: neither a file nor a shipped recipe; a folder or a file of data, which is no recipe.
     """
     path = Path(name)
+    for_data = f"`idefics-sft new {name}` writes a recipe for data"
+    if path.suffix.lower() in DATA_SUFFIXES and path.is_file():
+        raise UserError(f"{name}: this is data, not a recipe; {for_data}")
     if path.is_dir() and name not in ("", *shipped_recipes()):
         if (path / "manifest.json").is_file():
             raise UserError(
@@ -65,7 +76,7 @@ def recipe_path(name: str) -> Path:
             )
         raise UserError(
             f"{name}: a folder without recipe.yaml, so no run; "
-            "give the folder that `idefics-sft train` wrote, or a recipe file"
+            f"give the folder that `idefics-sft train` wrote, or a recipe; {for_data}"
         )
     return path if path.is_file() else shipped_recipe(name)
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sft.batches.look_ahead import look_ahead
 from sft.core.errors import UserError
 from sft.cost.devices import DEVICES, GIB, Device
 from sft.cost.family import Cost, ModelCost, Precision, Setting, read_model
+from sft.data.prepare import open_prepared
 from sft.data.store import MANIFEST, Store
-from sft.models import names_of_family
+from sft.models import base_of, names_of_family
 from sft.recipe import ENGINES, EngineName, LoraSettings, Recipe, with_overrides
 from sft.recipe.engines import check_can_shard, check_engine_precision, resolve_engine
 from sft.recipe.optimizers import lighter_optimizers
@@ -49,15 +50,16 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     Raises:
         UserError: the model's shape is not known, or the GPU lacks what the recipe asks for.
     """
-    model = read_model(recipe.model.family, recipe.model.path, recipe.model.image_settings)
+    model = read_model(recipe.model.family, base_of(recipe), recipe.model.image_settings)
     setting = setting_of(recipe, model, device, gpus)
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes
     micro_batches = math.ceil(recipe.packs_per_step / (recipe.training.micro_batch_packs * gpus))
+    ahead = _look_ahead(recipe)
+    steps = ahead["steps"] if ahead else recipe.training.max_steps
     seconds = None
-    if device.flop_per_second:
-        flop = needed.flop * micro_batches * recipe.training.max_steps
-        seconds = flop / (device.flop_per_second * utilisation)
+    if device.flop_per_second and steps:
+        seconds = needed.flop * micro_batches * steps / (device.flop_per_second * utilisation)
     money = None if price_per_hour is None or seconds is None else seconds / 3600 * gpus * price_per_hour
     report = {
         "fits": fits,
@@ -65,14 +67,25 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
         "trainable_parameters": model.trained_parameters(setting),
         "peak_bytes": needed.peak_bytes,
         "bytes": needed.bytes,
+        "steps": steps,
+        "epochs": {source["name"]: source["epochs"] for source in ahead["sources"]} if ahead else None,
         "seconds": seconds,
         "gpus": gpus,
         "cost": money,
+        "idle": 1 - recipe.packs_per_step / (micro_batches * recipe.training.micro_batch_packs * gpus),
         "feature_cache": feature_cache(recipe, model, setting),
         "checkpointing": list(_by_share(model, setting, device)),
         "advice": [] if fits else list(_advice(recipe, model, device, gpus)),
     }
     return Estimate(setting, device, needed, micro_batches, report)
+
+
+def _look_ahead(recipe: Recipe) -> dict[str, Any] | None:
+    """Return what training will draw; None while the sources are not prepared."""
+    try:
+        return look_ahead(recipe, open_prepared(recipe)[0].sources)
+    except UserError:
+        return None
 
 
 def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Setting:
@@ -137,8 +150,8 @@ def _by_share(model: ModelCost, setting: Setting, device: Device) -> Iterator[di
 
 def _distinct_images(recipe: Recipe) -> tuple[int | None, list[tuple[int, int]]]:
     """Return the number of distinct images of all sources, None while not all are prepared, and the sizes of some."""
-    names = {dataset.store_name for source in recipe.data.mixture for dataset in source.datasets}
-    folders = [Path(recipe.data.store) / name for name in sorted(names)]
+    datasets = (dataset for source in recipe.data.mixture for dataset in source.datasets)
+    folders = sorted({dataset.store_in(recipe.data.store) for dataset in datasets})
     if not all((folder / MANIFEST).is_file() for folder in folders):
         return None, []
     stores = [Store(folder) for folder in folders]
@@ -197,10 +210,12 @@ def _changes(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Ite
         yield _with_settings(recipe, here._replace(overrides=(f"data.max_images_per_pack={weight // 2}",)))
     for mode in _MODES[_MODES.index(recipe.model.mode) + 1 :]:
         yield _with_settings(recipe, here._replace(overrides=(f"model.mode={mode}",)))
-    for name, larger in sorted(DEVICES.items(), key=lambda item: item[1].usable_gib):
-        if larger.usable_gib > device.usable_gib:
-            yield _with_settings(recipe, here._replace(device=larger, options=f"--gpu {name}"))
-            break
+    larger = (
+        here._replace(device=other, options=f"--gpu {name}")
+        for name, other in sorted(DEVICES.items(), key=lambda item: item[1].usable_gib)
+        if other.usable_gib > device.usable_gib and (other.flop_per_second or 0) >= (device.flop_per_second or 0)
+    )
+    yield (change for on_larger in larger for change in _with_settings(recipe, on_larger))
     yield (more for change in _with_settings(recipe, here) for more in _more_gpus(recipe, change))
 
 

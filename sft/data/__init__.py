@@ -13,5 +13,6 @@ orders            seeded permutations of the samples of a source
 prepared_source   one source of a mixture: sizes and images of its samples
 sources           all sources of a mixture, without what is held out, or only that
 reader            samples and image bytes, by their location
+recognise         which adapter reads a folder of one's own data; new_recipe: a recipe for it
 statistics        what a store holds; export: a store as parquet for other toolkits
 """

@@ -26,15 +26,21 @@ from sft.core.sample import EncodedSample, Sample, TrainOn
 from sft.data.truncate import Limits, Truncation
 from sft.models.chat_template import ChatTemplate
 
-VERSION = 5
+VERSION = 6
 """Raised when the same sample could encode to other arrays."""
 INDEX = "index.json"
 BLOCK_SAMPLES = 4096
 """Samples that are encoded at once, by one process."""
 
-_OFFSETS_OF = {"input_ids": "token_offsets", "trained_spans": "span_offsets", "image_rows": "image_offsets"}
+_OFFSETS_OF = {
+    "input_ids": "token_offsets",
+    "trained_spans": "span_offsets",
+    "withheld_spans": "withheld_offsets",
+    "image_rows": "image_offsets",
+}
 _ARRAY_OF = {offsets: name for name, offsets in _OFFSETS_OF.items()}
-_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "image_weights", "num_trained", "num_states", "samples")
+_NUMBERS = ("num_trained", "num_untrainable", "samples")
+_ARRAYS = (*_OFFSETS_OF, *_ARRAY_OF, "image_positions", "image_weights", *_NUMBERS)
 
 
 class EncodedSamples:
@@ -46,10 +52,11 @@ class EncodedSamples:
         self.changes: dict[str, int] = index["changes"]
         """How many samples were not used as they are, by what was done, since they do not fit a pack."""
         self.total_tokens: int = index["tokens"]
-        self._has_states: bool = index["has_states"]  # whether image states stand in the places of tokens
+        self._has_untrainable: bool = index["has_untrainable"]  # whether `train_on: all` leaves tokens out
         self._is_weighted: bool = index["is_weighted"]  # whether an image weighs anything but 1
         self._array = {name: mapped(path / f"{name}.bin", np.dtype(dtype)) for name, dtype in index["dtypes"].items()}
-        self._array["trained_spans"] = self._array["trained_spans"].reshape(-1, 2)
+        for name in ("trained_spans", "withheld_spans"):
+            self._array[name] = self._array[name].reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._array["token_offsets"]) - 1
@@ -61,6 +68,7 @@ class EncodedSamples:
             trained_spans=tuple(tuple(span) for span in self._of(row, "trained_spans", "span_offsets").tolist()),
             image_positions=tuple(self._of(row, "image_positions", "image_offsets").tolist()),
             image_weights=tuple(self._of(row, "image_weights", "image_offsets").tolist()),
+            withheld_spans=tuple(tuple(span) for span in self._of(row, "withheld_spans", "withheld_offsets").tolist()),
         )
 
     def key(self, row: int) -> str:
@@ -98,11 +106,12 @@ class EncodedSamples:
         return np.asarray(offsets[rows + 1] - offsets[rows])
 
     def num_trained(self, rows: NDArray[np.int64], train_on: TrainOn) -> NDArray[np.int64]:
-        """Trained tokens of some samples; the first token never is, nor is one that stands for an image state."""
+        """Trained tokens of some samples; the first token never is, nor is one that stands for an image state or of a
+        turn that is not to be learned."""
         if train_on == "assistant":
             return np.asarray(self._array["num_trained"][rows])
         all_but_first = self.num_tokens(rows) - 1
-        return all_but_first - self._array["num_states"][rows] if self._has_states else all_but_first
+        return all_but_first - self._array["num_untrainable"][rows] if self._has_untrainable else all_but_first
 
     @property
     def num_images(self) -> int:
@@ -171,7 +180,7 @@ def encode_samples(
 def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> None:
     ends = dict.fromkeys(_OFFSETS_OF, 0)  # where each of the arrays of all blocks ends so far
     num_rows = 0
-    has_states = is_weighted = False
+    has_untrainable = is_weighted = False
     changes: Counter[str] = Counter()
     id_type = _id_type(template)
     with staged(path) as folder, ExitStack() as stack:
@@ -188,13 +197,13 @@ def _join_blocks(blocks: Sequence[Path], template: ChatTemplate, path: Path) -> 
             for name in _OFFSETS_OF:
                 ends[name] += len(block[name])
             num_rows += len(block["num_trained"])
-            has_states |= bool(block["num_states"].any())
+            has_untrainable |= bool(block["num_untrainable"].any())
             is_weighted |= bool((block["image_weights"] != 1).any())
         index = {
             "version": VERSION,
             "rows": num_rows,
             "tokens": ends["input_ids"],
-            "has_states": has_states,
+            "has_untrainable": has_untrainable,
             "is_weighted": is_weighted,
             "changes": dict(sorted(changes.items())),
             "dtypes": {name: (id_type if name == "input_ids" else np.dtype(np.int64)).str for name in _ARRAYS},
@@ -240,6 +249,8 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "token_offsets": np.cumsum([len(e.input_ids) for e in encoded], dtype=np.int64),
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], np.int64).reshape(-1, 2),
         "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded], dtype=np.int64),
+        "withheld_spans": np.array([span for e in encoded for span in e.withheld_spans], np.int64).reshape(-1, 2),
+        "withheld_offsets": np.cumsum([len(e.withheld_spans) for e in encoded], dtype=np.int64),
         "image_positions": np.array([p for e in encoded for p in e.image_positions], np.int64),
         "image_weights": np.array([weight for e in encoded for weight in e.image_weights], np.int64),
         "image_rows": np.array([row for rows in image_rows for row in rows], np.int64),
@@ -247,16 +258,20 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "num_trained": np.array(
             [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded], np.int64
         ),
-        "num_states": np.array([_num_states(e, block.template) for e in encoded], np.int64),
+        "num_untrainable": np.array([_num_untrainable(e, block.template) for e in encoded], np.int64),
         "samples": np.array([row for row, _ in pieces], np.int64),
         "changes": np.array(json.dumps(truncation.changes)),
     }
 
 
-def _num_states(encoded: EncodedSample, template: ChatTemplate) -> int:
-    """Return how many tokens of a sample stand for image states."""
+def _num_untrainable(encoded: EncodedSample, template: ChatTemplate) -> int:
+    """Return how many tokens of a sample, but for its first, `train_on: all` does not train: those that stand for image
+    states, and those of turns that are not to be learned."""
     token_id = template.images.state_token_id
-    return 0 if token_id is None else int(np.count_nonzero(encoded.input_ids == token_id))
+    is_state = encoded.input_ids == token_id if token_id is not None else np.zeros(len(encoded.input_ids), bool)
+    for start, end in encoded.withheld_spans:
+        is_state[start:end] = True
+    return int(np.count_nonzero(is_state))
 
 
 def encoding_name(template: ChatTemplate, limits: Limits | None = None) -> str:

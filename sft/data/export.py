@@ -1,6 +1,7 @@
 """A prepared dataset as `messages-parquet`: one file that other toolkits read without any code of ours.
 
-    messages  [{role, content: [{type: text|image, text}]}]     in the parts form of TRL and ms-swift
+    messages  [{role, content: [{type: text|image, text}], loss}]  in the parts form of TRL and ms-swift, which reads
+                                                                `loss`: whether the turn is to be learned
     images    [{bytes, path}]                                   in reading order, one for each part of type image
     key       names the sample, as in our own logs
 
@@ -89,7 +90,7 @@ def _schema() -> pa.Schema:
     part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     features = datasets.Features(
         {
-            "messages": [{"role": datasets.Value("string"), "content": [part]}],
+            "messages": [{"role": datasets.Value("string"), "content": [part], "loss": datasets.Value("bool")}],
             "images": [datasets.Image()],
             "key": datasets.Value("string"),
         }
@@ -115,7 +116,8 @@ def _row_groups(samples: Samples) -> Iterator[list[dict[str, Any]]]:
 def _row(sample: Sample) -> dict[str, Any]:
     return {
         "messages": [
-            {"role": message.role, "content": [_part(item) for item in message.content]} for message in sample.messages
+            {"role": m.role, "content": [_part(item) for item in m.content], "loss": m.is_trained}
+            for m in sample.messages
         ],
         "images": [{"bytes": _bytes(image, sample.key), "path": None} for image in sample.images],
         "key": sample.key,

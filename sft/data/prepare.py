@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
+from sft.core.sample import Decoding
 from sft.data.check_recipe import check_recipe
 from sft.data.datasets import Adapter
 from sft.data.encoded_arrays import INDEX, EncodedSamples, encode_samples, encoding_name
@@ -55,7 +56,7 @@ def prepare(
 
         def prepared(source: str, dataset: DatasetConfig) -> PreparedDataset:
             name = source if source == dataset.dataset else f"{source}: {dataset.dataset}"
-            path = Path(recipe.data.store) / _store_name(dataset, options.limit)
+            path = _store_path(recipe, dataset, options.limit)
             with locked(path, beside=True):
                 store = _prepared_store(dataset, path, name, store_settings(recipe.data, options), on_progress)
                 encoded = encode_samples(
@@ -71,30 +72,34 @@ def prepare(
         return _sources(recipe, prepared)
 
 
-def _store_name(dataset: DatasetConfig, limit: int | None) -> str:
-    """Return the folder name of a store. One of the first records alone has a name of its own, so that it is not taken
-    for a whole one."""
-    return dataset.store_name if limit is None else f"{dataset.store_name}-first-{limit}"
+def _store_path(recipe: Recipe, dataset: DatasetConfig, limit: int | None = None) -> Path:
+    """Return the folder of a store. One of the first records alone has a name of its own, so that it is not taken for a
+    whole one."""
+    store = dataset.store_in(recipe.data.store)
+    return store if limit is None else store.with_name(f"{dataset.store_name}-first-{limit}")
 
 
 def _prepared_store(dataset: DatasetConfig, path: Path, name: str, settings: Settings, on_progress: Progress) -> Store:
     adapter = Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)
-    on_progress(name, 0, 0.0)  # so that it is seen to work before the first piece is done
+    made_with = Store(path).decoding if (path / MANIFEST).is_file() and not settings.fresh else settings.decoding
+    was = f"orientation {made_with.orientation}, max_pixels {made_with.max_pixels:,}"
+    shown = name if made_with == settings.decoding else f"{name}, made again since data.images was {was}"
+    on_progress(shown, 0, 0.0)  # so that it is seen to work before the first piece is done
     store = prepare_store(
         adapter,
         path,
         asked=dataset.model_dump(),
         settings=settings,
-        on_progress=lambda records, share: on_progress(name, records, share),
+        on_progress=lambda records, share: on_progress(shown, records, share),
         called=f"{name} ({dataset.path})" if dataset.path else name,
     )
-    on_progress(name, store.manifest["records"], 1.0)
+    on_progress(shown, store.manifest["records"], 1.0)
     return store
 
 
 def prepare_one(
     asked: dict[str, Any],
-    how: dict[str, str],
+    how: dict[str, Any],
     path: Path,
     max_skip_share: float | None,
     options: PrepareOptions,
@@ -114,7 +119,7 @@ def prepare_one(
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"--{str(problem['loc'][-1]).replace('_', '-')}: {problem['msg']}") from error
+        raise UserError(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg']}") from error
     Adapter(dataset.dataset, dataset.path, dataset.split, dataset.options)  # what it refuses, before a folder is made
     if path.exists() and not is_store_folder(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: is there already and is no prepared dataset; choose another --output")
@@ -161,7 +166,7 @@ def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str
 
 
 def _opened_store(recipe: Recipe, dataset: DatasetConfig, arguments: Sequence[str]) -> Store:
-    path = Path(recipe.data.store) / dataset.store_name
+    path = _store_path(recipe, dataset)
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path}: no prepared dataset here; run `{_command(arguments)}` first")
     return Store(path)
@@ -191,15 +196,16 @@ def _sources(recipe: Recipe, part: Callable[[str, DatasetConfig], PreparedDatase
     parts = [[part(source.name, dataset) for dataset in source.datasets] for source in recipe.data.mixture]
     validation = recipe.data.validation
     if validation is None or validation.path is None:
-        return Sources(parts, recipe.data)
+        return Sources(parts, recipe.limited_data)
     own = part(VALIDATION, DatasetConfig(dataset="messages", path=validation.path))
-    return Sources(parts, recipe.data, validation=own)
+    return Sources(parts, recipe.limited_data, validation=own)
 
 
 def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
     """Return how the stores of a recipe are made."""
     return Settings(
-        images=data.images,
+        images=data.images.store,
+        decoding=Decoding(orientation=data.images.orientation, max_pixels=data.images.max_pixels),
         verify=data.verify,
         max_record_bytes=data.max_record_bytes,
         max_skip_share=data.max_skip_share,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sft.core.sample import PlacedSample
+from sft.core.sample import Decoding, PlacedSample
 from sft.data.encoded_arrays import EncodedSamples
 from sft.data.prepared_source import PreparedDataset
 from sft.data.store import Store
@@ -45,16 +45,23 @@ class Reader:
         Raises:
             SkipSample: the file it was left in cannot be read any more.
         """
-        for store in self._stores:
-            if (row := store.find_image(key)) is not None:
-                return store.image_bytes(row)
-        raise KeyError(key)
+        store, row = self._find_image(key)
+        return store.image_bytes(row)
 
     def image_size(self, key: int) -> tuple[int, int]:
         """Return the width and height of an image, which its store noted when it was prepared."""
+        store, row = self._find_image(key)
+        return store.image_size(row)
+
+    def decoding(self, key: int) -> Decoding:
+        """Return how the store that has an image decodes it."""
+        return self._find_image(key)[0].decoding
+
+    def _find_image(self, key: int) -> tuple[Store, int]:
+        """Return the first store that has an image, and its row there."""
         for store in self._stores:
             if (row := store.find_image(key)) is not None:
-                return store.image_size(row)
+                return store, row
         raise KeyError(key)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sft.data.datasets._meaning import is_image_like
 from sft.data.store import Store
 
 
@@ -42,6 +43,21 @@ def store_stats(store: Store) -> dict[str, Any]:
         "filtered": store.manifest["filtered"],
         "skipped": store.manifest["skipped"],
     }
+
+
+def not_read(store: Store) -> list[str]:
+    """Return in words which keys of a store's records were not read, and before them which seem to hold images."""
+    counts, records = Counter(store.manifest.get("not_read", {})), f" of {store.manifest['records']:,}"
+    lines = []
+    for key in counts:
+        value, name = store.manifest["examples"][f"not read: {key}"], key.rpartition(": ")[2]
+        if is_image_like(name, value):
+            known = "images" if name.lower().endswith("s") else "image"
+            lines.append(f"warning: {key} seems to hold images ({value[:60]}) and is not read; expected {known!r}")
+    first = sorted(counts, key=lambda key: (" other than " not in key, -counts[key]))[:6]
+    shown = [f"{key} ({counts[key]:,}{'' if ': ' in key else records})" for key in first]
+    more = f", … and {len(counts) - 6} more" if len(counts) > 6 else ""
+    return [*lines[:6], f"not read: {', '.join(shown)}{more}"] if counts else []
 
 
 def _batch_stats(store: Store) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,7 @@ TURN_DROPPED = "turn left out"
 DOCUMENT_SPLIT = "document split"
 DOCUMENT_DROPPED = "document left out"
 PARAGRAPH_DROPPED = "paragraph left out"
+NOTHING_TRAINED = "conversation or part left out: no answer in it is to be learned"
 TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 
 
@@ -73,8 +74,15 @@ class Truncation:
     def pieces(self, sample: Sample, image_rows: Sequence[int]) -> list[Piece]:
         """Return the pieces that a sample becomes. `image_rows` tell its images apart, in reading order."""
         whole = Piece(self.template.encode(sample), tuple(image_rows))
-        if self.limits is None or self._fits(whole):
-            return [whole]
+        pieces = [whole] if self.limits is None or self._fits(whole) else self._fitting(sample, image_rows, whole)
+        trained = [p for p in pieces if p.encoded.trained_spans or not p.encoded.withheld_spans]
+        if len(trained) < len(pieces):
+            self.changes[NOTHING_TRAINED] += len(pieces) - len(trained)
+        return trained
+
+    def _fitting(self, sample: Sample, image_rows: Sequence[int], whole: Piece) -> list[Piece]:
+        """Return the pieces of a sample that does not fit."""
+        assert self.limits is not None
         sample = _with_own_images(sample)
         rows = {id(image): row for image, row in zip(sample.images, image_rows, strict=True)}
 
@@ -108,7 +116,8 @@ class Truncation:
         assert self.limits is not None
         turns = _turns(sample.messages)
         # An answer's trained span ends where a conversation that ends with it has its `</s>`: a guess from above.
-        number = sum(end < self.limits.tokens for _, end in whole.encoded.trained_spans)
+        answers = (*whole.encoded.trained_spans, *whole.encoded.withheld_spans)
+        number = sum(end < self.limits.tokens for _, end in answers)
         for last in range(min(number, len(turns) - 1), 0, -1):
             piece = encode([message for turn in turns[:last] for message in turn])
             if self._fits(piece):

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sft.batches.collate import collate
 from sft.batches.image_source import StoredImages
 from sft.batches.pack_stream import Planner
 from sft.core.distributed import all_gather_dict, all_or_none, assign, from_main
+from sft.core.errors import UserError
+from sft.core.files import text_lines
 from sft.core.sample import PackItem
 from sft.data.prepare import open_sources
 from sft.data.sources import Sources
 from sft.models import get_family
-from sft.models.base_model import prepare_base
+from sft.models.base_model import find_prepared_base
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Images
 from sft.models.loaded_model import load_template
@@ -65,7 +68,7 @@ def held_out_packs(held_out: Sources, *, seed: int) -> HeldOutPacks:
     """Return the first packs that a planner makes of what is held out, each sample once though little may be held out.
 
     Raises:
-        UserError: no held-out sample of a source fits a pack.
+        UserError: no held-out sample of a source fits a pack, or none has trained tokens.
     """
     window = next(Planner(held_out.sources, held_out.data, packs_per_step=NUM_PACKS, seed=seed).windows())
     seen: set[PackItem] = set()
@@ -73,6 +76,8 @@ def held_out_packs(held_out: Sources, *, seed: int) -> HeldOutPacks:
     for pack in window:
         packs.append(tuple(item for item in dict.fromkeys(pack.items) if item not in seen))
         seen.update(pack.items)
+    if not any(held_out.sources[source].num_trained(np.array([row]))[0] for source, row in seen):
+        raise UserError(f"data.validation: none of the {len(seen):,} held-out samples has trained tokens")
     return HeldOutPacks(sources=held_out, packs=tuple(pack for pack in packs if pack))
 
 
@@ -138,15 +143,14 @@ def recorded_losses(run_dir: Path) -> dict[int, float]:
     if not file.is_file():
         return {}
     losses = {}
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                metrics = json.loads(line)
-            except ValueError:  # a line that a killed training did not finish
-                continue
-            loss = mean_loss(metrics.get("validation", {}))
-            if loss is not None and math.isfinite(loss):
-                losses[int(metrics["step"])] = loss
+    for line in text_lines(file):
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # a line that a killed training did not finish
+            continue
+        loss = mean_loss(metrics.get("validation", {}))
+        if loss is not None and math.isfinite(loss):
+            losses[int(metrics["step"])] = loss
     return losses
 
 
@@ -193,5 +197,5 @@ def open_held_out(recipe: Recipe) -> tuple[Sources | None, ChatTemplate]:
     Raises:
         UserError: the data are not prepared.
     """
-    template = load_template(get_family(recipe.model.family), from_main(lambda: prepare_base(recipe)))
+    template = load_template(get_family(recipe.model.family), from_main(lambda: find_prepared_base(recipe)))
     return open_sources(recipe, template, [recipe.output_dir]).held_out(), template

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sft.core import images
 from sft.core.errors import UserError
 from sft.core.parallel import ordered_map
-from sft.core.sample import ImageRef, SkipSample
+from sft.core.sample import AS_SHOWN, Decoding, ImageRef, SkipSample
 from sft.data.store import Store
 from sft.data.store.image_keys import image_key
 from sft.evaluation.task import PromptedTask, Task
@@ -46,7 +46,7 @@ class Hash(NamedTuple):
     has_features: bool
 
 
-def perceptual_hash(content: bytes) -> Hash:
+def perceptual_hash(content: bytes, decoding: Decoding = AS_SHOWN) -> Hash:
     """Return the perceptual hash of an encoded image.
 
     Raises:
@@ -54,7 +54,7 @@ def perceptual_hash(content: bytes) -> Hash:
     """
     import imagehash
 
-    flags = imagehash.phash(images.decode_rgb(content)).hash.ravel()
+    flags = imagehash.phash(images.decode_rgb(content, decoding)).hash.ravel()
     bits = int.from_bytes(np.packbits(flags).tobytes(), "big")
     return Hash(bits, has_features=int(flags.sum()) >= _MIN_BITS)
 
@@ -191,7 +191,7 @@ def _compare(benchmark: BenchmarkImages, store: Store, first: int) -> tuple[list
     rows, hashes, unreadable = [], [], 0
     for row in range(first, min(first + _PIECE, store.num_images)):
         try:
-            found = perceptual_hash(store.image_bytes(row))
+            found = perceptual_hash(store.image_bytes(row), store.decoding)
         except SkipSample:
             unreadable += 1
             continue

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft.core.errors import UserError
-from sft.core.files import write_atomically
+from sft.core.files import text_lines, write_atomically
 from sft.core.metric import Metric
 from sft.evaluation.draw_images import half_of
 from sft.evaluation.statistics import (
@@ -170,7 +170,7 @@ def read_lines(file: Path) -> tuple[Outcome, ...]:
     Raises:
         ValueError, KeyError, TypeError: the file is damaged.
     """
-    return tuple(_outcome(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines())
+    return tuple(_outcome(json.loads(line)) for line in text_lines(file))
 
 
 def _outcome(line: dict[str, Any]) -> Outcome:

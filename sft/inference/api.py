@@ -16,7 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -262,13 +262,14 @@ def _image(image: str | Picture) -> ImageRef:
         content = checked.read_bytes(ImageRef(source=image if isinstance(image, bytes) else Path(image)))
         checked.decode_rgb(content)
     except SkipSample as skip:
-        raise UserError(f"{name}: {skip.reason}") from skip
+        raise UserError(f"{name}: {skip.explained}") from skip
     return ImageRef(source=content)
 
 
 def _png(image: Image.Image) -> bytes:
-    """Return the same pixels as a file, so that all images go one way."""
+    """Return the same pixels as a file, turned as their EXIF says, so that all images go one way."""
     file = io.BytesIO()
+    image = ImageOps.exif_transpose(image)
     (image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1") else image.convert("RGB")).save(file, "PNG")
     return file.getvalue()
 

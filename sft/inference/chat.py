@@ -2,17 +2,20 @@
 
 /image FILE   show an image with the next message
 /reset        forget the conversation
-/quit         end
+/help         list the commands
+/quit         end; so does /exit
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from sft.core import images
-from sft.core.errors import UserError, printable
+from sft.core.errors import UserError, nearest, printable
 from sft.core.sample import ImageRef, Message, SkipSample
 from sft.inference.generate import generate, prompt_of
 from sft.models import family_of
@@ -25,7 +28,7 @@ OnText = Callable[[str], None]
 Respond = Callable[[Sequence[Message], OnText | None], str]
 """The answer to a conversation whose last message is the user's."""
 
-HELP = "/image FILE shows an image with your next message, /reset forgets, /quit ends."
+HELP = "/image FILE shows an image with your next message, /reset forgets, /help lists, /quit ends."
 
 
 def responder(
@@ -105,12 +108,21 @@ class Conversation:
 
     def _told(self, skip: SkipSample, path: Path) -> str:
         if skip.reason != images.MISSING:
-            return skip.reason
+            return skip.explained
         return "a folder; expected an image file in it" if path.is_dir() else f"{skip.reason}; looked in {self.folder}"
 
     def reset(self) -> None:
         """Forget everything that was said."""
         self.messages = ()
+
+
+def file_names(text: str, folder: Path) -> list[str]:
+    """Return the files that a text names: one as it stands, or some as terminals paste them, quoted or escaped."""
+    with suppress(ValueError):  # a quotation mark without its other half
+        words = shlex.split(text)
+        if not (folder / text).exists() and (len(words) == 1 or all((folder / word).is_file() for word in words)):
+            return words
+    return [text]
 
 
 class Repl:
@@ -152,15 +164,18 @@ class Repl:
             UserError: unknown command, or see `Conversation`.
         """
         command, _, argument = line.partition(" ")
-        if command == "/quit":
+        if command in ("/quit", "/exit"):
             return False
-        if command == "/reset":
+        if command == "/help":
+            self._print(HELP)
+        elif command == "/reset":
             self._shown.clear()
             self.conversation.reset()
         elif command == "/image":
-            self.show(self.conversation.open_image(argument.strip()))
+            for image in map(self.conversation.open_image, file_names(argument.strip(), self.conversation.folder)):
+                self.show(image)
         elif command.startswith("/"):
-            raise UserError(f"{command}: unknown command. {HELP}")
+            raise UserError(f"{command}: unknown command{nearest(command, ('/image', '/reset')) or '.'} {HELP}")
         elif line:
             self._answer(line)
             self._shown.clear()

@@ -157,4 +157,4 @@ def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stops:
 
 def _loader(model: PackedModel) -> Callable[[ImageRef], Tiles]:
     images = family_of(model).images(model.config)
-    return lambda image: load_tiles(read_bytes(image), images)
+    return lambda image: load_tiles(read_bytes(image), images, decoding=image.decoding)

@@ -30,6 +30,7 @@ from sft.inference.model_card import Merged, architecture_of, model_card
 from sft.models.family import Family
 from sft.models.loaded_model import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.models.lora import Merger, is_adapter_folder
+from sft.models.plain_folder import save_processor
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST
 
@@ -42,6 +43,7 @@ def merge(
     output: Path,
     *,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Merged:
@@ -51,27 +53,27 @@ def merge(
     `on_progress` is told (tensors done, tensors in all) after each file of weights.
 
     Raises:
-        UserError: there is something in `output`, the checkpoint is not one, the base of adapters is missing or
-            another, or a `dtype` is given for a full run's checkpoint.
+        UserError: there is something in `output`, other than a model to `overwrite`, the checkpoint is not one, the
+            base of adapters is missing or another, or a `dtype` is given for a full run's checkpoint.
         RunError: the disk is full.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; choose another --output")
     recipe_file = checkpoint / "recipe.yaml"
     recipe = load_recipe(recipe_file) if recipe_file.is_file() else None
     family = find_family(checkpoint)
     base = find_base(checkpoint) if is_adapter_folder(checkpoint) else None
     if base is None and dtype is not None:
         raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")
+    holds_source = any(part.resolve().is_relative_to(output.resolve()) for part in (checkpoint, base) if part)
+    is_replaced = overwrite and not holds_source and (output / "config.json").is_file()
+    if output.exists() and not is_replaced and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already; choose another --output, or --overwrite a model")
     template = load_template(family, checkpoint)
     with _whole_or_nothing(output) as folder:
         if base is None:
             _copy(checkpoint, folder)
         else:
             _write_merged(family, base, Merger(checkpoint), folder, dtype or torch.bfloat16, shard_bytes, on_progress)
-        template.tokenizer.chat_template = template.template
-        family.weights.save_processor(template.tokenizer, family.weights.load_config(base or checkpoint), folder)
-        template.tokenizer.save_pretrained(folder)
+        save_processor(family, template, family.weights.load_config(base or checkpoint), folder)
         kind, parameters, num_bytes = _weights_of(folder)
         made = Merged(
             output=str(output),
@@ -144,8 +146,6 @@ def _write_merged(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     family.weights.write_config(json.loads((base / "config.json").read_text()), folder, dtype)
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
 
 
 def write_safetensors(

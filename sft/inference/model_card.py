@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sft.core.files import text_lines
 from sft.core.shipped import is_local
 from sft.recipe import Recipe
 from sft.runs.checkpoint import step_of
@@ -91,11 +92,10 @@ def _trained_tokens(checkpoint: Path) -> dict[str, int]:
     sums: dict[str, int] = {}
     if not file.is_file() or not checkpoint.name.startswith("checkpoint-"):
         return sums
-    with file.open(encoding="utf-8") as lines:
-        for line in map(json.loads, lines):
-            if line["step"] <= step_of(checkpoint):
-                for name, own in line["sources"].items():
-                    sums[name] = sums.get(name, 0) + own["tokens"]
+    for line in map(json.loads, text_lines(file)):
+        if line["step"] <= step_of(checkpoint):
+            for name, own in line["sources"].items():
+                sums[name] = sums.get(name, 0) + own["tokens"]
     return sums
 
 

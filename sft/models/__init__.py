@@ -9,8 +9,9 @@ image_transform           image bytes -> tiles of pixels
 grouped_attention         attention inside groups of tokens; loss: cross entropy in float32
 lora                      adapters, through PEFT
 activation_checkpointing  which layers are computed again in the backward pass
-base_model                the prepared base of a recipe; loaded_model: a model, loaded for evaluation and chat
 model_folder              the safetensors files of a model folder, into memory and into a prepared base
+plain_folder              what a saved folder has besides weights, so that transformers or PEFT alone open it
+base_model                the base of a recipe or of adapters; loaded_model: a model, loaded for evaluation and chat
 idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
 idefics3/                 Idefics3, SmolVLM and SmolVLM2
 """
@@ -25,6 +26,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import UserError, nearest
+from sft.core.shipped import resolve
 from sft.models.family import Family, FamilyNames, Images, Text, Weights
 from sft.recipe import Recipe, load_recipe
 
@@ -33,6 +35,21 @@ if TYPE_CHECKING:
 
 _known: dict[str, Family] = {}
 """Families that were asked for, by the `model_type` of their models."""
+
+
+def adapters_of(recipe: Recipe) -> Path | None:
+    """Return the folder of adapters that `model.path` names, to be trained further; None where it names a model."""
+    folder = resolve(recipe.model.path)
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def base_of(recipe: Recipe) -> str:
+    """Return the model that a recipe stands on: `model.path`, or the base of the adapters there."""
+    if adapters := adapters_of(recipe):
+        from sft.models.base_model import base_of_adapters  # it takes torch
+
+        return base_of_adapters(adapters)
+    return recipe.model.path
 
 
 def family_names() -> list[str]:

@@ -8,6 +8,9 @@ One call per run, because encoding word pieces apart changes the ids of a Senten
 prints `<image>`, the family's tokens of that image are put (`Images.token_ids`).
 
 Tokens, trained spans and image positions come out of the same pass: they cannot disagree.
+
+Of a message that is not to be learned (`Message.is_trained`) the text is withheld, and with an answer all that would be
+trained with it: the end of its turn, and the `</s>` after it.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 """What a template prints for an image, in every family."""
 
-Shape = tuple[tuple[str, tuple[bool, ...]], ...]
-"""A conversation without its words: for each message its role and, for each item, whether it is an image."""
+Shape = tuple[tuple[str, tuple[bool, ...], bool], ...]
+"""A conversation without its words: for each message its role, for each item whether it is an image, and whether the
+message is trained."""
 
 
 class _Piece(NamedTuple):
@@ -47,7 +51,8 @@ class _Piece(NamedTuple):
     text: str
     is_special: bool
     is_slot: bool
-    is_trained: bool
+    is_trained: bool | None
+    """None: withheld, of a message that is not to be learned."""
 
 
 class ChatTemplate:
@@ -119,8 +124,8 @@ class ChatTemplate:
         to_come = iter(tilings)
         positions: list[int] = []
         input_ids: list[int] = []
-        trained: list[bool] = []
-        run: list[tuple[str, bool]] = []  # (text, is trained)
+        trained: list[bool | None] = []
+        run: list[tuple[str, bool | None]] = []  # (text, is trained)
 
         def close_run() -> None:
             ids, flags = self._encode_run(run)
@@ -143,12 +148,13 @@ class ChatTemplate:
         return EncodedSample(
             key=key,
             input_ids=np.array(input_ids, dtype=np.int64),
-            trained_spans=_spans(trained),
+            trained_spans=_spans([flag is True for flag in trained]),
             image_positions=tuple(positions),
             image_weights=tuple(map(self.images.weight, tilings)),
+            withheld_spans=_spans([flag is None for flag in trained]),
         )
 
-    def _encode_run(self, run: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    def _encode_run(self, run: list[tuple[str, bool | None]]) -> tuple[list[int], list[bool | None]]:
         """Token ids of one run between special tokens, and whether each is trained."""
         text = "".join(part for part, _ in run)
         if not text:
@@ -157,7 +163,7 @@ class ChatTemplate:
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
         offsets = encoding["offset_mapping"]
-        flags: list[bool] = []
+        flags: list[bool | None] = []
         border = 0
         for part, is_trained in run:
             border += len(part)
@@ -172,7 +178,7 @@ class ChatTemplate:
                 "role": role,
                 "content": [{"type": "image"} if is_image else {"type": "text", "text": nonce} for is_image in items],
             }
-            for role, items in shape
+            for role, items, _ in shape
         ]
         (rendered,), (generated,) = render_jinja_template(
             [messages],
@@ -181,19 +187,21 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
         )
         borders = sorted({0, len(rendered), *(border for span in generated for border in span)})
-        pieces = []
+        learned_items = iter([is_learned for _, items, is_learned in shape for _ in items])
+        is_learned = True  # whether the message that is being printed is to be learned
+        pieces: list[_Piece] = []
         for start, end in pairwise(borders):
-            is_trained = any(first <= start and end <= last for first, last in generated)
-            for text in re.split(f"({nonce}|{self._special_pattern.pattern})", rendered[start:end]):
-                if text:
-                    pieces.append(
-                        _Piece(
-                            text=text,
-                            is_special=text in self._special_ids,
-                            is_slot=text == nonce,
-                            is_trained=is_trained,
-                        )
-                    )
+            is_answer = any(first <= start and end <= last for first, last in generated)
+            texts = [t for t in re.split(f"({nonce}|{self._special_pattern.pattern})", rendered[start:end]) if t]
+            of_items = [next(learned_items) for text in texts if text in (nonce, IMAGE)]
+            if is_answer and of_items:
+                is_learned = of_items[0]  # also for the blank before its text
+            for text in texts:
+                if text in (nonce, IMAGE):
+                    is_learned = of_items.pop(0)
+                is_withheld = not is_learned and (is_answer or text == nonce)
+                is_trained = None if is_withheld else is_answer
+                pieces.append(_Piece(text, text in self._special_ids, is_slot=text == nonce, is_trained=is_trained))
         return tuple(pieces)
 
 
@@ -214,7 +222,7 @@ def _without_comments(template: str) -> str:
 
 
 def _shape(messages: Sequence[Message]) -> Shape:
-    return tuple((m.role, tuple(isinstance(item, ImageRef) for item in m.content)) for m in messages)
+    return tuple((m.role, tuple(isinstance(item, ImageRef) for item in m.content), m.is_trained) for m in messages)
 
 
 def _images(messages: Sequence[Message]) -> list[ImageRef]:

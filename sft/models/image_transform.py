@@ -1,19 +1,20 @@
 """Encoded images -> uint8 tiles as a model takes them: one path for training, evaluation and chat.
 
 Images are decoded here and resized by `resize`; how they are cut is the family's (`Images.cut`). Training may crop,
-evaluation does not. torchvision is not used, there or not. EXIF orientation is not applied:
-IDEFICS's pipeline does not, in training nor in transformers.
+evaluation does not. torchvision is not used, there or not. Images are turned as their EXIF says. m4 did not, nor does
+IDEFICS's processor in transformers; but a user, an annotator and transformers' `load_image` see them so.
 
 JPEG is decoded by simplejpeg (libjpeg-turbo, from memory straight into an array), the rest by Pillow. Everything is
 resized by torch's integer kernel: vectorised, as Pillow's is not, with the same result on every instruction set. JPEGs
-are decoded whole. Decoding to a half, a quarter or an eighth (Pillow's `draft`) would save a tenth to a quarter of the
-time, but letters come out by 7/255 differently and fine texture by 4/255; scripts/bench/bench_pixels.py --alternatives.
+are decoded whole up to MAX_DECODED_PIXELS. Decoding all to a half, a quarter or an eighth (Pillow's `draft`) would save
+a tenth to a quarter of the time, but letters come out by 7/255 differently and fine texture by 4/255;
+scripts/bench/bench_pixels.py --alternatives.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from itertools import count
 from typing import NamedTuple
@@ -24,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from sft.core.images import decode_rgb, open_checked, read_bytes, size_of
-from sft.core.sample import ImageRef, Tiling
+from sft.core.image_formats import JPEG, turned
+from sft.core.images import Header, decode_rgb, open_checked, read_bytes, size_of
+from sft.core.sample import AS_SHOWN, Decoding, ImageRef, Tiling
 from sft.models.family import Images, Pixels, Tiles
 
 CROP_AREA = (0.9, 1.0)
@@ -37,7 +39,7 @@ _LOG_ASPECT = (math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1]))
 
 
 class Crop(NamedTuple):
-    """A box in pixels of the whole image; right and bottom are the first pixels outside."""
+    """A box in pixels of the decoded image; right and bottom are the first pixels outside."""
 
     left: int
     top: int
@@ -45,21 +47,27 @@ class Crop(NamedTuple):
     bottom: int
 
 
-def load_tiles(content: bytes, images: Images, crop: Crop | None = None) -> Tiles:
-    """Return the tiles of an encoded image, or of a crop of it; transparency over white. This is the one way from an
-    image file to what a model sees.
+def load_tiles(
+    content: bytes,
+    images: Images,
+    crop: Callable[[int, int], Crop] | None = None,
+    decoding: Decoding = AS_SHOWN,
+) -> Tiles:
+    """Return the tiles of an encoded image, or of the box that `crop` gives for its decoded width and height;
+    transparency over white. This is the one way from an image file to what a model sees.
 
     Raises:
         SkipSample: as `sft.core.images.decode_rgb`.
     """
-    pixels_HWC = _decode(content)
+    pixels_HWC, size = _decode(content, decoding)
     if crop is not None:
         height, width, _ = pixels_HWC.shape
-        if not (0 <= crop.left < crop.right <= width and 0 <= crop.top < crop.bottom <= height):
-            raise ValueError(f"{crop} is not inside an image of {width} x {height}")
-        pixels_HWC = pixels_HWC[crop.top : crop.bottom, crop.left : crop.right]
-    height, width, _ = pixels_HWC.shape
-    return images.cut(pixels_HWC, images.tiling(width, height))
+        box = crop(width, height)
+        if not (0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height):
+            raise ValueError(f"{box} is not inside an image of {width} x {height}")
+        pixels_HWC = pixels_HWC[box.top : box.bottom, box.left : box.right]
+        size = (box.right - box.left, box.bottom - box.top)
+    return images.cut(pixels_HWC, images.tiling(*size))
 
 
 def tiling_of(image: ImageRef, images: Images) -> Tiling:
@@ -70,7 +78,7 @@ def tiling_of(image: ImageRef, images: Images) -> Tiling:
     """
     if not images.depends_on_size:
         return images.one_tile
-    return images.tiling(*(image.size or size_of(read_bytes(image))))
+    return images.tiling(*(image.size or size_of(read_bytes(image), image.decoding)))
 
 
 def resize(pixels: Pixels, height: int, width: int, mode: str) -> NDArray[np.uint8]:
@@ -118,14 +126,23 @@ def _uniforms(*key: object) -> Iterator[float]:
         yield (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _decode(content: bytes) -> NDArray[np.uint8]:
-    """RGB (H, W, 3), writable, with the limits of `sft.core.images` checked before anything is decoded."""
-    header = open_checked(content)
-    if header.format == "JPEG" and header.mode in ("RGB", "L"):  # Pillow knows how Adobe writes CMYK
-        try:
-            if simplejpeg.decode_jpeg_header(content)[1::-1] == header.size:
-                decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(content)
-                return decoded
-        except ValueError:
-            pass  # damaged a little or a lot: what is readable is for Pillow to say, as when the store was made
-    return np.array(decode_rgb(content))
+def _decode(content: bytes, decoding: Decoding) -> tuple[Pixels, tuple[int, int]]:
+    """Return RGB (H, W, 3), writable, and the image's full width and height, with the limits of `sft.core.images`
+    checked before anything is decoded."""
+    header = open_checked(content, decoding)
+    pixels_HWC = _decode_jpeg(content, header)
+    return np.array(decode_rgb(content, decoding)) if pixels_HWC is None else pixels_HWC, header.size
+
+
+def _decode_jpeg(content: bytes, header: Header) -> Pixels | None:
+    """Return the pixels of a sound JPEG that is not CMYK, None of anything else."""
+    if header.image.format not in JPEG or header.image.mode not in ("RGB", "L"):  # Pillow knows how Adobe writes CMYK
+        return None
+    try:
+        if simplejpeg.decode_jpeg_header(content)[1::-1] != header.stored_size:
+            return None
+        width, height = header.least_size
+        pixels_HWC: Pixels = simplejpeg.decode_jpeg(content, min_width=width, min_height=height)
+        return turned(pixels_HWC, header.orientation)
+    except ValueError:
+        return None  # damaged a little or a lot: what is readable is for Pillow to say, as when the store was made

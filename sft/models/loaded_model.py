@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,19 @@ from transformers import PreTrainedTokenizerFast
 
 from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device
-from sft.core.shipped import shipped_root
-from sft.models import family_at
-from sft.models.base_model import prepare_base
+from sft.core.shipped import is_local, resolve, shipped_root
+from sft.models import family_at, get_family
+from sft.models.base_model import (
+    base_name,
+    base_of_adapters,
+    find_prepared_base,
+    prepare_in_cache,
+    recipe_of_adapters,
+)
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.family import Family, Images
-from sft.models.lora import is_adapter_folder, load_adapters, read_config, remove_adapters
+from sft.models.lora import is_adapter_folder, load_adapters, remove_adapters
 from sft.models.packed_model import PackedModel
-from sft.recipe import load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +164,21 @@ class _Turn:
 
 
 def find_base(adapters: Path) -> Path:
-    """Return the base model of a folder of adapters: the one that their config names, else that of the recipe next to
-    it.
+    """Return the base model of a folder of adapters: the folder that they name if it takes conversations as it is, else
+    its prepared copy. Nothing is written but in the user's cache.
 
     Raises:
-        UserError: it is in neither place.
+        UserError: it is not here, and cannot be made.
     """
-    named = read_config(adapters).base_model_name_or_path or ""
-    if (Path(named) / "config.json").is_file():
-        return Path(named)
-    recipe = adapters / "recipe.yaml"
-    if not recipe.is_file():
-        raise UserError(f"{adapters}: its base model {named or '(not named)'} is not there, nor a recipe that makes it")
+    name, recipe = base_of_adapters(adapters), recipe_of_adapters(adapters)
+    folder = resolve(name) if is_local(name) else name
     try:
-        return prepare_base(load_recipe(recipe))
+        family = get_family(recipe.model.family) if recipe else family_at(folder)
+        with suppress(UserError):
+            if isinstance(folder, Path) and load_template(family, folder):
+                return folder
+        if recipe and name in (recipe.model.path, base_name(recipe)):
+            return find_prepared_base(recipe)
+        return prepare_in_cache(name, family, recipe.model.image_settings if recipe else {})
     except UserError as error:
-        raise UserError(f"{adapters}: its base model {named} is not there, and the recipe's: {error}") from error
+        raise UserError(f"{adapters}: its base model {name}: {error}") from error

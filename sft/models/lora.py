@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,11 @@ _PREFIX = "base_model.model."
 _ADAPTER = ".default."
 
 
-def add_adapters(model: nn.Module, pattern: str, settings: LoraSettings, base: str | Path) -> None:
+def add_adapters(model: PackedModel, pattern: str, settings: LoraSettings, base: str | Path) -> None:
     """Put fresh float32 adapters beside the linear layers whose whole name matches `pattern`; freeze everything else.
 
-    They change nothing yet: B is zero. `base` is written to their config, for whoever loads them.
+    They change nothing yet: B is zero. The name of the base and its class in transformers are written to their config,
+    for whoever loads them.
 
     Raises:
         UserError: no layer matches.
@@ -48,6 +49,8 @@ def add_adapters(model: nn.Module, pattern: str, settings: LoraSettings, base: s
     )
     _add(model, config)
     config.base_model_name_or_path = str(base)
+    for architecture in model.config.architectures or ():  # one, by which `AutoPeftModel` knows what to load
+        config.auto_mapping = {"base_model_class": architecture, "parent_library": "transformers"}
 
 
 def _add(model: Any, config: LoraConfig) -> None:
@@ -136,6 +139,25 @@ def load_adapters(model: PackedModel, folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: {error}; was it trained on another model?") from error  # PEFT's: no such layers
     model.requires_grad_(False)
     return replaced
+
+
+def continue_adapters(model: PackedModel, folder: Path, group_of: Callable[[str], str]) -> None:
+    """Give the adapters of a model, and what is trained beside them, the weights in a folder, so that training goes on.
+
+    Raises:
+        UserError: they stand at other layers, or a group is frozen now of which the folder holds weights: the next
+            checkpoint would lack it.
+    """
+    with open_weights(folder) as tensors:
+        given = {key.removeprefix(_PREFIX) for key in tensors.keys()}  # noqa: SIM118
+    is_trained = {name.replace(_ADAPTER, "."): weight.requires_grad for name, weight in model.named_parameters()}
+    own = {name for name, trained in is_trained.items() if trained}
+    if apart := sorted(name for name in own ^ given if "lora_" in name):
+        lack, layer = "lack" if apart[0] in own else "have", apart[0].partition(".lora_")[0]
+        raise UserError(f"model.lora.targets: the adapters of {folder} {lack} {layer}; name the targets they have")
+    if frozen := sorted({group_of(name) for name in given & is_trained.keys() - own}):
+        raise UserError(f"model.trainable: the adapters of {folder} hold weights of {', '.join(frozen)}; add these")
+    _fill(model, folder, {})
 
 
 def _fill(model: nn.Module, folder: Path, replaced: dict[str, Tensor]) -> None:

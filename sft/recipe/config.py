@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sft.core.sample import Policy, TrainOn
+from sft.core.files import location
+from sft.core.sample import MAX_PIXELS, Orientation, Policy, TrainOn
+from sft.core.shipped import PREFIX
 from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
 from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
@@ -31,11 +35,28 @@ INLINE_FAMILIES = ("idefics3", "smolvlm")
 INLINE_LENGTH = 8192
 """Tokens of their packs: 2,048 hold one split image of SmolVLM-256M and none of Idefics3-8B."""
 
+
+def as_section(value: Any) -> Any:
+    """Return `reference` as `{store: reference}`."""
+    return {"store": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    """Return one word as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 Number = BeforeValidator(_no_truth_value)
+OneOrMore = BeforeValidator(_as_list)
 Positive = Annotated[int, Field(gt=0), Number]
 Share = Annotated[float, Field(gt=0), Number]
 Beta = Annotated[float, Field(ge=0, lt=1), Number]
 Seed = Annotated[int, Field(ge=0), Number]
+ImageStore = Literal["embed", "reference"]
+MOST_PIXELS = 178_956_970
+"""Pillow opens no larger image."""
+WARMUP_SHARE = 0.03
+"""Part of the steps that warm-up takes under `training.epochs`, if nothing is said: that of LLaVA's recipes."""
 Scoring = Literal[
     "letter",  # the option whose letter is the likeliest answer
     "text",  # the option whose full text is
@@ -79,7 +100,7 @@ class ImageSettings(_Part):
 
 class ModelConfig(_Part):
     path: str
-    """Base model: a folder, a hub id, or `shipped:tiny_base`."""
+    """Base model: a folder, a hub id, or `shipped:tiny_base`; or a folder of adapters, to train them further."""
     family: str = "idefics"
     """Kind of model: a folder of sft/models/, or the dotted name of a package of your own."""
     images: ImageSettings | None = None
@@ -150,8 +171,20 @@ class DatasetConfig(_Part):
 
     @property
     def store_name(self) -> str:
-        """Name of the prepared store: the adapter and a digest of path, split and options."""
-        asked = json.dumps([self.path, self.split, self.options], sort_keys=True)
+        """Name of the prepared store: the adapter and a digest of path, split and options. The path is that of the
+        file, however it is spelled, relative to the current directory where it is in it."""
+        if self.path is None or self.path.startswith(PREFIX):
+            return self._named(self.path)
+        path, here = location(Path(self.path).expanduser()), Path.cwd()
+        return self._named(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+    def store_in(self, folder: str) -> Path:
+        """Return where the store is in a folder of stores; earlier versions named it by the path as it is spelled."""
+        own, earlier = Path(folder) / self.store_name, Path(folder) / self._named(self.path)
+        return own if own.exists() or not earlier.exists() else earlier
+
+    def _named(self, path: str | None) -> str:
+        asked = json.dumps([path, self.split, self.options], sort_keys=True)
         return f"{self.dataset.rsplit('.', 1)[-1]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
 
@@ -181,6 +214,17 @@ class ValidationConfig(_Part):
         return self
 
 
+class ImagesConfig(_Part):
+    store: ImageStore = "embed"
+    """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
+    orientation: Orientation = "apply"
+    """`apply`: images are turned as their EXIF says and as a viewer shows them. `ignore`: they are as they are stored,
+    for data that were annotated so."""
+    max_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS), Number] = MAX_PIXELS
+    """Images of more pixels are skipped: 50 and 64 megapixels of a telephone are taken, 108 are not. While it is
+    decoded, one of 50 megapixels takes up to 0.2 GB as JPEG, 0.5 GB as PNG, 0.9 GB as WebP."""
+
+
 class DataConfig(_Part):
     store: str = "stores"
     """Folder of the prepared datasets."""
@@ -189,7 +233,8 @@ class DataConfig(_Part):
     share_unit: Literal["tokens", "trained_tokens", "samples"] = "tokens"
     """What a share counts. Under answers-only training a third of the tokens can be over half of the gradient."""
     train_on: TrainOn = "assistant"
-    """Which tokens are trained. `assistant`: the answers. `all`: every token after the first, as in 2023."""
+    """Which tokens are trained. `assistant`: the answers. `all`: every token after the first, as in 2023. Turns that
+    the data mark as not to be learned are never trained."""
     sequence_length: Positive = 2048
     """Tokens of a pack. Left out where images are part of the text (idefics3): 8192."""
     max_images_per_pack: Positive = 24
@@ -207,8 +252,10 @@ class DataConfig(_Part):
     """What is held out of training. An image held out of one source is held out of all."""
     verify: Literal["decode", "header"] = "decode"
     """How images are checked when they are prepared: `decode` each once, or read its `header` only (web scale)."""
-    images: Literal["embed", "reference"] = "embed"
-    """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
+    images: Annotated[ImagesConfig, BeforeValidator(as_section, json_schema_input_type=ImageStore | ImagesConfig)] = (
+        ImagesConfig()
+    )
+    """How images are stored and seen. `images: reference` is short for `images: {store: reference}`."""
     augment: Literal["crop", "none"] = "none"
     """Augmentation of training images. `crop`: a random box of nine tenths or more of the image, another at each step,
     as the idefics-9b-instruct card's transform does. `none`: the whole image."""
@@ -219,8 +266,10 @@ class DataConfig(_Part):
     max_dirty_samples: Annotated[int, Field(ge=0)] = 100
     """Training stops when more samples than this have an image that was sound when prepared and is damaged now. Up to
     this number such an image is black, and its samples are not trained on."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that make batches and decode images. 0: the training process does it between two steps."""
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that make batches and decode images. 0: the training process does it between two steps. Left out: with
+    a GPU up to 4, as far as there are cores besides one for each training process; without one 0, since the model needs
+    the cores."""
     worker_timeout: Positive = 120
     """Seconds that training waits for a batch of a worker before it stops and names the samples being worked on."""
     max_skip_share: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -255,8 +304,11 @@ class GroupConfig(_Part):
 
 
 class TrainingConfig(_Part):
-    max_steps: Positive
-    """Optimizer steps."""
+    max_steps: Positive | None = None
+    """Optimizer steps. Either this or `epochs` is required."""
+    epochs: Annotated[float, Field(gt=0), Number] | None = None
+    """In place of `max_steps`: training ends when it has gone so many times through the first source of `data.mixture`.
+    The other sources give their shares until then. It may be a fraction, like 0.5."""
     tokens_per_step: Positive
     """Tokens of an optimizer step: a whole number of packs."""
     micro_batch_packs: Positive = 1
@@ -264,11 +316,12 @@ class TrainingConfig(_Part):
     learning_rate: Rate
     """Peak, after warm-up."""
     final_learning_rate: Decay | None = None
-    """Learning rate at `max_steps`, 0 if left out; the decay between is linear."""
+    """Learning rate at the last step's end, 0 if left out; the decay between is linear."""
     decay_steps: Positive | None = None
     """In place of `final_learning_rate`: the step at which the linear decay would reach 0. Training may stop before."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up: step n of them has n / `warmup_steps` of the peak. Left out: none with `max_steps`, 3 %
+    of the steps with `epochs`."""
     optimizer: OptimizerName = Field(default="adamw", description=_listed(OPTIMIZERS))
     weight_decay: Decay = 0.1
     """Weight decay, without norms, biases, gates and the resampler (m4's rule)."""
@@ -290,21 +343,31 @@ class TrainingConfig(_Part):
     gradient_checkpointing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Recompute activations in the backward pass: less memory, about a third more work. `true`, or the share of the
     layers, evenly spread, that do so; `idefics-sft plan` shows the memory and work of each share."""
-    report_to: tuple[Literal["trackio", "wandb", "tensorboard"], ...] = ()
-    """Trackers that get every line of metrics.jsonl. Their packages are installed separately."""
+    report_to: Annotated[tuple[Literal["trackio", "wandb", "tensorboard"], ...], OneOrMore] = ()
+    """Trackers that get every line of metrics.jsonl: one, or a list. Their packages are installed separately."""
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_retired(cls, values: Any) -> Any:
-        """Drop a key of earlier versions, a constant now, as the recipes of their runs have it."""
-        if not isinstance(values, dict) or values.get("max_nonfinite_steps") != 3:
+    def _fill(cls, values: Any) -> Any:
+        """Drop a key of earlier versions, a constant now, as the recipes of their runs have it; fill in that
+        `max_steps` brings no warm-up."""
+        if not isinstance(values, dict):
             return values
-        return {key: value for key, value in values.items() if key != "max_nonfinite_steps"}
+        retired = {"max_nonfinite_steps"} if values.get("max_nonfinite_steps") == 3 else set()
+        values = {key: value for key, value in values.items() if key not in retired}
+        has_none = values.get("max_steps") is not None and values.get("warmup_steps") is None
+        return values | ({"warmup_steps": 0} if has_none else {})
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
+        if self.max_steps is None and self.epochs is None:
+            raise ValueError("max_steps or epochs is required; epochs: 3 is usual")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("max_steps and epochs both say when training ends; leave one out")
         if self.decay_steps is None:
             return self
+        if self.max_steps is None:
+            raise ValueError("decay_steps goes with max_steps; with epochs set final_learning_rate, or leave it out")
         if self.final_learning_rate is not None:
             raise ValueError("final_learning_rate and decay_steps both say how the learning rate ends; leave one out")
         if self.decay_steps < self.max_steps:
@@ -313,6 +376,23 @@ class TrainingConfig(_Part):
                 "the last steps would train nothing"
             )
         return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, of settings with `max_steps`."""
+        assert self.max_steps is not None
+        return self.max_steps
+
+    def of_steps(self, steps: int) -> TrainingConfig:
+        """Return the settings of a training that ends at a step, as planned: warm-up and decay are of so many steps.
+
+        Raises:
+            ValueError: its warm-up lasts longer.
+        """
+        warmup = ceil(WARMUP_SHARE * steps) if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps > 1:
+            raise ValueError(f"training.warmup_steps is {warmup}, and training ends after {steps} steps; lower it")
+        return self.model_copy(update={"max_steps": steps, "warmup_steps": min(warmup, steps - 1)})
 
 
 class DistributedConfig(_Part):
@@ -339,7 +419,7 @@ class EvaluationConfig(_Part):
     `NAME=PATH` names data of its own. Of several, all are evaluated and the first one chooses. Left out: `exact_match`
     for a .jsonl, `mmbench` for other benchmarks, `loss` without one."""
     split: str | None = None
-    """The part of a benchmark that is asked, where it has several; left out, the first in `idefics-sft tasks list`."""
+    """The part of a benchmark to evaluate, if it has several; left out, the first in `idefics-sft tasks list`."""
     rule: Rule = "best"
     """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
     did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
@@ -356,7 +436,7 @@ class EvaluationConfig(_Part):
     shots: Annotated[int, Field(ge=0)] = 0
     """Answered questions shown before each question."""
     support: str | None = None
-    """The TSV of the shots. Left out: a tenth of the benchmark's images, which are then not asked about."""
+    """The TSV of the shots. Left out: a tenth of the benchmark's images, which are then not evaluated."""
     max_questions: Positive | None = None
     """Evaluate a seeded part of the benchmark of at most so many questions, by whole images."""
     seed: Seed = 0
@@ -412,8 +492,10 @@ class Recipe(_Part):
             )
         if patience and not every:
             raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
-        if self.training.warmup_steps >= self.training.max_steps:
+        if self.training.max_steps and (self.training.warmup_steps or 0) >= self.training.max_steps:
             raise ValueError("training.warmup_steps must be less than training.max_steps")
+        if self.training.epochs and self.data.mixture[0].max_epochs:
+            raise ValueError("training.epochs and data.mixture.0.max_epochs both limit the first source; leave one out")
         trained = self.model.trained_groups
         untrained = [] if trained is None else sorted(self.training.groups.keys() - trained)
         if untrained:
@@ -424,6 +506,15 @@ class Recipe(_Part):
     def packs_per_step(self) -> int:
         """Packs of an optimizer step."""
         return self.training.tokens_per_step // self.data.sequence_length
+
+    @property
+    def limited_data(self) -> DataConfig:
+        """`data`, in which the first source ends training after `training.epochs`, if that is set."""
+        if self.training.epochs is None:
+            return self.data
+        first, *others = self.data.mixture
+        first = first.model_copy(update={"max_epochs": self.training.epochs, "when_exhausted": "stop"})
+        return self.data.model_copy(update={"mixture": (first, *others)})
 
     def to_yaml(self) -> str:
         """Return the whole recipe as YAML, with every default filled in."""

@@ -119,13 +119,49 @@ def _of_what(location: Location) -> str:
     return ""
 
 
+ELSEWHERE = """
+training.epochs = num_train_epochs num_epochs n_epochs max_epochs epochs
+training.max_steps = steps num_steps num_train_steps max_train_steps
+training.learning_rate = lr peak_lr base_lr
+training.final_learning_rate (the decay is linear) = min_lr final_lr lr_scheduler lr_scheduler_type
+training.tokens_per_step (tokens of a step, all devices together) = batch_size train_batch_size global_batch_size \
+    gradient_accumulation_steps accumulate_grad_batches
+training.micro_batch_packs = per_device_train_batch_size per_device_batch_size micro_batch_size
+training.warmup_steps (a number; left out, 3 % of the steps of training.epochs) = warmup_ratio warmup warmup_iters
+training.clip = max_grad_norm gradient_clipping grad_clip
+training.betas (both in a list) = adam_beta1 adam_beta2
+training.optimizer = optim optimizer_type
+training.precision = bf16 fp16 dtype torch_dtype mixed_precision
+checkpoints.every_steps = save_steps save_interval
+evaluation.every_steps = eval_steps
+data.sequence_length = max_length max_seq_length max_seq_len cutoff_len seq_length
+data.validation.share = val_size val_set_size test_size
+data.num_workers = dataloader_num_workers workers
+model.path = model_name_or_path base_model model_id
+model.lora.r = lora_r lora_rank
+model.lora.alpha = lora_alpha
+model.lora.targets = target_modules lora_target lora_target_modules
+model.mode (qlora) = load_in_4bit quantization_bit
+"""
+"""Keys here, and what other trainers call them."""
+
+
+def _hint_from_others(name: str) -> str:
+    """Return the hint for a key of another trainer."""
+    known = name.lower().replace("-", "_")
+    lines = (line.split(" = ") for line in ELSEWHERE.strip().splitlines())
+    return next((f"; here it is {key}" for key, names in lines if known in names.split()), "")
+
+
 def _hint(location: Location) -> str:
     """Return a hint at the key that an unknown one may stand for: one of the same name in another part, else of a near
     name."""
     name = str(location[-1])
     near = nearest(name, _part_at(location[:-1]).model_fields)
-    if len(location) > 2:  # deeper, names like `path` mean other things
+    if len(location) > 2 and near:  # deeper, names like `path` mean other things
         return near
+    if (hint := _hint_from_others(name)) or len(location) > 2:
+        return hint
     return _hint_undotted(name) or _hint_elsewhere(name, 1.0) or near or _hint_elsewhere(name, 0.8)
 
 

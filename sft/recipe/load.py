@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from sft.core.errors import UserError
-from sft.recipe.config import Recipe
+from sft.recipe.config import Recipe, as_section
 from sft.recipe.explain import explain_overrides, explain_problems, in_words
 
 MAX_RECIPE_BYTES = 1024 * 1024
@@ -92,6 +92,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_ALTERNATIVES = {"training.epochs": "max_steps", "training.max_steps": "epochs"}
+"""Overrides that take the place of another key of the same part."""
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set `a.b.0.c=value` in nested mappings and lists."""
     key, equals, text = override.partition("=")
@@ -105,6 +109,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         elif isinstance(place, dict):
             if place.get(part) is None:
                 place[part] = {}
+            if part == "images":
+                place[part] = as_section(place[part])
             place = place[part]
         else:
             raise UserError(f"override {override!r}: there is no {part!r} to go into")
@@ -116,5 +122,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
+        if value is not None and (other := _ALTERNATIVES.get(key)):
+            place.pop(other, None)  # the recipe's
     else:
         raise UserError(f"override {override!r}: there is no {last!r} to set")

@@ -16,7 +16,7 @@ from markupsafe import Markup
 Point = tuple[float, float]
 
 WIDTH = 440
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 26
 _DECADES_FOR_LOG = 0.9
 """A quantity that spans more powers of ten than this is drawn on a logarithmic scale, where asked for one."""
 _NAMED = 8
@@ -135,7 +135,8 @@ def _grid(
     for value in steps:
         if value == int(value):
             yield f'<text x="{x(value)}" y="{base + 18}" text-anchor="middle">{int(value):,}</text>'
-    yield f'<text class="unit" x="{width - RIGHT}" y="{height - 3}" text-anchor="end">step</text>'
+    # Left of the first number, in the same line, so that no number can run into it.
+    yield f'<text class="unit" x="{LEFT - 22}" y="{base + 18}" text-anchor="end">step</text>'
 
 
 def _draw(one: Series, x: Axis, y: Axis) -> Iterable[str]:

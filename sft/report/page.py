@@ -6,7 +6,7 @@ Every text of a run goes through the template's escaping; there is no script in 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ FILE = "report.html"
 STATUS = {
     "finished": "finished",
     "running": "running",
-    "stopped": "stopped, can be gone on with",
+    "stopped": "stopped, can be resumed",
     "failed": "failed",
 }
 
@@ -67,7 +67,7 @@ def view(run: Run) -> dict[str, Any]:
         "figures": list(_key_figures(run)),
         "problems": list(_problems(run)),
         "selection": run.selection,
-        "selection_words": list(selection_words(run)),
+        "conclusions": list(_conclusions(run)),
         "scores": list(scores(run)),
         "score_panels": list(score_panels(run)),
         "category_panels": list(category_panels(run.selection)),
@@ -98,6 +98,14 @@ def _about(run: Run) -> str:
     return f"{model.path} · {how} · {trained} · {len(data.mixture)} source{'s' * (len(data.mixture) != 1)}"
 
 
+def _conclusions(run: Run) -> Iterator[str]:
+    """Yield sentences, the most important first: how the selected checkpoint does, or how the held-out loss moved."""
+    yield from selection_words(run.selection)
+    if not run.selection and len(loss := held_out(run)) > 1:
+        (first, before), (last, after) = loss[0], loss[-1]
+        yield f"The held-out loss went from {before:.3f} at step {first:,.0f} to {after:.3f} at step {last:,.0f}."
+
+
 def _key_figures(run: Run) -> Iterable[tuple[str, str]]:
     status = run.status
     step = max(status.step, run.lines[-1]["step"] if run.lines else 0)
@@ -124,19 +132,19 @@ def _problems(run: Run) -> Iterable[str]:
     status = run.status
     if status.status == "running":
         yield (
-            "This run is being trained, or was killed: the page shows what it has written so far, and is made anew by "
-            "the same command."
+            "This run is being trained, or was killed. The page shows what it has written so far; "
+            "the same command updates it."
         )
     if status.status == "failed":
-        yield f"Failed after step {status.step:,}: {status.why or 'the reason was not written down'}"
+        yield f"Failed after step {status.step:,}: {status.why or 'the reason was not recorded'}"
     if status.status == "stopped":
-        yield f"Stopped after step {status.step:,}; `idefics-sft train {shlex.quote(str(run.path))}` goes on with it."
+        yield f"Stopped after step {status.step:,}; `idefics-sft train {shlex.quote(str(run.path))}` resumes it."
     if not run.lines:
         yield "No step was finished, so there is nothing to draw."
     for name, reason in (status.failed_evaluations or {}).items():
         yield f"{name}: failed, training went on: {reason}"
     if run.nonfinite_steps:
-        yield f"{run.nonfinite_steps:,} steps had a loss or gradient that was not finite, and changed nothing."
+        yield f"{run.nonfinite_steps:,} steps had a loss or gradient that was not finite, and were left out."
     if dirty := sum(line.get("dirty_samples", 0) for line in run.lines):
         yield f"{dirty:,} samples were not trained on: an image of theirs could not be read any more."
 

@@ -141,11 +141,13 @@ def loss_panels(run: Run) -> Iterable[Panel]:
     yield Panel("Loss", "per trained token" + "; dots: held out" * bool(held_out(run)), svg)
     rates = series(run.lines, "learning_rate")
     svg = chart([Series(points=_thin(rates))], label="learning rate", format_y=scientific, from_zero=True)
-    yield Panel("Learning rate", "of the groups that have none of their own", svg)
+    yield Panel("Learning rate", "of all groups without their own", svg)
 
 
 def source_panels(run: Run) -> Iterable[Panel]:
-    """Yield the training and held-out loss of each source."""
+    """Yield the training and held-out loss of each source, if there are several."""
+    if len(run.recipe.data.mixture) < 2:
+        return
     last = float(run.lines[-1]["step"]) if run.lines else None
     for number, source in enumerate(run.recipe.data.mixture):
         points = source_losses(run.lines, source.name)
@@ -191,7 +193,7 @@ def speed_panels(run: Run) -> Iterable[Panel]:
             from_zero=True,
             height=SMALL,
         )
-        yield Panel("Memory", "GiB, the peak so far of one process", svg)
+        yield Panel("Memory", "GiB, the highest so far of one process", svg)
     if norms:
         lines = [Series(points=_thin(norms), style="faint"), Series(points=_smooth(norms))]
         yield Panel(

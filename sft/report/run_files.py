@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.core.errors import UserError
+from sft.core.files import text_lines
 from sft.data.store import Store
 from sft.recipe import Recipe
 from sft.runs.checkpoint import checkpoints
@@ -67,7 +68,7 @@ def _lines(file: Path) -> Iterable[Line]:
     """Yield lines of JSON; the last one may not be complete yet."""
     if not file.is_file():
         return
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+    for number, text in enumerate(text_lines(file), 1):
         if not text.endswith("\n"):
             return
         try:
@@ -103,7 +104,7 @@ def _step(name: str) -> int | None:
 def _manifests(recipe: Recipe, source: int) -> Iterable[Line]:
     for dataset in recipe.data.mixture[source].datasets:
         try:
-            manifest = Store(Path(recipe.data.store) / dataset.store_name).manifest
+            manifest = Store(dataset.store_in(recipe.data.store)).manifest
         except UserError:  # the run was copied here without its data
             continue
         yield {"dataset": dataset.dataset, "path": dataset.path, **manifest}

@@ -32,34 +32,42 @@ def between(interval: Sequence[float] | None, selection: Line) -> str:
     return " to ".join(score_text(limit, selection) for limit in interval) if interval else ""
 
 
-def selection_words(run: Run) -> Iterable[str]:
-    """Yield sentences: which checkpoint was selected, why, and how sure that is."""
-    chosen = run.selection
+def selection_words(chosen: Line | None) -> Iterable[str]:
+    """Yield sentences: which checkpoint was selected, why, and how sure that is. `chosen` has the keys of
+    selection.json."""
     if not chosen:
         return
     score = score_of(chosen, chosen["selected"])
     limits = f" (95 % interval {between(score['interval'], chosen)})" if score.get("interval") else ""
     yield f"{chosen['selected']} was selected: {_reason(chosen)} {score_text(score['score'], chosen)}{limits}."
     questions, reported = chosen.get("questions", (0, 0))
-    ranks = " and ".join(chosen.get("ranks", ()))
+    ranks = " and ".join(chosen.get("ranks", ())) + ", the mean of both" * (len(chosen.get("ranks", ())) == 2)
     if reported:
         kind = "samples" if chosen["by"] == "loss" else "questions"
-        of = f"{reported:,} {kind} about {chosen.get('images', 0):,} images or texts"
-        half = f", which are not the {questions:,} that chose" if chosen.get("chosen_on") == "half" else ""
-        mean = f", the mean of ranking by {ranks}" if " and " in ranks else f", by {ranks}" if ranks else ""
-        yield f"Figures are of {of} of {chosen['benchmark']}{mean}{half}."
+        yield (
+            f"The figures are from {reported:,} {kind} about {chosen.get('images', 0):,} images or texts "
+            f"of {chosen['benchmark']}{f', ranked by {ranks}' if ranks else ''}."
+        )
+        if chosen.get("chosen_on") == "half":
+            yield f"The choice was made on {questions:,} other {kind}."
+    elif chosen["by"] == "loss":
+        yield "Training recorded only the mean of the loss, so how sure the choice is cannot be said."
     if chosen["best"] != chosen["selected"]:
-        yield f"The best by the card's rule, the highest figure alone, would be {chosen['best']}."
+        yield f"{chosen['best']} has the {_extreme(chosen)}."
     if chosen.get("cross_fitted") is not None:
         worth = score_text(chosen["cross_fitted"], chosen)
         limits = between(chosen.get("cross_fitted_interval"), chosen)
         limits = f" ({limits})" if limits else ""
-        yield f"Chosen on one half and scored on the other, the choice is worth {worth}{limits}."
+        yield f"Cross-fitted, that is, chosen on one half and scored on the other, the choice scores {worth}{limits}."
+
+
+def _extreme(chosen: Line) -> str:
+    metric = metric_of(chosen)
+    return f"lowest {metric.name}" if metric.lower_is_better else "highest score"
 
 
 def _reason(chosen: Line) -> str:
-    metric = metric_of(chosen)
-    extreme = f"lowest {metric.name}" if metric.lower_is_better else "highest score"
+    extreme = _extreme(chosen)
     if chosen["rule"] == "earliest_not_worse":
         return "it is the earliest that cannot be told apart from the best, and has"
     if chosen["selected"] != chosen["best"]:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.shipped import PREFIX, is_local, recipe_path, resolve
-from sft.recipe import Recipe, load_recipe
+from sft.recipe import DataConfig, Recipe, load_recipe
 from sft.runs.checkpoint import checkpoint_name, checkpoints, incomplete_checkpoints, problem_of_weights
 
 
 def find_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load the recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder."""
+    """Load the recipe called `name`: a path, a shipped name, or a RUN folder, whose output_dir is that folder then."""
     file = _recipe_file(name)
     _refuse_ambiguity(name, file)
     recipe = load_recipe(file, overrides)
-    if (Path(name) / "recipe.yaml").is_file() and not any(override.startswith("output_dir=") for override in overrides):
-        return recipe.model_copy(update={"output_dir": name})
-    return recipe
+    if not (Path(name) / "recipe.yaml").is_file():
+        return recipe
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.store" not in given:
+        recipe = recipe.model_copy(update={"data": _with_moved_store(recipe, Path(name))})
+    return recipe if "output_dir" in given else recipe.model_copy(update={"output_dir": name})
+
+
+def _with_moved_store(recipe: Recipe, run_dir: Path) -> DataConfig:
+    """Return the data settings of a run that may have been copied or moved to `run_dir`: a store inside the run is the
+    one there; another is looked for at the same place relative to the run, where the old one is gone."""
+    old_run, store = Path(recipe.output_dir), Path(recipe.data.store)
+    moved = Path(os.path.normpath(run_dir / os.path.relpath(store, old_run)))
+    if store.is_relative_to(old_run) or (old_run.is_absolute() and not store.exists() and moved.exists()):
+        return recipe.data.model_copy(update={"store": str(moved)})
+    return recipe.data
 
 
 def _recipe_file(name: str) -> Path:
@@ -103,6 +117,13 @@ def find_model(name: str) -> Path | str:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{selection}: damaged; delete it and run `idefics-sft select {text}` again") from error
     return _sound(run_dir / "checkpoints" / selected, name)
+
+
+def chosen_by(path: Path | str) -> str:
+    """Return how a checkpoint was chosen, to be printed after its name; empty where it was not."""
+    file = Path(path).parent.parent / "selection.json"
+    selection = json.loads(file.read_text()) if file.is_file() else {}
+    return f", selected by {selection.get('benchmark')}" if selection.get("selected") == Path(path).name else ""
 
 
 def _sound(checkpoint: Path, name: str) -> Path:

@@ -10,8 +10,6 @@ from sft.report.panels import category_panels, chosen_panel
 from sft.report.sheet import COLUMN, WHOLE, sheet
 from sft.selection.record import Selection, as_json
 
-FILE = "selection.svg"
-
 
 def write_plot(selection: Selection, file: Path) -> None:
     """Write the plot as an SVG that stands by itself; the same selection gives the same bytes."""

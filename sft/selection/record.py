@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from sft.core.files import write_atomically
 from sft.core.metric import ACCURACY, Metric
 from sft.recipe import Rule
 
-FILE = "selection.json"
+FILE, PLOT, KEPT = "selection.json", "selection.svg", "selections"
 
 ChosenOn = Literal[
     "all",  # all questions; the winner's own figure is then optimistic, the cross-fitted one is not
@@ -82,15 +82,45 @@ def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
     return replace(selection, scores=tuple(scores))
 
 
-def write_selection(selection: Selection, run_dir: Path) -> None:
-    """Write `selection.json`, whole or not at all."""
-    write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")
+def write_selection(selection: Selection, run_dir: Path, *, use: bool = False) -> str:
+    """Keep a selection in `selections/`, a file for each benchmark, and make it the current one, `selection.json`,
+    where `use` says so, no other is, or the current one is by the same benchmark. Return where its plot belongs."""
+    current = current_selection(run_dir)
+    for keys in (current, as_json(selection)):  # one of an earlier version is kept only now
+        if keys is not None:
+            (run_dir / KEPT).mkdir(exist_ok=True)
+            write_atomically(run_dir / KEPT / f"{chooser(keys)}.json", json.dumps(keys, indent=2) + "\n")
+    if use or current is None or is_current(selection, run_dir):
+        write_atomically(run_dir / FILE, json.dumps(as_json(selection), indent=2) + "\n")
+    return plot_of(selection, run_dir)
+
+
+def plot_of(selection: Selection, run_dir: Path) -> str:
+    """Return where the plot of a selection, which was written, belongs in the folder of its run."""
+    return PLOT if is_current(selection, run_dir) else f"{KEPT}/{chooser(as_json(selection))}.svg"
+
+
+def chooser(keys: Mapping[str, Any]) -> str:
+    """Return what chose, by the keys of a selection."""
+    return "held_out_loss" if keys["by"] == "loss" else str(keys["benchmark"])
+
+
+def current_selection(run_dir: Path) -> dict[str, Any] | None:
+    """Return the keys of `selection.json`, by which the checkpoint of a run is found; None where none was selected."""
+    file = run_dir / FILE
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def is_current(selection: Selection, run_dir: Path) -> bool:
+    """Return whether a selection, which was written, is the current one."""
+    current = current_selection(run_dir)
+    return current is not None and chooser(current) == chooser(as_json(selection))
 
 
 def is_chosen_on_half(run_dir: Path) -> bool:
     """Return whether the checkpoint of a run was chosen on one half of the images: figures come from the other."""
-    file = run_dir / FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chosen_on") == "half")
+    return (current_selection(run_dir) or {}).get("chosen_on") == "half"
 
 
 def as_json(selection: Selection) -> dict[str, Any]:

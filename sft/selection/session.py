@@ -24,9 +24,9 @@ from sft.runs.checkpoint import checkpoints, incomplete_checkpoints, is_complete
 from sft.runs.names import run_checkpoints
 from sft.runs.status import RunStatus
 from sft.selection.outcomes import read_outcomes
-from sft.selection.plot import FILE, write_plot
+from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
-from sft.selection.record import ChosenOn, Selection, without_weights, write_selection
+from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
 from sft.selection.rules import choose, choose_by_recorded_loss
 
 POLL_SECONDS = 20.0
@@ -53,9 +53,11 @@ class Session:
         log: Callable[[str], None],
         progress: Progress,
         chosen_on: ChosenOn = "all",
+        use: bool = False,
     ) -> None:
         """`held_out` opens what `data.validation` holds out, and the template that encodes it; it is called only where
-        the loss is among the tasks."""
+        the loss is among the tasks. For `use` see `write_selection`."""
+        self._use = use
         self.recipe = recipe
         self.run_dir = Path(recipe.output_dir)
         self.failed: dict[str, str] = {}
@@ -71,10 +73,8 @@ class Session:
         self._tasks: list[Task] | None = None
 
     def select(self) -> Selection:
-        """Evaluate every checkpoint, choose, and write selection.json and the plot.
-
-        A checkpoint that is damaged or whose evaluation fails is logged, left out and named among the warnings of the
-        selection; `check_all_evaluated` raises afterwards.
+        """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged, or
+        whose evaluation fails, is logged, left out and named among the warnings; `check_all_evaluated` raises then.
 
         Raises:
             UserError: there is nothing to choose from or by.
@@ -289,12 +289,12 @@ class Session:
         left_out = (f"left out: {name}: {why}" for name, why in self.failed.items())
         selection = replace(selection, warnings=(*selection.warnings, *left_out))
         self._write(selection)
-        if self.recipe.checkpoints.keep_weights == "best+last" and (gone := prune_weights(self.run_dir, selection)):
+        is_wanted = self.recipe.checkpoints.keep_weights == "best+last" and is_current(selection, self.run_dir)
+        if is_wanted and (gone := prune_weights(self.run_dir, selection)):
             self._log(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
             return self._write(without_weights(selection, gone))
         return selection
 
     def _write(self, selection: Selection) -> Selection:
-        write_selection(selection, self.run_dir)
-        write_plot(selection, self.run_dir / FILE)
+        write_plot(selection, self.run_dir / write_selection(selection, self.run_dir, use=self._use))
         return selection

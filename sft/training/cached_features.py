@@ -29,7 +29,11 @@ def open_feature_cache(
     family, model = opened.family, opened.model
     groups = names_of_family(recipe.model.family).encoder_groups
     weights = ((n, weight) for n, weight in model.named_parameters() if family.weights.group_of(n) in groups)
-    settings = {"model": family.weights.encoder_settings(model.config), "precision": precision_of(recipe)}
+    settings = {
+        "model": family.weights.encoder_settings(model.config),
+        "precision": precision_of(recipe),
+        "orientation": recipe.data.images.orientation,
+    }
     stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
     cache = FeatureCache(stores, fingerprint(weights, settings), opened.template.images)
     done, images = cache.count()

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset
 from sft.batches.collate import collate
 from sft.batches.data_loader import BatchMaker
 from sft.batches.image_source import NoiseImages
+from sft.batches.look_ahead import look_ahead, planned
 from sft.batches.steps import Plan, Plans
 from sft.core.sample import Batch, EncodedSample, PlacedSample
 from sft.data.sources import Sources
@@ -55,6 +56,7 @@ def dry_run(recipe: Recipe, sources: Sources, log: Log = lambda line: None) -> l
         UserError: as `sft.training.run.train`, or a check of `sft.checks` fails.
         RunError: a check fails, or there is not enough memory.
     """
+    recipe = planned(recipe, look_ahead(recipe, sources.sources))
     opened = open_model(recipe, prepare_base(recipe), log)
     choose_trained(recipe, opened, log)
     return measure(recipe, opened, plan_steps(recipe, sources, opened))

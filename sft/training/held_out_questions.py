@@ -45,7 +45,7 @@ def _text_of(message: Message) -> str:
 
 def _thumbnail(image: ImageRef) -> str:
     file = io.BytesIO()
-    small = decode_rgb(read_bytes(image))
+    small = decode_rgb(read_bytes(image), image.decoding)
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(file, "JPEG", quality=88)
     return b64encode(file.getvalue()).decode()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sft.core.distributed import all_reduce_sum
-from sft.core.files import explain_full_disk
+from sft.core.files import explain_full_disk, text_lines
 from sft.core.sample import IGNORE_INDEX, NO_SOURCE, Batch
 
 METRICS, BEFORE, NONFINITE, SPIKES = "metrics.jsonl", "before.json", "nonfinite.jsonl", "spikes.jsonl"
@@ -47,6 +47,8 @@ class StepMetrics:
     def reset(self) -> None:
         """Begin a step."""
         self.dirty_samples = 0
+        self.waited = 0.0
+        """Seconds in which this process waited for batches, or made them."""
         self.keys: list[tuple[str, ...]] = []
         """Keys of the samples of each micro-batch."""
         self._sums_S3 = torch.zeros(len(self.names) + 1, 3, dtype=torch.float64)
@@ -128,7 +130,7 @@ def append_line(file: Path, line: Line) -> None:
 
 def lines_up_to(file: Path, step: int) -> list[str]:
     """Return the lines of a file without those of later steps, and without one that a kill left unfinished."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    lines = text_lines(file) if file.is_file() else ()
     return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from sft.checks.before_training import before_training
 from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device, torch_dtype
-from sft.models import get_family
+from sft.models import adapters_of, get_family
+from sft.models.base_model import base_name
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Family
 from sft.models.loaded_model import load_template
-from sft.models.lora import add_adapters
+from sft.models.lora import add_adapters, continue_adapters
 from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.training.metrics import Log
@@ -64,10 +65,11 @@ def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
 
 def load_for_training(recipe: Recipe, family: Family, base: Path) -> PackedModel:
     """Load the base as the recipe's mode trains it: trained groups in float32, frozen ones in the precision that is
-    computed in or in 4 bits, with fresh adapters where the mode has them.
+    computed in or in 4 bits, with adapters where the mode has them, fresh ones or those that `model.path` names.
 
     Raises:
-        UserError: this machine lacks training.precision, or the model lacks the layers that adapters are for.
+        UserError: this machine lacks training.precision, the model lacks the layers that adapters are for, or the
+            recipe does not fit the adapters that training goes on from.
     """
     settings, precision = recipe.model, precision_of(recipe)
     if settings.lora is None and precision == "float16":
@@ -80,7 +82,10 @@ def load_for_training(recipe: Recipe, family: Family, base: Path) -> PackedModel
         device=device(),
     )
     if settings.lora:
-        add_adapters(model, family.weights.lora_pattern(settings.lora.targets), settings.lora, base.absolute())
+        add_adapters(model, family.weights.lora_pattern(settings.lora.targets), settings.lora, base_name(recipe))
+        if adapters := adapters_of(recipe):
+            family.weights.select_trainable(model, settings.trainable)
+            continue_adapters(model, adapters, family.weights.group_of)
     return model
 
 

@@ -39,8 +39,11 @@ def make_optimizer(groups: Groups, settings: TrainingConfig, model: nn.Module, *
 
 
 def linear_schedule(warmup_steps: int, decay_steps: int, final_factor: float) -> Callable[[int], float]:
-    """Return the factor on the peak learning rate at a step: a line up from 0 over `warmup_steps`, then a line to
-    `final_factor` at `decay_steps`."""
+    """Return the factor on the peak learning rate after `step` steps: a line up over `warmup_steps`, then a line to
+    `final_factor` at `decay_steps`.
+
+    The first step has 1 / `warmup_steps`, the last of the warm-up the peak. transformers begins at 0, with a step that
+    trains nothing, and is a step behind until the peak."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -57,9 +60,9 @@ def schedule(optimizer: Optimizer, settings: TrainingConfig) -> LambdaLR:
     The final learning rate of a card may be where a longer decay was cut off: idefics-9b-instruct has 1e-5 to 1.2e-6,
     which is a line to 0 at 25,000 steps, left at 22,000.
     """
-    end = settings.decay_steps or settings.max_steps
+    end = settings.decay_steps or settings.steps
     final = 0.0 if settings.decay_steps else settings.final_learning_rate or 0.0
-    return LambdaLR(optimizer, linear_schedule(settings.warmup_steps, end, final / settings.learning_rate))
+    return LambdaLR(optimizer, linear_schedule(settings.warmup_steps or 0, end, final / settings.learning_rate))
 
 
 def resume_schedule(schedule: LambdaLR, optimizer: Optimizer, saved: dict[str, Any]) -> None:

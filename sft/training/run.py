@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft.batches.data_loader import MicroBatches
+from sft.batches.look_ahead import look_ahead, planned
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
 from sft.core.distributed import ALONE, Rank, any_process, from_main
@@ -39,13 +40,15 @@ def train(
     log: Log = lambda line: None,
     resume_from: Path | None = None,
     rank: Rank = ALONE,
+    ahead: dict[str, Any] | None = None,
 ) -> RunStatus:
     """Fine-tune as the recipe says, into its output_dir; outputs of an earlier run there are deleted first.
 
     `on_step` gets every line of metrics.jsonl when it is written, `log` what a person should know besides. With
     `resume_from`, a checkpoint of the run, training continues after its step, and later checkpoints are deleted. `rank`
     says which of several processes this is, all of which call this; only the main one writes. A signal, or a file
-    `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then.
+    `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then. `ahead` is the
+    `plan_ahead` of this training, if it is known.
 
     Raises:
         UserError: the folder is in use or holds other things, or the pack is too long for the model; or the checkpoint
@@ -53,7 +56,18 @@ def train(
     """
     run_dir = Path(recipe.output_dir)
     with locked(run_dir) if rank.is_main else nullcontext(), StopRequest(run_dir) as stop:
-        return TrainingRun(recipe, sources, on_step, log, resume_from, stop, rank).train()
+        ahead = ahead or from_main(lambda: plan_ahead(recipe, sources, resume_from))
+        return TrainingRun(recipe, ahead, sources, on_step, log, resume_from, stop, rank).train()
+
+
+def plan_ahead(recipe: Recipe, sources: Sources, resume_from: Path | None = None) -> dict[str, Any]:
+    """Return the `look_ahead` of a training, which may go on from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is not complete, or of other data.
+    """
+    state = progress_of(resume_from, sources)["data"]["plans"] if resume_from else None
+    return look_ahead(recipe, sources.sources, state)
 
 
 class TrainingRun:
@@ -62,7 +76,8 @@ class TrainingRun:
 
     def __init__(
         self,
-        recipe: Recipe,
+        asked: Recipe,
+        ahead: dict[str, Any],
         sources: Sources,
         on_step: Callable[[int, Line], None],
         log: Log,
@@ -70,7 +85,9 @@ class TrainingRun:
         stop: StopRequest,
         rank: Rank,
     ) -> None:
-        self.recipe, self.sources, self.on_step, self.log = recipe, sources, on_step, log
+        self.asked, self.ahead = asked, ahead
+        self.recipe = recipe = planned(asked, ahead)
+        self.sources, self.on_step, self.log = sources, on_step, log
         self.resume_from, self.stop, self.rank = resume_from, stop, rank
         self.run_dir = Path(recipe.output_dir)
         base = prepare_base(recipe)
@@ -79,7 +96,8 @@ class TrainingRun:
         self.saved = self._read_saved()
         self.opened = open_model(recipe, base, log)
         self.monitors = self._make_monitors()
-        from_main(lambda: go_back_to(recipe, resume_from) if resume_from else claim_folder(recipe, self.run_dir))
+        steps = recipe.training.steps
+        from_main(lambda: go_back_to(asked, resume_from) if resume_from else claim_folder(asked, self.run_dir, steps))
         choose_trained(recipe, self.opened, log)
         self.plans = plan_steps(recipe, sources, self.opened, rank)
         self.trainer = self._make_trainer()
@@ -152,7 +170,7 @@ class TrainingRun:
                 with explain_out_of_memory(self.recipe, lambda: f"step {self.steps_done + 1}"):
                     self.trainer.train()
             else:
-                self.log(f"step {self.steps_done:,} was the last (training.max_steps); nothing is left to train")
+                self.log(f"step {self.steps_done:,} was the last ({self._outcome()[1]}); nothing is left to train")
             if self._is_short and not self._checkpoint.exists():
                 self.write_checkpoint()
         self.opened.model.eval()
@@ -167,7 +185,7 @@ class TrainingRun:
 
     @property
     def _is_short(self) -> bool:
-        return self.steps_done < self.recipe.training.max_steps
+        return self.steps_done < self.recipe.training.steps
 
     @property
     def _checkpoint(self) -> Path:
@@ -179,7 +197,7 @@ class TrainingRun:
         weights = trainer.engine.gather_weights(trainer)
 
         def write_weights(folder: Path) -> None:
-            save_snapshot(self.opened, trainer.unwrapped, self.recipe, folder, weights)
+            save_snapshot(self.opened, trainer.unwrapped, self.asked, folder, weights)
 
         def write_state(folder: Path) -> None:
             trainer.save_state(folder, spent=self.clock.spent, sources=self.sources.fingerprint())
@@ -200,7 +218,7 @@ class TrainingRun:
             status=status,
             why=why,
             step=self.steps_done,
-            max_steps=self.recipe.training.max_steps,
+            max_steps=self.recipe.training.steps,
             seconds=spent["seconds"],
             cpu_seconds=spent["cpu_seconds"],
             tokens=spent["tokens"],
@@ -212,12 +230,12 @@ class TrainingRun:
 
     def _outcome(self) -> tuple[str, str]:
         """Return how the training ended, and why."""
-        if not self._is_short:
+        if self._is_short:
+            return ("stopped", self.stop.why) if self.stop.why else ("finished", self.monitors.ended or "")
+        if not (ended_by := self.ahead["ended_by"]):
             return "finished", "training.max_steps"
-        if self.stop.why:
-            return "stopped", self.stop.why
-        exhausted = self.plans.planner.mixture.ended()
-        return "finished", self.monitors.ended or f"{exhausted} came to the end of its max_epochs"
+        is_epochs = self.asked.training.epochs and ended_by == self.asked.data.mixture[0].name
+        return "finished", "training.epochs" if is_epochs else f"{ended_by} came to the end of its max_epochs"
 
 
 class _Clock:

@@ -17,6 +17,7 @@ from sft.core.precision import torch_dtype
 from sft.data.sources import Sources
 from sft.models.lora import has_adapters, save_adapters
 from sft.models.packed_model import PackedModel
+from sft.models.plain_folder import make_portable, save_processor
 from sft.recipe import Recipe
 from sft.runs.checkpoint import STATE, check_state, step_of
 from sft.runs.status import RunStatus
@@ -37,6 +38,7 @@ OUTPUTS = (
     "evaluations",
     "selection.json",
     "selection.svg",
+    "selections",
     "report.html",
     "tensorboard",
 )
@@ -82,16 +84,16 @@ def check_ours(run_dir: Path) -> None:
             raise UserError(f"{run_dir}: holds {', '.join(foreign)}, but not of a run; choose another output_dir")
 
 
-def claim_folder(recipe: Recipe, run_dir: Path) -> None:
-    """Claim the folder for this run: delete what an earlier run wrote, so that no step of it is taken for one of this
-    run, and write the recipe.
+def claim_folder(recipe: Recipe, run_dir: Path, steps: int) -> None:
+    """Claim the folder for this run of so many steps: delete what an earlier run wrote, so that no step of it is taken
+    for one of this run, and write the recipe.
 
     Raises:
         UserError: see `check_ours`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     check_ours(run_dir)
-    RunStatus(status="running", step=0, max_steps=recipe.training.max_steps).write(run_dir)
+    RunStatus(status="running", step=0, max_steps=steps).write(run_dir)
     delete_outputs(run_dir)
     (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 
@@ -156,13 +158,12 @@ def save_snapshot(
     `model` is the opened model as the engine has it, and `weights` are its weights, where an engine shards them.
     """
     family, template = opened.family, opened.template
+    if not has_adapters(model):
+        family.weights.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
+    save_processor(family, template, model.config, folder)
     if has_adapters(model):
         save_adapters(model, folder, weights)
-    else:
-        family.weights.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
-    template.tokenizer.chat_template = template.template
-    family.weights.save_processor(template.tokenizer, model.config, folder)
-    template.tokenizer.save_pretrained(folder)
+        make_portable(model, folder)
     (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
 
 

@@ -54,7 +54,7 @@ def _part(group: str, what: str, members: list[tuple[torch.Tensor, dict[str, Any
 
 
 def trained_table(parts: Sequence[TrainedPart]) -> str:
-    """Return the table as lines of text, with the sums in the last one."""
+    """Return the table as lines of text, with the sums in the last one. They fit 80 columns for IDEFICS-80b."""
     header = ("group", "trained", "tensors", "parameters", "rate", "decay", "dtype")
     rows = [
         (p.group, p.what, f"{p.tensors:,}", f"{p.parameters:,}", f"{p.learning_rate:g}", p.weight_decay, p.dtype)
@@ -64,7 +64,7 @@ def trained_table(parts: Sequence[TrainedPart]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     right = {2, 3, 4}
     lines = (
-        "  ".join(
+        " ".join(
             cell.rjust(w) if n in right else cell.ljust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in (header, *rows)

@@ -7,6 +7,7 @@ stream of micro-batches, and a function that writes a checkpoint.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -112,7 +113,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             model=parts.model,
             args=self._arguments(),
             # SFTTrainer wants a `datasets` object; the data loader is ours, so the numbers of the steps do.
-            train_dataset=datasets.Dataset.from_dict({"input_ids": [[n] for n in range(self.settings.max_steps)]}),
+            train_dataset=datasets.Dataset.from_dict({"input_ids": [[n] for n in range(self.settings.steps)]}),
             data_collator=lambda batch: batch,
             processing_class=parts.tokenizer,
             callbacks=[
@@ -138,7 +139,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         parts, settings = self.parts, self.settings
         return SFTConfig(
             output_dir=str(parts.run_dir),
-            max_steps=settings.max_steps,
+            max_steps=settings.steps,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=parts.micro_batches_per_step,
             learning_rate=settings.learning_rate,
@@ -170,7 +171,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         self, epoch_iterator: Iterator[dict[str, Batch]], num_batches: int, device: torch.device
     ) -> tuple[MicroBatchesOfStep, None]:
         """Return the micro-batches of a step. Each knows the step's number of trained tokens."""
-        return MicroBatchesOfStep(epoch_iterator, num_batches), None
+        return MicroBatchesOfStep(self._timed(epoch_iterator), num_batches), None
+
+    def _timed(self, micro_batches: Iterator[dict[str, Batch]]) -> Iterator[dict[str, Batch]]:
+        """Yield the same micro-batches; the time until each is there is waiting."""
+        started = time.perf_counter()
+        for micro_batch in micro_batches:
+            self.step_metrics.waited += time.perf_counter() - started
+            yield micro_batch
+            started = time.perf_counter()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -35,7 +35,7 @@ class Validation:
         self.packs = held_out_packs(held_out, seed=recipe.evaluation.seed)
         self.questions = held_out_questions(self.packs, template, room=recipe.data.sequence_length - MAX_NEW_TOKENS)
         self.template = template
-        self.every_steps, self.last_step = recipe.checkpoints.every_steps, recipe.training.max_steps
+        self.every_steps, self.last_step = recipe.checkpoints.every_steps, recipe.training.steps
         self.failed: dict[str, str] = {}
         """Steps at which validation failed, and why."""
         self._log = log

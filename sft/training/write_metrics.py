@@ -86,6 +86,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
             "learning_rate": logs["learning_rate"],
             "grad_norm": None if self.trainer.overflowed else float(logs["grad_norm"]),
             "tokens_per_second": line["tokens"] / (now - self.last),
+            "data_wait": min(metrics.waited / (now - self.last), 1.0),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         keys, packs = metrics.keys, metrics.packs

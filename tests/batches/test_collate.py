@@ -77,6 +77,12 @@ def test_without_isolation_a_pack_is_one_segment():
     assert batch.labels_T.tolist() == isolated.labels_T.tolist()
 
 
+def test_without_isolation_the_opening_of_a_sample_is_trained_where_all_tokens_are():
+    batch, _ = toy_batch(pack_isolation=False, train_on="all")
+    assert batch.labels_T.tolist() == [-100, 5, 6, 2, 1, 7, 99, 8, 99, 9, 2, -100, 99, 4, 2]
+    assert batch.num_trained_tokens == 13
+
+
 def test_the_step_says_what_the_loss_is_divided_by():
     assert toy_batch(num_trained_tokens=1000)[0].num_trained_tokens == 1000
 

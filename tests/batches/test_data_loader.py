@@ -21,6 +21,7 @@ from sft.core.errors import RunError
 from sft.core.sample import IGNORE_INDEX, NO_SOURCE, SkipSample
 from sft.data.reader import Reader, _open_reader
 from sft.data.sources import Sources
+from sft.models.image_transform import Crop
 
 
 def micro_batches(sources, micro_batch_packs, rank=ALONE):
@@ -78,6 +79,7 @@ def test_a_crop_is_drawn_by_seed_step_and_image(sources, monkeypatch):
 
     def crop(width, height, *, seed, step, image_key):
         asked.append((seed, step, image_key))
+        return Crop(0, 0, width, height)
 
     monkeypatch.setattr("sft.batches.image_source.training_crop", crop)
     first(8, sources)

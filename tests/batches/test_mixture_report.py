@@ -10,6 +10,7 @@ import pytest
 from helpers.planning import Toy
 from rich.console import Console
 
+from sft.batches.look_ahead import describe_data, look_ahead, planned
 from sft.batches.mixture_report import mix
 from sft.batches.pack_stream import Planner
 from sft.cli.mix import show
@@ -91,6 +92,39 @@ def test_errors_are_counted_anew_where_a_source_leaves_its_share_to_the_others()
     assert report["ended_by"] is None
 
 
+@pytest.mark.parametrize(
+    ("epochs", "training", "steps", "warmup"),
+    [
+        (3, "epochs=3", 57, 2),  # 450 packs, 8 a step
+        (3, "max_steps=100", 57, 0),  # the source comes to its end before
+        (None, "max_steps=4", 4, 0),
+    ],
+)
+def test_a_training_and_its_schedule_end_at_the_true_last_step(epochs, training, steps, warmup):
+    recipe = recipe_of("training.warmup_steps=", "training.decay_steps=", f"training.{training}")
+    recipe = planned(recipe, report := look_ahead(recipe, [Toy(1, [64] * 150, max_epochs=epochs)]))
+    assert (report["steps"], recipe.training.steps, recipe.training.warmup_steps) == (steps, steps, warmup)
+
+
+def test_a_long_training_is_looked_ahead_by_its_first_packs():
+    report = look_ahead(recipe_of("training.max_steps=22000"), [Toy(1, [64] * 1000, name="mine")])
+    assert report["steps"] == 22000 and report["sources"][0]["epochs"] == pytest.approx(22000 * 8 / 1000, rel=0.01)
+
+
+def test_training_begins_with_what_it_is_trained_on():
+    """Ten samples of a pack each, eight packs a step: 16 epochs in 20 steps, 0.8 in each."""
+    recipe = recipe_of("training.max_steps=20", "training.decay_steps=", "training.warmup_steps=1")
+    report = look_ahead(recipe, [Toy(1, [64] * 10, name="mine")])
+    report["sources"][0] |= {"skipped": {"no answer": 2}, "held_out": {"validation": 3}}
+    assert list(describe_data(report)) == [
+        "mine: 10 samples, 3 held out, trained for 16 epochs",
+        "mine: 2 skipped, no answer",
+        "20 steps of 8 packs, 100.0% full of tokens",
+        "warning: mine is drawn for 16.0 epochs, 0.8 in each step; a smaller training.tokens_per_step and "
+        "training.epochs=3 are better",
+    ]
+
+
 def test_what_data_are_called_is_printed_as_it_is():
     hostile = "[bold]x[/bold] [/] :smile: \x1b[2J"
     report = mix(recipe_of(), [Toy(1, [8], name=hostile)], 1)
@@ -111,7 +145,7 @@ def test_a_thousand_sources_stay_readable_and_exact():
     for source in report["sources"]:
         source["skipped"] = {"no answer": 2}
     lines = printed(report).splitlines()
-    assert len(lines) < 75 and max(map(len, lines)) <= 120
+    assert len(lines) < 95 and max(map(len, lines)) <= 120
     assert any("977 others" in line for line in lines)
     assert "2,000 skipped, no answer (1,000 sources)" in lines
     assert len(json.loads(json.dumps(report))["sources"]) == 1000

@@ -156,14 +156,21 @@ def test_a_source_that_fits_no_pack_is_refused():
 
 
 @pytest.mark.parametrize("number", [1, 10, 300])
-def test_the_last_window_is_whole_steps_of_packs_that_hold_something(number):
-    """A source of samples of a pack each, gone through once, four packs a step."""
+def test_every_sample_of_an_epoch_is_packed_and_no_pack_is_empty(number):
+    """A source of samples of a pack each, gone through once, four packs a step: the last step may have fewer."""
     planner = planner_of([Toy(1, [64] * number, max_epochs=1)])
     packs = [pack for window in planner.windows() for pack in window]
-    assert all(pack.items for pack in packs)
-    assert len(packs) % 4 == 0
-    assert number - 4 < len(packs) <= number
+    assert sorted(pack.items for pack in packs) == [(PackItem(0, row),) for row in range(number)]
     assert planner.mixture.ended() == "toy"
+
+
+@pytest.mark.parametrize("unit", ["tokens", "trained_tokens", "samples"])
+def test_at_the_end_of_a_source_the_others_have_given_their_shares(unit):
+    """Once they filled the last window alone: 36 samples of one's own would have been 3 packs of 64."""
+    sizes = [Toy(0.75, [16] * 12, max_epochs=3, name="mine"), Toy(0.25, [16] * 50, name="replay")]
+    planner = planner_of(sizes, share_unit=unit)
+    given = Counter(item.source for window in planner.windows() for pack in window for item in pack.items)
+    assert given == {0: 36, 1: 12} and planner.mixture.ended() == "mine"
 
 
 @pytest.mark.parametrize("packs_per_step", [1, 4])
@@ -182,3 +189,13 @@ def test_what_is_drawn_last_is_packed_even_where_it_takes_more_than_a_window():
     """Of 65 samples longer than half a pack no two fit into one, although their tokens fit into 64."""
     planner = planner_of([Toy(1, [33] * 65, max_epochs=1)], packs_per_step=1)
     assert [len(window) for window in planner.windows()] == [65]
+
+
+def test_a_step_counts_the_openings_that_are_predicted_where_samples_see_each_other():
+    """Three samples of a pack of 12 tokens have two openings between them; half of each sample is trained besides."""
+    toys = [Toy(share=1, lengths=[4] * 30)]
+    for isolated, more in ((True, 0), (False, 2)):
+        data = data_config(sequence_length=12, train_on="all", pack_isolation=isolated)
+        planner = Planner(toys, data, packs_per_step=1, seed=0)
+        pack = next(pack for pack in next(planner.windows()) if len(pack.items) == 3)
+        assert planner.num_trained([pack]) == 3 * 2 + more

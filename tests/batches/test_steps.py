@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from helpers.planning import data_config, mixtures
+from helpers.planning import Toy, data_config, mixtures
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,3 +83,27 @@ def test_a_hundred_packs_on_eight_ranks_leave_4_of_104_places_idle(sources):
     planner = Planner(sources.sources, sources.data, packs_per_step=100, seed=0)
     plans = Plans(sources, planner, micro_batch_packs=1, rank=Rank(0, 8))
     assert (plans.micro_batches_per_step, plans.idle_share) == (13, pytest.approx(4 / 104))
+
+
+def epochs_of(number, state=None):
+    """The plan of so many epochs of ten samples, each a pack, two packs a step."""
+    plans = plans_of([Toy(1, [64] * 10, max_epochs=number)], packs_per_step=4, micro_batch_packs=2)
+    if state:
+        plans.restore(state)
+    return plans
+
+
+def test_a_last_step_with_fewer_packs_has_as_many_micro_batches_as_the_others():
+    taken = list(epochs_of(1))
+    assert [len(plan.packs) for plan in taken] == [2, 2, 2, 2, 2, 0]
+    assert [plan.step for plan in taken] == [1, 1, 2, 2, 3, 3] and taken[-1].num_trained_tokens == 64
+
+
+def test_more_epochs_after_the_last_go_on_with_the_next_one():
+    short = epochs_of(3)
+    first = list(short)
+    state = json.loads(json.dumps(short.state(8)))
+    more = list(epochs_of(5, state))
+    assert (first[-1].step, more[0].step, more[-1].step) == (8, 9, 13)
+    seen = Counter(place.row for plan in first + more for pack in plan.packs for place in pack)
+    assert seen == dict.fromkeys(range(10), 5)

@@ -22,7 +22,20 @@ from sft.runs.checkpoint import checkpoint_name, write_folder
 from sft.runs.names import find_model, find_recipe, recipe_of_model, run_checkpoints
 
 COMMANDS = (
-    *("quickstart", "validate", "prepare", "mix", "inspect", "plan", "train", "evaluate", "select", "merge", "chat"),
+    *(
+        "quickstart",
+        "new",
+        "validate",
+        "prepare",
+        "mix",
+        "inspect",
+        "plan",
+        "train",
+        "evaluate",
+        "select",
+        "merge",
+        "chat",
+    ),
     *("report", "stats", "export", "leaks", "doctor", "recipes", "tasks", "schema"),
 )
 
@@ -71,7 +84,7 @@ def test_what_is_wrong_with_a_recipe_is_one_line(recipe, refusal):
 @pytest.mark.parametrize("command", ["validate", "prepare", "train"])
 def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
     assert "dataset 'messages': path nowhere.jsonl does not exist" in refusal(
-        command, recipe, "data.mixture.1.datasets.0.path=nowhere.jsonl"
+        command, recipe, "data.mixture.1.datasets.0.path=nowhere.jsonl", problems=2
     )
     assert not (recipe.parent / "run").exists()
 
@@ -79,9 +92,17 @@ def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
 def test_all_that_is_not_there_is_named_at_once(recipe, refusal):
     paths = [f"data.mixture.0.datasets.{number}.path=nowhere/{number}" for number in (0, 1)]
     wrong = (*paths, "data.mixture.1.datasets.0.dataset=mesages", "model.path=nowhere")
-    said = refusal("validate", recipe, *wrong, problems=4)
+    said = refusal("validate", recipe, *wrong, problems=5)
     assert said.count("path nowhere/0 does not exist") == said.count("path nowhere/1 does not exist") == 1
+    assert said.count("a source that you do not have can be deleted") == 1
     assert "unknown dataset 'mesages'; did you mean 'messages'?" in said and "model.path: nowhere is not" in said
+
+
+def test_data_are_no_recipe_and_what_makes_one_is_named(recipe, refusal):
+    Path("train.jsonl").write_text("{}\n")
+    Path("photos").mkdir()
+    for data in ("train.jsonl", "photos"):
+        assert f"`idefics-sft new {data}` writes a recipe" in refusal("train", data)
 
 
 def test_a_file_of_a_dataset_that_is_not_there_is_named(recipe, refusal):

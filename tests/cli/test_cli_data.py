@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import status_of
+from PIL import Image
 
 from sft.cli.terminal import console, preparation
 from sft.core.file_lock import locked
@@ -91,6 +92,19 @@ def test_data_are_printed_as_they_are_and_steer_no_terminal(tmp_path, capsys, na
     assert status_of("stats", tmp_path / "store") == 0
 
 
+def test_keys_that_are_not_read_are_named_once_and_those_that_hold_images_warned_of(tmp_path, capsys):
+    said = [{"role": "user", "content": "Hm?", "name": "Ann"}, {"role": "assistant", "content": "That.", "name": "Bo"}]
+    extra = {"img": "0.png", "label": True} | dict.fromkeys("abcdefg", 1)
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"messages": said} | extra) + "\n" + json.dumps({"messages": said}))
+    command = ["prepare", "--dataset", "messages", "--path", tmp_path / "raw.jsonl", "--output", tmp_path / "store"]
+    assert status_of(*command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "store: warning: img seems to hold images ('0.png') and is not read; expected 'image'" in printed
+    assert "store: not read: turns: name (4), img (1 of 2), label (1 of 2), " in printed and "… and 4 more" in printed
+    assert status_of(*command, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stores"][0]["not_read"]["turns: name"] == 4
+
+
 def test_all_mismatches_of_markers_and_images_are_listed_in_one_run(tmp_path, capsys):
     said = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "That."}]
     sound = {"messages": [said[0] | {"content": "Hm?"}, said[1]]}
@@ -98,7 +112,7 @@ def test_all_mismatches_of_markers_and_images_are_listed_in_one_run(tmp_path, ca
     (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["prepare", "--dataset", "messages", "--path", tmp_path / "raw.jsonl", "--output", tmp_path / "store"]
     assert status_of(*command) == 2
-    assert "2 markers and images differ in number (as messages/raw.jsonl:2" in capsys.readouterr().err
+    assert "2 image marker without an image (as messages/raw.jsonl:2" in capsys.readouterr().err
     assert status_of(*command, "--max-skip-share", 0.5) == 0
     assert "messages/raw.jsonl:2: 1 <image> marker but 0 images; write <image> in" in capsys.readouterr().out
     skips = [json.loads(line) for line in (tmp_path / "store" / "skips.jsonl").read_text().splitlines()]
@@ -167,7 +181,7 @@ def test_what_is_wrong_is_one_line(tmp_path, refusal):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "is there already and is no prepared dataset" in refusal(*prepare(tmp_path / "mine"))
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
-    assert "no prepared dataset here" in refusal("stats", tmp_path)
+    assert f"prepare --dataset messages --path {tmp_path} --output stores/" in refusal("stats", tmp_path)
     assert "no prepared dataset here" in refusal("export", tmp_path, "--output", tmp_path / "x")
 
 
@@ -279,3 +293,18 @@ def test_after_kill_9_it_goes_on_and_the_result_is_the_same(tmp_path, monkeypatc
     assert made and not finished & set(made), "finished pieces are not made again"
     assert list(resumed.keys) == [f"messages/raw.jsonl:{n + 1}" for n in range(4000)]
     assert not list(tmp_path.glob(".store*"))
+
+
+def test_prepare_says_how_images_are_seen(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "photo.jpg", exif=exif)
+    turns = [{"role": "user", "content": "<image>Which colour?"}, {"role": "assistant", "content": "Red."}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns, "images": ["photo.jpg"]}))
+    command = ["prepare", "--dataset", "messages", "--path", str(tmp_path), "--output", str(tmp_path / "store")]
+    assert status_of(*command) == 0
+    assert "1 image has an EXIF orientation, applied" in capsys.readouterr().out
+    assert status_of(*command, "--images", "{orientation: ignore}") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "made again since data.images was orientation apply" in printed
+    assert "1 image has an EXIF orientation, not applied (data.images.orientation: ignore)" in printed

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from sft.cli.main import app
-from sft.cost.devices import DEVICES, GIB
+from sft.core.errors import UserError
+from sft.cost.devices import DEVICES, GIB, find_device
 from sft.cost.estimate import estimate
 from sft.cost.family import Setting
 from sft.cost.idefics.cost import RELEASED, IdeficsCost, read_model
@@ -228,8 +229,8 @@ def planned(capsys, *arguments):
 def test_the_report_has_the_keys_of_the_contract_and_its_parts_add_up(capsys):
     report = planned(capsys, "quickstart", "--gpu", "t4-16")
     assert list(report) == (
-        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "seconds", "gpus", "cost",
-         "feature_cache", "checkpointing", "advice"]
+        ["fits", "parameters", "trainable_parameters", "peak_bytes", "bytes", "steps", "epochs", "seconds", "gpus",
+         "cost", "idle", "feature_cache", "checkpointing", "advice"]
     )  # fmt: skip
     assert report["fits"] and report["advice"] == [] and report["cost"] is None
     assert sum(report["bytes"].values()) == report["peak_bytes"] < GIB
@@ -285,6 +286,46 @@ def test_a_person_sees_parts_peak_time_and_advice(capsys):
     assert "does not fit" in printed and "--gpus 2 (zero3)" in printed
     assert "GPU hours" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("t4-16", "T4"),
+        ("T4", "T4"),
+        ("RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("l4", "L4"),
+        ("A100-40", "A100 40"),
+    ],
+)
+def test_a_gpu_is_found_by_the_name_that_people_use(name, found):
+    assert find_device(name).name.startswith(f"{found} ")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a100", "expected one of a100-40, a100-80;"), ("k80", "expected one of t4-16, .*--gpu-memory GIB")],
+)
+def test_a_gpu_that_is_unknown_or_ambiguous_is_refused_with_names(name, message):
+    with pytest.raises(UserError, match=message):
+        find_device(name)
+
+
+def test_gpus_that_have_nothing_to_do_are_counted_and_the_sizes_of_a_step_that_avoid_it_named(capsys):
+    assert status_of("plan", CARD, "--gpus", 32) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "21.9 % of it idle: a step has 100 packs for 128 slots" in printed
+    for tokens in (196_608, 262_144):
+        idle = planned(capsys, CARD, "--gpus", 32, f"training.tokens_per_step={tokens}")["idle"]
+        assert str(tokens) in printed and idle == 0
+
+
+def test_a_plan_for_no_named_gpu_says_which_it_took(capsys):
+    assert status_of("plan", "quickstart", "training.max_steps=1", "training.warmup_steps=0") == 0
+    printed = capsys.readouterr().out
+    assert "under 0.1 seconds, under 0.1 GPU hours" in printed
+    assert "Planned for A100 80 GB, not for this machine" in printed
 
 
 def test_commands_of_the_page_have_the_options_that_are_named():

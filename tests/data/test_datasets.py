@@ -15,7 +15,12 @@ from sft.data.datasets import Adapter, adapter_names
         ("messages", None, {}, "dataset 'messages': needs `path`"),
         ("messages", "nowhere.jsonl", {}, "dataset 'messages': path nowhere.jsonl does not exist$"),
         ("m3it", "raw/m3it", {}, "path raw/m3it does not exist; docs/data.md#m3it has the command that downloads it"),
-        ("messages", ".", {"from": 1}, r"dataset 'messages': unknown option 'from' \(known: image_folder\)"),
+        (
+            "messages",
+            ".",
+            {"from": 1},
+            r"dataset 'messages': unknown option 'from' \(known: image_folder, columns, train_on\)",
+        ),
         ("easy_vqa", None, {"frm": 1}, "dataset 'easy_vqa': unknown option 'frm'; did you mean 'form'?"),
         ("no.such", ".", {}, "dataset 'no.such': no such module can be imported"),
         ("os.path", ".", {}, "dataset 'os.path': the module has no function 'rows'"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import TOY_IMAGES, conversation, document, num_trained
+from conftest import TOY_IMAGES, conversation, document, num_trained, withheld
 
 from sft.data import encoded_arrays
 from sft.data.encoded_arrays import encode_samples, encoding_name
@@ -13,8 +13,9 @@ SAMPLES = (
     conversation(("<dog>", "What is it?"), "A dog.", "Sure?", "Yes."),
     conversation("Hi.", "Hello.", system="Be kind."),
     document("A fox.", "<fox>", "The quick brown fox.", "<dog>"),
+    withheld(conversation("Hi.", "No.", "Sure?", "Yes."), 1),
 )
-IMAGE_ROWS = ((0,), (), (1, 0))
+IMAGE_ROWS = ((0,), (), (1, 0), ())
 
 
 class Toys:
@@ -36,13 +37,14 @@ def encoded(template, tmp_path):
 
 
 def test_samples_read_back_as_the_template_encodes_them(encoded, template):
-    assert len(encoded) == 3
+    assert len(encoded) == 4
     for row, sample in enumerate(SAMPLES):
         found, expected = encoded[row], template.encode(sample)
         assert found.key == f"store/{row}"
         assert found.input_ids.dtype == np.int64
         assert found.input_ids.tolist() == expected.input_ids.tolist()
         assert found.trained_spans == expected.trained_spans
+        assert found.withheld_spans == expected.withheld_spans
         assert found.image_positions == expected.image_positions
         assert encoded.image_rows(row) == IMAGE_ROWS[row]
 
@@ -53,22 +55,22 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(encoded):
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_counts_are_those_of_the_samples(encoded, train_on):
-    rows = np.array([2, 0, 1])
+    rows = np.array([2, 0, 1, 3])
     assert encoded.num_tokens(rows).tolist() == [len(encoded[row].input_ids) for row in rows]
     assert encoded.num_trained(rows, train_on).tolist() == [num_trained(encoded[row], train_on) for row in rows]
     images, numbers = encoded.images(rows)
-    assert (images.tolist(), numbers.tolist()) == ([1, 0, 0], [2, 1, 0])
+    assert (images.tolist(), numbers.tolist()) == ([1, 0, 0], [2, 1, 0, 0])
 
 
 def test_all_trains_every_token_but_the_first(encoded):
-    rows = encoded.all_rows
+    rows = encoded.all_rows[:3]
     assert (encoded.num_trained(rows, "all") == encoded.num_tokens(rows) - 1).all()
     assert (encoded.num_trained(rows, "assistant") < encoded.num_trained(rows, "all")).all()
 
 
 def test_what_is_there_is_opened_as_it_is(encoded, template):
     again = encode_samples(Toys((), ()), template, encoded.path)
-    assert len(again) == 3
+    assert len(again) == 4
 
 
 def test_an_unfinished_folder_is_made_again(encoded, template):

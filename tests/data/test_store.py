@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -11,15 +12,17 @@ from pathlib import Path
 import datasets
 import pytest
 import xxhash
+from conftest import withheld
 from helpers.stores import BLUE, RED, Toys, encoded, prepared, shown
 from PIL import Image
 
 from sft.core.errors import RunError, UserError
 from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, TOO_MANY_PIXELS, TOO_NARROW, decode_rgb, read_bytes
 from sft.core.parallel import ordered_map
-from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.core.sample import Decoding, ImageRef, Message, Sample, SkipSample
 from sft.data.datasets import Adapter
 from sft.data.store import Store, is_store_folder, schedule
+from sft.data.store.tables import SAMPLES_4, TableWriter, batches_of
 
 
 def header_of(width: int, height: int) -> bytes:
@@ -90,7 +93,7 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path):
     assert store.manifest["skipped"] == {"line is not JSON": 2, "image does not decode": 1, "text is not Unicode": 1}
     assert store.manifest["filtered"] == {"too small": 1}
     assert store.manifest["examples"]["line is not JSON"] == "toys/1"
-    assert store.manifest["examples"]["image does not decode"] == "bad"
+    assert store.manifest["examples"]["image does not decode"] == "bad: image 1 of the record"
     lines = [json.loads(line) for line in (store.path / "skips.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["toys/1", "toys/2", "toys/3", "bad", "half a letter"]
     assert lines[1] == {"key": "toys/2", "reason": "too small", "detail": "", "filtered": True}
@@ -110,9 +113,11 @@ def test_too_many_bad_records_stop_with_the_table(tmp_path):
     toys = Toys(shown("good", "Hi."), shown("bad", b"?"), SkipSample("no messages"), SkipSample("no messages"))
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.7)
-    assert str(caught.value) == (
-        "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode (as bad)"
+    assert re.sub("[0-9,]+ bytes", "N bytes", str(caught.value)) == (
+        "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode "
+        "(as bad: image 1 of the record)"
         f"; all of them: {tmp_path}/toys.skips.jsonl"
+        f"; {tmp_path}/.toys.pieces keeps N bytes of finished work, from which the next run goes on"
     )
     assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "toys").exists()
@@ -332,6 +337,46 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     (store.path / "manifest.json").write_text(json.dumps(store.manifest | {"version": 0}))
     with pytest.raises(UserError, match=r"prepared by version 0 .* prepare with --fresh"):
         Store(store.path)
+
+
+def test_a_store_of_before_turns_had_marks_is_read(tmp_path):
+    samples = [shown("one", RED, "Is it red?"), shown("two", "Hi.")]
+    store = prepared(tmp_path, Toys(*samples))
+    (file,) = (store.path / "samples").glob("*.arrow")
+    records = [{"key": key, "messages": messages} for batch in batches_of(file) for key, messages in rows_of(batch)]
+    with TableWriter(file.with_name("new"), SAMPLES_4) as table:
+        for record in records:
+            table.write(record, 1)
+    file.with_name("new").rename(file)
+    old = {key: value for key, value in store.manifest.items() if key != "not_read"} | {"version": 4}
+    (store.path / "manifest.json").write_text(json.dumps(old))
+    assert [Store(store.path).sample(row) for row in range(2)] == samples
+    assert keys(prepared(tmp_path, Toys())) == ["one", "two"], "it is opened, and not made anew"
+
+
+def rows_of(batch):
+    return zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def test_turns_that_are_not_to_be_learned_read_back_so(tmp_path):
+    sample = withheld(shown("one", RED, "Is it red?"), 1)
+    assert prepared(tmp_path, Toys(sample, shown("two", RED))).sample(0) == sample
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_keys_that_are_not_read_are_counted_over_all_pieces(tmp_path, monkeypatch, num_proc):
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 1)
+    records = [shown(str(number), "Hi.") for number in range(3)]
+    store = prepared(tmp_path, Labelled(*records, SkipSample("no messages")), num_proc=num_proc)
+    assert store.manifest["not_read"] == {"label": 3, "turns: loss": 6}
+    assert store.manifest["examples"]["not read: label"] == "'0'"
+
+
+class Labelled(Toys):
+    """Records that have a key beside, and two turns with one."""
+
+    def not_read(self, row):
+        return [("label", row["sample"].key), ("turns: loss", 1), ("turns: loss", 1)]
 
 
 def test_progress_counts_records(tmp_path):
@@ -562,8 +607,8 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
     [
         (b"", "image does not decode"),
         (RED[: len(RED) // 2], "image does not decode"),
-        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
-        (header_of(6_000, 5_000), TOO_MANY_PIXELS),
+        (encoded("red", "TIFF"), "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC"),
+        (header_of(8_000, 8_126), TOO_MANY_PIXELS),
         (header_of(10_000, 10_000), TOO_MANY_PIXELS),  # Pillow would warn
         (header_of(60_000, 60_000), TOO_MANY_PIXELS),  # Pillow would raise
         (header_of(510, 10), TOO_NARROW),
@@ -575,6 +620,62 @@ def test_a_limit_counts_records_of_all_files(tmp_path):
 def test_an_image_that_is_not_fit_has_a_reason(tmp_path, content, reason):
     store = prepared(tmp_path, Toys(shown("good", RED), shown("bad", content)))
     assert store.manifest["skipped"] == {reason: 1}
+
+
+def turned(colour: str, format: str = "JPEG") -> bytes:
+    """An image of 6 x 4 pixels that a viewer shows as one of 4 x 6."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), colour).save(buffer, format, exif=exif)
+    return buffer.getvalue()
+
+
+SIDEWAYS = (shown("a", turned("red"), RED), shown("b", turned("blue", "PNG"), turned("red")), shown("c", turned("red")))
+
+
+@pytest.mark.parametrize("piece_records", [1, 4096])
+def test_sizes_are_of_images_as_they_are_seen_and_each_is_counted_once(tmp_path, monkeypatch, piece_records):
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", piece_records)
+    store = prepared(tmp_path, Toys(*SIDEWAYS, shown("d", encoded("blue", "JPEG")[:-2])))
+    assert store.image_sizes == [(4, 6), (4, 4), (4, 6), (4, 4)]
+    assert store.manifest["image_notes"] == {"orientation": 2, "no_end_marker": 1}
+    assert store.sample(0).images[0].decoding == store.decoding == Decoding()
+
+
+def test_an_ignored_orientation_is_counted_and_goes_with_the_images(tmp_path):
+    as_stored = Decoding(orientation="ignore", max_pixels=100)
+    store = prepared(tmp_path, Toys(*SIDEWAYS), decoding=as_stored)
+    assert store.image_sizes[0] == (6, 4) and store.manifest["image_notes"]["orientation"] == 2
+    assert store.sample(0).images[0].decoding == Store(store.path).decoding == as_stored
+
+
+def test_a_store_is_made_again_for_another_orientation(tmp_path):
+    toys = Toys(*SIDEWAYS)
+    sizes = [prepared(tmp_path, toys, decoding=Decoding(orientation=o)).image_sizes[0] for o in ("ignore", "apply")]
+    assert sizes == [(6, 4), (4, 6)]
+    read, store = toys.num_read, prepared(tmp_path, toys)
+    assert toys.num_read == read, "there is nothing to make again"
+    older = {key: value for key, value in store.manifest.items() if key not in ("orientation", "max_pixels")}
+    (store.path / "manifest.json").write_text(json.dumps(older))
+    assert Store(store.path).decoding == Decoding(orientation="ignore", max_pixels=25_000_000), "as it was made"
+    assert prepared(tmp_path, toys).image_sizes[0] == (4, 6) and toys.num_read == 2 * read - 3
+
+
+def test_a_skipped_image_is_named(tmp_path):
+    (tmp_path / "torn.png").write_bytes(RED[:-20])
+    (tmp_path / "wide.png").write_bytes(encoded("red", size=(9, 3)))
+    torn, wide = (ImageRef(source=tmp_path / name) for name in ("torn.png", "wide.png"))
+    samples = [
+        Sample(key=f"{n}", messages=(Message(role="document", content=(i,)),)) for n, i in enumerate((torn, wide))
+    ]
+    toys = Toys(*samples, shown("2", RED, RED[:-20]), shown("3", "Hi."))
+    store = prepared(tmp_path, toys, decoding=Decoding(max_pixels=26))
+    details = [json.loads(line)["detail"] for line in (store.path / "skips.jsonl").read_text().splitlines()]
+    assert details == [
+        str(torn.source),
+        f"{wide.source}: 9 x 3, over the 26 of data.images.max_pixels",
+        "image 2 of the record",
+    ]
 
 
 def test_a_file_that_is_not_there_has_a_reason(tmp_path):
@@ -589,6 +690,17 @@ def test_transparency_is_laid_over_white():
     assert decode_rgb(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF"])
 def test_formats_that_are_read(format):
     assert decode_rgb(encoded("white", format)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_file_is_listed_once_and_a_broken_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "PIECE_RECORDS", 2)
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "broken.png").write_bytes(RED[:40])
+    files = ["red.png"] * 5 + ["broken.png"]
+    store = prepared(tmp_path, Toys(*(framed(str(n), tmp_path / name) for n, name in enumerate(files))))
+    listed = [json.loads(line)["path"] for line in (store.path / "image_files.jsonl").read_text().splitlines()]
+    assert listed == [str(tmp_path / "red.png"), str(tmp_path / "broken.png")]
+    assert store.manifest["examples"] == {"image does not decode": f"5: {tmp_path / 'broken.png'}"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import conversation, document
+from conftest import conversation, document, withheld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +10,7 @@ from sft.data.truncate import (
     DOCUMENT_DROPPED,
     DOCUMENT_SPLIT,
     DROPPED,
+    NOTHING_TRAINED,
     PARAGRAPH_DROPPED,
     SHORTENED,
     SPLIT,
@@ -92,6 +93,19 @@ def test_split_leaves_out_a_turn_that_fits_nowhere(template):
     found, _, changes = fitted(template, talk, tokens, policy="split")
     assert len(found) == 2 and "1." in found[0] and "3." in found[1]
     assert changes == long(SPLIT, TURN_DROPPED)
+
+
+@pytest.mark.parametrize("policy", ["prefix", "split"])
+def test_what_is_not_to_be_learned_stays_so_and_a_part_without_anything_to_learn_is_left_out(template, policy):
+    talk = conversation("One?", "One.", "Two?", "Two.", "Three?", "Three.", "Four?", "Four.")
+    two = length(template, conversation("Three?", "Three.", "Four?", "Four."))
+    truncation = Truncation(template, Limits(two, 24, policy))
+    first, *others = truncation.pieces(withheld(talk, 1, 7), ())
+    assert len(first.encoded.trained_spans) == len(first.encoded.withheld_spans) == 1
+    assert len(others) == (policy == "split")
+    truncation = Truncation(template, Limits(two, 24, policy))
+    assert len(truncation.pieces(withheld(talk, 1, 3), ())) == (policy == "split")
+    assert truncation.changes[NOTHING_TRAINED] == 1
 
 
 def test_a_document_is_parted_between_paragraphs_with_one_beginning_and_one_end(template):

@@ -53,9 +53,11 @@ def test_real_answers_match_where_m4s_score_is_not_zero():
 
 def test_questions_are_read_and_mistakes_are_named(tmp_path):
     file = tmp_path / "own.jsonl"
-    file.write_text('{"question": " Is it? ", "answer": "no"}\n\n{"question": "q", "answers": ["a", "b"], "id": "x"}\n')
+    file.write_text(
+        '{"question": " Is\u2028\x85it? ", "answer": "no"}\n\n{"question": "q", "answers": ["a", "b"], "id": "x"}\n'
+    )
     first, second = read_questions(file)
-    assert (first.id, first.text, first.answers, first.category) == ("1", "Is it?", ("no",), "")
+    assert (first.id, first.text, first.answers, first.category) == ("1", "Is\u2028\x85it?", ("no",), "")
     assert (second.id, second.where, second.answers) == ("x", f"{file}:3", ("a", "b"))
     for line, expected in (
         ("{", ":1: not JSON"),

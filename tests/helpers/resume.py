@@ -38,7 +38,7 @@ def folder_of(recipe, step):
 def metrics(recipe):
     """What was computed at each step, without what it took."""
     lines = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    took = ("time", "tokens_per_second", "peak_memory_bytes")
+    took = ("time", "tokens_per_second", "data_wait", "peak_memory_bytes")
     return [{key: value for key, value in line.items() if key not in took} for line in lines]
 
 

@@ -42,6 +42,9 @@ class Toys:
             self.num_read += 1
             yield record if isinstance(record, SkipSample) else {"sample": record}
 
+    def not_read(self, row):
+        return ()
+
     def to_sample(self, row):
         return row["sample"]
 

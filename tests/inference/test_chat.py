@@ -7,7 +7,7 @@ from PIL import Image
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef, Message
-from sft.inference.chat import Conversation, Repl, responder
+from sft.inference.chat import HELP, Conversation, Repl, responder
 
 
 def echo(messages, on_text):
@@ -90,11 +90,36 @@ def test_lines_are_commands_or_words_and_a_transcript_can_be_read(folder):
 def test_a_wrong_line_is_answered_with_one_line_and_the_talk_goes_on(folder):
     lines = typed(folder, "/imagine", "/image missing.png", "Hi")
     assert [line for line in lines if line.startswith("Error")] == [
-        "Error: /imagine: unknown command. /image FILE shows an image with your next message, "
-        "/reset forgets, /quit ends.",
+        "Error: /imagine: unknown command; did you mean '/image'? /image FILE shows an image with your next message, "
+        "/reset forgets, /help lists, /quit ends.",
         f"Error: missing.png: image file missing; looked in {folder}",
     ]
     assert "Assistant: 1 turns, 0 images: Hi" in lines
+
+
+@pytest.mark.parametrize(
+    ("pasted", "images"),
+    [
+        ("red shape.png", 1),
+        ("'red shape.png'", 1),
+        ('"red shape.png"', 1),
+        ("red\\ shape.png", 1),
+        ("'{folder}/red shape.png'", 1),
+        ("{folder}/red\\ shape.png 'red shape.png'", 2),
+    ],
+)
+def test_a_file_is_named_as_terminals_paste_it(folder, pasted, images):
+    lines = typed(folder, f"/image {pasted.format(folder=folder)}", "What?")
+    assert lines[-2] == f"Assistant: 1 turns, {images} images: What?"
+
+
+@pytest.mark.parametrize("pasted", ["no such file.png", "it's.png"])
+def test_a_file_that_is_missing_is_named_in_full(folder, pasted):
+    assert typed(folder, f"/image {pasted}")[1].startswith(f"Error: {pasted}: image file missing")
+
+
+def test_exit_ends_and_help_names_the_commands(folder):
+    assert typed(folder, "/help", "/exit", "no") == ["User: /help", HELP, "User: /exit"]
 
 
 def test_an_image_without_a_name_is_told(folder):

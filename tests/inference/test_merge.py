@@ -174,7 +174,7 @@ def test_the_card_says_what_the_model_is_and_nothing_of_this_machine(checkpoint,
 
 
 def test_the_card_of_a_choice_by_the_loss_that_training_wrote_down_says_no_more_than_that(checkpoint, tmp_path):
-    write_selection(choose_by_recorded_loss({1: 2.5, 2: 1.5}), checkpoint.parents[1])
+    write_selection(choose_by_recorded_loss({1: 2.5, 2: 1.5}), checkpoint.parents[1], use=True)
     merge(checkpoint, tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "Held-out loss 1.5000." in card and "Score" not in card and "Cross-fitted" not in card
@@ -238,3 +238,11 @@ def test_the_command_line(checkpoint, tmp_path, capsys, refusal):
     assert made["output"] == str(output)
     assert made["check"]["base + adapters"]["same_choice"] > 0.9
     assert "is there already; choose another --output" in refusal("merge", checkpoint, "--output", output)
+    ends = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
+    (output / "generation_config.json").unlink()
+    assert status_of("merge", checkpoint, "--output", output, "--overwrite") == 0
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == ends == [2, 402]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").touch()
+    for kept in (tmp_path / "photos", checkpoint, checkpoint.parent):
+        assert "is there already" in refusal("merge", checkpoint, "--output", kept, "--overwrite")

@@ -1,9 +1,10 @@
 """What the model reads, what of it is trained, and that nobody's text can forge a special token."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from conftest import TOY_IMAGES, conversation, document, picture
+from conftest import TOY_IMAGES, conversation, document, num_trained, picture
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,6 +119,30 @@ def test_a_token_is_trained_when_its_last_character_is(template, tokenizer):
         "one token of template and text"
     )
     assert trained(template, document("犬")) == [" 犬</s>"], "the ▁ before a run goes with what follows it"
+
+
+@pytest.mark.parametrize(
+    ("number", "answers"),
+    [
+        (1, [" Yes.<end_of_utterance></s>"]),
+        (3, [" A dog.<end_of_utterance>"]),
+        (0, [" A dog.<end_of_utterance>", " Yes.<end_of_utterance></s>"]),
+    ],
+)
+def test_a_message_that_is_not_to_be_learned_has_no_labels(template, number, answers):
+    messages = list(conversation(("<dog>", "What?"), "A dog.", "Sure?", "Yes.").messages)
+    said = [message.content[-1] for message in messages]
+    messages[number] = replace(messages[number], is_trained=False)
+    sample = Sample(key="toy", messages=tuple(messages))
+    assert trained(template, sample) == answers
+    labelled = "".join(trained(template, sample, "all"))
+    assert said[number] not in labelled
+    assert all(text in labelled for text in said if text != said[number])
+    assert (
+        sum(end - start for start, end in template.encode(sample).withheld_spans)
+        + num_trained(template.encode(sample), "all")
+        == len(template.encode(sample).input_ids) - 1
+    )
 
 
 @golden

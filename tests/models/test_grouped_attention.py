@@ -156,3 +156,21 @@ def test_one_call_of_flash_attention_is_given_the_same_groups(image_ids):
         assert_equal(flash_self, dense(same_TT & (tokens[:, None] >= tokens)), len(tokens), len(tokens))
         looks_TS = image_ids_T[:, None] == torch.arange(3).repeat_interleave(LATENTS)
         assert_equal(flash_cross, dense(looks_TS), len(tokens), 3 * LATENTS)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "is_taken"),
+    [(128, torch.bfloat16, True), (36, torch.bfloat16, False), (64, torch.float32, False)],
+)
+def test_flash_attention_is_asked_for_what_it_takes(head_size, dtype, is_taken):
+    value = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 4, head_size), device=None)
+    with patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)):
+        assert attention.has_flash_attention(value) == is_taken
+
+
+@pytest.mark.parametrize("older", [lambda query, is_causal=False: None, None], ids=["torch 2.10", "torch 2.9"])
+def test_a_torch_without_windows_attends_by_buckets(older):
+    has_varlen = attention._has_varlen.__wrapped__
+    assert has_varlen()
+    with patch.object(varlen, "varlen_attn", older), patch.object(attention, "find_spec", lambda name: older):
+        assert not has_varlen()

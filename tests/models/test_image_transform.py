@@ -1,6 +1,8 @@
 """Encoded images to pixels: the training crop, the distance from transformers' pixels, images out of the ordinary."""
 
 import io
+import struct
+import zlib
 from itertools import pairwise
 
 import numpy as np
@@ -9,19 +11,21 @@ import torch
 from conftest import square_images
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from sft.core import images
-from sft.core.images import TOO_MANY_PIXELS, TOO_NARROW, decode_rgb
-from sft.core.sample import SkipSample
+from sft.core.images import DOES_NOT_DECODE, TOO_MANY_PIXELS, TOO_NARROW, decode_rgb, size_of, verified
+from sft.core.sample import Decoding, SkipSample
 from sft.models import image_transform
 from sft.models.image_transform import Crop, load_tiles, training_crop
+
+AS_STORED = Decoding(orientation="ignore")
 
 
 def load_pixels(content, size, crop=None):
     """The one tile of an image of IDEFICS."""
-    return load_tiles(content, square_images(size), crop)[0]
+    return load_tiles(content, square_images(size), crop and (lambda width, height: crop))[0]
 
 
 def encoded(image, format="PNG", **options):
@@ -255,13 +259,98 @@ def test_an_animation_is_its_first_frame():
     assert colour(load_pixels(content, 6)) == (255, 0, 0)
 
 
-def test_the_orientation_in_exif_is_not_applied():  # transformers does not either, nor did m4
-    image = noise(64, 48)
+# --------------------------------------------------------------------------------------------------- as it is shown
+
+
+def oriented(orientation, format, **options):
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    turned, plain = encoded(image, "JPEG", exif=exif), encoded(image, "JPEG")
-    assert (load_pixels(turned, 56) == load_pixels(plain, 56)).all()
-    assert distance(load_pixels(turned, 56), reference(turned, 56)) < 0.1
+    exif[0x0112] = orientation
+    return encoded(noise(64, 48), format, exif=exif, **options)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_seen_as_exif_says(orientation, format):
+    content = oriented(orientation, format)
+    seen = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert size_of(content) == verified(content).size == seen.size == decode_rgb(content).size
+    assert (np.asarray(decode_rgb(content)) == np.asarray(seen)).all()
+    assert distance(load_pixels(content, 56), to_pixels(seen, 56)) < 1
+
+
+def test_orientation_can_be_ignored():
+    content = oriented(6, "JPEG")
+    loaded = load_tiles(content, square_images(56), decoding=AS_STORED)[0]
+    assert (loaded == load_pixels(encoded(noise(64, 48), "JPEG"), 56)).all()
+    assert size_of(content, AS_STORED) == (64, 48) and size_of(content) == (48, 64)
+    assert distance(loaded, reference(content, 56)) < 0.1, "as transformers' processor, which leaves it to its callers"
+
+
+def test_a_crop_is_of_the_image_as_it_is_seen():
+    boxes = []
+    load_tiles(oriented(6, "JPEG"), square_images(56), lambda *size: boxes.append(size) or Crop(0, 0, 48, 64))
+    assert boxes == [(48, 64)]
+
+
+TURNED = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+
+
+def test_exif_of_a_png_may_follow_its_pixels():
+    content = encoded(noise(64, 48))
+    chunk = struct.pack(">I", len(TURNED)) + b"eXIf" + TURNED + struct.pack(">I", zlib.crc32(b"eXIf" + TURNED))
+    assert size_of(content[:-12] + chunk + content[-12:]) == (48, 64)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"",
+        b"MM",
+        b"no TIFF at all",
+        TURNED[:-9],  # ends inside the entry
+        TURNED.replace(b"\x08", b"\xf0"),  # begins behind its end
+        TURNED.replace(b"\x12\x01\x03", b"\x12\x01\x02"),  # a text
+        TURNED.replace(b"\x06", b"\x09"),
+    ],
+)
+def test_broken_exif_is_no_orientation(exif):
+    content = encoded(noise(64, 48), "JPEG", exif=b"Exif\0\0" + exif)
+    assert size_of(content) == decode_rgb(content).size == (64, 48)
+
+
+def test_a_jpeg_of_telephones_may_hold_others():
+    content = encoded(noise(64, 48), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 12))])
+    assert distance(load_pixels(content, 56), load_pixels(encoded(noise(64, 48), "JPEG"), 56)) == 0
+
+
+def test_a_large_jpeg_is_decoded_smaller(monkeypatch):
+    whole = load_pixels(LARGE, 56)
+    monkeypatch.setattr(images, "MAX_DECODED_PIXELS", 640 * 480 // 4)
+    sizes = []
+    load_tiles(LARGE, square_images(56), lambda *size: sizes.append(size) or Crop(0, 0, *size))
+    assert sizes == [(320, 240)] and decode_rgb(LARGE).size == (320, 240) and size_of(LARGE) == (640, 480)
+    assert distance(load_pixels(LARGE, 56), whole) < 1
+
+
+LARGE = encoded(noise(640, 480), "JPEG")
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+def test_heic_is_read_by_a_library_that_may_not_be_there(monkeypatch, brand):
+    content = bytes(4) + b"ftyp" + brand + bytes(4) + b"mif1heic"
+    monkeypatch.setattr(images, "can_read_heic", lambda: False)
+    with pytest.raises(SkipSample, match=r"needs pillow-heif; pip install 'idefics-sft\[heic\]'"):
+        decode_rgb(content)
+
+
+def test_heic_is_read():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    content = encoded(gradient(64, 48), "HEIF", quality=95)
+    assert verified(content).size == (64, 48)
+    assert distance(load_pixels(content, 56), load_pixels(encoded(gradient(64, 48)), 56)) < 3
+    with pytest.raises(SkipSample, match=DOES_NOT_DECODE):
+        verified(content[:-200])
 
 
 # ----------------------------------------------------------------------------------------------------------- damage
@@ -276,13 +365,12 @@ TIFF = encoded(noise(4, 4), "TIFF")
         (b"", "image does not decode"),
         (JPEG[:10], "image does not decode"),
         (JPEG[: len(JPEG) // 2], "image does not decode"),
-        (TIFF, "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
-        (bytes(4) + b"ftypheic", "image is HEIC or AVIF, which is not read; expected JPEG, PNG, WEBP, GIF or BMP"),
-        (encoded(Image.new("1", (5001, 5000))), "image too many pixels (over 25,000,000)"),
-        (encoded(Image.new("L", (5001, 5000)), "JPEG"), TOO_MANY_PIXELS),
+        (TIFF, "image is TIFF, which is not read; expected JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC"),
+        (encoded(Image.new("1", (8126, 8000))), TOO_MANY_PIXELS),
+        (encoded(Image.new("L", (8126, 8000)), "JPEG"), TOO_MANY_PIXELS),
         (encoded(Image.new("RGB", (51, 1)), "JPEG"), TOO_NARROW),
     ],
-    ids=["empty", "no header", "cut", "format", "telephone", "pixels", "pixels of a JPEG", "narrow"],
+    ids=["empty", "no header", "cut", "format", "pixels", "pixels of a JPEG", "narrow"],
 )
 def test_an_image_that_is_not_fit_has_the_reason_it_had_in_the_store(content, reason):
     for load in (decode_rgb, lambda content: load_pixels(content, 56)):
@@ -292,10 +380,36 @@ def test_an_image_that_is_not_fit_has_the_reason_it_had_in_the_store(content, re
 
 
 def test_limits_are_checked_before_a_jpeg_is_decoded(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 48 - 1)
-    monkeypatch.setattr(image_transform.simplejpeg, "decode_jpeg", lambda content: pytest.fail("decoded"))
-    with pytest.raises(SkipSample, match="too many pixels"):
-        load_pixels(JPEG, 56)
+    monkeypatch.setattr(image_transform.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(SkipSample, match="too many pixels") as caught:
+        load_tiles(JPEG, square_images(56), decoding=Decoding(max_pixels=64 * 48 - 1))
+    assert caught.value.detail == "64 x 48, over the 3,071 of data.images.max_pixels"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}], ids=str
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_may_lack_its_end_marker_and_nothing_else(mode, options):
+    """libjpeg fills what is not there with grey; a viewer that shows it is no reason to train on it."""
+    content = encoded(noise(64, 48).convert(mode), "JPEG", **options)
+    whole = load_pixels(content, 56)
+    for lost in (1, 2):
+        assert verified(content[:-lost]).lacks_end
+        assert (load_pixels(content[:-lost], 56) == whole).all()
+    assert not verified(content).lacks_end and not verified(content + b"\0\r\n").lacks_end
+    scans = [at for at in range(len(content)) if content[at : at + 2] == b"\xff\xda"]
+    for end in (len(content) - 3, len(content) - 4, len(content) - 20, len(content) // 2, *scans[-1:], 100, 2):
+        for load in (verified, decode_rgb, lambda content: load_pixels(content, 56)):
+            with pytest.raises(SkipSample, match=DOES_NOT_DECODE):
+                load(content[:end])
+
+
+def test_a_progressive_jpeg_without_its_fine_scans_is_cut():
+    content = encoded(noise(64, 48), "JPEG", progressive=True)
+    coarse = content.find(b"\xff\xc4", content.find(b"\xff\xda"))  # the tables of the second scan
+    with pytest.raises(SkipSample, match=DOES_NOT_DECODE):
+        verified(content[:coarse])
 
 
 def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it():

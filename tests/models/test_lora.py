@@ -269,6 +269,18 @@ def test_language_and_cross_attention_are_quantised_and_nothing_else(base):
     assert whole.model.gated_cross_attn_layers[0].cross_attn.q_proj.weight.dtype == torch.float32
 
 
+def test_what_is_quantised_is_what_is_stored_whatever_is_computed_in(base):
+    """The base is stored in float32, so that rounding it first would show."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = load_model(base, trained=("extra_rows",), frozen_dtype=dtype, quantised=True)
+        layers = {name: m.weight for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
+        assert {weight.quant_state.dtype for weight in layers.values()} == {dtype}
+        assert model.model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == dtype
+        found[dtype] = {n: (w.numpy().tobytes(), w.quant_state.absmax.numpy().tobytes()) for n, w in layers.items()}
+    assert found[torch.float32] == found[torch.bfloat16] == found[torch.float16]
+
+
 def test_only_frozen_matrices_are_stored_rounded_and_autocast_sees_no_difference(base, template):
     exact = load_model(base)
     model = load_model(base, trained=("extra_rows", "resampler"), frozen_dtype=torch.bfloat16)

@@ -90,7 +90,7 @@ def refusal_of_first(tmp_path, text):
 
 def test_a_missing_key_is_named_with_the_part_it_belongs_to(tmp_path):
     assert refusal(tmp_path, text=TOY.replace("  max_steps: 10\n", "")) == (
-        "toy.yaml:14: training.max_steps: this key is required"
+        "toy.yaml:14: training: max_steps or epochs is required; epochs: 3 is usual"
     )
     assert refusal(tmp_path, text=TOY.replace("output_dir: run\n", "")) == "toy.yaml: output_dir: this key is required"
 
@@ -133,10 +133,16 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
             "data.mixture.0.datasets.0.datset: unknown key; did you mean 'dataset'?",
         ),
         ("model.lora=[3]", "model.lora: expected a mapping of keys, found a list"),
-        ("training.max_steps=", "training.max_steps: expected a whole number, found nothing"),
+        ("training.max_steps=", "training: max_steps or epochs is required; epochs: 3 is usual"),
+        ("training.tokens_per_step=", "training.tokens_per_step: expected a whole number, found nothing"),
         ("training.max_steps=true", "training.max_steps: expected a number, found true"),
         ("training.betas=[0.9, 0.9, 0.9]", "training.betas: expected fewer entries, found a list"),
         ("output_dir=2026-01-01", "output_dir: expected text, found 2026-01-01"),
+        ("training.num_train_epochs=3", "training.num_train_epochs: unknown key; here it is training.epochs"),
+        ("epochs=3", "epochs: unknown key; here it is training.epochs"),
+        ("micro_batch_size=4", "micro_batch_size: unknown key; here it is training.micro_batch_packs"),
+        ("training.lr=1.0e-4", "training.lr: unknown key; here it is training.learning_rate"),
+        ("training.epochs=0", "training.epochs: expected a number greater than 0, found 0"),
     ],
 )
 def test_a_wrong_value_is_one_message_without_words_of_python(tmp_path, override, expected):
@@ -180,6 +186,17 @@ def test_shares_are_fractions_or_percent(tmp_path):
 def test_a_number_needs_no_dot(tmp_path):
     assert read(tmp_path).training.learning_rate == 0.00001, "YAML 1.1 reads 1e-5 as text"
     assert read(tmp_path, "training.learning_rate=3e-6").training.learning_rate == 0.000003
+
+
+def test_how_images_are_stored_may_be_one_word(tmp_path):
+    short = TOY.replace("data:\n", "data:\n  images: reference\n")
+    assert read(tmp_path, text=short).data.images.store == "reference"
+    both = read(
+        tmp_path, "data.images.orientation=ignore", "data.images.max_pixels=100_000_000", text=short
+    ).data.images
+    assert (both.store, both.orientation, both.max_pixels) == ("reference", "ignore", 100_000_000)
+    assert read(tmp_path, "data.images=reference").data.images.store == "reference"
+    assert "data.images.store: expected 'embed' or 'reference', found 'link'" in refusal(tmp_path, "data.images=link")
 
 
 def test_overrides_are_dotted_and_read_as_yaml(tmp_path):

@@ -140,7 +140,14 @@ def test_what_was_left_out_is_told_by_reason(run):
     pictures, _ = source_totals(replace(run, stores={"pictures": stores, TALK: []}))
     assert (pictures.records, pictures.samples, pictures.images, pictures.licences) == (20, 10, 8, ("MIT",))
     assert (pictures.filtered, pictures.skipped) == ({"no answer": 3}, {HOSTILE: 7})
-    assert "What was left out" in render(replace(run, stores={"pictures": stores, TALK: []}))
+    page = render(replace(run, stores={"pictures": stores, TALK: []}))
+    assert "What was left out" in page and "<td>3</td><td>7</td>" in page, "filtered and skipped are counted apart"
+
+
+def test_the_most_important_sentence_stands_on_top(run, tmp_path):
+    assert '<p class="conclusion">checkpoint-30 was selected' in render(run)
+    not_chosen = render(read_run(write_run(tmp_path / "run", chosen=False)))
+    assert '<p class="conclusion">The held-out loss went from ' in not_chosen
 
 
 def test_held_out_loss_begins_with_the_base_and_weighs_by_tokens(run):
@@ -161,12 +168,14 @@ def test_answers_are_those_of_the_base_and_of_the_selected_checkpoint(run):
 
 
 def test_the_choice_is_told_with_its_reason(run):
-    assert [sentence.replace(NBSP, " ") for sentence in selection_words(run)] == [
+    assert [sentence.replace(NBSP, " ") for sentence in selection_words(run.selection)] == [
         "checkpoint-30 was selected: it is the best of those that still have their weights, and has 60.0 % "
         "(95 % interval 50.0 % to 66.7 %).",
-        "Figures are of 100 questions about 60 images or texts of shapes, the mean of ranking by letter and text.",
-        "The best by the card's rule, the highest figure alone, would be checkpoint-40.",
-        "Chosen on one half and scored on the other, the choice is worth 55.0 % (50.0 % to 60.0 %).",
+        "The figures are from 100 questions about 60 images or texts of shapes, ranked by letter and text, the mean "
+        "of both.",
+        "checkpoint-40 has the highest score.",
+        "Cross-fitted, that is, chosen on one half and scored on the other, the choice scores 55.0 % "
+        "(50.0 % to 60.0 %).",
     ]
 
 
@@ -176,7 +185,7 @@ def test_the_choice_is_told_with_its_reason(run):
         ({"status": "running", "steps": 7, "chosen": False, "held": False}, "is being trained, or was killed"),
         ({"status": "running", "steps": 0, "chosen": False, "held": False}, "No step was finished"),
         ({"status": "failed", "steps": 3, "chosen": False, "why": f"OOM {HOSTILE}"}, "Failed after step 3: OOM"),
-        ({"status": "failed", "steps": 0, "chosen": False, "held": False}, "the reason was not written down"),
+        ({"status": "failed", "steps": 0, "chosen": False, "held": False}, "the reason was not recorded"),
         ({"status": "stopped", "steps": 12}, "Stopped after step 12; `idefics-sft train"),
         ({"failed_evaluations": {"checkpoint-20": "full"}}, "checkpoint-20: failed, training went on: full"),
         ({"held": False, "chosen": False}, "finished"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,7 +31,7 @@ from sft.selection import session
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune, prune_weights, weights_to_prune
-from sft.selection.record import is_chosen_on_half, write_selection
+from sft.selection.record import current_selection, is_chosen_on_half, write_selection
 from sft.selection.rules import choose, choose_by_recorded_loss
 
 
@@ -199,6 +200,19 @@ def test_the_loss_that_training_wrote_down_is_the_mean_over_trained_tokens(tmp_p
     assert recorded_losses(tmp_path / "nowhere") == {}
 
 
+def test_a_choice_by_another_benchmark_is_kept_and_replaces_the_first_one_when_asked(tmp_path):
+    first = choose_by_recorded_loss({1: 2.5, 2: 1.5}, {"checkpoint-1", "checkpoint-2"})
+    other = replace(first, by="exact_match", benchmark="mine", selected="checkpoint-1")
+    assert write_selection(first, tmp_path) == "selection.svg"
+    assert write_selection(other, tmp_path) == "selections/mine.svg"
+    assert (current_selection(tmp_path) or {})["selected"] == "checkpoint-2"
+    again = replace(first, benchmark="held_out_loss", selected="checkpoint-1")
+    assert write_selection(again, tmp_path) == "selection.svg", "the same task chooses again"
+    assert write_selection(other, tmp_path, use=True) == "selection.svg"
+    assert (current_selection(tmp_path) or {})["benchmark"] == "mine"
+    assert sorted(file.stem for file in (tmp_path / "selections").iterdir()) == ["held_out_loss", "mine"]
+
+
 def test_one_image_cannot_be_halved(tmp_path):
     table = outcomes(tmp_path, {10: "-", 20: "x"})
     selection = choose(table, by="mmbench")
@@ -326,7 +340,7 @@ def test_a_run_is_selected_from_with_a_plot_and_not_asked_twice(copied, capsys):
     assert again["rule"] == "earliest_not_worse" and again["scores"] == selection["scores"]
     assert kept(copied) == before
     assert status_of("select", copied) == 0
-    assert "* selected, by the rule best: checkpoint-" in " ".join(capsys.readouterr().out.split())
+    assert "was selected: it has the highest score" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_path, capsys, monkeypatch):
@@ -495,7 +509,7 @@ def test_a_damaged_checkpoint_is_left_out_by_name_whatever_was_kept_of_it(copied
     assert f"could not be evaluated: checkpoint-1 ({what})" in said.err
     selection = json.loads((copied / "selection.json").read_text())
     assert [score["checkpoint"] for score in selection["scores"]] == [selection["selected"]] == ["checkpoint-2"]
-    assert selection["warnings"][-1] == f"left out: checkpoint-1: {what}" and "not to be told apart" not in said.out
+    assert selection["warnings"][-1] == f"left out: checkpoint-1: {what}" and "cannot be told apart" not in said.out
     assert status_of("report", copied) == 0
     assert f"Left out: checkpoint-1: {what}." in (copied / "report.html").read_text()
     damage(copied / "checkpoints" / "checkpoint-2")

@@ -84,7 +84,7 @@ def trained(recipe: Path, name: str, *arguments: object) -> Path:
 
 def computed(run_dir: Path) -> list[dict]:
     """What was computed at each step, without what it took."""
-    took = ("time", "tokens_per_second", "peak_memory_bytes")
+    took = ("time", "tokens_per_second", "data_wait", "peak_memory_bytes")
     return [{key: value for key, value in line.items() if key not in took} for line in lines_of(run_dir)]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_tiny_model
+from transformers import get_linear_schedule_with_warmup
 
 from sft.models.idefics import weights
 from sft.models.idefics.names import GROUPS
@@ -37,6 +38,21 @@ def test_the_learning_rate_goes_up_and_down_in_lines():
     assert factor(8) == pytest.approx(0.6)
     assert factor(12) == factor(100) == pytest.approx(0.2)
     assert linear_schedule(0, 10, 0.0)(0) == 1.0
+
+
+def test_warm_up_is_that_of_transformers_a_step_earlier():
+    """There the first step has a rate of 0 and trains nothing."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs, ours = get_linear_schedule_with_warmup(optimizer, 4, 12).lr_lambdas[0], linear_schedule(4, 12, 0.0)
+    assert [ours(step) for step in range(4)] == [theirs(step + 1) for step in range(4)]
+    assert [ours(step) for step in range(4, 12)] == [theirs(step) for step in range(4, 12)]
+
+
+def test_epochs_warm_up_for_a_share_of_their_steps_and_never_longer_than_they_are():
+    epochs = settings(max_steps=None, epochs=1)
+    assert [epochs.of_steps(steps).warmup_steps for steps in (1, 2, 34, 1000)] == [0, 1, 2, 30]
+    with pytest.raises(ValueError, match="warmup_steps is 9, and training ends after 8 steps"):
+        settings(max_steps=None, epochs=1, warmup_steps=9).of_steps(8)
 
 
 def test_decay_steps_are_a_line_to_zero_that_is_left_early():

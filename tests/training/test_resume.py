@@ -201,6 +201,21 @@ def test_an_extended_run_goes_on_at_the_rate_of_the_longer_schedule(copied):
     assert rates[4:] == pytest.approx([peak * (1 - (step - 1) / 7) for step in range(4, 8)])
 
 
+def test_a_run_of_epochs_goes_on_with_more_of_them(tmp_path):
+    """Each sample is seen as often as there are epochs, and the schedule ends with the last step."""
+    short = recipe_of(tmp_path, "training.epochs=1")
+    first = train(short, console(to_stderr=True))
+    assert first.why == "training.epochs"
+    longer = recipe_of(tmp_path, "training.epochs=2")
+    finished = train(longer, console(to_stderr=True), allow_changed=True)
+    assert (finished.status, finished.step) == ("finished", finished.max_steps) and finished.step > first.step
+    lines = metrics(longer)
+    once = sum(line["sources"]["pictures"]["tokens"] for line in lines[: first.step])
+    assert sum(line["sources"]["pictures"]["tokens"] for line in lines) == 2 * once
+    assert lines[-1]["learning_rate"] < longer.training.learning_rate / finished.step * 1.5
+    assert load_recipe(Path(longer.output_dir) / "recipe.yaml").training == longer.training
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 
@@ -222,7 +237,7 @@ def test_a_signal_stops_with_75_and_the_same_command_goes_on(tmp_path, monkeypat
     assert status_of("train", path, *STEPS) == 75
     assert signal.getsignal(number) == before
     said = capsys.readouterr().out.replace("\n", " ")
-    assert f"stopped after step 2 ({number.name})" in said and f"Go on with: idefics-sft train {path}" in said
+    assert f"stopped after step 2 ({number.name})" in said and f"Resume with: idefics-sft train {path}" in said
     monkeypatch.setattr(run, "train", real)
     assert status_of("train", path, *STEPS) == 0
     said = capsys.readouterr().out.replace("\n", "")

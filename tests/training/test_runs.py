@@ -16,10 +16,11 @@ from sft.cli.select import select
 from sft.cli.terminal import console
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
-from sft.core.shipped import resolve
+from sft.core.shipped import recipe_path, resolve
 from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE
 from sft.models.idefics.weights import save_model
+from sft.recipe import load_recipe
 from sft.runs.names import find_model, find_recipe
 from sft.runs.status import RunStatus
 from sft.training.run_folder import OUTPUTS, delete_outputs
@@ -208,12 +209,28 @@ def test_a_copied_run_is_the_one_that_is_used(trained, copied, capsys):
     selection, _ = printed(capsys, "select", copied)
     assert find_model(str(copied)) == copied / "checkpoints" / selection["selected"]
     _, said = printed(capsys, "evaluate", copied, "--blind")
-    assert f"model: {copied / 'checkpoints' / selection['selected']}\n" in said
+    assert f"model: {copied / 'checkpoints' / selection['selected']}, selected by {selection['benchmark']}\n" in said
     assert (copied / "evaluations").is_dir()
     assert contents(trained.parent / "run") == before, "nothing is written where it was copied from"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_moved_run_finds_the_store_that_moved_with_it(tmp_path, is_inside):
+    """Inside the run, it is the run's own even while the old one is still there."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    store = "run/stores" if is_inside else "stores"
+    for folder in (old, new):
+        (folder / store).mkdir(parents=True)
+    recipe = load_recipe(recipe_path("quickstart"), [f"output_dir={old}/run", f"data.store={old}/{store}"])
+    (new / "run").mkdir(exist_ok=True)
+    (new / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    assert find_recipe(str(new / "run")).data.store == str((new if is_inside else old) / store)
+    shutil.rmtree(old)
+    assert find_recipe(str(new / "run")).data.store == str(new / store)
+    assert find_recipe(str(new / "run"), ["data.store=other"]).data.store == "other"
+
+
 def test_a_run_is_selected_again_after_its_questions_changed(copied, capsys):
     assert printed(capsys, "select", copied)[0]["questions"] == [8, 8]
     values = yaml.safe_load((copied / "recipe.yaml").read_text())
@@ -268,4 +285,4 @@ def test_after_training_select_is_named_where_something_can_choose_else_chat(rec
 
 def test_an_image_named_on_the_command_line_must_be_one(trained, refusal):
     refused = refusal("chat", trained, "--image", trained)
-    assert f"{trained}: image does not decode; expected a JPEG, PNG, WEBP, GIF or BMP image" in refused
+    assert f"{trained}: image does not decode; expected a JPEG, PNG, WEBP, GIF, BMP, AVIF or HEIC image" in refused

@@ -326,7 +326,7 @@ def test_metrics_have_a_line_a_step(finished):
     for line in lines:
         assert line.keys() == {
             "step", "time", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second",
-            "peak_memory_bytes", "sources", "dirty_samples",
+            "data_wait", "peak_memory_bytes", "sources", "dirty_samples",
         }  # fmt: skip
         assert line["sources"].keys() == {"pictures", "talk"}
         assert sum(own["tokens"] for own in line["sources"].values()) == line["tokens"] <= 256
@@ -415,7 +415,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
     apart = (loaded.model(batch=batch).logits_PV - again.model(batch=batch).logits_PV).abs().max()
     assert (apart > 0) == (mode == "qlora"), "the base was found through the recipe"
     (folder / "recipe.yaml").unlink()
-    with pytest.raises(UserError, match="its base model /moved is not there, nor a recipe that makes it"):
+    with pytest.raises(UserError, match="its base model /moved is not here; write its folder or hub id"):
         load_for_inference(folder)
 
 

@@ -10,6 +10,9 @@ and, where they are of use:
     default_path()                     -> the data, where it comes with a Python package
     LICENCE: str                       -> of the data, as published
     VERSION: int                       -> raised when the same records become other samples; 1 without it
+    KEYS: Keys                         -> the keys that are read; all others are counted, and records of conversations
+                                          that have one that changes their meaning are left out
+    READS_HUB = True                   -> a path `owner/name` that is nothing here is a dataset of the hub
 
 `path` is what the recipe says: the folder or file of the raw data. `options` are keyword-only arguments of any of these
 functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
@@ -18,6 +21,7 @@ functions; a recipe sets them under `options`. A dotted name in the recipe loads
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib import import_module
@@ -31,7 +35,9 @@ from pydantic import TypeAdapter, ValidationError
 from sft.core.errors import UserError, nearest
 from sft.core.sample import Sample, SkipSample
 from sft.core.shipped import resolve
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row
+from sft.data.formats.hub import hub_cache, hub_files, is_hub_id
 
 
 class Adapter:
@@ -45,10 +51,14 @@ class Adapter:
         self.name = name
         self.module = _load(name)
         self.split = split
+        self.asked = path
         self.path = self._path(path)
         self.options = dict(options)
+        self.folder: Path | None = None
+        """What holds the files, where they are in several folders."""
         functions = [getattr(self.module, name, None) for name in ("files", "beside", "rows", "to_sample")]
         known = {name: kind for function in functions if function for name, kind in _options(function).items()}
+        known |= {"config": str} if self.is_of_hub else {}
         for option, value in options.items():
             if option not in known:
                 raise UserError(
@@ -58,7 +68,7 @@ class Adapter:
             _check_option(name, option, value, known[option])
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Adapter, (self.name, str(self.path), self.split, self.options)
+        return Adapter, (self.name, self.asked if self.is_of_hub else str(self.path), self.split, self.options)
 
     @property
     def licence(self) -> str:
@@ -76,9 +86,25 @@ class Adapter:
         Raises:
             UserError: there are none.
         """
+        files = self._hub_files if self.is_of_hub else self._files()
+        folders = {file.parent for file in files}
+        self.folder = Path(os.path.commonpath(folders)) if len(folders) > 1 else None
+        return files
+
+    def _files(self) -> list[Path]:
         if not hasattr(self.module, "files"):
             return [self.path]
         return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether the path names a dataset of the hub, and nothing here."""
+        reads_hub = getattr(self.module, "READS_HUB", False)
+        return reads_hub and self.asked is not None and is_hub_id(self.asked) and not resolve(self.asked).exists()
+
+    @cached_property
+    def _hub_files(self) -> list[Path]:
+        return hub_files(str(self.asked), self.split, self.options.get("config"))
 
     def all_files(self) -> list[Path]:
         """Return the raw files and what is read beside them."""
@@ -92,7 +118,13 @@ class Adapter:
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """Return the raw records of one of the files."""
         rows: Iterable[Row | SkipSample] = self.module.rows(file, self.split, **self._own(self.module.rows))
-        return rows
+        if self.folder is None or not file.is_relative_to(self.folder):
+            return rows
+        return (_below(row, file.name, str(file.relative_to(self.folder))) for row in rows)
+
+    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that the adapter does not read, and what they hold; none if it declares none."""
+        return self.keys.not_read(row) if self.keys else ()
 
     def to_sample(self, row: Row) -> Sample:
         """Return one record as a sample.
@@ -100,8 +132,21 @@ class Adapter:
         Raises:
             SkipSample: the record is left out, with a named reason.
         """
+        if self.keys and self.keys.is_conversation:
+            self.keys.check_meaning(row)
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
+        answers = [message.is_trained for message in sample.messages if message.role in ("assistant", "document")]
+        if answers and not any(answers):
+            raise SkipSample("no answer is to be learned", filtered=True)
         return sample
+
+    @cached_property
+    def keys(self) -> Keys | None:
+        """The keys that the adapter reads, also those that its options name."""
+        keys: Keys | None = getattr(self.module, "KEYS", None)
+        columns = [name for value in self.options.values() if isinstance(value, dict) for name in value.values()]
+        named = {name for name in (*columns, *self.options.values()) if isinstance(name, str)}
+        return keys and keys._replace(record=keys.record | named)
 
     @cached_property
     def _sample_options(self) -> dict[str, Any]:
@@ -114,13 +159,22 @@ class Adapter:
     def _path(self, path: str | None) -> Path:
         if path is not None:
             found = resolve(path)
-            if not found.exists():
+            if not found.exists() and not self.is_of_hub:
                 raise UserError(f"dataset {self.name!r}: path {path} does not exist{_how_to_get(self.name)}")
-            return found
+            return hub_cache() if self.is_of_hub else found
         if not hasattr(self.module, "default_path"):
             raise UserError(f"dataset {self.name!r}: needs `path`, the folder or file of its raw data")
         default: Path = self.module.default_path()
         return default
+
+
+def _below(row: Row | SkipSample, name: str, path: str) -> Row | SkipSample:
+    """Return a row that says which of several folders its file is in, unless the adapter said so."""
+    if isinstance(row, SkipSample):
+        row.where = path + row.where.removeprefix(name) if row.where.startswith(name) else row.where
+    elif str(row.get("__from__")).startswith(name):
+        row["__from__"] = path + row["__from__"].removeprefix(name)
+    return row
 
 
 def _how_to_get(dataset: str) -> str:
@@ -128,10 +182,7 @@ def _how_to_get(dataset: str) -> str:
     says."""
     if dataset == "messages" or "." in dataset:
         return ""
-    return (
-        f"; docs/data.md#{dataset} has the command that downloads it, or take its source out of the recipe: "
-        "the other shares still have to sum to 100"
-    )
+    return f"; docs/data.md#{dataset} has the command that downloads it"
 
 
 def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:

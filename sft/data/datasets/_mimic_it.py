@@ -30,10 +30,10 @@ from sft.data.formats import (
     Row,
     batches,
     index_base64_object,
-    is_parquet,
+    is_table,
     read_json_items,
-    read_parquet,
     read_range,
+    read_records,
     require_file,
 )
 
@@ -63,12 +63,12 @@ def beside(file: Path) -> list[Path]:
 
 def read_instructions(file: Path, *, multi_turn: bool, with_images: bool = True) -> Iterator[Row | SkipSample]:
     """Yield instructions, each with `images`: the two images, or what they are read from."""
-    if not is_parquet(file):
+    if not is_table(file):
         records = _dialogues(file) if multi_turn else _instructions(file)
         return _with_images(records, file) if with_images else records
     if multi_turn or not with_images:
         raise UserError(f"{file}: multi_turn and image_folder go by image ids, which rows of the hub do not have")
-    return read_parquet(file)
+    return read_records(file)
 
 
 def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
@@ -189,7 +189,9 @@ def _is_sound(record: object) -> bool:
 
 def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
     """Yield instructions with the images of NAME.json or NAME.parquet beside them."""
-    name = file.name.partition("_instructions")[0]
+    name, is_named, _ = file.name.partition("_instructions")
+    if not is_named:
+        raise UserError(f"{file}: an object, as the instructions of MIMIC-IT are; expected NAME_instructions.json")
     in_json, in_parquet = file.with_name(f"{name}.json"), file.with_name(f"{name}.parquet")
     if in_json.is_file() and in_json != file:
         return _with_places(records, in_json)

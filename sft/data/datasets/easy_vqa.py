@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, read_json, require_file
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 LICENCE = "MIT"
+KEYS = Keys.of("split image question answer answer_with caption", is_conversation=False)
 Form = Literal["questions", "choices", "captions"]
 
 

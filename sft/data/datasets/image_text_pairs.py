@@ -29,11 +29,14 @@ from typing import Any
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
-from sft.data.formats import Row, find_files, is_parquet, read_parquet, read_tar
+from sft.data.datasets._meaning import Keys
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "LAION: CC-BY-4.0 for URLs and captions; PMD: that of each source; images belong to their owners"
 IMAGES = ("image", "image.jpeg", "jpg", "jpeg", "png", "webp")
 TEXTS = ("text", "text.txt", "txt", "TEXT", "caption")
+KNOWN = "url status error_message width height original_width original_height exif sha256 md5 uid json meta URL"
+KEYS = Keys.of(" ".join((*IMAGES, *TEXTS, KNOWN)), is_conversation=False)
 
 
 def files(path: Path, split: str) -> list[Path]:
@@ -46,10 +49,8 @@ def rows(
     file: Path, split: str, *, image_column: str | None = None, text_column: str | None = None
 ) -> Iterator[Row | SkipSample]:
     """Yield the samples of a tar, or the rows of a parquet file with its name, after which images are kept."""
-    if not is_parquet(file):
-        yield from read_tar(file, ["json", *_columns(image_column, IMAGES), *_columns(text_column, TEXTS)])
-        return
-    for row in read_parquet(file):
+    members = ("json", *_columns(image_column, IMAGES), *_columns(text_column, TEXTS))
+    for row in read_records(file, members=members):
         yield row if isinstance(row, SkipSample) else row | {"__shard__": file.stem}
 
 
@@ -71,7 +72,10 @@ def to_sample(
     key = f"image_text_pairs/{row['__from__']}"
     folder = (path if path.is_dir() else path.parent) / (image_folder or "")
     image = _image(row, _columns(image_column, IMAGES), folder)
-    caption = _caption(_first(row, _columns(text_column, TEXTS)))
+    text = _first(row, _columns(text_column, TEXTS))
+    if text is None:
+        raise SkipSample("no caption", detail=_found(row, "text_column"))
+    caption = _caption(text)
     is_at_end = random.Random(f"{seed}/{key}").random() < prob_image_at_end
     content = (caption, image) if is_at_end else (image, caption)
     return Sample(key=key, messages=(Message(role="document", content=content),))
@@ -108,17 +112,21 @@ def _image(row: Row, columns: Sequence[str], folder: Path) -> ImageRef:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None and "__key__" in row:
-        raise SkipSample("no image")
+        raise SkipSample("no image", detail=_found(row, "image_column"))
     if value is None and row.get("status") == "success" and row.get("key"):
         value = f"{row.get('__shard__')}/{row['key']}.jpg"
     if value is None:
-        raise SkipSample("image not downloaded", filtered=True)
+        raise SkipSample("image not downloaded", filtered=True, detail=_found(row, "image_column"))
     return ImageRef(source=value) if isinstance(value, bytes) else local_image(folder, value)
 
 
+def _found(row: Row, option: str) -> str:
+    """Return what a row has, as a hint."""
+    names = [name for name in row if not name.startswith("__")] + row.get("__others__", [])
+    return f"found {', '.join(names) or 'nothing'}; option {option} says which one is meant"
+
+
 def _caption(text: Any) -> str:
-    if text is None:
-        raise SkipSample("no caption")
     try:
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from sft.core.sample import Sample, SkipSample
-from sft.data.datasets.llava_instruct import folder_of, image_of, to_messages
-from sft.data.formats import Row, find_files, read_json_list
+from sft.data.datasets._conversation import LLAVA, to_messages
+from sft.data.datasets.llava_instruct import folder_of, image_of
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "CC-BY-NC-4.0"
+KEYS = LLAVA
 SMALL, LARGE = "llava_instruct_150k_llavar_16k.json", "llava_instruct_150k_llavar_20k.json"
 OWN_RECORDS = {SMALL: 15_500, LARGE: 19_800}
 
@@ -33,10 +36,10 @@ def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[
     all."""
     own = OWN_RECORDS.get(file.name) if own_records is None else own_records
     if own is None:
-        yield from read_json_list(file)
+        yield from read_records(file)
         return
     last: deque[Row | SkipSample] = deque()
-    for row in read_json_list(file):
+    for row in read_records(file):
         last.append(row)
         if len(last) > own:
             last.popleft()
@@ -46,5 +49,6 @@ def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[
 
 def to_sample(row: Row, path: Path, *, image_folder: str = "finetune") -> Sample:
     """Return one conversation. `image_folder` is relative to the data's folder, or absolute."""
-    image = image_of(row.get("image"), folder_of(path) / image_folder)
-    return Sample(key=f"llavar/{row['__from__']}", messages=to_messages(row.get("conversations"), image))
+    find = partial(image_of, folder=folder_of(path) / image_folder)
+    messages = to_messages(row, row.get("conversations"), [find(row.get("image"))], find, trims=True)
+    return Sample(key=f"llavar/{row['__from__']}", messages=messages)

@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.core.sample import Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.datasets._visual_genome import image_of
 from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, first_json_byte, read_json_list
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "not stated (code BSD-3-Clause)"
+KEYS = Keys.of("image_id question answer task")
 NUMBER = r"\W{1,3}[\d.]+"
 COORDINATES = re.compile(rf"\b(X{NUMBER}\W{{0,3}}Y{NUMBER}|Width{NUMBER}\W{{0,3}}Height{NUMBER})", re.IGNORECASE)
 
@@ -36,7 +38,7 @@ def files(path: Path, split: str) -> list[Path]:
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
     """Yield the records of the list, bare or under `annotations`."""
-    return read_json_list(file, "annotations.item" if first_json_byte(file) == "{" else "item")
+    return read_records(file)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str = "image", with_coordinates: bool = True) -> Sample:

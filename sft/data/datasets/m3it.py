@@ -34,9 +34,11 @@ from sft.core.errors import UserError, nearest
 from sft.core.images import base64_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
 from sft.data.datasets._m3it_templates import TEMPLATES, general, text_of
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, read_json, read_records
 
 LICENCE = "other: every subset keeps the licence of its source"
+KEYS = Keys.of("instruction inputs outputs image_base64_str image_str img_str image_base64 image images")
 
 SELECTION = (
     *("coco", "textcap", "image-paragraph-captioning"),
@@ -147,9 +149,10 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
     instructions: list[str] = []
     for row in read_records(file):
         if isinstance(row, SkipSample):
-            yield row
+            yield SkipSample(row.reason, detail=row.detail, where=f"{subset}/{row.where}")
             continue
-        row |= {"__subset__": subset, "__key__": f"m3it/{subset}/{row['__from__']}"}
+        here = f"{subset}/{row['__from__']}"
+        row |= {"__subset__": subset, "__key__": f"m3it/{here}", "__from__": here}
         if "instruction" in row:
             yield row
             continue
@@ -161,7 +164,7 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
             try:
                 yield _loader_form(one | {"__rng__": rng, "__classes__": classes}, rng.choice(instructions))
             except SkipSample as skip:
-                yield SkipSample(skip.reason, detail=row["__from__"])
+                yield SkipSample(skip.reason, detail=skip.detail, where=here)
 
 
 def _loader_form(row: Row, instruction: str) -> Row:

@@ -30,9 +30,11 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
-from sft.data.formats import Row, find_files, is_parquet, read_parquet, read_records, read_tar
+from sft.data.datasets._meaning import Keys
+from sft.data.formats import Row, find_files, is_table, read_records
 
 LICENCE = "CC-BY-4.0 (texts and images belong to their owners)"
+KEYS = Keys.of("items", is_conversation=False)
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 LISTS = ("*.parquet", "*.jsonl")
 IMAGE_TOKENS = ("<image>", "<fake_token_around_image>")
@@ -49,7 +51,7 @@ def files(path: Path, split: str) -> list[Path]:
 def beside(file: Path, *, image_folder: str | None = None) -> list[Path]:
     """Return the lists of the shard's images."""
     folder = _folder(file, image_folder)
-    return find_files(folder, *LISTS, what="the shard's images and what URLs they were") if is_parquet(file) else []
+    return find_files(folder, *LISTS, what="the shard's images and what URLs they were") if is_table(file) else []
 
 
 def _folder(file: Path, image_folder: str | None) -> Path:
@@ -59,10 +61,8 @@ def _folder(file: Path, image_folder: str | None) -> Path:
 def rows(file: Path, split: str, *, image_folder: str | None = None) -> Iterator[Row | SkipSample]:
     """Yield the documents of a shard, each with its texts and images in reading order."""
     folder = _folder(file, image_folder)
-    if is_parquet(file):
-        pages, names = read_parquet(file, columns=("images", "texts")), _image_map(folder)
-    else:
-        pages, names = read_tar(file, ("text.txt", "image.jpeg", "metadata.txt")), {}
+    pages = read_records(file, columns=("images", "texts"), members=("text.txt", "image.jpeg", "metadata.txt"))
+    names = _image_map(folder) if is_table(file) else {}
     for page in pages:
         if isinstance(page, SkipSample):
             yield page
@@ -70,7 +70,7 @@ def rows(file: Path, split: str, *, image_folder: str | None = None) -> Iterator
         try:
             items = _tar_items(page) if "__key__" in page else _parquet_items(page, names, folder)
         except SkipSample as skip:
-            yield SkipSample(skip.reason, detail=f"{page['__from__']} {skip.detail}".strip())
+            yield SkipSample(skip.reason, detail=skip.detail, where=page["__from__"])
             continue
         for number, document in enumerate(_documents(items)):
             yield {"__from__": f"{page['__from__']}/{number}", "__at__": page["__at__"], "items": document}
@@ -116,7 +116,7 @@ def _tar_items(page: Row) -> Items:
     """Return what the slots hold in the order of their numbers: `tar --sort=name` put 10 before 2."""
     listed = page.get("metadata.txt", b"").decode("utf-8", "replace").splitlines()
     if not listed:
-        raise SkipSample("no list of the members")
+        raise SkipSample("no list of the members", detail=f"found {', '.join(page.get('__others__', ())) or 'none'}")
     if any(name.partition(".")[2] not in page for name in listed):
         raise SkipSample("a listed member is missing")
     slots: dict[int, str | ImageRef] = {}

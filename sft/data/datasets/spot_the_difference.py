@@ -21,13 +21,15 @@ from pathlib import Path
 from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
 from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, first_json_byte, is_parquet, read_json_list
+from sft.data.formats import Row, find_files, is_table, read_records
 
 __all__ = ["beside", "files", "rows", "to_sample"]
 
 LICENCE = "original: not stated; MIMIC-IT: tagged MIT, the agreement on the hub allows research use only"
+KEYS = Keys.of("img_id sentences instruction answer images image_ids rel_ins_ids")
 IMAGE_FOLDERS = ("resized_images", "data/resized_images", "../resized_images")
 PROMPTS = (
     "What has changed from the first picture to the second?",
@@ -65,7 +67,7 @@ def rows(file: Path, split: str, *, multi_turn: bool = False) -> Iterator[Row | 
         return read_instructions(file, multi_turn=multi_turn)
     if multi_turn:
         raise UserError(f"{file}: multi_turn is for MIMIC-IT; the original Spot-the-Diff has no related records")
-    return read_json_list(file)
+    return read_records(file)
 
 
 def to_sample(
@@ -75,11 +77,12 @@ def to_sample(
     when not given), whether sentences get a capital and a final period, as HuggingFaceM4 gave them (the answers of
     other datasets have both), and what draws the prompt."""
     key = f"spot_the_difference/{row['__from__']}"
-    if "img_id" not in row and "sentences" not in row:
+    if row.keys() & {"instruction", "answer", "image_ids"}:
         return Sample(key=key, messages=to_messages(row, two_images(row)))
     image, folder = row.get("img_id"), _image_folder(path, image_folder)
     if not isinstance(image, str) or not re.fullmatch("[0-9A-Za-z_-]{1,64}", image):
-        raise SkipSample("img_id is not an id", detail=image[:200] if isinstance(image, str) else "")
+        found = "found " + ", ".join(name for name in row if not name.startswith("__"))
+        raise SkipSample("img_id is not an id", detail=(image if isinstance(image, str) else found)[:200])
     images = (local_image(folder, f"{image}.png"), local_image(folder, f"{image}_2.png"))
     prompt = random.Random(f"{seed}/{key}").choice(PROMPTS)
     answer = _answer(row.get("sentences"), correct_casing)
@@ -105,8 +108,8 @@ def _corrected(sentence: str) -> str:
 
 
 def _is_original(file: Path) -> bool:
-    """Return whether a file is a list of annotations; MIMIC-IT's are an object or a parquet."""
-    return not is_parquet(file) and first_json_byte(file) == "["
+    """Return whether a file holds annotations; MIMIC-IT's are instructions by name, or a parquet."""
+    return "_instructions" not in file.name and not is_table(file)
 
 
 def _image_folder(path: Path, image_folder: str | None) -> Path:

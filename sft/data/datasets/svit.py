@@ -26,15 +26,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import _visual_genome, llava_instruct
-from sft.data.formats import Row, find_files, read_json_list
+from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
+from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "CC-BY-4.0"
+KEYS = LLAVA._replace(record=LLAVA.record | {"image_id", "turns", "held_out", "task", "place"})
 Task = Literal["conversation", "complex_reasoning", "detail_description", "referring_qa"]
 Unit = Literal["conversation", "question"]
 
@@ -53,7 +56,7 @@ def rows(
 ) -> Iterator[Row | SkipSample]:
     """Yield a row for each conversation, or for each question with its answer; one for each record in LLaVA's form."""
     held_out = frozenset() if keep_held_out else _held_out_ids(file)
-    for record in read_json_list(file):
+    for record in read_records(file):
         if isinstance(record, SkipSample) or ("id" in record and "image_id" not in record):
             yield record
         else:
@@ -98,13 +101,13 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
     folder, which is the default."""
     folder = llava_instruct.folder_of(path) / (image_folder or "")
     if "image_id" not in row:  # LLaVA's form
-        image = None if row.get("image") is None else llava_instruct.image_of(row["image"], folder)
-        messages = llava_instruct.to_messages(row.get("conversations"), image)
+        images, find = listed_images(row), partial(llava_instruct.image_of, folder=folder)
+        messages = to_messages(row, row.get("conversations"), images, find, trims=True)
         return Sample(key=f"svit/{row['__from__']}", messages=messages)
     if row["held_out"]:
         raise SkipSample("held-out test image", filtered=True)
-    image = _visual_genome.image_of(row["image_id"], folder)
-    messages = llava_instruct.to_messages(_in_llava_form(row["turns"]), image)
+    find = partial(_visual_genome.image_of, folder=folder)
+    messages = to_messages(row, row["turns"], [find(row["image_id"])], find, trims=True)
     texts = [item for message in messages for item in message.content if isinstance(item, str)]
     if len(texts) < len(messages):
         raise SkipSample("empty message")
@@ -113,15 +116,6 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
     if row["task"] == "referring_qa" and not all(map(_boxes_are_sound, texts)):
         raise SkipSample("malformed box")
     return Sample(key=f"svit/{row['__from__']}/{row['image_id']}/{row['place']}", messages=messages)
-
-
-def _in_llava_form(turns: Any) -> Any:
-    """Return a turn in LLaVA's form: SVIT's user is LLaVA's human, and what is no turn is left for LLaVA's checks."""
-    if not isinstance(turns, list):
-        return turns
-    return [
-        turn | {"from": "human"} if isinstance(turn, dict) and turn.get("from") == "user" else turn for turn in turns
-    ]
 
 
 def _boxes_are_sound(text: str) -> bool:

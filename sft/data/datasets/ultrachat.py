@@ -22,9 +22,12 @@ from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample, SkipSample
+from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, find_files, read_records
 
 LICENCE = "MIT"
+KEYS = Keys.of("data messages prompt prompt_id", turn="role content")
+READS_HUB = True
 
 
 def files(path: Path, split: str) -> list[Path]:
@@ -68,7 +71,7 @@ def _texts_of_messages(messages: object) -> list[object]:
         raise SkipSample("dialogue is not a list")
     for place, message in enumerate(messages):
         if message.get("role") != ("assistant" if place % 2 else "user"):
-            raise SkipSample("turns do not alternate")
+            raise SkipSample("turns do not alternate", detail=f"role {message.get('role')!r} at turn {place + 1}"[:200])
     return [message.get("content") for message in messages]
 
 

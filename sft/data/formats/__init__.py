@@ -10,32 +10,38 @@ failed download say, is a `UserError`: what it should have held cannot be counte
 extracted to disk, and no pickle is ever opened.
 """
 
+from sft.data.formats.arrow import read_arrow
 from sft.data.formats.base64_object import ByteRange, index_base64_object, read_range
-from sft.data.formats.json_text import first_json_byte, read_json, read_json_items, read_json_list, read_jsonl
+from sft.data.formats.content import kind_of
+from sft.data.formats.csv_text import read_csv
+from sft.data.formats.json_text import read_json, read_json_items, read_json_list, read_json_object, read_jsonl
 from sft.data.formats.parquet import batches, read_parquet
-from sft.data.formats.records import READERS, is_parquet, read_records
+from sft.data.formats.records import is_table, read_records, record_files
 from sft.data.formats.rows import MAX_RECORD_BYTES, Row, find_files, max_record_bytes, record_limit, require_file
 from sft.data.formats.tar import read_tar
 
 __all__ = [
     "MAX_RECORD_BYTES",
-    "READERS",
     "ByteRange",
     "Row",
     "batches",
     "find_files",
-    "first_json_byte",
     "index_base64_object",
-    "is_parquet",
+    "is_table",
+    "kind_of",
     "max_record_bytes",
+    "read_arrow",
+    "read_csv",
     "read_json",
     "read_json_items",
     "read_json_list",
+    "read_json_object",
     "read_jsonl",
     "read_parquet",
     "read_range",
     "read_records",
     "read_tar",
+    "record_files",
     "record_limit",
     "require_file",
 ]

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sft.core.errors import UserError, printable
 from sft.core.sample import SkipSample
+from sft.data.formats.content import NOT_UTF8, Content, opened
 from sft.data.formats.rows import (
     BLOCK_BYTES,
     MAX_DEPTH,
@@ -35,41 +36,52 @@ def read_json(path: Path) -> Any:
     if require_file(path, "a JSON file").stat().st_size > MAX_RECORD_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECORD_BYTES:,} bytes; expected a small JSON file")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
 
 def read_jsonl(path: Path) -> Iterator[Row | SkipSample]:
     """Yield the objects of a JSON-lines file. A line that is none, or is too long, is a reason to skip it."""
-    limit, size = max_record_bytes.get(), require_file(path, "a JSON-lines file").stat().st_size
-    at = number = 0
-    with path.open("rb", buffering=BLOCK_BYTES) as file:
-        while line := file.readline(limit + 1):
+    limit, number = max_record_bytes.get(), 0
+    with opened(path, "a JSON-lines file") as content:
+        while line := content.file.readline(limit + 1):
             number += 1
-            at += len(line)
             here = f"{path.name}:{number}"
             if len(line) > limit:
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(BLOCK_BYTES)
-                    at += len(line)
-                yield SkipSample(TOO_LONG, detail=here)
+                    line = content.file.readline(BLOCK_BYTES)
+                yield SkipSample(TOO_LONG, where=here)
             elif line.strip():
-                yield _parsed(line, here, at / size)
+                yield _parsed(line, here, content.share_read)
 
 
 def _parsed(line: bytes, here: str, at: float) -> Row | SkipSample:
     try:
-        row = json.loads(line)
-    except ValueError:
-        return SkipSample("line is not JSON", detail=here)
+        row = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        found = f"column {column}: byte 0x{line[error.start]:02x} {NOT_UTF8}"
+        return SkipSample("line is not UTF-8", detail=found, where=here)
+    except json.JSONDecodeError as error:
+        return SkipSample("line is not JSON", detail=f"column {error.pos + 1}: {_problem(error)}", where=here)
+    except ValueError as error:  # digits beyond what Python converts
+        return SkipSample("line is not JSON", detail=one_line(error), where=here)
     except RecursionError:
-        return SkipSample(TOO_DEEP, detail=here)
+        return SkipSample(TOO_DEEP, where=here)
     if not isinstance(row, dict):
-        return SkipSample("line is not a JSON object", detail=here)
+        return SkipSample("line is not a JSON object", where=here)
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row):
-        return SkipSample(TOO_DEEP, detail=here)
+        return SkipSample(TOO_DEEP, where=here)
     return placed(row, here, at)
+
+
+def _problem(error: json.JSONDecodeError) -> str:
+    """Return what is wrong, with what stands there."""
+    near, before = error.doc[error.pos : error.pos + 20].rstrip(), error.doc[max(error.pos - 20, 0) : error.pos]
+    if near[:1] in ("]", "}") and before.rstrip().endswith(","):
+        return f"a comma before {near[0]!r}"
+    return f"{error.msg.removesuffix(' at')} at {near!r}" if near else CUT_OFF
 
 
 def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSample]:
@@ -82,14 +94,30 @@ def read_json_list(path: Path, prefix: str = "item") -> Iterator[Row | SkipSampl
     number = 0
     with _opened(path, "a JSON list") as text, text.errors(lambda: f"record {number}"):
         for number, row in enumerate(text.walk(prefix.split(".")[:-1], text.elements), start=1):
-            here = f"{path.name}:{number}"
-            if isinstance(row, dict):
-                yield placed(row, here, text.share_read)
-            else:
-                reason = row.reason if isinstance(row, SkipSample) else "record is not a JSON object"
-                yield SkipSample(reason, detail=here)
+            yield _record(row, f"{path.name}:{number}", text.share_read)
     if not number:
         raise UserError(f"{path}: no JSON list of records at {prefix!r}")
+
+
+def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
+    """Yield the records of a list below one of LISTS, else the object itself as a record, and objects behind it.
+
+    Raises:
+        UserError: as `read_json_list`; or records stand in two places.
+    """
+    number = 0
+    with _opened(path, "a JSON object") as text, text.errors(lambda: f"record {number}"):
+        while text.peek() == "{":
+            for row in text.records():
+                number += 1
+                yield _record(row, f"{path.name}:{number}", text.share_read)
+        text.check_end()
+
+
+def _record(value: Any, here: str, at: float) -> Row | SkipSample:
+    if isinstance(value, dict):
+        return placed(value, here, at)
+    return SkipSample(value.reason if isinstance(value, SkipSample) else "record is not a JSON object", where=here)
 
 
 def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -109,32 +137,26 @@ def read_json_items(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: no JSON object at {prefix!r}" if prefix else f"{path}: not a JSON object, or empty")
 
 
-def first_json_byte(path: Path) -> str:
-    """Return `[` or `{`, to tell a list from an object; "" for a file of blanks."""
-    with require_file(path, "a JSON file").open("rb") as file:
-        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1].decode("latin-1")
-
-
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[_JsonText]:
-    with require_file(path, what).open("rb") as file:
-        yield _JsonText(file, path)
+    with opened(path, what) as content:
+        yield _JsonText(content, path)
 
 
 class _JsonText:
     """A JSON text of any size, of which one value at a time is in memory."""
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.file, self.path = file, path
-        self.size = max(path.stat().st_size, 1)
-        self.num_read = 0
+    def __init__(self, content: Content, path: Path) -> None:
+        self.content, self.path = content, path
         self.limit = max_record_bytes.get()
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at = "", 0
+        self.line = self.column = 0  # of the beginning of `text`
+        self.num_read = 0  # bytes, unpacked
 
     @property
     def share_read(self) -> float:
-        return self.num_read / self.size
+        return self.content.share_read
 
     @contextmanager
     def errors(self, last: Callable[[], str]) -> Iterator[None]:
@@ -147,8 +169,41 @@ class _JsonText:
     def walk(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Yield what `read` reads below the keys, and on to the end of the text."""
         yield from self._below(keys, read)
+        self.check_end()
+
+    def check_end(self) -> None:
+        """Raise ValueError unless nothing stands here."""
         if rest := self.peek():
-            raise ValueError(f"it goes on behind its end with {rest!r}")
+            raise self._wrong(f"it goes on behind its end with {rest!r}")
+
+    def records(self) -> Iterator[Any]:
+        """Yield the objects of a list below one of LISTS, or else the object that stands here."""
+        own: dict[str, Any] = {}
+        found, start = "", self.num_read
+        for key in self._keys():
+            if not found and self.num_read - start > 2 * self.limit + BLOCK_BYTES:
+                raise self._too_long()
+            is_list = key in LISTS and self._is_list_of_objects()
+            if (found and (is_list or key in CONVERSATIONS)) or (is_list and own.keys() & set(CONVERSATIONS)):
+                raise UserError(
+                    f"{self.path}: records stand below {found or 'messages'!r} and at {key!r}; expected one"
+                )
+            if is_list:
+                found = key
+                yield from self.elements()
+            else:
+                own[key] = self.value()
+                own = {} if found else own
+        if own and own.keys() <= set(LISTS) and not any(own.values()):
+            raise self._wrong("there are no records")
+        if not found:
+            yield next((value for value in own.values() if isinstance(value, SkipSample)), own)
+
+    def _is_list_of_objects(self) -> bool:
+        self.peek()
+        while _OPENED_LIST.fullmatch(self.text, self.at) and self._reads_on():
+            pass
+        return bool(_LIST_OF_OBJECTS.match(self.text, self.at))
 
     def _below(self, keys: list[str], read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         if not keys:
@@ -188,7 +243,7 @@ class _JsonText:
 
     def _key(self) -> str:
         if (found := self.peek()) != '"':
-            raise ValueError(f"expected a key, found {found!r}" if found else CUT_OFF)
+            raise self._wrong(f"expected a key, found {found!r}" if found else CUT_OFF)
         key: str = self.value()
         self._takes(":")
         return key
@@ -203,7 +258,7 @@ class _JsonText:
     def _takes(self, *expected: str) -> str:
         found = self.peek()
         if found not in expected:
-            raise ValueError(f"expected {' or '.join(expected)}, found {found!r}" if found else CUT_OFF)
+            raise self._wrong(f"expected {' or '.join(expected)}, found {found!r}" if found else CUT_OFF)
         self.at += 1
         return found
 
@@ -222,18 +277,17 @@ class _JsonText:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                problem, is_whole = "", end < len(self.text) - _SURROUNDINGS  # else a number may go on
+                problem, is_whole = None, end < len(self.text) - _SURROUNDINGS  # else a number may go on
             except json.JSONDecodeError as error:
-                near = self.text[error.pos : error.pos + 20]
-                problem, is_whole = f"{error.msg.removesuffix(' at')} at {near!r}" if near else CUT_OFF, False
+                problem, is_whole = error, False
                 if error.pos < len(self.text) - _SURROUNDINGS and not error.msg.startswith("Unterminated string"):
-                    raise ValueError(problem) from error
+                    break
             except RecursionError:
-                problem, is_whole, value, end = "", True, SkipSample(TOO_DEEP), self._end_of_brackets()
+                problem, is_whole, value, end = None, True, SkipSample(TOO_DEEP), self._end_of_brackets()
             if is_whole or not self._reads_on():
                 break
         if problem:
-            raise ValueError(problem)
+            raise self._wrong(_problem(problem), problem.pos)
         if end - self.at > self.limit:
             raise self._too_long()
         num_brackets = self.text.count("[", self.at, end) + self.text.count("{", self.at, end)
@@ -249,19 +303,36 @@ class _JsonText:
                 if not depth:
                     return found.end()
             if not self._reads_on():
-                raise ValueError(CUT_OFF)
+                raise self._wrong(CUT_OFF)
 
     def _reads_on(self) -> bool:
         """Read more of the text; at its end there is none."""
         left = self.text[self.at :]
         if len(left) > self.limit + _SURROUNDINGS:
             raise self._too_long()
-        block = self.file.read(max(BLOCK_BYTES, len(left)))  # twice as much each time, so that a long record is quick
-        more = self.decoder.decode(block, final=not block)
+        # Twice as much each time, so that a long record is quick.
+        block = self.content.file.read(max(BLOCK_BYTES, len(left)))
+        try:
+            more = self.decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            self.text += error.object[: error.start].decode(errors="replace")
+            byte = error.object[error.start]
+            raise self._wrong(f"byte 0x{byte:02x} {NOT_UTF8}; save it as UTF-8", len(self.text)) from error
+        self.num_read += len(block)
         if block:
-            self.num_read += len(block)
+            self.line, self.column = self._location(self.at)
             self.text, self.at = left + more, 0
         return bool(block)
+
+    def _location(self, at: int) -> tuple[int, int]:
+        num_lines = self.text.count("\n", 0, at)
+        column = at - self.text.rfind("\n", 0, at) - 1 if num_lines else self.column + at
+        return self.line + num_lines, column
+
+    def _wrong(self, problem: str, at: int | None = None) -> ValueError:
+        """Return the error for what stands here, or at another place of the text."""
+        line, column = self._location(self.at if at is None else at)
+        return ValueError(f"line {line + 1}, column {column + 1}: {problem}")
 
     def _too_long(self) -> UserError:
         return UserError(
@@ -271,6 +342,12 @@ class _JsonText:
 
 
 CUT_OFF = "it is cut off"
+BYTE_ORDER_MARK = "\ufeff"
+LISTS = ("data", "annotations", "records", "samples", "examples", "instances", "items", "rows", "entries", "questions")
+"""Keys below which an object may hold its records as a list."""
+CONVERSATIONS = ("messages", "conversations")
+"""Keys by which an object is a record itself."""
+_LIST_OF_OBJECTS, _OPENED_LIST = re.compile(r"\[[ \t\r\n]*\{"), re.compile(r"\[?[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _BRACKET_OR_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _BLANKS = re.compile(r"[ \t\r\n]*")

@@ -30,25 +30,40 @@ def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterato
     Raises:
         UserError: missing, cut off, or not parquet.
     """
-    import pyarrow as pa
+    return rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
+
+
+def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Any, float]]:
     import pyarrow.parquet as pq
 
-    require_file(path, "a parquet file")
+    with pq.ParquetFile(path, memory_map=True) as file:
+        num_rows = 0
+        for batch in batches(path, file, columns):
+            num_rows += batch.num_rows
+            yield batch, num_rows / file.metadata.num_rows
+
+
+def rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
+    """Yield the rows of Arrow batches, which come with how much of the file was read.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    import pyarrow as pa
+
     limit, number = max_record_bytes.get(), 0
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            total = max(file.metadata.num_rows, 1)
-            for batch in batches(path, file, columns):
-                for place in range(batch.num_rows):
-                    number += 1
-                    here = f"{path.name}:{number}"
-                    one = batch.slice(place, 1)
-                    if one.nbytes > limit and _is_too_long(one, limit):
-                        yield SkipSample(TOO_LONG, detail=here)
-                    else:
-                        yield _converted(one, here, number / total)
+        for batch, share in batches:
+            for place in range(batch.num_rows):
+                number += 1
+                here = f"{path.name}:{number}"
+                one = batch.slice(place, 1)
+                if one.nbytes > limit and _is_too_long(one, limit):
+                    yield SkipSample(TOO_LONG, where=here)
+                else:
+                    yield _converted(one, here, share)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as parquet after row {number}: {one_line(error)}") from error
+        raise UserError(f"{path}: not readable as {kind} after row {number}: {one_line(error)}") from error
 
 
 def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:
@@ -119,5 +134,5 @@ def _converted(one: Any, here: str, at: float) -> Row | SkipSample:
     try:
         row: Row = one.to_pylist()[0]
     except (ValueError, OverflowError):  # text that is not UTF-8, a date in the year 60000
-        return SkipSample("row has a value that cannot be read", detail=here)
+        return SkipSample("row has a value that cannot be read", where=here)
     return placed(row, here, at)

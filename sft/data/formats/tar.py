@@ -15,12 +15,14 @@ from sft.data.formats.rows import BLOCK_BYTES, TOO_LONG, Row, max_record_bytes, 
 
 MAX_HEADER_BYTES = 64 * 1024
 """Of one tar member: its header, its long name, its attributes."""
+MAX_NAMED = 8
+"""Members of a sample that are not read and are named."""
 
 
 def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample]:
     """Yield the samples of a WebDataset shard (.tar, .tar.gz): members that share a name up to its first dot, as
     {"__key__": name, extension: bytes}. A number may stand before an extension (`000.3.image.jpeg`). Members with other
-    extensions are not even read; nothing is ever unpickled.
+    extensions are not even read, `__others__` names the first of them; nothing is ever unpickled.
 
     Raises:
         UserError: missing, not a tar, or cut off. One cut between two members reads without an error of its own but
@@ -49,6 +51,8 @@ def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample
                         sample["__skip__"] = TOO_LONG
                     if "__skip__" not in sample:
                         sample[extension] = tar.content(member)
+                elif len(others := sample.setdefault("__others__", [])) < MAX_NAMED:
+                    others.append(printable(extension[:40]))
             tar.check_end()
     except (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, OverflowError, RecursionError) as error:
         where = f"after {printable(sample['__key__'])}" if sample else "at its beginning"
@@ -128,5 +132,5 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _whole(sample: Row) -> Row | SkipSample:
     if "__skip__" in sample:
-        return SkipSample(sample["__skip__"], detail=sample["__from__"])
+        return SkipSample(sample["__skip__"], where=sample["__from__"])
     return sample

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+import xxhash
+
+from sft.core.files import text_lines
 from sft.core.images import read_bytes
 from sft.core.sample import ImageRef
 
@@ -26,41 +30,59 @@ class ImageReader:
 
     def __init__(self, listed: IO[str]) -> None:
         self._listed = listed
-        self._known: set[str] = set()
+        self._known: dict[str, tuple[Stamp | None, str | None]] = {}
 
-    def read(self, image: ImageRef) -> tuple[bytes, str]:
-        """Return the bytes of an image and their sha256.
+    def read(self, image: ImageRef, seen: Container[str] = ()) -> tuple[bytes, str]:
+        """Return the bytes of an image and their sha256; a file that is as it was, and whose hash was `seen`, is not
+        read again and has no bytes.
 
         Raises:
             SkipSample: see `read_bytes`; that file is written down too.
         """
         stamp = stamp_of(image.source) if isinstance(image.source, Path) else None
+        then, sha256 = self._known.get(str(image.source), (None, None)) if stamp else (None, None)
+        if sha256 is not None and then == stamp and sha256 in seen:
+            return b"", sha256
         sha256 = None
         try:
             content = read_bytes(image)
             sha256 = hashlib.sha256(content).hexdigest()
         finally:
             if isinstance(image.source, Path):
-                self._note(str(image.source.absolute()), stamp, sha256)
+                self._note(image.source, stamp, sha256)
         return content, sha256
 
-    def _note(self, path: str, stamp: Stamp | None, sha256: str | None) -> None:
-        if path not in self._known:
-            self._known.add(path)
+    def _note(self, file: Path, stamp: Stamp | None, sha256: str | None) -> None:
+        if str(file) not in self._known:
+            self._known[str(file)] = stamp, sha256
             num_bytes, mtime_ns = stamp or (None, None)
-            line = {"path": path, "bytes": num_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
+            line = {"path": str(file.absolute()), "bytes": num_bytes, "mtime_ns": mtime_ns, "sha256": sha256}
             self._listed.write(json.dumps(line) + "\n")
 
 
 def changed_image_files(listed: Path) -> Iterator[Path]:
     """Yield the files of a list that have changed; one is read again only where its size or time of change tell so."""
-    with listed.open(encoding="utf-8") as lines:
-        for line in lines:
-            entry = json.loads(line)
-            file = Path(entry["path"])
-            stamp = stamp_of(file)
-            if stamp not in (None, (entry["bytes"], entry["mtime_ns"])) and _sha256(file) != entry["sha256"]:
-                yield file
+    for line in text_lines(listed):
+        entry = json.loads(line)
+        file = Path(entry["path"])
+        stamp = stamp_of(file)
+        if stamp not in (None, (entry["bytes"], entry["mtime_ns"])) and _sha256(file) != entry["sha256"]:
+            yield file
+
+
+def join_image_files(lists: Sequence[Path], target: Path) -> None:
+    """Write the lines of all lists into one, each once; what stays in memory is 16 bytes a line."""
+    hashes = np.fromiter((xxhash.xxh3_64_intdigest(line) for line in _all_lines(lists)), np.uint64)
+    is_first = np.zeros(len(hashes), bool)
+    is_first[np.unique(hashes, return_index=True)[1]] = True
+    with target.open("wb") as joined:
+        joined.writelines(line for line, keep in zip(_all_lines(lists), is_first, strict=True) if keep)
+
+
+def _all_lines(lists: Sequence[Path]) -> Iterator[bytes]:
+    for listed in lists:
+        with listed.open("rb") as lines:
+            yield from lines
 
 
 def stamp_of(file: Path) -> Stamp | None:

@@ -8,6 +8,7 @@ its images already stand in an earlier piece.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,20 +18,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.files import link_or_copy
-from sft.data.store.image_files import IMAGE_FILES
+from sft.data.store.image_files import IMAGE_FILES, join_image_files
 from sft.data.store.image_keys import write_image_keys
-from sft.data.store.pieces import read_piece
+from sft.data.store.pieces import read_noted, read_piece
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
 
 _HASH_WORDS = 4
 """sha256 is four words of 64 bits."""
 
 
-def join_pieces(pieces: Sequence[Path], target: Path) -> int:
+def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]]:
     """Write samples/, images/ and the keys of the images into the folder `target`, in the order of the pieces; return
-    the number of distinct images. The pieces are left as they are: an interrupted join can begin again."""
+    the number of distinct images, and of how many of them each thing was noted. The pieces are left as they are: an
+    interrupted join can begin again."""
     num_images = [read_piece(piece)[0].distinct_images for piece in pieces]
     starts = [0, *accumulate(num_images)]
+    noted: Counter[str] = Counter()
     is_kept, row_of = _distinct(pieces, starts, target)
     (target / "samples").mkdir()
     (target / "images").mkdir()
@@ -38,12 +41,14 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> int:
         name = f"{number:08d}.arrow"
         _join_images(piece / "images.arrow", is_kept[start:stop], target / "images" / name)
         _join_samples(piece / "samples.arrow", row_of[start:stop], target / "samples" / name)
-        for lines in ("skips.jsonl", IMAGE_FILES):
-            with (target / lines).open("ab") as joined, (piece / lines).open("rb") as own:
-                shutil.copyfileobj(own, joined)
+        for note, rows in read_noted(piece).items():
+            noted[note] += int(is_kept[start:stop][rows].sum())
+        with (target / "skips.jsonl").open("ab") as joined, (piece / "skips.jsonl").open("rb") as own:
+            shutil.copyfileobj(own, joined)
+    join_image_files([piece / IMAGE_FILES for piece in pieces], target / IMAGE_FILES)
     finish_table(target / "samples", SAMPLES)
     finish_table(target / "images", IMAGES)
-    return int(is_kept.sum())
+    return int(is_kept.sum()), noted
 
 
 def _distinct(

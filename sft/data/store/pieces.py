@@ -4,33 +4,38 @@
         images.arrow    the piece's distinct images
         image_files.jsonl  the image files that were read
         skips.jsonl     what was left out and why
-        piece.json      counts; the folder gets its name only when all of this is written
+        piece.json      counts, and what was noted of images; the folder gets its name only when all of this is written
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sft.core.files import staged
-from sft.core.images import size_of, verified_size
-from sft.core.sample import ImageRef, Sample, SkipSample
+from sft.core.images import open_checked, verified
+from sft.core.sample import Decoding, ImageRef, Sample, SkipSample
 from sft.data.formats import Row
 from sft.data.store.image_files import IMAGE_FILES, ImageReader
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, to_record
 
 Images = Literal["embed", "reference"]
 Verify = Literal["decode", "header"]
+Noted = dict[str, list[int]]
+"""What is told of some images, and their rows in images.arrow."""
 
 
 class ToSample(Protocol):
     """What makes a sample of a record."""
 
     name: str
+
+    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that mean nothing to `to_sample`, and what they hold."""
 
     def to_sample(self, row: Row) -> Sample:
         """Return the sample of a record, or raise SkipSample."""
@@ -45,13 +50,22 @@ class Counts:
     distinct_images: int = 0
     filtered: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    not_read: Counter[str] = field(default_factory=Counter)
+    """How often records, turns (`turns: loss`) and parts have keys that the adapter does not read."""
     examples: dict[str, str] = field(default_factory=dict)
-    """For each reason the first record that was left out for it."""
+    """For each reason the first record that was left out for it; for each key that is not read its first value."""
 
     def leave_out(self, skip: SkipSample, key: str) -> None:
         """Count a record that is left out."""
         (self.filtered if skip.filtered else self.skipped)[skip.reason] += 1
         self.examples.setdefault(skip.reason, f"{key}: {skip.detail}" if skip.detail not in key else key)
+
+    def pass_over(self, keys: Iterable[tuple[str, Any]]) -> None:
+        """Count keys of a record that are not read."""
+        for key, value in keys:
+            if key not in self.not_read:
+                self.examples[f"not read: {key}"] = repr(value)[:200]
+            self.not_read[key] += 1
 
     def add(self, other: Counts) -> None:
         """Count what another piece counted."""
@@ -60,6 +74,7 @@ class Counts:
         self.distinct_images += other.distinct_images
         self.filtered += other.filtered
         self.skipped += other.skipped
+        self.not_read += other.not_read
         self.examples = other.examples | self.examples
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +84,7 @@ class Counts:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Counts:
         """Return counts from an object that holds what `to_json` gave, among other things."""
-        own = {name: type(value)(values[name]) for name, value in vars(Counts()).items()}
+        own = {name: type(value)(values.get(name, value)) for name, value in vars(Counts()).items()}
         return Counts(**own)
 
     @property
@@ -92,14 +107,16 @@ class PieceTask:
     """How much of all raw files was read by its end, for progress bars."""
     path: Path
     images: Images
+    decoding: Decoding
     verify: Verify
 
 
 def write_piece(task: PieceTask) -> Counts:
     """Write a piece and return its counts."""
     with staged(task.path) as folder:
-        counts = _write_tables(task, folder)
-        (folder / "piece.json").write_text(json.dumps(counts.to_json() | {"is_last": task.is_last}))
+        counts, noted = _write_tables(task, folder)
+        ending = {"is_last": task.is_last, "noted": noted}
+        (folder / "piece.json").write_text(json.dumps(counts.to_json() | ending))
     return counts
 
 
@@ -109,8 +126,15 @@ def read_piece(path: Path) -> tuple[Counts, bool]:
     return Counts.from_json(values), values["is_last"]
 
 
-def _write_tables(task: PieceTask, folder: Path) -> Counts:
+def read_noted(path: Path) -> Noted:
+    """Return what was noted of the images of a finished piece."""
+    noted: Noted = json.loads((path / "piece.json").read_text())["noted"]
+    return noted
+
+
+def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
     counts = Counts()
+    noted: Noted = {"orientation": [], "no_end_marker": []}
     seen: dict[str, int] = {}  # sha256 -> row, within the piece
     with (
         (folder / "skips.jsonl").open("w", encoding="utf-8") as skips,
@@ -121,17 +145,19 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
         reader = ImageReader(image_files)
         for number, row in enumerate(task.rows, start=task.first):
             counts.records += 1
-            key = f"{task.adapter.name}/{row.get('__from__', number) if isinstance(row, dict) else number}"
+            here = str(row.get("__from__", "") if isinstance(row, dict) else row.where)
+            key = f"{task.adapter.name}/{here or number}"
             try:
                 if isinstance(row, SkipSample):
                     raise row
+                counts.pass_over(task.adapter.not_read(row))
                 sample = task.adapter.to_sample(row)
                 key = sample.key
                 _check_text(sample)
-                loaded = [_load(image, reader, seen, task) for image in sample.images]
+                loaded = [_load(image, number, reader, seen, task) for number, image in enumerate(sample.images, 1)]
             except SkipSample as skip:
                 counts.leave_out(skip, key)
-                line = {"key": key, "reason": skip.reason, "detail": skip.detail, "filtered": skip.filtered}
+                line = {"key": key, "reason": skip.reason, "detail": skip.detail or here, "filtered": skip.filtered}
                 skips.write(json.dumps(line) + "\n")
                 continue
             except Exception as error:
@@ -139,13 +165,15 @@ def _write_tables(task: PieceTask, folder: Path) -> Counts:
                 raise
             for image in loaded:
                 if image["sha256"] not in seen:
+                    for note in filter(image["notes"].get, noted):
+                        noted[note].append(len(seen))
                     seen[image["sha256"]] = len(seen)
                     images.write(image, len(image["bytes"] or b""))
             record = to_record(sample, [seen[image["sha256"]] for image in loaded])
             samples.write(record, sum(len(i) for m in sample.messages for i in m.content if isinstance(i, str)))
             counts.samples += 1
     counts.distinct_images = len(seen)
-    return counts
+    return counts, noted
 
 
 def _check_text(sample: Sample) -> None:
@@ -158,18 +186,29 @@ def _check_text(sample: Sample) -> None:
                 raise SkipSample("text is not Unicode") from error
 
 
-def _load(image: ImageRef, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
-    """Return the row of images/ for an image; verified unless it was before."""
-    content, sha256 = reader.read(image)
-    if sha256 in seen:
-        return {"sha256": sha256}
-    width, height = verified_size(content) if task.verify == "decode" else size_of(content)
+def _load(image: ImageRef, number: int, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
+    """Return the row of images/ for an image, the `number`th of its sample, with `notes`; verified unless it was
+    before.
+
+    Raises:
+        SkipSample: it is not fit; the detail names its file, or its number where it is none.
+    """
     path = str(image.source.absolute()) if isinstance(image.source, Path) else None
+    try:
+        content, sha256 = reader.read(image, seen)
+        if sha256 in seen:
+            return {"sha256": sha256}
+        header = (verified if task.verify == "decode" else open_checked)(content, task.decoding)
+    except SkipSample as skip:
+        name = path or f"image {number} of the record"
+        skip.detail = skip.detail if name in skip.detail else ": ".join(filter(None, (name, skip.detail)))
+        raise
     is_kept = task.images == "embed" or path is None
     return {
         "sha256": sha256,
         "bytes": content if is_kept else None,
         "path": path,
-        "width": width,
-        "height": height,
+        "width": header.size[0],
+        "height": header.size[1],
+        "notes": {"orientation": header.exif_orientation != 1, "no_end_marker": header.lacks_end},
     }

@@ -13,16 +13,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.core.files import hash_file
+from sft.core.files import hash_file, location
 from sft.core.images import read_bytes
-from sft.core.sample import ImageRef, Sample
+from sft.core.sample import Decoding, ImageRef, Sample
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
 from sft.data.store.image_keys import KEYS, ORDER, read_numbers
 from sft.data.store.pieces import Counts
-from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
+from sft.data.store.tables import IMAGES, SAMPLES, SAMPLES_4, Table, image_rows_of, to_messages
 
-VERSION = 4
+VERSION = 5
 """Raised when the layout changes; stores of another version are refused."""
+READ = (4, VERSION)
+"""Versions that are read: 4 has no turns that are not trained, and no counts of keys that were not read."""
 MANIFEST = "manifest.json"
 _IN_MANIFEST = {
     "adapter",
@@ -33,7 +35,7 @@ _IN_MANIFEST = {
     "max_record_bytes",
     "files",
     "licence",
-    *vars(Counts()),
+    *(vars(Counts()).keys() - {"not_read"}),
 }
 _LAYOUT = {"samples", "images", "encoded", "features", KEYS, ORDER, IMAGE_FILES, "skips.jsonl", MANIFEST}
 
@@ -51,16 +53,19 @@ class Store:
         """
         self.path = path
         if not (path / MANIFEST).is_file():
-            raise UserError(f"{path}: no prepared dataset here; run `idefics-sft prepare` first")
+            raw, output = (path, Path("stores", path.stem)) if path.exists() else (Path("RAW"), path)
+            make = f"idefics-sft prepare --dataset messages --path {raw} --output {output}"
+            raise UserError(f"{path}: no prepared dataset here; `{make}` makes one")
         self.manifest = self._read_manifest()
-        if self.manifest["version"] != VERSION:
+        if self.manifest["version"] not in READ:
             raise UserError(
                 f"{path}: prepared by version {self.manifest['version']} of the store, this is {VERSION}; "
                 "prepare with --fresh to make it anew"
             )
         if missing := sorted(_IN_MANIFEST - self.manifest.keys()):
             raise self._damaged(f"{MANIFEST} does not say {missing[0]!r}")
-        self._samples = self._table("samples", SAMPLES, self.manifest["samples"])
+        schema = SAMPLES if self.manifest["version"] == VERSION else SAMPLES_4
+        self._samples = self._table("samples", schema, self.manifest["samples"])
         self._images = self._table("images", IMAGES, self.manifest["distinct_images"])
         for name, num_bytes in ((KEYS, 8 * len(self._images)), (ORDER, 8 * len(self._images)), (IMAGE_FILES, None)):
             if not (path / name).is_file():
@@ -137,10 +142,20 @@ class Store:
         """Key of each sample, in row order."""
         return self._samples.column("key")
 
+    @cached_property
+    def decoding(self) -> Decoding:
+        """How its images were looked at when it was made, and are to be looked at. Earlier versions ignored their
+        orientation."""
+        return Decoding(
+            orientation=self.manifest.get("orientation", "ignore"),
+            max_pixels=self.manifest.get("max_pixels", 25_000_000),
+        )
+
     def image(self, row: int) -> ImageRef:
         """Return an image: its bytes, or the file it was left in."""
         content = self._images.value(row, _BYTES)
-        return ImageRef(source=content if content is not None else Path(self._images.value(row, _PATH)))
+        source = content if content is not None else Path(self._images.value(row, _PATH))
+        return ImageRef(source=source, decoding=self.decoding)
 
     def image_bytes(self, row: int) -> bytes:
         """Return the encoded bytes of an image.
@@ -173,9 +188,9 @@ class Store:
         A file is read again only where its time of change says that it may be another; what was deleted since is no
         change, since the store has what it needs of it.
         """
-        known = {entry["path"]: entry for entry in self.manifest["files"]}
-        changed = [file for file in files if _is_other(file, known.get(str(file.absolute())))]
-        changed += [Path(path) for path in known.keys() - {str(file.absolute()) for file in files}]
+        known = {location(entry["path"]): entry for entry in self.manifest["files"]}
+        changed = [file for file in files if _is_other(file, known.get(location(file)))]
+        changed += known.keys() - set(map(location, files))
         try:
             return changed + list(changed_image_files(self.path / IMAGE_FILES))
         except (ValueError, TypeError, KeyError) as error:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from sft.core.files import discard
 from sft.core.parallel import ordered_map
-from sft.core.sample import ImageRef, Sample, SkipSample
+from sft.core.sample import AS_SHOWN, Decoding, ImageRef, Sample, SkipSample
 from sft.data.formats import MAX_RECORD_BYTES, Row
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
 from sft.data.store.pieces import Counts, Images, PieceTask, Verify, read_piece, write_piece
@@ -62,6 +62,9 @@ class RawDataset(Protocol):
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """Return the raw records of a file."""
 
+    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that are not read, and what they hold."""
+
     def to_sample(self, row: Row) -> Sample:
         """Return one record as a sample."""
 
@@ -72,6 +75,7 @@ class Settings:
 
     images: Images = "embed"
     """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
+    decoding: Decoding = AS_SHOWN
     verify: Verify = "decode"
     """`decode`: each distinct image is decoded once. `header`: only its header is read."""
     limit: int | None = None
@@ -167,6 +171,7 @@ def _missing_pieces(
                         share_read=(sum(sizes[:number]) + share * sizes[number]) / whole,
                         path=pieces / f"{number:05d}-{block:06d}",
                         images=settings.images,
+                        decoding=settings.decoding,
                         verify=settings.verify,
                     )
                 records += len(rows)

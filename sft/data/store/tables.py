@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 from sft.core.sample import ImageRef, Message, Sample
 
 _CONTENT = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.int64())])
-_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT))])
+_MESSAGE_4 = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT))])
+_MESSAGE = pa.struct([*_MESSAGE_4, ("is_trained", pa.bool_())])
 SAMPLES = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE))])
+SAMPLES_4 = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE_4))])
+"""Of version 4 of the store, in which every turn is trained."""
 IMAGES = pa.schema(
     [
         ("sha256", pa.string()),
@@ -166,7 +169,8 @@ def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
     return {
         "key": sample.key,
         "messages": [
-            {"role": m.role, "content": [item(part) for part in m.content if part != ""]} for m in sample.messages
+            {"role": m.role, "content": [item(part) for part in m.content if part != ""], "is_trained": m.is_trained}
+            for m in sample.messages
         ],
     }
 
@@ -179,6 +183,7 @@ def to_messages(record: Sequence[dict[str, Any]], images: dict[int, ImageRef]) -
             content=tuple(
                 item["text"] if item["type"] == "text" else images[item["image"]] for item in message["content"]
             ),
+            is_trained=message.get("is_trained", True),
         )
         for message in record
     )
@@ -200,7 +205,8 @@ def renumber_images(batch: pa.RecordBatch, new_rows: NDArray[np.int64]) -> pa.Re
     image = pa.array(rows, pa.int64(), mask=is_text)
     items = pa.StructArray.from_arrays([items.field("type"), items.field("text"), image], fields=list(_CONTENT))
     content = pa.ListArray.from_arrays(content.offsets, items)
-    values = pa.StructArray.from_arrays([messages.values.field("role"), content], fields=list(_MESSAGE))
+    columns = [messages.values.field("role"), content, messages.values.field("is_trained")]
+    values = pa.StructArray.from_arrays(columns, fields=list(_MESSAGE))
     return pa.RecordBatch.from_arrays(
         [batch.column(0), pa.ListArray.from_arrays(messages.offsets, values)], schema=SAMPLES
     )

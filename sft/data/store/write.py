@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sft.core.errors import RunError, UserError
-from sft.core.files import discard, hash_file, remove_leftovers, staged
+from sft.core.files import discard, hash_file, location, remove_leftovers, staged
+from sft.core.shipped import resolve
 from sft.data.formats import record_limit
 from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
@@ -62,25 +64,48 @@ def prepare_store(
     stamps = [_stamp(file) for file in all_files]
     plan = wanted | {"verify": settings.verify, "files": stamps}
     pieces = open_pieces(path, [VERSION, plan], settings.max_skip_share)
-    with record_limit(settings.max_record_bytes):
-        early = write_pieces(raw, files, pieces, settings, on_progress)
-    _check_unchanged(stamps, pieces)
-    counts = early or _all_counts(pieces)
-    _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
+    with _explain_leftover(pieces):
+        with record_limit(settings.max_record_bytes):
+            early = write_pieces(raw, files, pieces, settings, on_progress)
+        _check_unchanged(stamps, pieces)
+        counts = early or _all_counts(pieces)
+        _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
     hashes = [hash_file(file) if file.is_file() else None for file in all_files]
     _check_unchanged(stamps, pieces)
     with staged(path) as target:
-        counts.distinct_images = join_pieces(piece_folders(pieces), target)
+        counts.distinct_images, noted = join_pieces(piece_folders(pieces), target)
         entries = [stamp | {"xxh3": xxh3} for stamp, xxh3 in zip(stamps, hashes, strict=True)]
-        _write_manifest(target, raw, wanted, settings, entries, counts)
+        _write_manifest(target, raw, wanted | {"image_notes": noted}, settings, entries, counts)
     _clean_up(path)
     return Store(path)
+
+
+@contextmanager
+def _explain_leftover(pieces: Path) -> Iterator[None]:
+    """Add to a UserError what is kept of the work: the folder is hidden."""
+    try:
+        yield
+    except UserError as error:
+        num_bytes = sum(file.stat().st_size for piece in piece_folders(pieces) for file in piece.iterdir())
+        if not num_bytes:
+            discard(pieces)
+            raise
+        kept = f"{pieces} keeps {num_bytes:,} bytes of finished work, from which the next run goes on"
+        raise UserError(*error.args[:-1], f"{error.args[-1]}; {kept}") from error
 
 
 def _wanted(raw: RawDataset, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what a store has to be made of and how, as its manifest says it."""
     how = {key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")}
-    return {"adapter": {"name": raw.name, "version": raw.version}, "asked": asked, **how}
+    made = {"adapter": {"name": raw.name, "version": raw.version}, "asked": _located(asked)}
+    return {**made, **how, **asdict(settings.decoding)}
+
+
+def _located(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what was asked for, with the path by which a source is known however it was spelled."""
+    path = asked.get("path")
+    is_here = isinstance(path, str) and resolve(path).exists()
+    return {**asked, "path": str(location(resolve(str(path))))} if is_here else asked
 
 
 def _finished_store(
@@ -157,13 +182,13 @@ def _check_adapter(store: Store, raw: RawDataset) -> None:
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
     """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest
+    manifest = store.manifest | asdict(store.decoding) | {"asked": _located(store.manifest["asked"])}
     return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
 
 def _stamp(file: Path) -> dict[str, Any]:
     stat = file.stat()
-    return {"path": str(file.absolute()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {"path": str(location(file)), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _skips_of_failure(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.core import images
 from sft.core.errors import UserError
-from sft.core.files import hash_file
+from sft.core.files import hash_file, text_lines
 from sft.core.metric import ACCURACY
 from sft.core.sample import SkipSample
 from sft.core.shipped import resolve
@@ -106,7 +106,7 @@ def read_questions(file: Path) -> tuple[OpenQuestion, ...]:
         UserError: naming file and line, what was found and what would be right.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = list(text_lines(file))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; expected a .jsonl of questions") from error
     except UnicodeDecodeError as error:
@@ -139,9 +139,9 @@ def _question(file: Path, number: int, line: str) -> OpenQuestion:
         pictures = tuple(images.local_image(file.parent, name) for name in names)
         contents = [images.read_bytes(picture) for picture in pictures]
         for content in contents:
-            images.verified_size(content)
+            images.verified(content)
     except SkipSample as skip:
-        raise UserError(f"{where}: {skip.reason}{f' ({skip.detail})' if skip.detail else ''}") from skip
+        raise UserError(f"{where}: {skip.explained}") from skip
     name, sha256 = str(row.get("id", number)), hashlib.sha256(contents[0]).hexdigest() if contents else ""
     return OpenQuestion(
         id=name,

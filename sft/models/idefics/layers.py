@@ -42,15 +42,22 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        size = x.shape[-1]
+        given, weight, scale = ctx.saved_tensors
+        size = given.shape[-1]
+        # A GPU's kernel takes numbers of one type only, a CPU's also weights that are float32 beside half precision.
+        x = given if _mixes_types(given) else given.float()
         gradient, weight32 = gradient.to(x.dtype), weight.float()
         # torch's own backward of a layer norm whose mean is 0 takes the mean of gradient * weight off; it comes back.
         taken = torch.matmul(gradient.float(), weight32)[..., None].mul_(scale).div_(size)
         of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
             gradient, x, (size,), torch.zeros_like(scale), scale, weight32, None, [True, ctx.needs_input_grad[1], False]
         )
-        return of_x.add_(taken), None if of_weight is None else of_weight.to(weight.dtype), None, None
+        of_x = of_x.add_(taken).to(given.dtype)
+        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None, None
+
+
+def _mixes_types(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 class RmsNorm(plain.IdeficsRMSNorm):  # type: ignore[misc]  # transformers is not typed

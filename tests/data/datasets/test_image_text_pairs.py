@@ -72,6 +72,19 @@ def test_a_tar_of_img2dataset_gives_image_then_caption_and_names_what_is_wrong(t
     ]
 
 
+def test_a_tar_of_other_members_says_which_it_has(tmp_path):
+    pairs_of = pairs(write_tar(tmp_path / "0.tar", {"a.png": b"?", "a.cls": b"7", "b.cls": b"7", "b.txt": b"A pier."}))
+    details = []
+    for row in pairs_of.rows(*pairs_of.files()):
+        with pytest.raises(SkipSample) as caught:
+            pairs_of.to_sample(row)
+        details.append(f"{caught.value.reason}: {caught.value.detail}")
+    assert details == [
+        "no caption: found png, cls; option text_column says which one is meant",
+        "no image: found txt, cls; option image_column says which one is meant",
+    ]
+
+
 def test_the_key_names_tar_and_member_and_the_role_is_document(tmp_path):
     first, _ = samples(pairs(write_tar(tmp_path / "00000.tar", members())))
     assert first.key == "image_text_pairs/00000.tar:000000000"

@@ -93,6 +93,27 @@ def test_a_marker_amid_the_text_splits_it():
     assert outcome(record) == [("user", f"In|<{IMAGE}>|what is red?"), ("assistant", "The kite.")]
 
 
+@pytest.mark.parametrize(
+    ("images", "question", "shown"),
+    [
+        ([IMAGE], "<image>\nWhat?", f"<{IMAGE}>|What?"),
+        ([IMAGE, "000000000101.jpg"], "<image>\n<image>\nWhat?", f"<{IMAGE}>|<000000000101.jpg>|What?"),
+        ([IMAGE, "000000000101.jpg"], "What?", f"<{IMAGE}>|<000000000101.jpg>|What?"),
+        ("", "What?", "What?"),
+        ([], "What?", "What?"),
+    ],
+)
+def test_several_images_stand_where_their_markers_do(images, question, shown):
+    assert outcome(talk(("human", question), ("gpt", "A kite."), image=images))[0] == ("user", shown)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_system_text_comes_first(beside):
+    turns = [("human", "<image>What is it?"), ("gpt", "A kite.")]
+    record = talk(*turns, system="Be brief.") if beside else talk(("system", "Be brief."), *turns)
+    assert outcome(record)[:2] == [("system", "Be brief."), ("user", f"<{IMAGE}>|What is it?")]
+
+
 def test_a_question_may_be_the_image_alone():
     assert outcome(talk(("human", "<image>"), ("gpt", "A kite.")))[0] == ("user", f"<{IMAGE}>")
 
@@ -110,6 +131,10 @@ def test_records_without_an_image_are_conversations_in_text():
 
 def test_a_last_question_without_an_answer_is_dropped():
     assert said(samples(adapter("llava_instruct", MIX))[3]) == [("user", "Name a tree."), ("assistant", "The elm.")]
+
+
+def test_an_empty_last_question_is_dropped_too():
+    assert len(outcome(talk(("human", "What?"), ("gpt", "A kite."), ("human", "")))) == 2
 
 
 def test_a_leading_answer_is_dropped():
@@ -153,34 +178,37 @@ def test_the_image_folder_is_relative_to_the_data_or_absolute():
             assert of.to_sample(GOOD | {"image": "000000000101.jpg"}).images[0].source.is_file()
 
 
+LAST = "last message is not the assistant's"
+ALTERNATE = "user and assistant do not alternate"
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (talk(("human", "<image>\n<image>\nWhat?"), ("gpt", "A kite.")), "more than one image marker"),
+        (talk(("human", "<image>\n<image>\nWhat?"), ("gpt", "A kite.")), "markers and images differ in number"),
         (
             talk(("human", "<image> What?"), ("gpt", "Hm."), ("human", "<image>"), ("gpt", "A kite.")),
-            "more than one image marker",
+            "markers and images differ in number",
         ),
         (talk(("human", "<image> What?"), ("gpt", "A kite."), image=None), "image marker without an image"),
         (talk(("human", "What?"), ("gpt", "<image> A kite.")), "image marker in an answer"),
-        (talk(("human", "What?"), ("human", "What?"), ("gpt", "A kite.")), "turns do not alternate"),
-        (talk(("human", "What?"), ("gpt", "A"), ("gpt", "kite.")), "turns do not alternate"),
-        (talk(("gpt", "Hello."), ("gpt", "A kite."), ("human", "What?")), "turns do not alternate"),
-        (talk(("human", "What?"), ("gpt", "A kite."), ("human", "Why?"), ("human", "Why?")), "turns do not alternate"),
-        (talk(("system", "Be brief."), ("human", "What?"), ("gpt", "A kite.")), "unknown role"),
+        (talk(("human", "What?"), ("human", "What?"), ("gpt", "A kite.")), ALTERNATE),
+        (talk(("human", "What?"), ("gpt", "A"), ("gpt", "kite.")), ALTERNATE),
+        (talk(("gpt", "Hello."), ("gpt", "A kite."), ("human", "What?")), ALTERNATE),
+        (talk(("human", "What?"), ("gpt", "A kite."), ("human", "Why?"), ("human", "Why?")), LAST),
         (talk((None, "What?"), ("gpt", "A kite.")), "unknown role"),
         (talk(([], "What?"), ("gpt", "A kite.")), "unknown role"),
-        (talk(("human", None), ("gpt", "A kite.")), "message is not text"),
-        (talk(("human", "What?"), ("gpt", ["A kite."])), "message is not text"),
+        (talk(("human", None), ("gpt", "A kite.")), "empty message"),
+        (talk(("human", "What?"), ("gpt", 7)), "content is neither text nor a list of parts"),
         (talk(("human", "What?"), ("gpt", " \n")), "empty message"),
         (talk(("human", " "), ("gpt", "Seven."), image=None), "empty message"),
         (talk(("human", "What?")), "no question with an answer"),
         (talk(("gpt", "A kite.")), "no question with an answer"),
         (GOOD | {"conversations": []}, "no question with an answer"),
         (GOOD | {"conversations": ["What?"]}, "unknown role"),
-        (GOOD | {"conversations": {}}, "conversations is not a list"),
-        ({"__from__": "list.json:1", "id": 7}, "conversations is not a list"),
-        (GOOD | {"image": ["a.jpg"]}, "image is not a local path"),
+        (GOOD | {"conversations": {}}, "no messages"),
+        ({"__from__": "list.json:1", "id": 7}, "no messages"),
+        (GOOD | {"image": [["a.jpg"]]}, "image is not a local path"),
         (GOOD | {"image": "\ud83d.jpg"}, "image is not a local path"),
         (GOOD | {"image": "https://example.org/a.jpg"}, "image is not a local path"),
         (GOOD | {"image": "../a.jpg"}, "image path leaves the folder"),

@@ -88,7 +88,7 @@ def test_the_image_folder_may_be_another_one():
     [
         ("id", {None}),
         ("image", {"image is not a local path"}),
-        ("conversations", {"conversations is not a list", "no question with an answer"}),
+        ("conversations", {"no messages", "no question with an answer"}),
     ],
 )
 def test_no_field_breaks_the_adapter(field, reasons, junk):

@@ -6,7 +6,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.adapters import DATA, adapter, outcomes, said, samples
+from helpers.adapters import DATA, adapter, encoded_base64, outcomes, said, samples
 from helpers.stores import encoded
 
 from sft.core.errors import UserError
@@ -74,8 +74,121 @@ def test_an_empty_system_text_is_none(tmp_path, empty, keys):
     assert said(both) == [("system", "Be brief."), *spoken]
 
 
+RED = encoded("red")
+DOG = ("user", "<dog.png>|What is it?")
+PARTS = {
+    "the next of the images": {"type": "image"},
+    "an index": {"type": "image", "index": 0, "text": None},
+    "image": {"type": "image", "image": "photos/dog.png"},
+    "path": {"type": "image", "path": "photos/dog.png"},
+    "url of a file": {"type": "image", "url": "photos/dog.png"},
+    "value": {"type": "image", "value": "photos/dog.png"},
+    "image_url": {"type": "image_url", "image_url": {"url": "photos/dog.png", "detail": "low"}},
+    "image_url, a string": {"type": "image_url", "image_url": "photos/dog.png"},
+    "no type": {"image": "photos/dog.png"},
+    "an object": {"type": "image", "image": {"bytes": None, "path": "photos/dog.png"}},
+}
+BYTES = {
+    "base64": {"type": "image", "base64": encoded_base64("red")},
+    "bytes": {"type": "image", "bytes": encoded_base64("red")},
+    "a data URL": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded_base64('red')}"}},
+    "source": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded_base64("red")}},
+}
+
+
+@pytest.mark.parametrize("form", [*PARTS, *BYTES])
+def test_a_part_names_or_holds_its_image(tmp_path, form):
+    part = (PARTS | BYTES)[form]
+    turn = {"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}
+    images = {"images": ["photos/dog.png"]} if form in ("the next of the images", "an index") else {}
+    (sample,) = read(tmp_path, {"messages": [turn, ASKED[1]], **images})
+    assert sample.images[0].source == (RED if form in BYTES else tmp_path / "photos/dog.png")
+
+
+SPOKEN = [("user", "Hi."), ("assistant", "Hello.")]
+MET = [("user", "<dog.png>|Hi."), ("assistant", "Hello.")]
+TWO = [("user", "<dog.png>|<cat.png>|Hi."), ("assistant", "Hello.")]
+BRIEF = [("system", "Be brief."), *SPOKEN]
+FORMS = [
+    ({"prompt": "Hi.", "completion": "Hello."}, SPOKEN),
+    ({"prompt": TALK[:1], "completion": TALK[1:]}, SPOKEN),
+    ({"query": "Hi.", "response": "Hello."}, SPOKEN),
+    ({"question": "Hi.", "answer": "Hello.", "image": "photos/dog.png"}, MET),
+    ({"instruction": "Hi.", "input": "", "output": "Hello."}, SPOKEN),
+    ({"instruction": "Say", "input": "Hi.", "output": "Hello."}, [("user", "Say\nHi."), SPOKEN[1]]),
+    ({"instruction": "Hi.", "output": "Hello.", "history": [["One?", "Two."]], "system": "Be brief."}, None),
+    ({"texts": [{"user": "Hi.", "assistant": "Hello.", "source": "a"}], "images": ["photos/dog.png"]}, MET),
+    ({"texts": [{"user": "Hi.", "assistant": "Hello."}] * 2, "images": []}, SPOKEN * 2),
+    ({"messages": TALK, "images": ["photos/dog.png", "photos/cat.png"]}, TWO),
+    ({"messages": TALK, "image": ["photos/dog.png"]}, MET),
+    ({"messages": TALK, "image": ""}, SPOKEN),
+    ({"messages": TALK, "system": "Be brief."}, BRIEF),
+    ({"messages": TALK, "system_prompt": ["Be brief."]}, BRIEF),
+    ({"messages": TALK, "system_message": [{"type": "text", "text": "Be brief."}]}, BRIEF),
+    ({"messages": [{"role": "system", "content": "Be brief."}, *TALK], "system": "Be brief."}, BRIEF),
+    ({"messages": [{"role": "developer", "content": "Be brief."}, *TALK]}, BRIEF),
+    ({"messages": [{"role": "USER", "content": "Hi."}, {"role": "GPT", "content": "Hello."}]}, SPOKEN),
+    ({"conversations": [{"from": "Human", "value": "Hi."}, {"from": "bot", "value": "Hello."}]}, SPOKEN),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi."}]}, TALK[1]]}, SPOKEN),
+    ({"messages": [{"role": "user", "content": "<img>photos/dog.png</img>Hi."}, TALK[1]]}, MET),
+    ({"messages": [{"role": "user", "content": "<ImageHere>Hi."}, TALK[1]], "images": ["photos/dog.png"]}, MET),
+    ({"messages": [{"role": "document", "content": "A dog."}], "images": ["photos/dog.png"]}, None),
+]
+
+
+@pytest.mark.parametrize(("record", "expected"), FORMS)
+def test_forms_of_others_are_read_as_their_owners_read_them(tmp_path, record, expected):
+    (sample,) = read(tmp_path, record)
+    if expected is None:
+        with_history = [("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), *SPOKEN]
+        expected = with_history if "history" in record else [("document", "<dog.png>|A dog.")]
+    assert said(sample) == expected
+
+
+def test_indices_say_which_image_stands_where(tmp_path):
+    parts = [{"type": "image", "index": 1}, {"type": "image", "index": 0}]
+    record = {"messages": [{"role": "user", "content": parts}, TALK[1]], "images": ["photos/dog.png", "photos/cat.png"]}
+    (sample,) = read(tmp_path, record)
+    assert said(sample)[0] == ("user", "<cat.png>|<dog.png>")
+    assert read(tmp_path, record | {"images": ["photos/dog.png"]}) == ["image index out of range"]
+    assert read(tmp_path, record | {"images": ["photos/dog.png", None]}) == ["image is not a local path"]
+
+
+COLUMNS = [
+    ({"user": "q", "assistant": "a", "image": "file_name"}, MET),
+    ({"user": "q", "assistant": "a"}, SPOKEN),
+    ({"document": "a", "image": "file_name"}, [("document", "<dog.png>|Hello.")]),
+]
+
+
+@pytest.mark.parametrize(("columns", "expected"), COLUMNS)
+def test_columns_are_read_by_the_names_that_the_option_gives(tmp_path, columns, expected):
+    record = {"q": "Hi.", "a": "Hello.", "file_name": "photos/dog.png", "answer": "Not this."}
+    assert said(read(tmp_path, record, columns=columns)[0]) == expected
+    assert read(tmp_path, {"q": "Hi."}, columns=columns) == ["no such column"]
+
+
+def test_only_the_last_answer_is_learned_where_it_is_asked_for(tmp_path):
+    (sample,) = read(tmp_path, {"messages": TALK * 2}, train_on="last")
+    assert [message.is_trained for message in sample.messages] == [True, False, True, True]
+    assert all(message.is_trained for message in read(tmp_path, {"messages": TALK * 2})[0].messages)
+
+
+@pytest.mark.parametrize("record", [{}, {"image": ""}, {"images": []}, {"img": "photos/dog.png"}])
+def test_a_marker_is_a_word_only_in_a_file_without_images(tmp_path, record):
+    alone = {"messages": ASKED, **record}
+    word = [[("user", "<image>What is it?"), ("assistant", "A dog.")]]
+    assert [said(one) if isinstance(one, Sample) else one for one in read(tmp_path, alone)] == (
+        ["image marker without an image"] if record else word
+    )
+    in_turn = {"messages": [ASKED[0] | {"images": ["photos/dog.png"]}, ASKED[1]]}
+    assert read(tmp_path, in_turn) == ["image marker without an image"]
+    first, second = read(tmp_path, alone, {"messages": ASKED, "images": ["photos/dog.png"]})
+    assert (first, said(second)[0]) == ("image marker without an image", DOG)
+
+
 def test_an_empty_system_text_alone_is_no_conversation(tmp_path):
-    assert read(tmp_path, {"messages": [{"role": "system", "content": ""}]}) == ["no messages"]
+    assert read(tmp_path, {"messages": [{"role": "system", "content": ""}]}) == ["no question with an answer"]
 
 
 def test_parquet_holds_images_as_bytes_or_paths(tmp_path):
@@ -108,7 +221,7 @@ def test_every_bad_record_has_one_reason():
         "image is not a local path",
         "unknown role",
         "empty message",
-        "last message is not the assistant's",
+        "no question with an answer",
         "no messages",
         "content is neither text nor a list of parts",
         "unknown content part",
@@ -119,24 +232,66 @@ def test_every_bad_record_has_one_reason():
     ]
 
 
+AT_HTTP = {"type": "image_url", "image_url": "http://x/a.png"}
+NOT_FIRST = "system text is not first"
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": TALK, "tools": [{}]}, "record has videos, audio or tools"),
+        ({"messages": [{"role": "system", "content": "A."}, {"role": "system", "content": "B."}, *TALK]}, NOT_FIRST),
+        ({"messages": [*TALK, {"role": "system", "content": "Be brief."}, *TALK]}, NOT_FIRST),
+        ({"messages": [{"role": "system", "content": "A."}, *TALK], "system_prompt": "B."}, NOT_FIRST),
         ({"messages": [*TALK, TALK[0]]}, "last message is not the assistant's"),
         ({"messages": [TALK[1]]}, "user and assistant do not alternate"),
         ({"messages": [{"role": "document", "content": "A page."}, *TALK]}, "user and assistant do not alternate"),
-        ({"messages": [{"role": "system", "content": "Be brief."}]}, "last message is not the assistant's"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "no question with an answer"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": " "}]}, TALK[1]]}, "empty message"),
         ({"messages": ASKED, "images": [None]}, "image is not a local path"),
         ({"messages": ASKED, "images": [{"bytes": None, "path": None}]}, "image is not a local path"),
         ({"messages": ASKED, "images": ["x" * 300]}, "image is not a local path"),
         ({"messages": ASKED, "images": ["photos"]}, "image file missing"),
+        ({"messages": ASKED, "images": ["photos/dog.png"], "image": "photos/cat.png"}, "images and image differ"),
+        ({"messages": [{"role": "user", "content": "<img>a.png</img>"}, TALK[1]]}, "image file missing"),
+        ({"messages": [{"role": "user", "content": "<ImageHere>What?"}, TALK[1]]}, "image marker without an image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TALK[1]]}, "image marker without an image"),
+        ({"messages": [{"role": "user", "content": [AT_HTTP]}, TALK[1]]}, "image is not a local path"),
+        ({"question": "Hi.", "instruction": "Be brief.", "answer": "Hello."}, "several questions or answers"),
+        ({"texts": [{"user": "Hi."}]}, "no messages"),
+        ({"history": [["Hi.", "Hello."]]}, "no messages"),
+        ({"query": "Hi.", "response": "Hello.", "history": ["Hi."]}, "history is not a list of pairs"),
         ({"messages": ASKED, "images": ["data:image/png;base64,A"]}, "image is not base64"),
     ],
 )
 def test_more_bad_records(tmp_path, record, reason):
     assert read(tmp_path, record) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("record", "detail"),
+    [
+        (
+            {"messages": [{"role": "asistant", "content": "Hi."}]},
+            "'asistant'; did you mean 'assistant'? (known:",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "imag"}]}, TALK[1]]},
+            "type 'imag', keys type; did you mean 'image'?",
+        ),
+        ({"mesages": TALK, "image": ""}, "found mesages, image; did you mean 'messages'?; expected messages or"),
+        ({"text": "A page."}, "found text; expected messages or conversations, a list of turns; or a question"),
+        (
+            {"messages": ASKED, "img": "a.png"},
+            "1 <image> marker but 0 images; img is not read, expected image",
+        ),
+    ],
+)
+def test_a_reason_about_a_name_says_what_was_found_and_the_nearest_known_one(tmp_path, record, detail):
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    of = adapter("messages", tmp_path)
+    with pytest.raises(SkipSample) as left_out:
+        of.to_sample(next(iter(of.rows(of.files()[0]))))
+    assert left_out.value.detail.startswith(detail)
 
 
 def test_a_missing_image_is_named(tmp_path):
@@ -151,9 +306,9 @@ def test_a_missing_image_is_named(tmp_path):
     [
         ("<image><image>Same?", ["photos/dog.png"], "2 <image> markers but 1 image"),
         ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
-        ("What is it?", "photos/dog.png", "0 <image> markers but 1 image"),
-        ([{"type": "image"}], None, "1 <image> marker but 0 images"),
         ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
+        ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image"),
+        ([{"type": "image", "path": "photos/dog.png"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
     ],
 )
 def test_markers_that_do_not_match_the_images_are_a_bad_record_with_both_numbers(tmp_path, content, images, found):
@@ -191,25 +346,9 @@ def test_a_field_of_another_shape_is_a_bad_record(wrong):
 
 
 @pytest.mark.parametrize(
-    "record",
-    [
-        {"prompt": "Hi.", "completion": "Hello."},
-        {"instruction": "Greet.", "output": "Hello."},
-        {"query": "Hi.", "response": "Hello."},
-    ],
-)
-def test_another_form_is_a_mistake_that_says_what_is_expected(tmp_path, record):
-    first, second = record
-    with pytest.raises(UserError, match=rf"train.jsonl:1: found `{first}`, `{second}` in place of `messages`; expe"):
-        read(tmp_path, record)
-
-
-@pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("train.jsonl", "", "train.jsonl: the file is empty; expected records such as"),
-        ("train.jsonl", " [\n{}]", r"train.jsonl: begins with \[, a JSON list; call it train.json, or write one"),
-        ("train.json", '{"messages": []}', "train.json: begins with {; expected a list of objects"),
+        ("train.jsonl", "", "train.jsonl: the file is empty; expected JSON lines, a JSON list"),
         ("train.txt", "{}", "no train.jsonl, train.json or train.parquet; the folder holds train.txt; name the file"),
         ("train.d/x", "", "the folder holds train.d/; name the file"),
         ("train.parquet", "PAR?", "train.parquet: not readable as parquet"),
@@ -231,11 +370,8 @@ def test_a_parquet_file_without_rows_is_a_mistake(tmp_path):
 def test_the_file_of_a_split_is_one(tmp_path):
     for name in ("train.jsonl", "train.json"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds train.jsonl and train.json; expected one of them"):
+    with pytest.raises(UserError, match=r"holds train.json and train.jsonl; expected one of them"):
         adapter("messages", tmp_path).files()
-    (tmp_path / "train.txt").touch()
-    with pytest.raises(UserError, match=r"train.txt: not a file that is known here; expected .jsonl, .json or"):
-        adapter("messages", tmp_path / "train.txt").files()
     with pytest.raises(UserError, match=r"bad.jsonl, forms.jsonl, llava.json, photos/, train.jsonl; name the file"):
         adapter("messages", HERE, "test").files()
 

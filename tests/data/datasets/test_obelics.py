@@ -183,7 +183,7 @@ def test_no_value_of_any_field_is_an_error_of_the_code(tmp_path, monkeypatch, va
     of = adapter("obelics", shard(tmp_path, []))
     for field in ("images", "texts", "metadata", "general_metadata"):
         row = raw_rows("pages.jsonl")[0] | {field: value, "__from__": "train-00000.parquet:1", "__at__": 1.0}
-        monkeypatch.setattr("sft.data.datasets.obelics.read_parquet", pages_after_map([row], tmp_path))
+        monkeypatch.setattr("sft.data.datasets.obelics.read_records", pages_after_map([row], tmp_path))
         for outcome in outcomes(of):
             assert isinstance(outcome, Sample | str)
     for row in ({"__from__": "x", "items": value}, {"__from__": "x"}):
@@ -193,7 +193,7 @@ def test_no_value_of_any_field_is_an_error_of_the_code(tmp_path, monkeypatch, va
 
 def pages_after_map(pages: list[dict], folder: Path):
     """A reader that gives these pages for the shard, and the image map as it is."""
-    return lambda path, columns=None: iter(pages) if path.parent == folder else read_parquet(path)
+    return lambda path, **_: iter(pages) if path.parent == folder else read_parquet(path)
 
 
 # ------------------------------------------------------------------------------------------------------- image map

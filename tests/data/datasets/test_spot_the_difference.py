@@ -376,3 +376,18 @@ def test_options_of_the_other_form_are_refused(tmp_path):
     write_hub(tmp_path, hub_row())
     with pytest.raises(UserError, match="multi_turn and image_folder go by image ids"):
         outcomes(adapter(NAME, tmp_path, multi_turn=True))
+
+
+def test_another_json_is_refused_by_what_it_is(tmp_path):
+    (tmp_path / "resized_images").mkdir()
+    (tmp_path / "other.json").write_text('{"prompts": [], "answers": 7}')
+    of = adapter("spot_the_difference", tmp_path / "other.json")
+    (row,) = of.rows(*of.files())
+    with pytest.raises(SkipSample, match="img_id is not an id") as caught:
+        of.to_sample(row)
+    assert caught.value.detail == "found prompts, answers"
+    of = adapter("general_scene_difference", tmp_path / "other.json")
+    with pytest.raises(
+        UserError, match=r"other.json: an object, as the instructions .*; expected NAME_instructions.json"
+    ):
+        list(of.rows(*of.files()))

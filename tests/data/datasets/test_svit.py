@@ -155,10 +155,10 @@ def test_boxes_are_checked_in_answers_too_but_only_where_they_are_published(tmp_
     [
         ([], "no question with an answer"),
         ([("user", "Why?")], "no question with an answer"),
-        ([("user", "Why?"), ("user", "Why?")], "turns do not alternate"),
-        ([("user", "Why?"), ("tool", "So.")], "unknown role"),
+        ([("user", "Why?"), ("user", "Why?")], "no question with an answer"),
+        ([("user", "Why?"), ("narrator", "So.")], "unknown role"),
         ([("user", "Why?"), (None, "So.")], "unknown role"),
-        ([("user", "Why?"), ("gpt", None)], "message is not text"),
+        ([("user", "Why?"), ("gpt", None)], "empty message"),
         ([("user", "Why?"), ("gpt", " ")], "empty message"),
         ([("user", " "), ("gpt", "So.")], "empty message"),
     ],
@@ -175,8 +175,8 @@ def test_bad_turns_have_one_reason_each(tmp_path, turns, reason):
         ({"image_id": 404}, "image file missing"),
         ({"conversations": None}, "no conversations"),
         ({"conversations": []}, "no conversations"),
-        ({"conversations": ["Why?"]}, "conversations is not a list"),
-        ({"conversations": [{"topic": "A kite"}]}, "conversations is not a list"),
+        ({"conversations": ["Why?"]}, "no messages"),
+        ({"conversations": [{"topic": "A kite"}]}, "no messages"),
     ],
 )
 def test_bad_records_have_one_reason_each(tmp_path, change, reason):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sft.core.distributed import from_main
 from sft.core.errors import UserError
-from sft.core.shipped import resolve
+from sft.core.shipped import resolve, user_cache
 from sft.evaluation.draw_images import choose_part
 from sft.evaluation.tasks.mmbench.from_easy_vqa import write_benchmark
 from sft.evaluation.tasks.mmbench.protocols import Protocol, group_rows
@@ -19,10 +19,12 @@ from sft.recipe import BUILT_BENCHMARKS
 
 
 def benchmark_file(name: str, store: Path, *, seed: int) -> Path:
-    """Return the TSV of a benchmark given by path, or by the name of one that is built into `store` on first use."""
+    """Return the TSV of a benchmark given by path, or by the name of one that is built on first use: into a
+    `store` that `prepare` has made, else into the user's cache, since a recipe may be somebody else's."""
     if name not in BUILT_BENCHMARKS:
         return resolve(name)
-    file = store / "benchmarks" / f"{name}-{seed}.tsv"
+    place = store if (store / "bases").is_dir() else user_cache()
+    file = place / "benchmarks" / f"{name}-{seed}.tsv"
 
     def build() -> None:
         if not file.is_file():

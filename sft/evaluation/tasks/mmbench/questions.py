@@ -250,6 +250,6 @@ def _image(
         except SkipSample as skip:
             if "base64" in skip.reason:
                 raise UserError(f"{where}: image is neither base64 nor the index of a row") from skip
-            raise UserError(f"{where}: {skip.reason}") from skip
+            raise UserError(f"{where}: {skip.explained}") from skip
         pictures[field] = (image, hashlib.sha256(content).hexdigest())
     return pictures[field]

@@ -1,0 +1,217 @@
+"""Turns in the forms in which others write them -> messages, with images where their markers or parts stand.
+
+A turn is {"role" or "from", "content" or "value"}; content is a string or a list of parts. docs/data.md has a table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_args
+
+from sft.core.errors import nearest
+from sft.core.images import base64_image
+from sft.core.sample import ImageRef, Message, Role, SkipSample
+from sft.data.datasets._meaning import FLAGS, Keys, is_image_key, is_trained
+from sft.data.formats import Row
+
+MARKER = "<image>"
+ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"developer": "system", "human": "user"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
+SYSTEMS = ("system", "system_prompt", "system_message")
+TEXTS, IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
+SOURCES = ("bytes", "base64", "data", "image", "image_url", "path", "url", "value", "source")
+"""Keys under which a part or an object holds its image, the likeliest to be whole first."""
+TURN_KEYS = " ".join(("role", "from", "content", "value", *FLAGS))
+PART_KEYS = " ".join(("type", "text", "index", "detail", *SOURCES))
+LLAVA = Keys.of(" ".join(("image images conversations model", *SYSTEMS)), turn=TURN_KEYS, part=PART_KEYS)
+
+_MARKS = re.compile(r"<image>|<ImageHere>|<img>([^<>\n]+)</img>")
+_OTHER_MARK = re.compile(r"<\|?(?:image|img|vision)[-_ \w]{0,20}\|?>", re.IGNORECASE)
+
+Find = Callable[[Any], ImageRef]
+"""Returns the image file with a name, or raises SkipSample."""
+
+
+class _Place(NamedTuple):
+    """Where an image stands: one that its part brings along, one of the record's list, or the next one of the list."""
+
+    image: Any = None
+    number: int | None = None
+
+
+class _Turn(NamedTuple):
+    role: Role
+    items: list[str | _Place]
+    is_trained: bool
+
+
+def to_messages(
+    row: Row, turns: object, images: Sequence[Any], find: Find, *, is_marked: bool = True, trims: bool = False
+) -> tuple[Message, ...]:
+    """Return turns as messages, after the system text that stands beside them. Without any marker images stand first.
+
+    `is_marked` says whether `<image>` in a string is a marker, and not a word. `trims` leaves out an answer before the
+    first question and a question behind the last answer, as LLaVA does.
+
+    Raises:
+        SkipSample: the turns are not a conversation, or do not match the images.
+    """
+    if not isinstance(turns, list):
+        raise no_messages(row)
+    system = [{"role": "system", "content": row[name]} for name in SYSTEMS if row.get(name)]
+    read = [
+        turn for turn in (_turn(turn, is_marked) for turn in (*system, *turns)) if turn.items or turn.role != "system"
+    ]
+    if read and read[:1] == read[1:2] and read[0].role == "system":
+        del read[0]  # it is said beside the turns and among them
+    read = _checked(_trimmed(read) if trims else read)
+    if empty := [turn.role for turn in read if not turn.items]:
+        raise SkipSample("empty message", detail=f"of {empty[0]}")
+    if trims and any(isinstance(item, _Place) for turn in read for item in turn.items if turn.role == "assistant"):
+        raise SkipSample("image marker in an answer")
+    remaining = iter(_unnamed_images(row, read, images))
+
+    def fill(item: str | _Place) -> str | ImageRef:
+        if isinstance(item, str):
+            return item
+        if item.number is not None:
+            return _image(images[item.number], find)
+        return _image(next(remaining) if item.image is None else item.image, find)
+
+    return tuple(Message(role=t.role, content=tuple(map(fill, t.items)), is_trained=t.is_trained) for t in read)
+
+
+def no_messages(row: Row) -> SkipSample:
+    """Return the reason to skip a record in which no turns are found."""
+    found = [key for key in row if not key.startswith("__")]
+    others = (key.lower() for key in found if not is_image_key(key) and key not in ("messages", "conversations"))
+    near = next(filter(None, (nearest(key, ("messages", "conversations")) for key in others)), "")
+    detail = f"found {', '.join(found) or 'nothing'}{near}; expected messages or conversations, a list of turns"
+    return SkipSample("no messages", detail=f"{detail}; or a question and its answer")
+
+
+def listed_images(row: Row) -> list[Any]:
+    """Return the images of a record, which stand under `images` or `image`: one, or a list of them."""
+    images, *others = [row[name] for name in ("images", "image") if row.get(name)] or [[]]
+    if others not in ([], [images], images):
+        raise SkipSample("images and image differ", detail="expected one of these keys")
+    if isinstance(images, str | bytes | dict | ImageRef):
+        return [images]
+    if not isinstance(images, list):
+        raise SkipSample("images is not a list", detail=type(images).__name__)
+    return images
+
+
+def _turn(turn: Any, is_marked: bool) -> _Turn:
+    """Return a turn; one that says nothing has no items."""
+    name = str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else repr(turn)[:100]
+    if not isinstance(turn, dict) or name.lower() not in ROLES:
+        known = ", ".join(ROLES)
+        raise SkipSample("unknown role", detail=f"{name[:100]!r}{nearest(name.lower(), ROLES)} (known: {known})")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    items = [item for item in _items(content, is_marked) if item != ""]
+    is_empty = all(isinstance(item, str) and not item.strip() for item in items)
+    return _Turn(ROLES[name.lower()], [] if is_empty else items, is_trained(turn))
+
+
+def _trimmed(turns: list[_Turn]) -> list[_Turn]:
+    start = int(bool(turns) and turns[0].role == "system")
+    if [turn.role for turn in turns[start : start + 1]] == ["assistant"]:
+        turns = [*turns[:start], *turns[start + 1 :]]
+    return turns[:-1] if turns and turns[-1].role == "user" else turns
+
+
+def _checked(turns: list[_Turn]) -> list[_Turn]:
+    """Return turns whose roles are those of a conversation or of a document."""
+    roles = [turn.role for turn in turns]
+    if set(roles) == {"document"}:
+        return turns
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if "system" in spoken:
+        raise SkipSample("system text is not first", detail="expected one, before the first question")
+    if "assistant" not in spoken:
+        raise SkipSample("no question with an answer", detail=f"roles {', '.join(roles) or 'none'}")
+    if spoken[-1] != "assistant":
+        raise SkipSample("last message is not the assistant's", detail=f"of {spoken[-1]}")
+    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise SkipSample("user and assistant do not alternate", detail=", ".join(spoken)[:100])
+    return turns
+
+
+def _items(content: Any, is_marked: bool) -> Iterator[str | _Place]:
+    """Yield texts and where images stand; a string loses the blanks around it and around markers, parts do not."""
+    if isinstance(content, str):
+        end = 0
+        for mark in _MARKS.finditer(content):
+            if is_marked or mark[0] != MARKER:
+                yield content[end : mark.start()].strip()
+                yield _Place(mark[1])
+                end = mark.end()
+        yield content[end:].strip()
+    elif isinstance(content, list | dict):
+        yield from map(_part, content if isinstance(content, list) else [content])
+    elif content is not None:
+        raise SkipSample("content is neither text nor a list of parts", detail=type(content).__name__)
+
+
+def _part(part: Any) -> str | _Place:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind is None:
+        kind = next((key for key in (*TEXTS, *IMAGES) if part.get(key) is not None), None)
+    if kind in TEXTS:
+        text = part.get("value") if part.get("text") is None else part["text"]
+        if isinstance(text, str) and not any(part.get(key) for key in IMAGES):
+            return text
+    elif kind in IMAGES:
+        return _Place(part) if any(part.get(key) for key in SOURCES) else _Place(number=part.get("index"))
+    found = f"type {kind!r}, keys {', '.join(part)}" if isinstance(part, dict) else repr(part)
+    near = "" if kind in (*TEXTS, *IMAGES) else nearest(str(kind), (*TEXTS, *IMAGES))
+    raise SkipSample("unknown content part", detail=f"{found[:100]}{near}")
+
+
+def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list[Any]:
+    """Return the images that markers without a name take in turn; without any marker, put all of them first.
+
+    Raises:
+        SkipSample: markers and images differ in number, or an index is none of an image.
+    """
+    places = [item for turn in turns for item in turn.items if isinstance(item, _Place)]
+    named = [place.number for place in places if place.number is not None]
+    if wrong := [index for index in named if type(index) is not int or not 0 <= index < len(images)]:
+        raise SkipSample("image index out of range", detail=f"index {wrong[0]!r} of {len(images)} images")
+    texts = " ".join(item for turn in turns for item in turn.items if isinstance(item, str))
+    if not places and images and not _OTHER_MARK.search(texts):
+        first = next(turn for turn in turns if turn.role != "system")
+        first.items[:0] = [_Place()] * len(images)
+        return list(images)
+    unnamed = [image for number, image in enumerate(images) if number not in named]
+    markers = sum(place.image is None and place.number is None for place in places)
+    if markers != len(unnamed):
+        found = f"{markers} {MARKER} marker{'s' * (markers != 1)} but {len(unnamed)} image{'s' * (len(unnamed) != 1)}"
+        others = [key for key in row if is_image_key(key) and row[key] and key not in ("image", "images")]
+        found += f"; {', '.join(others)} is not read, expected image or images" if others else ""
+        raise SkipSample(
+            "markers and images differ in number" if images else "image marker without an image",
+            detail=f'{found}; write {MARKER} in a string, or {{"type": "image"}} among parts, once for each image, '
+            f"where it stands; a literal {MARKER} goes into a part of type text",
+        )
+    return unnamed
+
+
+def _image(given: Any, find: Find) -> ImageRef:
+    if isinstance(given, dict):
+        key = next((key for key in SOURCES if given.get(key)), None)
+        content = given.get(key) if key else None
+        if key in ("base64", "data") or (key == "bytes" and isinstance(content, str)):
+            return base64_image(content.partition(",")[2] or content if isinstance(content, str) else content)
+        return _image(content, find)
+    if isinstance(given, ImageRef):
+        return given
+    if isinstance(given, bytes):
+        return ImageRef(source=given)
+    if isinstance(given, str) and given.startswith("data:"):
+        return base64_image(given.partition(",")[2])
+    return find(given)

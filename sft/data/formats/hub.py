@@ -1,0 +1,37 @@
+"""Datasets of the hub: `datasets` downloads one once, and its cached Arrow files are read like any others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sft.core.contain import contained
+from sft.core.errors import UserError
+
+
+def is_hub_id(path: str) -> bool:
+    """Return whether a path has the form `owner/name`."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path))
+
+
+def hub_cache() -> Path:
+    """Return the folder below which the hub's libraries keep files, images among them."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME)
+
+
+def hub_files(name: str, split: str, configuration: str | None) -> list[Path]:
+    """Return the Arrow files of one split of a dataset; images in them are not decoded.
+
+    Raises:
+        UserError: there is no such dataset, configuration or split, or it cannot be reached.
+    """
+    import datasets
+
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise UserError(f"{name}: split {split!r} is not the name of a split")
+    with contained() as failed:  # by the network, the hub, the files: each library has its own errors
+        return [Path(file["filename"]) for file in datasets.load_dataset(name, configuration, split=split).cache_files]
+    why = f"as a dataset of the hub: {failed.reason} (option config names a configuration)"
+    raise UserError(f"{name}: no such file or folder here; {why}")

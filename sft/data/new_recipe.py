@@ -1,0 +1,125 @@
+"""The recipe that `idefics-sft new` writes for data of one's own: one source, commented, valid as it stands."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from sft.core.sample import Sample
+from sft.core.shipped import is_local, resolve
+from sft.data.recognise import Recognised
+
+CHARACTERS_PER_TOKEN = 3.5
+"""English text under LLaMA's vocabulary has about 4 characters a token; a little less leaves room."""
+TOKENS_PER_MESSAGE = 8
+"""The words of the chat template about a message."""
+TOKENS_PER_IMAGE = 3
+"""An image and its markers in the text of IDEFICS-1."""
+
+SAMPLES_PER_STEP = 16
+"""A usual batch of fine-tuning; small data have smaller ones."""
+MIN_STEPS = 60
+"""Adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times."""
+USUAL_EPOCHS, MAX_EPOCHS = 3, 15
+PACK_TOKENS = (256, 512, 1024, 2048)
+
+SMALL_MODEL_BYTES = 100_000_000
+LEARNING_RATES = {"full": ("1.0e-5", "1.0e-3"), "lora": ("2.0e-4", "2.0e-3"), "qlora": ("2.0e-4", "2.0e-3")}
+"""The usual peak by mode, for large models and for those of up to SMALL_MODEL_BYTES. All weights: that of the
+idefics-9b-instruct card, and about that of the quickstart; adapters take more."""
+
+
+class Sizes(NamedTuple):
+    """How long training is, by the size of the data."""
+
+    sequence_length: int
+    samples_per_step: int
+    tokens_per_step: int
+    epochs: int
+    steps: int
+
+
+def sizes_for(found: Recognised) -> Sizes:
+    """Return packs that hold the longest sample, steps of up to SAMPLES_PER_STEP samples, and as many epochs as it
+    takes to make MIN_STEPS steps, between the usual number and MAX_EPOCHS."""
+    tokens = [_num_tokens(sample) for sample in found.samples]
+    length = next((length for length in PACK_TOKENS if length >= max(tokens) * 1.2), PACK_TOKENS[-1])
+    mean = sum(min(number, length) for number in tokens) / len(tokens)
+    samples = min(max(found.estimated_samples * MAX_EPOCHS // MIN_STEPS, 1), SAMPLES_PER_STEP)
+    packs = max(round(samples * mean / length), 1)
+    steps_per_epoch = found.estimated_samples * mean / (packs * length)
+    epochs = min(max(ceil(MIN_STEPS / steps_per_epoch), USUAL_EPOCHS), MAX_EPOCHS)
+    steps = max(ceil(steps_per_epoch * epochs), 1)
+    return Sizes(length, max(round(packs * length / mean), 1), packs * length, epochs, steps)
+
+
+def _num_tokens(sample: Sample) -> int:
+    """Return about how many tokens a sample has, without a tokenizer."""
+    characters = sum(len(item) for message in sample.messages for item in message.content if isinstance(item, str))
+    parts = TOKENS_PER_MESSAGE * len(sample.messages) + TOKENS_PER_IMAGE * len(sample.images)
+    return ceil(characters / CHARACTERS_PER_TOKEN) + parts
+
+
+def recipe_text(found: Recognised, *, file: Path, model: str, mode: str) -> str:
+    """Return the recipe for the data found, which is to be written to `file`."""
+    sizes = sizes_for(found)
+    dataset = {"dataset": found.dataset, "path": str(found.path), "options": dict(found.options)}
+    dataset = {key: value for key, value in dataset.items() if value}
+    lines = "".join(f"# {line}\n" for line in found.describe())
+    optimizer = "\n  optimizer: paged_adamw_8bit" if mode == "qlora" else ""
+    return f"""\
+# yaml-language-server: $schema=recipe.schema.json
+# Your own data.
+{lines}#
+#   idefics-sft mix {file}         # after `prepare`: how full packs are, epochs and steps
+#   idefics-sft inspect {file} --html pack.html
+#   idefics-sft plan {file}        # memory and time
+#   idefics-sft train {file}
+model: {{path: {json.dumps(model)}, mode: {mode}}}
+data:
+  mixture:
+    - name: mine
+      share: 100
+      datasets: [{_flow(dataset)}]
+    # Replay keeps what the model could do before. To switch it on, set `share: 70` above, download the data as
+    # docs/data.md#ultrachat says, and remove the # here:
+    # - {{name: talk, share: 30, datasets: [{{dataset: ultrachat, path: raw/ultrachat_200k}}]}}
+  {_commented(f"sequence_length: {sizes.sequence_length}", "tokens of a pack; longer ones keep their first turns")}
+  {_commented(f"validation: {{share: {_held_out(found):g}}}", "held out: for the held-out loss and sample answers")}
+training:
+  {_commented(f"epochs: {sizes.epochs}", f"passes over your data: about {sizes.steps:,} steps")}
+  {_commented(f"tokens_per_step: {sizes.tokens_per_step}", f"about {sizes.samples_per_step} samples")}
+  learning_rate: {LEARNING_RATES[mode][_is_small(model)]}{optimizer}
+  {_commented("gradient_checkpointing: true", "less memory, a third more work")}
+checkpoints: {{every_steps: {max(sizes.steps // 4, 1)}}}
+output_dir: runs/{file.stem}
+"""
+
+
+def _commented(setting: str, comment: str) -> str:
+    return f"{setting:33} # {comment}"
+
+
+def _is_small(model: str) -> bool:
+    """Return whether a model is here and small, as the shipped ones are."""
+    files = resolve(model).glob("*.safetensors") if is_local(model) else ()
+    return 0 < sum(file.stat().st_size for file in files) <= SMALL_MODEL_BYTES
+
+
+def _held_out(found: Recognised) -> float:
+    """Return the share to hold out: a tenth of small data, about 100 samples of large ones."""
+    return max(min(0.1, round(100 / found.estimated_samples, 3)), 0.01)
+
+
+def _flow(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True).strip()
+
+
+def default_name(path: Path) -> str:
+    """Return a name for the recipe: that of the folder or file, in letters that need no quotes in a shell."""
+    stem = path.resolve().name.partition(".")[0]
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem).strip("-") or "mine"
