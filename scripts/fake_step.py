@@ -36,9 +36,9 @@ from sft.models.activation_checkpointing import recompute_share
 from sft.models.grouped_attention import Groups, group_tokens
 from sft.models.idefics import packed, weights
 from sft.models.idefics.images import IdeficsImages
-from sft.models.idefics.loading import kept_exact
 from sft.models.idefics.names import GROUPS
-from sft.models.idefics.parameters import QUANTISED, group_of, select_trainable
+from sft.models.idefics.parameters import EXACT, GROUP_OF, QUANTISED, group_of, select_trainable
+from sft.models.model_folder import kept_exact
 from sft.models.packed_model import PackedModel
 from sft.recipe import TrainingConfig
 from sft.training.optimizer import make_optimizer, parameter_groups
@@ -173,7 +173,7 @@ def _build(config: IdeficsConfig, setting: Setting) -> PackedModel:
     model.requires_grad_(False)
     trained = [group for group in GROUPS if setting.trains(group)]
     if len(trained) < len(GROUPS):
-        _round_frozen(model, half, set(kept_exact(model, trained)))
+        _round_frozen(model, half, set(kept_exact(model, trained, EXACT, GROUP_OF)))
     if setting.mode == "qlora":
         _quantise(model, [group for group in QUANTISED if group not in trained])
     if setting.mode != "full":

@@ -112,14 +112,16 @@ class GivenImages:
 
 @dataclass(frozen=True)
 class NoiseImages:
-    """Images of noise that depends on their numbers alone, of the size of a tile, for checks of a model."""
+    """Images of noise that depends on their numbers alone, for checks of a model."""
 
     images: Images
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the images."""
-        return self.images.one_tile.width, self.images.one_tile.height
+        """Width and height of the images: those of a tile, or of a wide image where that is fewer tiles."""
+        width, height = self.images.one_tile.width, self.images.one_tile.height
+        sizes = ((width, height), (width, max(height // 4, 1)))
+        return min(sizes, key=lambda size: self.images.weight(self.images.tiling(*size)))
 
     def tiling(self, image: int) -> Tiling:
         """Return how an image is cut."""

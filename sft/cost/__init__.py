@@ -5,6 +5,7 @@ estimate      what the training of a recipe needs, and what to change when it do
 memory        bytes at every moment of a step, from what a family counts of its model
 devices       the GPUs: memory, speed, price; model_config: config.json, with as little download as can be
 idefics/      what a training step of IDEFICS-1 costs
+idefics3/     what one of Idefics3 and SmolVLM costs, counted in the same way
 
     recipe -> Setting, config.json -> ModelCost;  ModelCost.cost(Setting) -> Cost (bytes by kind, flop) -> Estimate
 """

@@ -50,7 +50,7 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     Raises:
         UserError: the model's shape is not known, or the GPU lacks what the recipe asks for.
     """
-    model = read_model(recipe.model.family, base_of(recipe))
+    model = read_model(recipe.model.family, base_of(recipe), recipe.model.image_settings)
     setting = setting_of(recipe, model, device, gpus)
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes
@@ -189,7 +189,7 @@ class _Change(NamedTuple):
 
 def _advice(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Iterator[str]:
     """Yield changes after which the training fits, each by itself. Each was planned."""
-    for attempts in _changes(recipe, device, gpus):
+    for attempts in _changes(recipe, model, device, gpus):
         for change in attempts:
             peak = _peak_bytes(recipe, model, change)
             if peak is not None and change.text and peak <= change.device.usable_bytes:
@@ -197,15 +197,14 @@ def _advice(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Iter
                 break
 
 
-def _changes(recipe: Recipe, device: Device, gpus: int) -> Iterator[Iterator[_Change]]:
+def _changes(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Iterator[Iterator[_Change]]:
     """Yield the kinds of change: settings alone, fewer images, another mode, a larger GPU, more GPUs. Each is a row of
     attempts, the smallest first."""
     here = _Change(device, gpus)
     yield _with_settings(recipe, here)
-    for cap in (12, 6):
-        if cap < recipe.data.max_images_per_pack:
-            yield _with_settings(recipe, here._replace(overrides=(f"data.max_images_per_pack={cap}",)))
-            break
+    _, weight = model.fullest_images(recipe.data.sequence_length, recipe.data.max_images_per_pack)
+    if weight > 1:
+        yield _with_settings(recipe, here._replace(overrides=(f"data.max_images_per_pack={weight // 2}",)))
     for mode in _MODES[_MODES.index(recipe.model.mode) + 1 :]:
         yield _with_settings(recipe, here._replace(overrides=(f"model.mode={mode}",)))
     larger = (

@@ -6,14 +6,15 @@ package outside the tree whose dotted name `model.family` gives. The module has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from sft import cost
 from sft.core.errors import UserError
+from sft.models import package_name
 from sft.recipe import ENGINES, EngineName, OptimizerName
 
 Precision = Literal["bfloat16", "float16", "float32"]
@@ -110,19 +111,20 @@ class ModelCost(Protocol):
         """Return the bytes that an image of a size in pixels takes in the feature cache."""
 
 
-ReadModel: TypeAlias = Callable[[str], ModelCost]
+ReadModel: TypeAlias = Callable[..., ModelCost]
 """`read_model(path)` of a module `cost`: reads the config.json of a model folder or hub id. Raises UserError where
-there is none or it is of another family."""
+there is none or it is of another family. Where a family has settings of images, these are its second argument."""
 
 
-def read_model(family: str, path: str) -> ModelCost:
-    """Return what the model at a path costs.
+def read_model(family: str, path: str, images: Mapping[str, Any] | None = None) -> ModelCost:
+    """Return what the model at a path costs, with `images` as `model.images` of a recipe says.
 
     Raises:
         UserError: no costs are known of the family, or the config of the model cannot be read.
     """
     known = [module.name for module in iter_modules(cost.__path__) if module.ispkg]
-    package = f"{cost.__name__}.{family}" if family in known else family
+    own = package_name(family)
+    package = f"{cost.__name__}.{own}" if own in known else family
     try:
         read: ReadModel = import_module(f"{package}.cost").read_model
     except ModuleNotFoundError as error:
@@ -132,4 +134,4 @@ def read_model(family: str, path: str) -> ModelCost:
             f"model.family: plan knows no costs of {family!r} (known: {', '.join(known)}; a package of your own needs "
             "a module `cost`, see docs/planning.md)"
         ) from error
-    return read(path)
+    return read(path, images) if images else read(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -16,13 +16,13 @@ HUB_SECONDS = 5.0
 """How long to wait for the hub."""
 
 
-def load_model_config(path: str, model_type: str, released: Mapping[str, str]) -> dict[str, Any]:
+def load_model_config(path: str, model_types: Collection[str], released: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of config.json of a model folder, a `shipped:` model or a hub id.
 
     `released` are the files of model_configs/ that hold the configs of some hub ids.
 
     Raises:
-        UserError: there is none, or it is of another `model_type`.
+        UserError: there is none, or its `model_type` is none of these.
     """
     where, file = path, None
     if path in released:
@@ -38,8 +38,9 @@ def load_model_config(path: str, model_type: str, released: Mapping[str, str]) -
     except ValueError as error:
         raise UserError(f"{where}: config.json is not readable as JSON ({error})") from error
     found = config.get("model_type") if isinstance(config, dict) else None
-    if found != model_type:
-        raise UserError(f"{where}: model_type is {found!r}; expected {model_type!r}, the family of the recipe")
+    if found not in model_types:
+        known = " or ".join(map(repr, model_types))
+        raise UserError(f"{where}: model_type is {found!r}; expected {known}, the family of the recipe")
     return dict(config)
 
 

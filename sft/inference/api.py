@@ -161,7 +161,7 @@ class Model:
             found = type(items).__name__
             raise UserError(f"prompt: {found}; expected a list of texts and images; for one text, a list of one")
         parts = [_text(item) if isinstance(item, str) else _image(item) for item in items]
-        encoded = self.loaded.family.text.encode_prompt(self.loaded.tokenizer, parts)
+        encoded = self.loaded.family.text.encode_prompt(self.loaded.tokenizer, self.loaded.images, parts)
         return Prompt(encoded, tuple(part for part in parts if isinstance(part, ImageRef)))
 
     def _generate(

@@ -9,9 +9,11 @@ image_transform           image bytes -> tiles of pixels
 grouped_attention         attention inside groups of tokens; loss: cross entropy in float32
 lora                      adapters, through PEFT
 activation_checkpointing  which layers are computed again in the backward pass
+model_folder              the safetensors files of a model folder, into memory and into a prepared base
 plain_folder              what a saved folder has besides weights, so that transformers or PEFT alone open it
 base_model                the base of a recipe or of adapters; loaded_model: a model, loaded for evaluation and chat
 idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
+idefics3/                 Idefics3, SmolVLM and SmolVLM2
 """
 
 from __future__ import annotations
@@ -90,11 +92,23 @@ def names_of_family(name: str) -> FamilyNames:
     expected = ("GROUPS", "LORA_TARGETS", "ENCODER_GROUPS")
     if lacking := [one for one in expected if not hasattr(names, one)]:
         raise UserError(f"model.family: {name}.names has no {', '.join(lacking)}; see sft/models/family.py")
-    return FamilyNames(*(getattr(names, one) for one in expected))
+    images = getattr(names, "IMAGE_SETTINGS", ())
+    return FamilyNames(names.GROUPS, names.LORA_TARGETS, names.ENCODER_GROUPS, images)
+
+
+def package_name(family: str) -> str:
+    """Return the folder of this tree that has models of a family, which may be called by the `model_type` of any of
+    them; the name of another family as it is."""
+    for known in family_names():
+        names = import_module(f"{__name__}.{known}.names")
+        if family in (known, *getattr(names, "MODEL_TYPES", ())):
+            return known
+    return family
 
 
 def _module(family: str, name: str) -> Any:
-    package = f"{__name__}.{family}" if family in family_names() else family
+    own = package_name(family)
+    package = f"{__name__}.{own}" if own in family_names() else family
     try:
         return import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
@@ -129,6 +143,7 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
     yield from _unknown("training.groups", recipe.training.groups, names.groups, model.family)
     if model.lora:
         yield from _unknown("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
+    yield from _unknown("model.images", model.image_settings, dict.fromkeys(names.image_settings, ""), model.family)
     trained = names.groups if model.trained_groups is None else model.trained_groups
     changing = [group for group in names.encoder_groups if group in trained]
     if recipe.data.feature_cache and changing:
@@ -141,7 +156,7 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
 def _unknown(key: str, names: Iterable[str], known: Mapping[str, str], family: str) -> Iterator[str]:
     for name in names:
         if name not in known:
-            yield f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known)})"
+            yield f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known) or 'none'})"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def family_at(path: str | Path) -> Family:
         UserError: there is no config.json, or no such family.
     """
     kind = str(read_config(path).get("model_type"))
-    if kind in _known or kind in family_names():
+    if kind in _known or package_name(kind) in family_names():
         return _of_type(kind)
     recipe = Path(path) / "recipe.yaml"
     if recipe.is_file():

@@ -7,7 +7,10 @@ the recipe may have come with somebody's adapters, and nothing is written where 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
@@ -66,38 +69,41 @@ def check_adapters(recipe: Recipe, adapters: Path) -> None:
 
 def base_path(recipe: Recipe) -> Path:
     """Return where the prepared base of a recipe stands: another place when the files of a local base change."""
-    return _place(Path(recipe.data.store), base_of(recipe))
+    return _place(Path(recipe.data.store), base_of(recipe), recipe.model.image_settings)
 
 
-def _place(store: Path, name: str) -> Path:
+def _place(store: Path, name: str, images: Mapping[str, Any]) -> Path:
     files = sorted(resolve(name).glob("*")) if is_local(name) else []
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(f"{name} {stamps}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{name} {stamps}{images or ''}".encode()).hexdigest()[:8]
     return store / "bases" / f"{name.rsplit('/', 1)[-1].removeprefix(PREFIX)}-{digest}"
 
 
 def prepare_base(recipe: Recipe) -> Path:
     """Make the base model with every special token in `data.store` if it is not there yet, and return its folder."""
-    return _prepared(base_path(recipe), base_of(recipe), get_family(recipe.model.family))
+    model = recipe.model
+    return _prepared(base_path(recipe), base_of(recipe), get_family(model.family), model.image_settings)
 
 
 def find_prepared_base(recipe: Recipe) -> Path:
     """Return the prepared base in a recipe's `data.store` or, if it is not there, in the user's cache."""
     path = base_path(recipe)
     is_there = (path / "config.json").is_file()
-    return path if is_there else prepare_in_cache(base_of(recipe), get_family(recipe.model.family))
+    model = recipe.model
+    return path if is_there else prepare_in_cache(base_of(recipe), get_family(model.family), model.image_settings)
 
 
-def prepare_in_cache(name: str, family: Family) -> Path:
-    """Make a base with every special token in the user's cache if it is not there yet, and return its folder."""
+def prepare_in_cache(name: str, family: Family, images: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Make a base with every special token in the user's cache if it is not there yet, and return its folder. `images`
+    are the settings of a recipe that say how images are cut."""
     try:
-        return _prepared(_place(user_cache(), name), name, family)
+        return _prepared(_place(user_cache(), name, images), name, family, images)
     except OSError as error:
         raise UserError(f"{user_cache()}: {error.strerror}; name a folder of yours in IDEFICS_SFT_CACHE") from error
 
 
-def _prepared(path: Path, name: str, family: Family) -> Path:
+def _prepared(path: Path, name: str, family: Family, images: Mapping[str, Any]) -> Path:
     if not (path / "config.json").is_file():
         with locked(path, beside=True):
-            family.weights.prepare_base(resolve(name) if is_local(name) else name, path)
+            family.weights.prepare_base(resolve(name) if is_local(name) else name, path, images)
     return path

@@ -73,7 +73,11 @@ class ChatTemplate:
         self._special_pattern = re.compile("|".join(re.escape(token) for token in self._special_ids))
         self._pieces = lru_cache(maxsize=4096)(self._render_pieces)
         self._image_ids = lru_cache(maxsize=4096)(partial(images.token_ids, tokenizer))
-        unknown = {t for t in re.findall(r"</?[a-z_]+>", _without_comments(template)) if t not in self._special_ids}
+        unknown = {
+            t
+            for t in re.findall(r"</?[a-z_]+>|<\|[a-z_]+\|>", _without_comments(template))
+            if t not in self._special_ids
+        }
         if unknown:
             raise ValueError(f"chat template prints {sorted(unknown)}, which the tokenizer has no special token for")
 

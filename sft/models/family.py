@@ -3,7 +3,8 @@
 A family is a package, found by its name: a folder of `sft/models/` called like `model_type` in the config.json of its
 models, or the dotted name of a package outside the tree. It holds two modules:
 
-    names    GROUPS, LORA_TARGETS and ENCODER_GROUPS, names that a recipe may use; without torch and transformers
+    names    GROUPS, LORA_TARGETS and ENCODER_GROUPS, names that a recipe may use; without torch and transformers.
+             IMAGE_SETTINGS and MODEL_TYPES, where there are any: keys of `model.images`, further `model_type`s
     family   FAMILY, a `Family`
 
 There are two kinds. In IDEFICS-1 images stand beside the text, which looks at them through cross-attention. In
@@ -38,8 +39,6 @@ Tiles: TypeAlias = NDArray[np.uint8]
 class Text(Protocol):
     """The vocabulary of a family, and what its models may write."""
 
-    CHAT_TEMPLATE: str
-    """File name in chat_templates/, or the path of a template outside the tree."""
     ENDS: tuple[str, ...]
     """Tokens that end an answer, as far as a vocabulary has them."""
     NEVER_WRITTEN: tuple[str, ...]
@@ -51,6 +50,10 @@ class Text(Protocol):
         Raises:
             UserError: there is none, or it is not one of this family.
         """
+
+    def chat_template(self, tokenizer: PreTrainedTokenizerFast) -> str:
+        """Return the chat template of a vocabulary: a file name in chat_templates/, or the path of one outside the
+        tree."""
 
     def num_rows(self, config: PreTrainedConfig) -> int:
         """Return how many tokens the vocabulary has, base and extra rows."""
@@ -65,7 +68,9 @@ class Text(Protocol):
         """Return what is wrong with the ids of a rendered chat by the rules that every vocabulary of the family
         follows; an empty text if nothing is."""
 
-    def encode_prompt(self, tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
+    def encode_prompt(
+        self, tokenizer: PreTrainedTokenizerFast, images: Images, items: Sequence[str | ImageRef]
+    ) -> EncodedSample:
         """Encode a prompt of texts and images as it stands, without roles; special tokens in a text are special."""
 
 
@@ -114,8 +119,9 @@ class Images(Protocol):
 class Weights(Protocol):
     """Loading and saving the models of a family, and their parameters by name."""
 
-    def prepare_base(self, path: str | Path, output: Path) -> None:
-        """Write a base that has every special token of the chat template, ready for any engine to load."""
+    def prepare_base(self, path: str | Path, output: Path, images: Mapping[str, Any]) -> None:
+        """Write a base that has every special token of the chat template, ready for any engine to load, and that cuts
+        images as `images` says: those of `FamilyNames.image_settings` that a recipe gives."""
 
     def load_config(self, path: str | Path) -> PreTrainedConfig:
         """Load the config of a model folder or hub id, without its weights."""
@@ -183,3 +189,5 @@ class FamilyNames(NamedTuple):
     """Linear layers that may get adapters."""
     encoder_groups: tuple[str, ...]
     """Groups that the states of an image depend on."""
+    image_settings: tuple[str, ...] = ()
+    """Keys of `model.images`."""

@@ -68,11 +68,11 @@ Load = Callable[[str | Path], Loaded]
 
 def load_template(family: Family, model_path: str | Path) -> ChatTemplate:
     """Return the family's chat template bound to a model's tokenizer and images; adapters have those of their base."""
-    source = load_chat_template(shipped_root() / "chat_templates" / family.text.CHAT_TEMPLATE)
     base = find_base(Path(model_path)) if is_adapter_folder(model_path) else model_path
-    images = family.images(family.weights.load_config(base))
+    images, tokenizer = family.images(family.weights.load_config(base)), family.text.load_tokenizer(base)
+    source = load_chat_template(shipped_root() / "chat_templates" / family.text.chat_template(tokenizer))
     try:
-        return ChatTemplate(source, family.text.load_tokenizer(base), images)
+        return ChatTemplate(source, tokenizer, images)
     except ValueError as error:
         raise UserError(
             f"{model_path}: {error}; a base gets it by `idefics-sft prepare RECIPE`; "
@@ -179,6 +179,6 @@ def find_base(adapters: Path) -> Path:
                 return folder
         if recipe and name in (recipe.model.path, base_name(recipe)):
             return find_prepared_base(recipe)
-        return prepare_in_cache(name, family)
+        return prepare_in_cache(name, family, recipe.model.image_settings if recipe else {})
     except UserError as error:
         raise UserError(f"{adapters}: its base model {name}: {error}") from error

@@ -29,6 +29,13 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+INLINE_FAMILIES = ("idefics3", "smolvlm")
+"""Families of this tree whose images are part of the text, of which some defaults are others."""
+
+INLINE_LENGTH = 8192
+"""Tokens of their packs: 2,048 hold one split image of SmolVLM-256M and none of Idefics3-8B."""
+
+
 def as_section(value: Any) -> Any:
     """Return `reference` as `{store: reference}`."""
     return {"store": value} if isinstance(value, str) else value
@@ -81,7 +88,14 @@ class LoraSettings(_Part):
     """On the input of the adapters, in training."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("language", "cross_attention")
     """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only. Their names are the
-    family's (docs/training.md)."""
+    family's (docs/training.md). Left out where images are part of the text (idefics3): `language`."""
+
+
+class ImageSettings(_Part):
+    longest_edge: Positive | None = None
+    """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles."""
+    split: bool | None = None
+    """Whether an image is cut. If not, it is one tile that shows the whole."""
 
 
 class ModelConfig(_Part):
@@ -89,6 +103,9 @@ class ModelConfig(_Part):
     """Base model: a folder, a hub id, or `shipped:tiny_base`; or a folder of adapters, to train them further."""
     family: str = "idefics"
     """Kind of model: a folder of sft/models/, or the dotted name of a package of your own."""
+    images: ImageSettings | None = None
+    """How images are cut, where they are part of the text (idefics3): as the base does, but for what is set here. It is
+    written into preprocessor_config.json of all checkpoints."""
     mode: Literal["full", "lora", "qlora"] = "full"
     """How it is trained. `full`: the weights themselves, as the idefics-9b-instruct card says. `lora`: low-rank
     adapters of frozen weights. `qlora`: the same, with the frozen weights in 4 bits."""
@@ -108,7 +125,10 @@ class ModelConfig(_Part):
         trainable = values.get("trainable") or ()
         if isinstance(trainable, list | tuple) and "extra_rows" not in trainable:
             trainable = (*trainable, "extra_rows")
-        return values | {"trainable": trainable, "lora": {} if values.get("lora") is None else values["lora"]}
+        lora = {} if values.get("lora") is None else values["lora"]
+        if isinstance(lora, dict) and values.get("family") in INLINE_FAMILIES:
+            lora = {"targets": ("language",)} | lora
+        return values | {"trainable": trainable, "lora": lora}
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -124,6 +144,11 @@ class ModelConfig(_Part):
                 f"trainable and lora.targets both name {both[0]}; train its weights or adapters of them, not both"
             )
         return self
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """What is said of images, by its keys."""
+        return self.images.model_dump(exclude_none=True) if self.images else {}
 
     @property
     def trained_groups(self) -> frozenset[str] | None:
@@ -211,9 +236,10 @@ class DataConfig(_Part):
     """Which tokens are trained. `assistant`: the answers. `all`: every token after the first, as in 2023. Turns that
     the data mark as not to be learned are never trained."""
     sequence_length: Positive = 2048
-    """Tokens of a pack."""
+    """Tokens of a pack. Left out where images are part of the text (idefics3): 8192."""
     max_images_per_pack: Positive = 24
-    """Distinct images of a pack."""
+    """Distinct images of a pack; where they are cut, their tiles. Left out where images are part of the text
+    (idefics3): as many as there are tokens, which allow fewer."""
     max_samples_per_image_per_pack: Positive = 4
     """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
     long_conversations: Policy = "prefix"
@@ -440,6 +466,16 @@ class Recipe(_Part):
     """Where the run is written. Paths are relative to the current directory."""
     seed: Seed = 0
     """Seed of the data order and of training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Fill in what the family implies, so that the recipe in a run's folder has it."""
+        model, data = (values.get("model"), values.get("data")) if isinstance(values, dict) else (None, None)
+        if not isinstance(model, dict) or not isinstance(data, dict) or model.get("family") not in INLINE_FAMILIES:
+            return values
+        data = {"sequence_length": INLINE_LENGTH} | data
+        return values | {"data": {"max_images_per_pack": data["sequence_length"]} | data}
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -147,11 +147,12 @@ def batch_of_caps(recipe: Recipe, family: Family, model: nn.Module, template: Ch
     model takes, with as many different images as a pack may show."""
     data = recipe.data
     longest = family.text.max_positions(model.config) if data.pack_isolation else data.sequence_length
-    images = template.images
-    image_ids = images.token_ids(template.tokenizer, images.one_tile)
+    images, noise = template.images, NoiseImages(template.images)
+    tiling = images.tiling(*noise.size)
+    image_ids = images.token_ids(template.tokenizer, tiling)
     packs, number = [], 0
     for _ in range(recipe.training.micro_batch_packs):
-        pack, images_left = [], data.max_images_per_pack // images.weight(images.one_tile)
+        pack, images_left = [], data.max_images_per_pack // images.weight(tiling)
         for start in range(0, data.sequence_length, longest):
             length = min(longest, data.sequence_length - start)
             num_images = min(images_left, length // (len(image_ids) + 2))  # and what stands around them
@@ -164,4 +165,4 @@ def batch_of_caps(recipe: Recipe, family: Family, model: nn.Module, template: Ch
             pack.append(PlacedSample(encoded, tuple(range(number, number + num_images)), source=0))
             number += num_images
         packs.append(pack)
-    return collate(packs, NoiseImages(images), train_on="all", pack_isolation=data.pack_isolation)
+    return collate(packs, noise, train_on="all", pack_isolation=data.pack_isolation)

@@ -4,34 +4,69 @@ import json
 
 import pytest
 from conftest import status_of
-from inline_family.cost import InlineCost
 from transformers import Idefics3Config
 
-from sft.cost.family import read_model
+from sft.core.errors import UserError
+from sft.cost.family import Setting, read_model
+from sft.cost.idefics3.cost import TiledCost
+from sft.models.idefics3.packed import model_class
+
+RELEASED = {
+    "HuggingFaceTB/SmolVLM-256M-Instruct": 256_484_928,
+    "HuggingFaceTB/SmolVLM-500M-Instruct": 507_482_304,
+    "HuggingFaceTB/SmolVLM-Instruct": 2_246_272_880,
+    "HuggingFaceM4/Idefics3-8B-Llama3": 8_462_086_384,
+}
 
 
 @pytest.fixture
-def inline_base(tmp_path):
-    text = dict(model_type="llama", vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+def tiled_base(tmp_path):
+    text = dict(model_type="llama", vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     vision = dict(hidden_size=64, patch_size=8, image_size=32, num_hidden_layers=2, intermediate_size=128)
     Idefics3Config(text_config=text, vision_config=vision, scale_factor=2).save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_a_family_outside_the_tree_is_planned_by_its_own_costs(inline_base, capsys):
-    overrides = (f"model.path={inline_base}", "model.family=inline_family", "data.augment=none", "training.groups={}")
+def test_a_family_outside_the_tree_is_planned_by_its_own_costs(tiled_base, capsys):
+    overrides = (f"model.path={tiled_base}", "model.family=outside_family", "data.augment=none", "training.groups={}")
     sizes = ("data.sequence_length=256", "data.max_images_per_pack=40", "training.tokens_per_step=512")
     recipe = ("quickstart", *overrides, *sizes, "training.micro_batch_packs=2", "model.trainable=[language, head]")
     assert status_of("plan", *recipe, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    model = read_model("inline_family", str(inline_base))
-    assert isinstance(model, InlineCost) and report["parameters"] == model.parameters
-    assert report["bytes"]["optimizer"] == 8 * model.parameters and report["bytes"]["images"] == 80 * 3 * 32 * 32
-    assert report["feature_cache"]["bytes_per_image"] == 7 * 4 * 64 * 2, "a 640 x 480 has 2 x 3 tiles and the whole"
+    model = read_model("outside_family", str(tiled_base))
+    assert isinstance(model, TiledCost) and report["parameters"] == model.parameters
+    assert report["feature_cache"]["bytes_per_image"] == 13 * 4 * 64 * 2, "a 640 x 480 has 3 x 4 tiles and the whole"
     assert status_of("plan", *recipe) == 0
-    assert "512 tokens, 12 images of weight 80" in capsys.readouterr().out, "six images of 40 tiles in each pack"
+    assert "512 tokens, 6 images of weight 80" in capsys.readouterr().out, "three images of up to 17 tiles in each pack"
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_shapes_have_their_parameters_to_the_digit(name):
+    assert read_model("smolvlm", name).parameters == RELEASED[name]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_transformers_by_group(tiled_base, tied):
+    file = tiled_base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": tied}))
+    config, cost = Idefics3Config.from_pretrained(tiled_base), read_model("idefics3", str(tiled_base))
+    model = model_class(config)(config)
+    assert cost.parameters == sum(weight.numel() for weight in model.parameters())
+    parts = {"vision": model.model.vision_model, "connector": model.model.connector, "head": model.lm_head}
+    for group, part in parts.items():
+        setting = Setting(tokens=256, images=1, image_weight=17, trained_tokens=256, trainable=(group,))
+        own = 0 if tied and group == "head" else sum(weight.numel() for weight in part.parameters())
+        assert cost.trained_parameters(setting) == own, group
+
+
+def test_image_settings_of_a_recipe_are_planned_with(tiled_base):
+    model = read_model("idefics3", str(tiled_base), {"split": False})
+    assert model.feature_bytes(640, 480) == 4 * 64 * 2 and model.fullest_images(256, 256) == (42, 42)
 
 
 def test_a_family_without_costs_is_refused_in_one_line_that_names_those_known(refusal):
     printed = refusal("plan", "quickstart", "model.family=xml")
-    assert "model.family: plan knows no costs of 'xml' (known: idefics;" in printed
+    assert "model.family: plan knows no costs of 'xml' (known: idefics, idefics3;" in printed
+    with pytest.raises(UserError, match="model_type is 'idefics'; expected 'idefics3' or 'smolvlm'"):
+        read_model("idefics3", "shipped:tiny_base")

@@ -57,7 +57,8 @@ FAMILY = replace(
 )
 """
     (tmp_path / "families" / "toy_family").mkdir(parents=True)
-    (tmp_path / "families" / "toy_family" / "__init__.py").touch()
+    for module in ("__init__", "names"):
+        (tmp_path / "families" / "toy_family" / f"{module}.py").touch()
     (tmp_path / "families" / "toy_family" / "family.py").write_text(code)
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path / "families")])
     shutil.copytree(resolve("shipped:tiny_base"), tmp_path / "model" / "inside")
@@ -73,7 +74,7 @@ def test_a_model_is_asked_as_its_own_family_says(toy_family):
 
 def test_a_family_that_is_not_known_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"model_type is 'llama', which is no known family \(idefics\)"):
+    with pytest.raises(UserError, match=r"model_type is 'llama', which is no known family \(idefics, idefics3\)"):
         find_family(tmp_path)
 
 

@@ -24,6 +24,8 @@ class _Activations:
     def __init__(self, model: TrainedModel) -> None:
         self.model, self.shape, self.setting = model, model.shape, model.setting
         self.half, self.stream = model.setting.compute_bytes, model.setting.stream_bytes
+        self.normed = self.half if model.shape.is_lean else self.stream
+        """Bytes of a number that a norm returns: float32 becomes a half-precision copy for each linear layer."""
 
     def stages(self) -> list[Stage]:
         shape, tokens, images = self.shape, self.setting.tokens, self.setting.images
@@ -32,12 +34,16 @@ class _Activations:
         if images and self.model.has_backward("vision"):
             block_input = patches * shape.vision_hidden * 4
             result.append(self._stage("vision", patches * self._vision_layer(), block_input, patches))
+        elif images and not self.setting.encoded:  # nothing is kept, but a layer works when the text has kept nothing
+            working = patches * (12 * shape.vision_hidden + 3 * self.half * shape.vision_intermediate)
+            result.append(Stage(kept=0, working=working, trained=0, copies=0, of_images=True))
         if images and shape.resampler_layers and self.model.has_backward("resampler"):
-            block = self._resampler_block() * images
+            block = (self._connector() if shape.connector_inputs else self._resampler_block()) * images
             result.append(self._stage("resampler", block, block, 0))
-        cross = tokens * self._cross_layer() + states * self._cross_states()
         block_input = tokens * shape.hidden * self.stream
-        result.append(self._stage("cross_attention", cross, block_input, tokens))
+        if shape.cross_layers:
+            cross = tokens * self._cross_layer() + states * self._cross_states()
+            result.append(self._stage("cross_attention", cross, block_input, tokens))
         text = self._stage("language", tokens * self._text_layer(), block_input, tokens)
         last_norm = self._norm(shape.hidden, self.stream) + shape.hidden * self.half  # and the input of the head
         return [*result, replace(text, kept=text.kept + tokens * last_norm)]
@@ -80,8 +86,9 @@ class _Activations:
         return width * (self.half * (kept if own_copies else min(kept, 1)) + kept * dropout)
 
     def _norm(self, width: int, stream: int) -> float:
-        """Return what an RMS norm keeps: its input; the root mean square is one number a token."""
-        return width * stream
+        """Return what an RMS norm keeps: its input; the root mean square is one number a token. transformers' own keeps
+        its result before the weight, too."""
+        return width * stream * (1 if self.shape.is_lean else 2)
 
     def _qk_norm(self) -> float:
         return self._norm(self.shape.hidden, self.half) * self.shape.qk_norms
@@ -91,8 +98,8 @@ class _Activations:
         D, F, half = self.shape.hidden, self.shape.intermediate, self.half
         return (
             self._norm(D, self.stream)
-            + self._inputs(group, D, "gate_proj", "up_proj", stream=half)
-            + 2 * F * half  # gate and up
+            + self._inputs(group, D, "gate_proj", "up_proj", stream=self.normed)
+            + (2 if self.shape.is_lean else 3) * F * half  # gate and up, in transformers' own the gate's activation
             + self._inputs(group, F, "down_proj", stream=half)
         )
 
@@ -101,7 +108,7 @@ class _Activations:
         D, half = self.shape.hidden, self.half
         return (
             self._norm(D, self.stream)
-            + self._inputs("language", D, "q_proj", "k_proj", "v_proj", stream=half)
+            + self._inputs("language", D, "q_proj", "k_proj", "v_proj", stream=self.normed)
             + 4 * D * half  # query, key, value and output of the attention
             + self._inputs("language", D, "o_proj", stream=half)
             + self._mlp("language")
@@ -131,7 +138,7 @@ class _Activations:
         E, I, half = self.shape.vision_hidden, self.shape.vision_intermediate, self.half  # noqa: E741
         return (
             4 * E
-            + self._inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=half)
+            + self._inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=self.normed)
             + 4 * E * half
             + self._inputs("vision", E, "out_proj", stream=half) * self.model.is_frozen("vision")
             + 4 * E
@@ -139,6 +146,10 @@ class _Activations:
             + I * half
             + self._inputs("vision", I, "fc2", stream=half)
         )
+
+    def _connector(self) -> float:
+        """Return what a linear layer between tower and language model keeps for each image."""
+        return self.shape.states * self._inputs("resampler", self.shape.connector_inputs, "proj", stream=self.half)
 
     def _resampler_block(self) -> float:
         """Return what a block of the resampler keeps for each image."""

@@ -40,7 +40,7 @@ def trained_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not of IDEFICS-1.
     """
-    config = load_model_config(path, "idefics", RELEASED)
+    config = load_model_config(path, ("idefics",), RELEASED)
     if config.get("additional_vocab_size") == BASE_EXTRA_ROWS:
         config["additional_vocab_size"] += 1
     return config
@@ -59,8 +59,7 @@ class IdeficsCost:
 
     def cost(self, setting: Setting) -> Cost:
         """Return memory and operations of a training step on each GPU."""
-        model = TrainedModel(self.shape, setting)
-        return Cost(peak_memory(_inventory(model), setting), count_flop(model))
+        return cost_of(TrainedModel(self.shape, setting))
 
     def trained_parameters(self, setting: Setting) -> int:
         """Return how many parameters get a gradient, those of adapters included."""
@@ -76,7 +75,12 @@ class IdeficsCost:
 
     def feature_bytes(self, width: int, height: int) -> int:
         """Return the bytes of an image in the feature cache: its states in float16, whatever its size."""
-        return 2 * self.shape.states * self.shape.vision_hidden
+        return 2 * self.shape.states * self.shape.state_size
+
+
+def cost_of(model: TrainedModel) -> Cost:
+    """Return memory and operations of a training step on each GPU."""
+    return Cost(peak_memory(_inventory(model), model.setting), count_flop(model))
 
 
 def _inventory(model: TrainedModel) -> Inventory:
@@ -104,5 +108,5 @@ def _input_bytes(model: TrainedModel) -> int:
     """Return the bytes of an image of a micro-batch: its uint8 pixels, and what the tower's first layer keeps of them;
     or its features from the cache."""
     if model.setting.encoded:
-        return 2 * model.shape.states * model.shape.vision_hidden
+        return 2 * model.shape.states * model.shape.state_size
     return 3 * model.shape.image_size**2 * (1 + model.setting.compute_bytes * model.setting.trains("vision"))

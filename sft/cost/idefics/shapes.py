@@ -75,6 +75,18 @@ class Shape:
     resampler_latents: int
     resampler_qk_norms: bool
 
+    is_lean: bool = True
+    """Whether layers keep little for the backward pass (`sft.models.idefics.layers`), or what transformers' own do."""
+    is_tied: bool = False
+    """Whether the head is the embedding."""
+    connector_inputs: int = 0
+    """Numbers from which a linear layer makes an image state, where such a layer follows the tower."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of an image state."""
+        return self.vision_hidden
+
     @property
     def patches(self) -> int:
         """Patches of an image, the class token among them."""
@@ -166,7 +178,7 @@ class Shape:
     @property
     def parameters(self) -> int:
         """All parameters."""
-        return sum(map(self.group_parameters, LAYER_GROUPS)) + 2 * self.embedding_parameters
+        return sum(map(self.group_parameters, LAYER_GROUPS)) + (2 - self.is_tied) * self.embedding_parameters
 
     @property
     def gates(self) -> int:

@@ -59,6 +59,7 @@ class TrainedModel:
         extra = shape.extra_rows * shape.hidden * trains("extra_rows")
         for name, group in (("embedding", "embeddings"), ("head", "head")):
             trained[name] = shape.vocabulary * shape.hidden * trains(group) + extra
+        trained["head"] *= not shape.is_tied
         return trained
 
     @property
@@ -84,7 +85,7 @@ class TrainedModel:
         if trains("vision"):
             yield shape.patches, vision_hidden, 1
             yield shape.patch_size, shape.patch_size, 3 * vision_hidden  # of the convolution by which the tower begins
-        if trains("resampler") and shape.resampler_layers:
+        if trains("resampler") and shape.resampler_layers and shape.resampler_latents:
             yield shape.resampler_latents, vision_hidden, 1
         yield shape.vocabulary, hidden, trains("embeddings") + trains("head")
         yield shape.extra_rows, hidden, 2 * trains("extra_rows")

@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from sft.models.model_folder import choose_trainable, find_group, layer_pattern
+
 NEVER_TRAINED = ("model.vision_model.post_layernorm.",)
 """The tower's last hidden state is taken before this norm, so it never gets a gradient. Left trainable, it stops DDP
 ("Expected to have finished reduction") and leaves holes in optimizer states."""
@@ -47,6 +49,9 @@ QUANTISED = ("language", "cross_attention")
 """Groups whose weight matrices are stored in 4 bits: 7.8 of the 8.9 billion parameters of idefics-9b. The tower, the
 resampler, the embedding and the head stay unquantised; 4 bits would save another 0.5 GB."""
 
+EXACT = ("lm_head.",)
+"""Matrices that are float32 wherever they are frozen, by the beginnings of their names."""
+
 
 def group_of(name: str) -> str:
     """Return the group of a parameter; an adapter belongs to the group of its layer.
@@ -56,33 +61,20 @@ def group_of(name: str) -> str:
     """
     if name.endswith(GATES):
         return "gates"
-    matching = [group for start, group in GROUP_OF.items() if name.startswith(start)]
-    if not matching:
-        raise KeyError(name)
-    return matching[0]
+    return find_group(name, GROUP_OF)
 
 
 def lora_pattern(targets: Collection[str]) -> str:
     """Return a regular expression for the whole names of the linear layers that `model.lora.targets` names."""
-    patterns = [pattern for name, pattern in LORA_LAYERS.items() if {name, name.partition(".")[0]} & set(targets)]
-    return "|".join(f"({pattern})" for pattern in patterns)
+    return layer_pattern(LORA_LAYERS, targets)
 
 
 def select_trainable(model: nn.Module, groups: Collection[str] | None = None) -> tuple[str, ...]:
     """Make the weights of some groups (None: all) trainable, and adapters if there are any; freeze everything else.
 
     Returns the names of parameters of these groups that stay frozen, since they never get a gradient.
-    `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
     """
-    frozen = []
-    for name, parameter in model.named_parameters():
-        of_adapter = ".lora_" in name
-        asked = of_adapter or ((groups is None or group_of(name) in groups) and ".base_layer." not in name)
-        never = name.startswith(NEVER_TRAINED)
-        if asked and never:
-            frozen.append(name)
-        parameter.requires_grad_(asked and not never)
-    return tuple(frozen)
+    return choose_trainable(model, lambda name: groups is None or group_of(name) in groups, NEVER_TRAINED)
 
 
 def is_decayed(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import IdeficsConfig, PreTrainedTokenizerFast
@@ -11,6 +12,9 @@ from transformers import IdeficsConfig, PreTrainedTokenizerFast
 from sft.core.errors import UserError
 from sft.core.sample import EncodedSample, ImageRef
 from sft.models.idefics.folders import read_config
+
+if TYPE_CHECKING:
+    from sft.models.family import Images
 
 CHAT_TEMPLATE = "idefics.jinja"
 
@@ -101,7 +105,12 @@ def wrong_with_tokens(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], te
     return ""
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, items: Sequence[str | ImageRef]) -> EncodedSample:
+def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the file name of the chat template."""
+    return CHAT_TEMPLATE
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, images: Images, items: Sequence[str | ImageRef]) -> EncodedSample:
     """Encode a prompt of texts and images as it stands, from `<s>`: to the ids that transformers' `IdeficsProcessor`
     makes.
 

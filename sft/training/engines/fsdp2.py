@@ -50,7 +50,9 @@ class Fsdp2(Engine):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         whole: Any = model  # of transformers, which is not typed
         layers = [module for module in model.modules() if type(module).__name__ in whole.shard_units]
-        for module in (*layers, whole.get_input_embeddings(), whole.get_output_embeddings(), whole):
+        ends = [whole.get_input_embeddings(), whole.get_output_embeddings()]
+        is_tied = ends[0].weight is ends[1].weight  # a weight of two modules is gathered for both together
+        for module in (*layers, *([ends] if is_tied else ends), whole):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         # accelerate and transformers are told that nothing is left to do: no copies for DDP and no autocast; and that
         # all processes have to generate equally long.

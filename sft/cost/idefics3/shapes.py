@@ -1,0 +1,90 @@
+"""The linear layers of Idefics3 and SmolVLM, and how many parameters there are. An image of `Shape` is a tile here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sft.cost.idefics.shapes import LayerGroup, Linear, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledShape(Shape):
+    """The sizes of a model."""
+
+    key_value_heads: int
+    head_size: int
+    shuffled: int
+    """How many patches, in each direction, become one state."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of an image state."""
+        return self.hidden
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def states(self) -> int:
+        """States of a tile."""
+        return self.patches // self.shuffled**2
+
+    @property
+    def never_trained(self) -> int:
+        """Every parameter gets a gradient."""
+        return 0
+
+    def _linears(self) -> Iterator[Linear]:
+        D, heads, shared = self.hidden, self.heads * self.head_size, self.key_value_heads * self.head_size
+        for name, outputs in (("q_proj", heads), ("k_proj", shared), ("v_proj", shared)):
+            yield Linear("language", name, D, outputs, "tokens", self.layers)
+        yield Linear("language", "o_proj", heads, D, "tokens", self.layers)
+        of_both = (linear for linear in super()._linears() if linear.group in ("language", "vision"))
+        yield from (linear for linear in of_both if linear.group == "vision" or linear.target == "language.mlp")
+        yield Linear("resampler", "proj", self.connector_inputs, D, "states", 1)
+
+    def _other_parameters(self, group: LayerGroup) -> int:
+        """Return the norms, biases and embeddings of a group. The tower has no class token and one norm at its end."""
+        if group == "vision":
+            return super()._other_parameters(group) - 2 * self.vision_hidden
+        return super()._other_parameters(group) if group == "language" else 0
+
+
+def shape_of(values: Mapping[str, Any]) -> TiledShape:
+    """Return the shape of a model from the values of its config.json; those left out have transformers' defaults."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**values)
+    text, vision = config.text_config, config.vision_config
+    return TiledShape(
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        key_value_heads=text.num_key_value_heads,
+        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocabulary=text.vocab_size,
+        vision_hidden=vision.hidden_size,
+        vision_intermediate=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        shuffled=config.scale_factor,
+        connector_inputs=vision.hidden_size * config.scale_factor**2,
+        is_tied=config.tie_word_embeddings,
+        is_lean=False,
+        resampler_layers=1,  # the connector; what follows these models have not
+        resampler_heads=0,
+        resampler_head=0,
+        resampler_latents=0,
+        resampler_qk_norms=False,
+        cross_layers=0,
+        qk_norms=False,
+        gate_size=0,
+        extra_rows=0,
+    )

@@ -1,0 +1,7 @@
+"""Idefics3 and SmolVLM as a family: its parts, put together."""
+
+from sft.models.family import Family
+from sft.models.idefics3 import text, weights
+from sft.models.idefics3.images import TiledImages
+
+FAMILY = Family(name="idefics3", text=text, images=TiledImages, weights=weights)

@@ -1,0 +1,147 @@
+"""Images as the tower of Idefics3 and SmolVLM takes them: cut into square tiles, each of them tokens of the text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from sft.core.sample import Tiling
+from sft.models.family import Pixels, Tiles
+from sft.models.idefics3.text import FAKE, GLOBAL, IMAGE
+from sft.models.idefics3.tilings import TileSettings
+
+
+def normalise(pixels_KCHW: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 with mean and deviation 0.5, as SigLIP towers are trained."""
+    return pixels_KCHW.to(torch.float32, copy=True).div_(255).sub_(0.5).div_(0.5)
+
+
+@dataclass(frozen=True)
+class TiledImages:
+    """The images of a model. Its config has what preprocessor_config.json says (`weights.load_config`)."""
+
+    config: PreTrainedConfig
+
+    @cached_property
+    def tiles(self) -> TileSettings:
+        """How images are cut."""
+        return TileSettings.of(self.config.preprocessor, self.config.vision_config.image_size)
+
+    @property
+    def one_tile(self) -> Tiling:
+        """The tiling of an image that is not split."""
+        return Tiling(0, 0, self.tiles.tile, self.tiles.tile)
+
+    @property
+    def depends_on_size(self) -> bool:
+        """Whether images of different sizes have different tilings: not where none is split."""
+        return self.tiles.is_split
+
+    @property
+    def state_token_id(self) -> int:
+        """The id of `<image>`, in whose places the states stand."""
+        return int(self.config.image_token_id)
+
+    @property
+    def state_size(self) -> int:
+        """The width of the language model."""
+        return int(self.config.text_config.hidden_size)
+
+    @property
+    def states_per_tile(self) -> int:
+        """States that the connector makes of the patches of a tile."""
+        return int((self.tiles.tile // self.config.vision_config.patch_size // self.config.scale_factor) ** 2)
+
+    def tiling(self, width: int, height: int) -> Tiling:
+        """Return how an image of a size in pixels is cut."""
+        return self.tiles.tiling(width, height)
+
+    def cut(self, pixels: Pixels, tiling: Tiling) -> Tiles:
+        """Resize an image as the processors do, in two or three steps of Lanczos' filter, and cut it."""
+        height, width, _ = pixels.shape
+        tile, (rows, columns) = tiling.height, (tiling.rows or 1, tiling.columns or 1)
+        width, height = self.tiles.scaled(width, height)
+        grid = _lanczos(_lanczos(pixels, height, width), rows * tile, columns * tile)
+        cut = grid.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile, tile)
+        if not tiling.rows:
+            return cut
+        return np.concatenate([cut, _lanczos(grid, tile, tile).transpose(2, 0, 1)[None]])
+
+    def token_ids(self, tokenizer: PreTrainedTokenizerFast, tiling: Tiling) -> list[int]:
+        """Return the ids of an image: for each tile a marker, its row and column, and its states. Rows and columns are
+        a token each in some vocabularies, and plain text in others."""
+        states = IMAGE * self.states_per_tile
+        rows = (
+            "".join(f"{FAKE}<row_{row + 1}_col_{column + 1}>{states}" for column in range(tiling.columns)) + "\n"
+            for row in range(tiling.rows)
+        )
+        text = "".join(rows) + "\n" * bool(tiling.rows) + f"{FAKE}{GLOBAL}{states}{FAKE}"
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def num_states(self, tiling: Tiling) -> int:
+        """Return how many states an image has."""
+        return tiling.num_tiles * self.states_per_tile
+
+    def weight(self, tiling: Tiling) -> int:
+        """Return the tiles of an image."""
+        return tiling.num_tiles
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the tokens of an image depend on."""
+        return {**self.tiles._asdict(), "states": self.states_per_tile}
+
+    @cached_property
+    def cost_in_tokens(self) -> float:
+        """The work of encoding a tile, in text tokens: how often a weight is multiplied, beside how often for a token.
+
+        For SmolVLM-256M: (1,024 patches * 85 M + 64 states * 7 M) / 106 M = 824, so that an image of 640 x 480, which
+        is 13 tiles, takes as much as 10,717 tokens. Left out: attention scores, and the head.
+        """
+        from sft.models.idefics3.packed import model_class
+
+        with torch.device("meta"):
+            model: Any = model_class(self.config)(self.config).model
+
+        def weights(module: nn.Module) -> int:
+            return sum(weight.numel() for weight in module.parameters())
+
+        patches = (self.tiles.tile // self.config.vision_config.patch_size) ** 2
+        image = patches * weights(model.vision_model.encoder) + self.states_per_tile * weights(model.connector)
+        return float(image / weights(model.text_model.layers))
+
+
+_TALL = 0.7
+"""An image that is squashed and whose width is below this share of its height is resized by Pillow, which since 13.0
+resizes rows before columns there; torch begins with columns, and differs by up to 23 / 255 then. Pillow changes the
+order at 0.62 where an image is 4 tiles high."""
+
+
+def _lanczos(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Return an image resized by Lanczos' filter: by torch, within 2 / 255 of Pillow and five times as fast, or by
+    Pillow where torch has no such kernel (before 2.12)."""
+    old_height, old_width, _ = pixels.shape
+    if (old_height, old_width) == (height, width):
+        return pixels
+    is_tall = old_width < _TALL * old_height and height == width
+    if is_tall or not _torch_has_lanczos():
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+    pixels_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized_1CHW = interpolate(pixels_1CHW, size=(height, width), mode="lanczos", antialias=True)
+    return resized_1CHW[0].permute(1, 2, 0).contiguous().numpy()
+
+
+@lru_cache
+def _torch_has_lanczos() -> bool:
+    try:
+        interpolate(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), size=(3, 3), mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError, RuntimeError):
+        return False
+    return True

@@ -1,0 +1,98 @@
+"""How an image of a size is cut, exactly as transformers' Idefics3 and SmolVLM processors do it.
+
+An image is scaled until its longer edge is `longest_edge`, up or down, then to whole tiles, and cut. The last tile is a
+small copy of the whole. An image that is not split is that copy alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sft.core.errors import UserError
+from sft.core.sample import Tiling
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+
+MAX_EDGE = 4096
+"""No image is scaled over this edge (transformers' MAX_IMAGE_SIZE)."""
+
+
+class TileSettings(NamedTuple):
+    """What preprocessor_config.json says of tiles."""
+
+    longest_edge: int
+    """The longer edge that an image is scaled to, in pixels."""
+    tile: int
+    """Edge of a tile in pixels."""
+    is_split: bool
+    """Whether an image is cut into tiles."""
+
+    @classmethod
+    def of(cls, preprocessor: Mapping[str, Any], image_size: int) -> TileSettings:
+        """Read the settings; what is left out is as in all released models, whose tower takes tiles of `image_size`
+        pixels."""
+        return cls(
+            longest_edge=int((preprocessor.get("size") or {}).get("longest_edge", 4 * image_size)),
+            tile=int((preprocessor.get("max_image_size") or {}).get("longest_edge", image_size)),
+            is_split=bool(preprocessor.get("do_image_splitting", True)),
+        )
+
+    def scaled(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height after the first resize. The shorter edge becomes even, upwards."""
+        aspect = width / height
+        if width >= height:
+            width, height = self.longest_edge, int(self.longest_edge / aspect)
+            height += height % 2
+        else:
+            width, height = int(self.longest_edge * aspect), self.longest_edge
+            width += width % 2
+        width, height = max(width, 1), max(height, 1)
+        aspect = width / height
+        if width >= height and width > MAX_EDGE:
+            width, height = MAX_EDGE, int(MAX_EDGE / aspect)
+        elif height > width and height > MAX_EDGE:
+            width, height = int(MAX_EDGE * aspect), MAX_EDGE
+        return max(width, 1), max(height, 1)
+
+    def tiling(self, width: int, height: int) -> Tiling:
+        """Return how an image is cut."""
+        rows = columns = 0
+        if self.is_split:
+            width, height = self.scaled(width, height)
+            aspect = width / height
+            if width >= height:
+                columns = ceil(width / self.tile)
+                rows = ceil(int(columns * self.tile / aspect) / self.tile)
+            else:
+                rows = ceil(height / self.tile)
+                columns = ceil(int(rows * self.tile * aspect) / self.tile)
+        return Tiling(*((rows, columns) if rows * columns > 1 else (0, 0)), self.tile, self.tile)
+
+
+def read_preprocessor(folder: Path) -> dict[str, Any]:
+    """Return what a folder says of its images, wherever it does; nothing where it says nothing."""
+    for file, part in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):  # the second: transformers 5
+        try:
+            found = json.loads((folder / file).read_text())
+            found = found.get(part) if part else found
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{folder / file}: damaged, not a JSON object") from error
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def with_settings(preprocessor: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what preprocessor_config.json says, with what `model.images` of a recipe sets otherwise."""
+    changed = dict(preprocessor)
+    if "longest_edge" in settings:
+        changed["size"] = {"longest_edge": settings["longest_edge"]}
+    if "split" in settings:
+        changed["do_image_splitting"] = settings["split"]
+    return changed

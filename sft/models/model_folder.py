@@ -1,0 +1,254 @@
+"""Model folders of every family: safetensors files that hold all weights; into memory as training and evaluation want
+them, and into the folder of a prepared base."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sft.core.errors import UserError
+from sft.models.packed_model import PackedModel
+
+M = TypeVar("M", bound=PackedModel)
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """Return the name of the safetensors file that holds each tensor.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: damaged, does not say which file holds which tensor") from error
+        return weight_map
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise UserError(f"{folder}: no model.safetensors found; weights are read from safetensors only")
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{single}: not readable as safetensors ({error})") from error
+
+
+def check_weights(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """Check that every weight of a model is in the folder, in its shape; transformers would invent what is missing.
+
+    Reads the headers of the safetensors files only. `expected` may be of the meta device.
+
+    Raises:
+        UserError: naming the first that is missing or of another shape, or the file that is damaged.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(set(weight_files(folder).values())):
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / file}: not readable as safetensors ({error})") from error
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing, {missing[0]} among them")
+    for name, tensor in expected.items():
+        if shapes[name] != tuple(tensor.shape):
+            raise UserError(f"{folder}: {name} has shape {shapes[name]}, config.json asks for {tuple(tensor.shape)}")
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return the folder itself, or the local snapshot of a hub id.
+
+    Raises:
+        UserError: there is no such folder, nor is it in the local cache or on a hub that can be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: no such folder, not in the local cache, and not to be had of the hub ({reason})"
+        ) from error
+
+
+@contextmanager
+def new_base(source: Path, output: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
+    """Give a folder for what a prepared base has of its own. After it everything else of `source` is linked into it,
+    but the files named in `replaced`, and it becomes `output`.
+
+    Raises:
+        UserError: `source` is `output`.
+    """
+    if source.resolve() == output.resolve():
+        raise UserError(f"{output}: the prepared base would replace the base it is made from; give another folder")
+    staging = output.with_name(f".{output.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    own = {*replaced, *(file.name for file in staging.iterdir())}
+    for file in source.iterdir():
+        if file.suffix in (".safetensors", ".json") and file.name not in own:
+            _link(file, staging / file.name)
+    shutil.rmtree(output, ignore_errors=True)
+    staging.rename(output)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def load_weights(
+    model_class: type[M],
+    folder: Path,
+    expected: Mapping[str, Tensor],
+    *,
+    trained: Collection[str] | None,
+    frozen_dtype: torch.dtype,
+    exact: tuple[str, ...],
+    in_4_bits: Collection[str],
+    group_of: Mapping[str, str],
+    device: torch.device | str,
+    **options: Any,
+) -> M:
+    """Load a model folder that has the weights `expected`. Parameters of groups in `trained` (None: all) are float32,
+    since updates of 1e-5 are lost in bfloat16.
+
+    Matrices of other groups are stored in `frozen_dtype`, those of the groups `in_4_bits` in nf4 with double
+    quantisation (Dettmers et al. 2023, QLoRA) of what is in the folder, computed in `frozen_dtype`. Embeddings, norms,
+    biases, gates and what begins with one of `exact` are always float32. Quantised weights stay on the `device` they
+    are loaded to. `group_of` has the group of each beginning of a parameter's name. `options` are further arguments of
+    `from_pretrained`.
+
+    Raises:
+        UserError: weights are missing, damaged or of another shape.
+    """
+    check_weights(folder, expected)
+    groups = {*group_of.values()}
+    trained = groups if trained is None else trained
+    if groups <= {*trained}:
+        frozen_dtype = torch.float32  # nothing is frozen
+    if frozen := {*in_4_bits} - {*trained}:
+        kept = [name for name, group in group_of.items() if group not in frozen]
+        options |= _quantisation(kept, frozen_dtype, device)
+    loaded_dtype = torch.float32 if frozen else frozen_dtype  # nothing is rounded before it is quantised
+    model: M = model_class.from_pretrained(  # type: ignore[attr-defined]
+        folder, dtype=loaded_dtype, attn_implementation="sdpa", use_safetensors=True, **options
+    )
+    in_float32 = {*kept_exact(model, trained, exact, group_of)}
+    if loaded_dtype != torch.float32:
+        _reload_exactly(model, folder, in_float32)
+    for name, parameter in model.named_parameters():
+        if name not in in_float32 and parameter.is_floating_point():
+            parameter.data = parameter.data.to(frozen_dtype)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.weight.quant_state.dtype = frozen_dtype  # type: ignore[union-attr]  # what it is dequantised to
+            # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
+            # next one with gradients fails (bitsandbytes 0.50.2).
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
+
+
+def _quantisation(kept: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise the linear layers, but those whose names begin with one of `kept`.
+    Any such list takes the place of transformers' own, which keeps the head."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[re.escape(name.removesuffix(".")) for name in kept],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def find_group(name: str, group_of: Mapping[str, str]) -> str:
+    """Return the group of the first beginning that a parameter's name has.
+
+    Raises:
+        KeyError: not a parameter of this model.
+    """
+    matching = [group for start, group in group_of.items() if name.startswith(start)]
+    if not matching:
+        raise KeyError(name)
+    return matching[0]
+
+
+def kept_exact(
+    model: nn.Module, trained: Collection[str], exact: tuple[str, ...], group_of: Mapping[str, str]
+) -> Iterator[str]:
+    """Parameters that are float32, whatever the frozen matrices are stored in: those of groups that are trained, those
+    that begin with one of `exact`, and what no matrix product would round under autocast."""
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and not f"{name}.".startswith(exact)
+        and find_group(f"{name}.weight", group_of) not in trained
+    }
+    return (name for name, _ in model.named_parameters() if name not in matrices)
+
+
+def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
+    """Give parameters their float32 values: loading has rounded them."""
+    shards, parameters = weight_files(folder), dict(model.named_parameters())
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(shards[name], []).append(name)
+    for file, held in by_file.items():
+        with safe_open(folder / file, framework="pt") as tensors:
+            for name in held:
+                parameters[name].data = tensors.get_tensor(name).float().to(parameters[name].device)
+
+
+def write_plain_config(config: Mapping[str, Any], directory: Path, dtype: torch.dtype, class_name: str) -> None:
+    """Write config.json for weights of `dtype`, as of transformers' plain class."""
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config |= {"architectures": [class_name], "dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def choose_trainable(
+    model: nn.Module, is_chosen: Callable[[str], bool], never: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Make some weights trainable, and adapters if there are any; freeze everything else.
+
+    Returns the names of those chosen that stay frozen, since they begin with one of `never`: no gradient reaches them.
+    `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
+    """
+    frozen = []
+    for name, parameter in model.named_parameters():
+        asked = ".lora_" in name or (".base_layer." not in name and is_chosen(name))
+        if asked and name.startswith(never):
+            frozen.append(name)
+        parameter.requires_grad_(asked and not name.startswith(never))
+    return tuple(frozen)
+
+
+def layer_pattern(layers: Mapping[str, str], targets: Collection[str]) -> str:
+    """Return a regular expression for the whole names of linear layers, from those of each name of `lora.targets`:
+    `language.mlp`, or `language` for all of the group."""
+    patterns = [pattern for name, pattern in layers.items() if {name, name.partition(".")[0]} & {*targets}]
+    return "|".join(f"({pattern})" for pattern in patterns)

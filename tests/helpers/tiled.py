@@ -1,0 +1,102 @@
+"""A tiny Idefics3 or SmolVLM: byte-level vocabularies, random weights that are not too small to see, pictures."""
+
+import io
+
+import numpy as np
+import torch
+from conftest import CORPUS, conversation
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Idefics3Config, PreTrainedTokenizerFast, SmolVLMConfig
+
+from sft.batches.collate import collate
+from sft.batches.image_source import OpenedImages
+from sft.core.sample import ImageRef, Message, PlacedSample, Sample
+from sft.models.idefics3.packed import model_class
+from sft.models.idefics3.text import END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
+from sft.models.idefics3.weights import save_model, save_processor
+
+TILE, LONGEST_EDGE = 64, 128
+GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+SIZES = {"square": (20, 20), "wide": (90, 40), "tall": (30, 200)}  # 2 x 2, 1 x 2 and 2 x 1 tiles, and the whole
+
+
+def byte_tokenizer(start="<|im_start|>", end=END_OF_UTTERANCE, tags=(GLOBAL, *GRID)) -> PreTrainedTokenizerFast:
+    """As SmolVLM-256M's, whose rows and columns are tokens; without `tags` they are text, as in Idefics3-8B."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", start, *({end} - {END_OF_UTTERANCE})]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=start, pad_token="<|endoftext|>")
+    tokenizer.add_tokens([FAKE, IMAGE, END_OF_UTTERANCE, *tags], special_tokens=True)
+    tokenizer.eos_token = end
+    return tokenizer
+
+
+def tiny_folder(folder, tokenizer, kind="idefics3", tied=False, **settings):
+    """Write a model of 2 + 2 layers with shared key and value heads, its tokenizer and its preprocessor_config.json."""
+    torch.manual_seed(0)
+    text = dict(
+        model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=64, patch_size=16, image_size=TILE, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128,
+    )  # fmt: skip
+    config = (SmolVLMConfig if kind == "smolvlm" else Idefics3Config)(
+        text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=tied, pad_token_id=0,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+    )  # fmt: skip
+    config.preprocessor = {"size": {"longest_edge": LONGEST_EDGE}, "max_image_size": {"longest_edge": TILE}, **settings}
+    model = model_class(config)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    folder.mkdir(parents=True)
+    save_model(model, folder, torch.float32)
+    save_processor(tokenizer, config, folder)
+    return folder
+
+
+def png(name):
+    width, height = SIZES[name]
+    noise = np.random.default_rng(len(name)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+REFS = {name: ImageRef(source=png(name)) for name in SIZES}
+
+
+def shown(*turns):
+    """A conversation whose `<words>` are pictures."""
+    sample = conversation(*turns)
+    messages = [
+        Message(
+            role=m.role,
+            content=tuple(REFS[i.source.decode()[1:-1]] if isinstance(i, ImageRef) else i for i in m.content),
+        )
+        for m in sample.messages
+    ]
+    return Sample(key="toy", messages=tuple(messages))
+
+
+SAMPLES = [
+    shown(("<square>", "What is it?"), "A dog."),
+    shown("The quick brown fox?", "It jumps over the lazy dog."),
+    shown(("<wide>", "What is in", "<tall>", "this image?"), "A cat.", ("And", "<wide>", "this?"), "A red circle."),
+    shown(("<tall>", "A square?"), "A green triangle and a blue square."),
+]
+
+
+def batch_of(template, samples, **options):
+    names = list(REFS.values())
+    placed = [PlacedSample(template.encode(s), tuple(map(names.index, s.images)), 0) for s in samples]
+    return collate([placed], OpenedImages(names, template.images), **{"train_on": "assistant"} | options)
