@@ -30,7 +30,7 @@ from sft.models.idefics3.weights import (
 )
 from sft.models.loaded_model import load_for_inference, load_template
 from sft.recipe import load_recipe
-from sft.training.engines import fsdp2
+from sft.training.engines import get_engine
 
 FAMILY = get_family("idefics3")
 KINDS = {
@@ -312,7 +312,7 @@ def test_a_tied_head_is_sharded_with_its_embeddings(folders, tmp_path):
     expected = model(batch=batch).loss
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        fsdp2.shard(model, "float32")
+        get_engine("fsdp2").shard(model, "float32")
         assert model(batch=batch).loss.item() == pytest.approx(expected.item(), abs=1e-5)
     finally:
         torch.distributed.destroy_process_group()

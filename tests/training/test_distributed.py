@@ -382,7 +382,7 @@ def test_a_state_that_an_engine_cannot_read_is_refused(monkeypatch):
     by_two = {"engine": "zero3", "processes": 2}
     for written_by, engine, processes, expected in (
         (by_two, "fsdp2", 2, "was written under zero3, which fsdp2 cannot read; set distributed.engine=zero3"),
-        ({}, "fsdp2", 2, "was written under ddp, which fsdp2 cannot read"),
+        ({"engine": "ddp", "processes": 1}, "fsdp2", 2, "was written under ddp, which fsdp2 cannot read"),
         (by_two, "ddp", 1, "DeepSpeed has to convert it, and is not installed"),
     ):
         with pytest.raises(UserError, match=expected):
