@@ -367,11 +367,25 @@ def test_a_parquet_file_without_rows_is_a_mistake(tmp_path):
         outcomes(adapter("messages", tmp_path))
 
 
-def test_the_file_of_a_split_is_one(tmp_path):
-    for name in ("train.jsonl", "train.json"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.json", "train.jsonl"),
+        ("train-00000-of-00003.parquet", "train-00002-of-00003.parquet"),
+        ("train-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
+        ("train-00000-of-00001.jsonl", "train-00000-of-00001.parquet"),
+        ("a-train.arrow", "b-train.arrow"),
+        ("metadata.csv", "metadata.jsonl"),
+    ],
+)
+def test_the_files_of_a_split_are_one_whole_set(tmp_path, names):
+    for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds train.json and train.jsonl; expected one of them"):
+    with pytest.raises(UserError, match=f"holds {', '.join(names)}; expected one of them, or each part of one set"):
         adapter("messages", tmp_path).files()
+
+
+def test_a_folder_without_a_file_of_the_split_says_what_it_holds():
     with pytest.raises(UserError, match=r"bad.jsonl, forms.jsonl, llava.json, photos/, train.jsonl; name the file"):
         adapter("messages", HERE, "test").files()
 
