@@ -53,7 +53,10 @@ class Keys(NamedTuple):
         return cls._make([*(frozenset(some.split()) for some in words), is_conversation])
 
     def not_read(self, row: Row) -> Iterator[tuple[str, Any]]:
-        """Yield the other keys of a record, its turns and its parts that hold something, and what they hold."""
+        """Yield the other keys of a record, its turns and its parts that hold something, and what they hold; and the
+        key of images where it is empty and records before it have some."""
+        if "__images__" in row and not self.shows_images(row):
+            yield from ((f"empty {key}", row[key]) for key in row if key in self.record and is_image_key(key))
         for level, holder, known in self._holders(row):
             for key, value in holder.items():
                 if key not in known and not _is_empty(value) and not key.startswith("__"):
