@@ -87,11 +87,12 @@ def test_a_file_of_records_is_read_whatever_it_is_called(tmp_path, form):
     ("content", "found"),
     [
         (LINES.encode("utf-16"), "is text in UTF-16; `iconv -f UTF-16 -t UTF-8 train.jsonl` makes UTF-8 of it"),
-        (LINES.encode("utf-16-be"), "is text in UTF-16"),
-        (LINES.encode("utf-16-le"), "is text in UTF-16"),
+        (LINES.encode("utf-16-be"), "`iconv -f UTF-16BE -t UTF-8 train.jsonl`"),
+        (LINES.encode("utf-16-le"), "`iconv -f UTF-16LE -t UTF-8 train.jsonl`"),
         (LINES.encode("utf-32"), "is text in UTF-32"),
-        (LINES.encode("utf-32-le"), "is text in UTF-32"),
-        (gzip.compress(LINES.encode("utf-16")), "is text in UTF-16"),
+        (LINES.encode("utf-32-le"), "is text in UTF-32LE"),
+        (LINES.encode("utf-32-be"), "is text in UTF-32BE"),
+        (gzip.compress(LINES.encode("utf-16")), "`gzip -dc train.jsonl | iconv -f UTF-16 -t UTF-8` makes"),
         (b"PK\x03\x04", "is a zip archive; unpack it"),
         (b"BZh91AY", "is packed by xz, bzip2"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
@@ -232,12 +233,21 @@ def test_a_dataset_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     assert [file.name for file in adapter("messages", "owner/name").files()] == ["train.jsonl"], "what is here wins"
 
 
-def test_what_is_neither_here_nor_on_the_hub_is_a_mistake(monkeypatch):
+def test_what_is_neither_here_nor_on_the_hub_is_a_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
     with pytest.raises(UserError, match=r"owner/name: no such file or folder here; as a dataset of the hub: .*offline"):
         adapter("messages", "owner/name").files()
-    for name, path in (("messages", "a/b/c"), ("m3it", "owner/name")):
-        with pytest.raises(UserError, match=rf"path {path} does not exist"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "train.jsonl").touch()
+    for name, path, near in (
+        ("messages", "a/b/c", "$"),
+        ("messages", "here/tran.jsonl", "; did you mean 'train.jsonl'"),
+        ("messages", "here/name", "$"),
+        ("messages", "elsewhere/train.json", "$"),
+        ("m3it", "owner/name", "; docs/data.md"),
+    ):
+        with pytest.raises(UserError, match=rf"path {path} does not exist{near}"):
             adapter(name, path)
 
 
