@@ -92,7 +92,7 @@ def test_a_file_of_records_is_read_whatever_it_is_called(tmp_path, form):
         (LINES.encode("utf-32"), "is text in UTF-32"),
         (LINES.encode("utf-32-le"), "is text in UTF-32LE"),
         (LINES.encode("utf-32-be"), "is text in UTF-32BE"),
-        (gzip.compress(LINES.encode("utf-16")), "`gzip -dc train.jsonl | iconv -f UTF-16 -t UTF-8` makes"),
+        (gzip.compress(LINES.encode("utf-16")), "`iconv -f UTF-16 -t UTF-8 <(gzip -dc train.jsonl)` makes"),
         (b"PK\x03\x04", "is a zip archive; unpack it"),
         (b"BZh91AY", "is packed by xz, bzip2"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
@@ -180,6 +180,7 @@ def test_what_is_wrong_with_csv_is_said(tmp_path):
         "a,b\n1\n\n1,2": ["x.csv:2: row has other columns than the header; 1 in place of 2", {"a": "1", "b": "2"}],
         'a,b\n1,"2\n3,4"\n5,6': [f"x.csv:2: {joined}", f"x.csv:3: {joined}", {"a": "5", "b": "6"}],
         'a,b\n"1" x,2\n1 "y",6': [f"x.csv:2: {quote}", {"a": '1 "y"', "b": "6"}],
+        'a\n"b\nc"': [{"a": "b\nc"}],
         ",a\n0,1": [{"column 1": "0", "a": "1"}],
         "sep=|\na|b\n1,2|3": [{"a": "1,2", "b": "3"}],
     }.items():

@@ -64,11 +64,7 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
 
 
 def _checked_parts(path: Path, found: list[Path]) -> list[Path]:
-    """Return one file, or all parts of one set: their names say how many there are.
-
-    Raises:
-        UserError: one is missing, or there are several sets or files, of two revisions say.
-    """
+    """Return one file, or all parts of one set, whose names say how many there are; else raise a UserError."""
     parts = [re.search(r"-(\d+)-of-(\d+)", file.name) for file in found]
     numbers = sorted((int(part[2]), int(part[1])) if part else (1, 0) for part in parts)
     if numbers == [(len(found), number) for number in range(len(found))]:

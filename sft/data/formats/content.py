@@ -118,9 +118,8 @@ def kind_of(path: Path) -> Kind:
         if kind is not None:
             return kind
         if found := _match(_REFUSED, head):
-            unpacked = f"{content.packing} -dc {path.name} | " * bool(content.packing)
-            command = f"{unpacked}iconv -f {found} -t UTF-8{'' if unpacked else f' {path.name}'}"
-            encoding = f"is text in {found}; `{command}` makes UTF-8 of it"
+            unpacked = f"<({content.packing} -dc {path.name})" if content.packing else path.name
+            encoding = f"is text in {found}; `iconv -f {found} -t UTF-8 {unpacked}` makes UTF-8 of it"
             raise UserError(f"{path}: {encoding if found.startswith('UTF') else found}; expected {READ}")
         start = head.removeprefix(b"\xef\xbb\xbf").lstrip(_BLANKS)
         while not start and (block := content.file.read(BLOCK_BYTES)):

@@ -34,20 +34,18 @@ def read_csv(path: Path) -> Iterator[Row | SkipSample]:
             raise UserError(f"{path}: the columns are {found}; expected a name for each, each once")
         for number, values, fault in rows:
             here = f"{path.name}:{number}"
-            if fault:
-                yield SkipSample("row has a stray quote", detail=fault, where=here)
-            elif len(values) == len(names):
+            if len(values) == len(names):
                 yield placed(dict(zip(names, values, strict=True)), here, content.share_read)
-            elif values:
-                found = f"{len(values)} in place of {len(names)}"
-                yield SkipSample("row has other columns than the header", detail=found, where=here)
+            elif values or fault:
+                reason = "row has a stray quote" if fault else "row has other columns than the header"
+                yield SkipSample(reason, detail=fault or f"{len(values)} in place of {len(names)}", where=here)
 
 
 def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], str]]:
     """Yield the number of the line of each row, its values, and what is wrong with its quotes."""
     header = next(lines, "")
-    by = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
     stated = re.fullmatch(r"sep=(.)\s*", header)
+    by = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
     by = stated[1] if stated else by
     csv.field_size_limit(max_record_bytes.get())
     rows = csv.reader(lines if stated else chain([header], lines), delimiter=by, strict=True)
@@ -64,7 +62,7 @@ def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], 
             yield number, [], f"{one_line(error)}; expected each quote of a quoted text twice"
             continue
         inside = re.split(r"\r\n?|\n", by.join(values)) if rows.line_num > start + 1 else []
-        if inside and all(len(column.findall(line)) == len(values) - 1 for line in inside):
+        if inside and len(values) > 1 and all(len(column.findall(line)) == len(values) - 1 for line in inside):
             fault = f"it joins lines {number} to {number + len(inside) - 1}, each of which is a row by itself"
             yield from ((number + place, [], fault) for place in range(len(inside)))
         else:
@@ -78,9 +76,8 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
         if len(line) > limit:
             raise UserError(f"{path}:{number}: a line of over {limit:,} bytes (data.max_record_bytes)")
         try:
-            yield from io.StringIO(
-                line.decode("utf-8-sig" if number == 1 else "utf-8"), newline=""
-            )  # also at a lone \r
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             byte = line[error.start]
             raise UserError(f"{path}:{number}: byte 0x{byte:02x} {NOT_UTF8}; save it as UTF-8") from error
+        yield from io.StringIO(text, newline="")  # of old Macs a line ends at \r
