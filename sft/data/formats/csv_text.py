@@ -22,8 +22,7 @@ def read_csv(path: Path) -> Iterator[Row | SkipSample]:
     index that pandas writes, is `column 1`. The limit on records is one on a line and on a field.
 
     Raises:
-        UserError: missing, not UTF-8, without a header, two columns of one name, an open quote, or something over the
-            limit.
+        UserError: missing, not UTF-8, no header or one that has a name twice, an open quote, or over the limit.
     """
     with opened(path, "CSV with a header") as content:
         rows = _parsed(_lines(content.file, path), path)
@@ -51,8 +50,7 @@ def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], 
     rows = csv.reader(lines if stated else chain([header], lines), delimiter=by, strict=True)
     column = re.compile(f"{re.escape(by)}(?! )")  # a comma of a text has a blank behind it
     while True:
-        start = rows.line_num
-        number = start + (2 if stated else 1)
+        start, number = rows.line_num, rows.line_num + (2 if stated else 1)
         try:
             if (values := next(rows, None)) is None:
                 return

@@ -145,6 +145,22 @@ def test_forms_of_others_are_read_as_their_owners_read_them(tmp_path, record, ex
     assert said(sample) == expected
 
 
+PNG = encoded_base64("red")
+
+
+@pytest.mark.parametrize(
+    "image", [PNG, f"DATA:image/png;base64,{PNG}", {"image": [PNG]}, {"type": "image", "url": f"data:;base64,{PNG}"}]
+)
+def test_base64_is_an_image_wherever_it_stands(tmp_path, image):
+    (sample,) = read(tmp_path, {"messages": ASKED, "images": [image]})
+    assert sample.images[0].source == encoded("red")
+
+
+def test_a_tag_around_a_word_is_text_where_no_record_has_images(tmp_path):
+    record = {"messages": [{"role": "user", "content": "What is <img>x</img>?"}, TALK[1]]}
+    assert said(read(tmp_path, record)[0])[0] == ("user", "What is <img>x</img>?")
+
+
 def test_indices_say_which_image_stands_where(tmp_path):
     parts = [{"type": "image", "index": 1}, {"type": "image", "index": 0}]
     record = {"messages": [{"role": "user", "content": parts}, TALK[1]], "images": ["photos/dog.png", "photos/cat.png"]}
