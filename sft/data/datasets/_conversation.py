@@ -71,6 +71,9 @@ def to_messages(
         raise SkipSample("empty message", detail=f"of {empty[0]}")
     if trims and any(isinstance(item, _Place) for turn in read for item in turn.items if turn.role == "assistant"):
         raise SkipSample("image marker in an answer")
+    own = [item.image for turn in read for item in turn.items if isinstance(item, _Place) and item.image is not None]
+    if len(own) == len(images) and [_image(image, find) for image in own] == [_image(image, find) for image in images]:
+        images = ()  # parts bring them, and the list says them again
     remaining = iter(_unnamed_images(row, read, images))
 
     def fill(item: str | _Place) -> str | ImageRef:

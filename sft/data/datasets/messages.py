@@ -58,7 +58,8 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
     if found := found or _saved_files(path, split) or record_files(path, "metadata"):
         return _checked_parts(path, found)
     raise UserError(
-        f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; {_what_is_in(path)}; "
+        f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; the folder holds "
+        f"{_listed(entry.name + '/' * entry.is_dir() for entry in path.iterdir()) or 'nothing'}; "
         "name the file after the split, or say which by the path"
     )
 
@@ -85,10 +86,6 @@ def _folder_of(path: Path) -> Path:
 
 def _images_of(path: Path, image_folder: str | None) -> Path:
     return _folder_of(path) / (image_folder or "")
-
-
-def _what_is_in(folder: Path) -> str:
-    return f"the folder holds {_listed(entry.name + '/' * entry.is_dir() for entry in folder.iterdir()) or 'nothing'}"
 
 
 def _listed(all_names: Iterable[str]) -> str:

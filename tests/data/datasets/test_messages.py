@@ -156,6 +156,15 @@ def test_base64_is_an_image_wherever_it_stands(tmp_path, image):
     assert sample.images[0].source == encoded("red")
 
 
+def test_images_that_parts_bring_may_be_listed_too(tmp_path):
+    dog, cat = ({"type": "image", "image": f"photos/{name}.png"} for name in ("dog", "cat"))
+    record = {"messages": [{"role": "user", "content": [dog, cat, "Two?"]}, TALK[1]]}
+    (sample,) = read(tmp_path, record | {"images": ["photos/dog.png", "photos/cat.png"]})
+    assert said(sample)[0] == ("user", "<dog.png>|<cat.png>|Two?")
+    for images in (["photos/cat.png", "photos/dog.png"], ["photos/dog.png"]):
+        assert read(tmp_path, record | {"images": images}) == ["markers and images differ in number"]
+
+
 def test_a_tag_around_a_word_is_text_where_no_record_has_images(tmp_path):
     record = {"messages": [{"role": "user", "content": "What is <img>x</img>?"}, TALK[1]]}
     assert said(read(tmp_path, record)[0])[0] == ("user", "What is <img>x</img>?")
@@ -324,7 +333,7 @@ def test_a_missing_image_is_named(tmp_path):
         ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
         ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
         ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image"),
-        ([{"type": "image", "path": "photos/dog.png"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
+        ([{"type": "image", "path": "photos/dog.png"}], ["photos/cat.png"], "0 <image> markers but 1 image"),
     ],
 )
 def test_markers_that_do_not_match_the_images_are_a_bad_record_with_both_numbers(tmp_path, content, images, found):
