@@ -28,10 +28,10 @@ LLAVA = Keys.of(" ".join(("image images conversations model", *SYSTEMS)), turn=T
 
 _MARKS = re.compile(r"<image>|<ImageHere>|<img>([^<>\n]+)</img>")
 _OTHER_MARK = re.compile(r"<\|?(?:image|img|vision)[-_ \w]{0,20}\|?>", re.IGNORECASE)
-_ENCODED = re.compile("(?i:data:)[^,]*,|(?=(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{24})")  # PNG, JPEG, GIF, WebP
 
 Find = Callable[[Any], ImageRef]
 """Returns the image file with a name, or raises SkipSample."""
+_ENCODED = re.compile("(?i:data:)[^,]*,|(?=(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{24})")  # PNG, JPEG, GIF, WebP
 
 
 class _Place(NamedTuple):

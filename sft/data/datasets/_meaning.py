@@ -53,16 +53,15 @@ class Keys(NamedTuple):
         return cls._make([*(frozenset(some.split()) for some in words), is_conversation])
 
     def not_read(self, row: Row) -> Iterator[tuple[str, Any]]:
-        """Yield the other keys of a record, its turns and its parts that hold something, and what they hold; and the
-        key of images where it is empty and records before it have some."""
-        if "__images__" in row and not self.shows_images(row):
-            yield from ((f"empty {key}", row[key]) for key in row if key in self.record and is_image_key(key))
+        """Yield the other keys of a record, its turns and its parts that hold something, and what they hold."""
         for level, holder, known in self._holders(row):
             for key, value in holder.items():
                 if key not in known and not _is_empty(value) and not key.startswith("__"):
                     yield f"{level}{key}", value
                 elif key in FLAGS and isinstance(value, int | float) and value not in (0, 1):
                     yield f"{level}{key} other than 0 and 1", value
+        if "__images__" in row and not self.shows_images(row):  # as others of the file do
+            yield from ((f"empty {key}", row[key]) for key in row if key in self.record and is_image_key(key))
 
     def check_meaning(self, row: Row) -> None:
         """
