@@ -37,20 +37,21 @@ DOES_NOT_DECODE = "image does not decode"
 TOO_MANY_BYTES = f"image too many bytes (over {MAX_BYTES // 2**20} MiB)"
 TOO_MANY_PIXELS = "image too many pixels"
 NEEDS_HEIC = "image is HEIC, which needs pillow-heif; pip install 'idefics-sft[heic]'"
+EXPECTED = "expected a path below the images' folder"
 TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
 """Reasons to skip a record."""
 
 
 def local_image(folder: Path, name: object) -> ImageRef:
-    """Return the image file that a record names, below `folder`; whether it is there is seen when it is read.
+    """Return the image file below `folder` that a path or a URL file:// names; it is looked for when it is read.
 
     Raises:
         SkipSample: not a path, or one that leads out of the folder: a URL, `..`, an absolute path, a symbolic link.
     """
+    name = name.removeprefix("file://") if isinstance(name, str) else name
     if not isinstance(name, str) or not name.strip() or "://" in name or "\0" in name:
-        kind = "a file:// URL" if str(name).startswith("file:") else "a URL, and none is fetched"
-        hint = f" is {kind}; expected a path below the images' folder" if "://" in str(name) else ""
-        raise SkipSample("image is not a local path", detail=repr(name)[:200] + hint)
+        hint = " is a URL, and none is fetched" if "://" in str(name) else ""
+        raise SkipSample("image is not a local path", detail=f"{repr(name)[:200]}{hint}; {EXPECTED}")
     file = os.path.join(folder, name)
     parent, base = os.path.split(file)
     is_link = base in ("", ".", "..")

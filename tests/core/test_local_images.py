@@ -58,7 +58,8 @@ def test_a_path_that_leaves_the_folder_says_how_and_what_to_do(folder, name, fou
     ("name", "reason", "found"),
     [
         ("https://x.org/a.jpg", "image is not a local path", "is a URL, and none is fetched"),
-        ("file:///a.jpg", "image is not a local path", "is a file:// URL; expected a path below"),
+        ("file:///a.jpg", "image path leaves the folder", "is absolute"),
+        ({"src": "a.jpg"}, "image is not a local path", "{'src': 'a.jpg'}; expected a path below the images' folder"),
         ("sub\\b.jpg", "image file missing", "has backslashes, as Windows writes paths"),
         ("a.jpg ", "image file missing", "or blanks around it"),
         ("\ud83d.jpg", "image is not a local path", r"\ud83d"),
@@ -71,3 +72,7 @@ def test_what_is_no_path_below_the_folder_is_named(folder, name, reason, found):
     with pytest.raises(SkipSample, match=reason) as caught:
         local_image(folder, name)
     assert found in caught.value.detail
+
+
+def test_a_file_url_below_the_folder_is_the_path_in_it(folder):
+    assert local_image(folder, f"file://{folder}/a.jpg").source == folder / "a.jpg"

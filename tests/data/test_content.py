@@ -87,11 +87,12 @@ def test_a_file_of_records_is_read_whatever_it_is_called(tmp_path, form):
     ("content", "found"),
     [
         (LINES.encode("utf-16"), "is text in UTF-16; `iconv -f UTF-16 -t UTF-8 train.jsonl` makes UTF-8 of it"),
-        (LINES.encode("utf-16-be"), "is text in UTF-16"),
-        (LINES.encode("utf-16-le"), "is text in UTF-16"),
+        (LINES.encode("utf-16-be"), "`iconv -f UTF-16BE -t UTF-8 train.jsonl`"),
+        (LINES.encode("utf-16-le"), "`iconv -f UTF-16LE -t UTF-8 train.jsonl`"),
         (LINES.encode("utf-32"), "is text in UTF-32"),
-        (LINES.encode("utf-32-le"), "is text in UTF-32"),
-        (gzip.compress(LINES.encode("utf-16")), "is text in UTF-16"),
+        (LINES.encode("utf-32-le"), "is text in UTF-32LE"),
+        (LINES.encode("utf-32-be"), "is text in UTF-32BE"),
+        (gzip.compress(LINES.encode("utf-16")), "`iconv -f UTF-16 -t UTF-8 <(gzip -dc train.jsonl)` makes"),
         (b"PK\x03\x04", "is a zip archive; unpack it"),
         (b"BZh91AY", "is packed by xz, bzip2"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
@@ -155,6 +156,7 @@ def test_a_packed_bomb_is_one_skip_in_little_memory(tmp_path, pack):
         ("x.csv", 'file_name,text\r\n0.jpg,"a, ""b""\nc"\r\n'),
         ("x.tsv", 'file_name\ttext\n0.jpg\t"a, ""b""\nc"\n'),
         ("x.csv", '\ufefffile_name;text\n0.jpg;"a, ""b""\nc"\n'),
+        ("x.csv", 'file_name,text\r0.jpg,"a, ""b""\nc"\r'),
     ],
 )
 def test_csv_has_a_header_and_rows_that_may_hold_lines(tmp_path, name, text):
@@ -172,14 +174,24 @@ def test_what_is_wrong_with_csv_is_said(tmp_path):
             list(read_csv(path))
         return str(caught.value)
 
-    path.write_text("a,b\n1\n\n1,2\n")
-    assert outcomes(path) == [
-        "x.csv:2: row has other columns than the header; 1 in place of 2",
-        {"a": "1", "b": "2"},
-    ]
+    joined = "row has a stray quote; it joins lines 2 to 3, each of which is a row by itself"
+    quote = "row has a stray quote; ',' expected after '\"'; expected each quote of a quoted text twice"
+    for text, found in {
+        "a,b\n1\n\n1,2": ["x.csv:2: row has other columns than the header; 1 in place of 2", {"a": "1", "b": "2"}],
+        'a,b\n1,"2\n3,4"\n5,6': [f"x.csv:2: {joined}", f"x.csv:3: {joined}", {"a": "5", "b": "6"}],
+        'a,b\n"1" x,2\n1 "y",6': [f"x.csv:2: {quote}", {"a": '1 "y"', "b": "6"}],
+        'a\n"b\nc"': [{"a": "b\nc"}],
+        ",a\n0,1": [{"column 1": "0", "a": "1"}],
+        "sep=|\na|b\n1,2|3": [{"a": "1,2", "b": "3"}],
+    }.items():
+        path.write_text(text)
+        assert outcomes(path) == found
     assert "x.csv: the columns are 'a', 'a'; expected a name for each, each once" in refusal(b"a,a\n")
     assert "x.csv:2: byte 0xe9 is not UTF-8" in refusal(b"a,b\n\xe9,2\n")
-    assert "is a quote not closed?" in refusal(b'a,b\n"1,2\n' + b"x\n" * 1000)
+    for content in (b"", b"\n1", b",\n1,2", b'"a" b,c\n'):
+        assert "expected a name for each, each once" in refusal(content)
+    for content in (b'a,b\n"1,2\n' + b"x\n" * 1000, b'a,b\n"1,2\n', b'"a,b\n1,2\n'):
+        assert "is a quote not closed?" in refusal(content)
 
 
 # ------------------------------------------------------------------------------------------- folders and the hub
@@ -222,12 +234,21 @@ def test_a_dataset_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     assert [file.name for file in adapter("messages", "owner/name").files()] == ["train.jsonl"], "what is here wins"
 
 
-def test_what_is_neither_here_nor_on_the_hub_is_a_mistake(monkeypatch):
+def test_what_is_neither_here_nor_on_the_hub_is_a_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
     with pytest.raises(UserError, match=r"owner/name: no such file or folder here; as a dataset of the hub: .*offline"):
         adapter("messages", "owner/name").files()
-    for name, path in (("messages", "a/b/c"), ("m3it", "owner/name")):
-        with pytest.raises(UserError, match=rf"path {path} does not exist"):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "train.jsonl").touch()
+    for name, path, near in (
+        ("messages", "a/b/c", "$"),
+        ("messages", "here/tran.jsonl", "; did you mean 'train.jsonl'"),
+        ("messages", "here/name", "$"),
+        ("messages", "elsewhere/train.json", "$"),
+        ("m3it", "owner/name", "; docs/data.md"),
+    ):
+        with pytest.raises(UserError, match=rf"path {path} does not exist{near}"):
             adapter(name, path)
 
 

@@ -41,6 +41,15 @@ def test_a_finished_store_is_opened_by_any_spelling(here):
     assert len(make("y.jsonl")) == 1
 
 
+def test_a_folder_of_one_file_is_that_file(here):
+    (here / "data" / "x.jsonl").rename("data/train.jsonl")
+    assert len({(make(path), os.stat("store/manifest.json").st_ino)[1] for path in ("data", "data/train.jsonl")}) == 1
+    (here / "data" / "data").mkdir()
+    (here / "data" / "train.jsonl").rename("data/data/train-00000-of-00001.jsonl")
+    made = {(make(path), os.stat("store/manifest.json").st_ino)[1] for path in ("data", "data/data")}
+    assert len(made) == 2, "their images are below another folder"
+
+
 def test_finished_pieces_of_a_killed_run_are_kept_by_any_spelling(here, monkeypatch):
     monkeypatch.setattr(schedule, "PIECE_RECORDS", 1)
     written = []

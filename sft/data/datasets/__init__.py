@@ -12,7 +12,7 @@ and, where they are of use:
     VERSION: int                       -> raised when the same records become other samples; 1 without it
     KEYS: Keys                         -> the keys that are read; all others are counted, and records of conversations
                                           that have one that changes their meaning are left out
-    READS_HUB = True                   -> a path `owner/name` that is nothing here is a dataset of the hub
+    READS_HUB = True                   -> a path `owner/name` is a dataset of the hub where no folder `owner` is here
 
 `path` is what the recipe says: the folder or file of the raw data. `options` are keyword-only arguments of any of these
 functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
@@ -100,7 +100,7 @@ class Adapter:
     def is_of_hub(self) -> bool:
         """Whether the path names a dataset of the hub, and nothing here."""
         reads_hub = getattr(self.module, "READS_HUB", False)
-        return reads_hub and self.asked is not None and is_hub_id(self.asked) and not resolve(self.asked).exists()
+        return reads_hub and self.asked is not None and is_hub_id(self.asked) and not Path(self.asked).parent.exists()
 
     @cached_property
     def _hub_files(self) -> list[Path]:
@@ -160,7 +160,8 @@ class Adapter:
         if path is not None:
             found = resolve(path)
             if not found.exists() and not self.is_of_hub:
-                raise UserError(f"dataset {self.name!r}: path {path} does not exist{_how_to_get(self.name)}")
+                near = nearest(found.name, os.listdir(found.parent)) if found.parent.is_dir() else ""
+                raise UserError(f"dataset {self.name!r}: path {path} does not exist{near}{_how_to_get(self.name)}")
             return hub_cache() if self.is_of_hub else found
         if not hasattr(self.module, "default_path"):
             raise UserError(f"dataset {self.name!r}: needs `path`, the folder or file of its raw data")

@@ -31,6 +31,7 @@ _OTHER_MARK = re.compile(r"<\|?(?:image|img|vision)[-_ \w]{0,20}\|?>", re.IGNORE
 
 Find = Callable[[Any], ImageRef]
 """Returns the image file with a name, or raises SkipSample."""
+_ENCODED = re.compile("(?i:data:)[^,]*,|(?=(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{24})")  # PNG, JPEG, GIF, WebP
 
 
 class _Place(NamedTuple):
@@ -70,6 +71,9 @@ def to_messages(
         raise SkipSample("empty message", detail=f"of {empty[0]}")
     if trims and any(isinstance(item, _Place) for turn in read for item in turn.items if turn.role == "assistant"):
         raise SkipSample("image marker in an answer")
+    own = [item.image for turn in read for item in turn.items if isinstance(item, _Place) and item.image is not None]
+    if len(own) == len(images) and [_image(image, find) for image in own] == [_image(image, find) for image in images]:
+        images = ()  # parts bring them, and the list says them again
     remaining = iter(_unnamed_images(row, read, images))
 
     def fill(item: str | _Place) -> str | ImageRef:
@@ -144,7 +148,7 @@ def _items(content: Any, is_marked: bool) -> Iterator[str | _Place]:
     if isinstance(content, str):
         end = 0
         for mark in _MARKS.finditer(content):
-            if is_marked or mark[0] != MARKER:
+            if is_marked or mark[0] == "<ImageHere>" or re.search("[./]", mark[1] or ""):  # not <img>x</img> as a word
                 yield content[end : mark.start()].strip()
                 yield _Place(mark[1])
                 end = mark.end()
@@ -205,13 +209,14 @@ def _image(given: Any, find: Find) -> ImageRef:
     if isinstance(given, dict):
         key = next((key for key in SOURCES if given.get(key)), None)
         content = given.get(key) if key else None
+        content = content[0] if isinstance(content, list) and len(content) == 1 else content
         if key in ("base64", "data") or (key == "bytes" and isinstance(content, str)):
             return base64_image(content.partition(",")[2] or content if isinstance(content, str) else content)
-        return _image(content, find)
+        return _image(content, find) if key else find(given)
     if isinstance(given, ImageRef):
         return given
     if isinstance(given, bytes):
         return ImageRef(source=given)
-    if isinstance(given, str) and given.startswith("data:"):
-        return base64_image(given.partition(",")[2])
+    if isinstance(given, str) and (start := _ENCODED.match(given)):
+        return base64_image(given[start.end() :])
     return find(given)

@@ -57,6 +57,8 @@ class Keys(NamedTuple):
                     yield f"{level}{key}", value
                 elif key in FLAGS and isinstance(value, int | float) and value not in (0, 1):
                     yield f"{level}{key} other than 0 and 1", value
+        if "__images__" in row and not self.shows_images(row):  # as others of the file do
+            yield from ((f"empty {key}", row[key]) for key in row if key in self.record and is_image_key(key))
 
     def check_meaning(self, row: Row) -> None:
         """

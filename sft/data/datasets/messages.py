@@ -15,7 +15,7 @@ holds `<split>.jsonl`, `.json` or `.parquet`, or `<split>-00000-of-00002.parquet
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -53,19 +53,27 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
     if path.is_file():
         return [path]
     name = re.escape(split)
-    found = record_files(path, name)
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise UserError(f"{path}: holds {names}; expected one of them, or say which by the path")
     part = r"-\d+-of-\d+(-\w+)?"
+    found = record_files(path, name)
     for folder, stem in ((path, name + part), (path / "data", name + part), (path, f".+-{name}({part})?")):
         found = found or record_files(folder, stem)  # of the hub, of the cache of `datasets`
     if found := found or _saved_files(path, split) or record_files(path, "metadata"):
-        return found
+        return _checked_parts(path, found)
     raise UserError(
-        f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; {_what_is_in(path)}; "
+        f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; the folder holds "
+        f"{_listed(entry.name + '/' * entry.is_dir() for entry in path.iterdir()) or 'nothing'}; "
         "name the file after the split, or say which by the path"
     )
+
+
+def _checked_parts(path: Path, found: list[Path]) -> list[Path]:
+    """Return one file, or all parts of one set, whose names say how many there are; else raise a UserError."""
+    parts = [re.search(r"-(\d+)-of-(\d+)", file.name) for file in found]
+    numbers = sorted((int(part[2]), int(part[1])) if part else (1, 0) for part in parts)
+    if numbers == [(len(found), number) for number in range(len(found))]:
+        return found
+    names = _listed(file.name for file in found)
+    raise UserError(f"{path}: holds {names}; expected one of them, or each part of one set; or say which by the path")
 
 
 def _saved_files(folder: Path, split: str) -> list[Path]:
@@ -82,11 +90,9 @@ def _images_of(path: Path, image_folder: str | None) -> Path:
     return _folder_of(path) / (image_folder or "")
 
 
-def _what_is_in(folder: Path) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    if len(names) > 6:
-        names[5:] = [f"{len(names) - 5} more"]
-    return f"the folder holds {', '.join(names) or 'nothing'}"
+def _listed(all_names: Iterable[str]) -> str:
+    names = sorted(all_names)
+    return ", ".join(names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"])
 
 
 def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:

@@ -40,8 +40,12 @@ _REFUSED = (
     (rb"(?i)\s*<(!doctype html|html)", "is a web page, as a failed download leaves it; get the file again"),
     (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "is an image"),
     (rb"%PDF|\x89HDF|SQLite format 3|\x80[\2-\5]", "is PDF, HDF5, SQLite or a pickle, which are not read"),
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff|[\t-~]\0\0\0[\t-~]|\0\0\0[\t-~]\0", "UTF-32"),
-    (rb"\xff\xfe|\xfe\xff|[\t-~]\0[\t-~]\0|\0[\t-~]\0[\t-~]", "UTF-16"),  # by its mark, or by the zeros between letters
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32"),  # by its mark, else by the zeros between letters
+    (rb"[\t-~]\0\0\0[\t-~]", "UTF-32LE"),
+    (rb"\0\0\0[\t-~]\0", "UTF-32BE"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16"),
+    (rb"[\t-~]\0[\t-~]\0", "UTF-16LE"),
+    (rb"\0[\t-~]\0[\t-~]", "UTF-16BE"),
 )
 
 
@@ -100,7 +104,8 @@ def kind_of(path: Path) -> Kind:
         if kind is not None:
             return kind
         if found := _match(_REFUSED, head):
-            encoding = f"is text in {found}; `iconv -f {found} -t UTF-8 {path.name}` makes UTF-8 of it"
+            unpacked = f"<({content.packing} -dc {path.name})" if content.packing else path.name
+            encoding = f"is text in {found}; `iconv -f {found} -t UTF-8 {unpacked}` makes UTF-8 of it"
             raise UserError(f"{path}: {encoding if found.startswith('UTF') else found}; expected {READ}")
         start = head.removeprefix(b"\xef\xbb\xbf").lstrip(_BLANKS)
         while not start and (block := content.file.read(BLOCK_BYTES)):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -14,33 +17,54 @@ from sft.data.formats.rows import Row, max_record_bytes, one_line, placed
 
 
 def read_csv(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the rows below the header as {column: text}. A tab, else a semicolon without a comma, in the header parts
-    the columns, else a comma does. The limit on records is one on a line and on a field.
+    """Yield the rows below the header as {column: text}. A line `sep=;`, as Excel writes it, else a tab, else a
+    semicolon without a comma, in the header parts the columns, else a comma does. A column without a name, such as the
+    index that pandas writes, is `column 1`. The limit on records is one on a line and on a field.
 
     Raises:
-        UserError: missing, not UTF-8, a column without a name or with another's, or something over the limit.
+        UserError: missing, not UTF-8, no header or one that has a name twice, an open quote, or over the limit.
     """
     with opened(path, "CSV with a header") as content:
-        lines = _lines(content.file, path)
-        header = next(lines, "")
-        by = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-        names = next(csv.reader([header], delimiter=by), [])
-        if not all(names) or len(set(names)) < len(names):
-            raise UserError(
-                f"{path}: the columns are {', '.join(map(repr, names))}; expected a name for each, each once"
-            )
-        csv.field_size_limit(max_record_bytes.get())
-        rows, first = csv.reader(lines, delimiter=by), 2
+        rows = _parsed(_lines(content.file, path), path)
+        header = next(rows, (1, [], ""))[1]
+        names = [name or f"column {place}" for place, name in enumerate(header, 1)]
+        if not any(header) or len(set(names)) < len(names):
+            found = ", ".join(map(repr, header)) or "none"
+            raise UserError(f"{path}: the columns are {found}; expected a name for each, each once")
+        for number, values, fault in rows:
+            here = f"{path.name}:{number}"
+            if len(values) == len(names):
+                yield placed(dict(zip(names, values, strict=True)), here, content.share_read)
+            elif values or fault:
+                reason = "row has a stray quote" if fault else "row has other columns than the header"
+                yield SkipSample(reason, detail=fault or f"{len(values)} in place of {len(names)}", where=here)
+
+
+def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], str]]:
+    """Yield the number of the line of each row, its values, and what is wrong with its quotes."""
+    header = next(lines, "")
+    stated = re.fullmatch(r"sep=(.)\s*", header)
+    by = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
+    by = stated[1] if stated else by
+    csv.field_size_limit(max_record_bytes.get())
+    rows = csv.reader(lines if stated else chain([header], lines), delimiter=by, strict=True)
+    column = re.compile(f"{re.escape(by)}(?! )")  # a comma of a text has a blank behind it
+    while True:
+        start, number = rows.line_num, rows.line_num + (2 if stated else 1)
         try:
-            for values in rows:
-                here, first = f"{path.name}:{first}", rows.line_num + 2
-                if len(values) == len(names):
-                    yield placed(dict(zip(names, values, strict=True)), here, content.share_read)
-                elif values:
-                    found = f"{len(values)} in place of {len(names)}"
-                    yield SkipSample("row has other columns than the header", detail=found, where=here)
+            if (values := next(rows, None)) is None:
+                return
         except csv.Error as error:
-            raise UserError(f"{path}:{first}: {one_line(error)}; is a quote not closed?") from error
+            if " expected after " not in str(error):
+                raise UserError(f"{path}:{number}: {one_line(error)}; is a quote not closed?") from error
+            yield number, [], f"{one_line(error)}; expected each quote of a quoted text twice"
+            continue
+        inside = re.split(r"\r\n?|\n", by.join(values)) if rows.line_num > start + 1 else []
+        if inside and len(values) > 1 and all(len(column.findall(line)) == len(values) - 1 for line in inside):
+            fault = f"it joins lines {number} to {number + len(inside) - 1}, each of which is a row by itself"
+            yield from ((number + place, [], fault) for place in range(len(inside)))
+        else:
+            yield number, values, ""
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
@@ -50,7 +74,8 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
         if len(line) > limit:
             raise UserError(f"{path}:{number}: a line of over {limit:,} bytes (data.max_record_bytes)")
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             byte = line[error.start]
             raise UserError(f"{path}:{number}: byte 0x{byte:02x} {NOT_UTF8}; save it as UTF-8") from error
+        yield from io.StringIO(text, newline="")  # of old Macs a line ends at \r

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from sft.core.contain import contained
 from sft.core.errors import UserError
+from sft.core.shipped import DATA_SUFFIXES
 
 
 def is_hub_id(path: str) -> bool:
-    """Return whether a path has the form `owner/name`."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path))
+    """Return whether a path has the form `owner/name`, and not the ending of a file."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not path.lower().endswith((".json", *DATA_SUFFIXES))
 
 
 def hub_cache() -> Path:

@@ -89,15 +89,18 @@ def _explain_leftover(pieces: Path) -> Iterator[None]:
 def _wanted(raw: Adapter, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what a store has to be made of and how, as its manifest says it."""
     how = {key: value for key, value in asdict(settings).items() if key in ("images", "limit", "max_record_bytes")}
-    made = {"adapter": {"name": raw.name, "version": raw.version}, "asked": _located(asked)}
+    made = {"adapter": {"name": raw.name, "version": raw.version}, "asked": _located(asked, raw.files())}
     return {**made, **how, **asdict(settings.decoding)}
 
 
-def _located(asked: dict[str, Any]) -> dict[str, Any]:
-    """Return what was asked for, with the path by which a source is known however it was spelled."""
+def _located(asked: dict[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return what was asked for, with the path by which a source is known however it was spelled: that of the file
+    where a folder holds one alone."""
     path = asked.get("path")
-    is_here = isinstance(path, str) and resolve(path).exists()
-    return {**asked, "path": str(location(resolve(str(path))))} if is_here else asked
+    if not isinstance(path, str) or not resolve(path).exists():
+        return asked
+    own, found = location(resolve(path)), list(map(location, files))
+    return {**asked, "path": str(found[0] if len(found) == 1 and found[0].parent == own else own)}
 
 
 def _finished_store(

@@ -1,5 +1,6 @@
 """Keys that change what a record means, and keys that are not read, in every adapter of conversations."""
 
+import json
 from importlib import import_module
 
 import pytest
@@ -112,6 +113,14 @@ def test_what_is_not_read_is_named_by_its_place():
         "turns: weight other than 0 and 1": 0.5,
     }
     assert not dict(adapter("messages").not_read({"query": "Hi.", "response": "Hello."} | AT))
+
+
+def test_an_image_that_a_record_lacks_beside_others_is_counted(tmp_path):
+    rows = [{"image": image, "query": "Hi."} for image in ("", "0.png", "", None, [], "1.png")] + [{"query": "Hi."}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of = adapter("messages", tmp_path)
+    counted = [list(dict(of.not_read(row))) for row in of.rows(tmp_path / "train.jsonl")]
+    assert counted == [["empty image"], [], ["empty image"], ["empty image"], ["empty image"], [], []]
 
 
 def test_an_option_names_what_is_read(tmp_path):

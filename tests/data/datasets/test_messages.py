@@ -145,6 +145,31 @@ def test_forms_of_others_are_read_as_their_owners_read_them(tmp_path, record, ex
     assert said(sample) == expected
 
 
+PNG = encoded_base64("red")
+
+
+@pytest.mark.parametrize(
+    "image", [PNG, f"DATA:image/png;base64,{PNG}", {"image": [PNG]}, {"type": "image", "url": f"data:;base64,{PNG}"}]
+)
+def test_base64_is_an_image_wherever_it_stands(tmp_path, image):
+    (sample,) = read(tmp_path, {"messages": ASKED, "images": [image]})
+    assert sample.images[0].source == encoded("red")
+
+
+def test_images_that_parts_bring_may_be_listed_too(tmp_path):
+    dog, cat = ({"type": "image", "image": f"photos/{name}.png"} for name in ("dog", "cat"))
+    record = {"messages": [{"role": "user", "content": [dog, cat, "Two?"]}, TALK[1]]}
+    (sample,) = read(tmp_path, record | {"images": ["photos/dog.png", "photos/cat.png"]})
+    assert said(sample)[0] == ("user", "<dog.png>|<cat.png>|Two?")
+    for images in (["photos/cat.png", "photos/dog.png"], ["photos/dog.png"]):
+        assert read(tmp_path, record | {"images": images}) == ["markers and images differ in number"]
+
+
+def test_a_tag_around_a_word_is_text_where_no_record_has_images(tmp_path):
+    record = {"messages": [{"role": "user", "content": "What is <img>x</img>?"}, TALK[1]]}
+    assert said(read(tmp_path, record)[0])[0] == ("user", "What is <img>x</img>?")
+
+
 def test_indices_say_which_image_stands_where(tmp_path):
     parts = [{"type": "image", "index": 1}, {"type": "image", "index": 0}]
     record = {"messages": [{"role": "user", "content": parts}, TALK[1]], "images": ["photos/dog.png", "photos/cat.png"]}
@@ -308,7 +333,7 @@ def test_a_missing_image_is_named(tmp_path):
         ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
         ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
         ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image"),
-        ([{"type": "image", "path": "photos/dog.png"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
+        ([{"type": "image", "path": "photos/dog.png"}], ["photos/cat.png"], "0 <image> markers but 1 image"),
     ],
 )
 def test_markers_that_do_not_match_the_images_are_a_bad_record_with_both_numbers(tmp_path, content, images, found):
@@ -367,11 +392,25 @@ def test_a_parquet_file_without_rows_is_a_mistake(tmp_path):
         outcomes(adapter("messages", tmp_path))
 
 
-def test_the_file_of_a_split_is_one(tmp_path):
-    for name in ("train.jsonl", "train.json"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.json", "train.jsonl"),
+        ("train-00000-of-00003.parquet", "train-00002-of-00003.parquet"),
+        ("train-00000-of-00001.parquet", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
+        ("train-00000-of-00001.jsonl", "train-00000-of-00001.parquet"),
+        ("a-train.arrow", "b-train.arrow"),
+        ("metadata.csv", "metadata.jsonl"),
+    ],
+)
+def test_the_files_of_a_split_are_one_whole_set(tmp_path, names):
+    for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds train.json and train.jsonl; expected one of them"):
+    with pytest.raises(UserError, match=f"holds {', '.join(names)}; expected one of them, or each part of one set"):
         adapter("messages", tmp_path).files()
+
+
+def test_a_folder_without_a_file_of_the_split_says_what_it_holds():
     with pytest.raises(UserError, match=r"bad.jsonl, forms.jsonl, llava.json, photos/, train.jsonl; name the file"):
         adapter("messages", HERE, "test").files()
 
