@@ -31,7 +31,10 @@ def look_ahead(recipe: Recipe, sources: Sequence[SourceSizes], state: dict[str, 
     can_end = any(source.max_epochs for source in sources)
     if steps is None or steps <= few or can_end:
         report = mix(recipe, sources)
-        return report | ({"steps": _last_step(recipe, sources, state)} if state and can_end else {})
+        if not (state and can_end):
+            return report
+        last = _last_step(recipe, sources, state)
+        return report | {"steps": last, "warnings": warnings_of(recipe, report["sources"], report["ended_by"], last)}
     report = mix(recipe, sources, few)
     for source in report["sources"]:
         source["epochs"] *= steps / few

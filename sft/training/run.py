@@ -97,7 +97,14 @@ class TrainingRun:
         self.opened = open_model(recipe, base, log)
         self.monitors = self._make_monitors()
         steps = recipe.training.steps
-        from_main(lambda: go_back_to(asked, resume_from) if resume_from else claim_folder(asked, self.run_dir, steps))
+        is_over = self.saved is not None and self.saved["step"] >= steps
+        from_main(
+            lambda: (
+                go_back_to(None if is_over else asked, resume_from)
+                if resume_from
+                else claim_folder(asked, self.run_dir, steps)
+            )
+        )
         choose_trained(recipe, self.opened, log)
         self.plans = plan_steps(recipe, sources, self.opened, rank)
         self.trainer = self._make_trainer()

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from sft.core.contain import contained
 from sft.core.errors import UserError
+from sft.core.shipped import DATA_SUFFIXES
 
 
 def is_hub_id(path: str) -> bool:
-    """Return whether a path has the form `owner/name`."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path))
+    """Return whether a path has the form `owner/name` and does not look like one of this machine."""
+    owner = path.partition("/")[0]
+    is_local = owner in ("raw", "data", "datasets", "my_data") or Path(owner).is_dir()
+    is_file = path.lower().endswith((*DATA_SUFFIXES, ".json"))
+    return not is_local and not is_file and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path))
 
 
 def hub_cache() -> Path:
