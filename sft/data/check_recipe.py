@@ -9,6 +9,7 @@ from sft.core.errors import UserError
 from sft.core.shipped import is_local, resolve
 from sft.data.datasets import Adapter
 from sft.models import adapters_of, check_names
+from sft.models.base_model import check_adapters
 from sft.recipe import BUILT_BENCHMARKS, Recipe
 
 
@@ -27,8 +28,6 @@ def _of_names(recipe: Recipe) -> Iterator[str]:
     try:
         check_names(recipe)
         if adapters := adapters_of(recipe):
-            from sft.models.base_model import check_adapters  # it takes torch
-
             check_adapters(recipe, adapters)
     except UserError as error:
         yield from error.args

@@ -97,14 +97,8 @@ class TrainingRun:
         self.opened = open_model(recipe, base, log)
         self.monitors = self._make_monitors()
         steps = recipe.training.steps
-        is_over = self.saved is not None and self.saved["step"] >= steps
-        from_main(
-            lambda: (
-                go_back_to(None if is_over else asked, resume_from)
-                if resume_from
-                else claim_folder(asked, self.run_dir, steps)
-            )
-        )
+        kept = asked if self.saved is None or self.saved["step"] < steps else None
+        from_main(lambda: go_back_to(kept, resume_from) if resume_from else claim_folder(asked, self.run_dir, steps))
         choose_trained(recipe, self.opened, log)
         self.plans = plan_steps(recipe, sources, self.opened, rank)
         self.trainer = self._make_trainer()

@@ -30,9 +30,9 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_holds_nothing(tmp_path,
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_folder_that_cannot_be_made_is_not_taken_for_held(beside):
-    with pytest.raises(OSError, match="cannot be made or written to: .*'/proc/nowhere'"):
-        with locked(Path("/proc/nowhere"), beside=beside):
-            pass
+    expected = r"cannot be made or written to: .*'/proc/nowhere'"
+    with pytest.raises(OSError, match=expected), locked(Path("/proc/nowhere"), beside=beside):
+        pass
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
