@@ -133,7 +133,7 @@ class TrainingRun:
         if self.rank.of > 1:
             self.log(
                 f"{self.rank.of} processes, {self.engine}: {plans.micro_batches_per_step} micro-batches each a step, "
-                f"{plans.idle_share:.1%} of the places for packs idle"
+                f"{plans.idle_share * 100:.1f} % of the places for packs idle"
             )
         self.clock = _Clock(self.saved["spent"] if self.saved else {"tokens": 0, "seconds": 0, "cpu_seconds": 0})
         get_engine(self.engine).shard(opened.model, precision_of(recipe))

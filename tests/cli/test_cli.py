@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(recipe, refusal):
 def test_records_that_are_bad_are_a_mistake_of_the_source_and_path_that_are_named(recipe, refusal):
     bad = DATA / "messages" / "bad.jsonl"
     said = refusal("prepare", recipe, f"data.mixture.1.datasets.0.path={bad}")
-    assert f": messages ({bad}): 100.0% of 14 records bad (allowed: 0.0%): " in said
+    assert f": messages ({bad}): 100.0 % of 14 records bad (allowed: 0.0 %): " in said
 
 
 def test_validate_names_the_next_command(recipe, capsys):
