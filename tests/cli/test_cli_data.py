@@ -186,7 +186,8 @@ def test_what_is_wrong_is_one_line(tmp_path, refusal):
     assert f"prepare --dataset messages --path {tmp_path} --output stores/" in refusal("stats", tmp_path)
     assert "no prepared dataset here" in refusal("export", tmp_path, "--output", tmp_path / "x")
     shutil.copy(shipped_recipe("quickstart"), tmp_path / "recipe.yaml")
-    assert f"{tmp_path}: a run; its stores are: {tmp_path}/stores/messages-" in refusal("stats", tmp_path)
+    said = refusal("stats", tmp_path)
+    assert f"{tmp_path}: a run; its stores are: {tmp_path}/stores/" in said and "/stores/easy_vqa-" in said
 
 
 def test_too_many_bad_records_are_a_mistake_with_the_table(tmp_path, refusal):
