@@ -119,6 +119,9 @@ def test_training_goes_on_from_adapters(run, tmp_path, monkeypatch, refusal):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((tmp_path / "further" / "checkpoints" / "checkpoint-1" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(REPOSITORY / "tiny_base")
+    validated = "import sys; from sft.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", validated, "validate", *on]
+    assert subprocess.run(command, check=True, capture_output=True).stderr == b"", "quick and quiet"
     refused = {
         "model.lora.r=4": "model.lora.r: 4, the adapters of .* have 2",
         "model.lora.alpha=8": "model.lora.alpha: 8, the adapters of .* have 32",
