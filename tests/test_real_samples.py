@@ -136,7 +136,7 @@ def test_the_held_out_images_of_svit(tmp_path, prepared):
 
 @pytest.mark.parametrize(("name", "rows"), [("test_1000", "1,000"), ("sample_image", "2"), ("test_bbox", "1")])
 def test_rows_of_laion_are_links_alone_and_nothing_is_fetched(prepared, name, rows):
-    with pytest.raises(UserError, match=f"none of {rows} records is left: {rows} image not downloaded"):
+    with pytest.raises(UserError, match=f"no record of {rows} is left: {rows} image not downloaded"):
         prepared("image_text_pairs", REAL / "laion_img2dataset" / f"{name}.parquet")
 
 

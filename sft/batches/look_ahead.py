@@ -31,7 +31,10 @@ def look_ahead(recipe: Recipe, sources: Sequence[SourceSizes], state: dict[str, 
     can_end = any(source.max_epochs for source in sources)
     if steps is None or steps <= few or can_end:
         report = mix(recipe, sources)
-        return report | ({"steps": _last_step(recipe, sources, state)} if state and can_end else {})
+        if not (state and can_end):
+            return report
+        last = _last_step(recipe, sources, state)
+        return report | {"steps": last, "warnings": warnings_of(recipe, report["sources"], report["ended_by"], last)}
     report = mix(recipe, sources, few)
     for source in report["sources"]:
         source["epochs"] *= steps / few
@@ -71,8 +74,8 @@ def describe_data(report: dict[str, Any]) -> Iterator[str]:
         epochs = f"{source['epochs']:.3g}"
         yield f"{source['name']}: {source['pieces']:,} samples{held}, trained for {epochs} epoch{'s' * (epochs != '1')}"
     yield from reasons(report["sources"])[:MAX_NOTES]
-    packs, per_step = report["packs"], report["packs_per_step"]
-    yield f"{_number(report['steps'], 'step')} of {_number(per_step, 'pack')}, {packs['fill']:.1%} full of tokens"
+    steps, packs = _number(report["steps"], "step"), _number(report["packs_per_step"], "pack")
+    yield f"{steps} of {packs}, {report['packs']['fill'] * 100:.1f} % full of tokens"
     yield from (f"warning: {line}" for line in report["warnings"][:MAX_NOTES])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
 from sft.data.orders import Ints
 from sft.data.prepared_source import PreparedSource
-from sft.recipe import Recipe, TrainingConfig
+from sft.recipe import Recipe
 
 UNITS = ("tokens", "trained_tokens", "samples")
 MANY_EPOCHS = 4
@@ -180,7 +180,7 @@ def warnings_of(recipe: Recipe, sources: Sequence[dict[str, Any]], ended_by: str
     """Return what a person should know before paying for it."""
     training = recipe.training
     found = [
-        f"{source['name']} is drawn for {source['epochs']:.1f} epochs{_advice(training, source['epochs'] / done)}"
+        f"{source['name']} is drawn for {source['epochs']:.1f} epochs{_advice(recipe, source['epochs'] / done)}"
         for source in sources
         if source["epochs"] > MANY_EPOCHS
     ]
@@ -193,15 +193,25 @@ def warnings_of(recipe: Recipe, sources: Sequence[dict[str, Any]], ended_by: str
         asked = f"{training.max_steps:,} steps" if training.max_steps else f"{training.epochs:g} epochs"
         found.append(f"{ended_by} ends after max_epochs, and training with it: {done:,} steps of {asked}")
     if training.epochs and done < FEW_STEPS:
-        found.append(f"training has {done} step{'s' * (done > 1)}; a smaller training.tokens_per_step gives it more")
+        smaller = _smaller_step(recipe, done * recipe.packs_per_step // FEW_STEPS)
+        found.append(f"training has {done} step{'s' * (done > 1)}; {smaller} gives it more")
     return found
 
 
-def _advice(training: TrainingConfig, epochs_of_step: float) -> str:
+def _smaller_step(recipe: Recipe, packs: int) -> str:
+    """Return the keys of a step of so few packs, but one; where it has no more than one, packs are to be smaller."""
+    packs, micro = max(packs, 1), recipe.training.micro_batch_packs
+    if packs >= recipe.packs_per_step:
+        return "a smaller data.sequence_length"
+    keys = f"training.tokens_per_step={packs * recipe.data.sequence_length}"
+    return keys if packs % micro == 0 else f"{keys} training.micro_batch_packs={gcd(packs, micro)}"
+
+
+def _advice(recipe: Recipe, epochs_of_step: float) -> str:
     """Return what to set for fewer epochs of a source."""
-    if training.epochs:
+    if recipe.training.epochs:
         return f"; {USUAL_EPOCHS} are usual"
-    if epochs_of_step > USUAL_EPOCHS / FEW_STEPS:
-        less = f"a smaller training.tokens_per_step and training.epochs={USUAL_EPOCHS} are better"
-        return f", {epochs_of_step:.1f} in each step; {less}"
+    if epochs_of_step > (most := USUAL_EPOCHS / FEW_STEPS):
+        smaller = _smaller_step(recipe, round(recipe.packs_per_step * most / epochs_of_step))
+        return f", {epochs_of_step:.1f} in each step; {smaller} and training.epochs={USUAL_EPOCHS} are better"
     return f"; training.max_steps={round(USUAL_EPOCHS / epochs_of_step)} is {USUAL_EPOCHS} epochs of it"

@@ -104,7 +104,8 @@ def _shares(report: dict[str, Any], own: list[Source], others: list[Source], wid
     room = max(min(width - taken, 32), 0)
     largest = max(source["achieved"] for source in report["sources"])
     bars = [Text(_bar(source["achieved"], largest, room), "cyan") for source in own] + [Text()] * bool(others)
-    title = f"Mixture by {report['unit']}, {report['steps']:,} steps of {report['packs_per_step']:,} packs"
+    steps, packs = (f"{report[name]:,} {name[:4]}{'s' * (report[name] != 1)}" for name in ("steps", "packs_per_step"))
+    title = f"Mixture by {report['unit']}, {steps} of {packs}"
     return table(title, header, [(*row, bar) for row, bar in zip(rows, bars, strict=True)])
 
 
@@ -172,7 +173,7 @@ def _plots(report: dict[str, Any]) -> Iterator[str]:
         for label, name in (("inside a window", "_inside"), ("at its end", "")):
             if values := windows[f"largest_error{name}_in_packs"]:
                 yield f"  {label:17} {_columns(values)}  up to {max(values):.2f}"
-    yield f"{packs['count']:,} packs"
+    yield f"{packs['count']:,} pack{'s' * (packs['count'] != 1)}"
     by_fill = packs["by_fill"]
     emptiest = min(next((number for number, count in enumerate(by_fill) if count), 0), 90)
     full = percent(packs["fill"])

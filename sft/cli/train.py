@@ -156,7 +156,7 @@ def note(line: dict[str, Any], width: int | None) -> str:
     head = "loss not finite" if line["loss"] is None else f"loss {line['loss']:.3f}"
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
     if (waited := line.get("data_wait", 0.0)) >= NOTABLE_WAIT:
-        speed += f", {waited:.0%} waiting for data"
+        speed += f", {waited * 100:.0f} % waiting for data"
     for number in range(len(parts), 0, -1):
         sources = ", ".join(parts[:number]) + ", …" * (number < len(parts))
         text = f"{head} ({sources})  {speed}"

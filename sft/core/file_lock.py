@@ -1,7 +1,7 @@
 """One process at a time in a folder."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,16 +21,19 @@ def locked(folder: Path, *, beside: bool = False) -> Iterator[None]:
 
     Raises:
         UserError: another process holds the folder.
+        OSError: the folder cannot be made or written to.
     """
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=_TIMEOUT_SECONDS, poll_interval=_TIMEOUT_SECONDS / 5)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{folder}: another idefics-sft is writing here; wait for it, or choose another folder"
-        ) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
+            lock.acquire()
+        if not lock.is_locked:
+            path.touch()  # filelock waits in vain, too, for a file that cannot be made
+            raise UserError(f"{folder}: another idefics-sft is writing here; wait for it, or choose another folder")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be made or written to: {error.strerror}", str(folder)) from error
     try:
         yield
     finally:

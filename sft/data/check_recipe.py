@@ -9,6 +9,7 @@ from sft.core.errors import UserError
 from sft.core.shipped import is_local, resolve
 from sft.data.datasets import Adapter
 from sft.models import adapters_of, check_names
+from sft.models.base_model import check_adapters
 from sft.recipe import BUILT_BENCHMARKS, Recipe
 
 
@@ -27,14 +28,13 @@ def _of_names(recipe: Recipe) -> Iterator[str]:
     try:
         check_names(recipe)
         if adapters := adapters_of(recipe):
-            from sft.models.base_model import check_adapters  # it takes torch
-
             check_adapters(recipe, adapters)
     except UserError as error:
         yield from error.args
 
 
 def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
+    missing = 0
     for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
         path = dataset.path if paths or dataset.path is None else "."
         try:
@@ -42,6 +42,12 @@ def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
         except UserError as error:
             cure = ", or take its source out of the recipe: the other shares still have to sum to 100"
             yield from (problem + cure * ("docs/data.md#" in problem) for problem in error.args)
+            missing += any("does not exist" in problem for problem in error.args)
+    if missing > 1:
+        yield (
+            "data.mixture: set each `path` to where the data are, from the current directory; a source that you do not "
+            "have can be deleted, and the shares of the others then have to sum to 100"
+        )
 
 
 def _of_paths(recipe: Recipe) -> Iterator[str]:
@@ -60,9 +66,3 @@ def _of_paths(recipe: Recipe) -> Iterator[str]:
     for key, folder in (("output_dir", recipe.output_dir), ("data.store", recipe.data.store)):
         if Path(folder).exists() and not Path(folder).is_dir():
             yield f"{key}: {folder} is a file; expected a folder, or a name for a new one"
-    datasets = (dataset for source in recipe.data.mixture for dataset in source.datasets)
-    if any(dataset.path and not resolve(dataset.path).exists() for dataset in datasets):
-        yield (
-            "data.mixture: set each `path` to where the data are, from the current directory; a source that you do not "
-            "have can be deleted, and the shares of the others then have to sum to 100"
-        )

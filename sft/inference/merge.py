@@ -64,9 +64,12 @@ def merge(
     if base is None and dtype is not None:
         raise UserError(f"{checkpoint}: holds no adapters; its weights are copied as they are, without --base-dtype")
     holds_source = any(part.resolve().is_relative_to(output.resolve()) for part in (checkpoint, base) if part)
-    is_replaced = overwrite and not holds_source and (output / "config.json").is_file()
-    if output.exists() and not is_replaced and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already; choose another --output, or --overwrite a model")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if holds_source:
+            raise UserError(f"{output}: is or holds the model that is merged; choose another --output")
+        if not (overwrite and (output / "config.json").is_file()):
+            why = "holds no model, so --overwrite leaves it alone" if overwrite else "is there already"
+            raise UserError(f"{output}: {why}; choose another --output" + ", or --overwrite a model" * (not overwrite))
     template = load_template(family, checkpoint)
     with _whole_or_nothing(output) as folder:
         if base is None:

@@ -18,6 +18,7 @@ idefics3/                 Idefics3, SmolVLM and SmolVLM2
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import isfunction
@@ -43,10 +44,29 @@ def adapters_of(recipe: Recipe) -> Path | None:
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json of adapters, read without PEFT and torch.
+
+    Raises:
+        UserError: it is damaged, not of LoRA, or of a kind of LoRA that is not trained here.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: damaged, not the config of an adapter ({error})") from error
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise UserError(f"{folder}: an adapter of kind {kind}; only LoRA can be loaded")
+    for name in ("use_dora", "use_rslora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if settings.get(name):
+            raise UserError(f"{file}: has {name}, which is not trained here; load it with PEFT")
+    return settings
+
+
 def base_of(recipe: Recipe) -> str:
     """Return the model that a recipe stands on: `model.path`, or the base of the adapters there."""
     if adapters := adapters_of(recipe):
-        from sft.models.base_model import base_of_adapters  # it takes torch
+        from sft.models.base_model import base_of_adapters  # it takes this package
 
         return base_of_adapters(adapters)
     return recipe.model.path

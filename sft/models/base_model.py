@@ -15,9 +15,8 @@ from typing import Any
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
 from sft.core.shipped import PREFIX, is_local, resolve, user_cache
-from sft.models import base_of, get_family
+from sft.models import adapter_settings, base_of, get_family
 from sft.models.family import Family
-from sft.models.lora import read_config
 from sft.recipe import Recipe, load_recipe
 
 
@@ -33,7 +32,7 @@ def base_of_adapters(adapters: Path) -> str:
     Raises:
         UserError: neither names a folder of this machine or a hub id.
     """
-    named, recipe = read_config(adapters).base_model_name_or_path, recipe_of_adapters(adapters)
+    named, recipe = adapter_settings(adapters).get("base_model_name_or_path"), recipe_of_adapters(adapters)
     for name in (named, recipe and recipe.model.path):
         if name and (not is_local(name) or (resolve(name) / "config.json").is_file()):
             return str(name)
@@ -55,15 +54,15 @@ def check_adapters(recipe: Recipe, adapters: Path) -> None:
     Raises:
         UserError: it trains no adapters, or others, or their base is not here.
     """
-    lora, found = recipe.model.lora, read_config(adapters)
+    lora, found = recipe.model.lora, adapter_settings(adapters)
     if lora is None:
         raise UserError(
             f"model.path: {adapters} holds adapters, and model.mode is full; go on from them with lora or qlora, or "
             f"merge them first: idefics-sft merge {adapters} --output DIR"
         )
-    for key, own, theirs in (("r", lora.r, found.r), ("alpha", lora.alpha, found.lora_alpha)):
+    for key, own, theirs in (("r", lora.r, found.get("r")), ("alpha", lora.alpha, found.get("lora_alpha"))):
         if own != theirs:
-            raise UserError(f"model.lora.{key}: {own:g}, the adapters of {adapters} have {theirs:g}; set it to that")
+            raise UserError(f"model.lora.{key}: {own:g}, the adapters of {adapters} have {theirs}; set it to that")
     base_of_adapters(adapters)
 
 

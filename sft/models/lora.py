@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sft.core.errors import UserError
+from sft.models import adapter_settings
 from sft.recipe import LoraSettings
 
 if TYPE_CHECKING:
@@ -102,20 +103,15 @@ def read_config(folder: Path) -> LoraConfig:
     """Read the config of a folder of adapters.
 
     Raises:
-        UserError: it is damaged, not of LoRA, or of a kind of LoRA that is not trained here.
+        UserError: see `adapter_settings`.
     """
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
+    adapter_settings(folder)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config: LoraConfig = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"{folder / CONFIG}: damaged, not the config of an adapter ({error})") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder}: an adapter of kind {config.peft_type}; only LoRA can be loaded")
-    others = ("use_dora", "use_rslora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    for name in others:
-        if getattr(config, name, None):
-            raise UserError(f"{folder / CONFIG}: has {name}, which is not trained here; load it with PEFT")
     return config
 
 

@@ -59,4 +59,13 @@ processor = AutoProcessor.from_pretrained(folder)
 ```
 
 The adapters hold the rows of all added tokens. The published base may have fewer, so it is loaded with room for them.
+transformers prints MISMATCH for these rows; they are then filled from the adapters.
+
+If the base is elsewhere, load it from there and give it to PEFT, in place of the line with `AutoPeftModel`:
+
+```python
+import peft, transformers
+base = transformers.AutoModelForImageTextToText.from_pretrained("BASE", dtype="float32"{room})
+model = peft.PeftModel.from_pretrained(base, folder)  # over BASE, a folder or a hub id
+```
 """

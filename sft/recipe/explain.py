@@ -133,6 +133,7 @@ training.betas (both in a list) = adam_beta1 adam_beta2
 training.optimizer = optim optimizer_type
 training.precision = bf16 fp16 dtype torch_dtype mixed_precision
 checkpoints.every_steps = save_steps save_interval
+every step is in metrics.jsonl = logging_steps log_interval logging_strategy
 evaluation.every_steps = eval_steps
 data.sequence_length = max_length max_seq_length max_seq_len cutoff_len seq_length
 data.validation.share = val_size val_set_size test_size
@@ -150,7 +151,8 @@ def _hint_from_others(name: str) -> str:
     """Return the hint for a key of another trainer."""
     known = name.lower().replace("-", "_")
     lines = (line.split(" = ") for line in ELSEWHERE.strip().splitlines())
-    return next((f"; here it is {key}" for key, names in lines if known in names.split()), "")
+    here = next((key for key, names in lines if known in names.split()), "")
+    return here and f"; here {'' if here.startswith('every ') else 'it is '}{here}"
 
 
 def _hint(location: Location) -> str:

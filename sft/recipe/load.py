@@ -42,7 +42,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping of keys, found {found}")
     changed = deepcopy(values)
     for override in overrides:
-        _apply(changed, override)
+        _apply(changed, override, overrides)
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """
     values = recipe.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, overrides)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -96,8 +96,8 @@ _ALTERNATIVES = {"training.epochs": "max_steps", "training.max_steps": "epochs"}
 """Overrides that take the place of another key of the same part."""
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set `a.b.0.c=value` in nested mappings and lists."""
+def _apply(values: dict[str, Any], override: str, overrides: Sequence[str]) -> None:
+    """Set `a.b.0.c=value`, one of several overrides, in nested mappings and lists."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key=value, as in training.max_steps=100")
@@ -122,7 +122,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
-        if value is not None and (other := _ALTERNATIVES.get(key)):
+        other = _ALTERNATIVES.get(key)
+        if value is not None and other and not any(one.startswith(f"training.{other}=") for one in overrides):
             place.pop(other, None)  # the recipe's
     else:
         raise UserError(f"override {override!r}: there is no {last!r} to set")

@@ -97,7 +97,8 @@ class TrainingRun:
         self.opened = open_model(recipe, base, log)
         self.monitors = self._make_monitors()
         steps = recipe.training.steps
-        from_main(lambda: go_back_to(asked, resume_from) if resume_from else claim_folder(asked, self.run_dir, steps))
+        kept = asked if self.saved is None or self.saved["step"] < steps else None
+        from_main(lambda: go_back_to(kept, resume_from) if resume_from else claim_folder(asked, self.run_dir, steps))
         choose_trained(recipe, self.opened, log)
         self.plans = plan_steps(recipe, sources, self.opened, rank)
         self.trainer = self._make_trainer()
@@ -132,7 +133,7 @@ class TrainingRun:
         if self.rank.of > 1:
             self.log(
                 f"{self.rank.of} processes, {self.engine}: {plans.micro_batches_per_step} micro-batches each a step, "
-                f"{plans.idle_share:.1%} of the places for packs idle"
+                f"{plans.idle_share * 100:.1f} % of the places for packs idle"
             )
         self.clock = _Clock(self.saved["spent"] if self.saved else {"tokens": 0, "seconds": 0, "cpu_seconds": 0})
         get_engine(self.engine).shard(opened.model, precision_of(recipe))

@@ -64,9 +64,11 @@ def progress_of(checkpoint: Path, sources: Sources) -> Progress:
     return progress
 
 
-def go_back_to(recipe: Recipe, checkpoint: Path) -> None:
-    """Remove later checkpoints, whose steps come again, and keep the recipe as it is now."""
-    (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+def go_back_to(recipe: Recipe | None, checkpoint: Path) -> None:
+    """Remove later checkpoints, whose steps come again, and keep the recipe as it is now. None is given where no step
+    is left to train: the recipe in the folder is that of its weights."""
+    if recipe:
+        (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
     for path in checkpoint.parent.glob("checkpoint-*"):
         if step_of(path) > step_of(checkpoint):
             discard(path)

@@ -119,10 +119,26 @@ def test_training_begins_with_what_it_is_trained_on():
     assert list(describe_data(report)) == [
         "mine: 10 samples, 3 held out, trained for 16 epochs",
         "mine: 2 skipped, no answer",
-        "20 steps of 8 packs, 100.0% full of tokens",
-        "warning: mine is drawn for 16.0 epochs, 0.8 in each step; a smaller training.tokens_per_step and "
+        "20 steps of 8 packs, 100.0 % full of tokens",
+        "warning: mine is drawn for 16.0 epochs, 0.8 in each step; training.tokens_per_step=192 and "
         "training.epochs=3 are better",
     ]
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "micro", "advice"),
+    [
+        (40, 512, 1, "5 steps; training.tokens_per_step=256 gives it more"),
+        (40, 512, 8, "5 steps; training.tokens_per_step=256 training.micro_batch_packs=4 gives it more"),
+        (5, 64, 1, "5 steps; a smaller data.sequence_length gives it more"),  # a step has one pack already
+        (1, 64, 1, "1 step; a smaller data.sequence_length gives it more"),
+    ],
+)
+def test_what_gives_more_steps_is_named(samples, tokens, micro, advice):
+    sizes = f"training.tokens_per_step={tokens}", f"training.micro_batch_packs={micro}"
+    recipe = recipe_of("training.epochs=1", "training.decay_steps=", "training.warmup_steps=", *sizes)
+    (warning,) = mix(recipe, [Toy(1, [64] * samples, name="mine", max_epochs=1)])["warnings"][-1:]
+    assert warning == f"training has {advice}"
 
 
 def test_what_data_are_called_is_printed_as_it_is():

@@ -84,9 +84,13 @@ def test_what_is_wrong_with_a_recipe_is_one_line(recipe, refusal):
 @pytest.mark.parametrize("command", ["validate", "prepare", "train"])
 def test_raw_files_that_are_not_there_are_named(recipe, refusal, command):
     assert "dataset 'messages': path nowhere.jsonl does not exist" in refusal(
-        command, recipe, "data.mixture.1.datasets.0.path=nowhere.jsonl", problems=2
+        command, recipe, "data.mixture.1.datasets.0.path=nowhere.jsonl"
     )
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_dataset_of_the_hub_is_no_missing_path(recipe):
+    assert status_of("validate", recipe, "data.mixture.1.datasets.0.path=owner/name") == 0
 
 
 def test_all_that_is_not_there_is_named_at_once(recipe, refusal):
@@ -126,13 +130,15 @@ def test_validate_looks_at_every_path(recipe, refusal, capsys, override, expecte
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(recipe, refusal):
-    assert f"{recipe}/stores: Not a directory" in refusal("prepare", recipe, f"data.store={recipe}/stores")
+    assert f"{recipe}/stores: cannot be made or written to: Not a directory" in refusal(
+        "prepare", recipe, f"data.store={recipe}/stores"
+    )
 
 
 def test_records_that_are_bad_are_a_mistake_of_the_source_and_path_that_are_named(recipe, refusal):
     bad = DATA / "messages" / "bad.jsonl"
     said = refusal("prepare", recipe, f"data.mixture.1.datasets.0.path={bad}")
-    assert f": messages ({bad}): 100.0% of 14 records bad (allowed: 0.0%): " in said
+    assert f": messages ({bad}): 100.0 % of 14 records bad (allowed: 0.0 %): " in said
 
 
 def test_validate_names_the_next_command(recipe, capsys):

@@ -1,6 +1,7 @@
 """Datasets from the command line: prepare one, look at it, hand it on; kill it and go on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from sft.cli.terminal import console, preparation
 from sft.core.file_lock import locked
+from sft.core.shipped import shipped_recipe
 from sft.data.datasets import Adapter
 from sft.data.encoded_arrays import encode_samples
 from sft.data.store import Settings, Store, prepare_store
@@ -183,11 +185,14 @@ def test_what_is_wrong_is_one_line(tmp_path, refusal):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
     assert f"prepare --dataset messages --path {tmp_path} --output stores/" in refusal("stats", tmp_path)
     assert "no prepared dataset here" in refusal("export", tmp_path, "--output", tmp_path / "x")
+    shutil.copy(shipped_recipe("quickstart"), tmp_path / "recipe.yaml")
+    said = refusal("stats", tmp_path)
+    assert f"{tmp_path}: a run; its stores are: {tmp_path}/stores/" in said and "/stores/easy_vqa-" in said
 
 
 def test_too_many_bad_records_are_a_mistake_with_the_table(tmp_path, refusal):
     bad = ["prepare", "--dataset", "messages", "--path", DATA / "bad.jsonl", "--output", tmp_path / "store"]
-    assert f"messages ({DATA / 'bad.jsonl'}): 100.0% of 14 records bad (allowed: 5.0%)" in refusal(*bad)
+    assert f"messages ({DATA / 'bad.jsonl'}): 100.0 % of 14 records bad (allowed: 5.0 %)" in refusal(*bad)
     assert len((tmp_path / "store.skips.jsonl").read_text().splitlines()) == 14
 
 

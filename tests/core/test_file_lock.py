@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,13 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_holds_nothing(tmp_path,
     with locked(tmp_path), pytest.raises(UserError, match="another idefics-sft is writing here"), locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir()), "nothing is left of it"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_folder_that_cannot_be_made_is_not_taken_for_held(beside):
+    expected = r"cannot be made or written to: .*'/proc/nowhere'"
+    with pytest.raises(OSError, match=expected), locked(Path("/proc/nowhere"), beside=beside):
+        pass
 
 
 def test_a_killed_process_holds_nothing(tmp_path):

@@ -14,6 +14,8 @@ from sft.data.datasets import Adapter, adapter_names
         ("mesages", ".", {}, "unknown dataset 'mesages'; did you mean 'messages'?"),
         ("messages", None, {}, "dataset 'messages': needs `path`"),
         ("messages", "nowhere.jsonl", {}, "dataset 'messages': path nowhere.jsonl does not exist$"),
+        ("messages", "raw/mydata", {}, "dataset 'messages': path raw/mydata does not exist$"),  # no `owner/name`
+        ("messages", "owner/name.jsonl", {}, "dataset 'messages': path owner/name.jsonl does not exist$"),
         ("m3it", "raw/m3it", {}, "path raw/m3it does not exist; docs/data.md#m3it has the command that downloads it"),
         (
             "messages",

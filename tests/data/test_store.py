@@ -108,16 +108,18 @@ def test_a_bug_of_an_adapter_names_its_record(tmp_path):
     assert caught.value.__notes__ == ["while reading the record toys/0"]
 
 
-def test_too_many_bad_records_stop_with_the_table(tmp_path):
+def test_too_many_bad_records_stop_with_the_table(tmp_path, monkeypatch):
     toys = Toys(shown("good", "Hi."), shown("bad", b"?"), SkipSample("no messages"), SkipSample("no messages"))
-    with pytest.raises(UserError) as caught:
-        prepared(tmp_path, toys, max_skip_share=0.7)
-    assert re.sub("[0-9,]+ bytes", "N bytes", str(caught.value)) == (
-        "toys: 75.0% of 4 records bad (allowed: 70.0%): 2 no messages (as toys/2), 1 image does not decode "
-        "(as bad: image 1 of the record)"
-        f"; all of them: {tmp_path}/toys.skips.jsonl"
-        f"; {tmp_path}/.toys.pieces keeps N bytes of finished work, from which the next run goes on"
+    expected = (
+        "toys: 75.0 % of 4 records bad (allowed: 70.0 %): 2 no messages (as toys/2), 1 image does not decode "
+        f"(as bad: image 1 of the record); all of them: {tmp_path}/toys.skips.jsonl"
     )
+    kept = f"; {tmp_path}/.toys.pieces keeps N bytes of finished work, from which the next run goes on"
+    for notable, message in ((10**6, expected), (1, expected + kept)):
+        monkeypatch.setattr("sft.data.store.write.NOTABLE_BYTES", notable)
+        with pytest.raises(UserError) as caught:
+            prepared(tmp_path, toys, max_skip_share=0.7)
+        assert re.sub("[0-9,]+ bytes", "N bytes", str(caught.value)) == message
     assert len((tmp_path / "toys.skips.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "toys").exists()
     assert len(prepared(tmp_path, toys, max_skip_share=0.75)) == 1
@@ -162,10 +164,10 @@ def test_it_stops_early_where_most_records_are_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "EARLY_RECORDS", 4)
     bad = [SkipSample("no messages")]
     toys = Toys(*[shown("good", "Hi.")] * 2, *bad * 18)
-    with pytest.raises(UserError, match=r"66\.7% of 6 records bad \(allowed: 5\.0%\)"):
+    with pytest.raises(UserError, match=r"66\.7 % of 6 records bad \(allowed: 5\.0 %\)"):
         prepared(tmp_path, toys, max_skip_share=0.05)
     assert toys.num_read == 7, "one more than three pieces"
-    with pytest.raises(UserError, match=r"50\.0% of 20 records"):
+    with pytest.raises(UserError, match=r"50\.0 % of 20 records"):
         prepared(tmp_path / "half", Toys(*[*bad, shown("good", "Hi.")] * 10), max_skip_share=0.05)
     assert len(prepared(tmp_path / "all", toys, max_skip_share=0.9)) == 2
 
@@ -176,7 +178,7 @@ def test_a_finished_store_is_refused_where_fewer_bad_records_are_allowed(tmp_pat
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, toys, max_skip_share=0.4)
     assert str(caught.value) == (
-        "toys: 50.0% of 2 records bad (allowed: 40.0%): 1 no messages (as toys/1)"
+        "toys: 50.0 % of 2 records bad (allowed: 40.0 %): 1 no messages (as toys/1)"
         f"; all of them: {tmp_path}/toys/skips.jsonl"
     )
     assert len(prepared(tmp_path, toys)) == 1 and toys.num_read == 2
@@ -185,7 +187,7 @@ def test_a_finished_store_is_refused_where_fewer_bad_records_are_allowed(tmp_pat
 def test_filtered_records_are_not_dirty_but_something_must_be_left(tmp_path):
     filtered = SkipSample("too small", filtered=True)
     assert len(prepared(tmp_path, Toys(filtered, filtered, shown("good", "Hi.")), max_skip_share=0.0)) == 1
-    with pytest.raises(UserError, match=r"none of 1 records is left: 1 too small \(as toys/0\)"):
+    with pytest.raises(UserError, match=r"no record of 1 is left: 1 too small \(as toys/0\)"):
         prepared(tmp_path / "else", Toys(filtered))
 
 

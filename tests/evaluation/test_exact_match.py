@@ -61,7 +61,8 @@ def test_questions_are_read_and_mistakes_are_named(tmp_path):
     assert (second.id, second.where, second.answers) == ("x", f"{file}:3", ("a", "b"))
     for line, expected in (
         ("{", ":1: not JSON"),
-        ("[]", ':1: expected an object with "question"'),
+        ("[]", ':1: expected an object with "question" and "answer" or "answers", found an empty list'),
+        ('{"messages": [], "images": []}', ":1: expected an object .*, found one with messages, images"),
         ('{"question": "q"}', ":1: no answer"),
         ('{"question": "q", "answer": 3}', ':1: expected "answer" as a text'),
         ('{"question": "q", "answer": "a", "anwser": 1}', ":1: unknown key 'anwser'"),

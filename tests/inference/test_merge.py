@@ -245,5 +245,9 @@ def test_the_command_line(checkpoint, tmp_path, capsys, refusal):
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == ends == [2, 402]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").touch()
-    for kept in (tmp_path / "photos", checkpoint, checkpoint.parent):
-        assert "is there already" in refusal("merge", checkpoint, "--output", kept, "--overwrite")
+    for kept, why in (
+        (tmp_path / "photos", "holds no model, so --overwrite leaves it alone; choose"),
+        (checkpoint, "is or holds the model that is merged; choose another"),
+        (checkpoint.parent, "is or holds the model that is merged; choose another"),
+    ):
+        assert f"{kept}: {why}" in refusal("merge", checkpoint, "--output", kept, "--overwrite")

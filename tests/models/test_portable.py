@@ -55,24 +55,28 @@ V = model.config.vocab_size
 ids = torch.tensor([[1, V, V + 1, V, 40, 50, V + 2, 60, 2]])
 pixels = torch.rand(1, 1, 3, *[model.config.vision_config.image_size] * 2, generator=torch.Generator().manual_seed(0))
 looks = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
+asked = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, image_attention_mask=looks)
 with torch.no_grad():
-    logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels,
-                          image_attention_mask=looks).logits
+    logits = model.eval()(**asked).logits
+{moved}
+with torch.no_grad():
+    assert torch.equal(model.eval()(**asked).logits, logits)
 tokenizer = processor.tokenizer
 torch.save((ids, pixels, looks, logits, tokenizer.convert_tokens_to_ids("<end_of_utterance>"), tokenizer.eos_token,
             tokenizer.padding_side), "logits.pt")
 """
 
 
-def test_adapters_open_elsewhere_over_the_published_base_by_the_lines_of_their_readme(copy):
+def test_adapters_open_elsewhere_over_the_published_base_by_the_lines_of_their_readme(copy, tmp_path):
     """Nothing is there but the folder and the base as it was published."""
     expected = load_for_inference(copy, precision="float32").model
     (copy / "recipe.yaml").unlink()
     config = json.loads((copy / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(REPOSITORY / "tiny_base")
-    snippet = (copy / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    snippet, moved = re.findall(r"```python\n(.*?)```", (copy / "README.md").read_text(), re.DOTALL)
+    moved = moved.replace('"BASE"', repr(shutil.copytree(REPOSITORY / "tiny_base", tmp_path / "elsewhere").as_posix()))
     subprocess.run(
-        [sys.executable, "-c", ELSEWHERE.format(snippet=snippet)],
+        [sys.executable, "-c", ELSEWHERE.format(snippet=snippet, moved=moved)],
         cwd=copy,
         check=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -115,6 +119,9 @@ def test_training_goes_on_from_adapters(run, tmp_path, monkeypatch, refusal):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     config = json.loads((tmp_path / "further" / "checkpoints" / "checkpoint-1" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(REPOSITORY / "tiny_base")
+    validated = "import sys; from sft.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", validated, "validate", *on]
+    assert subprocess.run(command, check=True, capture_output=True).stderr == b"", "quick and quiet"
     refused = {
         "model.lora.r=4": "model.lora.r: 4, the adapters of .* have 2",
         "model.lora.alpha=8": "model.lora.alpha: 8, the adapters of .* have 32",

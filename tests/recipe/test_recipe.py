@@ -142,11 +142,25 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path, found, written, expected
         ("epochs=3", "epochs: unknown key; here it is training.epochs"),
         ("micro_batch_size=4", "micro_batch_size: unknown key; here it is training.micro_batch_packs"),
         ("training.lr=1.0e-4", "training.lr: unknown key; here it is training.learning_rate"),
+        ("training.logging_steps=1", "training.logging_steps: unknown key; here every step is in metrics.jsonl"),
+        ("save_steps=9", "save_steps: unknown key; here it is checkpoints.every_steps"),
+        ("eval_steps=9", "eval_steps: unknown key; here it is evaluation.every_steps"),
+        ("training.seed=9", "training.seed: unknown key; did you mean 'evaluation.seed' or 'seed'?"),
+        ("training.output_dir=x", "training.output_dir: unknown key; did you mean 'output_dir'?"),
+        ("training.fp16=true", "training.fp16: unknown key; here it is training.precision"),
         ("training.epochs=0", "training.epochs: expected a number greater than 0, found 0"),
     ],
 )
 def test_a_wrong_value_is_one_message_without_words_of_python(tmp_path, override, expected):
     assert refusal(tmp_path, override) == f"override {override!r}: {expected}"
+
+
+def test_of_two_ends_of_training_neither_wins(tmp_path):
+    assert read(tmp_path, "training.epochs=3").training.max_steps is None, "the recipe's gives way"
+    assert read(tmp_path, "training.max_steps=", "training.epochs=3").training.epochs == 3
+    said = refusal(tmp_path, "training.max_steps=5", "training.epochs=3")
+    assert said.endswith("max_steps and epochs both say when training ends; leave one out"), said
+    assert said.startswith("overrides 'training.max_steps=5', 'training.epochs=3': ")
 
 
 @pytest.mark.parametrize(

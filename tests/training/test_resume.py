@@ -213,6 +213,7 @@ def test_a_run_of_epochs_goes_on_with_more_of_them(tmp_path):
     once = sum(line["sources"]["pictures"]["tokens"] for line in lines[: first.step])
     assert sum(line["sources"]["pictures"]["tokens"] for line in lines) == 2 * once
     assert lines[-1]["learning_rate"] < longer.training.learning_rate / finished.step * 1.5
+    assert train(short, console(to_stderr=True), allow_changed=True).step == finished.step, "nothing is left to train"
     assert load_recipe(Path(longer.output_dir) / "recipe.yaml").training == longer.training
 
 

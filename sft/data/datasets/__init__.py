@@ -100,7 +100,7 @@ class Adapter:
     def is_of_hub(self) -> bool:
         """Whether the path names a dataset of the hub, and nothing here."""
         reads_hub = getattr(self.module, "READS_HUB", False)
-        return reads_hub and self.asked is not None and is_hub_id(self.asked) and not Path(self.asked).parent.exists()
+        return reads_hub and self.asked is not None and is_hub_id(self.asked)
 
     @cached_property
     def _hub_files(self) -> list[Path]:

@@ -11,8 +11,10 @@ from sft.core.shipped import DATA_SUFFIXES
 
 
 def is_hub_id(path: str) -> bool:
-    """Return whether a path has the form `owner/name`, and not the ending of a file."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not path.lower().endswith((".json", *DATA_SUFFIXES))
+    """Return whether a path has the form `owner/name`, and neither the ending of a file nor a folder that is here."""
+    is_here = path.startswith(("raw/", "data/", "datasets/", "my_data/")) or Path(path).parent.is_dir()
+    is_file = path.lower().endswith((".json", *DATA_SUFFIXES))
+    return not is_here and not is_file and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path))
 
 
 def hub_cache() -> Path:

@@ -20,6 +20,7 @@ from sft.data.store.image_files import IMAGE_FILES, changed_image_files
 from sft.data.store.image_keys import KEYS, ORDER, read_numbers
 from sft.data.store.pieces import Counts
 from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
+from sft.runs.names import find_recipe
 
 VERSION = 5
 """Raised when the layout changes; stores of another version are refused."""
@@ -44,6 +45,10 @@ class Store:
         """
         self.path = path
         if not (path / MANIFEST).is_file():
+            if (path / "recipe.yaml").is_file():
+                data = find_recipe(str(path)).data
+                stores = (part.store_in(data.store) for source in data.mixture for part in source.datasets)
+                raise UserError(f"{path}: a run; its stores are: {', '.join(map(str, stores))}")
             raw, output = (path, Path("stores", path.stem)) if path.exists() else (Path("RAW"), path)
             make = f"idefics-sft prepare --dataset messages --path {raw} --output {output}"
             raise UserError(f"{path}: no prepared dataset here; `{make}` makes one")

@@ -22,6 +22,9 @@ from sft.data.store.pieces import Counts, Settings, Verify, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
 from sft.data.store.schedule import FAILED, OnRecords, open_pieces, piece_folders, pieces_folder, write_pieces
 
+NOTABLE_BYTES = 10**6
+"""Work of fewer bytes is kept without a word."""
+
 
 def prepare_store(
     raw: Adapter,
@@ -81,6 +84,7 @@ def _explain_leftover(pieces: Path) -> Iterator[None]:
         num_bytes = sum(file.stat().st_size for piece in piece_folders(pieces) for file in piece.iterdir())
         if not num_bytes:
             discard(pieces)
+        if num_bytes < NOTABLE_BYTES:
             raise
         kept = f"{pieces} keeps {num_bytes:,} bytes of finished work, from which the next run goes on"
         raise UserError(*error.args[:-1], f"{error.args[-1]}; {kept}") from error
@@ -201,14 +205,15 @@ def _check_counts(counts: Counts, called: str, listed: Path, pieces: Path, max_s
     _check_share(counts, called, listed, max_skip_share)
     discard(pieces)
     raise UserError(
-        f"{called}: none of {counts.records:,} records is left: {_table(counts.filtered + counts.skipped, counts)}"
+        f"{called}: no record of {counts.records:,} is left: {_table(counts.filtered + counts.skipped, counts)}"
     )
 
 
 def _check_share(counts: Counts, called: str, listed: Path, max_skip_share: float) -> None:
     if counts.skip_share > max_skip_share:
         raise UserError(
-            f"{called}: {counts.skip_share:.1%} of {counts.records:,} records bad (allowed: {max_skip_share:.1%}): "
+            f"{called}: {counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} bad "
+            f"(allowed: {max_skip_share * 100:.1f} %): "
             f"{_table(counts.skipped, counts)}; all of them: {listed}"
         )
 

@@ -28,6 +28,7 @@ from sft.evaluation.open_questions import OpenQuestion, OpenQuestions
 from sft.evaluation.results import Result
 from sft.evaluation.task import Answer
 from sft.evaluation.task_source import TaskSource
+from sft.recipe.explain import in_words
 
 if TYPE_CHECKING:
     from sft.models.chat_template import ChatTemplate
@@ -124,7 +125,8 @@ def _question(file: Path, number: int, line: str) -> OpenQuestion:
     except ValueError as error:
         raise UserError(f"{where}: not JSON; expected one object a line") from error
     if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise UserError(f'{where}: expected an object with "question" and "answer" or "answers"')
+        found = f"one with {', '.join(row) or 'no keys'}" if isinstance(row, dict) else in_words(row)
+        raise UserError(f'{where}: expected an object with "question" and "answer" or "answers", found {found}')
     if unknown := sorted(row.keys() - _KEYS):
         raise UserError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(sorted(_KEYS))})")
     answers, names = _texts(row, "answer", where), _texts(row, "image", where)
