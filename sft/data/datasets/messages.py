@@ -18,23 +18,34 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from sft.core.errors import UserError, nearest
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Role, Sample, SkipSample
-from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, listed_images, no_messages, to_messages
-from sft.data.datasets._meaning import FLAGS, Keys, is_image_key, noting_images
+from sft.data.datasets._conversation import (
+    PART_KEYS,
+    SYSTEMS,
+    TURN_KEYS,
+    is_texts,
+    listed_images,
+    no_messages,
+    to_messages,
+    two_forms,
+)
+from sft.data.datasets._meaning import FLAGS, Keys, is_image_key
 from sft.data.formats import Row, read_json, read_records, record_files
 
 LICENCE = "your own"
 READS_HUB = True
-VERSION = 3
+VERSION = 4
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
 QUESTIONS = ("user", "prompt", "query", "instruction", "question")
 ANSWERS = ("assistant", "completion", "response", "output", "answer")
 """What a question and its answer are called in a record without turns, and in each of its `texts`."""
+FORMS = ("messages", "conversations", "texts", "document")
 ROUND = " ".join((*QUESTIONS, *ANSWERS, "input history document"))
 KEYS = Keys.of(
     " ".join(("messages conversations texts images image", *SYSTEMS)), turn=TURN_KEYS, part=PART_KEYS, rounds=ROUND
@@ -87,15 +98,17 @@ def _what_is_in(folder: Path) -> str:
     return f"the folder holds {', '.join(names) or 'nothing'}"
 
 
-@noting_images
-def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file."""
+def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> Iterator[Row | SkipSample]:
+    """Yield the records of a file. In `metadata` of a folder of images `file_name` is the image."""
     records = read_records(file)
     first = next(records, None)
     if first is None:
         raise UserError(f"{file}: the file has no records; expected such as {EXPECTED}")
-    yield first
-    yield from records
+    is_folder_of_images = file.name.startswith("metadata.") and "file_name" not in (columns or {}).values()
+    for row in chain([first], records):
+        if is_folder_of_images and isinstance(row, dict) and "image" not in row and "images" not in row:
+            row = {("image" if key == "file_name" else key): value for key, value in row.items()}
+        yield row
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -124,17 +137,30 @@ def to_sample(
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:
-    """Return a record by our names of its columns; what it has under other names of a question or answer is not
-    read."""
+    """Return a record by our names of its columns; what it has under other names of the same is not read."""
+    names = {*FORMS, *ROUND.split(), "images", "image", *SYSTEMS}
+    if unknown := [ours for ours in columns if ours not in names]:
+        near = nearest(unknown[0], names) or f" (known: {', '.join(sorted(names))})"
+        raise UserError(f"dataset 'messages': option columns: unknown name {unknown[0]!r}{near}")
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         found = ", ".join(key for key in row if not key.startswith("__"))
         raise SkipSample("no such column", detail=f"{missing[0]!r}{nearest(missing[0], row)} (found {found})"[:200])
-    kept = {key: value for key, value in row.items() if key not in ROUND.split() and key not in columns.values()}
+    same = [kind for kind in ((*QUESTIONS, "input", "history"), ANSWERS, ("images", "image")) if {*kind} & {*columns}]
+    if {*columns} & {*FORMS}:
+        same.append((*FORMS, *ROUND.split()))
+    elif {*columns} & {*ROUND.split()}:
+        same.append(FORMS)
+    kept = {key: value for key, value in row.items() if not any(key in kind for kind in (*same, columns.values()))}
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _turns(row: Row) -> Any:
     """Return the turns of a record, in whichever form."""
+    found = [name for name in FORMS if row.get(name)]
+    asked = [[name for name in names if row.get(name)] for names in (QUESTIONS, ANSWERS)]
+    found += chain(*asked) if all(asked) and found in (["texts"], ["document"]) else ()
+    if any(row[name] != row[found[0]] for name in found):
+        raise two_forms(found)
     if row.get("messages") or row.get("conversations"):
         return row.get("messages") or row["conversations"]
     if row.get("document"):
@@ -159,13 +185,16 @@ def _round(asked: Any, row: Row) -> list[Any]:
         for names in (QUESTIONS, ANSWERS)
     )
     if not questions or not answers:
-        raise no_messages(found or row)
+        raise no_messages(found or row, ("messages", "conversations"), QUESTIONS + ANSWERS)
     if len(questions) > 1 or len(answers) > 1:
         names = ", ".join(questions + answers)
         raise SkipSample("several questions or answers", detail=f"{names}; say which by the option columns")
     question, answer, more = found[questions[0]], found[answers[0]], found.get("input")
     if more and not (isinstance(question, str) and isinstance(more, str)):
         raise SkipSample("input is not text", detail=type(more).__name__)
+    if is_texts(question) and is_texts(answer) and len(question) == len(answer):
+        pairs = ({questions[0]: one, answers[0]: its} for one, its in zip(question, answer, strict=True))
+        return [turn for pair in pairs for turn in _round(found | pair, row)]
     flags = {name: found[name] for name in FLAGS if name in found}
     return [*_as_turns("user", f"{question}\n{more}" if more else question, {}), *_as_turns("assistant", answer, flags)]
 

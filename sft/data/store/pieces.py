@@ -34,7 +34,7 @@ class ToSample(Protocol):
 
     name: str
 
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+    def not_read(self, row: Row, sample: Sample | None = None) -> Iterable[tuple[str, Any]]:
         """Yield the keys of a record that mean nothing to `to_sample`, and what they hold."""
 
     def to_sample(self, row: Row) -> Sample:
@@ -150,8 +150,8 @@ def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
             try:
                 if isinstance(row, SkipSample):
                     raise row
-                counts.pass_over(task.adapter.not_read(row))
                 sample = task.adapter.to_sample(row)
+                counts.pass_over(task.adapter.not_read(row, sample))
                 key = sample.key
                 _check_text(sample)
                 loaded = [_load(image, number, reader, seen, task) for number, image in enumerate(sample.images, 1)]

@@ -62,7 +62,7 @@ class RawDataset(Protocol):
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """Return the raw records of a file."""
 
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
+    def not_read(self, row: Row, sample: Sample | None = None) -> Iterable[tuple[str, Any]]:
         """Yield the keys of a record that are not read, and what they hold."""
 
     def to_sample(self, row: Row) -> Sample:

@@ -182,7 +182,7 @@ def test_a_marker_is_a_word_only_in_a_file_without_images(tmp_path, record):
         ["image marker without an image"] if record else word
     )
     in_turn = {"messages": [ASKED[0] | {"images": ["photos/dog.png"]}, ASKED[1]]}
-    assert read(tmp_path, in_turn) == ["image marker without an image"]
+    assert read(tmp_path, in_turn) == ["turn has images"]
     first, second = read(tmp_path, alone, {"messages": ASKED, "images": ["photos/dog.png"]})
     assert (first, said(second)[0]) == ("image marker without an image", DOG)
 
@@ -306,9 +306,22 @@ def test_a_missing_image_is_named(tmp_path):
     [
         ("<image><image>Same?", ["photos/dog.png"], "2 <image> markers but 1 image"),
         ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
-        ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
-        ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image"),
-        ([{"type": "image", "path": "photos/dog.png"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
+        (
+            [{"type": "text", "text": "<image>Hm?"}],
+            ["photos/dog.png"],
+            "0 <image> markers but 1 image; <image> is text here",
+        ),
+        ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image; <image_0> is text here"),
+        (
+            [{"type": "image", "path": "photos/dog.png"}],
+            ["photos/dog.png"],
+            "0 <image> markers but 1 image; 1 more by name or in parts",
+        ),
+        (
+            [{"type": "image", "index": 0}],
+            ["photos/dog.png", "photos/cat.png"],
+            "0 <image> markers but 1 image; indices name 1 more",
+        ),
     ],
 )
 def test_markers_that_do_not_match_the_images_are_a_bad_record_with_both_numbers(tmp_path, content, images, found):
