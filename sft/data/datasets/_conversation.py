@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 from sft.core.errors import nearest
 from sft.core.images import base64_image
 from sft.core.sample import ImageRef, Message, Role, SkipSample
-from sft.data.datasets._meaning import FLAGS, Keys, image_mark, is_image_key, is_trained
+from sft.data.datasets._meaning import FLAGS, Keys, image_mark, is_image_key, is_image_like, is_trained, shown
 from sft.data.formats import Row
 
 MARKER = "<image>"
@@ -220,7 +220,7 @@ def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list
         found += f"; {mark} is text here" if mark else ""
         own = sum(place.image is not None for place in places)
         found += f"; {own} more by name or in parts" if own else f"; indices name {len(named)} more" if named else ""
-        others = [key for key in row if is_image_key(key) and row[key] and key not in ("image", "images")]
+        others = [key for key in row if key not in LLAVA.record and row[key] and is_image_like(key, shown(row[key]))]
         found += f"; {', '.join(others)} is not read, expected image or images" if others else ""
         raise SkipSample(
             "markers and images differ in number" if images else "image marker without an image",

@@ -108,7 +108,7 @@ class Keys(NamedTuple):
         return isinstance(row, dict) and any(
             (not _is_empty(value) and (is_image_key(key) or _is_medium(key)))
             or (key == "type" and re.search("image|video|audio", str(value)) is not None)
-            or (level == "" and key not in known and key not in TURNS and is_image_like(key, _start(value)))
+            or (level == "" and key not in known and key not in TURNS and is_image_like(key, shown(value)))
             for level, holder, known in self._holders(row)
             for key, value in holder.items()
         )
@@ -178,7 +178,7 @@ def _meaning(key: str, value: Any) -> str | None:
     return None if _is_empty(value) or _is_no(value) else _reason(key)
 
 
-def _start(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return how Python shows the begin of a value."""
     return repr(value[:200] if isinstance(value, str | bytes) else value[:1] if isinstance(value, list) else value)
 

@@ -45,6 +45,7 @@ EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistan
 QUESTIONS = ("user", "prompt", "query", "instruction", "question")
 ANSWERS = ("assistant", "completion", "response", "output", "answer")
 """What a question and its answer are called in a record without turns, and in each of its `texts`."""
+FILE_NAMES = {"file_name": "image", "file_names": "images"}
 FORMS = ("messages", "conversations", "texts", "document")
 ROUND = " ".join((*QUESTIONS, *ANSWERS, "input history document"))
 KEYS = Keys.of(
@@ -99,15 +100,16 @@ def _what_is_in(folder: Path) -> str:
 
 
 def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file. In `metadata` of a folder of images `file_name` is the image."""
+    """Yield the records of a file. In `metadata` of a folder of images `file_name` is the image, as `imagefolder` of
+    `datasets` has it."""
     records = read_records(file)
     first = next(records, None)
     if first is None:
         raise UserError(f"{file}: the file has no records; expected such as {EXPECTED}")
-    is_folder_of_images = file.name.startswith("metadata.") and "file_name" not in (columns or {}).values()
+    names = {name: ours for name, ours in FILE_NAMES.items() if name not in (columns or {}).values()}
     for row in chain([first], records):
-        if is_folder_of_images and isinstance(row, dict) and "image" not in row and "images" not in row:
-            row = {("image" if key == "file_name" else key): value for key, value in row.items()}
+        if file.name.startswith("metadata.") and isinstance(row, dict) and {"image", "images"}.isdisjoint(row):
+            row = {names.get(key, key): value for key, value in row.items()}
         yield row
 
 
@@ -145,12 +147,11 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         found = ", ".join(key for key in row if not key.startswith("__"))
         raise SkipSample("no such column", detail=f"{missing[0]!r}{nearest(missing[0], row)} (found {found})"[:200])
-    same = [kind for kind in ((*QUESTIONS, "input", "history"), ANSWERS, ("images", "image")) if {*kind} & {*columns}]
-    if {*columns} & {*FORMS}:
-        same.append((*FORMS, *ROUND.split()))
-    elif {*columns} & {*ROUND.split()}:
-        same.append(FORMS)
-    kept = {key: value for key, value in row.items() if not any(key in kind for kind in (*same, columns.values()))}
+    kinds = [{*QUESTIONS, "input", "history"}, {*ANSWERS}, {"images", "image"}]
+    same = {*columns.values()}.union(*(kind for kind in kinds if kind & {*columns}))
+    same |= {*FORMS} if {*columns} & {*ROUND.split(), *FORMS} else set()
+    same |= {*ROUND.split()} if {*columns} & {*FORMS} else set()
+    kept = {key: value for key, value in row.items() if key not in same}
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 

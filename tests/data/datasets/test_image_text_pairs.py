@@ -145,7 +145,7 @@ def test_parquet_output_of_img2dataset_holds_its_images(tmp_path):
         f"<{len(RED)} bytes>|A heron by the weir",
         "filtered: download failed",
     ]
-    two = [good | {"jpg": RED, "txt": "A heron"}, good | {"jpg": RED, "png": b"?"}]
+    two = [good | {"jpg": RED, "png": None, "txt": "A heron"}, good | {"jpg": RED, "png": b"?"}]
     assert shown(write_parquet(tmp_path / "1.parquet", two)) == ["several images or captions"] * 2
 
 
