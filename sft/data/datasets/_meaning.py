@@ -17,9 +17,6 @@ TURNS = ("messages", "conversations", "turns", "texts", "prompt", "completion")
 FLAGS = frozenset(("weight", "loss", "loss_weight", "loss_scale", "train"))
 """Keys by which others say whether a turn is to be learned: OpenAI, ms-swift, LLaMA-Factory, axolotl."""
 
-AS_TEXT = " as text"
-"""How `prepare` counts a placeholder of an image in a file without images: behind its name."""
-
 NOT_LEARNED = "record or turn is marked as not to be learned"
 _REASONS = {
     "record has video or audio": "(input_)?(video|audio|wav|mp[34])s?(_?(path|url|uri|file|clip|bytes|base64|b64|data|"
@@ -70,7 +67,7 @@ class Keys(NamedTuple):
     def not_read(self, row: Row, sample: Sample | None = None) -> Iterator[tuple[str, Any]]:
         """Yield the other keys of a record, its turns and its parts that hold something, and what they hold; and what
         stands for images and the like in the texts of its sample."""
-        yield from {f"{mark}{AS_TEXT}": text for _, mark, text in _placeholders(sample)}.items() if sample else ()
+        yield from {f"{mark} as text": text for _, mark, text in _placeholders(sample)}.items() if sample else ()
         for level, holder, known in self._holders(row):
             for key, value in holder.items():
                 if key not in known and not _is_empty(value) and not key.startswith("__"):
@@ -175,7 +172,8 @@ def _meaning(key: str, value: Any) -> str | None:
         return "answer is labelled as bad" if any(map(_is_no, labels)) else None
     if key.lower() in _PLAIN_WORDS and isinstance(value, str) and value.strip()[:1] not in ("[", "{"):
         return None
-    return None if _is_empty(value) or _is_no(value) else _reason(key)
+    reason = _reason(key)
+    return None if reason is None or _is_empty(value) or _is_no(value) else reason
 
 
 def shown(value: Any) -> str:

@@ -29,7 +29,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from sft.core.errors import UserError, nearest
 from sft.core.images import base64_image
@@ -40,6 +39,12 @@ from sft.data.formats import Row, read_json, read_records
 
 LICENCE = "other: every subset keeps the licence of its source"
 KEYS = Keys.of("instruction inputs outputs meta image_base64_str image_str img_str image_base64 image images")
+
+OF_TEMPLATES = frozenset(
+    ["question", "inputs", "input", "context", "answer", "outputs", "output", "caption", "response", "sentences"]
+)
+OF_TEMPLATES |= {"paraphrased_answer", "original_answer", "rationale", "gold_label", "hypothesis"}
+"""Fields of the raw form that become text."""
 
 SELECTION = (
     *("coco", "textcap", "image-paragraph-captioning"),
@@ -168,32 +173,16 @@ def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int 
                 yield SkipSample(skip.reason, detail=skip.detail, where=here)
 
 
-class _Noting(dict[str, Any]):
-    """A row that notes which of its fields were read."""
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
-
-
 def _loader_form(row: Row, instruction: str) -> Row:
     """Return what M3IT.py made of a raw row."""
-    row = noting = _Noting(row)
     subset = row["__subset__"]
     inputs, outputs = TEMPLATES.get(subset, general)(row)
     if subset in ("mocheg", "vsr"):
         instruction += " Options: True or False."
     if "[HYPO]" in instruction:  # snli-ve: the sentence stands inside the instruction
         instruction, inputs = instruction.replace("[HYPO]", inputs), ""
-    kept = {name: value for name, value in row.items() if name.startswith("__") or name not in noting.read}
+    of_template = OF_TEMPLATES | ({"label"} if subset.startswith("imagenet") else set())
+    kept = {name: value for name, value in row.items() if name not in of_template}
     return kept | {"instruction": instruction, "inputs": inputs, "outputs": outputs}
 
 

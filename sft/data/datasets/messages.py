@@ -25,16 +25,8 @@ from typing import Any, Literal
 from sft.core.errors import UserError, nearest
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Role, Sample, SkipSample
-from sft.data.datasets._conversation import (
-    PART_KEYS,
-    SYSTEMS,
-    TURN_KEYS,
-    is_texts,
-    listed_images,
-    no_messages,
-    to_messages,
-    two_forms,
-)
+from sft.data.datasets import _conversation
+from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, is_texts, listed_images, to_messages
 from sft.data.datasets._meaning import FLAGS, Keys, is_image_key
 from sft.data.formats import Row, read_json, read_records, record_files
 
@@ -161,7 +153,7 @@ def _turns(row: Row) -> Any:
     asked = [[name for name in names if row.get(name)] for names in (QUESTIONS, ANSWERS)]
     found += chain(*asked) if all(asked) and found in (["texts"], ["document"]) else ()
     if any(row[name] != row[found[0]] for name in found):
-        raise two_forms(found)
+        raise _conversation.two_forms(found)
     if row.get("messages") or row.get("conversations"):
         return row.get("messages") or row["conversations"]
     if row.get("document"):
@@ -186,7 +178,7 @@ def _round(asked: Any, row: Row) -> list[Any]:
         for names in (QUESTIONS, ANSWERS)
     )
     if not questions or not answers:
-        raise no_messages(found or row, ("messages", "conversations"), QUESTIONS + ANSWERS)
+        raise _conversation.no_messages(found or row, ("messages", "conversations"), QUESTIONS + ANSWERS)
     if len(questions) > 1 or len(answers) > 1:
         names = ", ".join(questions + answers)
         raise SkipSample("several questions or answers", detail=f"{names}; say which by the option columns")
