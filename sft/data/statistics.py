@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sft.data.datasets import read_keys
-from sft.data.datasets._meaning import AS_TEXT, is_image_like
+from sft.data.datasets._meaning import is_image_like
 from sft.data.store import Store
 
 _SERIOUS = re.compile(" other than |label|reject|chosen|prefer|negative|weight|loss|score|video|audio|tool|image")
@@ -54,16 +54,15 @@ def not_read(store: Store) -> list[str]:
     """Return in words which keys of a store's records were not read; before them which seem to hold images, and which
     placeholders of images are trained as text."""
     counts, records = Counter(store.manifest.get("not_read", {})), f" of {store.manifest['records']:,}"
-    texts = [key for key in counts if key.endswith(AS_TEXT)]
-    of_text = [f"warning: {counts.pop(key):,}{records} records have {key}, not as an image" for key in texts]
-    lines = of_text[:6]
+    texts = [key for key in counts if key.endswith(" as text")]
+    lines = [f"warning: {counts.pop(key):,}{records} records have {key}, not as an image" for key in texts]
     keys = read_keys(store.manifest["adapter"]["name"])
     for key in counts:
         value, name = store.manifest["examples"][f"not read: {key}"], key.rpartition(": ")[2]
         if is_image_like(name, value):
             names = ("images", "image", "image_id") if name.lower().endswith("s") else ("image", "images", "image_id")
             known = next(
-                (f"expected {one!r}" for one in names if one in keys and one != name), "this dataset has no such key"
+                (f"expected {one!r}" for one in names if one in keys and one != name), "there is no key for it"
             )
             lines.append(f"warning: {key} seems to hold images ({value[:60]}) and is not read; {known}")
     first = sorted(counts, key=lambda key: (not _SERIOUS.search(key), -counts[key]))[:6]

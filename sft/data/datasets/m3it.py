@@ -40,10 +40,8 @@ from sft.data.formats import Row, read_json, read_records
 LICENCE = "other: every subset keeps the licence of its source"
 KEYS = Keys.of("instruction inputs outputs meta image_base64_str image_str img_str image_base64 image images")
 
-OF_TEMPLATES = frozenset(
-    ["question", "inputs", "input", "context", "answer", "outputs", "output", "caption", "response", "sentences"]
-)
-OF_TEMPLATES |= {"paraphrased_answer", "original_answer", "rationale", "gold_label", "hypothesis"}
+OF_TEMPLATES = {"question", "inputs", "input", "context", "answer", "outputs", "output", "caption", "response"}
+OF_TEMPLATES |= {"paraphrased_answer", "original_answer", "rationale", "gold_label", "hypothesis", "sentences"}
 """Fields of the raw form that become text."""
 
 SELECTION = (
