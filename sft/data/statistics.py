@@ -55,15 +55,13 @@ def not_read(store: Store) -> list[str]:
     placeholders of images are trained as text."""
     counts, records = Counter(store.manifest.get("not_read", {})), f" of {store.manifest['records']:,}"
     texts = [key for key in counts if key.endswith(" as text")]
-    lines = [f"warning: {counts.pop(key):,}{records} records have {key}, not as an image" for key in texts]
+    lines = [f"warning: {counts.pop(key):,}{records} records have {key}: nothing is shown for it" for key in texts]
     keys = read_keys(store.manifest["adapter"]["name"])
     for key in counts:
         value, name = store.manifest["examples"][f"not read: {key}"], key.rpartition(": ")[2]
         if is_image_like(name, value):
             names = ("images", "image", "image_id") if name.lower().endswith("s") else ("image", "images", "image_id")
-            known = next(
-                (f"expected {one!r}" for one in names if one in keys and one != name), "there is no key for it"
-            )
+            known = next((f"expected {one!r}" for one in names if one in keys and one != name), "none is expected")
             lines.append(f"warning: {key} seems to hold images ({value[:60]}) and is not read; {known}")
     first = sorted(counts, key=lambda key: (not _SERIOUS.search(key), -counts[key]))[:6]
     shown = [f"{key} ({counts[key]:,}{'' if ': ' in key else records})" for key in first]
