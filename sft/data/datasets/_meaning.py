@@ -28,14 +28,12 @@ _REASONS = {
 """Reasons to skip a record: the keys, roles and types of parts."""
 _PLACEHOLDERS = {
     "placeholder of an image that is not read": r"<\|?/?((start|end|begin)_of_)?(image|img|vision|picture|pic|photo)"
-    r"[-_ \w]{0,20}/?\|?>|\[/?(image|img)[-_]?\d*\]|!\[[^\]\n]*\]\([^():\s]+\.\w{3,4}\)",
+    r"[-_ \w]{0,20}/?\|?>|\[/?(image|img)[-_]?\d*\]|!\[[^\]\n]{0,99}\]\([^():\s]{1,99}\.\w{3,4}\)",
     "record has video or audio": r"<\|?/?(video|audio|speech|sound)[-_ \w]{0,20}/?\|?>|\[(video|audio)\]",
     "record has boxes": r"<\|?/?(ref(-object)?|b?box|quad|object_ref)(_(start|end))?\|?>|<loc_?\d+>",
 }
 """Reasons to skip a record: what stands for an image and the like in the texts of other toolkits."""
 _NAMED = re.compile(r"<(video|audio)>[^<>\s]+\.\w{2,4}</\1>")
-_PLAIN_WORDS = ("object", "function", "tool")
-"""Keys that may also hold the name of a kind, such as `chat.completion`."""
 _NUMBERS = dict.fromkeys(("true", "yes", "on", "none", "null", ""), 1.0)
 _NUMBERS |= dict.fromkeys(("false", "no", "off", "bad", "rejected", "undesirable"), 0.0)
 _LABEL = re.compile("(label|kto_(tag|label)|(is_)?(desirable|accepted)|is_(chosen|preferred))s?", re.IGNORECASE)
@@ -94,7 +92,11 @@ class Keys(NamedTuple):
         Raises:
             SkipSample: a text has what stands for an image, a video or a box, and the record or its file has such.
         """
-        has_media = "__images__" in row or sample.images or any(is_image_key(key) or _is_medium(key) for key in row)
+        has_media = (
+            "__images__" in row
+            or sample.images
+            or any(is_image_key(key) or _reason(key) in _PLACEHOLDERS for key in row)
+        )
         for reason, mark, text in _placeholders(sample):
             is_literal = mark == "<image>" and "text" in self.part  # a part of type text may say it
             if (has_media and not is_literal) or _NAMED.search(text):
@@ -103,7 +105,7 @@ class Keys(NamedTuple):
     def shows_images(self, row: Row | SkipSample) -> bool:
         """Return whether a record has images, or videos and the like."""
         return isinstance(row, dict) and any(
-            (not _is_empty(value) and (is_image_key(key) or _is_medium(key)))
+            (not _is_empty(value) and (is_image_key(key) or _reason(key) in _PLACEHOLDERS))
             or (key == "type" and re.search("image|video|audio", str(value)) is not None)
             or (level == "" and key not in known and key not in TURNS and is_image_like(key, shown(value)))
             for level, holder, known in self._holders(row)
@@ -170,8 +172,8 @@ def _meaning(key: str, value: Any) -> str | None:
     if _LABEL.fullmatch(key):
         labels = value if isinstance(value, list) else [value]
         return "answer is labelled as bad" if any(map(_is_no, labels)) else None
-    if key.lower() in _PLAIN_WORDS and isinstance(value, str) and value.strip()[:1] not in ("[", "{"):
-        return None
+    if key.lower() in ("object", "function", "tool") and isinstance(value, str) and value.strip()[:1] not in ("[", "{"):
+        return None  # the name of a kind, such as chat.completion
     reason = _reason(key)
     return None if reason is None or _is_empty(value) or _is_no(value) else reason
 
@@ -188,10 +190,6 @@ def _objects(values: Any) -> list[Row]:
 @lru_cache(maxsize=1024)
 def _reason(name: str) -> str | None:
     return next((reason for reason, names in _REASONS.items() if re.fullmatch(names, name, re.IGNORECASE)), None)
-
-
-def _is_medium(key: str) -> bool:
-    return _reason(key) in _PLACEHOLDERS
 
 
 def _number(value: Any) -> float | None:
