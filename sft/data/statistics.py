@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,12 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sft.data.datasets import read_keys
 from sft.data.datasets._meaning import is_image_like
 from sft.data.store import Store
+
+_SERIOUS = re.compile(" other than |label|reject|chosen|prefer|negative|weight|loss|score|video|audio|tool|image")
+"""Keys that sound as if they changed what a record means; they are named first."""
 
 
 def store_stats(store: Store) -> dict[str, Any]:
@@ -46,18 +51,22 @@ def store_stats(store: Store) -> dict[str, Any]:
 
 
 def not_read(store: Store) -> list[str]:
-    """Return in words which keys of a store's records were not read, and before them which seem to hold images."""
+    """Return in words which keys of a store's records were not read; before them which seem to hold images, and which
+    placeholders of images are trained as text."""
     counts, records = Counter(store.manifest["not_read"]), f" of {store.manifest['records']:,}"
-    lines = []
+    texts = [key for key in counts if key.endswith(" as text")]
+    lines = [f"warning: {counts.pop(key):,}{records} records have {key}: nothing is shown for it" for key in texts]
+    keys = read_keys(store.manifest["adapter"]["name"])
     for key in counts:
         value, name = store.manifest["examples"][f"not read: {key}"], key.rpartition(": ")[2]
         if is_image_like(name, value):
-            known = "images" if name.lower().endswith("s") else "image"
-            lines.append(f"warning: {key} seems to hold images ({value[:60]}) and is not read; expected {known!r}")
-    first = sorted(counts, key=lambda key: (" other than " not in key, -counts[key]))[:6]
+            names = ("images", "image", "image_id") if name.lower().endswith("s") else ("image", "images", "image_id")
+            known = next((f"expected {one!r}" for one in names if one in keys and one != name), "none is expected")
+            lines.append(f"warning: {key} seems to hold images ({value[:60]}) and is not read; {known}")
+    first = sorted(counts, key=lambda key: (not _SERIOUS.search(key), -counts[key]))[:6]
     shown = [f"{key} ({counts[key]:,}{'' if ': ' in key else records})" for key in first]
     more = f", … and {len(counts) - 6} more" if len(counts) > 6 else ""
-    return [*lines[:6], f"not read: {', '.join(shown)}{more}"] if counts else []
+    return [*lines[:12], f"not read: {', '.join(shown)}{more}"] if counts else lines
 
 
 def _batch_stats(store: Store) -> Iterator[dict[str, Any]]:

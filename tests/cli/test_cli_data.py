@@ -102,7 +102,7 @@ def test_keys_that_are_not_read_are_named_once_and_those_that_hold_images_warned
     assert status_of(*command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "store: warning: img seems to hold images ('0.png') and is not read; expected 'image'" in printed
-    assert "store: not read: turns: name (4), img (1 of 2), label (1 of 2), " in printed and "… and 4 more" in printed
+    assert "store: not read: label (1 of 2), turns: name (4), img (1 of 2), " in printed and "… and 4 more" in printed
     assert status_of(*command, "--json") == 0
     assert json.loads(capsys.readouterr().out)["stores"][0]["not_read"]["turns: name"] == 4
 

@@ -38,12 +38,7 @@ def write(folder, name, records):
         ("train.jsonl", {"messages": TURNS, "images": ["0.png"]}, "", {}),
         ("data.json", {"conversations": LLAVA, "image": "0.png"}, "data.json", {}),
         ("data.json", {"conversations": LLAVA, "image": "1.png"}, "data.json", {"image_folder": "photos"}),
-        (
-            "metadata.csv",
-            {"file_name": "0.png", "question": "What?", "answer": "A dog."},
-            "",
-            {"columns": {"user": "question", "assistant": "answer", "image": "file_name"}},
-        ),
+        ("metadata.csv", {"file_name": "0.png", "question": "What?", "answer": "A dog."}, "", {}),
         (
             "rows.jsonl",
             {"Question": "What?", "Caption": "A dog.", "img": "0.png"},

@@ -357,7 +357,7 @@ def test_keys_that_are_not_read_are_counted_over_all_pieces(tmp_path, monkeypatc
 class Labelled(Toys):
     """Records that have a key beside, and two turns with one."""
 
-    def not_read(self, row):
+    def not_read(self, row, sample=None):
         return [("label", row["sample"].key), ("turns: loss", 1), ("turns: loss", 1)]
 
 

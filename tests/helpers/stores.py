@@ -42,7 +42,7 @@ class Toys:
             self.num_read += 1
             yield record if isinstance(record, SkipSample) else {"sample": record}
 
-    def not_read(self, row):
+    def not_read(self, row, sample=None):
         return ()
 
     def to_sample(self, row):

@@ -35,7 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 from sft.core.errors import UserError, nearest
 from sft.core.sample import Sample, SkipSample
 from sft.core.shipped import resolve
-from sft.data.datasets._meaning import Keys
+from sft.data.datasets._meaning import Keys, noting_images
 from sft.data.formats import Row
 from sft.data.formats.hub import hub_cache, hub_files, is_hub_id
 
@@ -118,13 +118,15 @@ class Adapter:
     def rows(self, file: Path) -> Iterable[Row | SkipSample]:
         """Return the raw records of one of the files."""
         rows: Iterable[Row | SkipSample] = self.module.rows(file, self.split, **self._own(self.module.rows))
+        rows = noting_images(rows) if self.keys and self.keys.is_conversation else rows
         if self.folder is None or not file.is_relative_to(self.folder):
             return rows
         return (_below(row, file.name, str(file.relative_to(self.folder))) for row in rows)
 
-    def not_read(self, row: Row) -> Iterable[tuple[str, Any]]:
-        """Yield the keys of a record that the adapter does not read, and what they hold; none if it declares none."""
-        return self.keys.not_read(row) if self.keys else ()
+    def not_read(self, row: Row, sample: Sample | None = None) -> Iterable[tuple[str, Any]]:
+        """Yield the keys of a record that the adapter does not read, and what they hold; none if it declares none. Of a
+        conversation also what stands for images in the texts of its sample."""
+        return self.keys.not_read(row, sample if self.keys.is_conversation else None) if self.keys else ()
 
     def to_sample(self, row: Row) -> Sample:
         """Return one record as a sample.
@@ -135,6 +137,8 @@ class Adapter:
         if self.keys and self.keys.is_conversation:
             self.keys.check_meaning(row)
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
+        if self.keys and self.keys.is_conversation:
+            self.keys.check_texts(row, sample)
         answers = [message.is_trained for message in sample.messages if message.role in ("assistant", "document")]
         if answers and not any(answers):
             raise SkipSample("no answer is to be learned", filtered=True)
@@ -144,8 +148,9 @@ class Adapter:
     def keys(self) -> Keys | None:
         """The keys that the adapter reads, also those that its options name."""
         keys: Keys | None = getattr(self.module, "KEYS", None)
-        columns = [name for value in self.options.values() if isinstance(value, dict) for name in value.values()]
-        named = {name for name in (*columns, *self.options.values()) if isinstance(name, str)}
+        columns = self.options.get("columns")
+        named = {value for option, value in self.options.items() if option.endswith("_column")}
+        named |= {*columns.values()} if isinstance(columns, dict) else set()
         return keys and keys._replace(record=keys.record | named)
 
     @cached_property
@@ -199,6 +204,12 @@ def _options(function: Any) -> dict[str, Any]:
     types = get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     return {p.name: types.get(p.name, Any) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def read_keys(name: str) -> frozenset[str]:
+    """Return the keys of a record that an adapter of this package reads."""
+    keys: Keys | None = getattr(_load(name), "KEYS", None) if name in adapter_names() else None
+    return keys.record if keys else frozenset()
 
 
 def adapter_names() -> list[str]:

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple, get_args
 from sft.core.errors import nearest
 from sft.core.images import base64_image
 from sft.core.sample import ImageRef, Message, Role, SkipSample
-from sft.data.datasets._meaning import FLAGS, Keys, is_image_key, is_trained
+from sft.data.datasets._meaning import FLAGS, Keys, image_mark, is_image_key, is_image_like, is_trained, shown
 from sft.data.formats import Row
 
 MARKER = "<image>"
 ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"developer": "system", "human": "user"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
+ASKING = ("system", "user", "document")
 SYSTEMS = ("system", "system_prompt", "system_message")
 TEXTS, IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 SOURCES = ("bytes", "base64", "data", "image", "image_url", "path", "url", "value", "source")
 """Keys under which a part or an object holds its image, the likeliest to be whole first."""
 TURN_KEYS = " ".join(("role", "from", "content", "value", *FLAGS))
-PART_KEYS = " ".join(("type", "text", "index", "detail", *SOURCES))
+PART_KEYS = " ".join(("type", "text", "index", "image_index", "detail", *SOURCES))
 LLAVA = Keys.of(" ".join(("image images conversations model", *SYSTEMS)), turn=TURN_KEYS, part=PART_KEYS)
 
 _MARKS = re.compile(r"<image>|<ImageHere>|<img>([^<>\n]+)</img>")
-_OTHER_MARK = re.compile(r"<\|?(?:image|img|vision)[-_ \w]{0,20}\|?>", re.IGNORECASE)
 
 Find = Callable[[Any], ImageRef]
 """Returns the image file with a name, or raises SkipSample."""
@@ -59,7 +59,7 @@ def to_messages(
         SkipSample: the turns are not a conversation, or do not match the images.
     """
     if not isinstance(turns, list):
-        raise no_messages(row)
+        raise no_messages(row, ("conversations",) if trims else ("messages", "conversations"))
     system = [{"role": "system", "content": row[name]} for name in SYSTEMS if row.get(name)]
     read = [
         turn for turn in (_turn(turn, is_marked) for turn in (*system, *turns)) if turn.items or turn.role != "system"
@@ -86,13 +86,22 @@ def to_messages(
     return tuple(Message(role=t.role, content=tuple(map(fill, t.items)), is_trained=t.is_trained) for t in read)
 
 
-def no_messages(row: Row) -> SkipSample:
-    """Return the reason to skip a record in which no turns are found."""
+def no_messages(row: Row, names: Sequence[str], pairs: Sequence[str] = ()) -> SkipSample:
+    """Return the reason to skip a record in which no turns are found under the names; `pairs` are the names of a
+    question and an answer."""
     found = [key for key in row if not key.startswith("__")]
-    others = (key.lower() for key in found if not is_image_key(key) and key not in ("messages", "conversations"))
-    near = next(filter(None, (nearest(key, ("messages", "conversations")) for key in others)), "")
-    detail = f"found {', '.join(found) or 'nothing'}{near}; expected messages or conversations, a list of turns"
-    return SkipSample("no messages", detail=f"{detail}; or a question and its answer")
+    empty = [f"{name} is {'empty' if not row[name] else type(row[name]).__name__}" for name in names if name in row]
+    others = [key.strip().lower() for key in found if not is_image_key(key) and key not in names]
+    near = next(filter(None, (nearest(key, names) for key in others if key != "caption")), "")
+    near = near or "".join(f"; did you mean {key!r}?" for key in others if key in pairs and key not in found)
+    asked = "; or a question and its answer, of any name by the option columns" if pairs else ""
+    detail = f"found {', '.join(found) or 'nothing'}{''.join(f'; {one}' for one in empty)}{near}"
+    return SkipSample("no messages", detail=f"{detail}; expected {' or '.join(names)}, a list of turns{asked}")
+
+
+def two_forms(found: Sequence[str]) -> SkipSample:
+    """Return the reason to skip a record or a turn that says two things under the names."""
+    return SkipSample("two forms of a conversation", detail=f"{' and '.join(found)}; expected one of them")
 
 
 def listed_images(row: Row) -> list[Any]:
@@ -109,13 +118,20 @@ def listed_images(row: Row) -> list[Any]:
 
 def _turn(turn: Any, is_marked: bool) -> _Turn:
     """Return a turn; one that says nothing has no items."""
+    if isinstance(turn, dict):
+        for pair in (("role", "from"), ("content", "value")):
+            if all(turn.get(key) for key in pair) and turn[pair[0]] != turn[pair[1]]:
+                raise two_forms(pair)
     name = str(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else repr(turn)[:100]
     if not isinstance(turn, dict) or name.lower() not in ROLES:
-        known = ", ".join(ROLES)
-        raise SkipSample("unknown role", detail=f"{name[:100]!r}{nearest(name.lower(), ROLES)} (known: {known})")
+        known, has = ", ".join(ROLES), "role" in turn or "from" in turn if isinstance(turn, dict) else True
+        what = f"{name[:100]!r}{nearest(name.lower(), ROLES)}" if has else f"no role or from; found {', '.join(turn)}"
+        raise SkipSample("unknown role", detail=f"{what[:200]} (known: {known})")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     items = [item for item in _items(content, is_marked) if item != ""]
     is_empty = all(isinstance(item, str) and not item.strip() for item in items)
+    if "content" not in turn and "value" not in turn:
+        raise SkipSample("empty message", detail=f"of {name}; found {', '.join(turn)[:100]}; expected content or value")
     return _Turn(ROLES[name.lower()], [] if is_empty else items, is_trained(turn))
 
 
@@ -133,7 +149,8 @@ def _checked(turns: list[_Turn]) -> list[_Turn]:
         return turns
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if "system" in spoken:
-        raise SkipSample("system text is not first", detail="expected one, before the first question")
+        found = f"found {roles.count('system')}; expected one, before the first question"
+        raise SkipSample("system text is not first", detail=found)
     if "assistant" not in spoken:
         raise SkipSample("no question with an answer", detail=f"roles {', '.join(roles) or 'none'}")
     if spoken[-1] != "assistant":
@@ -153,10 +170,17 @@ def _items(content: Any, is_marked: bool) -> Iterator[str | _Place]:
                 yield _Place(mark[1])
                 end = mark.end()
         yield content[end:].strip()
+    elif is_texts(content):
+        raise SkipSample("several texts in a turn", detail=f"{content!r}"[:100] + "; expected one, or parts")
     elif isinstance(content, list | dict):
         yield from map(_part, content if isinstance(content, list) else [content])
     elif content is not None:
         raise SkipSample("content is neither text nor a list of parts", detail=type(content).__name__)
+
+
+def is_texts(content: Any) -> bool:
+    """Return whether a value is several texts, not parts of one."""
+    return isinstance(content, list) and len(content) > 1 and all(isinstance(text, str) for text in content)
 
 
 def _part(part: Any) -> str | _Place:
@@ -170,7 +194,8 @@ def _part(part: Any) -> str | _Place:
         if isinstance(text, str) and not any(part.get(key) for key in IMAGES):
             return text
     elif kind in IMAGES:
-        return _Place(part) if any(part.get(key) for key in SOURCES) else _Place(number=part.get("index"))
+        index = part.get("index", part.get("image_index"))
+        return _Place(part) if any(part.get(key) for key in SOURCES) else _Place(number=index)
     found = f"type {kind!r}, keys {', '.join(part)}" if isinstance(part, dict) else repr(part)
     near = "" if kind in (*TEXTS, *IMAGES) else nearest(str(kind), (*TEXTS, *IMAGES))
     raise SkipSample("unknown content part", detail=f"{found[:100]}{near}")
@@ -185,9 +210,10 @@ def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list
     places = [item for turn in turns for item in turn.items if isinstance(item, _Place)]
     named = [place.number for place in places if place.number is not None]
     if wrong := [index for index in named if type(index) is not int or not 0 <= index < len(images)]:
-        raise SkipSample("image index out of range", detail=f"index {wrong[0]!r} of {len(images)} images")
-    texts = " ".join(item for turn in turns for item in turn.items if isinstance(item, str))
-    if not places and images and not _OTHER_MARK.search(texts):
+        expected = f"expected a whole number below {len(images)}, the number of images"
+        raise SkipSample("image index out of range", detail=f"index {wrong[0]!r}; {expected}")
+    mark = image_mark(item for turn in turns for item in turn.items if isinstance(item, str) and turn.role in ASKING)
+    if not places and images and not mark:
         first = next(turn for turn in turns if turn.role != "system")
         first.items[:0] = [_Place()] * len(images)
         return list(images)
@@ -195,7 +221,10 @@ def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list
     markers = sum(place.image is None and place.number is None for place in places)
     if markers != len(unnamed):
         found = f"{markers} {MARKER} marker{'s' * (markers != 1)} but {len(unnamed)} image{'s' * (len(unnamed) != 1)}"
-        others = [key for key in row if is_image_key(key) and row[key] and key not in ("image", "images")]
+        found += f"; {mark} is text here" if mark else ""
+        own = sum(place.image is not None for place in places)
+        found += f"; {own} more by name or in parts" if own else f"; indices name {len(named)} more" if named else ""
+        others = [key for key in row if key not in LLAVA.record and row[key] and is_image_like(key, shown(row[key]))]
         found += f"; {', '.join(others)} is not read, expected image or images" if others else ""
         raise SkipSample(
             "markers and images differ in number" if images else "image marker without an image",

@@ -72,7 +72,7 @@ def to_sample(
     key = f"image_text_pairs/{row['__from__']}"
     folder = (path if path.is_dir() else path.parent) / (image_folder or "")
     image = _image(row, _columns(image_column, IMAGES), folder)
-    text = _first(row, _columns(text_column, TEXTS))
+    text = _only(row, _columns(text_column, TEXTS), "text_column")
     if text is None:
         raise SkipSample("no caption", detail=_found(row, "text_column"))
     caption = _caption(text)
@@ -85,8 +85,18 @@ def _columns(chosen: str | None, usual: Sequence[str]) -> Sequence[str]:
     return (chosen,) if chosen else usual
 
 
-def _first(row: Row, columns: Sequence[str]) -> Any:
-    return next((row[column] for column in columns if row.get(column) is not None), None)
+def _only(row: Row, columns: Sequence[str], option: str) -> Any:
+    """Return what the one of the columns holds that is there."""
+    found = [column for column in columns if row.get(column) is not None]
+    if any(_plain(row[column]) != _plain(row[found[0]]) for column in found[1:]):
+        raise SkipSample("several images or captions", detail=_found({name: 0 for name in found}, option))
+    return row[found[0]] if found else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a text without regard to whether it is encoded and to blanks around it, anything else as it is."""
+    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return value.strip() if isinstance(value, str) else value
 
 
 def _status(row: Row) -> object:
@@ -108,7 +118,7 @@ def _json_object(member: Any) -> Row:
 
 
 def _image(row: Row, columns: Sequence[str], folder: Path) -> ImageRef:
-    value = _first(row, columns)
+    value = _only(row, columns, "image_column")
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if value is None and "__key__" in row:
@@ -128,7 +138,7 @@ def _found(row: Row, option: str) -> str:
 
 def _caption(text: Any) -> str:
     try:
-        text = text.decode() if isinstance(text, bytes) else text
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
         raise SkipSample("caption is not UTF-8") from error
     if not isinstance(text, str):

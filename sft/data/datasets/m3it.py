@@ -38,7 +38,11 @@ from sft.data.datasets._meaning import Keys
 from sft.data.formats import Row, read_json, read_records
 
 LICENCE = "other: every subset keeps the licence of its source"
-KEYS = Keys.of("instruction inputs outputs image_base64_str image_str img_str image_base64 image images")
+KEYS = Keys.of("instruction inputs outputs meta image_base64_str image_str img_str image_base64 image images")
+
+OF_TEMPLATES = {"question", "inputs", "input", "context", "answer", "outputs", "output", "caption", "response"}
+OF_TEMPLATES |= {"paraphrased_answer", "original_answer", "rationale", "gold_label", "hypothesis", "sentences"}
+"""Fields of the raw form that become text."""
 
 SELECTION = (
     *("coco", "textcap", "image-paragraph-captioning"),
@@ -175,7 +179,8 @@ def _loader_form(row: Row, instruction: str) -> Row:
         instruction += " Options: True or False."
     if "[HYPO]" in instruction:  # snli-ve: the sentence stands inside the instruction
         instruction, inputs = instruction.replace("[HYPO]", inputs), ""
-    kept = {name: row[name] for name in ("__subset__", "__key__", "__from__", "__at__", *IMAGE_FIELDS) if name in row}
+    of_template = OF_TEMPLATES | ({"label"} if subset.startswith("imagenet") else set())
+    kept = {name: value for name, value in row.items() if name not in of_template}
     return kept | {"instruction": instruction, "inputs": inputs, "outputs": outputs}
 
 

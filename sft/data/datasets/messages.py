@@ -18,25 +18,27 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from sft.core.errors import UserError, nearest
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Role, Sample, SkipSample
-from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, listed_images, no_messages, to_messages
+from sft.data.datasets import _conversation
+from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, is_texts, listed_images, to_messages
 from sft.data.datasets._meaning import FLAGS, Keys, is_image_key
 from sft.data.formats import Row, read_json, read_records, record_files
 
 LICENCE = "your own"
 READS_HUB = True
-VERSION = 3
-FIRST_RECORDS = 32
+VERSION = 4
 EXPECTED = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "images": ["…"]}'
 QUESTIONS = ("user", "prompt", "query", "instruction", "question")
 ANSWERS = ("assistant", "completion", "response", "output", "answer")
 """What a question and its answer are called in a record without turns, and in each of its `texts`."""
+FILE_NAMES = {"file_name": "image", "file_names": "images"}
+FORMS = ("messages", "conversations", "texts", "document")
 ROUND = " ".join((*QUESTIONS, *ANSWERS, "input history document"))
 KEYS = Keys.of(
     " ".join(("messages conversations texts images image", *SYSTEMS)), turn=TURN_KEYS, part=PART_KEYS, rounds=ROUND
@@ -95,19 +97,18 @@ def _listed(all_names: Iterable[str]) -> str:
     return ", ".join(names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"])
 
 
-def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file. `__images__` in one notes that it, one before it, or one of the first of the file
-    has images: `<image>` in it is a marker then, and not a word."""
+def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> Iterator[Row | SkipSample]:
+    """Yield the records of a file. In `metadata` of a folder of images `file_name` is the image, as `imagefolder` of
+    `datasets` has it."""
     records = read_records(file)
-    first = list(islice(records, FIRST_RECORDS))
-    if not first:
+    first = next(records, None)
+    if first is None:
         raise UserError(f"{file}: the file has no records; expected such as {EXPECTED}")
-    found = any(map(KEYS.shows_images, first))
-    for record in chain(first, records):
-        found = found or KEYS.shows_images(record)
-        if found and isinstance(record, dict):
-            record["__images__"] = True
-        yield record
+    names = {name: ours for name, ours in FILE_NAMES.items() if name not in (columns or {}).values()}
+    for row in chain([first], records):
+        if file.name.startswith("metadata.") and isinstance(row, dict) and {"image", "images"}.isdisjoint(row):
+            row = {names.get(key, key): value for key, value in row.items()}
+        yield row
 
 
 # ------------------------------------------------------------------------------------------------------ records
@@ -136,17 +137,29 @@ def to_sample(
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:
-    """Return a record by our names of its columns; what it has under other names of a question or answer is not
-    read."""
+    """Return a record by our names of its columns; what it has under other names of the same is not read."""
+    names = {*FORMS, *ROUND.split(), "images", "image", *SYSTEMS}
+    if unknown := [ours for ours in columns if ours not in names]:
+        near = nearest(unknown[0], names) or f" (known: {', '.join(sorted(names))})"
+        raise UserError(f"dataset 'messages': option columns: unknown name {unknown[0]!r}{near}")
     if missing := [theirs for theirs in columns.values() if theirs not in row]:
         found = ", ".join(key for key in row if not key.startswith("__"))
         raise SkipSample("no such column", detail=f"{missing[0]!r}{nearest(missing[0], row)} (found {found})"[:200])
-    kept = {key: value for key, value in row.items() if key not in ROUND.split() and key not in columns.values()}
+    kinds = [{*QUESTIONS, "input", "history"}, {*ANSWERS}, {"images", "image"}]
+    same = {*columns.values()}.union(*(kind for kind in kinds if kind & {*columns}))
+    same |= {*FORMS} if {*columns} & {*ROUND.split(), *FORMS} else set()
+    same |= {*ROUND.split()} if {*columns} & {*FORMS} else set()
+    kept = {key: value for key, value in row.items() if key not in same}
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _turns(row: Row) -> Any:
     """Return the turns of a record, in whichever form."""
+    found = [name for name in FORMS if row.get(name)]
+    asked = [[name for name in names if row.get(name)] for names in (QUESTIONS, ANSWERS)]
+    found += chain(*asked) if all(asked) and found in (["texts"], ["document"]) else ()
+    if any(row[name] != row[found[0]] for name in found):
+        raise _conversation.two_forms(found)
     if row.get("messages") or row.get("conversations"):
         return row.get("messages") or row["conversations"]
     if row.get("document"):
@@ -171,13 +184,16 @@ def _round(asked: Any, row: Row) -> list[Any]:
         for names in (QUESTIONS, ANSWERS)
     )
     if not questions or not answers:
-        raise no_messages(found or row)
+        raise _conversation.no_messages(found or row, ("messages", "conversations"), QUESTIONS + ANSWERS)
     if len(questions) > 1 or len(answers) > 1:
         names = ", ".join(questions + answers)
         raise SkipSample("several questions or answers", detail=f"{names}; say which by the option columns")
     question, answer, more = found[questions[0]], found[answers[0]], found.get("input")
     if more and not (isinstance(question, str) and isinstance(more, str)):
         raise SkipSample("input is not text", detail=type(more).__name__)
+    if is_texts(question) and is_texts(answer) and len(question) == len(answer):
+        pairs = ({questions[0]: one, answers[0]: its} for one, its in zip(question, answer, strict=True))
+        return [turn for pair in pairs for turn in _round(found | pair, row)]
     flags = {name: found[name] for name in FLAGS if name in found}
     return [*_as_turns("user", f"{question}\n{more}" if more else question, {}), *_as_turns("assistant", answer, flags)]
 

@@ -87,8 +87,11 @@ def _conversations(record: Row, unit: Unit) -> Iterator[Row | SkipSample]:
     if not isinstance(blocks, list) or not blocks:
         yield SkipSample("no conversations", detail=record["__from__"])
         return
+    whole = record
     for number, block in enumerate(blocks):
         turns = block.get("content") if isinstance(block, dict) else None
+        if isinstance(block, dict):  # its other keys are judged and counted as the record's
+            record = whole | {key: block[key] for key in block if key not in KEYS.record | {"content", "topic"}}
         if unit == "question" and isinstance(turns, list) and turns:
             for start in range(0, len(turns), 2):
                 yield record | {"turns": turns[start : start + 2], "place": f"{number}/{start // 2}"}

@@ -156,8 +156,8 @@ def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
             try:
                 if isinstance(row, SkipSample):
                     raise row
-                counts.pass_over(task.adapter.not_read(row))
                 sample = task.adapter.to_sample(row)
+                counts.pass_over(task.adapter.not_read(row, sample))
                 key = sample.key
                 _check_text(sample)
                 loaded = [_load(image, number, reader, seen, task) for number, image in enumerate(sample.images, 1)]

@@ -140,11 +140,13 @@ def test_image_folder_says_where_else_the_images_are(tmp_path):
 
 def test_parquet_output_of_img2dataset_holds_its_images(tmp_path):
     good, failed = raw_rows("img2dataset.jsonl")
-    rows = [good | {"jpg": RED, "txt": "A heron"}, failed | {"jpg": None, "txt": None}]
+    rows = [good | {"jpg": RED, "txt": b"A heron by the weir"}, failed | {"jpg": None, "txt": None}]
     assert shown(write_parquet(tmp_path / "0.parquet", rows)) == [
-        f"<{len(RED)} bytes>|A heron",
+        f"<{len(RED)} bytes>|A heron by the weir",
         "filtered: download failed",
     ]
+    two = [good | {"jpg": RED, "png": None, "txt": "A heron"}, good | {"jpg": RED, "png": b"?"}]
+    assert shown(write_parquet(tmp_path / "1.parquet", two)) == ["several images or captions"] * 2
 
 
 def test_every_row_of_a_plain_laion_parquet_is_filtered(tmp_path):

@@ -295,6 +295,9 @@ def test_raw_rows_in_a_folder_of_another_name_need_the_name_of_their_subset(tmp_
         ("imagenet", {"label": "n99999999"}, "unknown label"),
         ("snli-ve", {"gold_label": "yes"}, "unknown gold_label"),
         ("vist", {"sentences": ["One.", None]}, "sentences is not a list of texts"),
+        ("docvqa", {"video": "a.mp4"}, "record has video or audio"),
+        ("docvqa", {"label": False}, "answer is labelled as bad"),
+        ("docvqa", {"weight": 0}, "filtered: record or turn is marked as not to be learned"),
     ],
 )
 def test_a_bad_record_has_one_reason(tmp_path, subset, change, reason):

@@ -6,19 +6,23 @@ from importlib import import_module
 import pytest
 from helpers.adapters import adapter, outcomes
 
-from sft.core.sample import Sample
+from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import adapter_names
 
 VIDEO, TOOLS = "record has video or audio", "record has tools or calls"
 PREFERENCES, BAD, BOXES = "record is of preferences", "answer is labelled as bad", "record has boxes"
 NOT_LEARNED = "filtered: record or turn is marked as not to be learned"
 CHANGING = [
-    *[({key: "a.mp4"}, VIDEO) for key in ("video", "videos", "audio", "Audios", "video_path")],
+    *[({key: "a.mp4"}, VIDEO) for key in ("video", "Audios", "video_path", "video_bytes", "wav_path")],
     *[({key: [{"name": "f"}]}, TOOLS) for key in ("tools", "tool", "tool_calls", "functions", "function_call")],
-    *[({key: "No."}, PREFERENCES) for key in ("rejected", "rejected_response", "chosen")],
-    *[({key: value}, BAD) for key in ("label", "kto_tag") for value in (False, 0, "false")],
+    *[({key: "No."}, PREFERENCES) for key in ("rejected", "chosen", "response_rejected", "reject")],
+    *[({key: value}, BAD) for key, value in (("label", False), ("kto_tag", 0), ("label", "no"), ("desirable", "-1"))],
     *[({key: [[1, 2, 3, 4]]}, BOXES) for key in ("objects", "bbox", "bboxes")],
-    ({"weight": 0}, NOT_LEARNED),
+    *[({"weight": value}, NOT_LEARNED) for value in (0, "0.00", "off")],
+    (
+        {"audio": False, "video": 0, "tools": "none", "videos": [[]], "object": "chat.completion", "function": "vqa"},
+        None,
+    ),
     ({"label": True, "videos": [], "tools": "[]", "objects": {"bbox": []}, "train": True}, None),
 ]
 RECORDS = {
@@ -53,6 +57,7 @@ TURN = {"role": "assistant", "content": "Hello."}
     [
         (TURN | {"tool_calls": [{}]}, TOOLS),
         (TURN | {"role": "tool"}, TOOLS),
+        (TURN | {"images": ["0.png"]}, "turn has images"),
         (TURN | {"role": "function"}, TOOLS),
         (TURN | {"role": "observation"}, TOOLS),
         (TURN | {"label": False}, BAD),
@@ -66,19 +71,64 @@ def test_turns_and_parts_are_looked_at_too(turn, reason):
     assert outcome("messages", {"messages": [{"role": "user", "content": "Hi."}, turn]}) == reason
 
 
+PLACEHOLDER = "placeholder of an image that is not read"
+OTHERS = (
+    "<start_of_image>",
+    "[IMG]",
+    "<image/>",
+    "</image>",
+    "<Img>",
+    "![](1.png)",
+    "<|image_1|>",
+    "<image_0>",
+    "<image1>",
+)
+
+
 @pytest.mark.parametrize(
     ("said", "extra", "reason"),
     [
         ("<video>What?", {"videos": []}, VIDEO),
         ("<bbox>?", {"objects": {}}, BOXES),
         ("What is <video> in HTML?", {}, None),
+        ("<video>v.mp4</video>What?", {}, VIDEO),
+        ("<|audio|>What?", {"__images__": True}, VIDEO),
+        ("<|box_start|>?", {"__images__": True}, BOXES),
+        *[(f"{mark}What?", {"__images__": True}, PLACEHOLDER) for mark in OTHERS],
+        *[(f"{mark}What?", {"image": ""}, PLACEHOLDER) for mark in OTHERS],
+        *[(f"{mark}What?", {}, None) for mark in OTHERS],
     ],
 )
 def test_a_marker_beside_an_empty_key_stands_for_what_is_lost(said, extra, reason):
     assert outcome("messages", {"messages": [{"role": "user", "content": said}, TURN], **extra}) == reason
 
 
-FLAGS = [("weight", 0), ("loss", False), ("loss_weight", 0.0), ("train", "false"), ("loss_scale", 0)]
+@pytest.mark.parametrize("mark", ["<image>", "<|image_1|>", "[IMG]"])
+def test_a_placeholder_in_a_file_without_images_is_counted(mark):
+    of = adapter("messages")
+    row = {"messages": [{"role": "user", "content": f"{mark}Hm?"}, TURN]} | AT
+    assert list(of.not_read(row, of.to_sample(row))) == [(f"{mark.replace('1', '0')} as text", f"{mark}Hm?")]
+
+
+@pytest.mark.parametrize("name", ["lrv_instruction", "ultrachat"])
+def test_a_placeholder_beside_an_image_is_a_reason_where_texts_have_no_markers(name, tmp_path, monkeypatch):
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "1.jpg").touch()
+    row = {"image_id": 1, "question": "<image>Hm?", "answer": "A.", "data": ["<image>Hm?", "A."], "image": "a.png"}
+    with pytest.raises(SkipSample, match=PLACEHOLDER):
+        adapter(name, tmp_path).to_sample(row | AT)
+
+
+FLAGS = [
+    ("train", "no"),
+    ("loss", "off"),
+    ("weight", "0.00"),
+    ("weight", 0),
+    ("loss", False),
+    ("loss_weight", 0.0),
+    ("train", "false"),
+    ("loss_scale", 0),
+]
 
 
 @pytest.mark.parametrize(("key", "no"), FLAGS)
@@ -104,13 +154,13 @@ def test_what_is_not_read_is_named_by_its_place():
         "images": [],
         "mood": "",
         "query": "Hi.",
-        "messages": [{"role": "user", "content": [text]}, TURN | {"weight": 0.5}],
+        "messages": [{"role": "user", "content": [text]}, TURN | {"weight": "0.5"}],
     }
     assert dict(adapter("messages").not_read(record | AT)) == {
         "label": True,
         "query": "Hi.",
         "parts: cache": 1,
-        "turns: weight other than 0 and 1": 0.5,
+        "turns: weight other than 0 and 1": "0.5",
     }
     assert not dict(adapter("messages").not_read({"query": "Hi.", "response": "Hello."} | AT))
 
@@ -126,6 +176,9 @@ def test_an_image_that_a_record_lacks_beside_others_is_counted(tmp_path):
 def test_an_option_names_what_is_read(tmp_path):
     of = adapter("messages", tmp_path, columns={"user": "asked"})
     assert [key for key, _ in of.not_read({"asked": "Hi.", "heard": "Ho."})] == ["heard"]
+    (tmp_path / "video").mkdir()
+    with pytest.raises(SkipSample, match=VIDEO):
+        adapter("messages", tmp_path, image_folder="video").to_sample(RECORDS["messages"] | {"video": "a.mp4"} | AT)
 
 
 @pytest.mark.parametrize("name", adapter_names())

@@ -113,6 +113,8 @@ FORMS = [
     ({"prompt": "Hi.", "completion": "Hello."}, SPOKEN),
     ({"prompt": TALK[:1], "completion": TALK[1:]}, SPOKEN),
     ({"query": "Hi.", "response": "Hello."}, SPOKEN),
+    ({"question": ["Hi."] * 2, "answer": ["Hello."] * 2}, SPOKEN * 2),
+    ({"messages": TALK, "conversations": TALK, "query": "Hm?", "response": "Hm."}, SPOKEN),
     ({"question": "Hi.", "answer": "Hello.", "image": "photos/dog.png"}, MET),
     ({"instruction": "Hi.", "input": "", "output": "Hello."}, SPOKEN),
     ({"instruction": "Say", "input": "Hi.", "output": "Hello."}, [("user", "Say\nHi."), SPOKEN[1]]),
@@ -182,6 +184,7 @@ def test_indices_say_which_image_stands_where(tmp_path):
 COLUMNS = [
     ({"user": "q", "assistant": "a", "image": "file_name"}, MET),
     ({"user": "q", "assistant": "a"}, SPOKEN),
+    ({"user": "q", "image": "file_name"}, [MET[0], ("assistant", "Not this.")]),
     ({"document": "a", "image": "file_name"}, [("document", "<dog.png>|Hello.")]),
 ]
 
@@ -191,6 +194,21 @@ def test_columns_are_read_by_the_names_that_the_option_gives(tmp_path, columns, 
     record = {"q": "Hi.", "a": "Hello.", "file_name": "photos/dog.png", "answer": "Not this."}
     assert said(read(tmp_path, record, columns=columns)[0]) == expected
     assert read(tmp_path, {"q": "Hi."}, columns=columns) == ["no such column"]
+
+
+def test_columns_replace_what_a_record_says_in_another_form(tmp_path):
+    record = {"q": "Hi.", "a": "Hello.", "messages": ASKED, "image": "photos/cat.png", "file": "photos/dog.png"}
+    (sample,) = read(tmp_path, record, columns={"user": "q", "assistant": "a", "image": "file"})
+    assert said(sample) == MET
+    with pytest.raises(UserError, match="option columns: unknown name 'pic'"):
+        read(tmp_path, record, columns={"pic": "file"})
+
+
+def test_metadata_of_a_folder_of_images_names_its_images(tmp_path):
+    shutil.copytree(HERE / "photos", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "dog.png", "question": "Hi.", "answer": "Hello."}')
+    for options in ({}, {"columns": {"image": "file_name"}}):
+        assert [said(sample) for sample in samples(adapter("messages", tmp_path, **options))] == [MET]
 
 
 def test_only_the_last_answer_is_learned_where_it_is_asked_for(tmp_path):
@@ -207,7 +225,7 @@ def test_a_marker_is_a_word_only_in_a_file_without_images(tmp_path, record):
         ["image marker without an image"] if record else word
     )
     in_turn = {"messages": [ASKED[0] | {"images": ["photos/dog.png"]}, ASKED[1]]}
-    assert read(tmp_path, in_turn) == ["image marker without an image"]
+    assert read(tmp_path, in_turn) == ["turn has images"]
     first, second = read(tmp_path, alone, {"messages": ASKED, "images": ["photos/dog.png"]})
     assert (first, said(second)[0]) == ("image marker without an image", DOG)
 
@@ -259,6 +277,7 @@ def test_every_bad_record_has_one_reason():
 
 AT_HTTP = {"type": "image_url", "image_url": "http://x/a.png"}
 NOT_FIRST = "system text is not first"
+TWO_FORMS = "two forms of a conversation"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +301,15 @@ NOT_FIRST = "system text is not first"
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TALK[1]]}, "image marker without an image"),
         ({"messages": [{"role": "user", "content": [AT_HTTP]}, TALK[1]]}, "image is not a local path"),
         ({"question": "Hi.", "instruction": "Be brief.", "answer": "Hello."}, "several questions or answers"),
+        ({"messages": TALK, "conversations": ASKED}, TWO_FORMS),
+        ({"messages": TALK, "texts": [{"user": "Hi.", "assistant": "Hm."}]}, TWO_FORMS),
+        ({"document": "A page.", "question": "Hi.", "answer": "Hello."}, TWO_FORMS),
+        ({"texts": [{"user": "Hi.", "assistant": "Hm."}], "question": "Hi.", "answer": "Hello."}, TWO_FORMS),
+        ({"messages": [TALK[0] | {"value": "Hm?"}, TALK[1]]}, TWO_FORMS),
+        ({"question": "Hi.", "answer": ["2", "two"]}, "several texts in a turn"),
+        ({"messages": [TALK[0] | {"content": ["Hi.", "Ho."]}, TALK[1]]}, "several texts in a turn"),
+        ({"messages": ASKED, "media": ["photos/dog.png"]}, "image marker without an image"),
+        ({"messages": ASKED, "attachments": [{"path": "photos/dog.png"}]}, "image marker without an image"),
         ({"texts": [{"user": "Hi."}]}, "no messages"),
         ({"history": [["Hi.", "Hello."]]}, "no messages"),
         ({"query": "Hi.", "response": "Hello.", "history": ["Hi."]}, "history is not a list of pairs"),
@@ -303,6 +331,10 @@ def test_more_bad_records(tmp_path, record, reason):
             {"messages": [{"role": "user", "content": [{"type": "imag"}]}, TALK[1]]},
             "type 'imag', keys type; did you mean 'image'?",
         ),
+        ({"messages": [{"speaker": "user", "text": "Hi."}]}, "no role or from; found speaker, text (known:"),
+        ({"messages": [{"role": "user", "text": "Hi."}, TALK[1]]}, "of user; found role, text; expected content or"),
+        ({"messages": "[]"}, "found messages; messages is str; expected messages or conversations, a list of turns"),
+        ({"Question": "Hi.", "caption": "Hm."}, "found Question, caption; did you mean 'question'?; expected messages"),
         ({"mesages": TALK, "image": ""}, "found mesages, image; did you mean 'messages'?; expected messages or"),
         ({"text": "A page."}, "found text; expected messages or conversations, a list of turns; or a question"),
         (
@@ -331,9 +363,22 @@ def test_a_missing_image_is_named(tmp_path):
     [
         ("<image><image>Same?", ["photos/dog.png"], "2 <image> markers but 1 image"),
         ("<image>Same?", ["photos/dog.png", "photos/cat.png"], "1 <image> marker but 2 images"),
-        ([{"type": "text", "text": "<image>Hm?"}], ["photos/dog.png"], "0 <image> markers but 1 image"),
-        ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image"),
-        ([{"type": "image", "path": "photos/dog.png"}], ["photos/cat.png"], "0 <image> markers but 1 image"),
+        (
+            [{"type": "text", "text": "<image>Hm?"}],
+            ["photos/dog.png"],
+            "0 <image> markers but 1 image; <image> is text here",
+        ),
+        ("<image_0>Hm?", ["photos/dog.png"], "0 <image> markers but 1 image; <image_0> is text here"),
+        (
+            [{"type": "image", "path": "photos/dog.png"}],
+            ["photos/cat.png"],
+            "0 <image> markers but 1 image; 1 more by name or in parts",
+        ),
+        (
+            [{"type": "image", "index": 0}],
+            ["photos/dog.png", "photos/cat.png"],
+            "0 <image> markers but 1 image; indices name 1 more",
+        ),
     ],
 )
 def test_markers_that_do_not_match_the_images_are_a_bad_record_with_both_numbers(tmp_path, content, images, found):

@@ -46,6 +46,17 @@ def test_each_conversation_is_a_sample_with_the_image_before_its_first_question(
     assert said(bread) == [("user", "<21.jpg>|What is on the board?"), ("assistant", "Two loaves.")]
 
 
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"audio": "a.wav"}, "record has video or audio"),
+        ({"weight": 0}, "filtered: record or turn is marked as not to be learned"),
+    ],
+)
+def test_the_keys_of_one_conversation_are_judged_too(tmp_path, extra, reason):
+    assert outcome_of(tmp_path, {"image_id": 7, "conversations": [{"content": TURNS, **extra}]}) == reason
+
+
 def test_the_second_folder_of_visual_genome_is_looked_into_for_ids_of_either_kind():
     assert of_tasks("conversation")[2].images[0].source == SVIT / "VG_100K_2" / "21.jpg"
 
