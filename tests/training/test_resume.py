@@ -203,10 +203,10 @@ def test_an_extended_run_goes_on_at_the_rate_of_the_longer_schedule(copied):
 
 def test_a_run_of_epochs_goes_on_with_more_of_them(tmp_path):
     """Each sample is seen as often as there are epochs, and the schedule ends with the last step."""
-    short = recipe_of(tmp_path, "training.epochs=1")
+    short = recipe_of(tmp_path, "training.max_steps=", "training.epochs=1")
     first = train(short, console(to_stderr=True))
     assert first.why == "training.epochs"
-    longer = recipe_of(tmp_path, "training.epochs=2")
+    longer = recipe_of(tmp_path, "training.max_steps=", "training.epochs=2")
     finished = train(longer, console(to_stderr=True), allow_changed=True)
     assert (finished.status, finished.step) == ("finished", finished.max_steps) and finished.step > first.step
     lines = metrics(longer)
