@@ -15,6 +15,7 @@ EXAMPLES = (
     "new photos                           # photos.yaml",
     "new my_data/train.jsonl mine.yaml --mode lora",
     "new my_data --model shipped:tiny_base --mode full  # for a CPU",
+    "new my_data --model HuggingFaceTB/SmolVLM-256M-Instruct",
 )
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 
@@ -36,7 +37,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Look at data of your own, say in which form they are, and write a recipe that trains on them."""
-    from sft.data.new_recipe import default_name, recipe_text, sizes_for
+    from sft.data.new_recipe import default_name, family_of, recipe_text, sizes_for
     from sft.data.recognise import recognise
     from sft.recipe.json_schema import SCHEMA_FILE, schema_text
 
@@ -49,7 +50,7 @@ def run(
     text = recipe_text(found, file=file, model=model, mode=mode.value)
     file.write_text(text, encoding="utf-8")
     (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
-    sizes = sizes_for(found)
+    sizes = sizes_for(found, family_of(model))
     if json:
         print_json(
             {

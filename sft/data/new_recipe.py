@@ -12,20 +12,23 @@ import yaml
 from sft.core.sample import Sample
 from sft.core.shipped import is_local, resolve
 from sft.data.recognise import Recognised
+from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH
 
 CHARACTERS_PER_TOKEN = 3.5
 """English text under LLaMA's vocabulary has about 4 characters a token; a little less leaves room."""
 TOKENS_PER_MESSAGE = 8
 """The words of the chat template about a message."""
-TOKENS_PER_IMAGE = 3
-"""An image and its markers in the text of IDEFICS-1."""
+TOKENS_PER_IMAGE = {False: 3, True: 1_150}
+"""An image and its markers in the text: of IDEFICS-1, and of a family whose images are part of the text, where it is
+most for a square image of SmolVLM-256M (docs/models.md)."""
 
 SAMPLES_PER_STEP = 16
 """A usual batch of fine-tuning; small data have smaller ones."""
 MIN_STEPS = 60
 """Adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times."""
 USUAL_EPOCHS, MAX_EPOCHS = 3, 15
-PACK_TOKENS = (256, 512, 1024, 2048)
+PACK_TOKENS = {False: (256, 512, 1024, 2048), True: (INLINE_LENGTH,)}
+"""Lengths of packs to choose from, without and with images in the text."""
 
 SMALL_MODEL_BYTES = 100_000_000
 LEARNING_RATES = {"full": ("1.0e-5", "1.0e-3"), "lora": ("2.0e-4", "2.0e-3"), "qlora": ("2.0e-4", "2.0e-3")}
@@ -43,11 +46,13 @@ class Sizes(NamedTuple):
     steps: int
 
 
-def sizes_for(found: Recognised) -> Sizes:
+def sizes_for(found: Recognised, family: str) -> Sizes:
     """Return packs that hold the longest sample, steps of up to SAMPLES_PER_STEP samples, and as many epochs as it
     takes to make MIN_STEPS steps, between the usual number and MAX_EPOCHS."""
-    tokens = [_num_tokens(sample) for sample in found.samples]
-    length = next((length for length in PACK_TOKENS if length >= max(tokens) * 1.2), PACK_TOKENS[-1])
+    is_inline = family in INLINE_FAMILIES
+    tokens = [_num_tokens(sample, TOKENS_PER_IMAGE[is_inline]) for sample in found.samples]
+    lengths = PACK_TOKENS[is_inline]
+    length = next((length for length in lengths if length >= max(tokens) * 1.2), lengths[-1])
     mean = sum(min(number, length) for number in tokens) / len(tokens)
     samples = min(max(found.estimated_samples * MAX_EPOCHS // MIN_STEPS, 1), SAMPLES_PER_STEP)
     packs = max(round(samples * mean / length), 1)
@@ -57,16 +62,17 @@ def sizes_for(found: Recognised) -> Sizes:
     return Sizes(length, max(round(packs * length / mean), 1), packs * length, epochs, steps)
 
 
-def _num_tokens(sample: Sample) -> int:
+def _num_tokens(sample: Sample, per_image: int) -> int:
     """Return about how many tokens a sample has, without a tokenizer."""
     characters = sum(len(item) for message in sample.messages for item in message.content if isinstance(item, str))
-    parts = TOKENS_PER_MESSAGE * len(sample.messages) + TOKENS_PER_IMAGE * len(sample.images)
+    parts = TOKENS_PER_MESSAGE * len(sample.messages) + per_image * len(sample.images)
     return ceil(characters / CHARACTERS_PER_TOKEN) + parts
 
 
 def recipe_text(found: Recognised, *, file: Path, model: str, mode: str) -> str:
     """Return the recipe for the data found, which is to be written to `file`."""
-    sizes = sizes_for(found)
+    family = family_of(model)
+    sizes = sizes_for(found, family)
     dataset = {"dataset": found.dataset, "path": str(found.path), "options": dict(found.options)}
     dataset = {key: value for key, value in dataset.items() if value}
     lines = "".join(f"# {line}\n" for line in found.describe())
@@ -79,7 +85,7 @@ def recipe_text(found: Recognised, *, file: Path, model: str, mode: str) -> str:
 #   idefics-sft inspect {file} --html pack.html
 #   idefics-sft plan {file}        # memory and time
 #   idefics-sft train {file}
-model: {{path: {json.dumps(model)}, mode: {mode}}}
+model: {{path: {json.dumps(model)}, family: {family}, mode: {mode}}}
 data:
   mixture:
     - name: mine
@@ -102,6 +108,14 @@ output_dir: runs/{file.stem}
 
 def _commented(setting: str, comment: str) -> str:
     return f"{setting:33} # {comment}"
+
+
+def family_of(model: str) -> str:
+    """Return the family of a base model: by the config.json of a folder, by the name of a hub id."""
+    named = model.lower()
+    if is_local(model) and (config := resolve(model) / "config.json").is_file():
+        named = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
+    return next((family for family in INLINE_FAMILIES if family in named), "idefics")
 
 
 def _is_small(model: str) -> bool:

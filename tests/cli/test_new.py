@@ -71,12 +71,21 @@ def test_the_recipe_holds_as_it_stands_and_names_what_was_skipped(tmp_path, monk
 
 def test_small_data_get_more_epochs_and_smaller_steps_than_large_ones(tmp_path):
     write(tmp_path, "train.jsonl", [{"messages": TURNS}] * 12)
-    few = sizes_for(recognise(tmp_path))
+    few = sizes_for(recognise(tmp_path), "idefics")
     write(tmp_path, "train.jsonl", [{"messages": TURNS}] * 5000)
     found = recognise(tmp_path)
-    many = sizes_for(found)
+    many = sizes_for(found, "idefics")
     assert few.epochs == 15 and many.epochs == 3 and few.tokens_per_step <= many.tokens_per_step
     assert abs(found.estimated_samples / 5000 - 1) < 0.1, "from the share of the file that was read"
+
+
+def test_the_family_is_that_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "train.jsonl", [{"messages": TURNS, "images": ["0.png"]}] * 3)
+    assert status_of("new", ".", "small.yaml", "--model", "HuggingFaceTB/SmolVLM-256M-Instruct", "--mode", "full") == 0
+    recipe = load_recipe(tmp_path / "small.yaml")
+    check_recipe(recipe)
+    assert (recipe.model.family, recipe.data.sequence_length) == ("smolvlm", 8192)
 
 
 def test_what_is_no_data_is_said_with_what_is_there(tmp_path, monkeypatch, refusal):
