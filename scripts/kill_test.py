@@ -110,7 +110,7 @@ def what_came_out(run_dir: Path, steps: int) -> dict[str, Any]:
     weights = json.loads((checkpoint / "manifest.json").read_text())
     state = json.loads((checkpoint / "state" / "manifest.json").read_text())
     progress = json.loads((checkpoint / "state" / "progress.json").read_text())
-    took = ("time", "tokens_per_second", "peak_memory_bytes")
+    took = ("time", "tokens_per_second", "data_wait", "peak_memory_bytes")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
         "weights": weights["model.safetensors"]["xxh3"],

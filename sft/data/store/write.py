@@ -212,9 +212,8 @@ def _check_counts(counts: Counts, called: str, listed: Path, pieces: Path, max_s
 def _check_share(counts: Counts, called: str, listed: Path, max_skip_share: float) -> None:
     if counts.skip_share > max_skip_share:
         raise UserError(
-            f"{called}: {counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} bad "
-            f"(allowed: {max_skip_share * 100:.1f} %): "
-            f"{_table(counts.skipped, counts)}; all of them: {listed}"
+            f"{called}: {counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} "
+            f"bad (allowed: {max_skip_share * 100:.1f} %): {_table(counts.skipped, counts)}; all of them: {listed}"
         )
 
 
