@@ -12,7 +12,7 @@ import yaml
 from sft.core.sample import Sample
 from sft.core.shipped import is_local, resolve
 from sft.data.recognise import Recognised
-from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH
+from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH, ModelConfig
 
 CHARACTERS_PER_TOKEN = 3.5
 """English text under LLaMA's vocabulary has about 4 characters a token; a little less leaves room."""
@@ -115,7 +115,8 @@ def family_of(model: str) -> str:
     named = model.lower()
     if is_local(model) and (config := resolve(model) / "config.json").is_file():
         named = str(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    return next((family for family in INLINE_FAMILIES if family in named), "idefics")
+    usual = str(ModelConfig.model_fields["family"].default)
+    return next((family for family in INLINE_FAMILIES if family in named), usual)
 
 
 def _is_small(model: str) -> bool:
