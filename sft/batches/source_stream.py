@@ -173,12 +173,12 @@ class Stream:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the source has come to the end of its last epoch."""
+        """Return whether the source has come to the end of its last epoch."""
         return self.limit is not None and self.passed >= self.limit
 
     @property
     def epochs(self) -> float:
-        """How many epochs are drawn."""
+        """Return how many epochs are drawn."""
         return self.passed / len(self.sizes)
 
     def rise_to_end(self, share: float) -> float:

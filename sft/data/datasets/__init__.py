@@ -98,7 +98,7 @@ class Adapter:
 
     @property
     def is_of_hub(self) -> bool:
-        """Whether the path names a dataset of the hub, and nothing here."""
+        """Return whether the path names a dataset of the hub, and nothing here."""
         reads_hub = getattr(self.module, "READS_HUB", False)
         return reads_hub and self.asked is not None and is_hub_id(self.asked)
 
