@@ -50,7 +50,16 @@ def run(
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
     shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
-    support: Annotated[str | None, typer.Option(help="The TSV they come from; else a tenth of the images.")] = None,
+    select: Annotated[
+        Literal["random", "rices", "groups"] | None,
+        typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
+    ] = None,
+    support: Annotated[str | None, typer.Option(help="Where they come from: a split, a folder or a TSV.")] = None,
+    prompt: Annotated[
+        Literal["chat", "base", "instruct"] | None,
+        typer.Option(help="The words around a question; base and instruct are the card's."),
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of generated answers; the card used 3.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Ask without the images.")] = False,
     baseline: Annotated[bool, typer.Option(help="Ask without the images too, to compare.")] = True,
     max_questions: Annotated[int | None, typer.Option(min=1, help="A seeded part, by whole images.")] = None,
@@ -75,7 +84,7 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = ("benchmark", "split", "protocol", "shots", "support", "max_questions")
+        names = ("benchmark", "split", "protocol", "shots", "select", "support", "prompt", "num_beams", "max_questions")
         changes = {name: context.params[name] for name in names}
         changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = _Evaluation(model, changes, submission)
@@ -190,7 +199,12 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
     from sft.evaluation.tasks import named_tasks
     from sft.evaluation.tasks.mmbench.protocols import check_protocol
 
-    changed = {name: value for name, value in changes.items() if value is not None}
+    asked = {name: changes[name] for name in ("select", "support") if changes[name] is not None}
+    changed = {name: value for name, value in changes.items() if value is not None and name not in asked}
+    shots = settings.asked_shots.model_copy(
+        update=asked | {"number": changed.pop("shots")} if "shots" in changed else asked
+    )
+    changed["shots"] = shots
     if changes["benchmark"] and not changes["by"] and changes["benchmark"] != settings.benchmark:
         changed["by"] = None
     found = settings.model_copy(update=changed)
@@ -199,16 +213,16 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
     chooses = named_tasks(found)[0] == named_tasks(settings)[0]
     if not chooses:
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
-    if changes["support"] and not found.shots:
-        raise UserError("--support is where shots come from; give --shots K too")
+    for option in asked if not shots.number else ():
+        raise UserError(f"--{option} says which shots are shown; give --shots K too")
     names = [task.name for task in named_tasks(found)]
-    for option in ("shots", "max_questions"):
+    for option in ("shots", "max_questions", "prompt"):
         if "exact_match" in names and changes[option]:
             raise UserError(
-                f"--{option.replace('_', '-')}: exact_match takes every question of its file, without shots"
+                f"--{option.replace('_', '-')}: exact_match takes every question of its file, in a chat without shots"
             )
     if "mmbench" not in names:
-        for option in ("protocol", "ranks", "support"):
+        for option in ("protocol", "ranks"):
             if changes[option] is not None:
                 raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
     check_protocol(found.protocol, found.ranks)

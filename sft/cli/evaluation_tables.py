@@ -75,6 +75,8 @@ def _show_scores(title: str, summary: Summary, out: Console) -> None:
     rows.append(("all", str(summary["questions"]), f"{_score(summary)} ± {spread}"))
     out.print(table(title, ("category", "questions", kind), rows))
     out.print(f"95 % interval {between(summary['interval'], summary)}, over images as clusters")
+    if others := {name: share for name, share in summary.get("figures", {}).items() if name != metric.name}:
+        out.print("; ".join(f"{name} {score_text(value, summary)}" for name, value in others.items()))
     if summary["blind"] is not None and summary["with_images"]:
         out.print(f"without images {_blind(summary)}")
     if "chance" in summary:

@@ -19,11 +19,13 @@ def generate_answers(
     samples: Sequence[Sample],
     *,
     max_new_tokens: int,
+    num_beams: int = 1,
+    forbidden: Sequence[str] = (),
     max_positions: int | None = None,
     autocast: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str | None]:
-    """Return the model's greedy answer to each conversation, in the order given; None where the prompt leaves no room
+    """Return the model's answer to each conversation, in the order given; None where the prompt leaves no room
     for `max_new_tokens` within `max_positions`. Prompts of similar length are answered together; `on_progress` is
     called with (answers written, answers in all).
 
@@ -44,6 +46,8 @@ def generate_answers(
                 template.tokenizer,
                 [prompt_of(template, samples[number].messages) for number in own],
                 max_new_tokens=max_new_tokens,
+                settings={"num_beams": num_beams, "early_stopping": num_beams > 1},
+                forbidden=forbidden,
                 batch_size=BATCH_SIZE,
                 autocast=autocast,
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 from sft.core.distributed import all_or_none, from_main, is_main_process
 from sft.core.files import hash_file
@@ -97,7 +98,7 @@ def ask(
         found |= _in_one_call(ranked, partial(_rank, loaded, on_progress))
     for task in prompted:
         if task.how == "generate":
-            found |= _in_one_call([task], partial(_generate, loaded, on_progress, task.max_new_tokens))
+            found |= _in_one_call([task], partial(_generate, loaded, on_progress, task))
     return found
 
 
@@ -121,18 +122,20 @@ def _rank(loaded: Loaded, on_progress: OnProgress, queries: list[Query]) -> Iter
 
 
 def _generate(
-    loaded: Loaded, on_progress: OnProgress, max_new_tokens: int, queries: list[Query]
+    loaded: Loaded, on_progress: OnProgress, task: PromptedTask[Any], queries: list[Query]
 ) -> Iterator[Answer | None]:
     texts = generate_answers(
         loaded.model,
         loaded.template,
         [query.sample for query in queries],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=task.max_new_tokens,
+        num_beams=task.num_beams,
+        forbidden=task.forbidden(),
         max_positions=loaded.max_positions,
         autocast=loaded.autocast,
         on_progress=on_progress,
     )
-    return (None if text is None else Answer(text=text) for text in texts)
+    return (None if text is None else Answer(text=task.cut(text)) for text in texts)
 
 
 def weights_hash(folder: Path) -> str:

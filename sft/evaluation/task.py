@@ -167,7 +167,13 @@ class Task(ABC):
             "interval": list(result.interval(self.metric)) if scored else None,
             "blind": result.score if self.blind and scored else blind_score,
             "categories": result.parts(lambda outcome: outcome.category) if scored else {},
-        }
+        } | ({"figures": figures} if (figures := self.all_figures(result)) else {})
+
+    def all_figures(self, result: Result) -> dict[str, float]:
+        """Return further figures beside the score: the means of those that the items have."""
+        names = result.outcomes[0].details.get("figures", {})
+        values = {name: [outcome.details["figures"][name] for outcome in result.outcomes] for name in names}
+        return {name: sum(own) / len(own) for name, own in values.items()}
 
     def without_images(self) -> Self:
         """Return the same task, asked without its images."""
@@ -193,6 +199,10 @@ class PromptedTask(Task, Generic[ItemT]):
     items: Sequence[ItemT]
     max_new_tokens: int = 0
     """Of a generated answer."""
+    num_beams: int = 1
+    """Beams of the search for it; 1: greedy."""
+    style: str = ""
+    """The style of its prompt, where there are several."""
 
     @abstractmethod
     def queries(self, item: ItemT) -> Sequence[Query]:
@@ -205,6 +215,14 @@ class PromptedTask(Task, Generic[ItemT]):
     def details(self, item: ItemT, answers: Sequence[Answer], score: float) -> dict[str, Any]:
         """Return what the line of an item holds besides, as JSON."""
         return {"answers": list(item.answers), "prediction": answers[0].text}
+
+    def forbidden(self) -> Sequence[str]:
+        """Return texts of one token that no generated answer may have."""
+        return ()
+
+    def cut(self, text: str) -> str:
+        """Return the answer in what a model wrote."""
+        return text
 
     def protocol(self, template: ChatTemplate) -> dict[str, Any]:
         """Return the names of all ways in which it is asked, and a hash over the texts of all queries and answers."""
@@ -221,7 +239,7 @@ class PromptedTask(Task, Generic[ItemT]):
             "blind": self.blind,
             "shots": self.shots,
             "items": digest.hexdigest(),
-        }
+        } | ({"prompt": self.style, "beams": self.num_beams} if (self.style, self.num_beams) != ("chat", 1) else {})
 
     def all_queries(self) -> Iterator[list[Query]]:
         """Yield the queries of each item, without images where it is asked so."""

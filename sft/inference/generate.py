@@ -44,12 +44,14 @@ def generate(
     batch_size: int = 16,
     autocast: bool = False,
     settings: Mapping[str, Any] | None = None,
+    forbidden: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Return the text that the model generates after each prompt, stripped of spaces at its ends.
 
     Greedy, unless `settings` (fields of transformers' `GenerationConfig`) say otherwise; a text ends at `</s>`,
-    `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker. `load_image` makes the
+    `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker, nor a token that writes one of the
+    `forbidden` texts. `load_image` makes the
     tiles of an image; left out, the image is opened and cut as in training. `on_text` gets the text of a single prompt
     word by word as it is written; beams are not streamed.
 
@@ -57,6 +59,7 @@ def generate(
         SkipSample: an image is missing or does not decode.
     """
     load = load_image or _loader(model)
+    never = _ids_of(tokenizer, family_of(model).text.NEVER_WRITTEN) + [_last_id(tokenizer, text) for text in forbidden]
     was_training = model.training
     model.eval()
     try:
@@ -64,7 +67,7 @@ def generate(
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             with torch.autocast(_device(model).type, torch.bfloat16, enabled=autocast):
-                texts += _generate_batch(model, tokenizer, batch, load, max_new_tokens, settings or {}, on_text)
+                texts += _generate_batch(model, tokenizer, batch, load, max_new_tokens, settings or {}, never, on_text)
         return texts
     finally:
         model.train(was_training)
@@ -77,10 +80,10 @@ def _generate_batch(
     load_image: Callable[[ImageRef], Tiles],
     max_new_tokens: int,
     settings: Mapping[str, Any],
+    never: Sequence[int],
     on_text: Callable[[str], None] | None,
 ) -> list[str]:
-    text = family_of(model).text
-    stops = _ids_of(tokenizer, text.ENDS)
+    stops = _ids_of(tokenizer, family_of(model).text.ENDS)
     encoded = [prompt.encoded for prompt in prompts]
     tiles = [[load_image(image) for image in prompt.images] for prompt in prompts]
     input_ids_BT, attention_mask_BT = _left_padded(encoded, tokenizer.pad_token_id)
@@ -93,7 +96,7 @@ def _generate_batch(
         **{
             "do_sample": False,
             "max_new_tokens": max_new_tokens,
-            "bad_words_ids": [[index] for index in _ids_of(tokenizer, text.NEVER_WRITTEN)],
+            "bad_words_ids": [[index] for index in never],
             "eos_token_id": stops,
             "bos_token_id": tokenizer.bos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -136,6 +139,11 @@ def _ids_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[i
     """Return the ids of those tokens that the vocabulary has."""
     ids = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
     return [index for index in ids if index not in (None, tokenizer.unk_token_id)]
+
+
+def _last_id(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    """Return the last token of a text that follows a word."""
+    return int(tokenizer(f"a{text}", add_special_tokens=False)["input_ids"][-1])
 
 
 def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -94,19 +94,26 @@ class ChatTemplate:
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Encode a sample for training: from `<s>` through `</s>`."""
-        return self._encode(sample.key, sample.messages, add_generation_prompt=False)
+        return self._encode(sample.key, sample.messages)
 
     def encode_prompt(self, messages: Sequence[Message], *, key: str = "prompt") -> EncodedSample:
-        """Encode what the model is to answer: from `<s>` through `Assistant:`."""
+        """Encode what the model is to answer, from `<s>` through `Assistant:`; or a document that is to go on, through
+        its last text."""
+        if messages[-1].role == "document":
+            return self._encode(key, messages, answer="")
         return self._encode(key, messages, add_generation_prompt=True)
 
     def encode_answer(self, messages: Sequence[Message], answer: str) -> tuple[EncodedSample, tuple[int, int]]:
         """Encode a prompt and an answer to it together, and say where the answer's own tokens stand.
 
-        The half-open range leaves out what ends the turn and the text after the answer.
+        The half-open range leaves out what ends the turn and the text after the answer. A document goes on with the
+        answer, whose first token may begin before it where both share one: ` dog` after `Answer:`.
         """
+        if messages[-1].role == "document":
+            encoded = self._encode("answer", messages, answer=answer)
+            return encoded, encoded.trained_spans[-1]
         turns = (*messages, Message(role="assistant", content=(answer,)))
-        encoded = self._encode("answer", turns, add_generation_prompt=False)
+        encoded = self._encode("answer", turns)
         start, end = encoded.trained_spans[-1]
         while end > start and int(encoded.input_ids[end - 1]) in self._ends:
             end -= 1
@@ -118,8 +125,20 @@ class ChatTemplate:
         texts = iter(_texts(messages))
         return "".join(next(texts) if piece.is_slot else piece.text for piece in pieces)
 
-    def _encode(self, key: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> EncodedSample:
-        texts, images = iter(_texts(messages)), _images(messages)
+    def _encode(
+        self,
+        key: str,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        answer: str | None = None,
+    ) -> EncodedSample:
+        pieces = self._pieces(_shape(messages), add_generation_prompt)
+        if answer is not None:  # of a document: it follows the last text, and nothing else counts as trained
+            last = max(number for number, piece in enumerate(pieces) if piece.is_slot)
+            pieces = tuple(piece._replace(is_trained=False) for piece in pieces[: last + 1])
+            pieces += (_Piece("", is_special=False, is_slot=True, is_trained=True),)
+        texts, images = iter([*_texts(messages), answer or ""]), _images(messages)
         tilings = [tiling_of(image, self.images) for image in images]
         to_come = iter(tilings)
         positions: list[int] = []
@@ -133,7 +152,7 @@ class ChatTemplate:
             trained.extend(flags)
             run.clear()
 
-        for piece in self._pieces(_shape(messages), add_generation_prompt):
+        for piece in pieces:
             if piece.is_special:
                 close_run()
                 ids = [self._special_ids[piece.text]]

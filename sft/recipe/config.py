@@ -409,6 +409,23 @@ class CheckpointsConfig(_Part):
     checkpoint."""
 
 
+class ShotsConfig(_Part):
+    number: Annotated[int, Field(ge=0)] = 0
+    """How many are shown before each question."""
+    select: Literal["random", "rices", "groups"] = "random"
+    """`random`: drawn for each question, as the card did. `rices`: those whose images are most alike. `groups`: the
+    questions of a group have the same ones, which costs less."""
+    support: str | None = None
+    """Where they come from: a split of the benchmark, or another folder or TSV of its layout. Left out: `train`; of
+    MMBench's layout, a tenth of the benchmark's images, which are then not evaluated."""
+    groups: Positive = 32
+    """Number of groups under `groups`."""
+    features: str | None = None
+    """A folder or hub id of CLIP that says under `rices` which images are alike. Left out: the tower of the model."""
+    seed: Seed | None = None
+    """Seed of the draws. Left out: that of `evaluation`."""
+
+
 class EvaluationConfig(_Part):
     benchmark: str | None = None
     """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; the folder of
@@ -433,10 +450,15 @@ class EvaluationConfig(_Part):
     `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
     ranks: Annotated[tuple[Scoring, ...], Field(min_length=1)] = ("letter",)
     """How an option is chosen: by the likelihood of its letter, of its text, or by the generated answer."""
-    shots: Annotated[int, Field(ge=0)] = 0
-    """Answered questions shown before each question."""
+    shots: Annotated[int, Field(ge=0)] | ShotsConfig = 0
+    """Answered questions shown before each question: how many, or a section that says which."""
     support: str | None = None
-    """The TSV of the shots. Left out: a tenth of the benchmark's images, which are then not evaluated."""
+    """The same as `shots.support`."""
+    prompt: Literal["chat", "base", "instruct"] | None = None
+    """The words around a question: those of training (`chat`), or those by which `base` and `instruct` models of the
+    card were evaluated. Left out: the first that `idefics-sft tasks show` names."""
+    num_beams: Positive = 1
+    """Beams of generated answers. The card's figures are of 3."""
     max_questions: Positive | None = None
     """Evaluate a seeded part of the benchmark of at most so many questions, by whole images."""
     seed: Seed = 0
@@ -447,6 +469,12 @@ class EvaluationConfig(_Part):
         if self.protocol == "card" and self.ranks != ("letter",):
             raise ValueError("protocol card ranks letters; set ranks: [letter]")
         return self
+
+    @property
+    def asked_shots(self) -> ShotsConfig:
+        """The shots as a section."""
+        shots = self.shots if isinstance(self.shots, ShotsConfig) else ShotsConfig(number=self.shots)
+        return shots.model_copy(update={"support": shots.support or self.support})
 
 
 class Recipe(_Part):

@@ -11,6 +11,7 @@ from PIL import Image
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef
 from sft.evaluation.metrics.vqa_accuracy import normalise_freely
+from sft.evaluation.prompts import Prompt
 from sft.evaluation.tasks.exact_match import is_match, read_questions
 
 
@@ -87,4 +88,4 @@ def test_the_examples_of_the_documentation_are_read(tmp_path):
     bus, street = read_questions(tmp_path / "own.jsonl")
     assert bus.answers == ("red", "dark red") and len(bus.images) == 1
     assert (street.id, street.category, street.image_sha256) == ("rain-1", "yes/no", bus.image_sha256)
-    assert [type(item) for item in bus.prompt[0].content] == [ImageRef, str]
+    assert [type(item) for item in Prompt().asked(bus)] == [ImageRef, str]

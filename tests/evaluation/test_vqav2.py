@@ -13,11 +13,11 @@ from PIL import Image
 
 from sft.core.errors import UserError
 from sft.evaluation.metrics.vqa_accuracy import normalise, vqa_accuracy
-from sft.evaluation.open_questions import most_common
+from sft.evaluation.questions import most_common
 from sft.evaluation.run_tasks import ask
 from sft.evaluation.task import Answer
 from sft.evaluation.tasks import NamedTask, named_tasks, open_tasks
-from sft.evaluation.tasks.vqav2 import INSTRUCTION, read_questions
+from sft.evaluation.tasks.vqav2 import VQAv2
 from sft.recipe import EvaluationConfig
 
 ANSWERS = ["net"] * 7 + ["netting", "mesh", "Net!"]
@@ -75,7 +75,7 @@ def test_reference_values_of_other_people_s_code_hold():
             marks = [one["answer_confidence"] for one in question["answers"]]
             found = vqa_accuracy(said[question["image"]], answers, variant=variant, marks=marks)
             assert found == pytest.approx(scores[name]), question
-    real = read_questions(folder / "vqav2", "train")
+    real = VQAv2.__new__(VQAv2).read(folder / "vqav2", "train")
     assert [question.id for question in real] == [458752000, 458752001, 458752002]
     assert [vqa_accuracy(most_common(question.answers), question.answers) for question in real] == [1, 1, 1]
 
@@ -83,13 +83,13 @@ def test_reference_values_of_other_people_s_code_hold():
 # ---------------------------------------------------------------------------------------------------------- the task
 
 
-def write_split(folder, part="val2014", questions=6, annotated=True):
+def write_split(folder, part="val2014", questions=6, annotated=True, first=100):
     """The official layout: two questions about each image, annotations in another order."""
     images = part.replace("-dev", "")
     (folder / images).mkdir(parents=True, exist_ok=True)
     asked, answered = [], []
     for number in range(questions):
-        image, question = 100 + number // 2, 1000 + number
+        image, question = first + number // 2, 1000 + number
         Image.new("RGB", (8, 8), ("red", "green", "blue")[number // 2 % 3]).save(
             folder / images / f"COCO_{images}_{image:012d}.jpg"
         )
@@ -113,7 +113,7 @@ def test_questions_are_joined_with_their_annotations_by_number(tmp_path):
     task = opened(write_split(tmp_path), tmp_path)
     first = task.items[0]
     assert (first.id, first.text, first.answers[:1], first.category) == (
-        1000, "What is 0?" + INSTRUCTION, ("net",), "other",
+        1000, "What is 0?", ("net",), "other",
     )  # fmt: skip
     assert (task.benchmark, task.metric.name, task.how) == ("vqav2_val", "VQA accuracy (m4)", "generate")
     assert [item.cluster for item in task.items] == [f"image {100 + n // 2}" for n in range(6)]
@@ -149,10 +149,44 @@ def test_shots_are_answered_questions_about_other_images_the_same_every_time(tmp
         roles = [message.role for message in query.sample.messages]
         assert roles == ["user", "assistant"] * 3 + ["user"]
         assert {message.content for message in query.sample.messages if message.role == "assistant"} == {("net",)}
-        assert item.cluster not in {shot.cluster for shot in task.shots_of(item)}
-    assert task.shots_of(task.items[0]) == opened(tmp_path, tmp_path, shots=3).shots_of(task.items[0])
+        assert item.cluster not in {shot.cluster for shot in task.shots_drawn.of(item)}
+    again = opened(tmp_path, tmp_path, shots={"number": 5})
+    assert again.answered_shots(task.items[0])[-3:] == task.answered_shots(task.items[0])  # draws are nested
     with pytest.raises(UserError, match="vqav2_val: shots: 11 are asked for, of 12 questions"):
         opened(tmp_path, tmp_path, shots=11)
+
+
+def test_groups_of_questions_have_the_same_shots(tmp_path):
+    write_split(tmp_path, "train2014", questions=40, first=500)
+    task = opened(write_split(tmp_path, questions=30), tmp_path, shots={"number": 2, "select": "groups", "groups": 3})
+    assert len({tuple(shot.id for shot, _ in task.answered_shots(item)) for item in task.items}) == 3
+
+
+def test_the_card_s_base_prompt_is_a_document_that_goes_on(tmp_path, template):
+    write_split(tmp_path, "train2014", questions=12)
+    task = opened(write_split(tmp_path), tmp_path, prompt="base", shots=1)
+    (query,) = task.queries(task.items[0])
+    shot = task.shots_drawn.of(task.items[0])[0]
+    image = "<fake_token_around_image><image><fake_token_around_image>"
+    head = "<s>Instruction: provide an answer to the question. Use the image to answer.\n"
+    text = f"{head}Image:{image}Question: {shot.text} Answer: net\nImage:{image}Question: What is 0? Answer:"
+    assert template.text(query.sample.messages).removesuffix("</s>") == text
+    prompt = template.encode_prompt(query.sample.messages)
+    answered, (start, end) = template.encode_answer(query.sample.messages, " net")
+    assert (start, end) == (len(prompt.input_ids), len(answered.input_ids))
+    assert template.tokenizer.decode(answered.input_ids[start:end]).strip() == "net"
+    assert task.cut("net Question: Who") == "net" and task.forbidden() == ("\n", "\n\n")
+
+
+def test_without_shots_it_shows_two_examples_without_their_images(tmp_path):
+    write_split(tmp_path, "train2014", questions=12)
+    task = opened(write_split(tmp_path), tmp_path, prompt="base")
+    (query,) = task.queries(task.items[0])
+    (message,) = query.sample.messages
+    assert message.role == "document" and len(query.sample.images) == 1
+    assert message.content[0].count("Image:Question: What is") == 2
+    with pytest.raises(UserError, match="vqav2: there is no prompt 'instruct'; expected chat or base"):
+        opened(tmp_path, tmp_path, prompt="instruct")
 
 
 def test_what_is_wrong_with_the_files_is_one_line(tmp_path):
@@ -167,10 +201,10 @@ def test_what_is_wrong_with_the_files_is_one_line(tmp_path):
     file = write_split(tmp_path) / "v2_mscoco_val2014_annotations.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({"annotations": content["annotations"][1:]}))
-    with pytest.raises(UserError, match="question 1005 of val has no answers"):
+    with pytest.raises(UserError, match="question 1005 has no answers"):
         opened(tmp_path, tmp_path)
     file.write_text("[]")
-    with pytest.raises(UserError, match="expected the official layout, an object with a list of 'annotations'"):
+    with pytest.raises(UserError, match=r"annotations\.json: not of the official layout"):
         opened(tmp_path, tmp_path)
     write_split(tmp_path)
     (tmp_path / "val2014" / "COCO_val2014_000000000101.jpg").unlink()
@@ -193,6 +227,7 @@ def test_evaluate_select_and_report_take_it(copied, tmp_path, capsys):
     assert (selection["by"], selection["benchmark"], selection["questions"]) == ("vqav2", "vqav2_val", [6, 6])
     (file,) = (copied / "evaluations" / "vqav2_val").glob("*/checkpoint-1.jsonl")
     line = json.loads(file.read_text().splitlines()[0])
+    assert line["figures"]["VQA accuracy (m4)"] == line["score"] and len(line["figures"]) == 4
     assert isinstance(line["score"], float) and line.keys() >= {"question", "cluster", "answers", "prediction"}
     assert status_of("report", copied) == 0
     assert "of vqav2_val" in (copied / "report.html").read_text()
@@ -247,12 +282,16 @@ TASK = {}
     ("body", "task", "expected"),
     [
         ("pass", "3", "TASK is 3; expected a class"),
-        ("pass", "Own.__mro__[2]", "has no score, name, metric"),
+        ("pass", "Own.__mro__[3]", "has no score, name, metric"),
         ("def __init__(self, source): pass", "Own", "Own has no benchmark; see "),
         ("how = 'ask'", "Own", "how is 'ask'; expected rank or generate or loss"),
         ("max_new_tokens = 0", "Own", "max_new_tokens is 0; expected 1 or more"),
-        ("check_images = lambda self: self.__dict__.update(items=[])", "Own", "has no items; expected one at least"),
-        ("check_images = lambda self: self.__dict__.update(items=[3])", "Own", "int has no id, cluster, "),
+        (
+            "check_images = lambda self, _=None: self.__dict__.update(items=[])",
+            "Own",
+            "has no items; expected one at least",
+        ),
+        ("check_images = lambda self, _=None: self.__dict__.update(items=[3])", "Own", "int has no id, cluster, "),
     ],
 )
 def test_what_a_task_lacks_is_one_line(tmp_path, monkeypatch, body, task, expected):

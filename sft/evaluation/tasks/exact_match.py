@@ -24,7 +24,8 @@ from sft.core.metric import ACCURACY
 from sft.core.sample import SkipSample
 from sft.core.shipped import resolve
 from sft.evaluation.metrics.vqa_accuracy import normalise_freely
-from sft.evaluation.open_questions import OpenQuestion, OpenQuestions
+from sft.evaluation.prompts import TaskItem
+from sft.evaluation.questions import OpenQuestions
 from sft.evaluation.results import Result
 from sft.evaluation.task import Answer
 from sft.evaluation.task_source import TaskSource
@@ -42,7 +43,7 @@ class ExactMatch(OpenQuestions):
     name = "exact_match"
     metric = ACCURACY
 
-    def __init__(self, file: Path, questions: Sequence[OpenQuestion]) -> None:
+    def __init__(self, file: Path, questions: Sequence[TaskItem]) -> None:
         self.items = questions
         self.benchmark = file.stem
         self._file = file
@@ -81,11 +82,11 @@ class ExactMatch(OpenQuestions):
                 raise UserError(f"{question.where}: the question has more tokens than the model takes; shorten it")
         return super().result(answers, protocol_hash, weights)
 
-    def score(self, item: OpenQuestion, answers: Sequence[Answer]) -> float:
+    def score(self, item: TaskItem, answers: Sequence[Answer]) -> float:
         """Return 1 for a right answer, else 0."""
         return float(is_match(answers[0].text, item.answers))
 
-    def details(self, item: OpenQuestion, answers: Sequence[Answer], score: float) -> dict[str, Any]:
+    def details(self, item: TaskItem, answers: Sequence[Answer], score: float) -> dict[str, Any]:
         """Return the score as `hit` too."""
         return super().details(item, answers, score) | {"hit": bool(score)}
 
@@ -95,7 +96,7 @@ class ExactMatch(OpenQuestions):
         return super().summary(result, blind_score=blind_score) | own
 
 
-def read_questions(file: Path) -> tuple[OpenQuestion, ...]:
+def read_questions(file: Path) -> tuple[TaskItem, ...]:
     """Return all questions of a file; their images are hashed, and decoded once to check.
 
     Raises:
@@ -118,7 +119,7 @@ def read_questions(file: Path) -> tuple[OpenQuestion, ...]:
     return tuple(questions)
 
 
-def _question(file: Path, number: int, line: str) -> OpenQuestion:
+def _question(file: Path, number: int, line: str) -> TaskItem:
     where = f"{file}:{number}"
     try:
         row = json.loads(line)
@@ -140,7 +141,7 @@ def _question(file: Path, number: int, line: str) -> OpenQuestion:
     except SkipSample as skip:
         raise UserError(f"{where}: {skip.explained}") from skip
     name, sha256 = str(row.get("id", number)), hashlib.sha256(contents[0]).hexdigest() if contents else ""
-    return OpenQuestion(
+    return TaskItem(
         id=name,
         where=where,
         text=row["question"].strip(),

@@ -89,12 +89,15 @@ class MMBench(PromptedTask[Question]):
         data, settings = source.named_data("mmbench"), source.settings
         if data.endswith(".jsonl"):
             raise UserError(f"{data}: --by mmbench reads a TSV of MMBench layout; a .jsonl goes with --by exact_match")
+        shots = settings.asked_shots
+        if shots.select != "random" or shots.seed is not None or settings.prompt not in (None, "chat"):
+            raise UserError("mmbench: leave out shots.select, shots.seed and prompt; it has random shots in a chat")
         questions = load_benchmark(
             benchmark_file(data, source.store, seed=settings.seed),
             protocol=settings.protocol,
             max_questions=settings.max_questions,
-            shots=settings.shots,
-            support=resolve(settings.support) if settings.support else None,
+            shots=shots.number,
+            support=resolve(shots.support) if shots.support else None,
             seed=settings.seed,
         )
         return [cls(questions, scoring) for scoring in settings.ranks]
