@@ -40,7 +40,10 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         UserError: it is missing or no CSV.
     """
     with official_layout(file), file.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines))
+        rows = list(csv.DictReader(lines))
+        if not rows:
+            raise ValueError("no rows")
+        return rows
 
 
 @contextmanager

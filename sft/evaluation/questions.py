@@ -66,8 +66,12 @@ class Questions(PromptedTask[TaskItem]):
     def queries(self, item: TaskItem) -> list[Query]:
         """Return the question after its shots."""
         messages = conversation(self.prompt, item, self.answered_shots(item))
-        options = tuple(map(self.prompt.option, item.options)) if self.how == "rank" else ()
+        options = tuple(map(self.prompt.option, self.options_of(item))) if self.how == "rank" else ()
         return [Query(Sample(key=f"{self.benchmark}/{item.id}", messages=messages), options)]
+
+    def options_of(self, item: TaskItem) -> tuple[str, ...]:
+        """Return what is ranked for an item."""
+        return item.options
 
     def answered_shots(self, item: TaskItem) -> list[tuple[TaskItem, str]]:
         """Return what is shown before an item, with the answers that most people gave."""
@@ -151,7 +155,7 @@ class RankedQuestions(Questions):
         if not answer.is_finite:
             return ""
         log_probs = [score.log_prob for score in answer.scores]
-        return item.options[log_probs.index(max(log_probs))]
+        return self.options_of(item)[log_probs.index(max(log_probs))]
 
     def score(self, item: TaskItem, answers: Sequence[Answer]) -> float:
         """Return 1 for a right answer, else 0."""

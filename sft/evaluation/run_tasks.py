@@ -71,7 +71,7 @@ def _kept(
 def _ask(
     path: Path, loaded: Loaded, hash_of: Mapping[Task, str], weights: str, on_progress: OnProgress
 ) -> Iterator[tuple[Task, Result]]:
-    for benchmark, group in groupby(hash_of, key=lambda task: task.benchmark):
+    for benchmark, group in groupby(hash_of, key=lambda task: task.name):
         own = list(group)
         answers = ask(loaded, own, on_progress)
         for task in own:

@@ -5,7 +5,7 @@
 mmbench      multiple-choice questions of MMBench's layout
 exact_match  questions of your own with short answers
 loss         the loss on what a run's recipe holds out
-vqav2        VQAv2; the shortest, and the model for others
+vqav2        VQAv2, the model for others; docs/benchmarks.md lists those of the model card
 
 A new benchmark needs no other change. A dotted name loads a module of the user's own. The class says what is asked
 (`items`, `queries`), how (`how`) and what an answer is worth (`score`); docs/extending.md has the contract.
