@@ -13,6 +13,7 @@ from PIL import Image
 
 from sft.core.errors import UserError
 from sft.core.sample import ImageRef
+from sft.evaluation.metrics.cider import CiderD, tokenize
 from sft.evaluation.metrics.ndcg import ndcg
 from sft.evaluation.metrics.roc_auc import roc_auc_values
 from sft.evaluation.run_tasks import ask
@@ -156,7 +157,54 @@ def write_visdial(folder):
         put(folder / f"visdial_1.0_{split}_dense_annotations.json", judged[::-1])
 
 
+CAPTIONS = ["A dog runs.", "a dog (brown) runs past", "Two dogs' toys"]
+
+
+def write_karpathy(folder, name):
+    images = [
+        {"filename": f"{n}.jpg", "imgid": n, "split": split, "sentences": [{"raw": text} for text in CAPTIONS]}
+        | ({"filepath": "val2014", "cocoid": 50 + n} if name == "coco" else {})
+        for n, split in enumerate(["test", "test", "train", "restval", "train", "val"])
+    ]
+    put(folder / f"dataset_{name}.json", {"images": images})
+    for n in range(6):
+        paint(folder / ("val2014" if name == "coco" else "flickr30k-images") / f"{n}.jpg")
+
+
+def write_coco_captions(folder):
+    write_karpathy(folder, "coco")
+
+
+def write_flickr30k(folder):
+    write_karpathy(folder, "flickr30k")
+
+
+def write_nocaps(folder):
+    write_karpathy(folder, "coco")
+    images = [{"id": n, "file_name": f"x{n}.jpg", "domain": ("near-domain", "out-domain")[n % 2]} for n in range(4)]
+    captions = [{"image_id": n % 4, "id": n, "caption": CAPTIONS[n % 3]} for n in range(12)]
+    put(folder / "nocaps_val_4500_captions.json", {"images": images, "annotations": captions})
+    for n in range(4):
+        paint(folder / "val" / f"x{n}.jpg")
+
+
+def write_textcaps(folder):
+    for split in ("val", "train"):
+        rows = [
+            {"image_id": f"{split}{n}", "caption_str": text, "reference_strs": CAPTIONS}
+            for text in CAPTIONS
+            for n in range(3)
+        ]
+        put(folder / f"TextCaps_0.1_{split}.json", {"data": rows})
+        for n in range(3):
+            paint(folder / "train_images" / f"{split}{n}.jpg")
+
+
 WRITERS = {
+    "coco_captions": write_coco_captions,
+    "flickr30k": write_flickr30k,
+    "nocaps": write_nocaps,
+    "textcaps": write_textcaps,
     "okvqa": write_okvqa,
     "textvqa": write_textvqa,
     "vizwiz": write_vizwiz,
@@ -185,6 +233,8 @@ def text_of(task, template, number=0):
 PROMPTS = [
     ("okvqa", "chat", "<s>User:<IMG>What is 1?\nAnswer the question using a single word or phrase.<end_of_utterance>\n"
      "Assistant:", ()),
+    ("coco_captions", "instruct", "<s>User:<IMG>Describe the image briefly.<end_of_utterance>\nAssistant:", ()),
+    ("textcaps", "base", "<s>Image:Caption: A dog runs.\nImage:Caption: A dog runs.\nImage:<IMG>Caption:", ()),
     ("vizwiz", "base", "<s>Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n"
      "Image:Question: What is this? Answer: unanswerable\nImage:Question: What is this? Answer: unanswerable\n"
      "Image:<IMG>Question: What is this? Answer:", ()),
@@ -223,7 +273,7 @@ def test_every_task_is_asked_with_shots_and_scored(tmp_path, model, template, na
         result = task.result(answers[task], task.protocol_hash(template), "")
         summary = json.loads(json.dumps(task.summary(result)))
         assert summary["questions"] == len(task.items) and summary["score"] is not None
-        assert all(0 <= value <= 1 for value in summary.get("figures", {}).values())
+        assert all(0 <= value <= (1 if task.metric.is_share else 10) for value in summary.get("figures", {}).values())
         for item in task.items:
             shots = [shot for shot, _ in task.answered_shots(item)]
             assert len(shots) == task.shots and item.cluster not in {shot.cluster for shot in shots}
@@ -256,6 +306,26 @@ def test_the_area_under_the_curve_is_a_mean_of_its_items_values():
     assert roc_auc_values([1, 1, 1], [True, False, False]).mean() == pytest.approx(0.5)
     with pytest.raises(ValueError, match="items of both classes"):
         roc_auc_values([0.5], [True])
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("It isn't a dog's (big) day...", "it is n't a dog 's -lrb- big -rrb- day"),
+        ("A 3rd-floor U.S. flag; $5.00, 50% off", "a 3rd-floor u.s. flag $ 5.00 50 % off"),
+        ("mid-air black/white cat, at 5:30 p.m.", "mid-air black/white cat at 5:30 p.m."),
+        ("gonna\u2028go", "gon na go"),
+        ("", ""),
+    ],
+)
+def test_captions_are_cut_into_words_as_by_the_penn_treebank_s_tokenizer(caption, words):
+    assert tokenize(caption) == words.split()
+
+
+def test_words_that_all_images_have_count_nothing():
+    cider = CiderD([["a dog"], ["a cat"]])
+    assert cider.score("a dog", ["a dog"]) == pytest.approx(10 * 2 / 4)  # one word and one pair of four sizes
+    assert cider.score("a", ["a dog"]) == 0 == cider.score("", ["a dog"])
 
 
 def test_gain_is_counted_where_the_relevant_could_stand():
@@ -336,6 +406,35 @@ def test_visdial_has_both_gains_and_the_place_of_the_answer():
     assert figures["NDCG (m4)"] == pytest.approx(expected["ndcg_sklearn_all_100"], abs=1e-6)
     assert figures["mean reciprocal rank"] == pytest.approx(expected["sparse_of_that_round"]["mrr"], abs=1e-6)
     assert figures["recall at 5"] == pytest.approx(expected["sparse_of_that_round"]["r@5"], abs=1e-6)
+
+
+@needs_samples
+@pytest.mark.parametrize(
+    ("name", "split", "file"), [("coco_captions", "test", "coco_test"), ("nocaps", "val", "nocaps_val")]
+)
+def test_captions_have_the_official_scores(name, split, file):
+    folder = Path(SAMPLES) / "benchmarks" / "captions"
+    task, items = sample_items(name, folder, split)
+    asked = task.__new__(task)
+    asked.items, asked.benchmark, asked.has_answers = items, name, True
+    said = {line["image_id"]: line["caption"] for line in json.loads((folder / f"{file}_predictions.json").read_text())}
+    expected = json.loads((folder / f"{file}_expected.json").read_text())
+    result = asked.result([[Answer(text=said[item.id])] for item in items], "", "")
+    assert result.score == pytest.approx(expected["CIDEr"])
+    for outcome in result.outcomes:
+        assert outcome.score == pytest.approx(expected["per_image_CIDEr"][str(outcome.item)])
+    if name == "nocaps":
+        own = {name.partition(",")[0]: value for name, value in asked.all_figures(result).items()}
+        assert own == pytest.approx(expected["CIDEr_by_domain_idf_of_the_domain"])
+
+
+@needs_samples
+def test_real_captions_of_coco_are_cut_into_the_official_words():
+    file = Path(SAMPLES) / "captions_cider" / "coco_val2014_80.json"
+    real = json.loads(file.read_text())
+    for image, captions in real["references"].items():
+        for caption, words in zip(captions, real["ptb_tokenized_references"][image], strict=True):
+            assert " ".join(tokenize(caption)) == words.replace("\xa0", " ")
 
 
 @needs_samples

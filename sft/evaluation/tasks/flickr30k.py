@@ -1,0 +1,30 @@
+"""Captions of Flickr30k in Karpathy's splits: five captions that people wrote for each photograph.
+
+Needs dataset_flickr30k.json of https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip, and the
+images, which are given for research on request (https://shannon.cs.illinois.edu/DenotationGraph):
+
+    dataset_flickr30k.json    flickr30k-images/*.jpg
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sft.evaluation.captions import Captions, read_karpathy
+from sft.evaluation.prompts import TaskItem
+
+
+class Flickr30k(Captions):
+    """CIDEr-D on the captions of Flickr30k."""
+
+    name = "flickr30k"
+    splits = ("test", "val", "train")
+
+    def read(self, folder: Path, split: str) -> list[TaskItem]:
+        """Return the images of a split, in the order of the file."""
+        return read_karpathy(
+            folder / "dataset_flickr30k.json", split, lambda image: folder / "flickr30k-images" / image["filename"]
+        )
+
+
+TASK = Flickr30k
