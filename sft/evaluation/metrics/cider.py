@@ -4,8 +4,8 @@ Vedantam et al. 2015, section 4, as the coco-caption code computes it: n-grams o
 images whose references hold them, clipped to those of the reference, times a penalty for another length. The card's
 figures are 100 times these.
 
-The words are those of the Penn Treebank tokenizer that coco-caption calls, without its Java program: 80 images of COCO get
-the same scores to six digits.
+The words are those of the Penn Treebank tokenizer that coco-caption calls, without its Java program: 80 images of COCO
+get the same scores to six digits.
 """
 
 from __future__ import annotations
