@@ -9,7 +9,9 @@ vqa, captions     what benchmarks of questions answered by ten people, and of ca
 tasks/            the benchmarks, a file each, found by name
 metrics/          metrics that several benchmarks share
 run_tasks         evaluates a model on tasks, and caches the answers
+kept_states       states of images that several forwards show
 rank_answers      the likelihood of each of several options; generate_answers: the text that the model generates
+predictions       answers of other programs, read and scored
 results           outcomes, their score, and their files; statistics: standard errors and intervals
 draw_images       halves and parts of a benchmark, drawn by image
 held_out_loss     the loss of held-out samples, during training too

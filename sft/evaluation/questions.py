@@ -47,7 +47,8 @@ class Questions(PromptedTask[TaskItem]):
         self.num_beams = settings.num_beams
         self.items = choose_part(self.read(folder, split), settings.max_questions, settings.seed)
         self.has_answers = any(item.answers for item in self.items)
-        self.check_images()
+        if source.needs_images:
+            self.check_images()
         self._draw_shots(folder, source)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:

@@ -7,7 +7,8 @@ left out. Nothing is computed twice within a forward:
   prompt, the rotations of a question what stands before the options, and all prompts the words before the first image;
 - the last token of an answer is only predicted, so letters, and all options of one token, are read from the prompt
   itself;
-- what asks about the same images goes into one forward, where each image is encoded once;
+- what asks about the same images goes into one forward, where each image is encoded once; images of several forwards,
+  as those of shots, are encoded once in all (`kept_states`);
 - forwards are filled to a fixed number of tokens and nothing is padded, but for attention inside groups of similar
   length (`sft.models.grouped_attention`).
 
@@ -33,12 +34,16 @@ from sft.batches.image_source import OpenedImages
 from sft.core.distributed import all_gather_dict, all_or_none, assign
 from sft.core.parallel import prefetch
 from sft.core.sample import IGNORE_INDEX, Batch, ImageRef
+from sft.evaluation.kept_states import KeptStates
 from sft.evaluation.task import AnswerScore, Query
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
 
 TOKENS_PER_FORWARD = 4096
 """Distinct tokens of one forward. 2,048 to 8,192 are equally fast on two CPU cores with a model of 2.5 M parameters."""
+
+_SIMILAR = 128
+"""Tokens by which the lengths of prompts may differ that are sorted by their beginnings."""
 
 _IMAGE = 1 << 32
 """What looking at the next image adds to a token id."""
@@ -98,6 +103,7 @@ def score_answers(
     paths, refs, too_long = _plan(template, requests, max_positions)
     source = OpenedImages(refs, template.images)
     forwards = list(_forwards(paths, tokens_per_forward))
+    kept = KeptStates(map(_images_of, forwards))
     rounds = assign(forwards)
     total, done = sum(len(forward.tokens_T) for forward in forwards), 0
     found: dict[tuple[int, int], AnswerScore] = {}
@@ -105,9 +111,9 @@ def score_answers(
     model.eval()
     try:
         with all_or_none():
-            batches = prefetch(_batch(own, source) for own, _ in rounds)
-            for (own, turn), batch in zip(rounds, batches, strict=True):
-                log_probs = _log_probs(model, own, batch, autocast=autocast)
+            batches = prefetch(_batch(own, source, kept) for own, _ in rounds)
+            for (own, turn), laid in zip(rounds, batches, strict=True):
+                log_probs = _log_probs(model, own, laid, kept, autocast=autocast)
                 for path, log_prob in zip(own.paths, log_probs, strict=True):
                     found[path.request, path.answer] = AnswerScore(float(log_prob), len(path.token_ids))
                 done += sum(len(forward.tokens_T) for forward in turn)
@@ -152,21 +158,28 @@ def _path(template: ChatTemplate, number: int, answer: int, request: Query, imag
 
 def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forward]:
     """Yield paths about the same images side by side, the longest first: what does not fit into memory shows at once,
-    and lengths inside a forward are similar."""
+    and lengths inside a forward are similar. Among those of about one length, those with a common beginning, as the
+    same shots, stand side by side."""
     bundles: dict[tuple[int, ...], list[_Path]] = defaultdict(list)
     for path in paths:
         bundles[tuple(np.unique(path.tokens // _IMAGE))].append(path)
     filled: list[_Path] = []
     num_tokens = 0
-    for bundle in sorted(bundles.values(), key=lambda bundle: -max(len(path.tokens) for path in bundle)):
+    for bundle in sorted(bundles.values(), key=_length_and_beginning):
         for piece, size in _pieces(bundle, tokens_per_forward):
-            if filled and num_tokens + size > tokens_per_forward:
+            new = size - _num_shared(filled[-1].tokens, piece[0].tokens) if filled else size
+            if filled and num_tokens + new > tokens_per_forward:
                 yield _lay(filled)
-                filled, num_tokens = [], 0
+                filled, num_tokens, new = [], 0, size
             filled += piece
-            num_tokens += size
+            num_tokens += new
     if filled:
         yield _lay(filled)
+
+
+def _length_and_beginning(bundle: Sequence[_Path]) -> tuple[int, bytes]:
+    longest = max(len(path.tokens) for path in bundle)
+    return -(longest // _SIMILAR), min(map(_order, bundle))
 
 
 def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[list[_Path], int]]:
@@ -226,17 +239,32 @@ def _num_shared(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _batch(forward: _Forward, source: OpenedImages) -> Batch:
+def _images_of(forward: _Forward) -> list[int]:
+    """Return the numbers of the images of a row, rising."""
+    refs_T = forward.tokens_T // _IMAGE - 1
+    return [int(ref) for ref in np.unique(refs_T[refs_T >= 0])]
+
+
+class _Laid(NamedTuple):
+    """A row as a batch, whose images may still have to be encoded."""
+
+    batch: Batch
+    shown: Shown
+    opened: dict[int, tuple[Tensor, ...]]
+    """The tiles of each image that was opened."""
+
+
+def _batch(forward: _Forward, source: OpenedImages, kept: KeptStates) -> _Laid:
     """Return a row as a batch; nothing is trained."""
     input_ids_T = torch.from_numpy(forward.tokens_T % _IMAGE)
-    refs_T = forward.tokens_T // _IMAGE - 1
-    refs = np.unique(refs_T[refs_T >= 0]).tolist()
+    refs_T, refs = forward.tokens_T // _IMAGE - 1, _images_of(forward)
     shown = Shown.of(refs, source)
+    tiles = {ref: source.tiles(ref) for ref in kept.to_open(shown, source.images.state_size)}
     numbers = np.array([shown.numbers[ref] for ref in refs] + [-1])  # -1: no image
     starts = np.cumsum([0, *shown.num_states.values()])
     image_ids_T = numbers[np.where(refs_T >= 0, np.searchsorted(refs, refs_T), -1)]
     nothing_T = torch.zeros_like(input_ids_T)
-    return Batch(
+    batch = Batch(
         input_ids_T=input_ids_T,
         labels_T=nothing_T + IGNORE_INDEX,
         position_ids_T=torch.from_numpy(forward.positions_T),
@@ -244,15 +272,18 @@ def _batch(forward: _Forward, source: OpenedImages) -> Batch:
         image_ids_T=torch.from_numpy(image_ids_T),
         source_ids_T=nothing_T,
         state_ids_T=torch.from_numpy(np.where(forward.states_T >= 0, starts[image_ids_T] + forward.states_T, -1)),
-        tiles=shown.lay_tiles({ref: source.tiles(ref) for ref in refs}, refs),
+        tiles=shown.lay_tiles(tiles, refs),
         num_states=tuple(shown.num_states.values()),
         num_tiles=tuple(tiling.num_tiles for tiling in shown.tilings.values()),
         num_trained_tokens=0,
         sequences=forward.sequences,
     )
+    return _Laid(batch, shown, {ref: shown.lay_tiles(tiles, [ref]) for ref in tiles})
 
 
-def _log_probs(model: PackedModel, forward: _Forward, batch: Batch, *, autocast: bool) -> NDArray[np.float64]:
+def _log_probs(
+    model: PackedModel, forward: _Forward, laid: _Laid, kept: KeptStates, *, autocast: bool
+) -> NDArray[np.float64]:
     """Return the log-probability of the option of each path."""
     sizes = [len(path.token_ids) for path in forward.paths]
     read = [
@@ -264,7 +295,8 @@ def _log_probs(model: PackedModel, forward: _Forward, batch: Batch, *, autocast:
     device = next(model.parameters()).device
     with torch.inference_mode():
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits_PV = model(batch=batch.to(device), read_P=torch.from_numpy(read_P).to(device))
+            batch = kept.complete(model, laid.batch.to(device), laid.shown, laid.opened)
+            logits_PV = model(batch=batch, read_P=torch.from_numpy(read_P).to(device))
         log_probs_PV = logits_PV.float().log_softmax(-1)
         found = log_probs_PV[torch.from_numpy(rows).to(device), torch.from_numpy(token_ids).to(device)]
     owners = np.repeat(np.arange(len(sizes)), sizes)

@@ -208,6 +208,10 @@ class PromptedTask(Task, Generic[ItemT]):
     def queries(self, item: ItemT) -> Sequence[Query]:
         """Return what a model is asked about an item, shots and images in it: one query or several."""
 
+    def query_ids(self, item: ItemT) -> Sequence[int | str]:
+        """Return the names of an item's queries in a file of predictions."""
+        return [item.id]
+
     @abstractmethod
     def score(self, item: ItemT, answers: Sequence[Answer]) -> float:
         """Return what the answers to an item's queries are worth."""

@@ -30,6 +30,8 @@ class TaskSource:
     """Folder of prepared datasets; benchmarks that are built here go there."""
     held_out: HeldOut | None = None
     """None for a model that belongs to no run."""
+    needs_images: bool = True
+    """Whether image files have to be there."""
 
     def named_data(self, task: str) -> str:
         """Return the file or folder as the user wrote it.

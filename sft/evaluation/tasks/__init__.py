@@ -101,16 +101,22 @@ def named_tasks(settings: EvaluationConfig) -> list[NamedTask]:
 
 
 def open_tasks(
-    named: Sequence[NamedTask], settings: EvaluationConfig, store: Path, *, held_out: HeldOut | None = None
+    named: Sequence[NamedTask],
+    settings: EvaluationConfig,
+    store: Path,
+    *,
+    held_out: HeldOut | None = None,
+    with_images: bool = True,
 ) -> list[Task]:
-    """Read the benchmarks of these names.
+    """Read the benchmarks of these names. Without images they are not asked, only scored.
 
     Raises:
         UserError: one is missing or damaged.
     """
     found: list[Task] = []
     for name, data in named:
-        opened = task_type(name).open(TaskSource(data=data, settings=settings, store=store, held_out=held_out))
+        source = TaskSource(data=data, settings=settings, store=store, held_out=held_out, needs_images=with_images)
+        opened = task_type(name).open(source)
         for task in opened:
             _check_opened(name, task)
         found += opened

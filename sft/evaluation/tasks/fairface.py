@@ -92,6 +92,7 @@ class FairFace(RankedQuestions):
     def __init__(self, source: TaskSource) -> None:
         super().__init__(source)
         self.benchmark += f"_{self.attribute}"
+        self.label = self.attribute
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the faces of a split, in the order of its file."""

@@ -50,6 +50,10 @@ class VisDial(RankedQuestions):
                 if dialogue["image_id"] in judgements
             ]
 
+    def query_ids(self, item: TaskItem) -> list[str]:
+        """Return the name of the round, since official results have all rounds."""
+        return [f"{item.id} round {item.data['round']}"]
+
     def score(self, item: TaskItem, answers: Sequence[Answer]) -> float:
         """Return the NDCG of an item by the official code."""
         return ndcg(_log_probs(answers[0]), item.data["relevance"])
@@ -83,7 +87,7 @@ def _item(dialogue: Mapping[str, Any], judgement: Mapping[str, Any], data: Mappi
         images=(ImageRef(source=image),),
         cluster=f"image {dialogue['image_id']}",
         fields={"caption": dialogue["caption"]},
-        data={"relevance": judgement.get("gt_relevance", judgement.get("relevance"))},
+        data={"round": asked + 1, "relevance": judgement.get("gt_relevance", judgement.get("relevance"))},
     )
 
 

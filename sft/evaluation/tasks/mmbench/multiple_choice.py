@@ -129,6 +129,10 @@ class MMBench(PromptedTask[Question]):
             for row in item.rotations
         ]
 
+    def query_ids(self, item: Question) -> list[int]:
+        """Return the index of each row."""
+        return [row.index for row in item.rotations]
+
     def score(self, item: Question, answers: Sequence[Answer]) -> float:
         """Return 1 if every rotation was answered right, else 0."""
         return float(
