@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sft.core.errors import RunError, UserError, reason_of
 from sft.core.launch import end_with_launcher
@@ -49,32 +49,21 @@ ALONE = Rank()
 # ------------------------------------------------------------------------------------------ which process this is
 
 
-class _Names(NamedTuple):
-    """Environment variables of a launcher."""
-
-    rank: str
-    world_size: str
-    local_rank: str
-
-
-_TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_SRUN = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-"""A task of srun has all three; the batch script itself has the first too, but no number of tasks of a step."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+"""Environment variables of a launcher: this process, how many there are, which of this machine it is. A task of srun
+has all three; the batch script itself has the first too, but no number of tasks of a step."""
 
 
 def launched_rank() -> Rank:
-    """Return which process this is, by the environment: torchrun's, else srun's.
-
-    Raises:
-        UserError: the environment is of a launcher, but damaged.
-    """
-    names = next((names for names in (_TORCHRUN, _SRUN) if names.world_size in os.environ), None)
+    """Return which process this is, by the environment: torchrun's, else srun's; raise UserError if damaged."""
+    names = next((names for names in (_TORCHRUN, _SRUN) if names[1] in os.environ), None)
     if names is None:
         return ALONE
     found = {name: os.environ.get(name, "") for name in names}
     if not all(value.isdigit() for value in found.values()):
         raise UserError(f"environment: {found}; expected three numbers, as torchrun or srun set them")
-    rank = Rank(int(found[names.rank]), int(found[names.world_size]))
+    rank = Rank(int(found[names[0]]), int(found[names[1]]))
     if rank.of > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
             "environment: several processes, but no MASTER_ADDR and MASTER_PORT, where they meet; start them with "
@@ -99,7 +88,7 @@ def process_group() -> Iterator[Rank]:
     import torch
     import torch.distributed as dist
 
-    if _TORCHRUN.rank not in os.environ:  # torch and accelerate do not know srun
+    if "RANK" not in os.environ:  # torch and accelerate do not know srun
         os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_TORCHRUN, _SRUN, strict=True)}
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_gpu())
@@ -128,11 +117,8 @@ def _own_gpu() -> int:
 
 def current_rank() -> Rank:
     """Return which of the connected processes this one is."""
-    if not _is_connected():
-        return ALONE
-    import torch.distributed as dist
-
-    return Rank(dist.get_rank(), dist.get_world_size())
+    group = _connected()
+    return Rank(group.get_rank(), group.get_world_size()) if group else ALONE
 
 
 def is_main_process() -> bool:
@@ -142,19 +128,20 @@ def is_main_process() -> bool:
 
 def reports_the_error() -> bool:
     """Return whether this process is the one that says why all of them end: the first that asks. Alone, it is."""
-    if not _is_connected():
-        return "RANK" not in os.environ or os.environ["RANK"] == "0"
+    group = _connected()
+    if not group:
+        return os.environ.get("RANK", "0") == "0"
     try:
-        import torch
-
-        return bool(torch.distributed.distributed_c10d._get_default_store().add("idefics-sft/ended", 1) == 1)
+        return bool(group.distributed_c10d._get_default_store().add("idefics-sft/ended", 1) == 1)
     except RuntimeError:
         return False  # the process that keeps the count has ended, and has reported
 
 
-def _is_connected() -> bool:
+def _connected() -> Any:
+    """Return `torch.distributed` where this process is connected with others, else None."""
     torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_connected = torch and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if torch and is_connected else None
 
 
 # ------------------------------------------------------------------------------------------ telling each other
@@ -162,18 +149,17 @@ def _is_connected() -> bool:
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all processes, in each of them; alone, the tensor itself."""
-    if not _is_connected():
+    group = _connected()
+    if not group:
         return tensor
-    import torch.distributed as dist
-
     whole = tensor.to("cpu", copy=True)  # gloo's: small things need not wait for what the GPU still computes
-    dist.all_reduce(whole)
+    group.all_reduce(whole)
     return whole.to(tensor.device)
 
 
 def any_process(is_so: bool) -> bool:
     """Return whether something is so in any process, in each of them."""
-    if not _is_connected():
+    if not _connected():
         return is_so
     import torch
 
@@ -185,12 +171,11 @@ def all_gather(own: list[Value]) -> list[Value]:
 
     Not accelerate's `gather_object`: under DeepSpeed it takes processes without a GPU for one (accelerate 1.15).
     """
-    if not _is_connected():
+    group = _connected()
+    if not group:
         return own
-    import torch.distributed as dist
-
-    found: list[list[Value]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    found: list[list[Value]] = [[]] * group.get_world_size()
+    group.all_gather_object(found, own)
     return [one for part in found for one in part]
 
 
@@ -201,10 +186,8 @@ def all_gather_dict(own: dict[Item, Value]) -> dict[Item, Value]:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if _is_connected():
-        import torch.distributed as dist
-
-        dist.barrier()
+    if group := _connected():
+        group.barrier()
 
 
 @contextmanager
@@ -221,23 +204,17 @@ def all_or_none() -> Iterator[None]:
     finally:
         own = sys.exception()
         if own is None or isinstance(own, Exception):  # what is more, Ctrl-C say, ends this process at once
-            problems = all_gather([_for_others(own)])
-            if own is None:
-                _raise_first(problems)
+            problems = all_gather([] if own is None else [_for_others(own)])
+            if own is None and problems:
+                raise problems[0]
 
 
-def _raise_first(problems: list[tuple[type[UserError | RunError], str] | None]) -> None:
-    for number, problem in enumerate(problems):
-        if problem:
-            kind, text = problem
-            raise kind(text if kind is UserError else f"process {number} of {len(problems)}: {text}")
-
-
-def _for_others(error: BaseException | None) -> tuple[type[UserError | RunError], str] | None:
+def _for_others(error: Exception) -> UserError | RunError:
     """Return an error as the other processes raise it."""
-    if error is None:
-        return None
-    return (UserError if isinstance(error, UserError) else RunError), reason_of(error)
+    if isinstance(error, UserError):
+        return UserError(reason_of(error))
+    rank = current_rank()
+    return RunError(f"process {rank.number} of {rank.of}: {reason_of(error)}")
 
 
 def from_main(call: Callable[[], Value]) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import shutil
@@ -21,11 +22,8 @@ from sft.core.errors import RunError
 
 def hash_file(path: Path) -> str:
     """Return the xxh3 hash of a file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def text_lines(file: Path) -> Iterator[str]:
@@ -44,10 +42,7 @@ def location(path: str | Path) -> Path:
 
 @contextmanager
 def explain_full_disk(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
-    """
-    Raises:
-        RunError: the disk is full, or the quota. What stood there before is whole; `then` says what follows.
-    """
+    """Raise RunError where disk or quota is full. What stood there before is whole; `then` says what follows."""
     from safetensors import SafetensorError
 
     try:
@@ -59,22 +54,14 @@ def explain_full_disk(path: Path, then: str = "checkpoints before it are whole")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing; the folder is made if need be.
-
-    Raises:
-        OSError: it names the file, and nothing of it is left.
-    """
+    """Write a whole text file, or nothing and raise an OSError that names it; the folder is made if need be."""
     with _renamed(path) as staging:
         staging.write_text(text, encoding="utf-8", newline="")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a binary file that gets its name when the block ends without an error. The folder is made if need be.
-
-    Raises:
-        OSError: as `write_atomically`.
-    """
+    """Yield a binary file that gets its name when the block ends without an error, else as `write_atomically`."""
     with _renamed(path) as staging:
         with staging.open("wb") as file:
             yield file

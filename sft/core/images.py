@@ -117,25 +117,16 @@ def _decode_unusual_base64(encoded: str | bytes) -> bytes:
 
 
 def read_bytes(image: ImageRef) -> bytes:
-    """Return the encoded bytes of an image.
-
-    Raises:
-        SkipSample: the file is missing or cannot be read, or it is larger than MAX_BYTES.
-    """
-    if isinstance(image.source, bytes):
-        content = image.source
-    else:
-        try:
-            if not image.source.is_file():
-                raise SkipSample(MISSING, detail=str(image.source))
-            if image.source.stat().st_size > MAX_BYTES:
-                raise SkipSample(TOO_MANY_BYTES)
-            content = image.source.read_bytes()
-        except OSError as error:  # no permission, a name too long
-            raise SkipSample("image file unreadable", detail=str(image.source)) from error
-    if len(content) > MAX_BYTES:
-        raise SkipSample(TOO_MANY_BYTES)
-    return content
+    """Return the encoded bytes of an image; raise SkipSample where its file is not readable, or over MAX_BYTES."""
+    source = image.source
+    try:
+        if isinstance(source, Path) and not source.is_file():
+            raise SkipSample(MISSING, detail=str(source))
+        if (source.stat().st_size if isinstance(source, Path) else len(source)) > MAX_BYTES:
+            raise SkipSample(TOO_MANY_BYTES)
+        return source.read_bytes() if isinstance(source, Path) else source
+    except OSError as error:  # no permission, a name too long
+        raise SkipSample("image file unreadable", detail=str(source)) from error
 
 
 class Header(NamedTuple):
@@ -179,11 +170,8 @@ def decode_rgb(content: bytes, decoding: Decoding = AS_SHOWN) -> Image.Image:
 
 
 def open_checked(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
-    """Read the header of an image, and check it. Pillow is not let near formats that are not read.
-
-    Raises:
-        SkipSample: as `decode_rgb`, for what the header says.
-    """
+    """Read the header of an image, and raise SkipSample for what it says as `decode_rgb` does. Pillow is not let near
+    formats that are not read."""
     if content[:4] in (b"II*\0", b"MM\0*"):  # TIFF 6.0
         raise SkipSample(f"image is TIFF, which is not read; expected {READ}")
     if (heic := is_heic(content)) and not can_read_heic():
@@ -197,21 +185,14 @@ def open_checked(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
 
 
 def size_of(content: bytes, decoding: Decoding = AS_SHOWN) -> tuple[int, int]:
-    """Return width and height by the header alone: a body that does not decode is not noticed.
-
-    Raises:
-        SkipSample: as `decode_rgb`, for what the header says.
-    """
+    """Return width and height as `open_checked` finds them: a body that does not decode is not noticed."""
     return open_checked(content, decoding).size
 
 
 def verified(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
-    """Return the header of an image that decodes.
+    """Return the header of an image that decodes, else raise SkipSample as `decode_rgb` does.
 
     A JPEG is decoded at an eighth of its size: the whole of its data is read and checked, in a third of the time.
-
-    Raises:
-        SkipSample: as `decode_rgb`.
     """
     header = open_checked(content, decoding)
     with _as_skips():
@@ -257,12 +238,11 @@ def _as_skips() -> Iterator[None]:
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        detail = f"{width:,} x {height:,}, over the {max_pixels:,} of data.images.max_pixels"
-        raise SkipSample(TOO_MANY_PIXELS, detail=detail)
+    found = f"{size[0]:,} x {size[1]:,}"
+    if size[0] * size[1] > max_pixels:
+        raise SkipSample(TOO_MANY_PIXELS, detail=f"{found}, over the {max_pixels:,} of data.images.max_pixels")
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise SkipSample(TOO_NARROW, detail=f"{width:,} x {height:,}")
+        raise SkipSample(TOO_NARROW, detail=found)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -271,9 +251,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return an image file as RGB.
-
-    Raises:
-        SkipSample: see `read_bytes` and `decode_rgb`.
-    """
+    """Return an image file as RGB, or raise SkipSample as `read_bytes` and `decode_rgb` do."""
     return decode_rgb(read_bytes(ImageRef(source=path)))

@@ -98,11 +98,8 @@ def _signals_passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
 
 
 def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all processes have ended, or GRACE_SECONDS after one has failed; return the worst exit status.
-
-    Raises:
-        RunError: a process was killed.
-    """
+    """Wait until all processes have ended, or GRACE_SECONDS after one has failed; return the worst exit status. Raise
+    RunError where one was killed."""
     deadline = None
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)

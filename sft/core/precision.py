@@ -27,9 +27,7 @@ def choose_precision(wanted: str, device: torch.device) -> str:
         UserError: bfloat16 is asked of a GPU that has none, or float16 without a GPU.
     """
     if wanted == "auto":
-        if has_bfloat16(device):
-            return "bfloat16"
-        return "float16" if device.type == "cuda" else "float32"
+        return "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     if wanted == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
         raise UserError("training.precision: this GPU has no bfloat16; set auto, float16 or float32")
     if wanted == "float16" and device.type != "cuda":
