@@ -1,4 +1,4 @@
-"""Whether what a recipe names is there, before anything is read."""
+"""Checks that what a recipe names is there, before anything is read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from sft.recipe import BUILT_BENCHMARKS, Recipe
 
 
 def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
-    """Check that model family, adapters, their options and, unless `paths` is false, all files of a recipe are there.
-
-    Raises:
-        UserError: all that is wrong, each with its key or dataset.
-    """
+    """Check that model family, adapters, their options and, unless `paths` is false, all files of a recipe are there,
+    or raise UserError: all that is wrong, each with its key or dataset."""
     problems = [*_of_names(recipe), *_of_datasets(recipe, paths), *(_of_paths(recipe) if paths else ())]
     if problems:
         raise UserError(*problems)

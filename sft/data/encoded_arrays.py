@@ -73,7 +73,7 @@ class EncodedSamples:
         )
 
     def key(self, row: int) -> str:
-        """Names the sample of the store that a row comes from."""
+        """Return a name for the sample of the store that a row comes from."""
         return f"{self.path.parents[1].name}/{self._array['samples'][row]}"
 
     @property
@@ -82,7 +82,7 @@ class EncodedSamples:
         return self._array["samples"]
 
     def image_rows(self, row: int) -> tuple[int, ...]:
-        """Rows of the sample's images in the store, in reading order."""
+        """Return the rows of the sample's images in the store, in reading order."""
         return tuple(self._of(row, "image_rows", "image_offsets").tolist())
 
     def _of(self, row: int, name: str, offsets: str) -> NDArray[Any]:
@@ -102,13 +102,13 @@ class EncodedSamples:
             read_ahead(numbers)
 
     def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of some samples."""
+        """Return the tokens of each of some samples."""
         offsets = self._array["token_offsets"]
         return np.asarray(offsets[rows + 1] - offsets[rows])
 
     def num_trained(self, rows: NDArray[np.int64], train_on: TrainOn) -> NDArray[np.int64]:
-        """Trained tokens of some samples; the first token never is, nor is one that stands for an image state or of a
-        turn that is not to be learned."""
+        """Return the trained tokens of each of some samples; the first token is not, nor is one that stands for an
+        image state or of a turn that is not to be learned."""
         if train_on == "assistant":
             return np.asarray(self._array["num_trained"][rows])
         all_but_first = self.num_tokens(rows) - 1
@@ -120,7 +120,7 @@ class EncodedSamples:
         return len(self._array["image_rows"])
 
     def images(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Image rows of some samples, one sample after another, and how many each has."""
+        """Return the image rows of some samples, one sample after another, and how many each has."""
         places, numbers = self._image_places(rows)
         return np.asarray(self._array["image_rows"][places]), numbers
 
@@ -229,10 +229,10 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
     ]
     encoded = [piece.encoded for _, piece in pieces]
     image_rows = [piece.image_rows for _, piece in pieces]
+    ids = np.concatenate([np.empty(0, np.int64), *(e.input_ids for e in encoded)])
+    num_trained = [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded]
     return {
-        "input_ids": np.concatenate([np.empty(0, np.int64), *(e.input_ids for e in encoded)]).astype(
-            _id_type(block.template)
-        ),
+        "input_ids": ids.astype(_id_type(block.template)),
         "token_offsets": np.cumsum([len(e.input_ids) for e in encoded], dtype=np.int64),
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], np.int64).reshape(-1, 2),
         "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded], dtype=np.int64),
@@ -242,9 +242,7 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "image_weights": np.array([weight for e in encoded for weight in e.image_weights], np.int64),
         "image_rows": np.array([row for rows in image_rows for row in rows], np.int64),
         "image_offsets": np.cumsum([len(rows) for rows in image_rows], dtype=np.int64),
-        "num_trained": np.array(
-            [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded], np.int64
-        ),
+        "num_trained": np.array(num_trained, np.int64),
         "num_untrainable": np.array([_num_untrainable(e, block.template) for e in encoded], np.int64),
         "samples": np.array([row for row, _ in pieces], np.int64),
         "changes": np.array(json.dumps(truncation.changes)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -75,6 +75,7 @@ def recipe_text(found: Recognised, *, file: Path, model: str, mode: str) -> str:
     sizes = sizes_for(found, family)
     dataset = {"dataset": found.dataset, "path": str(found.path), "options": dict(found.options)}
     dataset = {key: value for key, value in dataset.items() if value}
+    flow = yaml.safe_dump(dataset, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
     lines = "".join(f"# {line}\n" for line in found.describe())
     optimizer = "\n  optimizer: paged_adamw_8bit" if mode == "qlora" else ""
     return f"""\
@@ -90,7 +91,7 @@ data:
   mixture:
     - name: mine
       share: 100
-      datasets: [{_flow(dataset)}]
+      datasets: [{flow.strip()}]
     # Replay keeps what the model could do before. To switch it on, set `share: 70` above, download the data as
     # docs/data.md#ultrachat says, and remove the # here:
     # - {{name: talk, share: 30, datasets: [{{dataset: ultrachat, path: raw/ultrachat_200k}}]}}
@@ -128,10 +129,6 @@ def _is_small(model: str) -> bool:
 def _held_out(found: Recognised) -> float:
     """Return the share to hold out: a tenth of small data, about 100 samples of large ones."""
     return max(min(0.1, round(100 / found.estimated_samples, 3)), 0.01)
-
-
-def _flow(value: dict[str, Any]) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True).strip()
 
 
 def default_name(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,7 @@ def prepare_one(
 
 
 def _check_limit(path: Path, options: PrepareOptions) -> None:
-    """Check that the first records of a dataset do not take the place of more of them.
-
-    Raises:
-        UserError: they would.
-    """
+    """Raise UserError where the first records of a dataset would take the place of more of them."""
     if options.limit is None or options.fresh or not (path / MANIFEST).is_file():
         return
     records = Store(path).manifest["records"]
@@ -145,11 +141,8 @@ def _check_limit(path: Path, options: PrepareOptions) -> None:
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
-    """Return the prepared sources of a recipe, which `arguments` name on the command line.
-
-    Raises:
-        UserError: something is not prepared; the message names the command.
-    """
+    """Return the prepared sources of a recipe, which `arguments` name on the command line. Raise a UserError that names
+    the command where something is not prepared."""
     limits = sample_limits(recipe)
 
     def opened(_: str, dataset: DatasetConfig) -> PreparedDataset:
@@ -178,11 +171,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Sources, ChatTemplate]:
     """Return what `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and
-    nothing is downloaded.
-
-    Raises:
-        UserError: something is not prepared; the message names the command.
-    """
+    nothing is downloaded; raise UserError as `open_sources`."""
     base = base_path(recipe)
     if not (base / "config.json").is_file():
         for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
@@ -209,9 +198,7 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
         verify=data.verify,
         max_record_bytes=data.max_record_bytes,
         max_skip_share=data.max_skip_share,
-        num_proc=options.num_proc,
-        limit=options.limit,
-        fresh=options.fresh,
+        **asdict(options),
     )
 
 

@@ -48,11 +48,8 @@ class PreparedSource:
         sides: Sides | None,
         side: Side,
     ) -> None:
-        """`sides` are those of all rows, where some are held out.
-
-        Raises:
-            UserError: no sample fits a pack, or is on this side.
-        """
+        """`sides` are those of all rows, where some are held out. Raise UserError where no sample fits a pack, or is on
+        this side."""
         self.name, self.share = config.name, share
         self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
         self.parts = parts
@@ -82,9 +79,11 @@ class PreparedSource:
 
     def images(self, rows: Ints) -> ShownImages:
         """Return the distinct images of each of some samples."""
-        keys, weights, of = self._shown(rows)
-        if len(of) == 0:
-            return ShownImages(keys, weights, np.zeros(len(rows), np.int64))
+        found = [(np.empty(0, np.int64),) * 3]
+        for part, places, own in self._by_part(rows):
+            shown = part.images(own)
+            found.append((shown.keys, shown.weights, np.repeat(places, shown.numbers)))
+        keys, weights, of = map(np.concatenate, zip(*found, strict=True))
         order = np.lexsort((keys, of))
         keys, weights, of = keys[order], weights[order], of[order]
         is_first = np.ones(len(keys), bool)
@@ -140,18 +139,6 @@ class PreparedSource:
         several datasets, or parts of a sample, could share some."""
         first = self.parts[0]
         return len(self.parts) == 1 and not first.encoded.changes and first.encoded.num_images == first.store.num_images
-
-    def _shown(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
-        """Return the keys of all images shown, what each weighs, and the place in `rows` of the sample that shows
-        it."""
-        empty = np.empty(0, np.int64)
-        keys, weights, of = [empty], [empty], [empty]
-        for part, places, own in self._by_part(rows):
-            found = part.images(own)
-            keys.append(found.keys)
-            weights.append(found.weights)
-            of.append(np.repeat(places, found.numbers))
-        return np.concatenate(keys), np.concatenate(weights), np.concatenate(of)
 
     def _gather(self, rows: Ints, ask: Callable[[PreparedDataset, Ints], Ints]) -> Ints:
         """Return one number for each sample, asked of the dataset that holds it."""

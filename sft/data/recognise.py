@@ -13,7 +13,7 @@ from sft.core.errors import UserError, printable
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import Adapter, adapter_names
 from sft.data.datasets._meaning import is_image_like
-from sft.data.formats import Row
+from sft.data.formats import Row, folder_of
 
 OWN = "messages"
 """The adapter of the user's own conversations. A published dataset's is preferred where it reads more records."""
@@ -75,11 +75,8 @@ class Recognised:
 
 
 def recognise(path: Path) -> Recognised:
-    """Return the reading of the data at `path` that makes the most samples.
-
-    Raises:
-        UserError: nothing there is readable; it says what the folder holds, or why the records are skipped.
-    """
+    """Return the reading of the data at `path` that makes the most samples. Where nothing is readable raise a UserError
+    that says what the folder holds, or why the records are skipped."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected your data")
     refusals: list[str] = []
@@ -100,15 +97,11 @@ def _readings(path: Path, refusals: list[str]) -> Iterator[Recognised]:
     whole = _own_reading(path, refusals)
     own = [whole] if whole else []
     if path.is_dir() and not own:
-        own = [reading for file in _data_files(path) if (reading := _own_reading(file, refusals))]
+        files = (file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in DATA_SUFFIXES)
+        own = [reading for file in islice(files, MAX_FILES) if (reading := _own_reading(file, refusals))]
     names = [] if any(reading.samples for reading in own) else [name for name in adapter_names() if name != OWN]
     others = (_read(name, path, {}, refusals) for name in names)
     yield from (reading for reading in (*own, *others) if reading)
-
-
-def _data_files(folder: Path) -> list[Path]:
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix.lower() in DATA_SUFFIXES)
-    return list(islice(files, MAX_FILES))
 
 
 def _own_reading(path: Path, refusals: list[str]) -> Recognised | None:
@@ -138,7 +131,7 @@ def _guessed_folder(found: Recognised) -> dict[str, Any]:
     """Return the option `image_folder` where the first image that was missing is in a folder beside its file."""
     if found.samples:
         return {}
-    missing, folder = found.details.get("image file missing"), found.path if found.path.is_dir() else found.path.parent
+    missing, folder = found.details.get("image file missing"), folder_of(found.path)
     if missing is None or not Path(missing).is_relative_to(folder):
         return {}
     name = Path(missing).relative_to(folder)

@@ -32,11 +32,7 @@ class Sources:
         held_out: Sequence[Sides] | None = None,
     ) -> None:
         """`validation` is the dataset of `data.validation.path`. With `held_out`, the sides of the rows of each source,
-        these are the sources of what is held out.
-
-        Raises:
-            UserError: nothing of a source is left to train on.
-        """
+        these are the sources of what is held out. Raise UserError where nothing of a source is left to train on."""
         self.parts = parts
         self.data = data
         self.validation = validation
@@ -52,10 +48,8 @@ class Sources:
     def held_out(self) -> Sources | None:
         """Return the other side: what is held out of training, or the dataset of `data.validation.path` as one source.
 
-        A source of which nothing can be held out is not among them. `max_epochs` is not for these: it limits training.
-
-        Raises:
-            UserError: nothing is held out of any.
+        A source of which nothing can be held out is not among them; where none is, raise UserError. `max_epochs` is not
+        for these: it limits training.
         """
         if self.data.validation is None:
             return None

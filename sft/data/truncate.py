@@ -157,9 +157,9 @@ class Truncation:
                 parts = [_slice(content, start, stop) for start, stop in pairwise(borders[first : last + 1])]
                 too_long = len(piece.encoded.input_ids) / self.limits.tokens
                 too_many_images = piece.image_weight / self.limits.image_weight
-                weigh = _num_characters if too_long > too_many_images else _num_images
+                kind = str if too_long > too_many_images else ImageRef
                 number = max(ceil(max(too_long, too_many_images)), 2)
-                for start, stop in pairwise(_even([1e-3 + weigh(part) for part in parts], number)):
+                for start, stop in pairwise(_even([1e-3 + _amount(part, kind) for part in parts], number)):
                     yield from split(first + start, first + stop)
 
         pieces = list(split(0, end))
@@ -227,16 +227,14 @@ def _slice(content: Items, start: _Border, stop: _Border) -> tuple[str | ImageRe
     return tuple(items)
 
 
-def _num_characters(items: Items) -> int:
-    return sum(len(item) for item in items if isinstance(item, str))
-
-
-def _num_images(items: Items) -> int:
-    return sum(isinstance(item, ImageRef) for item in items)
+def _amount(items: Items, kind: type) -> int:
+    """Return the characters of the texts among items, or the number of their images."""
+    return sum(len(item) if isinstance(item, str) else 1 for item in items if isinstance(item, kind))
 
 
 def _even(weights: Sequence[float], number: int) -> list[int]:
-    """Borders of about `number` stretches of equal weight, of two or more items, that are two stretches or more."""
+    """Return borders of about `number` stretches of equal weight, of two or more items, that are two stretches or
+    more."""
     ends = [*accumulate(weights)]
     stretches = [int((end - weight / 2) / ends[-1] * number) for end, weight in zip(ends, weights, strict=True)]
     between = [i for i in range(1, len(weights)) if stretches[i] != stretches[i - 1]]

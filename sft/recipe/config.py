@@ -71,7 +71,7 @@ Rule = Literal[
 
 
 def _listed(table: Mapping[str, Optimizer] | Mapping[str, Engine]) -> str:
-    """`name`: its meaning. For each entry of a table."""
+    """Return `name`: its meaning, for each entry of a table."""
     return " ".join(f"`{name}`: {entry.meaning}." for name, entry in table.items())
 
 
@@ -140,9 +140,8 @@ class ModelConfig(_Part):
             raise ValueError("lora is set, but mode is full; set mode to lora or qlora, or leave lora out")
         both = sorted(set(self.trainable or ()) & {target.partition(".")[0] for target in self.lora.targets})
         if both:
-            raise ValueError(
-                f"trainable and lora.targets both name {both[0]}; train its weights or adapters of them, not both"
-            )
+            cure = "train its weights or adapters of them, not both"
+            raise ValueError(f"trainable and lora.targets both name {both[0]}; {cure}")
         return self
 
     @property
@@ -371,10 +370,8 @@ class TrainingConfig(_Part):
         if self.final_learning_rate is not None:
             raise ValueError("final_learning_rate and decay_steps both say how the learning rate ends; leave one out")
         if self.decay_steps < self.max_steps:
-            raise ValueError(
-                f"decay_steps {self.decay_steps} is before max_steps {self.max_steps}: "
-                "the last steps would train nothing"
-            )
+            found = f"decay_steps {self.decay_steps} is before max_steps {self.max_steps}"
+            raise ValueError(f"{found}: the last steps would train nothing")
         return self
 
     @property
@@ -486,10 +483,8 @@ class Recipe(_Part):
             raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
         every, patience = self.evaluation.every_steps, self.evaluation.patience
         if every and every % self.checkpoints.every_steps:
-            raise ValueError(
-                f"evaluation.every_steps {every} is not a multiple of checkpoints.every_steps "
-                f"{self.checkpoints.every_steps}: what is evaluated is a checkpoint"
-            )
+            found = f"{every} is not a multiple of checkpoints.every_steps {self.checkpoints.every_steps}"
+            raise ValueError(f"evaluation.every_steps {found}: what is evaluated is a checkpoint")
         if patience and not every:
             raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
         if self.training.max_steps and (self.training.warmup_steps or 0) >= self.training.max_steps:

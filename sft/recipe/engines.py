@@ -58,11 +58,7 @@ def resolve_engine(asked: AskedEngine, mode: str, processes: int) -> EngineName:
 
 
 def check_can_shard(engine: EngineName, mode: str, optimizer: OptimizerName) -> None:
-    """Refuse what an engine that shards the model cannot do.
-
-    Raises:
-        UserError: weights are in 4 bits, or the optimizer's states cannot be sharded.
-    """
+    """Raise UserError for what an engine that shards the model cannot: weights in 4 bits, states of an optimizer."""
     if not ENGINES[engine].shards:
         return
     if mode == "qlora":
@@ -76,11 +72,7 @@ def check_can_shard(engine: EngineName, mode: str, optimizer: OptimizerName) -> 
 
 
 def check_engine_precision(engine: EngineName, precision: str) -> None:
-    """Refuse float16 under an engine that shards the model, which would have to scale sharded gradients.
-
-    Raises:
-        UserError: the precision is float16.
-    """
+    """Raise UserError for float16 under an engine that shards the model, which had to scale sharded gradients."""
     if ENGINES[engine].shards and precision == "float16":
         raise UserError(
             f"training.precision: {engine} does not train in float16; set float32, or distributed.engine ddp"

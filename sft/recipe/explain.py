@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from operator import eq
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -30,7 +31,7 @@ def explain_problems(
     lines = []
     for problem, location in _problems(changed):
         is_own = (problem, location) in in_file
-        where = _line_in_file(path, node, location) if is_own else _blame(overrides, problem, location)
+        where = f"{path}{_line(node, location)}" if is_own else _blame(overrides, problem, location)
         lines.append(f"{where}: {problem}")
     return lines
 
@@ -186,27 +187,15 @@ def _hint_elsewhere(name: str, likeness: float) -> str:
 def _blame(overrides: Sequence[str], problem: str, location: Location) -> str:
     """Return the overrides that may have caused a problem: those of the key, of what it is in, and of what is in it; of
     these, if the problem names some, only those."""
-    place = [str(part) for part in location]
-
-    def key_of(override: str) -> list[str]:
-        return override.partition("=")[0].split(".")
-
-    def stands_there(override: str) -> bool:
-        return all(one == other for one, other in zip(key_of(override), place, strict=False))
-
-    there = [override for override in overrides if stands_there(override)] or overrides
-    blamed = [override for override in there if key_of(override)[-1] in problem] or there
+    keys = {override: override.partition("=")[0].split(".") for override in overrides}
+    there = [override for override, key in keys.items() if all(map(eq, key, map(str, location)))] or overrides
+    blamed = [override for override in there if keys[override][-1] in problem] or there
     return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
 
 
-def _line_in_file(path: Path, node: yaml.Node | None, location: Location) -> str:
-    line = _line(node, location)
-    return f"{path}:{line}" if line else str(path)
-
-
-def _line(node: yaml.Node | None, location: Location) -> int | None:
-    """Return the line of the deepest key of `location` that the file has."""
-    line = None
+def _line(node: yaml.Node | None, location: Location) -> str:
+    """Return `:` and the line of the deepest key of `location` that the file has, nothing where it has none."""
+    line = 0
     for part in location:
         if isinstance(node, yaml.MappingNode):
             match = [(key, value) for key, value in node.value if key.value == part]
@@ -218,7 +207,7 @@ def _line(node: yaml.Node | None, location: Location) -> int | None:
             line = node.start_mark.line + 1
         else:
             break
-    return line
+    return f":{line}" if line else ""
 
 
 def _part_at(location: Location) -> type[BaseModel]:

@@ -50,11 +50,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Apply dotted overrides to a recipe; keys that it left out get their defaults anew.
-
-    Raises:
-        UserError: it would not be a recipe.
-    """
+    """Apply dotted overrides to a recipe, whose omitted keys get their defaults anew; or raise UserError."""
     values = recipe.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
         _apply(values, override, overrides)

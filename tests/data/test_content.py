@@ -17,7 +17,8 @@ from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import SkipSample
-from sft.data.formats import read_csv, read_records, record_limit
+from sft.data.formats import read_records, record_limit
+from sft.data.formats.csv_text import read_csv
 
 ROWS = [{"a": 1, "b": ["x"]}, {"a": 2, "b": ["\u2028é"]}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

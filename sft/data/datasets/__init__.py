@@ -44,10 +44,7 @@ class Adapter:
     """A dataset's module, bound to raw files and options."""
 
     def __init__(self, name: str, path: str | None, split: str, options: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            UserError: no such adapter, no path for one that needs it, or an option it does not have.
-        """
+        """Raise UserError for no such adapter, no path where it needs one, or an option that it does not have."""
         self.name = name
         self.module = _load(name)
         self.split = split
@@ -72,7 +69,7 @@ class Adapter:
 
     @property
     def licence(self) -> str:
-        """Of the data, as published."""
+        """The licence of the data, as published."""
         return str(getattr(self.module, "LICENCE", "not stated"))
 
     @property
@@ -81,11 +78,7 @@ class Adapter:
         return int(getattr(self.module, "VERSION", 1))
 
     def files(self) -> list[Path]:
-        """Return the raw files, in a fixed order.
-
-        Raises:
-            UserError: there are none.
-        """
+        """Return the raw files, in a fixed order; raise UserError where there are none."""
         files = self._hub_files if self.is_of_hub else self._files()
         folders = {file.parent for file in files}
         self.folder = Path(os.path.commonpath(folders)) if len(folders) > 1 else None
@@ -129,11 +122,7 @@ class Adapter:
         return self.keys.not_read(row, sample if self.keys.is_conversation else None) if self.keys else ()
 
     def to_sample(self, row: Row) -> Sample:
-        """Return one record as a sample.
-
-        Raises:
-            SkipSample: the record is left out, with a named reason.
-        """
+        """Return one record as a sample; raise SkipSample where it is left out, with a named reason."""
         if self.keys and self.keys.is_conversation:
             self.keys.check_meaning(row)
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)

@@ -16,8 +16,8 @@ from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets import _mimic_it
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._mimic_it import patterns, read_instructions, to_messages, two_images, two_of
-from sft.data.datasets.llava_instruct import folder_of, image_of
-from sft.data.formats import Row, find_files
+from sft.data.datasets.llava_instruct import image_of
+from sft.data.formats import Row, find_files, folder_of
 
 LICENCE = "tagged MIT; the agreement on the hub allows scientific or research use only"
 KEYS = Keys.of("instruction answer images image_ids rel_ins_ids")

@@ -27,7 +27,7 @@ from pathlib import Path
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
-from sft.data.formats import Row, read_records, require_file
+from sft.data.formats import Row, folder_of, read_records, require_file
 
 LICENCE = "CC-BY-4.0"
 READS_HUB = True
@@ -57,11 +57,6 @@ def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sampl
     images = listed_images(row)
     messages = to_messages(row, row.get("conversations"), images, find, trims=True)
     return Sample(key=f"llava_instruct/{row['__from__']}", messages=messages)
-
-
-def folder_of(path: Path) -> Path:
-    """Return the data's folder, where the path is the folder or its file."""
-    return path if path.is_dir() else path.parent
 
 
 def image_of(name: object, folder: Path) -> ImageRef:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, to_messages
-from sft.data.datasets.llava_instruct import folder_of, image_of
-from sft.data.formats import Row, find_files, read_records
+from sft.data.datasets.llava_instruct import image_of
+from sft.data.formats import Row, find_files, folder_of, read_records
 
 LICENCE = "CC-BY-NC-4.0"
 KEYS = LLAVA

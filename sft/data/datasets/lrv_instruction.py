@@ -22,8 +22,7 @@ from pathlib import Path
 from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._visual_genome import image_of
-from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, read_records
+from sft.data.formats import Row, find_files, folder_of, read_records
 
 LICENCE = "not stated (code BSD-3-Clause)"
 KEYS = Keys.of("image_id question answer task")

@@ -71,10 +71,7 @@ MAX_DOCVQA_CHARACTERS = 1_000_000
 
 def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[Path]:
     """Return the files of the chosen subsets. `path` is the dataset, its `data`, one subset's folder, or one file.
-
-    Raises:
-        UserError: an unknown subset, or one whose files are not there.
-    """
+    Raise UserError for a subset that is unknown, or whose files are not there."""
     chosen = _chosen(subsets)
     if path.is_file():
         return [path]
@@ -144,11 +141,8 @@ def beside(file: Path) -> list[Path]:
 
 def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int = 0) -> Iterator[Row | SkipSample]:
     """Yield the rows of a file, those of the raw form brought into the loader form; `seed` and its key draw a row's
-    instruction and the order of its options.
-
-    Raises:
-        UserError: the rows need instructions or class names, and the file with them is missing.
-    """
+    instruction and the order of its options. Raise UserError where the file of instructions or class names is
+    missing."""
     subset = subsets[0] if subsets and len(subsets) == 1 else _subset_of(file)
     instructions: list[str] = []
     for row in read_records(file):

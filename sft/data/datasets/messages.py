@@ -28,7 +28,7 @@ from sft.core.sample import ImageRef, Role, Sample, SkipSample
 from sft.data.datasets import _conversation
 from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, is_texts, listed_images, to_messages
 from sft.data.datasets._meaning import FLAGS, Keys, is_image_key
-from sft.data.formats import Row, read_json, read_records, record_files
+from sft.data.formats import Row, folder_of, read_json, read_records, record_files
 
 LICENCE = "your own"
 READS_HUB = True
@@ -50,8 +50,9 @@ KEYS = Keys.of(
 
 def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Path]:
     """Return the file itself, or the split's file of the folder."""
-    if image_folder is not None and not _images_of(path, image_folder).is_dir():
-        raise UserError(f"{_images_of(path, image_folder)}: no such folder; expected images (option image_folder)")
+    images = folder_of(path) / (image_folder or "")
+    if image_folder is not None and not images.is_dir():
+        raise UserError(f"{images}: no such folder; expected images (option image_folder)")
     if path.is_file():
         return [path]
     name = re.escape(split)
@@ -82,14 +83,6 @@ def _saved_files(folder: Path, split: str) -> list[Path]:
     """Return the files of a folder that `save_to_disk` of `datasets` wrote, of one set or of several by their split."""
     states = (state for state in (folder / "state.json", folder / split / "state.json") if state.is_file())
     return [state.parent / one["filename"] for state in states for one in read_json(state)["_data_files"]]
-
-
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
-def _images_of(path: Path, image_folder: str | None) -> Path:
-    return _folder_of(path) / (image_folder or "")
 
 
 def _listed(all_names: Iterable[str]) -> str:
@@ -128,7 +121,7 @@ def to_sample(
     row = _renamed(row, columns) if columns else row
     images = listed_images(row)
     is_marked = bool(images) or "__images__" in row or any(map(is_image_key, row))
-    find = partial(_image_file, _images_of(path, image_folder))
+    find = partial(_image_file, folder_of(path) / (image_folder or ""))
     messages = to_messages(row, _turns(row), images, find, is_marked=is_marked)
     if train_on == "last":
         before = (replace(m, is_trained=m.is_trained and m.role != "assistant") for m in messages[:-1])
@@ -206,9 +199,8 @@ def _as_turns(role: Role, content: Any, flags: Row) -> list[Any]:
 def _image_file(folder: Path, given: Any) -> ImageRef:
     image = local_image(folder, given)
     try:
-        is_there = isinstance(image.source, Path) and image.source.is_file()
+        if isinstance(image.source, Path) and image.source.is_file():
+            return image
     except OSError as error:  # a name too long
         raise SkipSample("image is not a local path", detail=repr(given)[:200]) from error
-    if not is_there:
-        raise SkipSample("image file missing", detail=str(image.source))
-    return image
+    raise SkipSample("image file missing", detail=str(image.source))

@@ -23,8 +23,7 @@ from sft.core.images import local_image
 from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
-from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, is_table, read_records
+from sft.data.formats import Row, find_files, folder_of, is_table, read_records
 
 __all__ = ["beside", "files", "rows", "to_sample"]
 

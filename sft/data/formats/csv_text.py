@@ -46,13 +46,12 @@ def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], 
     stated = re.fullmatch(r"sep=(.)\s*", header)
     by = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
     by = stated[1] if stated else by
-    csv.field_size_limit(max_record_bytes.get())
     rows = csv.reader(lines if stated else chain([header], lines), delimiter=by, strict=True)
     column = re.compile(f"{re.escape(by)}(?! )")  # a comma of a text has a blank behind it
     while True:
         start, number = rows.line_num, rows.line_num + (2 if stated else 1)
         try:
-            if (values := next(rows, None)) is None:
+            if (values := _next(rows)) is None:
                 return
         except csv.Error as error:
             if " expected after " not in str(error):
@@ -65,6 +64,15 @@ def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], 
             yield from ((number + place, [], fault) for place in range(len(inside)))
         else:
             yield number, values, ""
+
+
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row under the limit on records; csv has one limit for all of its readers, which is set back."""
+    before = csv.field_size_limit(max_record_bytes.get())
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[str]:

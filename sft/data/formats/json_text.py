@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,7 @@ from sft.data.formats.rows import (
 
 
 def read_json(path: Path) -> Any:
-    """Return a whole JSON file; for files of megabytes.
-
-    Raises:
-        UserError: missing, over MAX_RECORD_BYTES, or not JSON.
-    """
+    """Return a whole JSON file of up to MAX_RECORD_BYTES; raise UserError where it is missing, larger or not JSON."""
     if require_file(path, "a JSON file").stat().st_size > MAX_RECORD_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECORD_BYTES:,} bytes; expected a small JSON file")
     try:
@@ -100,11 +97,8 @@ def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
 
 
 def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the records of a list below one of LISTS, else the object itself as a record, and objects behind it.
-
-    Raises:
-        UserError: as `read_json_list`; or records stand in two places.
-    """
+    """Yield the records of a list below one of LISTS, else the object itself as a record, and objects behind it. Raise
+    UserError as `read_json_list`, or where records stand in two places."""
     number = 0
     with _opened(path, "a JSON object", lambda: f"record {number}") as text:
         while text.peek() == "{":
@@ -195,12 +189,7 @@ class _JsonText:
 
     def elements(self) -> Iterator[Any]:
         """Yield the elements of the list that stands here; none where something else does."""
-        if self.peek() != "[":
-            self.value()
-        elif self._opens("[", "]"):
-            yield self.value()
-            while self._takes(",", "]") == ",":
-                yield self.value()
+        return self._members("[", "]", self.value)
 
     def items_below(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield the members of the object below a key of the one that stands here."""
@@ -213,12 +202,19 @@ class _JsonText:
     def _keys(self) -> Iterator[str]:
         """Yield the keys of an object, none where something else stands; whoever asks for the next one has read the
         value."""
-        if self.peek() != "{":
+        return self._members("{", "}", self._key)
+
+    def _members(self, start: str, end: str, read: Callable[[], Any]) -> Iterator[Any]:
+        if self.peek() != start:
             self.value()
-        elif self._opens("{", "}"):
-            yield self._key()
-            while self._takes(",", "}") == ",":
-                yield self._key()
+            return
+        self.at += 1
+        if self.peek() == end:
+            self.at += 1
+            return
+        yield read()
+        while self._takes(",", end) == ",":
+            yield read()
 
     def _key(self) -> str:
         if (found := self.peek()) != '"':
@@ -226,13 +222,6 @@ class _JsonText:
         key: str = self.value()
         self._takes(":")
         return key
-
-    def _opens(self, start: str, end: str) -> bool:
-        """Go into a list or object, if only to leave it at once."""
-        self._takes(start)
-        is_empty = self.peek() == end
-        self.at += is_empty
-        return not is_empty
 
     def _takes(self, *expected: str) -> str:
         found = self.peek()
@@ -334,16 +323,11 @@ _SURROUNDINGS = 64
 """What stands closer to the end of a text may mean something else when there is more of it."""
 
 
-def _is_deep(value: object) -> bool:
+def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for one in level for child in _children(one)]
+        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, list | dict))
+        level = [*chain.from_iterable(inside)]
         if not level:
             return False
     return True
-
-
-def _children(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()

@@ -43,11 +43,8 @@ def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[An
 
 
 def read_arrow(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the rows of an Arrow file or stream, mapped into memory; the limit on records is that of `read_parquet`.
-
-    Raises:
-        UserError: missing, cut off, or not Arrow.
-    """
+    """Yield the rows of an Arrow file or stream, mapped into memory, within the limit of `read_parquet`; raise
+    UserError where it is missing, cut off or not Arrow."""
     return _rows_of(require_file(path, "an Arrow file"), "Arrow", _arrow_batches(path))
 
 
@@ -64,11 +61,7 @@ def _arrow_batches(path: Path) -> Iterator[tuple[Any, float]]:
 
 
 def _rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
-    """Yield the rows of Arrow batches, which come with how much of the file was read.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Yield the rows of Arrow batches, which come with how much of the file was read; raise UserError for damage."""
     import pyarrow as pa
 
     limit, number = max_record_bytes.get(), 0

@@ -35,23 +35,20 @@ def record_limit(limit: int) -> Iterator[None]:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """Return the path itself, when it is a file.
-
-    Raises:
-        UserError: it is not there; `what` says what was expected.
-    """
+    """Return the path itself when it is a file, else raise a UserError by which `what` was expected."""
     if not path.is_file():
         raise UserError(f"{path}: file not found; expected {what}")
     return path
 
 
+def folder_of(path: Path) -> Path:
+    """Return the data's folder, where the path is the folder or its file."""
+    return path if path.is_dir() else path.parent
+
+
 def find_files(path: Path, *patterns: str, what: str) -> list[Path]:
     """Return the path itself when it is a file, else the files below it that match the first pattern that any file
-    matches.
-
-    Raises:
-        UserError: there are none; `what` says what was expected.
-    """
+    matches. Without any raise a UserError by which `what` was expected."""
     if path.is_file():
         return [path]
     for pattern in patterns:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sft.core.files import link_or_copy
 from sft.data.store.image_files import IMAGE_FILES
 from sft.data.store.image_keys import image_key, write_image_keys
-from sft.data.store.pieces import read_noted, read_piece
+from sft.data.store.pieces import read_piece
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
 
 
@@ -29,8 +29,7 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
     """Write samples/, images/ and the keys of the images into the folder `target`, in the order of the pieces; return
     the number of distinct images, and of how many of them each thing was noted. The pieces are left as they are: an
     interrupted join can begin again."""
-    num_images = [read_piece(piece)[0].distinct_images for piece in pieces]
-    starts = [0, *accumulate(num_images)]
+    starts = [0, *accumulate(read_piece(piece)[0].distinct_images for piece in pieces)]
     noted, listed = Counter[str](), set[int]()
     keys, is_kept, row_of = _distinct(pieces)
     write_image_keys(target, keys[is_kept])
@@ -40,7 +39,7 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
         name = f"{number:08d}.arrow"
         _join_images(piece / "images.arrow", is_kept[start:stop], target / "images" / name)
         _join_samples(piece / "samples.arrow", row_of[start:stop], target / "samples" / name)
-        for note, rows in read_noted(piece).items():
+        for note, rows in read_piece(piece)[2].items():
             noted[note] += int(is_kept[start:stop][rows].sum())
         with (target / "skips.jsonl").open("ab") as joined, (piece / "skips.jsonl").open("rb") as own:
             shutil.copyfileobj(own, joined)

@@ -126,16 +126,10 @@ def write_piece(task: PieceTask) -> Counts:
     return counts
 
 
-def read_piece(path: Path) -> tuple[Counts, bool]:
-    """Return the counts of a finished piece, and whether its raw file ends with it."""
+def read_piece(path: Path) -> tuple[Counts, bool, Noted]:
+    """Return the counts of a finished piece, whether its raw file ends with it, and what was noted of its images."""
     values = json.loads((path / "piece.json").read_text())
-    return Counts.from_json(values), values["is_last"]
-
-
-def read_noted(path: Path) -> Noted:
-    """Return what was noted of the images of a finished piece."""
-    noted: Noted = json.loads((path / "piece.json").read_text())["noted"]
-    return noted
+    return Counts.from_json(values), values["is_last"], values["noted"]
 
 
 def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:

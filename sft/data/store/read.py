@@ -13,11 +13,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.core.files import hash_file, location
+from sft.core.files import hash_file, location, mapped
 from sft.core.images import read_bytes
 from sft.core.sample import Decoding, ImageRef, Sample
 from sft.data.store.image_files import IMAGE_FILES, changed_image_files
-from sft.data.store.image_keys import KEYS, ORDER, read_numbers
+from sft.data.store.image_keys import KEYS, ORDER
 from sft.data.store.pieces import Counts
 from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
 from sft.runs.names import find_recipe
@@ -39,10 +39,7 @@ class Store:
     """A prepared dataset. Random access, nothing in memory."""
 
     def __init__(self, path: Path) -> None:
-        """
-        Raises:
-            UserError: there is no finished store at `path`, it is of another version, or it is damaged.
-        """
+        """Raise UserError where there is no finished store at `path`, it is of another version, or it is damaged."""
         self.path = path
         if not (path / MANIFEST).is_file():
             if (path / "recipe.yaml").is_file():
@@ -105,7 +102,7 @@ class Store:
     @cached_property
     def image_keys(self) -> NDArray[np.int64]:
         """The key of each image, in row order; equal images have equal keys in every store."""
-        return read_numbers(self.path / KEYS)
+        return mapped(self.path / KEYS, np.dtype(np.int64))
 
     def find_image(self, key: int) -> int | None:
         """Return the row of the image with a key, None where it is not in this store."""
@@ -116,7 +113,7 @@ class Store:
 
     @cached_property
     def _image_order(self) -> NDArray[np.int64]:
-        return read_numbers(self.path / ORDER)
+        return mapped(self.path / ORDER, np.dtype(np.int64))
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -129,7 +126,7 @@ class Store:
 
     @property
     def keys(self) -> Iterator[str]:
-        """Key of each sample, in row order."""
+        """Yield the key of each sample, in row order."""
         return self._samples.column("key")
 
     @cached_property
@@ -144,11 +141,7 @@ class Store:
         return ImageRef(source=source, decoding=self.decoding)
 
     def image_bytes(self, row: int) -> bytes:
-        """Return the encoded bytes of an image.
-
-        Raises:
-            SkipSample: the file it was left in cannot be read any more.
-        """
+        """Return the encoded bytes of an image; raise SkipSample where the file it was left in is not readable now."""
         return read_bytes(self.image(row))
 
     def sample(self, row: int) -> Sample:

@@ -173,7 +173,7 @@ def _finished_pieces(pieces: Path) -> dict[int, dict[int, tuple[Counts, bool]]]:
             discard(piece)
             continue
         file_number, _, number = piece.name.partition("-")
-        finished[int(file_number)][int(number)] = read_piece(piece)
+        finished[int(file_number)][int(number)] = read_piece(piece)[:2]
     return finished
 
 

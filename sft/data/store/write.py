@@ -110,11 +110,8 @@ def _located(asked: dict[str, Any], files: Sequence[Path] = ()) -> dict[str, Any
 def _finished_store(
     path: Path, raw: Adapter, all_files: Sequence[Path], wanted: dict[str, Any], settings: Settings
 ) -> Store | None:
-    """Return the finished store that is there, if it is what is wanted and no file has changed since.
-
-    Raises:
-        UserError: it was made by another version of the adapter, or is damaged.
-    """
+    """Return the finished store that is there, if it is what is wanted and no file has changed since; raise UserError
+    where it was made by another version of the adapter, or is damaged."""
     if not (path / MANIFEST).is_file():
         return None
     store = Store(path)
