@@ -218,11 +218,7 @@ def _for_others(error: Exception) -> UserError | RunError:
 
 
 def from_main(call: Callable[[], Value]) -> Value:
-    """Return in all processes what the call returns in the main one. The others do not call it.
-
-    Raises:
-        UserError, RunError: see `all_or_none`.
-    """
+    """Return in every process what the call returns in the main one, which alone calls it. Raise as `all_or_none`."""
     found: list[Value] = []
     with all_or_none():
         if is_main_process():

@@ -72,8 +72,7 @@ def local_image(folder: Path, name: object) -> ImageRef:
 
 @lru_cache(maxsize=4096)
 def _is_below(path: str, folder: str) -> bool:
-    """Return whether a path stays in a folder when all links are followed. This takes 20 us, so that the folders of
-    images are looked at once."""
+    """Return whether a path stays in a folder when all links are followed. This takes 20 us, so that it is kept."""
     root = os.path.realpath(folder)
     return os.path.join(os.path.realpath(path), "").startswith(os.path.join(root, ""))
 
@@ -87,11 +86,7 @@ def _way_out(folder: Path, name: str) -> str:
 
 def base64_image(encoded: object) -> ImageRef:
     """Return the image that a record holds as base64, or as a list of one such string: of the plain or the URL-safe
-    alphabet, padded or not.
-
-    Raises:
-        SkipSample: not base64.
-    """
+    alphabet, padded or not. Raise SkipSample for anything else."""
     if isinstance(encoded, list) and len(encoded) == 1:
         encoded = encoded[0]
     if not isinstance(encoded, str | bytes) or not encoded:
@@ -215,8 +210,9 @@ def _loaded(image: Image.Image, least: tuple[int, int], content: bytes) -> tuple
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
-        return _eight_bits(image).convert("RGB")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion makes everything over 255 white
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba)
@@ -225,8 +221,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _as_skips() -> Iterator[None]:
-    """Turn whatever Pillow finds wrong into a reason to skip; what it only warns of, broken EXIF for instance, is not
-    wrong."""
+    """Turn what Pillow finds wrong into a reason to skip, but not what it only warns of, broken EXIF for instance."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -243,11 +238,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise SkipSample(TOO_MANY_PIXELS, detail=f"{found}, over the {max_pixels:,} of data.images.max_pixels")
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise SkipSample(TOO_NARROW, detail=found)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return grey of 16 bits as 8; Pillow's own conversion makes everything over 255 white."""
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def open_image(path: Path) -> Image.Image:

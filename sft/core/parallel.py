@@ -67,8 +67,7 @@ def _call(pickled: bytes) -> Any:
 
 
 def _end_at_once() -> None:
-    """End this worker at once on Ctrl-C or when its parent is killed: it would go on with waiting work, or wait for
-    ever."""
+    """End this worker at once on Ctrl-C or when its parent is killed: else it works on, or waits for ever."""
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
     parent = parent_process()
     assert parent is not None

@@ -6,8 +6,7 @@ from sft.core.errors import UserError
 
 
 def device() -> torch.device:
-    """Return the current GPU if there is one, else the CPU. The GPU has its number: accelerate takes `cuda` and
-    `cuda:0` for two."""
+    """Return the current GPU by its number (accelerate takes `cuda` and `cuda:0` for two), or the CPU without one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -141,8 +141,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedSample:
-    """A sample as token ids, with what is trained and where images stand, all from one act
-    (`sft.models.chat_template`)."""
+    """A sample as token ids, with what is trained and where images stand, all by `sft.models.chat_template`."""
 
     key: str
     input_ids: np.ndarray
@@ -157,8 +156,7 @@ class EncodedSample:
     """Half-open token ranges of turns that are not to be learned (`Message.is_trained`): never predicted."""
 
     def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
-        """Return the token ranges that are predicted: the answers, or `all` tokens after the first that are not
-        withheld."""
+        """Return the token ranges that are predicted: the answers, or `all` after the first that are not withheld."""
         if train_on == "assistant":
             return self.trained_spans
         borders = [1, *(border for span in self.withheld_spans for border in span), len(self.input_ids)]
@@ -177,8 +175,7 @@ class Caps(NamedTuple):
 
     tokens: int
     image_weight: int
-    """Sum over the distinct images of what each weighs (`sft.models.family.Images.weight`): for IDEFICS-1 their
-    number."""
+    """Sum over its images of what each weighs (`sft.models.family.Images.weight`): for IDEFICS-1 their number."""
     samples_per_image: int
     """Samples that may share an image."""
 

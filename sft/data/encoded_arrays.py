@@ -259,9 +259,7 @@ def _num_untrainable(encoded: EncodedSample, template: ChatTemplate) -> int:
     return int(np.count_nonzero(is_state))
 
 
-def encoding_name(template: ChatTemplate, limits: Limits | None = None) -> str:
+def encoding_name(template: ChatTemplate, limits: Limits) -> str:
     """Return the name of the folder that holds what this template and tokenizer encode within these limits."""
-    parts = [template.fingerprint, f"v{VERSION}"]
-    if limits is not None:
-        parts += [f"{limits.tokens}-tokens", f"{limits.image_weight}-images", limits.long_conversations]
-    return "-".join(parts)
+    size = f"{limits.tokens}-tokens-{limits.image_weight}-images"
+    return f"{template.fingerprint}-v{VERSION}-{size}-{limits.long_conversations}"

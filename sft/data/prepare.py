@@ -73,8 +73,7 @@ def prepare(
 
 
 def _store_path(recipe: Recipe, dataset: DatasetConfig, limit: int | None = None) -> Path:
-    """Return the folder of a store. One of the first records alone has a name of its own, so that it is not taken for a
-    whole one."""
+    """Return the folder of a store; one of the first records alone is not to be taken for a whole one."""
     store = dataset.store_in(recipe.data.store)
     return store if limit is None else store.with_name(f"{dataset.store_name}-first-{limit}")
 
@@ -141,8 +140,7 @@ def _check_limit(path: Path, options: PrepareOptions) -> None:
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
-    """Return the prepared sources of a recipe, which `arguments` name on the command line. Raise a UserError that names
-    the command where something is not prepared."""
+    """Return the prepared sources of a recipe; raise a UserError with the command and `arguments` for missing ones."""
     limits = sample_limits(recipe)
 
     def opened(_: str, dataset: DatasetConfig) -> PreparedDataset:
@@ -204,11 +202,8 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
 
 def sample_limits(recipe: Recipe) -> Limits:
     """Return how long a sample may be and how many images it may show, so that it fits a pack. Where samples do not see
-    each other a pack may be longer than the prepared base has positions for, a sample may not.
-
-    Raises:
-        UserError: images are cropped, and their tokens depend on their size.
-    """
+    each other a pack may be longer than the prepared base has positions for, a sample may not. Raise UserError where
+    images are cropped, and their tokens depend on their size."""
     family, data = get_family(recipe.model.family), recipe.data
     config = family.weights.load_config(base_path(recipe))
     if data.augment == "crop" and family.images(config).depends_on_size:

@@ -36,8 +36,7 @@ class PreparedDataset:
 
 
 class PreparedSource:
-    """One source: its datasets end to end, the samples of one side of them. What `sft.batches.mixture` asks of a
-    source."""
+    """A source for `sft.batches.mixture`: its datasets end to end, the samples of one side of them."""
 
     def __init__(
         self,
@@ -48,8 +47,8 @@ class PreparedSource:
         sides: Sides | None,
         side: Side,
     ) -> None:
-        """`sides` are those of all rows, where some are held out. Raise UserError where no sample fits a pack, or is on
-        this side."""
+        """`sides` are of all rows, if some are held out. Raise UserError where no sample fits a pack, or is on
+        `side`."""
         self.name, self.share = config.name, share
         self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
         self.parts = parts
@@ -148,8 +147,7 @@ class PreparedSource:
         return result
 
     def _by_part(self, rows: Ints) -> Iterator[tuple[PreparedDataset, Ints, Ints]]:
-        """Yield the datasets that hold some samples: each with the places of its samples in `rows`, and their rows
-        there."""
+        """Yield each dataset that holds some of the samples, with their places in `rows` and their rows there."""
         samples = rows if self._kept is None else self._kept[rows]
         if len(self.parts) == 1:
             yield self.parts[0], np.arange(len(rows)), samples

@@ -51,8 +51,7 @@ def store_stats(store: Store) -> dict[str, Any]:
 
 
 def not_read(store: Store) -> list[str]:
-    """Return in words which keys of a store's records were not read; before them which seem to hold images, and which
-    placeholders of images are trained as text."""
+    """Return in words which keys were not read; first what seems to hold images, and placeholders that are text."""
     counts, records = Counter(store.manifest["not_read"]), f" of {store.manifest['records']:,}"
     texts = [key for key in counts if key.endswith(" as text")]
     lines = [f"warning: {counts.pop(key):,}{records} records have {key}: nothing is shown for it" for key in texts]

@@ -122,7 +122,9 @@ class Truncation:
         return []
 
     def _split_conversation(self, sample: Sample, encode: _Encode, rows: dict[int, int]) -> list[Piece]:
-        system, turns = _without_system(_turns(sample.messages))
+        turns = _turns(sample.messages)
+        system = [message for message in turns[0] if message.role == "system"]
+        turns[0] = [message for message in turns[0] if message.role != "system"]
         pieces: list[Piece] = []
         start = 0
         while start < len(turns):
@@ -187,13 +189,6 @@ def _turns(messages: Sequence[Message]) -> list[list[Message]]:
     return [turn for turn in turns if turn]
 
 
-def _without_system(turns: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """Return the system messages of a conversation, and its turns without them."""
-    system = [message for message in turns[0] if message.role == "system"]
-    first = [message for message in turns[0] if message.role != "system"]
-    return system, [first, *turns[1:]]
-
-
 def _with_images(images: Sequence[ImageRef], turns: Sequence[Sequence[Message]]) -> list[Message]:
     """Return the messages of some turns, the first of which opens with images."""
     first, *others = [message for turn in turns for message in turn]
@@ -233,8 +228,7 @@ def _amount(items: Items, kind: type) -> int:
 
 
 def _even(weights: Sequence[float], number: int) -> list[int]:
-    """Return borders of about `number` stretches of equal weight, of two or more items, that are two stretches or
-    more."""
+    """Return borders of about `number` stretches of equal weight, two or more, of two or more items."""
     ends = [*accumulate(weights)]
     stretches = [int((end - weight / 2) / ends[-1] * number) for end, weight in zip(ends, weights, strict=True)]
     between = [i for i in range(1, len(weights)) if stretches[i] != stretches[i - 1]]
@@ -243,8 +237,7 @@ def _even(weights: Sequence[float], number: int) -> list[int]:
 
 
 def _without_ends(piece: Piece, *, is_continued: bool, continues: bool) -> Piece:
-    """Return a piece of a document without its `<s>` where another comes before, and without its `</s>` where one
-    follows."""
+    """Return a piece of a document without its `<s>` if another comes before, without its `</s>` if one follows."""
     encoded = piece.encoded
     start, stop = int(is_continued), len(encoded.input_ids) - int(continues)
     spans = ((max(first, start) - start, min(last, stop) - start) for first, last in encoded.trained_spans)

@@ -41,13 +41,8 @@ def as_section(value: Any) -> Any:
     return {"store": value} if isinstance(value, str) else value
 
 
-def _as_list(value: Any) -> Any:
-    """Return one word as a list of it."""
-    return [value] if isinstance(value, str) else value
-
-
 Number = BeforeValidator(_no_truth_value)
-OneOrMore = BeforeValidator(_as_list)
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Positive = Annotated[int, Field(gt=0), Number]
 Share = Annotated[float, Field(gt=0), Number]
 Beta = Annotated[float, Field(ge=0, lt=1), Number]
@@ -348,8 +343,7 @@ class TrainingConfig(_Part):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """Drop a key of earlier versions, a constant now, as the recipes of their runs have it; fill in that
-        `max_steps` brings no warm-up."""
+        """Drop a constant that recipes of earlier runs have as a key; fill in that `max_steps` brings no warm-up."""
         if not isinstance(values, dict):
             return values
         retired = {"max_nonfinite_steps"} if values.get("max_nonfinite_steps") == 3 else set()
@@ -382,10 +376,7 @@ class TrainingConfig(_Part):
 
     def of_steps(self, steps: int) -> TrainingConfig:
         """Return the settings of a training that ends at a step, as planned: warm-up and decay are of so many steps.
-
-        Raises:
-            ValueError: its warm-up lasts longer.
-        """
+        Raise ValueError where its warm-up lasts longer."""
         warmup = ceil(WARMUP_SHARE * steps) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps > 1:
             raise ValueError(f"training.warmup_steps is {warmup}, and training ends after {steps} steps; lower it")

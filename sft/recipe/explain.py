@@ -157,8 +157,7 @@ def _hint_from_others(name: str) -> str:
 
 
 def _hint(location: Location) -> str:
-    """Return a hint at the key that an unknown one may stand for: one of the same name in another part, else of a near
-    name."""
+    """Return a hint at the key that an unknown one stands for: one of the same name elsewhere, else of a near name."""
     name = str(location[-1])
     near = nearest(name, _part_at(location[:-1]).model_fields)
     if len(location) > 2 and near:  # deeper, names like `path` mean other things

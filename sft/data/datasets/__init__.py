@@ -173,8 +173,7 @@ def _below(row: Row | SkipSample, name: str, path: str) -> Row | SkipSample:
 
 
 def _how_to_get(dataset: str) -> str:
-    """Return a hint how to get a published dataset, which has to be downloaded first; one's own data are where the user
-    says."""
+    """Return a hint how to download a published dataset; data of one's own are where the user says."""
     if dataset == "messages" or "." in dataset:
         return ""
     return f"; docs/data.md#{dataset} has the command that downloads it"

@@ -87,8 +87,7 @@ def to_messages(
 
 
 def no_messages(row: Row, names: Sequence[str], pairs: Sequence[str] = ()) -> SkipSample:
-    """Return the reason to skip a record in which no turns are found under the names; `pairs` are the names of a
-    question and an answer."""
+    """Return the reason to skip a record without turns under the names; `pairs` name a question and an answer."""
     found = [key for key in row if not key.startswith("__")]
     empty = [f"{name} is {'empty' if not row[name] else type(row[name]).__name__}" for name in names if name in row]
     others = [key.strip().lower() for key in found if not is_image_key(key) and key not in names]
@@ -202,11 +201,8 @@ def _part(part: Any) -> str | _Place:
 
 
 def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list[Any]:
-    """Return the images that markers without a name take in turn; without any marker, put all of them first.
-
-    Raises:
-        SkipSample: markers and images differ in number, or an index is none of an image.
-    """
+    """Return the images that markers without a name take in turn; without any marker, put all of them first. Raise
+    SkipSample where markers and images differ in number, or an index is none of an image."""
     places = [item for turn in turns for item in turn.items if isinstance(item, _Place)]
     named = [place.number for place in places if place.number is not None]
     if wrong := [index for index in named if type(index) is not int or not 0 <= index < len(images)]:

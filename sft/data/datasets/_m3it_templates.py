@@ -106,8 +106,7 @@ def _class_options(row: Row) -> tuple[str, str]:
 
 
 def _region(row: Row) -> tuple[str, str]:
-    """Return options and answer of coco-goi: a heading and then an option a line, of which M3IT.py keeps 24, for the
-    letters' sake."""
+    """Return options and answer of coco-goi: after a heading an option a line, of which M3IT.py keeps 24."""
     options = [option.strip() for option in text_of(row, "input").strip().split("\n")[1:25]]
     if not (answer := text_of(row, "outputs").strip()):
         raise SkipSample("empty message")

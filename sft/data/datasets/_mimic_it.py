@@ -26,16 +26,8 @@ from typing import Any
 from sft.core.errors import UserError
 from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
 from sft.core.sample import ImageRef, Message, SkipSample, question_and_answer
-from sft.data.formats import (
-    FileRange,
-    Row,
-    batches,
-    index_base64_object,
-    is_table,
-    read_json_items,
-    read_records,
-    require_file,
-)
+from sft.data.formats import Row, batches, is_table, read_json_items, read_records, require_file
+from sft.data.formats.base64_object import FileRange, index_base64_object
 
 BLOCK_BYTES = 512 * 1024 * 1024
 """So much of an image parquet is held in memory, about."""
@@ -64,8 +56,7 @@ def read_instructions(file: Path, *, multi_turn: bool, with_images: bool = True)
 
 
 def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
-    """Return both images and the question, the answer, and further turns where there are some; raise SkipSample where a
-    text is missing."""
+    """Return both images and the question, the answer, and further turns; raise SkipSample where a text is missing."""
     question, answer = _question_and_answer(row)
     messages = question_and_answer((*images, question), answer)
     for question, answer in map(_question_and_answer, row.get("__further__", ())):

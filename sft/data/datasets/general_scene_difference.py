@@ -43,8 +43,7 @@ def rows(
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """Return one dialogue. `image_folder` has COCO's files or its `train2017`; relative to the data's folder, or
-    absolute."""
+    """Return one dialogue. `image_folder`, relative to the data's or absolute, has COCO's files or its `train2017`."""
     if image_folder is None:
         images = two_images(row)
     else:

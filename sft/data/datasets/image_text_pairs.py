@@ -100,8 +100,7 @@ def _plain(value: Any) -> Any:
 
 
 def _status(row: Row) -> object:
-    """Return what became of the download, from the row or from the json member of a tar: success where neither says
-    anything."""
+    """Return what became of the download, by the row or the json member of a tar: success where neither says."""
     if "__key__" in row and row.get("json") is not None:
         row = _json_object(row["json"])
     return row.get("status") or "success"

@@ -32,8 +32,7 @@ def files(path: Path, split: str) -> list[Path]:
 
 
 def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the last `own_records` of the list; when not given, as many as the published file of this name has, else
-    all."""
+    """Yield the last `own_records` of the list; left out, as many as the published file of this name has, else all."""
     own = OWN_RECORDS.get(file.name) if own_records is None else own_records
     if own is None:
         yield from read_records(file)

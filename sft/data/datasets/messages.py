@@ -91,8 +91,7 @@ def _listed(all_names: Iterable[str]) -> str:
 
 
 def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file. In `metadata` of a folder of images `file_name` is the image, as `imagefolder` of
-    `datasets` has it."""
+    """Yield the records of a file. In `metadata.*`, as `imagefolder` of `datasets` has it, `file_name` is the image."""
     records = read_records(file)
     first = next(records, None)
     if first is None:

@@ -60,8 +60,7 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
 
 
 def rows(file: Path, split: str, *, multi_turn: bool = False) -> Iterator[Row | SkipSample]:
-    """Yield a row for each record. `multi_turn`: related instructions of MIMIC-IT on the same two images are one
-    dialogue."""
+    """Yield a row for each record. `multi_turn`: related instructions on the same two images are one dialogue."""
     if not _is_original(file):
         return read_instructions(file, multi_turn=multi_turn)
     if multi_turn:

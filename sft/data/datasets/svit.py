@@ -100,8 +100,7 @@ def _conversations(record: Row, unit: Unit) -> Iterator[Row | SkipSample]:
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """Return one conversation. `image_folder` holds VG_100K and VG_100K_2; it is relative to the data's
-    folder, which is the default."""
+    """Return one conversation. `image_folder`, which holds VG_100K and VG_100K_2, is relative to the data's folder."""
     folder = folder_of(path) / (image_folder or "")
     if "image_id" not in row:  # LLaVA's form
         images, find = listed_images(row), partial(llava_instruct.image_of, folder=folder)

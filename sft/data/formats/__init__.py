@@ -10,8 +10,6 @@ failed download say, is a `UserError`: what it should have held cannot be counte
 extracted to disk, and no pickle is ever opened.
 """
 
-from sft.data.formats.base64_object import FileRange as FileRange
-from sft.data.formats.base64_object import index_base64_object as index_base64_object
 from sft.data.formats.json_text import read_json as read_json
 from sft.data.formats.json_text import read_json_items as read_json_items
 from sft.data.formats.json_text import read_jsonl as read_jsonl

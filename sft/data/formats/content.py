@@ -81,8 +81,7 @@ def opened(path: Path, what: str) -> Iterator[Content]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what a file holds, unpacked; raise UserError where it is missing, damaged, or of a format or an encoding
-    that is known and not read."""
+    """Return what a file holds, unpacked; raise UserError for none, for damage, and for what is known and not read."""
     with opened(path, READ) as content:
         head = content.file.read(_HEAD_BYTES)
         kind: Kind | None = _match(_TABLES, head) or ("tar" if _is_tar_header(head) else None)
@@ -102,9 +101,7 @@ def kind_of(path: Path) -> Kind:
         return "object" if _is_object(path) else "lines"
     if start[:1] == b"[":
         return "list"
-    by_name = (
-        kind for names, kind in _BY_NAME.items() if re.search(rf"\.({names})(\.\w+)?$", path.name, re.IGNORECASE)
-    )
+    by_name = (kind for end, kind in _BY_NAME.items() if re.search(rf"\.({end})(\.\w+)?$", path.name, re.IGNORECASE))
     return next(by_name, "lines" if start else "empty")
 
 

@@ -82,11 +82,8 @@ def _problem(error: json.JSONDecodeError) -> str:
 
 
 def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the objects of a JSON list of any size, streamed.
-
-    Raises:
-        UserError: missing, a record over the limit, or it stops being JSON somewhere.
-    """
+    """Yield the objects of a JSON list of any size, streamed; raise UserError where it is missing, a record is over the
+    limit, or it stops being JSON."""
     number = 0
     with _opened(path, "a JSON list", lambda: f"record {number}") as text:
         for number, row in enumerate(text.elements(), start=1):
@@ -116,11 +113,7 @@ def _record(value: Any, here: str, at: float) -> Row | SkipSample:
 
 def read_json_items(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the keys and values of the JSON object below a key of the one at the top, of any size, streamed. A value
-    that is nested too deep is a SkipSample.
-
-    Raises:
-        UserError: missing, a value over the limit, or it stops being JSON somewhere.
-    """
+    that is nested too deep is a SkipSample. Raise UserError as `read_json_list`."""
     key = None
     with _opened(path, "a JSON object", lambda: f"key {one_line(key)!r}" if key else "no key") as text:
         for key, value in text.items_below(name):
@@ -200,8 +193,7 @@ class _JsonText:
                 self.value()
 
     def _keys(self) -> Iterator[str]:
-        """Yield the keys of an object, none where something else stands; whoever asks for the next one has read the
-        value."""
+        """Yield the keys of an object, none where something else stands; between two of them the value is read."""
         return self._members("{", "}", self._key)
 
     def _members(self, start: str, end: str, read: Callable[[], Any]) -> Iterator[Any]:

@@ -34,11 +34,8 @@ def read_records(
     file: Path, *, columns: Sequence[str] | None = None, members: Sequence[str] = ()
 ) -> Iterator[Row | SkipSample]:
     """Yield the records of a file; `columns` are those of a parquet file that are needed, `members` the extensions of
-    the members of a tar.
-
-    Raises:
-        UserError: missing, empty, damaged or not a file of records; a tar where no members are read.
-    """
+    the members of a tar. Raise UserError where it is missing, empty, damaged or no file of records, or a tar without
+    `members`."""
     kind = kind_of(file)
     if kind == "tar" and members:
         return read_tar(file, members)
@@ -54,8 +51,7 @@ def is_table(file: Path) -> bool:
 
 
 def record_files(folder: Path, stem: str) -> list[Path]:
-    """Return the files of a folder whose names are a `stem`, a regular expression, and an ending of files of records:
-    `train.jsonl.gz`."""
+    """Return the files of a folder that are named by `stem`, a regular expression, and an ending: `train.jsonl.gz`."""
     pattern = re.compile(stem + _ENDING)
     files = folder.iterdir() if folder.is_dir() else ()
     return sorted(file for file in files if pattern.fullmatch(file.name) and file.is_file())

@@ -93,11 +93,8 @@ class _Tar:
         return content
 
     def check_end(self) -> None:
-        """Read on behind the last member, to the end, where gzip has its checksum.
-
-        Raises:
-            ReadError: what stands there is not two blocks of zeros, or not zeros alone.
-        """
+        """Read on behind the last member, to the end, where gzip has its checksum; raise ReadError unless two blocks of
+        zeros stand there, and zeros alone."""
         self.file.left = tarfile.BLOCKSIZE
         if self.file.last + self.file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the tar breaks off; get it again")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -44,18 +44,13 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
         with (target / "skips.jsonl").open("ab") as joined, (piece / "skips.jsonl").open("rb") as own:
             shutil.copyfileobj(own, joined)
         with (target / IMAGE_FILES).open("ab") as joined, (piece / IMAGE_FILES).open("rb") as own:
-            joined.writelines(_not_seen(own, listed))
+            for line in own:
+                if (digest := xxhash.xxh3_64_intdigest(line)) not in listed:
+                    listed.add(digest)
+                    joined.write(line)
     finish_table(target / "samples", SAMPLES)
     finish_table(target / "images", IMAGES)
     return int(is_kept.sum()), noted
-
-
-def _not_seen(lines: Iterable[bytes], seen: set[int]) -> Iterator[bytes]:
-    """Yield the lines whose hashes are not among those seen, and add these."""
-    for line in lines:
-        if (digest := xxhash.xxh3_64_intdigest(line)) not in seen:
-            seen.add(digest)
-            yield line
 
 
 def _distinct(pieces: Sequence[Path]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:

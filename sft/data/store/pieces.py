@@ -188,11 +188,7 @@ def _check_text(sample: Sample) -> None:
 
 def _load(image: ImageRef, number: int, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
     """Return the row of images/ for an image, the `number`th of its sample, with `notes`; verified unless it was
-    before.
-
-    Raises:
-        SkipSample: it is not fit; the detail names its file, or its number where it is none.
-    """
+    before. Raise SkipSample where it is not fit, with its file, or its number where it is none."""
     path = str(image.source.absolute()) if isinstance(image.source, Path) else None
     try:
         content, sha256 = reader.read(image, seen)

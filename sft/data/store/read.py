@@ -16,7 +16,7 @@ from sft.core.errors import UserError
 from sft.core.files import hash_file, location, mapped
 from sft.core.images import read_bytes
 from sft.core.sample import Decoding, ImageRef, Sample
-from sft.data.store.image_files import IMAGE_FILES, changed_image_files
+from sft.data.store.image_files import IMAGE_FILES, changed_image_files, stamp_of
 from sft.data.store.image_keys import KEYS, ORDER
 from sft.data.store.pieces import Counts
 from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
@@ -177,8 +177,7 @@ class Store:
 
 
 def is_store_folder(path: Path) -> bool:
-    """Return whether a folder is a store, finished or not, and holds nothing else: whoever writes a store may remove
-    it."""
+    """Return whether a folder is a store, finished or not, and nothing else, so that its writer may remove it."""
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     return names <= _LAYOUT and (KEYS in names or {"samples", "images"} <= names)
 
@@ -186,7 +185,6 @@ def is_store_folder(path: Path) -> bool:
 def _is_other(file: Path, known: dict[str, Any] | None) -> bool:
     if known is None or not file.is_file():
         return known is None
-    stat = file.stat()
-    if stat.st_size != known["bytes"]:
-        return True
-    return bool(stat.st_mtime_ns != known["mtime_ns"] and hash_file(file) != known["xxh3"])
+    if (stamp := stamp_of(file)) == (known["bytes"], known["mtime_ns"]):
+        return False
+    return stamp is None or stamp[0] != known["bytes"] or hash_file(file) != known["xxh3"]

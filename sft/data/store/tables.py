@@ -133,8 +133,7 @@ class Table:
 
 
 def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
-    """Return a sample as a row of samples/, with the row of each of its images in reading order. Empty texts are left
-    out."""
+    """Return a sample as a row of samples/, with the rows of its images in reading order, without empty texts."""
     remaining = iter(image_rows)
 
     def item(part: str | ImageRef) -> dict[str, Any]:
