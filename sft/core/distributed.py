@@ -65,10 +65,8 @@ def launched_rank() -> Rank:
         raise UserError(f"environment: {found}; expected three numbers, as torchrun or srun set them")
     rank = Rank(int(found[names[0]]), int(found[names[1]]))
     if rank.of > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(
-            "environment: several processes, but no MASTER_ADDR and MASTER_PORT, where they meet; start them with "
-            "--nproc, torchrun or scripts/slurm/train.sbatch"
-        )
+        found = "several processes, but no MASTER_ADDR and MASTER_PORT, where they meet"
+        raise UserError(f"environment: {found}; start them with --nproc, torchrun or scripts/slurm/train.sbatch")
     return rank
 
 

@@ -112,9 +112,7 @@ def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     killed = {number: -status for number, status in ended.items() if status is not None and status < 0}
     if killed and 2 not in statuses:
         number, sign = next(iter(killed.items()))
-        raise RunError(
-            f"process {number} of {len(ended)} was ended by {signal.Signals(sign).name}"
-            + (", perhaps for want of memory" if sign == signal.SIGKILL else "")
-        )
+        why = ", perhaps for want of memory" if sign == signal.SIGKILL else ""
+        raise RunError(f"process {number} of {len(ended)} was ended by {signal.Signals(sign).name}{why}")
     worst_first = (2, *sorted(status for status in statuses if status not in (0, 2, STOPPED)), STOPPED, 0)
     return next(status for status in worst_first if status in statuses)

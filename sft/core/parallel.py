@@ -42,9 +42,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RunError(
-                f"one of {num_proc} processes died, perhaps for want of memory; try with a smaller --num-proc"
-            ) from error
+            found = f"one of {num_proc} processes died, perhaps for want of memory"
+            raise RunError(f"{found}; try with a smaller --num-proc") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

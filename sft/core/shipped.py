@@ -64,10 +64,8 @@ def recipe_path(name: str) -> Path:
         raise UserError(f"{name}: this is data, not a recipe; {for_data}")
     if path.is_dir() and name not in ("", *shipped_recipes()):
         if (path / "manifest.json").is_file():
-            raise UserError(
-                f"{name}: a prepared dataset, not a recipe; give a recipe that has it in data.mixture "
-                f"(`idefics-sft stats {name}` shows what it holds)"
-            )
+            given = f"give a recipe that has it in data.mixture (`idefics-sft stats {name}` shows what it holds)"
+            raise UserError(f"{name}: a prepared dataset, not a recipe; {given}")
         given = "give the folder that `idefics-sft train` wrote, or a recipe"
         raise UserError(f"{name}: a folder without recipe.yaml, so no run; {given}; {for_data}")
     return path if path.is_file() else shipped_recipe(name)
@@ -77,8 +75,6 @@ def shipped_recipe(name: str) -> Path:
     """Return the file of a shipped recipe, or raise a UserError that names the nearest."""
     shipped = shipped_recipes()
     if name not in shipped:
-        raise UserError(
-            f"{name}: no such recipe file, and no shipped recipe has that name{nearest(name, shipped)}"
-            f" (shipped: {', '.join(shipped) or 'none'})"
-        )
+        names = f"{nearest(name, shipped)} (shipped: {', '.join(shipped) or 'none'})"
+        raise UserError(f"{name}: no such recipe file, and no shipped recipe has that name{names}")
     return shipped[name]

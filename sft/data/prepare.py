@@ -133,10 +133,8 @@ def _check_limit(path: Path, options: PrepareOptions) -> None:
         return
     records = Store(path).manifest["records"]
     if records > options.limit:
-        raise UserError(
-            f"{path}: holds {records:,} records, and --limit {options.limit} would replace them; "
-            "choose another --output, or --fresh"
-        )
+        found = f"holds {records:,} records, and --limit {options.limit} would replace them"
+        raise UserError(f"{path}: {found}; choose another --output, or --fresh")
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
@@ -147,10 +145,8 @@ def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str
         store = _opened_store(recipe, dataset, arguments)
         path = encoded_path(store, template, limits)
         if not (path / INDEX).is_file():
-            raise UserError(
-                f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
-                f"data.long_conversations; run `{_command(arguments)}` first"
-            )
+            what = "this model, data.sequence_length, data.max_images_per_pack and data.long_conversations"
+            raise UserError(f"{store.path}: not encoded for {what}; run `{_command(arguments)}` first")
         return PreparedDataset(store, EncodedSamples(path))
 
     return _sources(recipe, opened)
@@ -207,10 +203,8 @@ def sample_limits(recipe: Recipe) -> Limits:
     family, data = get_family(recipe.model.family), recipe.data
     config = family.weights.load_config(base_path(recipe))
     if data.augment == "crop" and family.images(config).depends_on_size:
-        raise UserError(
-            f"data.augment: crop changes the size of an image, on which its tokens depend in {recipe.model.family}; "
-            "set data.augment=none"
-        )
+        why = f"changes the size of an image, on which its tokens depend in {recipe.model.family}"
+        raise UserError(f"data.augment: crop {why}; set data.augment=none")
     max_positions = family.text.max_positions(config)
     tokens = min(data.sequence_length, max_positions) if data.pack_isolation else data.sequence_length
     return Limits(tokens, data.max_images_per_pack, data.long_conversations)

@@ -47,7 +47,7 @@ class PreparedSource:
         sides: Sides | None,
         side: Side,
     ) -> None:
-        """`sides` are of all rows, if some are held out. Raise UserError where no sample fits a pack, or is on
+        """`sides` are of all rows, if some are held out. Raise UserError where no sample fits a pack and is on
         `side`."""
         self.name, self.share = config.name, share
         self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
@@ -60,10 +60,8 @@ class PreparedSource:
             samples = f"{sum(len(part.store) for part in parts):,} samples"
             if self._starts[-1]:
                 raise UserError(f"source {self.name!r}: data.validation leaves none of {samples} to train on")
-            raise UserError(
-                f"source {self.name!r}: none of {samples} fits into data.sequence_length, into the positions of the "
-                "model and into data.max_images_per_pack"
-            )
+            bounds = "data.sequence_length, into the positions of the model and into data.max_images_per_pack"
+            raise UserError(f"source {self.name!r}: none of {samples} fits into {bounds}")
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)

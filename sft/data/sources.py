@@ -57,10 +57,8 @@ class Sources:
             held = [number for number, source in enumerate(self.sources) if source.num_held_out["validation"]]
             if not held:
                 samples = sum(len(part.store) for own in self.parts for part in own)
-                raise UserError(
-                    f"data.validation: holds out none of {samples:,} samples, for nothing would be left to train on; "
-                    "add samples with other images, or choose by a benchmark"
-                )
+                why = "nothing would be left to train on; add samples with other images, or choose by a benchmark"
+                raise UserError(f"data.validation: holds out none of {samples:,} samples, for {why}")
             mixture = tuple(self.data.mixture[number].model_copy(update={"max_epochs": None}) for number in held)
             data = self.data.model_copy(update={"mixture": mixture})
             sides = [own for number in held if (own := self.sources[number].sides) is not None]

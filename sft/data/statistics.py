@@ -99,8 +99,7 @@ def _joined(parts: list[dict[str, Any]], name: str) -> NDArray[np.int64]:
 
 def _summary(values: NDArray[np.int64]) -> dict[str, float]:
     """Return total, mean, median, 95th percentile and largest; zeros for none."""
-    if not len(values):
-        return {"total": 0, "mean": 0.0, "median": 0.0, "p95": 0.0, "max": 0}
+    values = values if len(values) else np.zeros(1, np.int64)
     median, p95 = np.percentile(values, (50, 95)).tolist()
     return {
         "total": int(values.sum()),

@@ -65,15 +65,12 @@ def check_can_shard(engine: EngineName, mode: str, optimizer: OptimizerName) -> 
         raise UserError(f"distributed.engine: {engine} cannot shard weights in 4 bits; set ddp, or model.mode lora")
     if not OPTIMIZERS[optimizer].is_shardable:
         able = " or ".join(name for name, other in OPTIMIZERS.items() if other.is_shardable)
-        raise UserError(
-            f"training.optimizer: {engine} shards the states of {able}, not of {optimizer}; set {able}, or "
-            "distributed.engine ddp"
-        )
+        found = f"{engine} shards the states of {able}, not of {optimizer}"
+        raise UserError(f"training.optimizer: {found}; set {able}, or distributed.engine ddp")
 
 
 def check_engine_precision(engine: EngineName, precision: str) -> None:
     """Raise UserError for float16 under an engine that shards the model, which had to scale sharded gradients."""
     if ENGINES[engine].shards and precision == "float16":
-        raise UserError(
-            f"training.precision: {engine} does not train in float16; set float32, or distributed.engine ddp"
-        )
+        cure = "set float32, or distributed.engine ddp"
+        raise UserError(f"training.precision: {engine} does not train in float16; {cure}")

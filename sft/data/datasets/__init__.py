@@ -49,6 +49,12 @@ class Adapter:
         self.module = _load(name)
         self.split = split
         self.asked = path
+        self.is_of_hub = path is not None and getattr(self.module, "READS_HUB", False) and is_hub_id(path)
+        """The path names a dataset of the hub, and nothing here."""
+        self.licence = str(getattr(self.module, "LICENCE", "not stated"))
+        """The licence of the data, as published."""
+        self.version = int(getattr(self.module, "VERSION", 1))
+        """Raised when the same records become other samples."""
         self.path = self._path(path)
         self.options = dict(options)
         self.folder: Path | None = None
@@ -58,42 +64,24 @@ class Adapter:
         known |= {"config": str} if self.is_of_hub else {}
         for option, value in options.items():
             if option not in known:
-                raise UserError(
-                    f"dataset {name!r}: unknown option {option!r}{nearest(option, known)}"
-                    f" (known: {', '.join(known) or 'none'})"
-                )
+                names = f"{nearest(option, known)} (known: {', '.join(known) or 'none'})"
+                raise UserError(f"dataset {name!r}: unknown option {option!r}{names}")
             _check_option(name, option, value, known[option])
 
     def __reduce__(self) -> tuple[object, ...]:
         return Adapter, (self.name, self.asked if self.is_of_hub else str(self.path), self.split, self.options)
 
-    @property
-    def licence(self) -> str:
-        """The licence of the data, as published."""
-        return str(getattr(self.module, "LICENCE", "not stated"))
-
-    @property
-    def version(self) -> int:
-        """Raised when the same records become other samples."""
-        return int(getattr(self.module, "VERSION", 1))
-
     def files(self) -> list[Path]:
         """Return the raw files, in a fixed order; raise UserError where there are none."""
-        files = self._hub_files if self.is_of_hub else self._files()
+        if self.is_of_hub:
+            files = self._hub_files
+        elif hasattr(self.module, "files"):
+            files = list(self.module.files(self.path, self.split, **self._own(self.module.files)))
+        else:
+            files = [self.path]
         folders = {file.parent for file in files}
         self.folder = Path(os.path.commonpath(folders)) if len(folders) > 1 else None
         return files
-
-    def _files(self) -> list[Path]:
-        if not hasattr(self.module, "files"):
-            return [self.path]
-        return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
-
-    @property
-    def is_of_hub(self) -> bool:
-        """Return whether the path names a dataset of the hub, and nothing here."""
-        reads_hub = getattr(self.module, "READS_HUB", False)
-        return reads_hub and self.asked is not None and is_hub_id(self.asked)
 
     @cached_property
     def _hub_files(self) -> list[Path]:

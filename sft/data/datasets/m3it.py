@@ -82,10 +82,8 @@ def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[P
     if missing := [name for name in chosen if not found[name]]:
         there = ", ".join(name for name in chosen if found[name])
         cure = f"; to train on the others alone, set subsets: [{there}]" if there else ""
-        raise UserError(
-            f"{path}: no {split} file of the M3IT subsets {', '.join(missing)}; expected <task>/<subset>/ folders with"
-            f" {split}.jsonl or a known variant of that name{cure}"
-        )
+        expected = f"<task>/<subset>/ folders with {split}.jsonl or a known variant of that name"
+        raise UserError(f"{path}: no {split} file of the M3IT subsets {', '.join(missing)}; expected {expected}{cure}")
     return [file for name in chosen for file in found[name]]
 
 

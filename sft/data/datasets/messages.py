@@ -62,11 +62,9 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
         found = found or record_files(folder, stem)  # of the hub, of the cache of `datasets`
     if found := found or _saved_files(path, split) or record_files(path, "metadata"):
         return _checked_parts(path, found)
-    raise UserError(
-        f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; the folder holds "
-        f"{_listed(entry.name + '/' * entry.is_dir() for entry in path.iterdir()) or 'nothing'}; "
-        "name the file after the split, or say which by the path"
-    )
+    there = _listed(entry.name + "/" * entry.is_dir() for entry in path.iterdir()) or "nothing"
+    cure = f"the folder holds {there}; name the file after the split, or say which by the path"
+    raise UserError(f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; {cure}")
 
 
 def _checked_parts(path: Path, found: list[Path]) -> list[Path]:

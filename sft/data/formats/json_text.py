@@ -160,9 +160,8 @@ class _JsonText:
                 raise self._too_long()
             is_list = key in LISTS and self._is_list_of_objects()
             if (found and (is_list or key in CONVERSATIONS)) or (is_list and own.keys() & set(CONVERSATIONS)):
-                raise UserError(
-                    f"{self.path}: records stand below {found or 'messages'!r} and at {key!r}; expected one"
-                )
+                first = found or "messages"
+                raise UserError(f"{self.path}: records stand below {first!r} and at {key!r}; expected one")
             if is_list:
                 found = key
                 yield from self.elements()
@@ -295,10 +294,8 @@ class _JsonText:
         return ValueError(f"line {line + 1}, column {column + 1}: {problem}")
 
     def _too_long(self) -> UserError:
-        return UserError(
-            f"{self.path}: a record of over {self.limit:,} bytes (data.max_record_bytes); "
-            "a JSON list cannot be read on behind it"
-        )
+        found = f"a record of over {self.limit:,} bytes (data.max_record_bytes)"
+        return UserError(f"{self.path}: {found}; a JSON list cannot be read on behind it")
 
 
 CUT_OFF = "it is cut off"

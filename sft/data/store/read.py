@@ -51,10 +51,8 @@ class Store:
             raise UserError(f"{path}: no prepared dataset here; `{make}` makes one")
         self.manifest = self._read_manifest()
         if self.manifest["version"] != VERSION:
-            raise UserError(
-                f"{path}: prepared by version {self.manifest['version']} of the store, this is {VERSION}; "
-                "prepare with --fresh to make it anew"
-            )
+            found = f"prepared by version {self.manifest['version']} of the store, this is {VERSION}"
+            raise UserError(f"{path}: {found}; prepare with --fresh to make it anew")
         if missing := sorted(_IN_MANIFEST - self.manifest.keys()):
             raise self._damaged(f"{MANIFEST} does not say {missing[0]!r}")
         self._samples = self._table("samples", SAMPLES, self.manifest["samples"])

@@ -170,10 +170,9 @@ def _check_unchanged(stamps: Sequence[dict[str, Any]], pieces: Path) -> None:
 def _check_adapter(store: Store, raw: Adapter) -> None:
     made_by = store.manifest["adapter"]
     if made_by != {"name": raw.name, "version": raw.version}:
-        raise UserError(
-            f"{store.path}: made by version {made_by['version']} of the adapter {made_by['name']!r}, this is version "
-            f"{raw.version} of {raw.name!r}; prepare with --fresh to make it anew"
-        )
+        found = f"made by version {made_by['version']} of the adapter {made_by['name']!r}"
+        ours = f"this is version {raw.version} of {raw.name!r}"
+        raise UserError(f"{store.path}: {found}, {ours}; prepare with --fresh to make it anew")
 
 
 def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
@@ -201,17 +200,15 @@ def _check_counts(counts: Counts, called: str, listed: Path, pieces: Path, max_s
     (pieces / FAILED).write_text(json.dumps(max_skip_share))
     _check_share(counts, called, listed, max_skip_share)
     discard(pieces)
-    raise UserError(
-        f"{called}: no record of {counts.records:,} is left: {_table(counts.filtered + counts.skipped, counts)}"
-    )
+    reasons = _table(counts.filtered + counts.skipped, counts)
+    raise UserError(f"{called}: no record of {counts.records:,} is left: {reasons}")
 
 
 def _check_share(counts: Counts, called: str, listed: Path, max_skip_share: float) -> None:
     if counts.skip_share > max_skip_share:
-        raise UserError(
-            f"{called}: {counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} "
-            f"bad (allowed: {max_skip_share * 100:.1f} %): {_table(counts.skipped, counts)}; all of them: {listed}"
-        )
+        share = f"{counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} bad"
+        why = f"{_table(counts.skipped, counts)}; all of them: {listed}"
+        raise UserError(f"{called}: {share} (allowed: {max_skip_share * 100:.1f} %): {why}")
 
 
 def _table(reasons: Counter[str], counts: Counts) -> str:
