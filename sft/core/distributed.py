@@ -65,19 +65,15 @@ def launched_rank() -> Rank:
         raise UserError(f"environment: {found}; expected three numbers, as torchrun or srun set them")
     rank = Rank(int(found[names[0]]), int(found[names[1]]))
     if rank.of > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        found = "several processes, but no MASTER_ADDR and MASTER_PORT, where they meet"
-        raise UserError(f"environment: {found}; start them with --nproc, torchrun or scripts/slurm/train.sbatch")
+        what = "several processes, but no MASTER_ADDR and MASTER_PORT, where they meet"
+        raise UserError(f"environment: {what}; start them with --nproc, torchrun or scripts/slurm/train.sbatch")
     return rank
 
 
 @contextmanager
 def process_group() -> Iterator[Rank]:
-    """Connect this process with those that work with it, if there are any, on the GPU of its own.
-
-    Raises:
-        UserError: see `launched_rank`, or there are more processes than GPUs.
-        RunError: another process is gone.
-    """
+    """Connect this process with those that work with it, if there are any, on the GPU of its own. Raise UserError as
+    `launched_rank` and where there are more processes than GPUs, RunError where another process is gone."""
     rank = launched_rank()
     is_ours = end_with_launcher()
     if rank.of == 1:
@@ -190,13 +186,9 @@ def barrier() -> None:
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Let what fails inside in one process fail in all of them at the end, so that none waits for what never comes.
-
-    Inside, a process waits for others only where all of them do.
-
-    Raises:
-        UserError, RunError: it failed in another process. Where it failed in this one, the error itself.
-    """
+    """Let what fails inside in one process fail in all of them at the end, so that none waits for what never comes:
+    with the error itself in that one, as a UserError or RunError in the others. Inside, a process waits for others only
+    where all of them do."""
     try:
         yield
     finally:

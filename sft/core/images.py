@@ -43,11 +43,8 @@ TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
 
 
 def local_image(folder: Path, name: object) -> ImageRef:
-    """Return the image file below `folder` that a path or a URL file:// names; it is looked for when it is read.
-
-    Raises:
-        SkipSample: not a path, or one that leads out of the folder: a URL, `..`, an absolute path, a symbolic link.
-    """
+    """Return the image file below `folder` that a path or a URL file:// names; it is looked for when it is read. Raise
+    SkipSample for what is no path or leads out of the folder: a URL, `..`, an absolute path, a symbolic link."""
     name = name.removeprefix("file://") if isinstance(name, str) else name
     if not isinstance(name, str) or not name.strip() or "://" in name or "\0" in name:
         hint = " is a URL, and none is fetched" if "://" in str(name) else ""
@@ -152,12 +149,9 @@ class Header(NamedTuple):
 
 
 def decode_rgb(content: bytes, decoding: Decoding = AS_SHOWN) -> Image.Image:
-    """Decode an image to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform).
-    A JPEG of more than MAX_DECODED_PIXELS comes smaller than its size.
-
-    Raises:
-        SkipSample: not an image of a known format, over the limits, or it does not decode.
-    """
+    """Decode an image to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform). A
+    JPEG of more than MAX_DECODED_PIXELS comes smaller than its size. Raise SkipSample where it is not an image of a
+    known format, over the limits, or does not decode."""
     header = open_checked(content, decoding)
     with _as_skips():
         rgb = _rgb(_loaded(header.image, header.least_size, content)[0])

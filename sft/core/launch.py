@@ -24,14 +24,12 @@ _LIFELINE = "IDEFICS_SFT_LIFELINE"
 
 
 def launch(number: int, arguments: Sequence[str]) -> int:
-    """Run `idefics-sft ARGUMENTS` in several processes of this machine and return the exit status of them all.
+    """Run `idefics-sft ARGUMENTS` in several processes of this machine and return the exit status of them all; raise
+    RunError where one was killed.
 
     Signals are passed on, once to each process, and a process that fails ends all. torch's launcher is not used: it
     prints a screen of its own about a user's mistake, hides the exit status, and kills what needs more than 30 seconds
     to stop.
-
-    Raises:
-        RunError: a process was killed.
     """
     processes: list[subprocess.Popen[bytes]] = []
     read, write = os.pipe()

@@ -22,12 +22,9 @@ Result = TypeVar("Result")
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
     """Map a function over items in `num_proc` processes: results come in the order of the items, and at most two a
-    process wait.
+    process wait. Raise RunError where a process died, of lack of memory most often.
 
     One process means this one. Others are spawned, since forking a process that has threads can hang.
-
-    Raises:
-        RunError: a process died, of lack of memory most often.
     """
     if num_proc == 1:
         yield from map(function, items)

@@ -53,12 +53,11 @@ def sample_keys(texts: Iterable[bytes] | None, image_keys: Ints, num_images: Int
     return SampleKeys(keys, np.maximum(num_images, 1))
 
 
-class HoldOut:
-    """Which images and texts are held out: a share of all, and those with some keys."""
+class HoldOut(NamedTuple):
+    """What is held out: a share of all images and texts, and those with some keys."""
 
-    def __init__(self, share: float = 0.0, keys: Ints | None = None) -> None:
-        self.share = share
-        self.keys = np.empty(0, np.int64) if keys is None else keys
+    share: float = 0.0
+    keys: Ints = np.empty(0, np.int64)
 
     def holds(self, keys: Ints) -> NDArray[np.bool_]:
         """Return, for the key of each image or text, whether it is held out."""

@@ -21,12 +21,8 @@ MAX_RECIPE_BYTES = 1024 * 1024
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply dotted overrides.
-
-    Raises:
-        UserError: the file or an override is wrong; the message has the line or the override, what was found and what
-            would be right.
-    """
+    """Read a recipe and apply dotted overrides. Where one of them is wrong raise a UserError with the line or the
+    override, what was found and what would be right."""
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
     try:

@@ -53,10 +53,8 @@ def to_messages(
     """Return turns as messages, after the system text that stands beside them. Without any marker images stand first.
 
     `is_marked` says whether `<image>` in a string is a marker, and not a word. `trims` leaves out an answer before the
-    first question and a question behind the last answer, as LLaVA does.
-
-    Raises:
-        SkipSample: the turns are not a conversation, or do not match the images.
+    first question and a question behind the last answer, as LLaVA does. Raise SkipSample where the turns are not a
+    conversation, or do not match the images.
     """
     if not isinstance(turns, list):
         raise no_messages(row, ("conversations",) if trims else ("messages", "conversations"))

@@ -111,9 +111,6 @@ def _text(record: Row, name: str) -> str:
     return text.strip()
 
 
-# ------------------------------------------------------------------------------------------------ instructions
-
-
 def _instructions(file: Path) -> Iterator[Row | SkipSample]:
     for name, record in read_json_items(file, "data"):
         yield record if isinstance(record, dict) else SkipSample("record is not a JSON object", detail=name)
@@ -155,9 +152,6 @@ def _is_sound(record: object) -> bool:
     except SkipSample:
         return False
     return all(_names(record))
-
-
-# ------------------------------------------------------------------------------------------------------ images
 
 
 def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:

@@ -66,9 +66,6 @@ MAX_DOCVQA_CHARACTERS = 1_000_000
 """Of base64; create_m3it.py: "Keeps 23097/39463"."""
 
 
-# -------------------------------------------------------------------------------------------------------- files
-
-
 def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[Path]:
     """Return the files of the chosen subsets. `path` is the dataset, its `data`, one subset's folder, or one file.
     Raise UserError for a subset that is unknown, or whose files are not there."""
@@ -132,9 +129,6 @@ def beside(file: Path) -> list[Path]:
     """Return the files of instructions and class names."""
     names = ("instructions.json", "instruction.json", "mapping.txt")
     return [path for name in names if (path := file.with_name(name)).is_file()]
-
-
-# --------------------------------------------------------------------------------------------------------- rows
 
 
 def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int = 0) -> Iterator[Row | SkipSample]:
@@ -213,9 +207,6 @@ def _captions(row: Row) -> list[Row]:
     if not isinstance(captions, list) or not captions:
         return [row]  # has no caption, and is left out for it
     return [row | {"__key__": f"{row['__key__']}/{number}", "caption": one} for number, one in enumerate(captions, 1)]
-
-
-# ------------------------------------------------------------------------------------------------------ samples
 
 
 def to_sample(row: Row, path: Path) -> Sample:

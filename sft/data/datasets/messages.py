@@ -45,9 +45,6 @@ KEYS = Keys.of(
 )
 
 
-# -------------------------------------------------------------------------------------------------------- files
-
-
 def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Path]:
     """Return the file itself, or the split's file of the folder."""
     images = folder_of(path) / (image_folder or "")
@@ -99,9 +96,6 @@ def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> It
         if file.name.startswith("metadata.") and isinstance(row, dict) and {"image", "images"}.isdisjoint(row):
             row = {names.get(key, key): value for key, value in row.items()}
         yield row
-
-
-# ------------------------------------------------------------------------------------------------------ records
 
 
 def to_sample(

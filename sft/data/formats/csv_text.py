@@ -19,11 +19,8 @@ from sft.data.formats.rows import Row, max_record_bytes, one_line, placed
 def read_csv(path: Path) -> Iterator[Row | SkipSample]:
     """Yield the rows below the header as {column: text}. A line `sep=;`, as Excel writes it, else a tab, else a
     semicolon without a comma, in the header parts the columns, else a comma does. A column without a name, such as the
-    index that pandas writes, is `column 1`. The limit on records is one on a line and on a field.
-
-    Raises:
-        UserError: missing, not UTF-8, no header or one that has a name twice, an open quote, or over the limit.
-    """
+    index that pandas writes, is `column 1`. The limit on records is one on a line and on a field. Raise UserError where
+    it is missing, not UTF-8, or over the limit, has no header or one that has a name twice, or an open quote."""
     with opened(path, "CSV with a header") as content:
         rows = _parsed(_lines(content.file, path), path)
         header = next(rows, (1, [], ""))[1]

@@ -84,31 +84,28 @@ def _problem(error: json.JSONDecodeError) -> str:
 def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
     """Yield the objects of a JSON list of any size, streamed; raise UserError where it is missing, a record is over the
     limit, or it stops being JSON."""
-    number = 0
-    with _opened(path, "a JSON list", lambda: f"record {number}") as text:
-        for number, row in enumerate(text.elements(), start=1):
-            yield _record(row, f"{path.name}:{number}", text.content.share_read)
-        text.check_end()
-    if not number:
-        raise UserError(f"{path}: no JSON list of records")
+    return _records(path, "a JSON list", _JsonText.elements)
 
 
 def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
     """Yield the records of a list below one of LISTS, else the object itself as a record, and objects behind it. Raise
     UserError as `read_json_list`, or where records stand in two places."""
+    return _records(path, "a JSON object", _JsonText.records)
+
+
+def _records(path: Path, what: str, values: Callable[[_JsonText], Iterator[Any]]) -> Iterator[Row | SkipSample]:
     number = 0
-    with _opened(path, "a JSON object", lambda: f"record {number}") as text:
-        while text.peek() == "{":
-            for row in text.records():
-                number += 1
-                yield _record(row, f"{path.name}:{number}", text.content.share_read)
+    with _opened(path, what, lambda: f"record {number}") as text:
+        for number, value in enumerate(values(text), start=1):
+            here = f"{path.name}:{number}"
+            if isinstance(value, dict):
+                yield placed(value, here, text.content.share_read)
+            else:
+                reason = value.reason if isinstance(value, SkipSample) else "record is not a JSON object"
+                yield SkipSample(reason, where=here)
         text.check_end()
-
-
-def _record(value: Any, here: str, at: float) -> Row | SkipSample:
-    if isinstance(value, dict):
-        return placed(value, here, at)
-    return SkipSample(value.reason if isinstance(value, SkipSample) else "record is not a JSON object", where=here)
+    if not number:
+        raise UserError(f"{path}: no JSON list of records")
 
 
 def read_json_items(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -152,6 +149,11 @@ class _JsonText:
             raise self._wrong(f"it goes on behind its end with {rest!r}")
 
     def records(self) -> Iterator[Any]:
+        """Yield the records of the objects that stand here, one after another."""
+        while self.peek() == "{":
+            yield from self._records_of_object()
+
+    def _records_of_object(self) -> Iterator[Any]:
         """Yield the objects of a list below one of LISTS, or else the object that stands here."""
         own: dict[str, Any] = {}
         found, start = "", self.num_read

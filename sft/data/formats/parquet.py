@@ -22,13 +22,9 @@ MAX_UNPACKED_TIMES = 1000
 
 
 def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the rows of a parquet file, a few at a time; only some `columns`, where that spares reading.
-
-    The limit on records is one on the text of a row, and on each of its images by itself.
-
-    Raises:
-        UserError: missing, cut off, or not parquet.
-    """
+    """Yield the rows of a parquet file, a few at a time; only some `columns`, where that spares reading. The limit on
+    records is one on the text of a row, and on each of its images by itself. Raise UserError where the file is missing,
+    cut off or not parquet."""
     return _rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
 
 
@@ -83,11 +79,8 @@ def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iter
     """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES.
 
     What the file says of single columns is not asked for: pyarrow ends the process where that is damaged (pyarrow 26:
-    `RowGroupMetaData.column()`).
-
-    Raises:
-        UserError: a row group is a bomb.
-        OSError, pyarrow.ArrowException, UnicodeDecodeError: the file is damaged.
+    `RowGroupMetaData.column()`). Raise UserError where a row group is a bomb; OSError, pyarrow.ArrowException or
+    UnicodeDecodeError where the file is damaged.
     """
     packed = path.stat().st_size
     for number in range(file.metadata.num_row_groups):

@@ -22,12 +22,9 @@ MAX_NAMED = 8
 def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample]:
     """Yield the samples of a WebDataset shard (.tar, .tar.gz): members that share a name up to its first dot, as
     {"__key__": name, extension: bytes}. A number may stand before an extension (`000.3.image.jpeg`). Members with other
-    extensions are not even read, `__others__` names the first of them; nothing is ever unpickled.
-
-    Raises:
-        UserError: missing, not a tar, or cut off. One cut between two members reads without an error of its own but
-            lacks the two blocks of zeros that end every tar, so that is looked for.
-    """
+    extensions are not even read, `__others__` names the first of them; nothing is ever unpickled. Raise UserError where
+    it is missing, not a tar, or cut off: one cut between two members reads without an error of its own but lacks the
+    two blocks of zeros that end every tar, so that is looked for."""
     limit, size = max_record_bytes.get(), max(require_file(path, "a tar").stat().st_size, 1)
     sample: Row = {}
     num_bytes = 0

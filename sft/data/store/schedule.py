@@ -36,6 +36,9 @@ EARLY_RECORDS = 2000
 
 FAILED = "failed.json"
 
+Finished = dict[int, dict[int, tuple[Counts, bool]]]
+"""For each raw file, by the number of each finished piece, its counts and whether the file ends with it."""
+
 OnRecords = Callable[[int, float], None]
 """Called with the records done so far, and the share of all raw bytes."""
 
@@ -94,11 +97,7 @@ def _write(task: PieceTask) -> tuple[Counts, float]:
 
 
 def _missing_pieces(
-    raw: Adapter,
-    files: Sequence[Path],
-    pieces: Path,
-    finished: dict[int, dict[int, tuple[Counts, bool]]],
-    settings: Settings,
+    raw: Adapter, files: Sequence[Path], pieces: Path, finished: Finished, settings: Settings
 ) -> Iterator[PieceTask]:
     """Yield the pieces that are still to be written, in order."""
     sizes = [file.stat().st_size for file in files]
@@ -162,12 +161,12 @@ def _num_bytes(row: object) -> int:
     return num_bytes
 
 
-def _finished_pieces(pieces: Path) -> dict[int, dict[int, tuple[Counts, bool]]]:
+def _finished_pieces(pieces: Path) -> Finished:
     """Return the finished pieces of each raw file, by number; several processes may have finished a later one first.
 
     A piece whose image files have changed since is removed.
     """
-    finished: dict[int, dict[int, tuple[Counts, bool]]] = defaultdict(dict)
+    finished: Finished = defaultdict(dict)
     for piece in piece_folders(pieces):
         if any(changed_image_files(piece / IMAGE_FILES)):
             discard(piece)

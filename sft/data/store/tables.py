@@ -129,9 +129,6 @@ class Table:
             yield from batch.column(name).to_pylist()
 
 
-# ------------------------------------------------------------------------------------------ samples as records
-
-
 def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
     """Return a sample as a row of samples/, with the rows of its images in reading order, without empty texts."""
     remaining = iter(image_rows)

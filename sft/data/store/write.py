@@ -40,10 +40,9 @@ def prepare_store(
     `asked` is what the user asked for and is written into the manifest. The store has one writer: the caller locks.
     `called` is what messages about its records call the dataset; left out, by the name of its store.
 
-    Raises:
-        UserError: the store there was made by another version of the adapter or of this code, or is damaged; or
-            something else is there; or more than `max_skip_share` of the records are bad, or no sample is left.
-        RunError: a raw file was changed while it was read.
+    Raise UserError where the store there was made by another version of the adapter or of this code, or is damaged; or
+    something else is there; or more than `max_skip_share` of the records are bad, or no sample is left. Raise RunError
+    where a raw file was changed while it was read.
     """
     called = called or path.name
     files, all_files = raw.files(), raw.all_files()
@@ -127,12 +126,7 @@ def _all_counts(pieces: Path) -> Counts:
 
 
 def _write_manifest(
-    target: Path,
-    raw: Adapter,
-    wanted: dict[str, Any],
-    settings: Settings,
-    files: Sequence[dict[str, Any]],
-    counts: Counts,
+    target: Path, raw: Adapter, wanted: dict[str, Any], settings: Settings, files: list[dict[str, Any]], counts: Counts
 ) -> None:
     manifest = {
         "version": VERSION,
