@@ -5,8 +5,6 @@ A benchmark that fails during training, a tracker without a network, a library w
 whatever it likes, so no narrower class of exception would do.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

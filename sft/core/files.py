@@ -1,7 +1,5 @@
 """Files that are written whole or not at all: under a hidden name in the same folder, synced, and renamed once."""
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import os

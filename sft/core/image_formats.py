@@ -1,7 +1,5 @@
 """What Pillow leaves open about encoded images: how they are turned, a JPEG without its end, HEIC."""
 
-from __future__ import annotations
-
 import re
 import struct
 from functools import cache

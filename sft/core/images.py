@@ -5,8 +5,6 @@ Limits are checked after the header and before decoding: a 76 KiB PNG can decode
 Sizes and pixels are of the image as it is seen: turned as its EXIF says, unless `Decoding` says otherwise.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat

@@ -1,7 +1,5 @@
 """Starting several processes of this machine that work together, and ending them together."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

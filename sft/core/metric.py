@@ -1,7 +1,5 @@
 """What a score measures and how it is printed: the same record in tasks, in selection.json and on the page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

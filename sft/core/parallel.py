@@ -1,7 +1,5 @@
 """Work in several processes or a thread, results in order."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal

@@ -1,7 +1,5 @@
 """Checks that what a recipe names is there, before anything is read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -6,8 +6,6 @@ store, or the part of one that fits a pack (`sft.data.truncate`): `samples[i]` s
 inspection read nothing but these arrays.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -12,8 +12,6 @@ Two things that others take otherwise: documents keep the role `document`, which
 is, so that a literal `<image>` in it, which is text here, counts as an image for processors that know that token.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

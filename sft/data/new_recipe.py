@@ -1,7 +1,5 @@
 """The recipe that `idefics-sft new` writes for data of one's own: one source, commented, valid as it stands."""
 
-from __future__ import annotations
-
 import json
 from math import ceil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Raw files -> stores, encoded arrays and the base model with its full vocabulary: what a run reads."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ Nothing is held in memory but a number per sample where some are held out or sha
 the memory-mapped arrays of the stores when it is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

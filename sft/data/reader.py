@@ -1,7 +1,5 @@
 """Samples and images of prepared datasets, read by their place."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Which adapter reads a folder or file of data, found by reading its first records with each of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

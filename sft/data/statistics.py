@@ -1,7 +1,5 @@
 """What a prepared dataset holds, in numbers."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

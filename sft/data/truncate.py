@@ -6,8 +6,6 @@ and with the images shown before, or is left out (`drop`). A document is always 
 image; only its first piece has the `<s>`, only its last the `</s>`.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import Counter

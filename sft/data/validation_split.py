@@ -6,8 +6,6 @@ is held out by its text. Of a source so small that the share holds out no sample
 out with its images, which are then held out of every source; unless nothing of a source would be left to train on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from itertools import compress, pairwise

@@ -1,7 +1,5 @@
 """What is wrong with a recipe: for each problem its line or override, what was found and what would be right."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches

@@ -3,8 +3,6 @@
 An override is dotted, `training.max_steps=100`, and its value is read as YAML.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path

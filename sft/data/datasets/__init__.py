@@ -18,8 +18,6 @@ and, where they are of use:
 functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterable, Mapping

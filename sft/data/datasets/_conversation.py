@@ -3,8 +3,6 @@
 A turn is {"role" or "from", "content" or "value"}; content is a string or a list of parts. docs/data.md has a table.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args

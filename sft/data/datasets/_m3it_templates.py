@@ -3,8 +3,6 @@
 `m3it.py` says what these templates rest on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from sft.core.sample import SkipSample

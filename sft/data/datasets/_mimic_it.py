@@ -15,8 +15,6 @@ Known defects: instructions name images that are not there; `<image>` and line b
 many leading zeros was quoted in Otter#329, so ids are compared without them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice

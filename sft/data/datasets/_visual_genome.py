@@ -5,8 +5,6 @@ hold all as `<id>.jpg` in one folder. Some files of VG_100K_2 are empty in some 
 skipped when they are read.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -8,8 +8,6 @@ Three forms of the same data:
     captions   "a blue circle" as a document, for images whose colour and shape some answer gives
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path

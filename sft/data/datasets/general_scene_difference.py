@@ -5,8 +5,6 @@ high, or at full size from COCO train2017, where `image_folder` says where that 
 `000000328270.jpg`. An id of 16 digits was quoted in Otter#329, so the number counts, not its zeros.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

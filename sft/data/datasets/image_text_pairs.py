@@ -18,8 +18,6 @@ and defaults to it.
 for PMD; whether the final runs kept it is not known.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence

@@ -17,8 +17,6 @@ Known defects: `<image>` stands before the question or after it; ids are not uni
 a leading answer; a last question trains nothing, and is dropped too. Turns are otherwise read as those of `messages`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from functools import partial

@@ -8,8 +8,6 @@ that they too come last is assumed. A list of any other name is taken whole, as 
 Images come in `finetune.zip`, unpacked to `finetune/<image>`. Their names look like COCO's but are made up.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from functools import partial

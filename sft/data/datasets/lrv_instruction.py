@@ -13,8 +13,6 @@ Known defects: GPT-4's coordinates ("X:10 Y:20 Width:30 Height:40", in pixels) a
 negative answers speak of what is not "mentioned", as if the image were its caption; some questions are statements.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -23,8 +23,6 @@ Known defects: some science-qa questions have no image (they become text); answe
 `train_2023-10-08.jsonl` and its like hold the `-rephrased` subsets, which say their base subset again.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator, Sequence

@@ -12,8 +12,6 @@ Raw layout: a file of one such object a line (.jsonl), of one list (.json) or of
 holds `<split>.jsonl`, `.json` or `.parquet`, or `<split>-00000-of-00002.parquet` and so on, as the hub has them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

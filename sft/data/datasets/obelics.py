@@ -21,8 +21,6 @@ page before it is taken apart and counts dead images as images; here they judge 
 off: the text `<image>` cannot become an image here.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -11,8 +11,6 @@ and images `resized_images/<img_id>.png`, `<img_id>_2.png`, from a Google Drive.
 in lower case without a final period; some sentences are empty, and in 47 + 6 + 7 records all are.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator

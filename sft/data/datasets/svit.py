@@ -22,8 +22,6 @@ They are left out of the tasks; the lists in LLaVA's form are taken as they are.
 Known defects: no marker says where the image goes; 21 descriptions answer an empty message; boxes may be malformed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import partial

@@ -14,8 +14,6 @@ that ends with a question loses it, as in UltraChat's own older code, which cut 
 Dialogues average 1,467 tokens and stay whole here; what is too long for a pack is the packing's to decide.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A JSON object of base64 strings, as MIMIC-IT keeps its images: where each stands, and its bytes."""
 
-from __future__ import annotations
-
 import mmap
 import re
 from pathlib import Path

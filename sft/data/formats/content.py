@@ -1,7 +1,5 @@
 """What a file holds, told by its first bytes and not by its name; and its bytes, unpacked."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import re

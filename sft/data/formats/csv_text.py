@@ -1,7 +1,5 @@
 """CSV and TSV with a header, row by row."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """Datasets of the hub: `datasets` downloads one once, and its cached Arrow files are read like any others."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

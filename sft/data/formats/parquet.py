@@ -1,7 +1,5 @@
 """Parquet files, a few rows at a time, and Arrow files and streams, as `datasets` caches and saves them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Files of records: the one place where a file's reader is chosen, by what it holds."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """What all readers share: the rows they make, limits, and how files are found and named."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """WebDataset tars, sample by sample, within bounds that `tarfile` alone does not keep."""
 
-from __future__ import annotations
-
 import gzip
 import tarfile
 import zlib

@@ -4,8 +4,6 @@ A file that is changed, or there at last, makes other samples. A file deleted si
 needs of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Container, Iterator

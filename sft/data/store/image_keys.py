@@ -4,8 +4,6 @@ image_keys.bin   the key of each row of images/, int64
 image_order.bin  the rows in the order of their keys, int64: from a key to its row
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -5,8 +5,6 @@ Image bytes are not written again: the file of a piece becomes a file of the tab
 its images already stand in an earlier piece.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A finished store, open for reading."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property

@@ -9,8 +9,6 @@ left nothing. The pieces are the same for any number of processes.
                   <digest>          an empty file, named after what the pieces are made for
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

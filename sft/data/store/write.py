@@ -1,7 +1,5 @@
 """Raw files -> a finished store: checked before its pieces are written, meanwhile and afterwards."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
