@@ -46,9 +46,6 @@ class Rank(NamedTuple):
 ALONE = Rank()
 
 
-# ------------------------------------------------------------------------------------------ which process this is
-
-
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 """Environment variables of a launcher: this process, how many there are, which of this machine it is. A task of srun
@@ -138,9 +135,6 @@ def _connected() -> Any:
     return torch.distributed if torch and is_connected else None
 
 
-# ------------------------------------------------------------------------------------------ telling each other
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all processes, in each of them; alone, the tensor itself."""
     group = _connected()
@@ -214,9 +208,6 @@ def from_main(call: Callable[[], Value]) -> Value:
         if is_main_process():
             found.append(call())
     return all_gather(found)[0]
-
-
-# ------------------------------------------------------------------------------------------ assigning work
 
 
 def assign(items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:

@@ -1,8 +1,8 @@
 """Which adapter reads a folder or file of data, found by reading its first records with each of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,24 @@ COLUMNS = {
 """What columns of tables are called that hold a question or an answer; case does not count."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Recognised:
     """A dataset as one adapter reads its first records."""
 
     dataset: str
     path: Path
     options: Mapping[str, Any]
-    records: int
+    records: int = 0
     """Records that were read: all of them, or FIRST_RECORDS."""
-    share_read: float
+    share_read: float = 1.0
     """The share of the raw bytes that these records are."""
-    first: Row | None
+    first: Row | None = None
     """The first record that was read."""
-    samples: tuple[Sample, ...]
-    skipped: Counter[str]
-    details: Mapping[str, str]
+    samples: list[Sample] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    details: dict[str, str] = field(default_factory=dict)
     """For each reason what the first record that was skipped for it says."""
-    others: tuple[Path, ...] = ()
+    others: Sequence[Path] = ()
     """Other files of the folder that are read as well."""
 
     @property
@@ -84,9 +84,8 @@ def recognise(path: Path) -> Recognised:
         raise UserError(refusals[0])
     if not best.samples:
         raise UserError("; ".join(line.strip() for line in best.describe()))
-    return replace(
-        best, others=tuple(one.path for one in found if one is not best and one.path.is_file() and one.samples)
-    )
+    best.others = [one.path for one in found if one is not best and one.path.is_file() and one.samples]
+    return best
 
 
 def _readings(path: Path, refusals: list[str]) -> Iterator[Recognised]:
@@ -139,34 +138,23 @@ def _guessed_folder(found: Recognised) -> dict[str, Any]:
 
 def _read(name: str, path: Path, options: Mapping[str, Any], refusals: list[str]) -> Recognised | None:
     """Return the first records as an adapter reads them; None, and its reason, if it finds no files or cannot."""
-    samples: list[Sample] = []
-    skipped, details = Counter[str](), dict[str, str]()
-    first, records, at = None, 0, 0.0
+    found, at = Recognised(dataset=name, path=path, options=options), 0.0
     try:
         adapter = Adapter(name, str(path), "train", options)
         files = adapter.files()
         for row in islice(chain.from_iterable(map(adapter.rows, files)), FIRST_RECORDS):
-            records += 1
+            found.records += 1
             try:
                 if isinstance(row, SkipSample):
                     raise row
-                first, at = first or row, row.get("__at__", 1.0)
-                samples.append(adapter.to_sample(row))
+                found.first, at = found.first or row, row.get("__at__", 1.0)
+                found.samples.append(adapter.to_sample(row))
             except SkipSample as skip:
-                skipped[skip.reason] += 1
-                details.setdefault(skip.reason, skip.detail)
+                found.skipped[skip.reason] += 1
+                found.details.setdefault(skip.reason, skip.detail)
     except UserError as error:
         refusals.extend(map(str, error.args))
         return None
-    share = 1.0 if records < FIRST_RECORDS else max(at / len(files), 1e-9)
-    return Recognised(
-        dataset=name,
-        path=path,
-        options=options,
-        records=records,
-        share_read=share,
-        first=first,
-        samples=tuple(samples),
-        skipped=skipped,
-        details=details,
-    )
+    if found.records >= FIRST_RECORDS:
+        found.share_read = max(at / len(files), 1e-9)
+    return found

@@ -141,7 +141,9 @@ class Adapter:
             found = resolve(path)
             if not found.exists() and not self.is_of_hub:
                 near = nearest(found.name, os.listdir(found.parent)) if found.parent.is_dir() else ""
-                raise UserError(f"dataset {self.name!r}: path {path} does not exist{near}{_how_to_get(self.name)}")
+                is_own = self.name == "messages" or "." in self.name  # and not to be downloaded
+                cure = "" if is_own else f"; docs/data.md#{self.name} has the command that downloads it"
+                raise UserError(f"dataset {self.name!r}: path {path} does not exist{near}{cure}")
             return hub_cache() if self.is_of_hub else found
         if not hasattr(self.module, "default_path"):
             raise UserError(f"dataset {self.name!r}: needs `path`, the folder or file of its raw data")
@@ -156,13 +158,6 @@ def _below(row: Row | SkipSample, name: str, path: str) -> Row | SkipSample:
     elif str(row.get("__from__")).startswith(name):
         row["__from__"] = path + row["__from__"].removeprefix(name)
     return row
-
-
-def _how_to_get(dataset: str) -> str:
-    """Return a hint how to download a published dataset; data of one's own are where the user says."""
-    if dataset == "messages" or "." in dataset:
-        return ""
-    return f"; docs/data.md#{dataset} has the command that downloads it"
 
 
 def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:

@@ -85,6 +85,14 @@ class Counts:
         self.not_read += other.not_read
         self.examples = other.examples | self.examples
 
+    @staticmethod
+    def total(some: Iterable[Counts]) -> Counts:
+        """Return the counts of several pieces together."""
+        total = Counts()
+        for counts in some:
+            total.add(counts)
+        return total
+
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a JSON object; `dataclasses.asdict` would count the items of a Counter anew."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
@@ -117,13 +125,13 @@ class PieceTask:
     settings: Settings
 
 
-def write_piece(task: PieceTask) -> Counts:
-    """Write a piece and return its counts."""
+def write_piece(task: PieceTask) -> tuple[Counts, float]:
+    """Write a piece; return its counts, and how much of all raw files was read by its end."""
     with staged(task.path) as folder:
         counts, noted = _write_tables(task, folder)
         ending = {"is_last": task.is_last, "noted": noted}
         (folder / "piece.json").write_text(json.dumps(counts.to_json() | ending))
-    return counts
+    return counts, task.share_read
 
 
 def read_piece(path: Path) -> tuple[Counts, bool, Noted]:

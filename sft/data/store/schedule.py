@@ -77,21 +77,14 @@ def write_pieces(
 ) -> Counts | None:
     """Write the missing pieces; return the counts so far if that was given up because most records are bad."""
     finished = _finished_pieces(pieces)
-    done = Counts()
-    for of_file in finished.values():
-        for counts, _ in of_file.values():
-            done.add(counts)
+    done = Counts.total(counts for of_file in finished.values() for counts, _ in of_file.values())
     missing = _missing_pieces(raw, files, pieces, finished, settings)
-    for counts, share in ordered_map(_write, missing, settings.num_proc):
+    for counts, share in ordered_map(write_piece, missing, settings.num_proc):
         done.add(counts)
         on_progress(done.records, share)
         if done.records >= EARLY_RECORDS and done.skip_share > max(0.5, settings.max_skip_share):
             return done
     return None
-
-
-def _write(task: PieceTask) -> tuple[Counts, float]:
-    return write_piece(task), task.share_read
 
 
 def _missing_pieces(

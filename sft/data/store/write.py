@@ -16,7 +16,7 @@ from sft.data.datasets import Adapter
 from sft.data.formats import record_limit
 from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
-from sft.data.store.pieces import Counts, Settings, Verify, read_piece
+from sft.data.store.pieces import Counts, Settings, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
 from sft.data.store.schedule import FAILED, OnRecords, open_pieces, piece_folders, pieces_folder, write_pieces
 
@@ -60,7 +60,7 @@ def prepare_store(
         with record_limit(settings.max_record_bytes):
             early = write_pieces(raw, files, pieces, settings, on_progress)
         _check_unchanged(stamps, pieces)
-        counts = early or _all_counts(pieces)
+        counts = early or Counts.total(read_piece(piece)[0] for piece in piece_folders(pieces))
         _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
     hashes = [hash_file(file) if file.is_file() else None for file in all_files]
     _check_unchanged(stamps, pieces)
@@ -113,14 +113,9 @@ def _finished_store(
         return None
     store = Store(path)
     _check_adapter(store, raw)
-    return store if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files) else None
-
-
-def _all_counts(pieces: Path) -> Counts:
-    counts = Counts()
-    for piece in piece_folders(pieces):
-        counts.add(read_piece(piece)[0])
-    return counts
+    is_wanted = all(store.manifest[key] == value for key, value in wanted.items())
+    is_verified = store.manifest["verify"] in ("decode", settings.verify)  # decoded is good enough for `header`
+    return store if is_wanted and is_verified and not store.changed_files(all_files) else None
 
 
 def _write_manifest(
@@ -165,12 +160,6 @@ def _check_adapter(store: Store, raw: Adapter) -> None:
         found = f"made by version {made_by['version']} of the adapter {made_by['name']!r}"
         ours = f"this is version {raw.version} of {raw.name!r}"
         raise UserError(f"{store.path}: {found}, {ours}; prepare with --fresh to make it anew")
-
-
-def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
-    """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest
-    return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
 
 
 def _stamp(file: Path) -> dict[str, Any]:
