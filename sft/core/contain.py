@@ -28,10 +28,8 @@ class Contained:
 
 @contextmanager
 def contained(kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[Contained]:
-    """Run the block; keep an exception of one of these kinds in place of raising it.
-
-    KeyboardInterrupt and SystemExit are always raised.
-    """
+    """Run the block; keep an exception of one of these kinds in place of raising it. KeyboardInterrupt and SystemExit
+    are always raised."""
     outcome = Contained()
     try:
         yield outcome

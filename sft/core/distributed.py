@@ -155,10 +155,8 @@ def any_process(is_so: bool) -> bool:
 
 
 def all_gather(own: list[Value]) -> list[Value]:
-    """Return the lists of all processes end to end, in each of them.
-
-    Not accelerate's `gather_object`: under DeepSpeed it takes processes without a GPU for one (accelerate 1.15).
-    """
+    """Return the lists of all processes end to end, in each of them. Not accelerate's `gather_object`: under DeepSpeed
+    it takes processes without a GPU for one (accelerate 1.15)."""
     group = _connected()
     if not group:
         return own
@@ -211,11 +209,9 @@ def from_main(call: Callable[[], Value]) -> Value:
 
 
 def assign(items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:
-    """Return the items of this process, each with all that the processes do in that round.
-
-    Every process has equally many: one that the last round leaves short repeats another's. Engines that shard a model
-    wait for every process in every layer.
-    """
+    """Return the items of this process, each with all that the processes do in that round. Every process has equally
+    many: one that the last round leaves short repeats another's. Engines that shard a model wait for every process in
+    every layer."""
     own = current_rank()
     rounds = [items[first : first + own.of] for first in range(0, len(items), own.of)]
     return [(one[min(own.number, len(one) - 1)], one) for one in rounds]

@@ -126,10 +126,8 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return a file of numbers, mapped into memory to be read here and there; an empty file cannot be mapped.
-
-    Without advice the system reads ahead around every number that is looked at.
-    """
+    """Return a file of numbers, mapped into memory to be read here and there; an empty file cannot be mapped. Without
+    advice the system reads ahead around every number that is looked at."""
     if not file.stat().st_size:
         return np.empty(0, dtype)
     numbers = np.memmap(file, dtype, "r")

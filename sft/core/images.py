@@ -157,8 +157,7 @@ def decode_rgb(content: bytes, decoding: Decoding = AS_SHOWN) -> Image.Image:
 
 
 def open_checked(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
-    """Read the header of an image, and raise SkipSample for what it says as `decode_rgb` does. Pillow is not let near
-    formats that are not read."""
+    """Read the header of an image of a format that is read, or raise SkipSample for what it says as `decode_rgb`."""
     if content[:4] in (b"II*\0", b"MM\0*"):  # TIFF 6.0
         raise SkipSample(f"image is TIFF, which is not read; expected {READ}")
     if (heic := is_heic(content)) and not can_read_heic():
@@ -177,10 +176,8 @@ def size_of(content: bytes, decoding: Decoding = AS_SHOWN) -> tuple[int, int]:
 
 
 def verified(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
-    """Return the header of an image that decodes, else raise SkipSample as `decode_rgb` does.
-
-    A JPEG is decoded at an eighth of its size: the whole of its data is read and checked, in a third of the time.
-    """
+    """Return the header of an image that decodes, else raise SkipSample as `decode_rgb` does. A JPEG is decoded at an
+    eighth of its size: the whole of its data is read and checked, in a third of the time."""
     header = open_checked(content, decoding)
     with _as_skips():
         return header._replace(lacks_end=_loaded(header.image, (1, 1), content)[1])

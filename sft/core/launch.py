@@ -23,12 +23,9 @@ _LIFELINE = "IDEFICS_SFT_LIFELINE"
 
 def launch(number: int, arguments: Sequence[str]) -> int:
     """Run `idefics-sft ARGUMENTS` in several processes of this machine and return the exit status of them all; raise
-    RunError where one was killed.
-
-    Signals are passed on, once to each process, and a process that fails ends all. torch's launcher is not used: it
-    prints a screen of its own about a user's mistake, hides the exit status, and kills what needs more than 30 seconds
-    to stop.
-    """
+    RunError where one was killed. Signals are passed on, once to each process, and a process that fails ends all.
+    torch's launcher is not used: it prints a screen of its own about a user's mistake, hides the exit status, and kills
+    what needs more than 30 seconds to stop."""
     processes: list[subprocess.Popen[bytes]] = []
     read, write = os.pipe()
     shared = _environment(number) | {_LIFELINE: str(read)}
@@ -52,10 +49,8 @@ def launch(number: int, arguments: Sequence[str]) -> int:
 
 
 def end_with_launcher() -> bool:
-    """Let this process end when the one that launched it does, and return whether that was `launch`.
-
-    A process whose launcher is killed would wait for the others, or train on unseen.
-    """
+    """Let this process end when the one that launched it does, and return whether that was `launch`. A process whose
+    launcher is killed would wait for the others, or train on unseen."""
     lifeline = os.environ.pop(_LIFELINE, None)
     if lifeline is None:
         return False
@@ -94,8 +89,8 @@ def _signals_passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
 
 
 def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all processes have ended, or GRACE_SECONDS after one has failed; return the worst exit status. Raise
-    RunError where one was killed."""
+    """Return the worst exit status of all processes, at most GRACE_SECONDS after one failed; RunError where one is
+    killed."""
     deadline = None
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)

@@ -20,10 +20,8 @@ Result = TypeVar("Result")
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
     """Map a function over items in `num_proc` processes: results come in the order of the items, and at most two a
-    process wait. Raise RunError where a process died, of lack of memory most often.
-
-    One process means this one. Others are spawned, since forking a process that has threads can hang.
-    """
+    process wait. Raise RunError where a process died, of lack of memory most often. One process means this one. Others
+    are spawned, since forking a process that has threads can hang."""
     if num_proc == 1:
         yield from map(function, items)
         return
@@ -54,8 +52,7 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _call(pickled: bytes) -> Any:
-    """Call a function on an item. Both are unpickled here, so that what goes wrong with it comes out as itself; in the
-    hands of the pool it would end the process."""
+    """Call a function on an item; what goes wrong with unpickling would end the process in the hands of the pool."""
     function, item = pickle.loads(pickled)
     return function(item)
 

@@ -19,10 +19,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def choose_precision(wanted: str, device: torch.device) -> str:
     """Return `bfloat16`, `float16` or `float32`: what is asked for, or for `auto` what the device allows. Raise
-    UserError where bfloat16 is asked of a GPU that has none, or float16 without a GPU.
-
-    float16, for GPUs before Ampere (a T4, say), is for training, where a gradient scaler keeps small gradients.
-    """
+    UserError where bfloat16 is asked of a GPU that has none, or float16 without a GPU. float16, for GPUs before Ampere
+    (a T4, say), is for training, where a gradient scaler keeps small gradients."""
     if wanted == "auto":
         return "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     if wanted == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):

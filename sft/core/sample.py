@@ -46,12 +46,10 @@ MAX_PIXELS = 65_000_000
 
 
 class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
-    """This record is left out. `reason` is a fixed phrase, so that records can be counted by it.
-
-    `filtered` marks a record that is sound but left out by a policy of its dataset; it does not count as dirty.
-    `detail` says what was found, for the list of skips: the name of the missing image. `where` is the file and line, of
-    a record that never was a row.
-    """
+    """This record is left out. `reason` is a fixed phrase, so that records can be counted by it. `filtered` marks a
+    record that is sound but left out by a policy of its dataset; it does not count as dirty. `detail` says what was
+    found, for the list of skips: the name of the missing image. `where` is the file and line, of a record that never
+    was a row."""
 
     def __init__(self, reason: str, *, filtered: bool = False, detail: str = "", where: str = "") -> None:
         super().__init__(reason)
@@ -74,8 +72,7 @@ class Decoding:
     """How encoded images become pixels (`sft.core.images`)."""
 
     orientation: Orientation = "apply"
-    """`apply`: images are turned as their EXIF says and as a viewer shows them. `ignore`: they are as they are
-    stored."""
+    """`apply`: they are turned as their EXIF says and as a viewer shows them. `ignore`: they are as stored."""
     max_pixels: int = MAX_PIXELS
     """Images of more pixels are refused."""
 
@@ -189,11 +186,9 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """A micro-batch: its packs laid one after another in a single row, nothing padded.
-
-    Labels are not shifted: they line up with `input_ids_T` and can be printed beside them. The first label of a
-    sample is IGNORE_INDEX, since the token before it belongs to another sample; `collate` names the one exception.
-    """
+    """A micro-batch: its packs laid one after another in a single row, nothing padded. Labels are not shifted: they
+    line up with `input_ids_T` and can be printed beside them. The first label of a sample is IGNORE_INDEX, since the
+    token before it belongs to another sample; `collate` names the one exception."""
 
     input_ids_T: Tensor
     labels_T: Tensor
@@ -219,8 +214,7 @@ class Batch:
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
     features_RE: Tensor | None = None
-    """The states of all images as far as the feature cache has them (`sft.batches.feature_cache`): float16, zeros for
-    the images of `to_encode`."""
+    """The states of all images by `sft.batches.feature_cache`: float16, zeros for the images of `to_encode`."""
     to_encode: Mapping[int, int] = field(default_factory=dict)
     """Images whose states are not in the cache: the number of each, and its key."""
     sequences: tuple[Tensor, ...] = ()

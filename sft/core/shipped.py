@@ -27,8 +27,7 @@ def user_cache() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the path on disk of a path in a recipe, which is relative to the current directory; raise UserError where
-    it names a shipped file that does not exist."""
+    """Return the path on disk of a path in a recipe, or raise UserError where no shipped file has that name."""
     text = str(path)
     if not text.startswith(PREFIX):
         return Path(text).expanduser()
@@ -56,8 +55,7 @@ def recipe_title(file: Path) -> str:
 
 
 def recipe_path(name: str) -> Path:
-    """Return the file of a recipe given by path or by the name of a shipped one; raise UserError for what is neither,
-    as a folder or a file of data."""
+    """Return the file of a recipe given by path or by the name of a shipped one; raise UserError for anything else."""
     path = Path(name)
     for_data = f"`idefics-sft new {name}` writes a recipe for data"
     if path.suffix.lower() in DATA_SUFFIXES and path.is_file():

@@ -143,11 +143,9 @@ def encode_samples(
     num_proc: int = 1,
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> EncodedSamples:
-    """Encode samples into `path`, in bounded memory; what is there already is opened as it is. What is over `limits`
-    is shortened, split or left out.
-
-    Each block is a file of its own until all are there, so that after a kill none is encoded twice.
-    """
+    """Encode samples into `path`, in bounded memory; what is there already is opened as it is. What is over `limits` is
+    shortened, split or left out. Each block is a file of its own until all are there, so that after a kill none is
+    encoded twice."""
     if (path / INDEX).is_file():
         return EncodedSamples(path)
     folder = path.with_name(f".{path.name}.blocks")

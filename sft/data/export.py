@@ -41,11 +41,9 @@ class Exported(NamedTuple):
 def export_messages(
     samples: Store, path: Path, *, on_progress: Callable[[int], None] = lambda samples: None
 ) -> Exported:
-    """Write `path`, or `path/train.parquet` where it does not end in .parquet; whole or not at all.
-
-    `on_progress` is called with the number of samples written so far. Raise UserError where there is such a file
-    already, RunError where an image that the store only refers to is gone.
-    """
+    """Write `path`, or `path/train.parquet` where it does not end in .parquet; whole or not at all. `on_progress` is
+    called with the number of samples written so far. Raise UserError where there is such a file already, RunError where
+    an image that the store only refers to is gone."""
     path = path if path.suffix == ".parquet" else path / "train.parquet"
     if path.exists():
         raise UserError(f"{path}: exists already; remove it or name another")

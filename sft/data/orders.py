@@ -96,12 +96,10 @@ class Order:
 
 
 def permute(places: Ints, size: int, key: int | NDArray[np.uint64]) -> Ints:
-    """Return what a permutation of 0 … size - 1, a function of `key`, has at some places, in O(1) memory.
-
-    Each place may have a key of its own. The permutation is a Feistel network over the next power of four, walked on
-    until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection whatever its
-    round function is.
-    """
+    """Return what a permutation of 0 … size - 1, a function of `key`, has at some places, in O(1) memory. Each place
+    may have a key of its own. The permutation is a Feistel network over the next power of four, walked on until it
+    lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection whatever its round
+    function is."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.broadcast_to(np.asarray(key, np.uint64), places.shape)

@@ -103,8 +103,7 @@ def prepare_one(
     on_progress: Progress,
 ) -> Store:
     """Return the store of one dataset in the folder `path`, without a recipe. `asked` and `how` are keys of a recipe's
-    dataset and of its `data`. Raise UserError where one of them is wrong, or the folder holds something else, or more
-    than the records asked for."""
+    dataset and of its `data`. Raise UserError where one is wrong, or the folder holds anything else, or more."""
     try:
         dataset = DatasetConfig.model_validate(asked)
         given = how if max_skip_share is None else {**how, "max_skip_share": max_skip_share}

@@ -45,8 +45,7 @@ class PreparedSource:
         sides: Sides | None,
         side: Side,
     ) -> None:
-        """`sides` are of all rows, if some are held out. Raise UserError where no sample fits a pack and is on
-        `side`."""
+        """`sides` are of all rows, if some are held out. Raise UserError where no sample of this side fits a pack."""
         self.name, self.share = config.name, share
         self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
         self.parts = parts

@@ -47,10 +47,8 @@ class Sources:
 
     def held_out(self) -> Sources | None:
         """Return the other side: what is held out of training, or the dataset of `data.validation.path` as one source.
-
         A source of which nothing can be held out is not among them; where none is, raise UserError. `max_epochs` is not
-        for these: it limits training.
-        """
+        for these: it limits training."""
         if self.data.validation is None:
             return None
         if self.validation is None:

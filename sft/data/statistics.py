@@ -18,11 +18,9 @@ _SERIOUS = re.compile(" other than |label|reject|chosen|prefer|negative|weight|l
 
 
 def store_stats(store: Store) -> dict[str, Any]:
-    """Return the samples, images, turns and lengths of a store, and what was left out of it.
-
-    Lengths are characters of text in a sample (`text`) and in an answer (`answer`); a turn is a message of the
-    assistant. Counts of images are of images shown; an image that several samples show is one distinct image.
-    """
+    """Return the samples, images, turns and lengths of a store, and what was left out of it. Lengths are characters of
+    text in a sample (`text`) and in an answer (`answer`); a turn is a message of the assistant. Counts of images are of
+    images shown; an image that several samples show is one distinct image."""
     parts = list(_batch_stats(store))
     roles: Counter[str] = sum((part["roles"] for part in parts), Counter())
     images_per_sample = _joined(parts, "images")

@@ -71,7 +71,7 @@ class Truncation:
         """How many, by what was done."""
 
     def pieces(self, sample: Sample, image_rows: Sequence[int]) -> list[Piece]:
-        """Return the pieces that a sample becomes. `image_rows` tell its images apart, in reading order."""
+        """Return the pieces that a sample becomes. Images of other `image_rows` are other objects."""
         whole = Piece(self.template.encode(sample), tuple(image_rows))
         pieces = [whole] if self._fits(whole) else self._fitting(sample, image_rows, whole)
         trained = [p for p in pieces if p.encoded.trained_spans or not p.encoded.withheld_spans]
@@ -81,7 +81,6 @@ class Truncation:
 
     def _fitting(self, sample: Sample, image_rows: Sequence[int], whole: Piece) -> list[Piece]:
         """Return the pieces of a sample that does not fit."""
-        sample = _with_own_images(sample)
         rows = {id(image): row for image, row in zip(sample.images, image_rows, strict=True)}
 
         def encode(messages: Sequence[Message]) -> Piece:
@@ -167,16 +166,6 @@ class Truncation:
         return pieces
 
 
-def _with_own_images(sample: Sample) -> Sample:
-    """Return the sample with an object of its own for each image shown, so that each is told apart by its identity."""
-
-    def own(message: Message) -> Message:
-        content = (replace(item) if isinstance(item, ImageRef) else item for item in message.content)
-        return replace(message, content=tuple(content))
-
-    return replace(sample, messages=tuple(own(message) for message in sample.messages))
-
-
 def _turns(messages: Sequence[Message]) -> list[list[Message]]:
     """Return the turns of a conversation: messages up to and with an answer. A question without one is a turn too."""
     turns: list[list[Message]] = [[]]
@@ -198,8 +187,7 @@ def _images(messages: Sequence[Message]) -> list[ImageRef]:
 
 
 def _paragraph_borders(content: Items) -> list[_Border]:
-    """Return where a document may be parted, and its two ends: after a paragraph (a line, where there is no blank one),
-    never between an image and what follows."""
+    """Return where a document may be parted, and its ends: after a paragraph, else a line, never behind an image."""
     borders = [(0, 0)]
     for index, item in enumerate(content):
         if isinstance(item, str):

@@ -21,10 +21,8 @@ Location = tuple[int | str, ...]
 def explain_problems(
     path: Path, node: yaml.Node | None, values: Any, changed: Any, overrides: Sequence[str]
 ) -> list[str]:
-    """Return the problems of a recipe, each with the line of its file or the override that caused it.
-
-    `node` and `values` are the file's content, `changed` its values after the overrides.
-    """
+    """Return the problems of a recipe, each with the line of its file or the override that caused it. `node` and
+    `values` are the file's content, `changed` its values after the overrides."""
     in_file = _problems(values)
     lines = []
     for problem, location in _problems(changed):
@@ -182,8 +180,7 @@ def _hint_elsewhere(name: str, likeness: float) -> str:
 
 
 def _blame(overrides: Sequence[str], problem: str, location: Location) -> str:
-    """Return the overrides that may have caused a problem: those of the key, of what it is in, and of what is in it; of
-    these, if the problem names some, only those."""
+    """Return the overrides that may have caused a problem: of its key, around it or in it; of these what it names."""
     keys = {override: override.partition("=")[0].split(".") for override in overrides}
     there = [override for override, key in keys.items() if all(map(eq, key, map(str, location)))] or overrides
     blamed = [override for override in there if keys[override][-1] in problem] or there

@@ -49,11 +49,9 @@ def to_messages(
     row: Row, turns: object, images: Sequence[Any], find: Find, *, is_marked: bool = True, trims: bool = False
 ) -> tuple[Message, ...]:
     """Return turns as messages, after the system text that stands beside them. Without any marker images stand first.
-
     `is_marked` says whether `<image>` in a string is a marker, and not a word. `trims` leaves out an answer before the
     first question and a question behind the last answer, as LLaVA does. Raise SkipSample where the turns are not a
-    conversation, or do not match the images.
-    """
+    conversation, or do not match the images."""
     if not isinstance(turns, list):
         raise no_messages(row, ("conversations",) if trims else ("messages", "conversations"))
     system = [{"role": "system", "content": row[name]} for name in SYSTEMS if row.get(name)]

@@ -115,10 +115,8 @@ def _instructions(file: Path) -> Iterator[Row | SkipSample]:
 
 
 def _dialogues(file: Path) -> Iterator[Row | SkipSample]:
-    """Yield instructions with those related ones as further turns that show the same images; each is used once.
-
-    All texts are held in memory: 5 MB for SD, about 50 MB for CGD.
-    """
+    """Yield instructions with those related ones as further turns that show the same images; each is used once. All
+    texts are held in memory: 5 MB for SD, about 50 MB for CGD."""
     records = dict(read_json_items(file, "data"))
     used: set[str] = set()
     for name, record in records.items():
@@ -166,10 +164,8 @@ def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Ro
 
 def _from_parquet(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
     """Yield instructions with images of the parquet file, which is read through once for every block of instructions;
-    what the block shows fits BLOCK_BYTES.
-
-    Images cannot be read one at a time: pandas writes up to a million rows as one row group, here the whole file.
-    """
+    what the block shows fits BLOCK_BYTES. Images cannot be read one at a time: pandas writes up to a million rows as
+    one row group, here the whole file."""
     with _open_parquet(file) as parquet:
         bytes_per_image = file.stat().st_size // max(parquet.metadata.num_rows, 1)
     block_size = max(BLOCK_BYTES // max(2 * bytes_per_image, 1), 1)

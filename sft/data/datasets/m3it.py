@@ -131,8 +131,7 @@ def beside(file: Path) -> list[Path]:
 
 def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int = 0) -> Iterator[Row | SkipSample]:
     """Yield the rows of a file, those of the raw form brought into the loader form; `seed` and its key draw a row's
-    instruction and the order of its options. Raise UserError where the file of instructions or class names is
-    missing."""
+    instruction and the order of its options. Raise UserError where the file of instructions or classes is missing."""
     subset = subsets[0] if subsets and len(subsets) == 1 else _subset_of(file)
     instructions: list[str] = []
     for row in read_records(file):

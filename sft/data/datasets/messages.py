@@ -104,9 +104,8 @@ def to_sample(
     columns: dict[str, str] | None = None,
     train_on: Literal["answers", "last"] = "answers",
 ) -> Sample:
-    """Return one conversation or document. `image_folder` holds the images where that is not the data's own folder; it
-    is relative to that one, or absolute. `columns` are names of theirs by ours. With `train_on: last` only the last
-    answer is learned."""
+    """Return one conversation or document. `image_folder` holds the images, relative to the data's own folder or
+    absolute. `columns` are names of theirs by ours. With `train_on: last` only the last answer is learned."""
     row = _renamed(row, columns) if columns else row
     images = listed_images(row)
     is_marked = bool(images) or "__images__" in row or any(map(is_image_key, row))

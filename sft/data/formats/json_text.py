@@ -82,8 +82,7 @@ def _problem(error: json.JSONDecodeError) -> str:
 
 
 def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the objects of a JSON list of any size, streamed; raise UserError where it is missing, a record is over the
-    limit, or it stops being JSON."""
+    """Yield the objects of a JSON list of any size; raise UserError for none, one too long, and what is not JSON."""
     return _records(path, "a JSON list", _JsonText.elements)
 
 

@@ -37,8 +37,7 @@ def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[An
 
 
 def read_arrow(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the rows of an Arrow file or stream, mapped into memory, within the limit of `read_parquet`; raise
-    UserError where it is missing, cut off or not Arrow."""
+    """Yield the rows of an Arrow file or stream, mapped into memory; limit and errors are those of `read_parquet`."""
     return _rows_of(require_file(path, "an Arrow file"), "Arrow", _arrow_batches(path))
 
 
@@ -74,12 +73,10 @@ def _rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Ite
 
 
 def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES.
-
-    What the file says of single columns is not asked for: pyarrow ends the process where that is damaged (pyarrow 26:
+    """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES. What the file
+    says of single columns is not asked for: pyarrow ends the process where that is damaged (pyarrow 26:
     `RowGroupMetaData.column()`). Raise UserError where a row group is a bomb; OSError, pyarrow.ArrowException or
-    UnicodeDecodeError where the file is damaged.
-    """
+    UnicodeDecodeError where the file is damaged."""
     packed = path.stat().st_size
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)

@@ -31,9 +31,8 @@ _ENDING = r"\.(jsonl|ndjson|json|parquet|arrow|csv|tsv)(\.(gz|zst))?"
 def read_records(
     file: Path, *, columns: Sequence[str] | None = None, members: Sequence[str] = ()
 ) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file; `columns` are those of a parquet file that are needed, `members` the extensions of
-    the members of a tar. Raise UserError where it is missing, empty, damaged or no file of records, or a tar without
-    `members`."""
+    """Yield the records of a file; of parquet only `columns`, of a tar the members whose extensions are `members`.
+    Raise UserError where it is missing, empty, damaged or no file of records, or a tar without `members`."""
     kind = kind_of(file)
     if kind == "tar" and members:
         return read_tar(file, members)

@@ -88,8 +88,8 @@ class _Tar:
         return content
 
     def check_end(self) -> None:
-        """Read on behind the last member, to the end, where gzip has its checksum; raise ReadError unless two blocks of
-        zeros stand there, and zeros alone."""
+        """Read on to the end, where gzip has its checksum; raise ReadError unless two blocks of zeros stand there
+        alone."""
         self.file.left = tarfile.BLOCKSIZE
         if self.file.last + self.file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the tar breaks off; get it again")

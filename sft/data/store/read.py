@@ -158,11 +158,9 @@ class Store:
             yield Sample(key=key, messages=to_messages(record, images)), rows
 
     def changed_files(self, files: Sequence[Path]) -> list[Path]:
-        """Return what is no longer as it was when the store was made: raw files, and image files that records name.
-
-        A file is read again only where its time of change says that it may be another; what was deleted since is no
-        change, since the store has what it needs of it.
-        """
+        """Return what is no longer as it was when the store was made: raw files, and image files that records name. A
+        file is read again only where its time of change says that it may be another; what was deleted since is no
+        change, since the store has what it needs of it."""
         known = {Path(entry["path"]): entry for entry in self.manifest["files"]}
         changed = [file for file in files if _is_other(file, known.get(location(file)))]
         changed += known.keys() - set(map(location, files))

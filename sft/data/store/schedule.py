@@ -47,11 +47,9 @@ def pieces_folder(path: Path) -> Path:
 
 
 def open_pieces(path: Path, plan: list[Any], max_skip_share: float) -> Path:
-    """Return the folder of unfinished work, emptied unless it was begun for the same plan.
-
-    After too many bad records, pieces with some are kept only for whoever allows more of them now; else something was
-    mended, if only in the adapter.
-    """
+    """Return the folder of unfinished work, emptied unless it was begun for the same plan. After too many bad records,
+    pieces with some are kept only for whoever allows more of them now; else something was mended, if only in the
+    adapter."""
     pieces = pieces_folder(path)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     if not (pieces / digest).is_file():
@@ -153,10 +151,8 @@ def _num_bytes(row: object) -> int:
 
 
 def _finished_pieces(pieces: Path) -> Finished:
-    """Return the finished pieces of each raw file, by number; several processes may have finished a later one first.
-
-    A piece whose image files have changed since is removed.
-    """
+    """Return the finished pieces of each raw file, by number; several processes may have finished a later one first. A
+    piece whose image files have changed since is removed."""
     finished: Finished = defaultdict(dict)
     for piece in piece_folders(pieces):
         if any(changed_image_files(piece / IMAGE_FILES)):

@@ -95,8 +95,7 @@ def _wanted(raw: Adapter, asked: dict[str, Any], settings: Settings) -> dict[str
 
 
 def _located(asked: dict[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return what was asked for, with the path by which a source is known however it was spelled: that of the file
-    where a folder holds one alone."""
+    """Return what was asked for with the `location` of its path: that of the file where a folder holds one alone."""
     path = asked.get("path")
     if not isinstance(path, str) or not resolve(path).exists():
         return asked
