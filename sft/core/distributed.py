@@ -81,9 +81,12 @@ def process_group() -> Iterator[Rank]:
 
     if "RANK" not in os.environ:  # torch and accelerate do not know srun
         os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_TORCHRUN, _SRUN, strict=True)}
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(_own_gpu())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        local, gpus, backend = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), "cpu:gloo,cuda:nccl"
+        if local >= gpus:
+            raise UserError(f"process {local} of this machine has no GPU of its own: there are {gpus}")
+        torch.cuda.set_device(local)
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
         yield rank
@@ -95,15 +98,6 @@ def process_group() -> Iterator[Rank]:
         if any(sign in str(error) for sign in (*_GONE, *_LATE)):
             raise RunError(f"process {rank.number} of {rank.of}: another one is gone or late ({error})") from error
         raise
-
-
-def _own_gpu() -> int:
-    import torch
-
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= gpus:
-        raise UserError(f"process {local} of this machine has no GPU of its own: there are {gpus}")
-    return local
 
 
 def current_rank() -> Rank:

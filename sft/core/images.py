@@ -80,8 +80,7 @@ def _way_out(folder: Path, name: str) -> str:
 
 
 def base64_image(encoded: object) -> ImageRef:
-    """Return the image that a record holds as base64, or as a list of one such string: of the plain or the URL-safe
-    alphabet, padded or not. Raise SkipSample for anything else."""
+    """Return the image of base64, plain or URL-safe, padded or not, or of a list of one; else raise SkipSample."""
     if isinstance(encoded, list) and len(encoded) == 1:
         encoded = encoded[0]
     if not isinstance(encoded, str | bytes) or not encoded:
@@ -123,14 +122,10 @@ class Header(NamedTuple):
     """An image whose header was read and is within the limits; nothing is decoded yet."""
 
     image: Image.Image
-    stored_size: tuple[int, int]
-    """Width and height."""
-    exif_orientation: int
-    """1 to 8; 1 is as it is stored."""
-    orientation: int
-    """How it is turned to be seen: the same, or 1 where that is ignored."""
-    lacks_end: bool = False
-    """Whether it was decoded and is a JPEG that lacks its end marker alone."""
+    stored_size: tuple[int, int]  # width and height
+    exif_orientation: int  # 1 to 8; 1 is as it is stored
+    orientation: int  # how it is turned to be seen: the same, or 1 where that is ignored
+    lacks_end: bool = False  # whether it was decoded and is a JPEG that lacks its end marker alone
 
     @property
     def size(self) -> tuple[int, int]:

@@ -13,10 +13,8 @@ from types import FrameType
 
 from sft.core.errors import RunError
 
-STOPPED = 75
-"""Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
-GRACE_SECONDS = 10.0
-"""How long processes have to end by themselves after one of them failed."""
+STOPPED = 75  # exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)
+GRACE_SECONDS = 10.0  # how long processes have to end by themselves after one of them failed
 _LIFELINE = "IDEFICS_SFT_LIFELINE"
 """Environment variable with the number of a pipe's end: it is closed when the process that started this one ends."""
 
@@ -89,7 +87,7 @@ def _signals_passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
 
 
 def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return the worst exit status of all processes, at most GRACE_SECONDS after one failed; RunError where one is
+    """Return the worst exit status of all, at most GRACE_SECONDS after one failed; raise RunError where one is
     killed."""
     deadline = None
     while any(process.poll() is None for process in processes):

@@ -25,11 +25,9 @@ if TYPE_CHECKING:  # so that the command line starts without torch
     from torch import Tensor
 
 
-IGNORE_INDEX = -100
-"""Label of a position that is not trained, as in torch's `cross_entropy`."""
+IGNORE_INDEX = -100  # label of a position that is not trained, as in torch's `cross_entropy`
 
-NO_SOURCE = -1
-"""The source of a dummy, whose loss counts nothing."""
+NO_SOURCE = -1  # the source of a dummy, whose loss counts nothing
 
 Role = Literal[
     "system",  # text that sets the scene; IDEFICS-1 has no name for this role, it is printed as it is
@@ -77,8 +75,7 @@ class Decoding:
     """Images of more pixels are refused."""
 
 
-AS_SHOWN = Decoding()
-"""What is asked of a model outside of prepared data is seen as a viewer shows it."""
+AS_SHOWN = Decoding()  # what is asked of a model outside of prepared data is seen as a viewer shows it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,10 +94,8 @@ class Tiling(NamedTuple):
 
     rows: int
     columns: int
-    height: int
-    """Height of a tile in pixels."""
-    width: int
-    """Width of a tile in pixels."""
+    height: int  # height of a tile in pixels
+    width: int  # width of a tile in pixels
 
     @property
     def num_tiles(self) -> int:

@@ -25,11 +25,9 @@ from sft.data.store import Store
 from sft.data.truncate import Limits, Truncation
 from sft.models.chat_template import ChatTemplate
 
-VERSION = 6
-"""Raised when the same sample could encode to other arrays."""
+VERSION = 6  # raised when the same sample could encode to other arrays
 INDEX = "index.json"
-BLOCK_SAMPLES = 4096
-"""Samples that are encoded at once, by one process."""
+BLOCK_SAMPLES = 4096  # samples that are encoded at once, by one process
 
 _OFFSETS_OF = {
     "input_ids": "token_offsets",
@@ -105,8 +103,7 @@ class EncodedSamples:
         return np.asarray(offsets[rows + 1] - offsets[rows])
 
     def num_trained(self, rows: NDArray[np.int64], train_on: TrainOn) -> NDArray[np.int64]:
-        """Return the trained tokens of each of some samples; the first token is not, nor is one that stands for an
-        image state or of a turn that is not to be learned."""
+        """Return the trained tokens of each sample: not the first, nor image states, nor turns not to be learned."""
         if train_on == "assistant":
             return np.asarray(self._array["num_trained"][rows])
         all_but_first = self.num_tokens(rows) - 1
@@ -201,22 +198,15 @@ class _Block:
     stop: int
     template: ChatTemplate
     limits: Limits | None
-    file: Path
-    """Where its arrays are kept until all blocks are there."""
-
-
-def _write_block(block: _Block) -> int:
-    with whole_file(block.file) as file:
-        np.savez(file, **_encode_block(block))  # type: ignore[arg-type]
-    return block.stop - block.start
+    file: Path  # where its arrays are kept until all blocks are there
 
 
 def _id_type(template: ChatTemplate) -> np.dtype[Any]:
     return np.dtype(np.uint16 if len(template.tokenizer) <= 2**16 else np.uint32)
 
 
-def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
-    """Return the arrays of some samples, with offsets that count from the first of them."""
+def _write_block(block: _Block) -> int:
+    """Write the arrays of some samples, with offsets that count from the first of them; return how many samples."""
     truncation = Truncation(block.template, block.limits)
     pieces = [
         (row, piece)
@@ -227,7 +217,7 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
     image_rows = [piece.image_rows for _, piece in pieces]
     ids = np.concatenate([np.empty(0, np.int64), *(e.input_ids for e in encoded)])
     num_trained = [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded]
-    return {
+    arrays: dict[str, Any] = {
         "input_ids": ids.astype(_id_type(block.template)),
         "token_offsets": np.cumsum([len(e.input_ids) for e in encoded], dtype=np.int64),
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], np.int64).reshape(-1, 2),
@@ -243,11 +233,13 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "samples": np.array([row for row, _ in pieces], np.int64),
         "changes": np.array(json.dumps(truncation.changes)),
     }
+    with whole_file(block.file) as file:
+        np.savez(file, **arrays)
+    return block.stop - block.start
 
 
 def _num_untrainable(encoded: EncodedSample, template: ChatTemplate) -> int:
-    """Return how many tokens of a sample, but for its first, `train_on: all` does not train: those that stand for image
-    states, and those of turns that are not to be learned."""
+    """Return how many tokens but the first `train_on: all` does not train: image states, turns not to be learned."""
     token_id = template.images.state_token_id
     is_state = encoded.input_ids == token_id if token_id is not None else np.zeros(len(encoded.input_ids), bool)
     for start, end in encoded.withheld_spans:

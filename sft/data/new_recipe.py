@@ -14,14 +14,12 @@ from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH, ModelConfig
 
 CHARACTERS_PER_TOKEN = 3.5
 """English text under LLaMA's vocabulary has about 4 characters a token; a little less leaves room."""
-TOKENS_PER_MESSAGE = 8
-"""The words of the chat template about a message."""
+TOKENS_PER_MESSAGE = 8  # the words of the chat template about a message
 TOKENS_PER_IMAGE = {False: 3, True: 1_150}
 """An image and its markers in the text: of IDEFICS-1, and of a family whose images are part of the text, where it is
 most for a square image of SmolVLM-256M (docs/models.md)."""
 
-SAMPLES_PER_STEP = 16
-"""A usual batch of fine-tuning; small data have smaller ones."""
+SAMPLES_PER_STEP = 16  # a usual batch of fine-tuning; small data have smaller ones
 MIN_STEPS = 60
 """Adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times."""
 USUAL_EPOCHS, MAX_EPOCHS = 3, 15

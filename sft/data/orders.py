@@ -14,12 +14,9 @@ _ROUNDS = 6
 class ShownImages(NamedTuple):
     """The distinct images of some samples, one sample after another."""
 
-    keys: Ints
-    """Equal numbers are equal images, across sources too."""
-    weights: Ints
-    """What each counts towards the cap of a pack (`sft.models.family.Images.weight`)."""
-    numbers: Ints
-    """How many images each sample has."""
+    keys: Ints  # equal numbers are equal images, across sources too
+    weights: Ints  # what each counts towards the cap of a pack (`sft.models.family.Images.weight`)
+    numbers: Ints  # how many images each sample has
 
     def weight_of_samples(self) -> Ints:
         """Return what the images of each sample weigh together."""
@@ -49,11 +46,9 @@ class Ordered(NamedTuple):
     """Samples in the order of their source."""
 
     rows: Ints
-    groups: Ints
-    """Equal for samples about the same images."""
+    groups: Ints  # equal for samples about the same images
     units: Ints
-    offsets: Ints
-    """The place of each sample, as in `Cursor`."""
+    offsets: Ints  # with its unit the place of each sample, as in `Cursor`
 
     def after(self, number: int) -> Ordered:
         """Return the samples without the first `number`."""

@@ -24,8 +24,7 @@ from sft.models.chat_template import ChatTemplate
 from sft.models.loaded_model import load_template
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 
-VALIDATION = "validation"
-"""What the user's own held-out conversations are called in tables."""
+VALIDATION = "validation"  # what the user's own held-out conversations are called in tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +157,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Sources, ChatTemplate]:
-    """Return what `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and
-    nothing is downloaded; raise UserError as `open_sources`."""
+    """Return what `prepare` made of a recipe, as `open_sources`, and its template. Nothing is made or downloaded."""
     base = base_path(recipe)
     if not (base / "config.json").is_file():
         for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):

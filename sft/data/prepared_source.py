@@ -110,8 +110,7 @@ class PreparedSource:
 
     @property
     def num_held_out(self) -> dict[str, int]:
-        """Samples that validate, and samples that are used for neither, a long one that stands in several parts counted
-        once; empty where nothing is held out."""
+        """Samples that validate, and for neither, one in several parts counted once; empty where none is held out."""
         if self.sides is None:
             return {}
         sides = np.split(self.sides, self._starts[1:-1])

@@ -16,12 +16,10 @@ from sft.data.formats import Row, folder_of
 OWN = "messages"
 """The adapter of the user's own conversations. A published dataset's is preferred where it reads more records."""
 
-FIRST_RECORDS = 300
-"""So many records of a dataset are read to recognise it."""
+FIRST_RECORDS = 300  # so many records of a dataset are read to recognise it
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
-MAX_FILES = 12
-"""So many files of a folder without a file of the split are tried."""
+MAX_FILES = 12  # so many files of a folder without a file of the split are tried
 
 COLUMNS = {
     "user": ("question", "prompt", "query", "instruction", "input", "user", "human"),
@@ -37,18 +35,13 @@ class Recognised:
     dataset: str
     path: Path
     options: Mapping[str, Any]
-    records: int = 0
-    """Records that were read: all of them, or FIRST_RECORDS."""
-    share_read: float = 1.0
-    """The share of the raw bytes that these records are."""
-    first: Row | None = None
-    """The first record that was read."""
+    records: int = 0  # that were read: all of them, or FIRST_RECORDS
+    share_read: float = 1.0  # the share of the raw bytes that these records are
+    first: Row | None = None  # the first record that was read
     samples: list[Sample] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    details: dict[str, str] = field(default_factory=dict)
-    """For each reason what the first record that was skipped for it says."""
-    others: Sequence[Path] = ()
-    """Other files of the folder that are read as well."""
+    details: dict[str, str] = field(default_factory=dict)  # by reason, of the first record that was skipped for it
+    others: Sequence[Path] = ()  # other files of the folder that are read as well
 
     @property
     def estimated_samples(self) -> int:

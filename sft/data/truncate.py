@@ -29,8 +29,7 @@ class Limits(NamedTuple):
     """The longest sample."""
 
     tokens: int
-    image_weight: int
-    """Sum over its distinct images of what each weighs (`sft.core.sample.Caps`)."""
+    image_weight: int  # sum over its distinct images of what each weighs (`sft.core.sample.Caps`)
     long_conversations: Policy = "prefix"
 
 
@@ -38,8 +37,7 @@ class Piece(NamedTuple):
     """A sample, or a part of one, that fits."""
 
     encoded: EncodedSample
-    image_rows: tuple[int, ...]
-    """Of each image shown, in reading order."""
+    image_rows: tuple[int, ...]  # of each image shown, in reading order
 
     @property
     def image_weight(self) -> int:
@@ -67,8 +65,7 @@ class Truncation:
         """Without limits everything fits."""
         self.template = template
         self.limits = limits or Limits(sys.maxsize, sys.maxsize)
-        self.changes: Counter[str] = Counter()
-        """How many, by what was done."""
+        self.changes: Counter[str] = Counter()  # how many, by what was done
 
     def pieces(self, sample: Sample, image_rows: Sequence[int]) -> list[Piece]:
         """Return the pieces that a sample becomes. Images of other `image_rows` are other objects."""

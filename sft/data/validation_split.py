@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from sft.data.store.image_keys import NUM_KEYS
 
 Ints = NDArray[np.int64]
-Sides = NDArray[np.int8]
-"""The `Side` of each sample."""
+Sides = NDArray[np.int8]  # the `Side` of each sample
 
 
 class Side(IntEnum):
@@ -33,10 +32,8 @@ class Side(IntEnum):
 class SampleKeys(NamedTuple):
     """By what samples are held out: the keys of their images, or of their text."""
 
-    keys: Ints
-    """Of one sample after another."""
-    numbers: Ints
-    """How many each has."""
+    keys: Ints  # of one sample after another
+    numbers: Ints  # how many each has
 
 
 def sample_keys(texts: Iterable[bytes] | None, image_keys: Ints, num_images: Ints) -> SampleKeys:

@@ -38,8 +38,7 @@ def explain_overrides(values: Any, overrides: Sequence[str]) -> list[str]:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Return the problems of an error, without lists that are too short only because an entry is wrong, and without
-    keys that are missing only because they are misspelt."""
+    """Return the problems of an error, but none that follow from others: lists too short and keys missing for these."""
     problems = error.errors()
     around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]

@@ -55,8 +55,7 @@ class Adapter:
         """Raised when the same records become other samples."""
         self.path = self._path(path)
         self.options = dict(options)
-        self.folder: Path | None = None
-        """What holds the files, where they are in several folders."""
+        self.folder: Path | None = None  # what holds the files, where they are in several folders
         functions = [getattr(self.module, name, None) for name in ("files", "beside", "rows", "to_sample")]
         known = {name: kind for function in functions if function for name, kind in _options(function).items()}
         known |= {"config": str} if self.is_of_hub else {}

@@ -27,8 +27,7 @@ LLAVA = Keys.of(" ".join(("image images conversations model", *SYSTEMS)), turn=T
 
 _MARKS = re.compile(r"<image>|<ImageHere>|<img>([^<>\n]+)</img>")
 
-Find = Callable[[Any], ImageRef]
-"""Returns the image file with a name, or raises SkipSample."""
+Find = Callable[[Any], ImageRef]  # returns the image file with a name, or raises SkipSample
 _ENCODED = re.compile("(?i:data:)[^,]*,|(?=(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{24})")  # PNG, JPEG, GIF, WebP
 
 

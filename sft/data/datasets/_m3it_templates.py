@@ -36,10 +36,6 @@ def general(row: Row) -> tuple[str, str]:
     return inputs, text_of(row, "answer", "outputs", "output", "caption", "response")
 
 
-def _caption(row: Row) -> tuple[str, str]:
-    return "", text_of(row, "caption")
-
-
 def _story(row: Row) -> tuple[str, str]:
     sentences = row.get("sentences")
     if not isinstance(sentences, list) or not all(isinstance(one, str) for one in sentences):
@@ -120,7 +116,7 @@ def _lettered(options: list[str], answer: str) -> tuple[str, str]:
 
 
 TEMPLATES: dict[str, Callable[[Row], tuple[str, str]]] = {
-    "coco": _caption,
+    "coco": lambda row: ("", text_of(row, "caption")),
     "vist": _story,
     "shapes": _shapes,
     "okvqa": _paraphrase,

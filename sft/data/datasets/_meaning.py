@@ -52,8 +52,7 @@ class Keys(NamedTuple):
     record: frozenset[str]
     turn: frozenset[str]
     part: frozenset[str]
-    rounds: frozenset[str]
-    """Of records without turns, and of `texts`."""
+    rounds: frozenset[str]  # of records without turns, and of `texts`
     is_conversation: bool
 
     @classmethod

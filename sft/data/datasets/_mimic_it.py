@@ -27,8 +27,7 @@ from sft.core.sample import ImageRef, Message, SkipSample, question_and_answer
 from sft.data.formats import Row, batches, is_table, read_json_items, read_records, require_file
 from sft.data.formats.base64_object import FileRange, index_base64_object
 
-BLOCK_BYTES = 512 * 1024 * 1024
-"""So much of an image parquet is held in memory, about."""
+BLOCK_BYTES = 512 * 1024 * 1024  # so much of an image parquet is held in memory, about
 
 
 def patterns(name: str, split: str) -> list[str]:

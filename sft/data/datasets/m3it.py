@@ -60,8 +60,7 @@ VERSIONS = ("_v2", "_new", ".large", "")
 """Of one split, best first: what was uploaded again is the repaired one; okvqa's answers are only in `_v2`."""
 
 IMAGE_FIELDS = ("image_base64_str", "image_str", "img_str", "image_base64", "image", "images")
-MAX_DOCVQA_CHARACTERS = 1_000_000
-"""Of base64; create_m3it.py: "Keeps 23097/39463"."""
+MAX_DOCVQA_CHARACTERS = 1_000_000  # of base64; create_m3it.py: "Keeps 23097/39463"
 
 
 def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[Path]:

@@ -23,8 +23,7 @@ def hub_cache() -> Path:
 
 
 def hub_files(name: str, split: str, configuration: str | None) -> list[Path]:
-    """Return the Arrow files of one split of a dataset, whose images are not decoded; raise UserError where there is no
-    such dataset, configuration or split, or it cannot be reached."""
+    """Return the Arrow files of one split, images not decoded; raise UserError where it is missing or out of reach."""
     import datasets
 
     if not re.fullmatch(r"\w+(\.\w+)*", split):

@@ -303,8 +303,7 @@ CUT_OFF = "it is cut off"
 BYTE_ORDER_MARK = "\ufeff"
 LISTS = ("data", "annotations", "records", "samples", "examples", "instances", "items", "rows", "entries", "questions")
 """Keys below which an object may hold its records as a list."""
-CONVERSATIONS = ("messages", "conversations")
-"""Keys by which an object is a record itself."""
+CONVERSATIONS = ("messages", "conversations")  # keys by which an object is a record itself
 _LIST_OF_OBJECTS, _OPENED_LIST = re.compile(r"\[[ \t\r\n]*\{"), re.compile(r"\[?[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _BRACKET_OR_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)

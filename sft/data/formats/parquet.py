@@ -20,9 +20,8 @@ MAX_UNPACKED_TIMES = 1000
 
 
 def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the rows of a parquet file, a few at a time; only some `columns`, where that spares reading. The limit on
-    records is one on the text of a row, and on each of its images by itself. Raise UserError where the file is missing,
-    cut off or not parquet."""
+    """Yield the rows of a parquet file, or only some `columns`, a few at a time. The limit on records is one on the
+    text of a row, and on each of its images by itself. Raise UserError where it is missing, cut off or not parquet."""
     return _rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
 
 

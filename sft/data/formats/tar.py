@@ -11,10 +11,8 @@ from sft.core.errors import UserError, printable
 from sft.core.sample import SkipSample
 from sft.data.formats.rows import BLOCK_BYTES, TOO_LONG, Row, max_record_bytes, one_line, require_file
 
-MAX_HEADER_BYTES = 64 * 1024
-"""Of one tar member: its header, its long name, its attributes."""
-MAX_NAMED = 8
-"""Members of a sample that are not read and are named."""
+MAX_HEADER_BYTES = 64 * 1024  # of one tar member: its header, its long name, its attributes
+MAX_NAMED = 8  # members of a sample that are not read and are named
 
 
 def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample]:
@@ -88,8 +86,7 @@ class _Tar:
         return content
 
     def check_end(self) -> None:
-        """Read on to the end, where gzip has its checksum; raise ReadError unless two blocks of zeros stand there
-        alone."""
+        """Read on to the end, where gzip has its checksum; raise ReadError unless two blocks of zeros stand there."""
         self.file.left = tarfile.BLOCKSIZE
         if self.file.last + self.file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the tar breaks off; get it again")
@@ -103,8 +100,7 @@ class _Bounded:
 
     def __init__(self, file: Any) -> None:
         self.file, self.left = file, MAX_HEADER_BYTES
-        self.last = b""
-        """What was read last."""
+        self.last = b""  # what was read last
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
     def read(self, size: int) -> bytes:

@@ -17,8 +17,7 @@ from sft.core.sample import ImageRef
 
 IMAGE_FILES = "image_files.jsonl"
 
-Stamp = tuple[int, int]
-"""Size and time of change."""
+Stamp = tuple[int, int]  # size and time of change
 
 
 class ImageReader:

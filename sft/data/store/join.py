@@ -24,9 +24,8 @@ from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, fini
 
 
 def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]]:
-    """Write samples/, images/ and the keys of the images into the folder `target`, in the order of the pieces; return
-    the number of distinct images, and of how many of them each thing was noted. The pieces are left as they are: an
-    interrupted join can begin again."""
+    """Write samples/, images/ and the keys of the images into `target`, in the order of the pieces, which are left as
+    they are; return the number of distinct images, and of how many of them each thing was noted."""
     starts = [0, *accumulate(read_piece(piece)[0].distinct_images for piece in pieces)]
     noted, listed = Counter[str](), set[int]()
     keys, is_kept, row_of = _distinct(pieces)

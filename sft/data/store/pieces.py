@@ -26,8 +26,7 @@ from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, to_record
 
 Images = Literal["embed", "reference"]
 Verify = Literal["decode", "header"]
-Noted = dict[str, list[int]]
-"""What is told of some images, and their rows in images.arrow."""
+Noted = dict[str, list[int]]  # what is told of some images, and their rows in images.arrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +114,9 @@ class PieceTask:
 
     adapter: Adapter
     rows: list[Row | SkipSample]
-    first: int
-    """Number of the first record in its file, for the keys of records that never became samples."""
-    is_last: bool
-    """Whether the raw file ends here."""
-    share_read: float
-    """How much of all raw files was read by its end, for progress bars."""
+    first: int  # number of the first record in its file, for the keys of records that never became samples
+    is_last: bool  # whether the raw file ends here
+    share_read: float  # how much of all raw files was read by its end, for progress bars
     path: Path
     settings: Settings
 

@@ -20,8 +20,7 @@ from sft.data.store.pieces import Counts
 from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
 from sft.runs.names import find_recipe
 
-VERSION = 5
-"""Raised when the layout changes; stores of another version are refused."""
+VERSION = 5  # raised when the layout changes; stores of another version are refused
 MANIFEST = "manifest.json"
 _IN_MANIFEST = {
     *("adapter", "asked", "verify", "images", "limit", "max_record_bytes", "orientation", "max_pixels"),

@@ -29,8 +29,7 @@ PIECE_RECORDS = 4096
 PIECE_BYTES = 48 * 1024 * 1024
 """A piece ends at so many records or bytes of them, whichever is first; a process holds one piece in memory."""
 
-EARLY_RECORDS = 2000
-"""After so many records of which most are bad, more of them will not help."""
+EARLY_RECORDS = 2000  # after so many records of which most are bad, more of them will not help
 
 FAILED = "failed.json"
 

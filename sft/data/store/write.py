@@ -20,8 +20,7 @@ from sft.data.store.pieces import Counts, Settings, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
 from sft.data.store.schedule import FAILED, OnRecords, open_pieces, piece_folders, pieces_folder, write_pieces
 
-NOTABLE_BYTES = 10**6
-"""Work of fewer bytes is kept without a word."""
+NOTABLE_BYTES = 10**6  # work of fewer bytes is kept without a word
 
 
 def prepare_store(
