@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others; one that writes a checkpoint of 9b lets them wait for minutes."""
+TIMEOUT = timedelta(hours=1)  # a process waits for others; one that writes a checkpoint of 9b takes minutes
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _LATE = ("Timed out waiting", "timed out")
 """What gloo and its store say when another process has ended, or does not come."""

@@ -35,7 +35,6 @@ DOES_NOT_DECODE = "image does not decode"
 TOO_MANY_BYTES = f"image too many bytes (over {MAX_BYTES // 2**20} MiB)"
 TOO_MANY_PIXELS = "image too many pixels"
 NEEDS_HEIC = "image is HEIC, which needs pillow-heif; pip install 'idefics-sft[heic]'"
-EXPECTED = "expected a path below the images' folder"
 TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
 """Reasons to skip a record."""
 
@@ -46,7 +45,8 @@ def local_image(folder: Path, name: object) -> ImageRef:
     name = name.removeprefix("file://") if isinstance(name, str) else name
     if not isinstance(name, str) or not name.strip() or "://" in name or "\0" in name:
         hint = " is a URL, and none is fetched" if "://" in str(name) else ""
-        raise SkipSample("image is not a local path", detail=f"{repr(name)[:200]}{hint}; {EXPECTED}")
+        found = f"{repr(name)[:200]}{hint}; expected a path below the images' folder"
+        raise SkipSample("image is not a local path", detail=found)
     file = os.path.join(folder, name)
     parent, base = os.path.split(file)
     is_link = base in ("", ".", "..")

@@ -87,8 +87,7 @@ def _signals_passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
 
 
 def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return the worst exit status of all, at most GRACE_SECONDS after one failed; raise RunError where one is
-    killed."""
+    """Return the worst exit status of all, GRACE_SECONDS after one failed at most; raise RunError for a killed one."""
     deadline = None
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)

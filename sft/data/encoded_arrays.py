@@ -46,8 +46,7 @@ class EncodedSamples:
     def __init__(self, path: Path) -> None:
         self.path = path
         index = json.loads((path / INDEX).read_text())
-        self.changes: dict[str, int] = index["changes"]
-        """How many samples were not used as they are, by what was done, since they do not fit a pack."""
+        self.changes: dict[str, int] = index["changes"]  # how many samples that do not fit a pack, by what was done
         self.total_tokens: int = index["tokens"]
         self._has_untrainable: bool = index["has_untrainable"]  # whether `train_on: all` leaves tokens out
         self._is_weighted: bool = index["is_weighted"]  # whether an image weighs anything but 1

@@ -25,8 +25,7 @@ from sft.core.images import read_bytes
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.store import Store
 
-ROW_GROUP_BYTES = 32 * 1024 * 1024
-"""What is held in memory here, and by readers, which take a row group at a time."""
+ROW_GROUP_BYTES = 32 * 1024 * 1024  # held in memory here, and by readers, which take a row group at a time
 
 
 class Exported(NamedTuple):

@@ -20,8 +20,7 @@ TOKENS_PER_IMAGE = {False: 3, True: 1_150}
 most for a square image of SmolVLM-256M (docs/models.md)."""
 
 SAMPLES_PER_STEP = 16  # a usual batch of fine-tuning; small data have smaller ones
-MIN_STEPS = 60
-"""Adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times."""
+MIN_STEPS = 60  # adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times
 USUAL_EPOCHS, MAX_EPOCHS = 3, 15
 PACK_TOKENS = {False: (256, 512, 1024, 2048), True: (INLINE_LENGTH,)}
 """Lengths of packs to choose from, without and with images in the text."""
@@ -73,6 +72,7 @@ def recipe_text(found: Recognised, *, file: Path, model: str, mode: str) -> str:
     dataset = {key: value for key, value in dataset.items() if value}
     flow = yaml.safe_dump(dataset, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
     lines = "".join(f"# {line}\n" for line in found.describe())
+    held_out = max(min(0.1, round(100 / found.estimated_samples, 3)), 0.01)  # of large data about 100 samples
     optimizer = "\n  optimizer: paged_adamw_8bit" if mode == "qlora" else ""
     return f"""\
 # yaml-language-server: $schema=recipe.schema.json
@@ -92,7 +92,7 @@ data:
     # docs/data.md#ultrachat says, and remove the # here:
     # - {{name: talk, share: 30, datasets: [{{dataset: ultrachat, path: raw/ultrachat_200k}}]}}
   {_commented(f"sequence_length: {sizes.sequence_length}", "tokens of a pack; longer ones keep their first turns")}
-  {_commented(f"validation: {{share: {_held_out(found):g}}}", "held out: for the held-out loss and sample answers")}
+  {_commented(f"validation: {{share: {held_out:g}}}", "held out: for the held-out loss and sample answers")}
 training:
   {_commented(f"epochs: {sizes.epochs}", f"passes over your data: about {sizes.steps:,} steps")}
   {_commented(f"tokens_per_step: {sizes.tokens_per_step}", f"about {sizes.samples_per_step} samples")}
@@ -120,11 +120,6 @@ def _is_small(model: str) -> bool:
     """Return whether a model is here and small, as the shipped ones are."""
     files = resolve(model).glob("*.safetensors") if is_local(model) else ()
     return 0 < sum(file.stat().st_size for file in files) <= SMALL_MODEL_BYTES
-
-
-def _held_out(found: Recognised) -> float:
-    """Return the share to hold out: a tenth of small data, about 100 samples of large ones."""
-    return max(min(0.1, round(100 / found.estimated_samples, 3)), 0.01)
 
 
 def default_name(path: Path) -> str:

@@ -36,10 +36,8 @@ class ImageGroups(NamedTuple):
 class Cursor(NamedTuple):
     """A place in the endless order of a source."""
 
-    unit: int = 0
-    """How many groups come before it over all epochs; how many samples, where there are no groups."""
-    offset: int = 0
-    """How many samples of its own group come before it."""
+    unit: int = 0  # how many groups come before it over all epochs; how many samples, where there are no groups
+    offset: int = 0  # how many samples of its own group come before it
 
 
 class Ordered(NamedTuple):

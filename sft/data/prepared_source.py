@@ -113,12 +113,10 @@ class PreparedSource:
         """Samples that validate, and for neither, one in several parts counted once; empty where none is held out."""
         if self.sides is None:
             return {}
-        sides = np.split(self.sides, self._starts[1:-1])
+        parts = [*zip(self.parts, np.split(self.sides, self._starts[1:-1]), strict=True)]
         return {
-            name: sum(
-                len(np.unique(part.encoded.samples[own == side])) for part, own in zip(self.parts, sides, strict=True)
-            )
-            for name, side in (("validation", Side.VALIDATION), ("neither", Side.NEITHER))
+            side.name.lower(): sum(len(np.unique(part.encoded.samples[own == side])) for part, own in parts)
+            for side in (Side.VALIDATION, Side.NEITHER)
         }
 
     def locate(self, row: int) -> tuple[int, int]:

@@ -17,14 +17,10 @@ from sft.recipe.optimizers import OPTIMIZERS, OptimizerName
 class Engine:
     """What processes do with a model that they train."""
 
-    meaning: str
-    """What it is, for the reference of recipe keys."""
-    shards: bool = True
-    """Whether each process keeps only a share of the weights, gradients and optimizer states."""
-    is_half: bool = False
-    """Whether weights and gradients are half precision beside float32 masters, when computing in half precision."""
-    live_parameters: int | None = None
-    """How many parameters are gathered, and updated, at a time. None: a layer and the next one."""
+    meaning: str  # what it is, for the reference of recipe keys
+    shards: bool = True  # whether each process keeps only a share of the weights, gradients and optimizer states
+    is_half: bool = False  # whether weights and gradients are half precision beside float32 masters, if computing so
+    live_parameters: int | None = None  # so many are gathered, and updated, at a time; None: a layer and the next one
 
 
 ENGINES = {

@@ -14,8 +14,7 @@ from sft.core.errors import nearest
 from sft.recipe.config import Recipe
 from sft.recipe.json_schema import dotted_keys
 
-Location = tuple[int | str, ...]
-"""The keys, and numbers of entries, that lead to a value, from the outermost on."""
+Location = tuple[int | str, ...]  # the keys, and numbers of entries, that lead to a value, from the outermost on
 
 
 def explain_problems(

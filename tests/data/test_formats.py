@@ -36,8 +36,8 @@ from sft.data.formats import (
 from sft.data.formats import parquet as parquet_reader
 from sft.data.formats import tar as tar_reader
 from sft.data.formats.base64_object import index_base64_object
-from sft.data.formats.json_text import read_json_list, read_json_object
-from sft.data.formats.rows import TOO_DEEP, TOO_LONG
+from sft.data.formats.json_text import TOO_DEEP, read_json_list, read_json_object
+from sft.data.formats.rows import TOO_LONG
 from sft.data.formats.tar import read_tar
 
 MEGABYTE = 1024 * 1024

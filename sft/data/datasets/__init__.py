@@ -49,10 +49,8 @@ class Adapter:
         self.asked = path
         self.is_of_hub = path is not None and getattr(self.module, "READS_HUB", False) and is_hub_id(path)
         """The path names a dataset of the hub, and nothing here."""
-        self.licence = str(getattr(self.module, "LICENCE", "not stated"))
-        """The licence of the data, as published."""
-        self.version = int(getattr(self.module, "VERSION", 1))
-        """Raised when the same records become other samples."""
+        self.licence = str(getattr(self.module, "LICENCE", "not stated"))  # of the data, as published
+        self.version = int(getattr(self.module, "VERSION", 1))  # raised when the same records become other samples
         self.path = self._path(path)
         self.options = dict(options)
         self.folder: Path | None = None  # what holds the files, where they are in several folders

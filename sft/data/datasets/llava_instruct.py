@@ -18,14 +18,14 @@ a leading answer; a last question trains nothing, and is dropped too. Turns are 
 """
 
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
-from sft.data.formats import Row, folder_of, read_records, require_file
+from sft.data.formats import Row, folder_of, require_file
+from sft.data.formats.records import rows as rows
 
 LICENCE = "CC-BY-4.0"
 READS_HUB = True
@@ -42,11 +42,6 @@ def files(path: Path, split: str) -> list[Path]:
     if (path / MERGED).is_file():
         return [path / MERGED]
     return [require_file(path / part, f"{MERGED} or all of {', '.join(PARTS)}") for part in PARTS]
-
-
-def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the records of one list."""
-    return read_records(file)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:

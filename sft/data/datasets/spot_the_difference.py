@@ -20,10 +20,9 @@ from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
-from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
+from sft.data.datasets._mimic_it import beside as beside
+from sft.data.datasets._mimic_it import patterns, read_instructions, to_messages, two_images
 from sft.data.formats import Row, find_files, folder_of, is_table, read_records
-
-__all__ = ["beside", "files", "rows", "to_sample"]
 
 LICENCE = "original: not stated; MIMIC-IT: tagged MIT, the agreement on the hub allows research use only"
 KEYS = Keys.of("img_id sentences instruction answer images image_ids rel_ins_ids")

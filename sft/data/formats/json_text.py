@@ -14,26 +14,21 @@ from typing import Any
 from sft.core.errors import UserError, printable
 from sft.core.sample import SkipSample
 from sft.data.formats.content import NOT_UTF8, Content, opened
-from sft.data.formats.rows import (
-    BLOCK_BYTES,
-    MAX_DEPTH,
-    MAX_RECORD_BYTES,
-    TOO_DEEP,
-    TOO_LONG,
-    Row,
-    max_record_bytes,
-    one_line,
-    placed,
-    require_file,
-)
+from sft.data.formats.rows import BLOCK_BYTES, MAX_RECORD_BYTES, TOO_LONG, Row, max_record_bytes, one_line, placed
+
+TOO_DEEP = "record nested too deep"
+MAX_DEPTH = 100
+"""Of lists and objects in a JSON record: where Python's stack ends it can be neither counted nor sent to a process."""
 
 
 def read_json(path: Path) -> Any:
     """Return a whole JSON file of up to MAX_RECORD_BYTES; raise UserError where it is missing, larger or not JSON."""
-    if require_file(path, "a JSON file").stat().st_size > MAX_RECORD_BYTES:
+    with opened(path, "a JSON file") as content:
+        text = content.file.read(MAX_RECORD_BYTES + 1)
+    if len(text) > MAX_RECORD_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECORD_BYTES:,} bytes; expected a small JSON file")
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
@@ -55,7 +50,7 @@ def read_jsonl(path: Path) -> Iterator[Row | SkipSample]:
 
 def _parsed(line: bytes, here: str, at: float) -> Row | SkipSample:
     try:
-        row = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+        row = json.loads(line.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
         found = f"column {column}: byte 0x{line[error.start]:02x} {NOT_UTF8}"
@@ -300,7 +295,6 @@ class _JsonText:
 
 
 CUT_OFF = "it is cut off"
-BYTE_ORDER_MARK = "\ufeff"
 LISTS = ("data", "annotations", "records", "samples", "examples", "instances", "items", "rows", "entries", "questions")
 """Keys below which an object may hold its records as a list."""
 CONVERSATIONS = ("messages", "conversations")  # keys by which an object is a record itself

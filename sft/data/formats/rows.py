@@ -15,9 +15,6 @@ max_record_bytes = ContextVar("max_record_bytes", default=MAX_RECORD_BYTES)
 """Records over this size are skipped; `data.max_record_bytes` in a recipe."""
 
 TOO_LONG = "record too long"
-TOO_DEEP = "record nested too deep"
-MAX_DEPTH = 100
-"""Of lists and objects in a JSON record: where Python's stack ends it can be neither counted nor sent to a process."""
 
 BLOCK_BYTES = 1024 * 1024
 

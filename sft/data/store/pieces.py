@@ -33,19 +33,14 @@ Noted = dict[str, list[int]]  # what is told of some images, and their rows in i
 class Settings:
     """How a store is made."""
 
-    images: Images = "embed"
-    """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
+    images: Images = "embed"  # their bytes are copied into the store; `reference`: image files stay where they are
     decoding: Decoding = AS_SHOWN
-    verify: Verify = "decode"
-    """`decode`: each distinct image is decoded once. `header`: only its header is read."""
-    limit: int | None = None
-    """Only the first so many records."""
+    verify: Verify = "decode"  # each distinct image is decoded once; `header`: only its header is read
+    limit: int | None = None  # only the first so many records
     max_record_bytes: int = MAX_RECORD_BYTES
-    max_skip_share: float = 0.05
-    """More bad records than this are a failure."""
+    max_skip_share: float = 0.05  # more bad records than this are a failure
     num_proc: int = 1
-    fresh: bool = False
-    """Make it anew, whatever is there."""
+    fresh: bool = False  # make it anew, whatever is there
 
 
 @dataclass

@@ -36,8 +36,7 @@ FAILED = "failed.json"
 Finished = dict[int, dict[int, tuple[Counts, bool]]]
 """For each raw file, by the number of each finished piece, its counts and whether the file ends with it."""
 
-OnRecords = Callable[[int, float], None]
-"""Called with the records done so far, and the share of all raw bytes."""
+OnRecords = Callable[[int, float], None]  # called with the records done so far, and the share of all raw bytes
 
 
 def pieces_folder(path: Path) -> Path:
