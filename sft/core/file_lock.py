@@ -8,8 +8,7 @@ from filelock import FileLock, Timeout
 
 from sft.core.errors import UserError
 
-_TIMEOUT_SECONDS = 0.1
-"""Long enough to try again where the lock file was removed between opening and locking it."""
+_TIMEOUT_SECONDS = 0.1  # to try again where the lock file was removed between opening and locking it
 
 
 @contextmanager

@@ -48,8 +48,7 @@ Share = Annotated[float, Field(gt=0), Number]
 Beta = Annotated[float, Field(ge=0, lt=1), Number]
 Seed = Annotated[int, Field(ge=0), Number]
 ImageStore = Literal["embed", "reference"]
-MOST_PIXELS = 178_956_970
-"""Pillow opens no larger image."""
+MOST_PIXELS = 178_956_970  # Pillow opens no larger image
 WARMUP_SHARE = 0.03
 """Part of the steps that warm-up takes under `training.epochs`, if nothing is said: that of LLaVA's recipes."""
 Scoring = Literal[

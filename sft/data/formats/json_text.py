@@ -302,8 +302,7 @@ _LIST_OF_OBJECTS, _OPENED_LIST = re.compile(r"\[[ \t\r\n]*\{"), re.compile(r"\[?
 _DECODER = json.JSONDecoder()
 _BRACKET_OR_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_SURROUNDINGS = 64
-"""What stands closer to the end of a text may mean something else when there is more of it."""
+_SURROUNDINGS = 64  # what stands closer to the end of a text may mean something else when more follows
 
 
 def _is_deep(value: Any) -> bool:
