@@ -34,12 +34,12 @@ from numpy.typing import NDArray
 from sft.batches.declared_sizes import DeclaredSource, declared_sources
 from sft.batches.mixture import Mixture
 from sft.batches.pack_stream import Planner
+from sft.core.files import mapped
 from sft.core.sample import Caps
 from sft.core.shipped import recipe_path
 from sft.data.encoded_arrays import EncodedSamples
 from sft.data.orders import Cursor, mix64
 from sft.data.prepared_source import PreparedDataset, PreparedSource
-from sft.data.store.image_keys import read_numbers
 from sft.data.validation_split import Side
 from sft.recipe import Recipe, load_recipe
 
@@ -140,7 +140,8 @@ def _memory(folder: Path) -> dict[str, int]:
         Mixture(declared_sources(recipe.data), unit="tokens", seed=recipe.seed, caps=Caps(2048, 24, 1)).streams[0].order
     )
     write_arrays(folder, order.take(Cursor(), ROWS_WRITTEN).rows)
-    store = SimpleNamespace(path=folder, num_images=NUM_IMAGES, image_keys=read_numbers(folder / "image_keys.bin"))
+    keys = mapped(folder / "image_keys.bin", np.dtype(np.int64))
+    store = SimpleNamespace(path=folder, num_images=NUM_IMAGES, image_keys=keys)
     part = PreparedDataset(store, EncodedSamples(folder))
     source = PreparedSource(recipe.data.mixture[0], 1.0, [part], recipe.data, None, Side.TRAIN)
     planner = Planner([source], recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed)

@@ -40,11 +40,11 @@ from sft.batches.collate import collate
 from sft.batches.image_source import NoiseImages
 from sft.batches.pack_stream import Planner
 from sft.cli.terminal import console, quiet_libraries, table
+from sft.core.files import mapped
 from sft.core.sample import Batch, EncodedSample, PlacedSample
 from sft.data.encoded_arrays import EncodedSamples
 from sft.data.orders import mix64
 from sft.data.prepared_source import PreparedDataset, PreparedSource
-from sft.data.store.image_keys import read_numbers
 from sft.data.validation_split import Side
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.weights import select_trainable
@@ -164,7 +164,8 @@ def planning(folder: Path, rounds: int, quick: bool) -> dict[str, Rows]:
         path = folder / f"dataset-{size}"
         path.mkdir()
         write_arrays(path, size)
-        store = SimpleNamespace(path=path, num_images=size // 4, image_keys=read_numbers(path / "image_keys.bin"))
+        keys = mapped(path / "image_keys.bin", np.dtype(np.int64))
+        store = SimpleNamespace(path=path, num_images=size // 4, image_keys=keys)
         parts[size] = PreparedDataset(store, EncodedSamples(path))  # type: ignore[arg-type]
         windows[size] = Planner([opened(size)], data, packs_per_step=100, seed=0).windows()
         packs = next(windows[size])  # look-ahead is filled

@@ -5,8 +5,6 @@ A benchmark that fails during training, a tracker without a network, a library w
 whatever it likes, so no narrower class of exception would do.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,10 +28,8 @@ class Contained:
 
 @contextmanager
 def contained(kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[Contained]:
-    """Run the block; keep an exception of one of these kinds in place of raising it.
-
-    KeyboardInterrupt and SystemExit are always raised.
-    """
+    """Run the block; keep an exception of one of these kinds in place of raising it. KeyboardInterrupt and SystemExit
+    are always raised."""
     outcome = Contained()
     try:
         yield outcome

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sft.core.errors import RunError, UserError, reason_of
 from sft.core.launch import end_with_launcher
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others; one that writes a checkpoint of 9b lets them wait for minutes."""
+TIMEOUT = timedelta(hours=1)  # a process waits for others; one that writes a checkpoint of 9b takes minutes
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _LATE = ("Timed out waiting", "timed out")
 """What gloo and its store say when another process has ended, or does not come."""
@@ -46,51 +45,31 @@ class Rank(NamedTuple):
 ALONE = Rank()
 
 
-# ------------------------------------------------------------------------------------------ which process this is
-
-
-class _Names(NamedTuple):
-    """Environment variables of a launcher."""
-
-    rank: str
-    world_size: str
-    local_rank: str
-
-
-_TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_SRUN = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-"""A task of srun has all three; the batch script itself has the first too, but no number of tasks of a step."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+"""Environment variables of a launcher: this process, how many there are, which of this machine it is. A task of srun
+has all three; the batch script itself has the first too, but no number of tasks of a step."""
 
 
 def launched_rank() -> Rank:
-    """Return which process this is, by the environment: torchrun's, else srun's.
-
-    Raises:
-        UserError: the environment is of a launcher, but damaged.
-    """
-    names = next((names for names in (_TORCHRUN, _SRUN) if names.world_size in os.environ), None)
+    """Return which process this is, by the environment: torchrun's, else srun's; raise UserError if damaged."""
+    names = next((names for names in (_TORCHRUN, _SRUN) if names[1] in os.environ), None)
     if names is None:
         return ALONE
     found = {name: os.environ.get(name, "") for name in names}
     if not all(value.isdigit() for value in found.values()):
         raise UserError(f"environment: {found}; expected three numbers, as torchrun or srun set them")
-    rank = Rank(int(found[names.rank]), int(found[names.world_size]))
+    rank = Rank(int(found[names[0]]), int(found[names[1]]))
     if rank.of > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(
-            "environment: several processes, but no MASTER_ADDR and MASTER_PORT, where they meet; start them with "
-            "--nproc, torchrun or scripts/slurm/train.sbatch"
-        )
+        what = "several processes, but no MASTER_ADDR and MASTER_PORT, where they meet"
+        raise UserError(f"environment: {what}; start them with --nproc, torchrun or scripts/slurm/train.sbatch")
     return rank
 
 
 @contextmanager
 def process_group() -> Iterator[Rank]:
-    """Connect this process with those that work with it, if there are any, on the GPU of its own.
-
-    Raises:
-        UserError: see `launched_rank`, or there are more processes than GPUs.
-        RunError: another process is gone.
-    """
+    """Connect this process with those that work with it, if there are any, on the GPU of its own. Raise UserError as
+    `launched_rank` and where there are more processes than GPUs, RunError where another process is gone."""
     rank = launched_rank()
     is_ours = end_with_launcher()
     if rank.of == 1:
@@ -99,11 +78,14 @@ def process_group() -> Iterator[Rank]:
     import torch
     import torch.distributed as dist
 
-    if _TORCHRUN.rank not in os.environ:  # torch and accelerate do not know srun
+    if "RANK" not in os.environ:  # torch and accelerate do not know srun
         os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_TORCHRUN, _SRUN, strict=True)}
+    backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(_own_gpu())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        local, gpus, backend = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count(), "cpu:gloo,cuda:nccl"
+        if local >= gpus:
+            raise UserError(f"process {local} of this machine has no GPU of its own: there are {gpus}")
+        torch.cuda.set_device(local)
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
         yield rank
@@ -117,22 +99,10 @@ def process_group() -> Iterator[Rank]:
         raise
 
 
-def _own_gpu() -> int:
-    import torch
-
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= gpus:
-        raise UserError(f"process {local} of this machine has no GPU of its own: there are {gpus}")
-    return local
-
-
 def current_rank() -> Rank:
     """Return which of the connected processes this one is."""
-    if not _is_connected():
-        return ALONE
-    import torch.distributed as dist
-
-    return Rank(dist.get_rank(), dist.get_world_size())
+    group = _connected()
+    return Rank(group.get_rank(), group.get_world_size()) if group else ALONE
 
 
 def is_main_process() -> bool:
@@ -142,38 +112,35 @@ def is_main_process() -> bool:
 
 def reports_the_error() -> bool:
     """Return whether this process is the one that says why all of them end: the first that asks. Alone, it is."""
-    if not _is_connected():
-        return "RANK" not in os.environ or os.environ["RANK"] == "0"
+    group = _connected()
+    if not group:
+        return os.environ.get("RANK", "0") == "0"
     try:
-        import torch
-
-        return bool(torch.distributed.distributed_c10d._get_default_store().add("idefics-sft/ended", 1) == 1)
+        return bool(group.distributed_c10d._get_default_store().add("idefics-sft/ended", 1) == 1)
     except RuntimeError:
         return False  # the process that keeps the count has ended, and has reported
 
 
-def _is_connected() -> bool:
+def _connected() -> Any:
+    """Return `torch.distributed` where this process is connected with others, else None."""
     torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-# ------------------------------------------------------------------------------------------ telling each other
+    is_connected = torch and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if torch and is_connected else None
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of a tensor over all processes, in each of them; alone, the tensor itself."""
-    if not _is_connected():
+    group = _connected()
+    if not group:
         return tensor
-    import torch.distributed as dist
-
     whole = tensor.to("cpu", copy=True)  # gloo's: small things need not wait for what the GPU still computes
-    dist.all_reduce(whole)
+    group.all_reduce(whole)
     return whole.to(tensor.device)
 
 
 def any_process(is_so: bool) -> bool:
     """Return whether something is so in any process, in each of them."""
-    if not _is_connected():
+    if not _connected():
         return is_so
     import torch
 
@@ -181,16 +148,13 @@ def any_process(is_so: bool) -> bool:
 
 
 def all_gather(own: list[Value]) -> list[Value]:
-    """Return the lists of all processes end to end, in each of them.
-
-    Not accelerate's `gather_object`: under DeepSpeed it takes processes without a GPU for one (accelerate 1.15).
-    """
-    if not _is_connected():
+    """Return the lists of all processes end to end, in each of them. Not accelerate's `gather_object`: under DeepSpeed
+    it takes processes without a GPU for one (accelerate 1.15)."""
+    group = _connected()
+    if not group:
         return own
-    import torch.distributed as dist
-
-    found: list[list[Value]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    found: list[list[Value]] = [[]] * group.get_world_size()
+    group.all_gather_object(found, own)
     return [one for part in found for one in part]
 
 
@@ -201,51 +165,35 @@ def all_gather_dict(own: dict[Item, Value]) -> dict[Item, Value]:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if _is_connected():
-        import torch.distributed as dist
-
-        dist.barrier()
+    if group := _connected():
+        group.barrier()
 
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Let what fails inside in one process fail in all of them at the end, so that none waits for what never comes.
-
-    Inside, a process waits for others only where all of them do.
-
-    Raises:
-        UserError, RunError: it failed in another process. Where it failed in this one, the error itself.
-    """
+    """Let what fails inside in one process fail in all of them at the end, so that none waits for what never comes:
+    with the error itself in that one, as a UserError or RunError in the others. Inside, a process waits for others only
+    where all of them do."""
     try:
         yield
     finally:
         own = sys.exception()
         if own is None or isinstance(own, Exception):  # what is more, Ctrl-C say, ends this process at once
-            problems = all_gather([_for_others(own)])
-            if own is None:
-                _raise_first(problems)
+            problems = all_gather([] if own is None else [_for_others(own)])
+            if own is None and problems:
+                raise problems[0]
 
 
-def _raise_first(problems: list[tuple[type[UserError | RunError], str] | None]) -> None:
-    for number, problem in enumerate(problems):
-        if problem:
-            kind, text = problem
-            raise kind(text if kind is UserError else f"process {number} of {len(problems)}: {text}")
-
-
-def _for_others(error: BaseException | None) -> tuple[type[UserError | RunError], str] | None:
+def _for_others(error: Exception) -> UserError | RunError:
     """Return an error as the other processes raise it."""
-    if error is None:
-        return None
-    return (UserError if isinstance(error, UserError) else RunError), reason_of(error)
+    if isinstance(error, UserError):
+        return UserError(reason_of(error))
+    rank = current_rank()
+    return RunError(f"process {rank.number} of {rank.of}: {reason_of(error)}")
 
 
 def from_main(call: Callable[[], Value]) -> Value:
-    """Return in all processes what the call returns in the main one. The others do not call it.
-
-    Raises:
-        UserError, RunError: see `all_or_none`.
-    """
+    """Return in every process what the call returns in the main one, which alone calls it. Raise as `all_or_none`."""
     found: list[Value] = []
     with all_or_none():
         if is_main_process():
@@ -253,15 +201,10 @@ def from_main(call: Callable[[], Value]) -> Value:
     return all_gather(found)[0]
 
 
-# ------------------------------------------------------------------------------------------ assigning work
-
-
 def assign(items: Sequence[Item]) -> list[tuple[Item, Sequence[Item]]]:
-    """Return the items of this process, each with all that the processes do in that round.
-
-    Every process has equally many: one that the last round leaves short repeats another's. Engines that shard a model
-    wait for every process in every layer.
-    """
+    """Return the items of this process, each with all that the processes do in that round. Every process has equally
+    many: one that the last round leaves short repeats another's. Engines that shard a model wait for every process in
+    every layer."""
     own = current_rank()
     rounds = [items[first : first + own.of] for first in range(0, len(items), own.of)]
     return [(one[min(own.number, len(one) - 1)], one) for one in rounds]

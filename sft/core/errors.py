@@ -42,15 +42,13 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: object) -> str:
-    """Return a text that fits on one line of any terminal and holds no secrets: control characters and halves of
-    surrogate pairs are escaped."""
+    """Return a text without secrets on one printable line: control characters and half surrogate pairs are escaped."""
     text = without_secrets(str(text))
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what went wrong, on one line and without secrets: messages of libraries may have many lines, and hold
-    some."""
+    """Return what went wrong on one line, without the further lines and secrets that messages of libraries may hold."""
     said = without_secrets(" ".join(str(error).split()))
     return said if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {said}".removesuffix(": ")
 

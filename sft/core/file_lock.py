@@ -8,21 +8,15 @@ from filelock import FileLock, Timeout
 
 from sft.core.errors import UserError
 
-_TIMEOUT_SECONDS = 0.1
-"""Long enough to try again where the lock file was removed between opening and locking it."""
+_TIMEOUT_SECONDS = 0.1  # to try again where the lock file was removed between opening and locking it
 
 
 @contextmanager
 def locked(folder: Path, *, beside: bool = False) -> Iterator[None]:
-    """Hold a folder until the block ends; the system releases it when the process is killed.
-
-    The lock is a hidden file in the folder, which is created if need be, or `beside` the folder where the folder
-    itself will be replaced. It is removed while the lock is still held, so that it is no other process's.
-
-    Raises:
-        UserError: another process holds the folder.
-        OSError: the folder cannot be made or written to.
-    """
+    """Hold a folder until the block ends; the system releases it when the process is killed. Raise UserError where
+    another process holds it, OSError where it cannot be made or written to. The lock is a hidden file in the folder,
+    which is created if need be, or `beside` the folder where the folder itself will be replaced. It is removed while
+    the lock is still held, so that it is no other process's."""
     path = folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"
     lock = FileLock(path, timeout=_TIMEOUT_SECONDS, poll_interval=_TIMEOUT_SECONDS / 5)
     try:

@@ -1,7 +1,6 @@
 """Files that are written whole or not at all: under a hidden name in the same folder, synced, and renamed once."""
 
-from __future__ import annotations
-
+import hashlib
 import mmap
 import os
 import shutil
@@ -21,11 +20,8 @@ from sft.core.errors import RunError
 
 def hash_file(path: Path) -> str:
     """Return the xxh3 hash of a file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def text_lines(file: Path) -> Iterator[str]:
@@ -44,10 +40,7 @@ def location(path: str | Path) -> Path:
 
 @contextmanager
 def explain_full_disk(path: Path, then: str = "checkpoints before it are whole") -> Iterator[None]:
-    """
-    Raises:
-        RunError: the disk is full, or the quota. What stood there before is whole; `then` says what follows.
-    """
+    """Raise RunError where disk or quota is full. What stood there before is whole; `then` says what follows."""
     from safetensors import SafetensorError
 
     try:
@@ -59,22 +52,14 @@ def explain_full_disk(path: Path, then: str = "checkpoints before it are whole")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole text file or nothing; the folder is made if need be.
-
-    Raises:
-        OSError: it names the file, and nothing of it is left.
-    """
+    """Write a whole text file, or nothing and raise an OSError that names it; the folder is made if need be."""
     with _renamed(path) as staging:
         staging.write_text(text, encoding="utf-8", newline="")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a binary file that gets its name when the block ends without an error. The folder is made if need be.
-
-    Raises:
-        OSError: as `write_atomically`.
-    """
+    """Yield a binary file that gets its name when the block ends without an error, else as `write_atomically`."""
     with _renamed(path) as staging:
         with staging.open("wb") as file:
             yield file
@@ -141,10 +126,8 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def mapped(file: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return a file of numbers, mapped into memory to be read here and there; an empty file cannot be mapped.
-
-    Without advice the system reads ahead around every number that is looked at.
-    """
+    """Return a file of numbers, mapped into memory to be read here and there; an empty file cannot be mapped. Without
+    advice the system reads ahead around every number that is looked at."""
     if not file.stat().st_size:
         return np.empty(0, dtype)
     numbers = np.memmap(file, dtype, "r")

@@ -1,7 +1,5 @@
 """What Pillow leaves open about encoded images: how they are turned, a JPEG without its end, HEIC."""
 
-from __future__ import annotations
-
 import re
 import struct
 from functools import cache
@@ -13,12 +11,10 @@ from PIL import Image
 
 JPEG = ("JPEG", "MPO")
 """Pillow's names of a JPEG, and of one that others follow in the same file, as telephones write it."""
-END = b"\xff\xd9"
-"""The end marker of a JPEG."""
+END = b"\xff\xd9"  # the end marker of a JPEG
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 """The first brand of a file (HEIF, ISO/IEC 23008-12, 10); mif1 and msf1 are AVIF's too."""
-_ORIENTATION = [0x0112, 3, 1]
-"""The tag, its type (16 bits) and how many values it has."""
+_ORIENTATION = [0x0112, 3, 1]  # the tag, its type (16 bits) and how many values it has
 
 
 def orientation_of(image: Image.Image, content: bytes) -> int:

@@ -5,8 +5,6 @@ Limits are checked after the header and before decoding: a 76 KiB PNG can decode
 Sizes and pixels are of the image as it is seen: turned as its EXIF says, unless `Decoding` says otherwise.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat
@@ -37,21 +35,18 @@ DOES_NOT_DECODE = "image does not decode"
 TOO_MANY_BYTES = f"image too many bytes (over {MAX_BYTES // 2**20} MiB)"
 TOO_MANY_PIXELS = "image too many pixels"
 NEEDS_HEIC = "image is HEIC, which needs pillow-heif; pip install 'idefics-sft[heic]'"
-EXPECTED = "expected a path below the images' folder"
 TOO_NARROW = f"image too narrow (over {MAX_ASPECT_RATIO} times as long as wide)"
 """Reasons to skip a record."""
 
 
 def local_image(folder: Path, name: object) -> ImageRef:
-    """Return the image file below `folder` that a path or a URL file:// names; it is looked for when it is read.
-
-    Raises:
-        SkipSample: not a path, or one that leads out of the folder: a URL, `..`, an absolute path, a symbolic link.
-    """
+    """Return the image file below `folder` that a path or a URL file:// names; it is looked for when it is read. Raise
+    SkipSample for what is no path or leads out of the folder: a URL, `..`, an absolute path, a symbolic link."""
     name = name.removeprefix("file://") if isinstance(name, str) else name
     if not isinstance(name, str) or not name.strip() or "://" in name or "\0" in name:
         hint = " is a URL, and none is fetched" if "://" in str(name) else ""
-        raise SkipSample("image is not a local path", detail=f"{repr(name)[:200]}{hint}; {EXPECTED}")
+        found = f"{repr(name)[:200]}{hint}; expected a path below the images' folder"
+        raise SkipSample("image is not a local path", detail=found)
     file = os.path.join(folder, name)
     parent, base = os.path.split(file)
     is_link = base in ("", ".", "..")
@@ -72,8 +67,7 @@ def local_image(folder: Path, name: object) -> ImageRef:
 
 @lru_cache(maxsize=4096)
 def _is_below(path: str, folder: str) -> bool:
-    """Return whether a path stays in a folder when all links are followed. This takes 20 us, so that the folders of
-    images are looked at once."""
+    """Return whether a path stays in a folder when all links are followed. This takes 20 us, so that it is kept."""
     root = os.path.realpath(folder)
     return os.path.join(os.path.realpath(path), "").startswith(os.path.join(root, ""))
 
@@ -86,12 +80,7 @@ def _way_out(folder: Path, name: str) -> str:
 
 
 def base64_image(encoded: object) -> ImageRef:
-    """Return the image that a record holds as base64, or as a list of one such string: of the plain or the URL-safe
-    alphabet, padded or not.
-
-    Raises:
-        SkipSample: not base64.
-    """
+    """Return the image of base64, plain or URL-safe, padded or not, or of a list of one; else raise SkipSample."""
     if isinstance(encoded, list) and len(encoded) == 1:
         encoded = encoded[0]
     if not isinstance(encoded, str | bytes) or not encoded:
@@ -117,39 +106,26 @@ def _decode_unusual_base64(encoded: str | bytes) -> bytes:
 
 
 def read_bytes(image: ImageRef) -> bytes:
-    """Return the encoded bytes of an image.
-
-    Raises:
-        SkipSample: the file is missing or cannot be read, or it is larger than MAX_BYTES.
-    """
-    if isinstance(image.source, bytes):
-        content = image.source
-    else:
-        try:
-            if not image.source.is_file():
-                raise SkipSample(MISSING, detail=str(image.source))
-            if image.source.stat().st_size > MAX_BYTES:
-                raise SkipSample(TOO_MANY_BYTES)
-            content = image.source.read_bytes()
-        except OSError as error:  # no permission, a name too long
-            raise SkipSample("image file unreadable", detail=str(image.source)) from error
-    if len(content) > MAX_BYTES:
-        raise SkipSample(TOO_MANY_BYTES)
-    return content
+    """Return the encoded bytes of an image; raise SkipSample where its file is not readable, or over MAX_BYTES."""
+    source = image.source
+    try:
+        if isinstance(source, Path) and not source.is_file():
+            raise SkipSample(MISSING, detail=str(source))
+        if (source.stat().st_size if isinstance(source, Path) else len(source)) > MAX_BYTES:
+            raise SkipSample(TOO_MANY_BYTES)
+        return source.read_bytes() if isinstance(source, Path) else source
+    except OSError as error:  # no permission, a name too long
+        raise SkipSample("image file unreadable", detail=str(source)) from error
 
 
 class Header(NamedTuple):
     """An image whose header was read and is within the limits; nothing is decoded yet."""
 
     image: Image.Image
-    stored_size: tuple[int, int]
-    """Width and height."""
-    exif_orientation: int
-    """1 to 8; 1 is as it is stored."""
-    orientation: int
-    """How it is turned to be seen: the same, or 1 where that is ignored."""
-    lacks_end: bool = False
-    """Whether it was decoded and is a JPEG that lacks its end marker alone."""
+    stored_size: tuple[int, int]  # width and height
+    exif_orientation: int  # 1 to 8; 1 is as it is stored
+    orientation: int  # how it is turned to be seen: the same, or 1 where that is ignored
+    lacks_end: bool = False  # whether it was decoded and is a JPEG that lacks its end marker alone
 
     @property
     def size(self) -> tuple[int, int]:
@@ -166,12 +142,9 @@ class Header(NamedTuple):
 
 
 def decode_rgb(content: bytes, decoding: Decoding = AS_SHOWN) -> Image.Image:
-    """Decode an image to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform).
-    A JPEG of more than MAX_DECODED_PIXELS comes smaller than its size.
-
-    Raises:
-        SkipSample: not an image of a known format, over the limits, or it does not decode.
-    """
+    """Decode an image to RGB; transparency is laid over white, as IDEFICS was trained (m4, build_image_transform). A
+    JPEG of more than MAX_DECODED_PIXELS comes smaller than its size. Raise SkipSample where it is not an image of a
+    known format, over the limits, or does not decode."""
     header = open_checked(content, decoding)
     with _as_skips():
         rgb = _rgb(_loaded(header.image, header.least_size, content)[0])
@@ -179,11 +152,7 @@ def decode_rgb(content: bytes, decoding: Decoding = AS_SHOWN) -> Image.Image:
 
 
 def open_checked(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
-    """Read the header of an image, and check it. Pillow is not let near formats that are not read.
-
-    Raises:
-        SkipSample: as `decode_rgb`, for what the header says.
-    """
+    """Read the header of an image of a format that is read, or raise SkipSample for what it says as `decode_rgb`."""
     if content[:4] in (b"II*\0", b"MM\0*"):  # TIFF 6.0
         raise SkipSample(f"image is TIFF, which is not read; expected {READ}")
     if (heic := is_heic(content)) and not can_read_heic():
@@ -197,22 +166,13 @@ def open_checked(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
 
 
 def size_of(content: bytes, decoding: Decoding = AS_SHOWN) -> tuple[int, int]:
-    """Return width and height by the header alone: a body that does not decode is not noticed.
-
-    Raises:
-        SkipSample: as `decode_rgb`, for what the header says.
-    """
+    """Return width and height as `open_checked` finds them: a body that does not decode is not noticed."""
     return open_checked(content, decoding).size
 
 
 def verified(content: bytes, decoding: Decoding = AS_SHOWN) -> Header:
-    """Return the header of an image that decodes.
-
-    A JPEG is decoded at an eighth of its size: the whole of its data is read and checked, in a third of the time.
-
-    Raises:
-        SkipSample: as `decode_rgb`.
-    """
+    """Return the header of an image that decodes, else raise SkipSample as `decode_rgb` does. A JPEG is decoded at an
+    eighth of its size: the whole of its data is read and checked, in a third of the time."""
     header = open_checked(content, decoding)
     with _as_skips():
         return header._replace(lacks_end=_loaded(header.image, (1, 1), content)[1])
@@ -234,8 +194,9 @@ def _loaded(image: Image.Image, least: tuple[int, int], content: bytes) -> tuple
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
-        return _eight_bits(image).convert("RGB")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion makes everything over 255 white
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba)
@@ -244,8 +205,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _as_skips() -> Iterator[None]:
-    """Turn whatever Pillow finds wrong into a reason to skip; what it only warns of, broken EXIF for instance, is not
-    wrong."""
+    """Turn what Pillow finds wrong into a reason to skip, but not what it only warns of, broken EXIF for instance."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -257,23 +217,13 @@ def _as_skips() -> Iterator[None]:
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        detail = f"{width:,} x {height:,}, over the {max_pixels:,} of data.images.max_pixels"
-        raise SkipSample(TOO_MANY_PIXELS, detail=detail)
+    found = f"{size[0]:,} x {size[1]:,}"
+    if size[0] * size[1] > max_pixels:
+        raise SkipSample(TOO_MANY_PIXELS, detail=f"{found}, over the {max_pixels:,} of data.images.max_pixels")
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise SkipSample(TOO_NARROW, detail=f"{width:,} x {height:,}")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return grey of 16 bits as 8; Pillow's own conversion makes everything over 255 white."""
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        raise SkipSample(TOO_NARROW, detail=found)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return an image file as RGB.
-
-    Raises:
-        SkipSample: see `read_bytes` and `decode_rgb`.
-    """
+    """Return an image file as RGB, or raise SkipSample as `read_bytes` and `decode_rgb` do."""
     return decode_rgb(read_bytes(ImageRef(source=path)))

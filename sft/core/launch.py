@@ -1,7 +1,5 @@
 """Starting several processes of this machine that work together, and ending them together."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -15,24 +13,17 @@ from types import FrameType
 
 from sft.core.errors import RunError
 
-STOPPED = 75
-"""Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)."""
-GRACE_SECONDS = 10.0
-"""How long processes have to end by themselves after one of them failed."""
+STOPPED = 75  # exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h)
+GRACE_SECONDS = 10.0  # how long processes have to end by themselves after one of them failed
 _LIFELINE = "IDEFICS_SFT_LIFELINE"
 """Environment variable with the number of a pipe's end: it is closed when the process that started this one ends."""
 
 
 def launch(number: int, arguments: Sequence[str]) -> int:
-    """Run `idefics-sft ARGUMENTS` in several processes of this machine and return the exit status of them all.
-
-    Signals are passed on, once to each process, and a process that fails ends all. torch's launcher is not used: it
-    prints a screen of its own about a user's mistake, hides the exit status, and kills what needs more than 30 seconds
-    to stop.
-
-    Raises:
-        RunError: a process was killed.
-    """
+    """Run `idefics-sft ARGUMENTS` in several processes of this machine and return the exit status of them all; raise
+    RunError where one was killed. Signals are passed on, once to each process, and a process that fails ends all.
+    torch's launcher is not used: it prints a screen of its own about a user's mistake, hides the exit status, and kills
+    what needs more than 30 seconds to stop."""
     processes: list[subprocess.Popen[bytes]] = []
     read, write = os.pipe()
     shared = _environment(number) | {_LIFELINE: str(read)}
@@ -56,10 +47,8 @@ def launch(number: int, arguments: Sequence[str]) -> int:
 
 
 def end_with_launcher() -> bool:
-    """Let this process end when the one that launched it does, and return whether that was `launch`.
-
-    A process whose launcher is killed would wait for the others, or train on unseen.
-    """
+    """Let this process end when the one that launched it does, and return whether that was `launch`. A process whose
+    launcher is killed would wait for the others, or train on unseen."""
     lifeline = os.environ.pop(_LIFELINE, None)
     if lifeline is None:
         return False
@@ -98,11 +87,7 @@ def _signals_passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator
 
 
 def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all processes have ended, or GRACE_SECONDS after one has failed; return the worst exit status.
-
-    Raises:
-        RunError: a process was killed.
-    """
+    """Return the worst exit status of all, GRACE_SECONDS after one failed at most; raise RunError for a killed one."""
     deadline = None
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)
@@ -115,9 +100,7 @@ def _status_of_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     killed = {number: -status for number, status in ended.items() if status is not None and status < 0}
     if killed and 2 not in statuses:
         number, sign = next(iter(killed.items()))
-        raise RunError(
-            f"process {number} of {len(ended)} was ended by {signal.Signals(sign).name}"
-            + (", perhaps for want of memory" if sign == signal.SIGKILL else "")
-        )
+        why = ", perhaps for want of memory" if sign == signal.SIGKILL else ""
+        raise RunError(f"process {number} of {len(ended)} was ended by {signal.Signals(sign).name}{why}")
     worst_first = (2, *sorted(status for status in statuses if status not in (0, 2, STOPPED)), STOPPED, 0)
     return next(status for status in worst_first if status in statuses)

@@ -1,7 +1,5 @@
 """What a score measures and how it is printed: the same record in tasks, in selection.json and on the page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 
@@ -9,13 +7,10 @@ from dataclasses import dataclass
 class Metric:
     """What the score of a benchmark is."""
 
-    name: str
-    """Names the variant too, where there are several: `VQA accuracy (m4)`."""
-    is_share: bool = True
-    """Whether it is a fraction of 1, printed in percent, with intervals that stay between 0 and 1."""
+    name: str  # with the variant, where there are several: `VQA accuracy (m4)`
+    is_share: bool = True  # whether it is a fraction of 1, printed in percent, with intervals between 0 and 1
     lower_is_better: bool = False
-    unit: str = ""
-    """Printed after a number that is not a share."""
+    unit: str = ""  # printed after a number that is not a share
 
     @property
     def sign(self) -> int:

@@ -1,7 +1,5 @@
 """Work in several processes or a thread, results in order."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal
@@ -22,13 +20,8 @@ Result = TypeVar("Result")
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
     """Map a function over items in `num_proc` processes: results come in the order of the items, and at most two a
-    process wait.
-
-    One process means this one. Others are spawned, since forking a process that has threads can hang.
-
-    Raises:
-        RunError: a process died, of lack of memory most often.
-    """
+    process wait. Raise RunError where a process died, of lack of memory most often. One process means this one. Others
+    are spawned, since forking a process that has threads can hang."""
     if num_proc == 1:
         yield from map(function, items)
         return
@@ -42,9 +35,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RunError(
-                f"one of {num_proc} processes died, perhaps for want of memory; try with a smaller --num-proc"
-            ) from error
+            found = f"one of {num_proc} processes died, perhaps for want of memory"
+            raise RunError(f"{found}; try with a smaller --num-proc") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -60,15 +52,13 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def _call(pickled: bytes) -> Any:
-    """Call a function on an item. Both are unpickled here, so that what goes wrong with it comes out as itself; in the
-    hands of the pool it would end the process."""
+    """Call a function on an item; what goes wrong with unpickling would end the process in the hands of the pool."""
     function, item = pickle.loads(pickled)
     return function(item)
 
 
 def _end_at_once() -> None:
-    """End this worker at once on Ctrl-C or when its parent is killed: it would go on with waiting work, or wait for
-    ever."""
+    """End this worker at once on Ctrl-C or when its parent is killed: else it works on, or waits for ever."""
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
     parent = parent_process()
     assert parent is not None

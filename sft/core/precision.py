@@ -6,8 +6,7 @@ from sft.core.errors import UserError
 
 
 def device() -> torch.device:
-    """Return the current GPU if there is one, else the CPU. The GPU has its number: accelerate takes `cuda` and
-    `cuda:0` for two."""
+    """Return the current GPU by its number (accelerate takes `cuda` and `cuda:0` for two), or the CPU without one."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -19,17 +18,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """Return `bfloat16`, `float16` or `float32`: what is asked for, or for `auto` what the device allows.
-
-    float16, for GPUs before Ampere (a T4, say), is for training, where a gradient scaler keeps small gradients.
-
-    Raises:
-        UserError: bfloat16 is asked of a GPU that has none, or float16 without a GPU.
-    """
+    """Return `bfloat16`, `float16` or `float32`: what is asked for, or for `auto` what the device allows. Raise
+    UserError where bfloat16 is asked of a GPU that has none, or float16 without a GPU. float16, for GPUs before Ampere
+    (a T4, say), is for training, where a gradient scaler keeps small gradients."""
     if wanted == "auto":
-        if has_bfloat16(device):
-            return "bfloat16"
-        return "float16" if device.type == "cuda" else "float32"
+        return "bfloat16" if has_bfloat16(device) else "float16" if device.type == "cuda" else "float32"
     if wanted == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
         raise UserError("training.precision: this GPU has no bfloat16; set auto, float16 or float32")
     if wanted == "float16" and device.type != "cuda":

@@ -25,11 +25,9 @@ if TYPE_CHECKING:  # so that the command line starts without torch
     from torch import Tensor
 
 
-IGNORE_INDEX = -100
-"""Label of a position that is not trained, as in torch's `cross_entropy`."""
+IGNORE_INDEX = -100  # label of a position that is not trained, as in torch's `cross_entropy`
 
-NO_SOURCE = -1
-"""The source of a dummy, whose loss counts nothing."""
+NO_SOURCE = -1  # the source of a dummy, whose loss counts nothing
 
 Role = Literal[
     "system",  # text that sets the scene; IDEFICS-1 has no name for this role, it is printed as it is
@@ -46,12 +44,10 @@ MAX_PIXELS = 65_000_000
 
 
 class SkipSample(Exception):  # noqa: N818  (a decision, not an error)
-    """This record is left out. `reason` is a fixed phrase, so that records can be counted by it.
-
-    `filtered` marks a record that is sound but left out by a policy of its dataset; it does not count as dirty.
-    `detail` says what was found, for the list of skips: the name of the missing image. `where` is the file and line, of
-    a record that never was a row.
-    """
+    """This record is left out. `reason` is a fixed phrase, so that records can be counted by it. `filtered` marks a
+    record that is sound but left out by a policy of its dataset; it does not count as dirty. `detail` says what was
+    found, for the list of skips: the name of the missing image. `where` is the file and line, of a record that never
+    was a row."""
 
     def __init__(self, reason: str, *, filtered: bool = False, detail: str = "", where: str = "") -> None:
         super().__init__(reason)
@@ -74,14 +70,12 @@ class Decoding:
     """How encoded images become pixels (`sft.core.images`)."""
 
     orientation: Orientation = "apply"
-    """`apply`: images are turned as their EXIF says and as a viewer shows them. `ignore`: they are as they are
-    stored."""
+    """`apply`: they are turned as their EXIF says and as a viewer shows them. `ignore`: they are as stored."""
     max_pixels: int = MAX_PIXELS
     """Images of more pixels are refused."""
 
 
-AS_SHOWN = Decoding()
-"""What is asked of a model outside of prepared data is seen as a viewer shows it."""
+AS_SHOWN = Decoding()  # what is asked of a model outside of prepared data is seen as a viewer shows it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,10 +94,8 @@ class Tiling(NamedTuple):
 
     rows: int
     columns: int
-    height: int
-    """Height of a tile in pixels."""
-    width: int
-    """Width of a tile in pixels."""
+    height: int  # height of a tile in pixels
+    width: int  # width of a tile in pixels
 
     @property
     def num_tiles(self) -> int:
@@ -141,8 +133,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedSample:
-    """A sample as token ids, with what is trained and where images stand, all from one act
-    (`sft.models.chat_template`)."""
+    """A sample as token ids, with what is trained and where images stand, all by `sft.models.chat_template`."""
 
     key: str
     input_ids: np.ndarray
@@ -157,8 +148,7 @@ class EncodedSample:
     """Half-open token ranges of turns that are not to be learned (`Message.is_trained`): never predicted."""
 
     def trained_ranges(self, train_on: TrainOn) -> tuple[tuple[int, int], ...]:
-        """Return the token ranges that are predicted: the answers, or `all` tokens after the first that are not
-        withheld."""
+        """Return the token ranges that are predicted: the answers, or `all` after the first that are not withheld."""
         if train_on == "assistant":
             return self.trained_spans
         borders = [1, *(border for span in self.withheld_spans for border in span), len(self.input_ids)]
@@ -177,8 +167,7 @@ class Caps(NamedTuple):
 
     tokens: int
     image_weight: int
-    """Sum over the distinct images of what each weighs (`sft.models.family.Images.weight`): for IDEFICS-1 their
-    number."""
+    """Sum over its images of what each weighs (`sft.models.family.Images.weight`): for IDEFICS-1 their number."""
     samples_per_image: int
     """Samples that may share an image."""
 
@@ -192,11 +181,9 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """A micro-batch: its packs laid one after another in a single row, nothing padded.
-
-    Labels are not shifted: they line up with `input_ids_T` and can be printed beside them. The first label of a
-    sample is IGNORE_INDEX, since the token before it belongs to another sample; `collate` names the one exception.
-    """
+    """A micro-batch: its packs laid one after another in a single row, nothing padded. Labels are not shifted: they
+    line up with `input_ids_T` and can be printed beside them. The first label of a sample is IGNORE_INDEX, since the
+    token before it belongs to another sample; `collate` names the one exception."""
 
     input_ids_T: Tensor
     labels_T: Tensor
@@ -222,8 +209,7 @@ class Batch:
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
     features_RE: Tensor | None = None
-    """The states of all images as far as the feature cache has them (`sft.batches.feature_cache`): float16, zeros for
-    the images of `to_encode`."""
+    """The states of all images by `sft.batches.feature_cache`: float16, zeros for the images of `to_encode`."""
     to_encode: Mapping[int, int] = field(default_factory=dict)
     """Images whose states are not in the cache: the number of each, and its key."""
     sequences: tuple[Tensor, ...] = ()

@@ -27,11 +27,7 @@ def user_cache() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the path on disk of a path in a recipe, which is relative to the current directory.
-
-    Raises:
-        UserError: a shipped file of that name does not exist.
-    """
+    """Return the path on disk of a path in a recipe, or raise UserError where no shipped file has that name."""
     text = str(path)
     if not text.startswith(PREFIX):
         return Path(text).expanduser()
@@ -47,7 +43,7 @@ def is_local(path: str) -> bool:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name and file of every shipped recipe, the quickstart first."""
+    """Return the name and file of every shipped recipe, the quickstart first."""
     files = (shipped_root() / "recipes").glob("*.yaml")
     return {file.stem: file for file in sorted(files, key=lambda file: (file.stem != "quickstart", file.stem))}
 
@@ -59,38 +55,24 @@ def recipe_title(file: Path) -> str:
 
 
 def recipe_path(name: str) -> Path:
-    """Return the file of a recipe given by path or by the name of a shipped one.
-
-    Raises:
-        UserError: neither a file nor a shipped recipe; a folder or a file of data, which is no recipe.
-    """
+    """Return the file of a recipe given by path or by the name of a shipped one; raise UserError for anything else."""
     path = Path(name)
     for_data = f"`idefics-sft new {name}` writes a recipe for data"
     if path.suffix.lower() in DATA_SUFFIXES and path.is_file():
         raise UserError(f"{name}: this is data, not a recipe; {for_data}")
     if path.is_dir() and name not in ("", *shipped_recipes()):
         if (path / "manifest.json").is_file():
-            raise UserError(
-                f"{name}: a prepared dataset, not a recipe; give a recipe that has it in data.mixture "
-                f"(`idefics-sft stats {name}` shows what it holds)"
-            )
-        raise UserError(
-            f"{name}: a folder without recipe.yaml, so no run; "
-            f"give the folder that `idefics-sft train` wrote, or a recipe; {for_data}"
-        )
+            given = f"give a recipe that has it in data.mixture (`idefics-sft stats {name}` shows what it holds)"
+            raise UserError(f"{name}: a prepared dataset, not a recipe; {given}")
+        given = "give the folder that `idefics-sft train` wrote, or a recipe"
+        raise UserError(f"{name}: a folder without recipe.yaml, so no run; {given}; {for_data}")
     return path if path.is_file() else shipped_recipe(name)
 
 
 def shipped_recipe(name: str) -> Path:
-    """Return the file of a shipped recipe.
-
-    Raises:
-        UserError: there is none of that name; it names the nearest.
-    """
+    """Return the file of a shipped recipe, or raise a UserError that names the nearest."""
     shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    raise UserError(
-        f"{name}: no such recipe file, and no shipped recipe has that name{nearest(name, shipped)}"
-        f" (shipped: {', '.join(shipped) or 'none'})"
-    )
+    if name not in shipped:
+        names = f"{nearest(name, shipped)} (shipped: {', '.join(shipped) or 'none'})"
+        raise UserError(f"{name}: no such recipe file, and no shipped recipe has that name{names}")
+    return shipped[name]

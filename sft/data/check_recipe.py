@@ -1,6 +1,4 @@
-"""Whether what a recipe names is there, before anything is read."""
-
-from __future__ import annotations
+"""Checks that what a recipe names is there, before anything is read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +12,8 @@ from sft.recipe import BUILT_BENCHMARKS, Recipe
 
 
 def check_recipe(recipe: Recipe, *, paths: bool = True) -> None:
-    """Check that model family, adapters, their options and, unless `paths` is false, all files of a recipe are there.
-
-    Raises:
-        UserError: all that is wrong, each with its key or dataset.
-    """
+    """Check that model family, adapters, their options and, unless `paths` is false, all files of a recipe are there,
+    or raise UserError: all that is wrong, each with its key or dataset."""
     problems = [*_of_names(recipe), *_of_datasets(recipe, paths), *(_of_paths(recipe) if paths else ())]
     if problems:
         raise UserError(*problems)
@@ -44,10 +39,8 @@ def _of_datasets(recipe: Recipe, paths: bool) -> Iterator[str]:
             yield from (problem + cure * ("docs/data.md#" in problem) for problem in error.args)
             missing += any("does not exist" in problem for problem in error.args)
     if missing > 1:
-        yield (
-            "data.mixture: set each `path` to where the data are, from the current directory; a source that you do not "
-            "have can be deleted, and the shares of the others then have to sum to 100"
-        )
+        cure = "a source that you do not have can be deleted, and the shares of the others then have to sum to 100"
+        yield f"data.mixture: set each `path` to where the data are, from the current directory; {cure}"
 
 
 def _of_paths(recipe: Recipe) -> Iterator[str]:
@@ -55,11 +48,10 @@ def _of_paths(recipe: Recipe) -> Iterator[str]:
         yield f"model.path: {recipe.model.path} is not a folder; expected one, or a hub id like owner/name"
     benchmark = recipe.evaluation.benchmark
     if benchmark is not None and benchmark not in BUILT_BENCHMARKS and not resolve(benchmark).exists():
-        known = ", ".join(BUILT_BENCHMARKS)
-        yield (
-            f"evaluation.benchmark: {benchmark} is not a file; expected a TSV of MMBench layout, or {known}, "
-            "or a .jsonl of questions with short answers"
+        known = (
+            f"a TSV of MMBench layout, or {', '.join(BUILT_BENCHMARKS)}, or a .jsonl of questions with short answers"
         )
+        yield f"evaluation.benchmark: {benchmark} is not a file; expected {known}"
     support = recipe.evaluation.support
     if support is not None and not resolve(support).is_file():
         yield f"evaluation.support: {support} is not a file; expected a TSV of MMBench layout with answers"

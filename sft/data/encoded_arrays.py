@@ -6,8 +6,6 @@ store, or the part of one that fits a pack (`sft.data.truncate`): `samples[i]` s
 inspection read nothing but these arrays.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,11 +25,9 @@ from sft.data.store import Store
 from sft.data.truncate import Limits, Truncation
 from sft.models.chat_template import ChatTemplate
 
-VERSION = 6
-"""Raised when the same sample could encode to other arrays."""
+VERSION = 6  # raised when the same sample could encode to other arrays
 INDEX = "index.json"
-BLOCK_SAMPLES = 4096
-"""Samples that are encoded at once, by one process."""
+BLOCK_SAMPLES = 4096  # samples that are encoded at once, by one process
 
 _OFFSETS_OF = {
     "input_ids": "token_offsets",
@@ -50,8 +46,7 @@ class EncodedSamples:
     def __init__(self, path: Path) -> None:
         self.path = path
         index = json.loads((path / INDEX).read_text())
-        self.changes: dict[str, int] = index["changes"]
-        """How many samples were not used as they are, by what was done, since they do not fit a pack."""
+        self.changes: dict[str, int] = index["changes"]  # how many samples that do not fit a pack, by what was done
         self.total_tokens: int = index["tokens"]
         self._has_untrainable: bool = index["has_untrainable"]  # whether `train_on: all` leaves tokens out
         self._is_weighted: bool = index["is_weighted"]  # whether an image weighs anything but 1
@@ -73,7 +68,7 @@ class EncodedSamples:
         )
 
     def key(self, row: int) -> str:
-        """Names the sample of the store that a row comes from."""
+        """Return a name for the sample of the store that a row comes from."""
         return f"{self.path.parents[1].name}/{self._array['samples'][row]}"
 
     @property
@@ -82,7 +77,7 @@ class EncodedSamples:
         return self._array["samples"]
 
     def image_rows(self, row: int) -> tuple[int, ...]:
-        """Rows of the sample's images in the store, in reading order."""
+        """Return the rows of the sample's images in the store, in reading order."""
         return tuple(self._of(row, "image_rows", "image_offsets").tolist())
 
     def _of(self, row: int, name: str, offsets: str) -> NDArray[Any]:
@@ -102,13 +97,12 @@ class EncodedSamples:
             read_ahead(numbers)
 
     def num_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of some samples."""
+        """Return the tokens of each of some samples."""
         offsets = self._array["token_offsets"]
         return np.asarray(offsets[rows + 1] - offsets[rows])
 
     def num_trained(self, rows: NDArray[np.int64], train_on: TrainOn) -> NDArray[np.int64]:
-        """Trained tokens of some samples; the first token never is, nor is one that stands for an image state or of a
-        turn that is not to be learned."""
+        """Return the trained tokens of each sample: not the first, nor image states, nor turns not to be learned."""
         if train_on == "assistant":
             return np.asarray(self._array["num_trained"][rows])
         all_but_first = self.num_tokens(rows) - 1
@@ -120,7 +114,7 @@ class EncodedSamples:
         return len(self._array["image_rows"])
 
     def images(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Image rows of some samples, one sample after another, and how many each has."""
+        """Return the image rows of some samples, one sample after another, and how many each has."""
         places, numbers = self._image_places(rows)
         return np.asarray(self._array["image_rows"][places]), numbers
 
@@ -145,11 +139,9 @@ def encode_samples(
     num_proc: int = 1,
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> EncodedSamples:
-    """Encode samples into `path`, in bounded memory; what is there already is opened as it is. What is over `limits`
-    is shortened, split or left out.
-
-    Each block is a file of its own until all are there, so that after a kill none is encoded twice.
-    """
+    """Encode samples into `path`, in bounded memory; what is there already is opened as it is. What is over `limits` is
+    shortened, split or left out. Each block is a file of its own until all are there, so that after a kill none is
+    encoded twice."""
     if (path / INDEX).is_file():
         return EncodedSamples(path)
     folder = path.with_name(f".{path.name}.blocks")
@@ -205,22 +197,15 @@ class _Block:
     stop: int
     template: ChatTemplate
     limits: Limits | None
-    file: Path
-    """Where its arrays are kept until all blocks are there."""
-
-
-def _write_block(block: _Block) -> int:
-    with whole_file(block.file) as file:
-        np.savez(file, **_encode_block(block))  # type: ignore[arg-type]
-    return block.stop - block.start
+    file: Path  # where its arrays are kept until all blocks are there
 
 
 def _id_type(template: ChatTemplate) -> np.dtype[Any]:
     return np.dtype(np.uint16 if len(template.tokenizer) <= 2**16 else np.uint32)
 
 
-def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
-    """Return the arrays of some samples, with offsets that count from the first of them."""
+def _write_block(block: _Block) -> int:
+    """Write the arrays of some samples, with offsets that count from the first of them; return how many samples."""
     truncation = Truncation(block.template, block.limits)
     pieces = [
         (row, piece)
@@ -229,10 +214,10 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
     ]
     encoded = [piece.encoded for _, piece in pieces]
     image_rows = [piece.image_rows for _, piece in pieces]
-    return {
-        "input_ids": np.concatenate([np.empty(0, np.int64), *(e.input_ids for e in encoded)]).astype(
-            _id_type(block.template)
-        ),
+    ids = np.concatenate([np.empty(0, np.int64), *(e.input_ids for e in encoded)])
+    num_trained = [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded]
+    arrays: dict[str, Any] = {
+        "input_ids": ids.astype(_id_type(block.template)),
         "token_offsets": np.cumsum([len(e.input_ids) for e in encoded], dtype=np.int64),
         "trained_spans": np.array([span for e in encoded for span in e.trained_spans], np.int64).reshape(-1, 2),
         "span_offsets": np.cumsum([len(e.trained_spans) for e in encoded], dtype=np.int64),
@@ -242,18 +227,18 @@ def _encode_block(block: _Block) -> dict[str, NDArray[Any]]:
         "image_weights": np.array([weight for e in encoded for weight in e.image_weights], np.int64),
         "image_rows": np.array([row for rows in image_rows for row in rows], np.int64),
         "image_offsets": np.cumsum([len(rows) for rows in image_rows], dtype=np.int64),
-        "num_trained": np.array(
-            [sum(end - max(start, 1) for start, end in e.trained_spans) for e in encoded], np.int64
-        ),
+        "num_trained": np.array(num_trained, np.int64),
         "num_untrainable": np.array([_num_untrainable(e, block.template) for e in encoded], np.int64),
         "samples": np.array([row for row, _ in pieces], np.int64),
         "changes": np.array(json.dumps(truncation.changes)),
     }
+    with whole_file(block.file) as file:
+        np.savez(file, **arrays)
+    return block.stop - block.start
 
 
 def _num_untrainable(encoded: EncodedSample, template: ChatTemplate) -> int:
-    """Return how many tokens of a sample, but for its first, `train_on: all` does not train: those that stand for image
-    states, and those of turns that are not to be learned."""
+    """Return how many tokens but the first `train_on: all` does not train: image states, turns not to be learned."""
     token_id = template.images.state_token_id
     is_state = encoded.input_ids == token_id if token_id is not None else np.zeros(len(encoded.input_ids), bool)
     for start, end in encoded.withheld_spans:
@@ -261,9 +246,7 @@ def _num_untrainable(encoded: EncodedSample, template: ChatTemplate) -> int:
     return int(np.count_nonzero(is_state))
 
 
-def encoding_name(template: ChatTemplate, limits: Limits | None = None) -> str:
+def encoding_name(template: ChatTemplate, limits: Limits) -> str:
     """Return the name of the folder that holds what this template and tokenizer encode within these limits."""
-    parts = [template.fingerprint, f"v{VERSION}"]
-    if limits is not None:
-        parts += [f"{limits.tokens}-tokens", f"{limits.image_weight}-images", limits.long_conversations]
-    return "-".join(parts)
+    size = f"{limits.tokens}-tokens-{limits.image_weight}-images"
+    return f"{template.fingerprint}-v{VERSION}-{size}-{limits.long_conversations}"

@@ -12,9 +12,6 @@ Two things that others take otherwise: documents keep the role `document`, which
 is, so that a literal `<image>` in it, which is text here, counts as an image for processors that know that token.
 """
 
-from __future__ import annotations
-
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sft.core.errors import RunError, UserError
+from sft.core.files import whole_file
 from sft.core.images import read_bytes
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.store import Store
 
-ROW_GROUP_BYTES = 32 * 1024 * 1024
-"""What is held in memory here, and by readers, which take a row group at a time."""
+ROW_GROUP_BYTES = 32 * 1024 * 1024  # held in memory here, and by readers, which take a row group at a time
 
 
 class Exported(NamedTuple):
@@ -43,36 +40,22 @@ class Exported(NamedTuple):
 def export_messages(
     samples: Store, path: Path, *, on_progress: Callable[[int], None] = lambda samples: None
 ) -> Exported:
-    """Write `path`, or `path/train.parquet` where it does not end in .parquet; whole or not at all.
-
-    `on_progress` is called with the number of samples written so far.
-
-    Raises:
-        UserError: there is such a file already.
-        RunError: an image that the store only refers to is gone.
-    """
+    """Write `path`, or `path/train.parquet` where it does not end in .parquet; whole or not at all. `on_progress` is
+    called with the number of samples written so far. Raise UserError where there is such a file already, RunError where
+    an image that the store only refers to is gone."""
     path = path if path.suffix == ".parquet" else path / "train.parquet"
     if path.exists():
         raise UserError(f"{path}: exists already; remove it or name another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.staging")
-    num_images = num_documents = 0
-    try:
-        with staging.open("wb") as file:
-            # Encoded images neither compress nor repeat: no dictionaries and no smallest and largest of them.
-            with pq.ParquetWriter(file, _schema(), use_dictionary=False, write_statistics=False) as writer:
-                num_samples = 0
-                for rows in _row_groups(samples):
-                    writer.write_table(pa.Table.from_pylist(rows, schema=_schema()), row_group_size=len(rows))
-                    num_samples += len(rows)
-                    num_images += sum(len(row["images"]) for row in rows)
-                    num_documents += sum(row["messages"][0]["role"] == "document" for row in rows)
-                    on_progress(num_samples)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    num_samples = num_images = num_documents = 0
+    # Encoded images neither compress nor repeat: no dictionaries and no smallest and largest of them.
+    options = {"use_dictionary": False, "write_statistics": False}
+    with whole_file(path) as file, pq.ParquetWriter(file, _schema(), **options) as writer:
+        for rows in _row_groups(samples):
+            writer.write_table(pa.Table.from_pylist(rows, schema=_schema()), row_group_size=len(rows))
+            num_samples += len(rows)
+            num_images += sum(len(row["images"]) for row in rows)
+            num_documents += sum(row["messages"][0]["role"] == "document" for row in rows)
+            on_progress(num_samples)
     return Exported(path, num_samples, num_images, num_documents)
 
 

@@ -1,11 +1,9 @@
 """The recipe that `idefics-sft new` writes for data of one's own: one source, commented, valid as it stands."""
 
-from __future__ import annotations
-
 import json
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -16,16 +14,13 @@ from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH, ModelConfig
 
 CHARACTERS_PER_TOKEN = 3.5
 """English text under LLaMA's vocabulary has about 4 characters a token; a little less leaves room."""
-TOKENS_PER_MESSAGE = 8
-"""The words of the chat template about a message."""
+TOKENS_PER_MESSAGE = 8  # the words of the chat template about a message
 TOKENS_PER_IMAGE = {False: 3, True: 1_150}
 """An image and its markers in the text: of IDEFICS-1, and of a family whose images are part of the text, where it is
 most for a square image of SmolVLM-256M (docs/models.md)."""
 
-SAMPLES_PER_STEP = 16
-"""A usual batch of fine-tuning; small data have smaller ones."""
-MIN_STEPS = 60
-"""Adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times."""
+SAMPLES_PER_STEP = 16  # a usual batch of fine-tuning; small data have smaller ones
+MIN_STEPS = 60  # adapters learn little in fewer steps, so small data are repeated, up to MAX_EPOCHS times
 USUAL_EPOCHS, MAX_EPOCHS = 3, 15
 PACK_TOKENS = {False: (256, 512, 1024, 2048), True: (INLINE_LENGTH,)}
 """Lengths of packs to choose from, without and with images in the text."""
@@ -75,7 +70,9 @@ def recipe_text(found: Recognised, *, file: Path, model: str, mode: str) -> str:
     sizes = sizes_for(found, family)
     dataset = {"dataset": found.dataset, "path": str(found.path), "options": dict(found.options)}
     dataset = {key: value for key, value in dataset.items() if value}
+    flow = yaml.safe_dump(dataset, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)
     lines = "".join(f"# {line}\n" for line in found.describe())
+    held_out = max(min(0.1, round(100 / found.estimated_samples, 3)), 0.01)  # of large data about 100 samples
     optimizer = "\n  optimizer: paged_adamw_8bit" if mode == "qlora" else ""
     return f"""\
 # yaml-language-server: $schema=recipe.schema.json
@@ -90,12 +87,12 @@ data:
   mixture:
     - name: mine
       share: 100
-      datasets: [{_flow(dataset)}]
+      datasets: [{flow.strip()}]
     # Replay keeps what the model could do before. To switch it on, set `share: 70` above, download the data as
     # docs/data.md#ultrachat says, and remove the # here:
     # - {{name: talk, share: 30, datasets: [{{dataset: ultrachat, path: raw/ultrachat_200k}}]}}
   {_commented(f"sequence_length: {sizes.sequence_length}", "tokens of a pack; longer ones keep their first turns")}
-  {_commented(f"validation: {{share: {_held_out(found):g}}}", "held out: for the held-out loss and sample answers")}
+  {_commented(f"validation: {{share: {held_out:g}}}", "held out: for the held-out loss and sample answers")}
 training:
   {_commented(f"epochs: {sizes.epochs}", f"passes over your data: about {sizes.steps:,} steps")}
   {_commented(f"tokens_per_step: {sizes.tokens_per_step}", f"about {sizes.samples_per_step} samples")}
@@ -123,15 +120,6 @@ def _is_small(model: str) -> bool:
     """Return whether a model is here and small, as the shipped ones are."""
     files = resolve(model).glob("*.safetensors") if is_local(model) else ()
     return 0 < sum(file.stat().st_size for file in files) <= SMALL_MODEL_BYTES
-
-
-def _held_out(found: Recognised) -> float:
-    """Return the share to hold out: a tenth of small data, about 100 samples of large ones."""
-    return max(min(0.1, round(100 / found.estimated_samples, 3)), 0.01)
-
-
-def _flow(value: dict[str, Any]) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True).strip()
 
 
 def default_name(path: Path) -> str:

@@ -14,12 +14,9 @@ _ROUNDS = 6
 class ShownImages(NamedTuple):
     """The distinct images of some samples, one sample after another."""
 
-    keys: Ints
-    """Equal numbers are equal images, across sources too."""
-    weights: Ints
-    """What each counts towards the cap of a pack (`sft.models.family.Images.weight`)."""
-    numbers: Ints
-    """How many images each sample has."""
+    keys: Ints  # equal numbers are equal images, across sources too
+    weights: Ints  # what each counts towards the cap of a pack (`sft.models.family.Images.weight`)
+    numbers: Ints  # how many images each sample has
 
     def weight_of_samples(self) -> Ints:
         """Return what the images of each sample weigh together."""
@@ -39,21 +36,17 @@ class ImageGroups(NamedTuple):
 class Cursor(NamedTuple):
     """A place in the endless order of a source."""
 
-    unit: int = 0
-    """How many groups come before it over all epochs; how many samples, where there are no groups."""
-    offset: int = 0
-    """How many samples of its own group come before it."""
+    unit: int = 0  # how many groups come before it over all epochs; how many samples, where there are no groups
+    offset: int = 0  # how many samples of its own group come before it
 
 
 class Ordered(NamedTuple):
     """Samples in the order of their source."""
 
     rows: Ints
-    groups: Ints
-    """Equal for samples about the same images."""
+    groups: Ints  # equal for samples about the same images
     units: Ints
-    offsets: Ints
-    """The place of each sample, as in `Cursor`."""
+    offsets: Ints  # with its unit the place of each sample, as in `Cursor`
 
     def after(self, number: int) -> Ordered:
         """Return the samples without the first `number`."""
@@ -96,12 +89,10 @@ class Order:
 
 
 def permute(places: Ints, size: int, key: int | NDArray[np.uint64]) -> Ints:
-    """Return what a permutation of 0 … size - 1, a function of `key`, has at some places, in O(1) memory.
-
-    Each place may have a key of its own. The permutation is a Feistel network over the next power of four, walked on
-    until it lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection whatever its
-    round function is.
-    """
+    """Return what a permutation of 0 … size - 1, a function of `key`, has at some places, in O(1) memory. Each place
+    may have a key of its own. The permutation is a Feistel network over the next power of four, walked on until it
+    lands inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): a bijection whatever its round
+    function is."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = np.broadcast_to(np.asarray(key, np.uint64), places.shape)

@@ -1,10 +1,8 @@
 """Raw files -> stores, encoded arrays and the base model with its full vocabulary: what a run reads."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,7 @@ from sft.models.chat_template import ChatTemplate
 from sft.models.loaded_model import load_template
 from sft.recipe import DataConfig, DatasetConfig, Recipe
 
-VALIDATION = "validation"
-"""What the user's own held-out conversations are called in tables."""
+VALIDATION = "validation"  # what the user's own held-out conversations are called in tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +70,7 @@ def prepare(
 
 
 def _store_path(recipe: Recipe, dataset: DatasetConfig, limit: int | None = None) -> Path:
-    """Return the folder of a store. One of the first records alone has a name of its own, so that it is not taken for a
-    whole one."""
+    """Return the folder of a store; one of the first records alone is not to be taken for a whole one."""
     store = dataset.store_in(recipe.data.store)
     return store if limit is None else store.with_name(f"{dataset.store_name}-first-{limit}")
 
@@ -106,11 +102,7 @@ def prepare_one(
     on_progress: Progress,
 ) -> Store:
     """Return the store of one dataset in the folder `path`, without a recipe. `asked` and `how` are keys of a recipe's
-    dataset and of its `data`.
-
-    Raises:
-        UserError: one of them is wrong, or the folder holds something else, or more than the records asked for.
-    """
+    dataset and of its `data`. Raise UserError where one is wrong, or the folder holds anything else, or more."""
     try:
         dataset = DatasetConfig.model_validate(asked)
         given = how if max_skip_share is None else {**how, "max_skip_share": max_skip_share}
@@ -129,37 +121,25 @@ def prepare_one(
 
 
 def _check_limit(path: Path, options: PrepareOptions) -> None:
-    """Check that the first records of a dataset do not take the place of more of them.
-
-    Raises:
-        UserError: they would.
-    """
+    """Raise UserError where the first records of a dataset would take the place of more of them."""
     if options.limit is None or options.fresh or not (path / MANIFEST).is_file():
         return
     records = Store(path).manifest["records"]
     if records > options.limit:
-        raise UserError(
-            f"{path}: holds {records:,} records, and --limit {options.limit} would replace them; "
-            "choose another --output, or --fresh"
-        )
+        found = f"holds {records:,} records, and --limit {options.limit} would replace them"
+        raise UserError(f"{path}: {found}; choose another --output, or --fresh")
 
 
 def open_sources(recipe: Recipe, template: ChatTemplate, arguments: Sequence[str] = ()) -> Sources:
-    """Return the prepared sources of a recipe, which `arguments` name on the command line.
-
-    Raises:
-        UserError: something is not prepared; the message names the command.
-    """
+    """Return the prepared sources of a recipe; raise a UserError with the command and `arguments` for missing ones."""
     limits = sample_limits(recipe)
 
     def opened(_: str, dataset: DatasetConfig) -> PreparedDataset:
         store = _opened_store(recipe, dataset, arguments)
         path = encoded_path(store, template, limits)
         if not (path / INDEX).is_file():
-            raise UserError(
-                f"{store.path}: not encoded for this model, data.sequence_length, data.max_images_per_pack and "
-                f"data.long_conversations; run `{_command(arguments)}` first"
-            )
+            what = "this model, data.sequence_length, data.max_images_per_pack and data.long_conversations"
+            raise UserError(f"{store.path}: not encoded for {what}; run `{_command(arguments)}` first")
         return PreparedDataset(store, EncodedSamples(path))
 
     return _sources(recipe, opened)
@@ -177,12 +157,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def open_prepared(recipe: Recipe, arguments: Sequence[str] = ()) -> tuple[Sources, ChatTemplate]:
-    """Return what `prepare` has made of a recipe, which `arguments` name on the command line. Nothing is made, and
-    nothing is downloaded.
-
-    Raises:
-        UserError: something is not prepared; the message names the command.
-    """
+    """Return what `prepare` made of a recipe, as `open_sources`, and its template. Nothing is made or downloaded."""
     base = base_path(recipe)
     if not (base / "config.json").is_file():
         for dataset in (dataset for source in recipe.data.mixture for dataset in source.datasets):
@@ -209,26 +184,19 @@ def store_settings(data: DataConfig, options: PrepareOptions) -> Settings:
         verify=data.verify,
         max_record_bytes=data.max_record_bytes,
         max_skip_share=data.max_skip_share,
-        num_proc=options.num_proc,
-        limit=options.limit,
-        fresh=options.fresh,
+        **asdict(options),
     )
 
 
 def sample_limits(recipe: Recipe) -> Limits:
     """Return how long a sample may be and how many images it may show, so that it fits a pack. Where samples do not see
-    each other a pack may be longer than the prepared base has positions for, a sample may not.
-
-    Raises:
-        UserError: images are cropped, and their tokens depend on their size.
-    """
+    each other a pack may be longer than the prepared base has positions for, a sample may not. Raise UserError where
+    images are cropped, and their tokens depend on their size."""
     family, data = get_family(recipe.model.family), recipe.data
     config = family.weights.load_config(base_path(recipe))
     if data.augment == "crop" and family.images(config).depends_on_size:
-        raise UserError(
-            f"data.augment: crop changes the size of an image, on which its tokens depend in {recipe.model.family}; "
-            "set data.augment=none"
-        )
+        why = f"changes the size of an image, on which its tokens depend in {recipe.model.family}"
+        raise UserError(f"data.augment: crop {why}; set data.augment=none")
     max_positions = family.text.max_positions(config)
     tokens = min(data.sequence_length, max_positions) if data.pack_isolation else data.sequence_length
     return Limits(tokens, data.max_images_per_pack, data.long_conversations)

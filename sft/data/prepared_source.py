@@ -4,8 +4,6 @@ Nothing is held in memory but a number per sample where some are held out or sha
 the memory-mapped arrays of the stores when it is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,8 +34,7 @@ class PreparedDataset:
 
 
 class PreparedSource:
-    """One source: its datasets end to end, the samples of one side of them. What `sft.batches.mixture` asks of a
-    source."""
+    """A source for `sft.batches.mixture`: its datasets end to end, the samples of one side of them."""
 
     def __init__(
         self,
@@ -48,11 +45,7 @@ class PreparedSource:
         sides: Sides | None,
         side: Side,
     ) -> None:
-        """`sides` are those of all rows, where some are held out.
-
-        Raises:
-            UserError: no sample fits a pack, or is on this side.
-        """
+        """`sides` are of all rows, if some are held out. Raise UserError where no sample of this side fits a pack."""
         self.name, self.share = config.name, share
         self.max_epochs, self.when_exhausted = config.max_epochs, config.when_exhausted
         self.parts = parts
@@ -64,10 +57,8 @@ class PreparedSource:
             samples = f"{sum(len(part.store) for part in parts):,} samples"
             if self._starts[-1]:
                 raise UserError(f"source {self.name!r}: data.validation leaves none of {samples} to train on")
-            raise UserError(
-                f"source {self.name!r}: none of {samples} fits into data.sequence_length, into the positions of the "
-                "model and into data.max_images_per_pack"
-            )
+            bounds = "data.sequence_length, into the positions of the model and into data.max_images_per_pack"
+            raise UserError(f"source {self.name!r}: none of {samples} fits into {bounds}")
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._kept is None else len(self._kept)
@@ -82,9 +73,11 @@ class PreparedSource:
 
     def images(self, rows: Ints) -> ShownImages:
         """Return the distinct images of each of some samples."""
-        keys, weights, of = self._shown(rows)
-        if len(of) == 0:
-            return ShownImages(keys, weights, np.zeros(len(rows), np.int64))
+        found = [(np.empty(0, np.int64),) * 3]
+        for part, places, own in self._by_part(rows):
+            shown = part.images(own)
+            found.append((shown.keys, shown.weights, np.repeat(places, shown.numbers)))
+        keys, weights, of = map(np.concatenate, zip(*found, strict=True))
         order = np.lexsort((keys, of))
         keys, weights, of = keys[order], weights[order], of[order]
         is_first = np.ones(len(keys), bool)
@@ -117,16 +110,13 @@ class PreparedSource:
 
     @property
     def num_held_out(self) -> dict[str, int]:
-        """Samples that validate, and samples that are used for neither, a long one that stands in several parts counted
-        once; empty where nothing is held out."""
+        """Samples that validate, and for neither, one in several parts counted once; empty where none is held out."""
         if self.sides is None:
             return {}
-        sides = np.split(self.sides, self._starts[1:-1])
+        parts = [*zip(self.parts, np.split(self.sides, self._starts[1:-1]), strict=True)]
         return {
-            name: sum(
-                len(np.unique(part.encoded.samples[own == side])) for part, own in zip(self.parts, sides, strict=True)
-            )
-            for name, side in (("validation", Side.VALIDATION), ("neither", Side.NEITHER))
+            side.name.lower(): sum(len(np.unique(part.encoded.samples[own == side])) for part, own in parts)
+            for side in (Side.VALIDATION, Side.NEITHER)
         }
 
     def locate(self, row: int) -> tuple[int, int]:
@@ -141,18 +131,6 @@ class PreparedSource:
         first = self.parts[0]
         return len(self.parts) == 1 and not first.encoded.changes and first.encoded.num_images == first.store.num_images
 
-    def _shown(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
-        """Return the keys of all images shown, what each weighs, and the place in `rows` of the sample that shows
-        it."""
-        empty = np.empty(0, np.int64)
-        keys, weights, of = [empty], [empty], [empty]
-        for part, places, own in self._by_part(rows):
-            found = part.images(own)
-            keys.append(found.keys)
-            weights.append(found.weights)
-            of.append(np.repeat(places, found.numbers))
-        return np.concatenate(keys), np.concatenate(weights), np.concatenate(of)
-
     def _gather(self, rows: Ints, ask: Callable[[PreparedDataset, Ints], Ints]) -> Ints:
         """Return one number for each sample, asked of the dataset that holds it."""
         result = np.empty(len(rows), np.int64)
@@ -161,8 +139,7 @@ class PreparedSource:
         return result
 
     def _by_part(self, rows: Ints) -> Iterator[tuple[PreparedDataset, Ints, Ints]]:
-        """Yield the datasets that hold some samples: each with the places of its samples in `rows`, and their rows
-        there."""
+        """Yield each dataset that holds some of the samples, with their places in `rows` and their rows there."""
         samples = rows if self._kept is None else self._kept[rows]
         if len(self.parts) == 1:
             yield self.parts[0], np.arange(len(rows)), samples

@@ -1,7 +1,5 @@
 """Samples and images of prepared datasets, read by their place."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,11 +38,7 @@ class Reader:
         return PlacedSample(part.encoded[place.row], images, place.source)
 
     def image_bytes(self, key: int) -> bytes:
-        """Return the encoded bytes of an image, from whichever store has it.
-
-        Raises:
-            SkipSample: the file it was left in cannot be read any more.
-        """
+        """Return the encoded bytes of an image, from whichever store has it; raise SkipSample as that does."""
         store, row = self._find_image(key)
         return store.image_bytes(row)
 

@@ -1,10 +1,8 @@
 """Which adapter reads a folder or file of data, found by reading its first records with each of them."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,15 @@ from sft.core.errors import UserError, printable
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import Adapter, adapter_names
 from sft.data.datasets._meaning import is_image_like
-from sft.data.formats import Row
+from sft.data.formats import Row, folder_of
 
 OWN = "messages"
 """The adapter of the user's own conversations. A published dataset's is preferred where it reads more records."""
 
-FIRST_RECORDS = 300
-"""So many records of a dataset are read to recognise it."""
+FIRST_RECORDS = 300  # so many records of a dataset are read to recognise it
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
-MAX_FILES = 12
-"""So many files of a folder without a file of the split are tried."""
+MAX_FILES = 12  # so many files of a folder without a file of the split are tried
 
 COLUMNS = {
     "user": ("question", "prompt", "query", "instruction", "input", "user", "human"),
@@ -32,25 +28,20 @@ COLUMNS = {
 """What columns of tables are called that hold a question or an answer; case does not count."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Recognised:
     """A dataset as one adapter reads its first records."""
 
     dataset: str
     path: Path
     options: Mapping[str, Any]
-    records: int
-    """Records that were read: all of them, or FIRST_RECORDS."""
-    share_read: float
-    """The share of the raw bytes that these records are."""
-    first: Row | None
-    """The first record that was read."""
-    samples: tuple[Sample, ...]
-    skipped: Counter[str]
-    details: Mapping[str, str]
-    """For each reason what the first record that was skipped for it says."""
-    others: tuple[Path, ...] = ()
-    """Other files of the folder that are read as well."""
+    records: int = 0  # that were read: all of them, or FIRST_RECORDS
+    share_read: float = 1.0  # the share of the raw bytes that these records are
+    first: Row | None = None  # the first record that was read
+    samples: list[Sample] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    details: dict[str, str] = field(default_factory=dict)  # by reason, of the first record that was skipped for it
+    others: Sequence[Path] = ()  # other files of the folder that are read as well
 
     @property
     def estimated_samples(self) -> int:
@@ -75,11 +66,8 @@ class Recognised:
 
 
 def recognise(path: Path) -> Recognised:
-    """Return the reading of the data at `path` that makes the most samples.
-
-    Raises:
-        UserError: nothing there is readable; it says what the folder holds, or why the records are skipped.
-    """
+    """Return the reading of the data at `path` that makes the most samples. Where nothing is readable raise a UserError
+    that says what the folder holds, or why the records are skipped."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected your data")
     refusals: list[str] = []
@@ -89,9 +77,8 @@ def recognise(path: Path) -> Recognised:
         raise UserError(refusals[0])
     if not best.samples:
         raise UserError("; ".join(line.strip() for line in best.describe()))
-    return replace(
-        best, others=tuple(one.path for one in found if one is not best and one.path.is_file() and one.samples)
-    )
+    best.others = [one.path for one in found if one is not best and one.path.is_file() and one.samples]
+    return best
 
 
 def _readings(path: Path, refusals: list[str]) -> Iterator[Recognised]:
@@ -100,15 +87,11 @@ def _readings(path: Path, refusals: list[str]) -> Iterator[Recognised]:
     whole = _own_reading(path, refusals)
     own = [whole] if whole else []
     if path.is_dir() and not own:
-        own = [reading for file in _data_files(path) if (reading := _own_reading(file, refusals))]
+        files = (file for file in sorted(path.iterdir()) if file.is_file() and file.suffix.lower() in DATA_SUFFIXES)
+        own = [reading for file in islice(files, MAX_FILES) if (reading := _own_reading(file, refusals))]
     names = [] if any(reading.samples for reading in own) else [name for name in adapter_names() if name != OWN]
     others = (_read(name, path, {}, refusals) for name in names)
     yield from (reading for reading in (*own, *others) if reading)
-
-
-def _data_files(folder: Path) -> list[Path]:
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix.lower() in DATA_SUFFIXES)
-    return list(islice(files, MAX_FILES))
 
 
 def _own_reading(path: Path, refusals: list[str]) -> Recognised | None:
@@ -138,7 +121,7 @@ def _guessed_folder(found: Recognised) -> dict[str, Any]:
     """Return the option `image_folder` where the first image that was missing is in a folder beside its file."""
     if found.samples:
         return {}
-    missing, folder = found.details.get("image file missing"), found.path if found.path.is_dir() else found.path.parent
+    missing, folder = found.details.get("image file missing"), folder_of(found.path)
     if missing is None or not Path(missing).is_relative_to(folder):
         return {}
     name = Path(missing).relative_to(folder)
@@ -148,34 +131,23 @@ def _guessed_folder(found: Recognised) -> dict[str, Any]:
 
 def _read(name: str, path: Path, options: Mapping[str, Any], refusals: list[str]) -> Recognised | None:
     """Return the first records as an adapter reads them; None, and its reason, if it finds no files or cannot."""
-    samples: list[Sample] = []
-    skipped, details = Counter[str](), dict[str, str]()
-    first, records, at = None, 0, 0.0
+    found, at = Recognised(dataset=name, path=path, options=options), 0.0
     try:
         adapter = Adapter(name, str(path), "train", options)
         files = adapter.files()
         for row in islice(chain.from_iterable(map(adapter.rows, files)), FIRST_RECORDS):
-            records += 1
+            found.records += 1
             try:
                 if isinstance(row, SkipSample):
                     raise row
-                first, at = first or row, row.get("__at__", 1.0)
-                samples.append(adapter.to_sample(row))
+                found.first, at = found.first or row, row.get("__at__", 1.0)
+                found.samples.append(adapter.to_sample(row))
             except SkipSample as skip:
-                skipped[skip.reason] += 1
-                details.setdefault(skip.reason, skip.detail)
+                found.skipped[skip.reason] += 1
+                found.details.setdefault(skip.reason, skip.detail)
     except UserError as error:
         refusals.extend(map(str, error.args))
         return None
-    share = 1.0 if records < FIRST_RECORDS else max(at / len(files), 1e-9)
-    return Recognised(
-        dataset=name,
-        path=path,
-        options=options,
-        records=records,
-        share_read=share,
-        first=first,
-        samples=tuple(samples),
-        skipped=skipped,
-        details=details,
-    )
+    if found.records >= FIRST_RECORDS:
+        found.share_read = max(at / len(files), 1e-9)
+    return found

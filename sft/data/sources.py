@@ -32,11 +32,7 @@ class Sources:
         held_out: Sequence[Sides] | None = None,
     ) -> None:
         """`validation` is the dataset of `data.validation.path`. With `held_out`, the sides of the rows of each source,
-        these are the sources of what is held out.
-
-        Raises:
-            UserError: nothing of a source is left to train on.
-        """
+        these are the sources of what is held out. Raise UserError where nothing of a source is left to train on."""
         self.parts = parts
         self.data = data
         self.validation = validation
@@ -51,22 +47,16 @@ class Sources:
 
     def held_out(self) -> Sources | None:
         """Return the other side: what is held out of training, or the dataset of `data.validation.path` as one source.
-
-        A source of which nothing can be held out is not among them. `max_epochs` is not for these: it limits training.
-
-        Raises:
-            UserError: nothing is held out of any.
-        """
+        A source of which nothing can be held out is not among them; where none is, raise UserError. `max_epochs` is not
+        for these: it limits training."""
         if self.data.validation is None:
             return None
         if self.validation is None:
             held = [number for number, source in enumerate(self.sources) if source.num_held_out["validation"]]
             if not held:
                 samples = sum(len(part.store) for own in self.parts for part in own)
-                raise UserError(
-                    f"data.validation: holds out none of {samples:,} samples, for nothing would be left to train on; "
-                    "add samples with other images, or choose by a benchmark"
-                )
+                why = "nothing would be left to train on; add samples with other images, or choose by a benchmark"
+                raise UserError(f"data.validation: holds out none of {samples:,} samples, for {why}")
             mixture = tuple(self.data.mixture[number].model_copy(update={"max_epochs": None}) for number in held)
             data = self.data.model_copy(update={"mixture": mixture})
             sides = [own for number in held if (own := self.sources[number].sides) is not None]

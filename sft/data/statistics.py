@@ -1,7 +1,5 @@
 """What a prepared dataset holds, in numbers."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,11 +18,9 @@ _SERIOUS = re.compile(" other than |label|reject|chosen|prefer|negative|weight|l
 
 
 def store_stats(store: Store) -> dict[str, Any]:
-    """Return the samples, images, turns and lengths of a store, and what was left out of it.
-
-    Lengths are characters of text in a sample (`text`) and in an answer (`answer`); a turn is a message of the
-    assistant. Counts of images are of images shown; an image that several samples show is one distinct image.
-    """
+    """Return the samples, images, turns and lengths of a store, and what was left out of it. Lengths are characters of
+    text in a sample (`text`) and in an answer (`answer`); a turn is a message of the assistant. Counts of images are of
+    images shown; an image that several samples show is one distinct image."""
     parts = list(_batch_stats(store))
     roles: Counter[str] = sum((part["roles"] for part in parts), Counter())
     images_per_sample = _joined(parts, "images")
@@ -51,8 +47,7 @@ def store_stats(store: Store) -> dict[str, Any]:
 
 
 def not_read(store: Store) -> list[str]:
-    """Return in words which keys of a store's records were not read; before them which seem to hold images, and which
-    placeholders of images are trained as text."""
+    """Return in words which keys were not read; first what seems to hold images, and placeholders that are text."""
     counts, records = Counter(store.manifest["not_read"]), f" of {store.manifest['records']:,}"
     texts = [key for key in counts if key.endswith(" as text")]
     lines = [f"warning: {counts.pop(key):,}{records} records have {key}: nothing is shown for it" for key in texts]
@@ -100,8 +95,7 @@ def _joined(parts: list[dict[str, Any]], name: str) -> NDArray[np.int64]:
 
 def _summary(values: NDArray[np.int64]) -> dict[str, float]:
     """Return total, mean, median, 95th percentile and largest; zeros for none."""
-    if not len(values):
-        return {"total": 0, "mean": 0.0, "median": 0.0, "p95": 0.0, "max": 0}
+    values = values if len(values) else np.zeros(1, np.int64)
     median, p95 = np.percentile(values, (50, 95)).tolist()
     return {
         "total": int(values.sum()),

@@ -6,8 +6,6 @@ and with the images shown before, or is left out (`drop`). A document is always 
 image; only its first piece has the `<s>`, only its last the `</s>`.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import Counter
@@ -31,8 +29,7 @@ class Limits(NamedTuple):
     """The longest sample."""
 
     tokens: int
-    image_weight: int
-    """Sum over its distinct images of what each weighs (`sft.core.sample.Caps`)."""
+    image_weight: int  # sum over its distinct images of what each weighs (`sft.core.sample.Caps`)
     long_conversations: Policy = "prefix"
 
 
@@ -40,8 +37,7 @@ class Piece(NamedTuple):
     """A sample, or a part of one, that fits."""
 
     encoded: EncodedSample
-    image_rows: tuple[int, ...]
-    """Of each image shown, in reading order."""
+    image_rows: tuple[int, ...]  # of each image shown, in reading order
 
     @property
     def image_weight(self) -> int:
@@ -69,11 +65,10 @@ class Truncation:
         """Without limits everything fits."""
         self.template = template
         self.limits = limits or Limits(sys.maxsize, sys.maxsize)
-        self.changes: Counter[str] = Counter()
-        """How many, by what was done."""
+        self.changes: Counter[str] = Counter()  # how many, by what was done
 
     def pieces(self, sample: Sample, image_rows: Sequence[int]) -> list[Piece]:
-        """Return the pieces that a sample becomes. `image_rows` tell its images apart, in reading order."""
+        """Return the pieces that a sample becomes. Images of other `image_rows` are other objects."""
         whole = Piece(self.template.encode(sample), tuple(image_rows))
         pieces = [whole] if self._fits(whole) else self._fitting(sample, image_rows, whole)
         trained = [p for p in pieces if p.encoded.trained_spans or not p.encoded.withheld_spans]
@@ -83,7 +78,6 @@ class Truncation:
 
     def _fitting(self, sample: Sample, image_rows: Sequence[int], whole: Piece) -> list[Piece]:
         """Return the pieces of a sample that does not fit."""
-        sample = _with_own_images(sample)
         rows = {id(image): row for image, row in zip(sample.images, image_rows, strict=True)}
 
         def encode(messages: Sequence[Message]) -> Piece:
@@ -122,7 +116,9 @@ class Truncation:
         return []
 
     def _split_conversation(self, sample: Sample, encode: _Encode, rows: dict[int, int]) -> list[Piece]:
-        system, turns = _without_system(_turns(sample.messages))
+        turns = _turns(sample.messages)
+        system = [message for message in turns[0] if message.role == "system"]
+        turns[0] = [message for message in turns[0] if message.role != "system"]
         pieces: list[Piece] = []
         start = 0
         while start < len(turns):
@@ -157,24 +153,14 @@ class Truncation:
                 parts = [_slice(content, start, stop) for start, stop in pairwise(borders[first : last + 1])]
                 too_long = len(piece.encoded.input_ids) / self.limits.tokens
                 too_many_images = piece.image_weight / self.limits.image_weight
-                weigh = _num_characters if too_long > too_many_images else _num_images
+                kind = str if too_long > too_many_images else ImageRef
                 number = max(ceil(max(too_long, too_many_images)), 2)
-                for start, stop in pairwise(_even([1e-3 + weigh(part) for part in parts], number)):
+                for start, stop in pairwise(_even([1e-3 + _amount(part, kind) for part in parts], number)):
                     yield from split(first + start, first + stop)
 
         pieces = list(split(0, end))
         self._count(DOCUMENT_SPLIT if pieces else DOCUMENT_DROPPED, whole)
         return pieces
-
-
-def _with_own_images(sample: Sample) -> Sample:
-    """Return the sample with an object of its own for each image shown, so that each is told apart by its identity."""
-
-    def own(message: Message) -> Message:
-        content = (replace(item) if isinstance(item, ImageRef) else item for item in message.content)
-        return replace(message, content=tuple(content))
-
-    return replace(sample, messages=tuple(own(message) for message in sample.messages))
 
 
 def _turns(messages: Sequence[Message]) -> list[list[Message]]:
@@ -185,13 +171,6 @@ def _turns(messages: Sequence[Message]) -> list[list[Message]]:
         if message.role == "assistant":
             turns.append([])
     return [turn for turn in turns if turn]
-
-
-def _without_system(turns: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """Return the system messages of a conversation, and its turns without them."""
-    system = [message for message in turns[0] if message.role == "system"]
-    first = [message for message in turns[0] if message.role != "system"]
-    return system, [first, *turns[1:]]
 
 
 def _with_images(images: Sequence[ImageRef], turns: Sequence[Sequence[Message]]) -> list[Message]:
@@ -205,8 +184,7 @@ def _images(messages: Sequence[Message]) -> list[ImageRef]:
 
 
 def _paragraph_borders(content: Items) -> list[_Border]:
-    """Return where a document may be parted, and its two ends: after a paragraph (a line, where there is no blank one),
-    never between an image and what follows."""
+    """Return where a document may be parted, and its ends: after a paragraph, else a line, never behind an image."""
     borders = [(0, 0)]
     for index, item in enumerate(content):
         if isinstance(item, str):
@@ -227,16 +205,13 @@ def _slice(content: Items, start: _Border, stop: _Border) -> tuple[str | ImageRe
     return tuple(items)
 
 
-def _num_characters(items: Items) -> int:
-    return sum(len(item) for item in items if isinstance(item, str))
-
-
-def _num_images(items: Items) -> int:
-    return sum(isinstance(item, ImageRef) for item in items)
+def _amount(items: Items, kind: type) -> int:
+    """Return the characters of the texts among items, or the number of their images."""
+    return sum(len(item) if isinstance(item, str) else 1 for item in items if isinstance(item, kind))
 
 
 def _even(weights: Sequence[float], number: int) -> list[int]:
-    """Borders of about `number` stretches of equal weight, of two or more items, that are two stretches or more."""
+    """Return borders of about `number` stretches of equal weight, two or more, of two or more items."""
     ends = [*accumulate(weights)]
     stretches = [int((end - weight / 2) / ends[-1] * number) for end, weight in zip(ends, weights, strict=True)]
     between = [i for i in range(1, len(weights)) if stretches[i] != stretches[i - 1]]
@@ -245,8 +220,7 @@ def _even(weights: Sequence[float], number: int) -> list[int]:
 
 
 def _without_ends(piece: Piece, *, is_continued: bool, continues: bool) -> Piece:
-    """Return a piece of a document without its `<s>` where another comes before, and without its `</s>` where one
-    follows."""
+    """Return a piece of a document without its `<s>` if another comes before, without its `</s>` if one follows."""
     encoded = piece.encoded
     start, stop = int(is_continued), len(encoded.input_ids) - int(continues)
     spans = ((max(first, start) - start, min(last, stop) - start) for first, last in encoded.trained_spans)

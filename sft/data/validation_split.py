@@ -6,8 +6,6 @@ is held out by its text. Of a source so small that the share holds out no sample
 out with its images, which are then held out of every source; unless nothing of a source would be left to train on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from itertools import compress, pairwise
@@ -20,8 +18,7 @@ from numpy.typing import NDArray
 from sft.data.store.image_keys import NUM_KEYS
 
 Ints = NDArray[np.int64]
-Sides = NDArray[np.int8]
-"""The `Side` of each sample."""
+Sides = NDArray[np.int8]  # the `Side` of each sample
 
 
 class Side(IntEnum):
@@ -35,10 +32,8 @@ class Side(IntEnum):
 class SampleKeys(NamedTuple):
     """By what samples are held out: the keys of their images, or of their text."""
 
-    keys: Ints
-    """Of one sample after another."""
-    numbers: Ints
-    """How many each has."""
+    keys: Ints  # of one sample after another
+    numbers: Ints  # how many each has
 
 
 def sample_keys(texts: Iterable[bytes] | None, image_keys: Ints, num_images: Ints) -> SampleKeys:
@@ -53,12 +48,11 @@ def sample_keys(texts: Iterable[bytes] | None, image_keys: Ints, num_images: Int
     return SampleKeys(keys, np.maximum(num_images, 1))
 
 
-class HoldOut:
-    """Which images and texts are held out: a share of all, and those with some keys."""
+class HoldOut(NamedTuple):
+    """What is held out: a share of all images and texts, and those with some keys."""
 
-    def __init__(self, share: float = 0.0, keys: Ints | None = None) -> None:
-        self.share = share
-        self.keys = np.empty(0, np.int64) if keys is None else keys
+    share: float = 0.0
+    keys: Ints = np.empty(0, np.int64)
 
     def holds(self, keys: Ints) -> NDArray[np.bool_]:
         """Return, for the key of each image or text, whether it is held out."""

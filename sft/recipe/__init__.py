@@ -11,10 +11,8 @@ json_schema  the schema by which editors complete and check recipes
 """
 
 from sft.recipe.config import BUILT_BENCHMARKS as BUILT_BENCHMARKS
-from sft.recipe.config import CheckpointsConfig as CheckpointsConfig
 from sft.recipe.config import DataConfig as DataConfig
 from sft.recipe.config import DatasetConfig as DatasetConfig
-from sft.recipe.config import DistributedConfig as DistributedConfig
 from sft.recipe.config import EvaluationConfig as EvaluationConfig
 from sft.recipe.config import GroupConfig as GroupConfig
 from sft.recipe.config import LoraSettings as LoraSettings

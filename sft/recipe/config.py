@@ -41,20 +41,14 @@ def as_section(value: Any) -> Any:
     return {"store": value} if isinstance(value, str) else value
 
 
-def _as_list(value: Any) -> Any:
-    """Return one word as a list of it."""
-    return [value] if isinstance(value, str) else value
-
-
 Number = BeforeValidator(_no_truth_value)
-OneOrMore = BeforeValidator(_as_list)
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Positive = Annotated[int, Field(gt=0), Number]
 Share = Annotated[float, Field(gt=0), Number]
 Beta = Annotated[float, Field(ge=0, lt=1), Number]
 Seed = Annotated[int, Field(ge=0), Number]
 ImageStore = Literal["embed", "reference"]
-MOST_PIXELS = 178_956_970
-"""Pillow opens no larger image."""
+MOST_PIXELS = 178_956_970  # Pillow opens no larger image
 WARMUP_SHARE = 0.03
 """Part of the steps that warm-up takes under `training.epochs`, if nothing is said: that of LLaVA's recipes."""
 Scoring = Literal[
@@ -71,7 +65,7 @@ Rule = Literal[
 
 
 def _listed(table: Mapping[str, Optimizer] | Mapping[str, Engine]) -> str:
-    """`name`: its meaning. For each entry of a table."""
+    """Return `name`: its meaning, for each entry of a table."""
     return " ".join(f"`{name}`: {entry.meaning}." for name, entry in table.items())
 
 
@@ -140,9 +134,8 @@ class ModelConfig(_Part):
             raise ValueError("lora is set, but mode is full; set mode to lora or qlora, or leave lora out")
         both = sorted(set(self.trainable or ()) & {target.partition(".")[0] for target in self.lora.targets})
         if both:
-            raise ValueError(
-                f"trainable and lora.targets both name {both[0]}; train its weights or adapters of them, not both"
-            )
+            cure = "train its weights or adapters of them, not both"
+            raise ValueError(f"trainable and lora.targets both name {both[0]}; {cure}")
         return self
 
     @property
@@ -349,8 +342,7 @@ class TrainingConfig(_Part):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """Drop a key of earlier versions, a constant now, as the recipes of their runs have it; fill in that
-        `max_steps` brings no warm-up."""
+        """Drop a constant that recipes of earlier runs have as a key; fill in that `max_steps` brings no warm-up."""
         if not isinstance(values, dict):
             return values
         retired = {"max_nonfinite_steps"} if values.get("max_nonfinite_steps") == 3 else set()
@@ -371,10 +363,8 @@ class TrainingConfig(_Part):
         if self.final_learning_rate is not None:
             raise ValueError("final_learning_rate and decay_steps both say how the learning rate ends; leave one out")
         if self.decay_steps < self.max_steps:
-            raise ValueError(
-                f"decay_steps {self.decay_steps} is before max_steps {self.max_steps}: "
-                "the last steps would train nothing"
-            )
+            found = f"decay_steps {self.decay_steps} is before max_steps {self.max_steps}"
+            raise ValueError(f"{found}: the last steps would train nothing")
         return self
 
     @property
@@ -385,10 +375,7 @@ class TrainingConfig(_Part):
 
     def of_steps(self, steps: int) -> TrainingConfig:
         """Return the settings of a training that ends at a step, as planned: warm-up and decay are of so many steps.
-
-        Raises:
-            ValueError: its warm-up lasts longer.
-        """
+        Raise ValueError where its warm-up lasts longer."""
         warmup = ceil(WARMUP_SHARE * steps) if self.warmup_steps is None else self.warmup_steps
         if warmup >= steps > 1:
             raise ValueError(f"training.warmup_steps is {warmup}, and training ends after {steps} steps; lower it")
@@ -514,10 +501,8 @@ class Recipe(_Part):
             raise ValueError(f"training.micro_batch_packs {micro} does not divide the {step // pack} packs of a step")
         every, patience = self.evaluation.every_steps, self.evaluation.patience
         if every and every % self.checkpoints.every_steps:
-            raise ValueError(
-                f"evaluation.every_steps {every} is not a multiple of checkpoints.every_steps "
-                f"{self.checkpoints.every_steps}: what is evaluated is a checkpoint"
-            )
+            found = f"{every} is not a multiple of checkpoints.every_steps {self.checkpoints.every_steps}"
+            raise ValueError(f"evaluation.every_steps {found}: what is evaluated is a checkpoint")
         if patience and not every:
             raise ValueError("evaluation.patience counts evaluations during training; set evaluation.every_steps too")
         if self.training.max_steps and (self.training.warmup_steps or 0) >= self.training.max_steps:

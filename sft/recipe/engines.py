@@ -17,14 +17,10 @@ from sft.recipe.optimizers import OPTIMIZERS, OptimizerName
 class Engine:
     """What processes do with a model that they train."""
 
-    meaning: str
-    """What it is, for the reference of recipe keys."""
-    shards: bool = True
-    """Whether each process keeps only a share of the weights, gradients and optimizer states."""
-    is_half: bool = False
-    """Whether weights and gradients are half precision beside float32 masters, when computing in half precision."""
-    live_parameters: int | None = None
-    """How many parameters are gathered, and updated, at a time. None: a layer and the next one."""
+    meaning: str  # what it is, for the reference of recipe keys
+    shards: bool = True  # whether each process keeps only a share of the weights, gradients and optimizer states
+    is_half: bool = False  # whether weights and gradients are half precision beside float32 masters, if computing so
+    live_parameters: int | None = None  # so many are gathered, and updated, at a time; None: a layer and the next one
 
 
 ENGINES = {
@@ -58,30 +54,19 @@ def resolve_engine(asked: AskedEngine, mode: str, processes: int) -> EngineName:
 
 
 def check_can_shard(engine: EngineName, mode: str, optimizer: OptimizerName) -> None:
-    """Refuse what an engine that shards the model cannot do.
-
-    Raises:
-        UserError: weights are in 4 bits, or the optimizer's states cannot be sharded.
-    """
+    """Raise UserError for what an engine that shards the model cannot: weights in 4 bits, states of an optimizer."""
     if not ENGINES[engine].shards:
         return
     if mode == "qlora":
         raise UserError(f"distributed.engine: {engine} cannot shard weights in 4 bits; set ddp, or model.mode lora")
     if not OPTIMIZERS[optimizer].is_shardable:
         able = " or ".join(name for name, other in OPTIMIZERS.items() if other.is_shardable)
-        raise UserError(
-            f"training.optimizer: {engine} shards the states of {able}, not of {optimizer}; set {able}, or "
-            "distributed.engine ddp"
-        )
+        found = f"{engine} shards the states of {able}, not of {optimizer}"
+        raise UserError(f"training.optimizer: {found}; set {able}, or distributed.engine ddp")
 
 
 def check_engine_precision(engine: EngineName, precision: str) -> None:
-    """Refuse float16 under an engine that shards the model, which would have to scale sharded gradients.
-
-    Raises:
-        UserError: the precision is float16.
-    """
+    """Raise UserError for float16 under an engine that shards the model, which had to scale sharded gradients."""
     if ENGINES[engine].shards and precision == "float16":
-        raise UserError(
-            f"training.precision: {engine} does not train in float16; set float32, or distributed.engine ddp"
-        )
+        cure = "set float32, or distributed.engine ddp"
+        raise UserError(f"training.precision: {engine} does not train in float16; {cure}")

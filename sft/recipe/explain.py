@@ -1,10 +1,9 @@
 """What is wrong with a recipe: for each problem its line or override, what was found and what would be right."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from operator import eq
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,22 +14,19 @@ from sft.core.errors import nearest
 from sft.recipe.config import Recipe
 from sft.recipe.json_schema import dotted_keys
 
-Location = tuple[int | str, ...]
-"""The keys, and numbers of entries, that lead to a value, from the outermost on."""
+Location = tuple[int | str, ...]  # the keys, and numbers of entries, that lead to a value, from the outermost on
 
 
 def explain_problems(
     path: Path, node: yaml.Node | None, values: Any, changed: Any, overrides: Sequence[str]
 ) -> list[str]:
-    """Return the problems of a recipe, each with the line of its file or the override that caused it.
-
-    `node` and `values` are the file's content, `changed` its values after the overrides.
-    """
+    """Return the problems of a recipe, each with the line of its file or the override that caused it. `node` and
+    `values` are the file's content, `changed` its values after the overrides."""
     in_file = _problems(values)
     lines = []
     for problem, location in _problems(changed):
         is_own = (problem, location) in in_file
-        where = _line_in_file(path, node, location) if is_own else _blame(overrides, problem, location)
+        where = f"{path}{_line(node, location)}" if is_own else _blame(overrides, problem, location)
         lines.append(f"{where}: {problem}")
     return lines
 
@@ -41,8 +37,7 @@ def explain_overrides(values: Any, overrides: Sequence[str]) -> list[str]:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Return the problems of an error, without lists that are too short only because an entry is wrong, and without
-    keys that are missing only because they are misspelt."""
+    """Return the problems of an error, but none that follow from others: lists too short and keys missing for these."""
     problems = error.errors()
     around = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
@@ -156,8 +151,7 @@ def _hint_from_others(name: str) -> str:
 
 
 def _hint(location: Location) -> str:
-    """Return a hint at the key that an unknown one may stand for: one of the same name in another part, else of a near
-    name."""
+    """Return a hint at the key that an unknown one stands for: one of the same name elsewhere, else of a near name."""
     name = str(location[-1])
     near = nearest(name, _part_at(location[:-1]).model_fields)
     if len(location) > 2 and near:  # deeper, names like `path` mean other things
@@ -184,29 +178,16 @@ def _hint_elsewhere(name: str, likeness: float) -> str:
 
 
 def _blame(overrides: Sequence[str], problem: str, location: Location) -> str:
-    """Return the overrides that may have caused a problem: those of the key, of what it is in, and of what is in it; of
-    these, if the problem names some, only those."""
-    place = [str(part) for part in location]
-
-    def key_of(override: str) -> list[str]:
-        return override.partition("=")[0].split(".")
-
-    def stands_there(override: str) -> bool:
-        return all(one == other for one, other in zip(key_of(override), place, strict=False))
-
-    there = [override for override in overrides if stands_there(override)] or overrides
-    blamed = [override for override in there if key_of(override)[-1] in problem] or there
+    """Return the overrides that may have caused a problem: of its key, around it or in it; of these what it names."""
+    keys = {override: override.partition("=")[0].split(".") for override in overrides}
+    there = [override for override, key in keys.items() if all(map(eq, key, map(str, location)))] or overrides
+    blamed = [override for override in there if keys[override][-1] in problem] or there
     return f"override{'s' * (len(blamed) > 1)} {', '.join(map(repr, blamed))}"
 
 
-def _line_in_file(path: Path, node: yaml.Node | None, location: Location) -> str:
-    line = _line(node, location)
-    return f"{path}:{line}" if line else str(path)
-
-
-def _line(node: yaml.Node | None, location: Location) -> int | None:
-    """Return the line of the deepest key of `location` that the file has."""
-    line = None
+def _line(node: yaml.Node | None, location: Location) -> str:
+    """Return `:` and the line of the deepest key of `location` that the file has, nothing where it has none."""
+    line = 0
     for part in location:
         if isinstance(node, yaml.MappingNode):
             match = [(key, value) for key, value in node.value if key.value == part]
@@ -218,7 +199,7 @@ def _line(node: yaml.Node | None, location: Location) -> int | None:
             line = node.start_mark.line + 1
         else:
             break
-    return line
+    return f":{line}" if line else ""
 
 
 def _part_at(location: Location) -> type[BaseModel]:

@@ -9,8 +9,6 @@ at the head of a recipe finds it wherever the two are. VS Code (with the extensi
 read that line, by yaml-language-server.
 """
 
-from __future__ import annotations
-
 import json
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin

@@ -3,8 +3,6 @@
 An override is dotted, `training.max_steps=100`, and its value is read as YAML.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -21,12 +19,8 @@ MAX_RECIPE_BYTES = 1024 * 1024
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply dotted overrides.
-
-    Raises:
-        UserError: the file or an override is wrong; the message has the line or the override, what was found and what
-            would be right.
-    """
+    """Read a recipe and apply dotted overrides. Where one of them is wrong raise a UserError with the line or the
+    override, what was found and what would be right."""
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; is this a recipe?")
     try:
@@ -50,11 +44,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """Apply dotted overrides to a recipe; keys that it left out get their defaults anew.
-
-    Raises:
-        UserError: it would not be a recipe.
-    """
+    """Apply dotted overrides to a recipe, whose omitted keys get their defaults anew; or raise UserError."""
     values = recipe.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
         _apply(values, override, overrides)

@@ -1,5 +1,6 @@
 """What a file holds is told by its bytes, whatever it is called and whichever adapter reads it."""
 
+import csv
 import gzip
 import io
 import json
@@ -17,7 +18,8 @@ from helpers.stores import encoded
 
 from sft.core.errors import UserError
 from sft.core.sample import SkipSample
-from sft.data.formats import read_csv, read_records, record_limit
+from sft.data.formats import read_records, record_limit
+from sft.data.formats.csv_text import read_csv
 
 ROWS = [{"a": 1, "b": ["x"]}, {"a": 2, "b": ["\u2028é"]}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -163,6 +165,15 @@ def test_csv_has_a_header_and_rows_that_may_hold_lines(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     (row,) = read_records(tmp_path / name)
     assert row == {"file_name": "0.jpg", "text": 'a, "b"\nc', "__from__": f"{name}:2", "__at__": 1.0}
+
+
+def test_the_limit_of_csv_for_other_readers_stays(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    before = csv.field_size_limit()
+    with record_limit(before // 2):
+        for _ in read_csv(tmp_path / "x.csv"):
+            assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == before
 
 
 def test_what_is_wrong_with_csv_is_said(tmp_path):

@@ -114,7 +114,7 @@ def test_nothing_may_fit(template, tmp_path):
 
 
 def test_another_template_or_tokenizer_has_another_fingerprint(template, tokenizer):
-    other = ChatTemplate(template.template.replace("User:", "Human:"), tokenizer, TOY_IMAGES)
-    assert encoding_name(other) != encoding_name(template)
-    assert encoding_name(ChatTemplate(template.template, tokenizer, TOY_IMAGES)) == encoding_name(template)
-    assert encoding_name(template, Limits(8, 2)) != encoding_name(template, Limits(9, 2))
+    other, limits = ChatTemplate(template.template.replace("User:", "Human:"), tokenizer, TOY_IMAGES), Limits(8, 2)
+    name = encoding_name(template, limits)
+    assert encoding_name(other, limits) != name != encoding_name(template, Limits(9, 2))
+    assert encoding_name(ChatTemplate(template.template, tokenizer, TOY_IMAGES), limits) == name

@@ -26,20 +26,19 @@ from sft.core.sample import SkipSample
 from sft.data import formats
 from sft.data.formats import (
     find_files,
-    index_base64_object,
     json_text,
     read_json,
     read_json_items,
-    read_json_list,
-    read_json_object,
     read_jsonl,
     read_parquet,
-    read_tar,
     record_limit,
 )
 from sft.data.formats import parquet as parquet_reader
 from sft.data.formats import tar as tar_reader
-from sft.data.formats.rows import TOO_DEEP, TOO_LONG
+from sft.data.formats.base64_object import index_base64_object
+from sft.data.formats.json_text import TOO_DEEP, read_json_list, read_json_object
+from sft.data.formats.rows import TOO_LONG
+from sft.data.formats.tar import read_tar
 
 MEGABYTE = 1024 * 1024
 

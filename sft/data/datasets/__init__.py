@@ -18,8 +18,6 @@ and, where they are of use:
 functions; a recipe sets them under `options`. A dotted name in the recipe loads a module of your own.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterable, Mapping
@@ -44,63 +42,41 @@ class Adapter:
     """A dataset's module, bound to raw files and options."""
 
     def __init__(self, name: str, path: str | None, split: str, options: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            UserError: no such adapter, no path for one that needs it, or an option it does not have.
-        """
+        """Raise UserError for no such adapter, no path where it needs one, or an option that it does not have."""
         self.name = name
         self.module = _load(name)
         self.split = split
         self.asked = path
+        self.is_of_hub = path is not None and getattr(self.module, "READS_HUB", False) and is_hub_id(path)
+        """The path names a dataset of the hub, and nothing here."""
+        self.licence = str(getattr(self.module, "LICENCE", "not stated"))  # of the data, as published
+        self.version = int(getattr(self.module, "VERSION", 1))  # raised when the same records become other samples
         self.path = self._path(path)
         self.options = dict(options)
-        self.folder: Path | None = None
-        """What holds the files, where they are in several folders."""
+        self.folder: Path | None = None  # what holds the files, where they are in several folders
         functions = [getattr(self.module, name, None) for name in ("files", "beside", "rows", "to_sample")]
         known = {name: kind for function in functions if function for name, kind in _options(function).items()}
         known |= {"config": str} if self.is_of_hub else {}
         for option, value in options.items():
             if option not in known:
-                raise UserError(
-                    f"dataset {name!r}: unknown option {option!r}{nearest(option, known)}"
-                    f" (known: {', '.join(known) or 'none'})"
-                )
+                names = f"{nearest(option, known)} (known: {', '.join(known) or 'none'})"
+                raise UserError(f"dataset {name!r}: unknown option {option!r}{names}")
             _check_option(name, option, value, known[option])
 
     def __reduce__(self) -> tuple[object, ...]:
         return Adapter, (self.name, self.asked if self.is_of_hub else str(self.path), self.split, self.options)
 
-    @property
-    def licence(self) -> str:
-        """Of the data, as published."""
-        return str(getattr(self.module, "LICENCE", "not stated"))
-
-    @property
-    def version(self) -> int:
-        """Raised when the same records become other samples."""
-        return int(getattr(self.module, "VERSION", 1))
-
     def files(self) -> list[Path]:
-        """Return the raw files, in a fixed order.
-
-        Raises:
-            UserError: there are none.
-        """
-        files = self._hub_files if self.is_of_hub else self._files()
+        """Return the raw files, in a fixed order; raise UserError where there are none."""
+        if self.is_of_hub:
+            files = self._hub_files
+        elif hasattr(self.module, "files"):
+            files = list(self.module.files(self.path, self.split, **self._own(self.module.files)))
+        else:
+            files = [self.path]
         folders = {file.parent for file in files}
         self.folder = Path(os.path.commonpath(folders)) if len(folders) > 1 else None
         return files
-
-    def _files(self) -> list[Path]:
-        if not hasattr(self.module, "files"):
-            return [self.path]
-        return list(self.module.files(self.path, self.split, **self._own(self.module.files)))
-
-    @property
-    def is_of_hub(self) -> bool:
-        """Return whether the path names a dataset of the hub, and nothing here."""
-        reads_hub = getattr(self.module, "READS_HUB", False)
-        return reads_hub and self.asked is not None and is_hub_id(self.asked)
 
     @cached_property
     def _hub_files(self) -> list[Path]:
@@ -129,11 +105,7 @@ class Adapter:
         return self.keys.not_read(row, sample if self.keys.is_conversation else None) if self.keys else ()
 
     def to_sample(self, row: Row) -> Sample:
-        """Return one record as a sample.
-
-        Raises:
-            SkipSample: the record is left out, with a named reason.
-        """
+        """Return one record as a sample; raise SkipSample where it is left out, with a named reason."""
         if self.keys and self.keys.is_conversation:
             self.keys.check_meaning(row)
         sample: Sample = self.module.to_sample(row, self.path, **self._sample_options)
@@ -166,7 +138,9 @@ class Adapter:
             found = resolve(path)
             if not found.exists() and not self.is_of_hub:
                 near = nearest(found.name, os.listdir(found.parent)) if found.parent.is_dir() else ""
-                raise UserError(f"dataset {self.name!r}: path {path} does not exist{near}{_how_to_get(self.name)}")
+                is_own = self.name == "messages" or "." in self.name  # and not to be downloaded
+                cure = "" if is_own else f"; docs/data.md#{self.name} has the command that downloads it"
+                raise UserError(f"dataset {self.name!r}: path {path} does not exist{near}{cure}")
             return hub_cache() if self.is_of_hub else found
         if not hasattr(self.module, "default_path"):
             raise UserError(f"dataset {self.name!r}: needs `path`, the folder or file of its raw data")
@@ -181,14 +155,6 @@ def _below(row: Row | SkipSample, name: str, path: str) -> Row | SkipSample:
     elif str(row.get("__from__")).startswith(name):
         row["__from__"] = path + row["__from__"].removeprefix(name)
     return row
-
-
-def _how_to_get(dataset: str) -> str:
-    """Return a hint how to get a published dataset, which has to be downloaded first; one's own data are where the user
-    says."""
-    if dataset == "messages" or "." in dataset:
-        return ""
-    return f"; docs/data.md#{dataset} has the command that downloads it"
 
 
 def _check_option(dataset: str, option: str, value: Any, kind: Any) -> None:

@@ -3,8 +3,6 @@
 A turn is {"role" or "from", "content" or "value"}; content is a string or a list of parts. docs/data.md has a table.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
@@ -29,8 +27,7 @@ LLAVA = Keys.of(" ".join(("image images conversations model", *SYSTEMS)), turn=T
 
 _MARKS = re.compile(r"<image>|<ImageHere>|<img>([^<>\n]+)</img>")
 
-Find = Callable[[Any], ImageRef]
-"""Returns the image file with a name, or raises SkipSample."""
+Find = Callable[[Any], ImageRef]  # returns the image file with a name, or raises SkipSample
 _ENCODED = re.compile("(?i:data:)[^,]*,|(?=(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{24})")  # PNG, JPEG, GIF, WebP
 
 
@@ -51,13 +48,9 @@ def to_messages(
     row: Row, turns: object, images: Sequence[Any], find: Find, *, is_marked: bool = True, trims: bool = False
 ) -> tuple[Message, ...]:
     """Return turns as messages, after the system text that stands beside them. Without any marker images stand first.
-
     `is_marked` says whether `<image>` in a string is a marker, and not a word. `trims` leaves out an answer before the
-    first question and a question behind the last answer, as LLaVA does.
-
-    Raises:
-        SkipSample: the turns are not a conversation, or do not match the images.
-    """
+    first question and a question behind the last answer, as LLaVA does. Raise SkipSample where the turns are not a
+    conversation, or do not match the images."""
     if not isinstance(turns, list):
         raise no_messages(row, ("conversations",) if trims else ("messages", "conversations"))
     system = [{"role": "system", "content": row[name]} for name in SYSTEMS if row.get(name)]
@@ -87,8 +80,7 @@ def to_messages(
 
 
 def no_messages(row: Row, names: Sequence[str], pairs: Sequence[str] = ()) -> SkipSample:
-    """Return the reason to skip a record in which no turns are found under the names; `pairs` are the names of a
-    question and an answer."""
+    """Return the reason to skip a record without turns under the names; `pairs` name a question and an answer."""
     found = [key for key in row if not key.startswith("__")]
     empty = [f"{name} is {'empty' if not row[name] else type(row[name]).__name__}" for name in names if name in row]
     others = [key.strip().lower() for key in found if not is_image_key(key) and key not in names]
@@ -202,11 +194,8 @@ def _part(part: Any) -> str | _Place:
 
 
 def _unnamed_images(row: Row, turns: list[_Turn], images: Sequence[Any]) -> list[Any]:
-    """Return the images that markers without a name take in turn; without any marker, put all of them first.
-
-    Raises:
-        SkipSample: markers and images differ in number, or an index is none of an image.
-    """
+    """Return the images that markers without a name take in turn; without any marker, put all of them first. Raise
+    SkipSample where markers and images differ in number, or an index is none of an image."""
     places = [item for turn in turns for item in turn.items if isinstance(item, _Place)]
     named = [place.number for place in places if place.number is not None]
     if wrong := [index for index in named if type(index) is not int or not 0 <= index < len(images)]:

@@ -3,8 +3,6 @@
 `m3it.py` says what these templates rest on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from sft.core.sample import SkipSample
@@ -36,10 +34,6 @@ def _question(row: Row) -> str:
 def general(row: Row) -> tuple[str, str]:
     inputs = "" if row["__subset__"] in WITHOUT_QUESTION else _question(row)
     return inputs, text_of(row, "answer", "outputs", "output", "caption", "response")
-
-
-def _caption(row: Row) -> tuple[str, str]:
-    return "", text_of(row, "caption")
 
 
 def _story(row: Row) -> tuple[str, str]:
@@ -106,8 +100,7 @@ def _class_options(row: Row) -> tuple[str, str]:
 
 
 def _region(row: Row) -> tuple[str, str]:
-    """Return options and answer of coco-goi: a heading and then an option a line, of which M3IT.py keeps 24, for the
-    letters' sake."""
+    """Return options and answer of coco-goi: after a heading an option a line, of which M3IT.py keeps 24."""
     options = [option.strip() for option in text_of(row, "input").strip().split("\n")[1:25]]
     if not (answer := text_of(row, "outputs").strip()):
         raise SkipSample("empty message")
@@ -123,7 +116,7 @@ def _lettered(options: list[str], answer: str) -> tuple[str, str]:
 
 
 TEMPLATES: dict[str, Callable[[Row], tuple[str, str]]] = {
-    "coco": _caption,
+    "coco": lambda row: ("", text_of(row, "caption")),
     "vist": _story,
     "shapes": _shapes,
     "okvqa": _paraphrase,

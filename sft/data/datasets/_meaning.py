@@ -52,8 +52,7 @@ class Keys(NamedTuple):
     record: frozenset[str]
     turn: frozenset[str]
     part: frozenset[str]
-    rounds: frozenset[str]
-    """Of records without turns, and of `texts`."""
+    rounds: frozenset[str]  # of records without turns, and of `texts`
     is_conversation: bool
 
     @classmethod
@@ -76,11 +75,7 @@ class Keys(NamedTuple):
             yield from ((f"empty {key}", row[key]) for key in row if key in self.record and is_image_key(key))
 
     def check_meaning(self, row: Row) -> None:
-        """Check that nothing beside what is read changes what a record means.
-
-        Raises:
-            SkipSample: another key, a role or a type of part changes what the record means.
-        """
+        """Raise SkipSample where a key that is not read, a role or a type of part changes what a record means."""
         for level, holder, known in self._holders(row):
             for key, value in holder.items():
                 if key not in known and (reason := _meaning(key, value)):
@@ -91,11 +86,7 @@ class Keys(NamedTuple):
                     raise SkipSample(reason, detail=f"{level}{key} {value!r}")
 
     def check_texts(self, row: Row, sample: Sample) -> None:
-        """Check that no text of a record with images has a placeholder that is not read.
-
-        Raises:
-            SkipSample: a text has what stands for an image, a video or a box, and the record or its file has such.
-        """
+        """Raise SkipSample where a text stands for an image, video or box, and the record or its file has such."""
         has_media = (
             "__images__" in row
             or sample.images

@@ -15,8 +15,6 @@ Known defects: instructions name images that are not there; `<image>` and line b
 many leading zeros was quoted in Otter#329, so ids are compared without them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -26,19 +24,10 @@ from typing import Any
 from sft.core.errors import UserError
 from sft.core.images import MAX_BYTES, TOO_MANY_BYTES, base64_image
 from sft.core.sample import ImageRef, Message, SkipSample, question_and_answer
-from sft.data.formats import (
-    FileRange,
-    Row,
-    batches,
-    index_base64_object,
-    is_table,
-    read_json_items,
-    read_records,
-    require_file,
-)
+from sft.data.formats import Row, batches, is_table, read_json_items, read_records, require_file
+from sft.data.formats.base64_object import FileRange, index_base64_object
 
-BLOCK_BYTES = 512 * 1024 * 1024
-"""So much of an image parquet is held in memory, about."""
+BLOCK_BYTES = 512 * 1024 * 1024  # so much of an image parquet is held in memory, about
 
 
 def patterns(name: str, split: str) -> list[str]:
@@ -64,11 +53,7 @@ def read_instructions(file: Path, *, multi_turn: bool, with_images: bool = True)
 
 
 def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
-    """Return both images and the question, the answer, and further turns where there are some.
-
-    Raises:
-        SkipSample: no text where there should be one.
-    """
+    """Return both images and the question, the answer, and further turns; raise SkipSample where a text is missing."""
     question, answer = _question_and_answer(row)
     messages = question_and_answer((*images, question), answer)
     for question, answer in map(_question_and_answer, row.get("__further__", ())):
@@ -77,17 +62,13 @@ def to_messages(row: Row, images: tuple[ImageRef, ...]) -> tuple[Message, ...]:
 
 
 def two_images(row: Row) -> tuple[ImageRef, ...]:
-    """Return the images of a row, in its order.
-
-    Raises:
-        SkipSample: not two, or one of them is absent or broken.
-    """
+    """Return the images of a row, in its order; raise SkipSample unless there are two, and both are whole."""
     ids = " ".join(filter(None, _names(row)))[:200]
     return tuple(_image(source, detail=ids) for source in two_of(row.get("images")))
 
 
 def two_of(images: object) -> list[Any]:
-    """Return the list itself when it has two items."""
+    """Return the list itself when it has two items, else raise SkipSample."""
     if not isinstance(images, list):
         raise SkipSample("images are not a list")
     if len(images) != 2:
@@ -127,22 +108,14 @@ def _text(record: Row, name: str) -> str:
     return text.strip()
 
 
-# ------------------------------------------------------------------------------------------------ instructions
-
-
 def _instructions(file: Path) -> Iterator[Row | SkipSample]:
     for name, record in read_json_items(file, "data"):
-        if isinstance(record, dict):
-            yield record | {"__further__": []}
-        else:
-            yield SkipSample("record is not a JSON object", detail=name)
+        yield record if isinstance(record, dict) else SkipSample("record is not a JSON object", detail=name)
 
 
 def _dialogues(file: Path) -> Iterator[Row | SkipSample]:
-    """Yield instructions with those related ones as further turns that show the same images; each is used once.
-
-    All texts are held in memory: 5 MB for SD, about 50 MB for CGD.
-    """
+    """Yield instructions with those related ones as further turns that show the same images; each is used once. All
+    texts are held in memory: 5 MB for SD, about 50 MB for CGD."""
     records = dict(read_json_items(file, "data"))
     used: set[str] = set()
     for name, record in records.items():
@@ -176,9 +149,6 @@ def _is_sound(record: object) -> bool:
     return all(_names(record))
 
 
-# ------------------------------------------------------------------------------------------------------ images
-
-
 def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
     """Yield instructions with the images of NAME.json or NAME.parquet beside them."""
     name, is_named, _ = file.name.partition("_instructions")
@@ -186,38 +156,28 @@ def _with_images(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Ro
         raise UserError(f"{file}: an object, as the instructions of MIMIC-IT are; expected NAME_instructions.json")
     in_json, in_parquet = file.with_name(f"{name}.json"), file.with_name(f"{name}.parquet")
     if in_json.is_file() and in_json != file:
-        return _with_places(records, in_json)
+        places = {_plain(name): place for name, place in index_base64_object(in_json).items()}
+        return (_with(record, places) for record in records)
     return _from_parquet(records, require_file(in_parquet, f"the images of {file.name}, here or in {in_json.name}"))
-
-
-def _with_places(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
-    places = {_plain(name): place for name, place in index_base64_object(file).items()}
-    for record in records:
-        yield record if isinstance(record, SkipSample) else _with(record, places)
 
 
 def _from_parquet(records: Iterator[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
     """Yield instructions with images of the parquet file, which is read through once for every block of instructions;
-    what the block shows fits BLOCK_BYTES.
-
-    Images cannot be read one at a time: pandas writes up to a million rows as one row group, here the whole file.
-    """
+    what the block shows fits BLOCK_BYTES. Images cannot be read one at a time: pandas writes up to a million rows as
+    one row group, here the whole file."""
     with _open_parquet(file) as parquet:
         bytes_per_image = file.stat().st_size // max(parquet.metadata.num_rows, 1)
     block_size = max(BLOCK_BYTES // max(2 * bytes_per_image, 1), 1)
     while block := list(islice(records, block_size)):
-        yield from _block_from_parquet(block, file)
+        shown = {name for record in block if isinstance(record, dict) for name in _names(record)[:2]}
+        images = {name: image for name, image in _read_images(file) if name in shown}
+        yield from (_with(record, images) for record in block)
 
 
-def _block_from_parquet(block: list[Row | SkipSample], file: Path) -> Iterator[Row | SkipSample]:
-    shown = {name for record in block if isinstance(record, dict) for name in _names(record)[:2]}
-    images = {name: image for name, image in _read_images(file) if name in shown}
-    for record in block:
-        yield record if isinstance(record, SkipSample) else _with(record, images)
-
-
-def _with(record: Row, images: Mapping[Any, Any]) -> Row:
+def _with(record: Row | SkipSample, images: Mapping[Any, Any]) -> Row | SkipSample:
     """Return the record with its images, None for one that is absent."""
+    if isinstance(record, SkipSample):
+        return record
     has_ids = isinstance(record.get("image_ids"), list)
     return record | {"images": [images.get(name) for name in _names(record)] if has_ids else None}
 

@@ -5,8 +5,6 @@ hold all as `<id>.jpg` in one folder. Some files of VG_100K_2 are empty in some 
 skipped when they are read.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
@@ -16,11 +14,7 @@ from sft.core.sample import ImageRef, SkipSample
 
 
 def image_of(image_id: object, folder: Path) -> ImageRef:
-    """Return the image with this id, a whole number or a string of its digits, below `folder`.
-
-    Raises:
-        SkipSample: not an id, or no such file.
-    """
+    """Return the image with this id, a whole number or its digits, below `folder`, or raise SkipSample."""
     if isinstance(image_id, bool) or not re.fullmatch("[0-9]{1,12}", str(image_id)):
         raise SkipSample("image id is not a number", detail=repr(image_id)[:200])
     for name in (f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg", f"{image_id}.jpg"):

@@ -8,8 +8,6 @@ Three forms of the same data:
     captions   "a blue circle" as a document, for images whose colour and shape some answer gives
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +67,7 @@ def _captions(questions: list[tuple[str, str, int]], split: str) -> Iterator[Row
 
 
 def to_sample(row: Row, path: Path, *, form: Form = "questions", seed: int = 0) -> Sample:
-    """Return one question and its answer. `seed` and the row's key draw the order of options, so that it depends on
-    nothing else."""
+    """Return one question and its answer. `seed` and the row's key alone draw the order of options."""
     key = f"easy_vqa/{row['key']}"
     image = ImageRef(source=path / row["split"] / "images" / f"{row['image']}.png")
     if form == "captions":

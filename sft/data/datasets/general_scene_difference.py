@@ -5,8 +5,6 @@ high, or at full size from COCO train2017, where `image_folder` says where that 
 `000000328270.jpg`. An id of 16 digits was quoted in Otter#329, so the number counts, not its zeros.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,8 @@ from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets import _mimic_it
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._mimic_it import patterns, read_instructions, to_messages, two_images, two_of
-from sft.data.datasets.llava_instruct import folder_of, image_of
-from sft.data.formats import Row, find_files
+from sft.data.datasets.llava_instruct import image_of
+from sft.data.formats import Row, find_files, folder_of
 
 LICENCE = "tagged MIT; the agreement on the hub allows scientific or research use only"
 KEYS = Keys.of("instruction answer images image_ids rel_ins_ids")
@@ -43,8 +41,7 @@ def rows(
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """Return one dialogue. `image_folder` has COCO's files or its `train2017`; relative to the data's folder, or
-    absolute."""
+    """Return one dialogue. `image_folder`, relative to the data's or absolute, has COCO's files or its `train2017`."""
     if image_folder is None:
         images = two_images(row)
     else:

@@ -18,8 +18,6 @@ and defaults to it.
 for PMD; whether the final runs kept it is not known.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -30,7 +28,7 @@ from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Message, Sample, SkipSample
 from sft.data.datasets._meaning import Keys
-from sft.data.formats import Row, find_files, read_records
+from sft.data.formats import Row, find_files, folder_of, read_records
 
 LICENCE = "LAION: CC-BY-4.0 for URLs and captions; PMD: that of each source; images belong to their owners"
 IMAGES = ("image", "image.jpeg", "jpg", "jpeg", "png", "webp")
@@ -70,7 +68,7 @@ def to_sample(
     if _status(row) != "success":
         raise SkipSample("download failed", filtered=True)
     key = f"image_text_pairs/{row['__from__']}"
-    folder = (path if path.is_dir() else path.parent) / (image_folder or "")
+    folder = folder_of(path) / (image_folder or "")
     image = _image(row, _columns(image_column, IMAGES), folder)
     text = _only(row, _columns(text_column, TEXTS), "text_column")
     if text is None:
@@ -100,8 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def _status(row: Row) -> object:
-    """Return what became of the download, from the row or from the json member of a tar: success where neither says
-    anything."""
+    """Return what became of the download, by the row or the json member of a tar: success where neither says."""
     if "__key__" in row and row.get("json") is not None:
         row = _json_object(row["json"])
     return row.get("status") or "success"

@@ -17,17 +17,15 @@ Known defects: `<image>` stands before the question or after it; ids are not uni
 a leading answer; a last question trains nothing, and is dropped too. Turns are otherwise read as those of `messages`.
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from sft.core.images import local_image
 from sft.core.sample import ImageRef, Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
-from sft.data.formats import Row, read_records, require_file
+from sft.data.formats import Row, folder_of, require_file
+from sft.data.formats.records import rows as rows
 
 LICENCE = "CC-BY-4.0"
 READS_HUB = True
@@ -46,22 +44,12 @@ def files(path: Path, split: str) -> list[Path]:
     return [require_file(path / part, f"{MERGED} or all of {', '.join(PARTS)}") for part in PARTS]
 
 
-def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the records of one list."""
-    return read_records(file)
-
-
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
     """Return one conversation. `image_folder` is relative to the data's folder, which it is when not given."""
     find = partial(image_of, folder=folder_of(path) / (image_folder or ""))
     images = listed_images(row)
     messages = to_messages(row, row.get("conversations"), images, find, trims=True)
     return Sample(key=f"llava_instruct/{row['__from__']}", messages=messages)
-
-
-def folder_of(path: Path) -> Path:
-    """Return the data's folder, where the path is the folder or its file."""
-    return path if path.is_dir() else path.parent
 
 
 def image_of(name: object, folder: Path) -> ImageRef:

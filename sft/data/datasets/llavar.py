@@ -8,8 +8,6 @@ that they too come last is assumed. A list of any other name is taken whole, as 
 Images come in `finetune.zip`, unpacked to `finetune/<image>`. Their names look like COCO's but are made up.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -17,8 +15,8 @@ from pathlib import Path
 
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets._conversation import LLAVA, to_messages
-from sft.data.datasets.llava_instruct import folder_of, image_of
-from sft.data.formats import Row, find_files, read_records
+from sft.data.datasets.llava_instruct import image_of
+from sft.data.formats import Row, find_files, folder_of, read_records
 
 LICENCE = "CC-BY-NC-4.0"
 KEYS = LLAVA
@@ -32,8 +30,7 @@ def files(path: Path, split: str) -> list[Path]:
 
 
 def rows(file: Path, split: str, *, own_records: int | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the last `own_records` of the list; when not given, as many as the published file of this name has, else
-    all."""
+    """Yield the last `own_records` of the list; left out, as many as the published file of this name has, else all."""
     own = OWN_RECORDS.get(file.name) if own_records is None else own_records
     if own is None:
         yield from read_records(file)

@@ -13,17 +13,14 @@ Known defects: GPT-4's coordinates ("X:10 Y:20 Width:30 Height:40", in pixels) a
 negative answers speak of what is not "mentioned", as if the image were its caption; some questions are statements.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
 from sft.data.datasets._visual_genome import image_of
-from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, read_records
+from sft.data.formats import Row, find_files, folder_of
+from sft.data.formats.records import rows as rows
 
 LICENCE = "not stated (code BSD-3-Clause)"
 KEYS = Keys.of("image_id question answer task")
@@ -34,11 +31,6 @@ COORDINATES = re.compile(rf"\b(X{NUMBER}\W{{0,3}}Y{NUMBER}|Width{NUMBER}\W{{0,3}
 def files(path: Path, split: str) -> list[Path]:
     """Return the file, or `filter_cap.json` of the folder."""
     return find_files(path, "filter_cap.json", what="a list of LRV-Instruction; one of another name is named in `path`")
-
-
-def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the records of the list, bare or under `annotations`."""
-    return read_records(file)
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str = "image", with_coordinates: bool = True) -> Sample:

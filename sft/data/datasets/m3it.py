@@ -23,8 +23,6 @@ Known defects: some science-qa questions have no image (they become text); answe
 `train_2023-10-08.jsonl` and its like hold the `-rephrased` subsets, which say their base subset again.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -62,19 +60,12 @@ VERSIONS = ("_v2", "_new", ".large", "")
 """Of one split, best first: what was uploaded again is the repaired one; okvqa's answers are only in `_v2`."""
 
 IMAGE_FIELDS = ("image_base64_str", "image_str", "img_str", "image_base64", "image", "images")
-MAX_DOCVQA_CHARACTERS = 1_000_000
-"""Of base64; create_m3it.py: "Keeps 23097/39463"."""
-
-
-# -------------------------------------------------------------------------------------------------------- files
+MAX_DOCVQA_CHARACTERS = 1_000_000  # of base64; create_m3it.py: "Keeps 23097/39463"
 
 
 def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[Path]:
     """Return the files of the chosen subsets. `path` is the dataset, its `data`, one subset's folder, or one file.
-
-    Raises:
-        UserError: an unknown subset, or one whose files are not there.
-    """
+    Raise UserError for a subset that is unknown, or whose files are not there."""
     chosen = _chosen(subsets)
     if path.is_file():
         return [path]
@@ -85,10 +76,8 @@ def files(path: Path, split: str, *, subsets: list[str] | None = None) -> list[P
     if missing := [name for name in chosen if not found[name]]:
         there = ", ".join(name for name in chosen if found[name])
         cure = f"; to train on the others alone, set subsets: [{there}]" if there else ""
-        raise UserError(
-            f"{path}: no {split} file of the M3IT subsets {', '.join(missing)}; expected <task>/<subset>/ folders with"
-            f" {split}.jsonl or a known variant of that name{cure}"
-        )
+        expected = f"<task>/<subset>/ folders with {split}.jsonl or a known variant of that name"
+        raise UserError(f"{path}: no {split} file of the M3IT subsets {', '.join(missing)}; expected {expected}{cure}")
     return [file for name in chosen for file in found[name]]
 
 
@@ -139,16 +128,9 @@ def beside(file: Path) -> list[Path]:
     return [path for name in names if (path := file.with_name(name)).is_file()]
 
 
-# --------------------------------------------------------------------------------------------------------- rows
-
-
 def rows(file: Path, split: str, *, subsets: list[str] | None = None, seed: int = 0) -> Iterator[Row | SkipSample]:
     """Yield the rows of a file, those of the raw form brought into the loader form; `seed` and its key draw a row's
-    instruction and the order of its options.
-
-    Raises:
-        UserError: the rows need instructions or class names, and the file with them is missing.
-    """
+    instruction and the order of its options. Raise UserError where the file of instructions or classes is missing."""
     subset = subsets[0] if subsets and len(subsets) == 1 else _subset_of(file)
     instructions: list[str] = []
     for row in read_records(file):
@@ -221,9 +203,6 @@ def _captions(row: Row) -> list[Row]:
     if not isinstance(captions, list) or not captions:
         return [row]  # has no caption, and is left out for it
     return [row | {"__key__": f"{row['__key__']}/{number}", "caption": one} for number, one in enumerate(captions, 1)]
-
-
-# ------------------------------------------------------------------------------------------------------ samples
 
 
 def to_sample(row: Row, path: Path) -> Sample:

@@ -12,8 +12,6 @@ Raw layout: a file of one such object a line (.jsonl), of one list (.json) or of
 holds `<split>.jsonl`, `.json` or `.parquet`, or `<split>-00000-of-00002.parquet` and so on, as the hub has them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -28,7 +26,7 @@ from sft.core.sample import ImageRef, Role, Sample, SkipSample
 from sft.data.datasets import _conversation
 from sft.data.datasets._conversation import PART_KEYS, SYSTEMS, TURN_KEYS, is_texts, listed_images, to_messages
 from sft.data.datasets._meaning import FLAGS, Keys, is_image_key
-from sft.data.formats import Row, read_json, read_records, record_files
+from sft.data.formats import Row, folder_of, read_json, read_records, record_files
 
 LICENCE = "your own"
 READS_HUB = True
@@ -45,13 +43,11 @@ KEYS = Keys.of(
 )
 
 
-# -------------------------------------------------------------------------------------------------------- files
-
-
 def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Path]:
     """Return the file itself, or the split's file of the folder."""
-    if image_folder is not None and not _images_of(path, image_folder).is_dir():
-        raise UserError(f"{_images_of(path, image_folder)}: no such folder; expected images (option image_folder)")
+    images = folder_of(path) / (image_folder or "")
+    if image_folder is not None and not images.is_dir():
+        raise UserError(f"{images}: no such folder; expected images (option image_folder)")
     if path.is_file():
         return [path]
     name = re.escape(split)
@@ -61,11 +57,9 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
         found = found or record_files(folder, stem)  # of the hub, of the cache of `datasets`
     if found := found or _saved_files(path, split) or record_files(path, "metadata"):
         return _checked_parts(path, found)
-    raise UserError(
-        f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; the folder holds "
-        f"{_listed(entry.name + '/' * entry.is_dir() for entry in path.iterdir()) or 'nothing'}; "
-        "name the file after the split, or say which by the path"
-    )
+    there = _listed(entry.name + "/" * entry.is_dir() for entry in path.iterdir()) or "nothing"
+    cure = f"the folder holds {there}; name the file after the split, or say which by the path"
+    raise UserError(f"{path}: no {split}.jsonl, {split}.json or {split}.parquet; {cure}")
 
 
 def _checked_parts(path: Path, found: list[Path]) -> list[Path]:
@@ -84,22 +78,13 @@ def _saved_files(folder: Path, split: str) -> list[Path]:
     return [state.parent / one["filename"] for state in states for one in read_json(state)["_data_files"]]
 
 
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
-def _images_of(path: Path, image_folder: str | None) -> Path:
-    return _folder_of(path) / (image_folder or "")
-
-
 def _listed(all_names: Iterable[str]) -> str:
     names = sorted(all_names)
     return ", ".join(names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"])
 
 
 def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the records of a file. In `metadata` of a folder of images `file_name` is the image, as `imagefolder` of
-    `datasets` has it."""
+    """Yield the records of a file. In `metadata.*`, as `imagefolder` of `datasets` has it, `file_name` is the image."""
     records = read_records(file)
     first = next(records, None)
     if first is None:
@@ -111,9 +96,6 @@ def rows(file: Path, split: str, *, columns: dict[str, str] | None = None) -> It
         yield row
 
 
-# ------------------------------------------------------------------------------------------------------ records
-
-
 def to_sample(
     row: Row,
     path: Path,
@@ -122,13 +104,12 @@ def to_sample(
     columns: dict[str, str] | None = None,
     train_on: Literal["answers", "last"] = "answers",
 ) -> Sample:
-    """Return one conversation or document. `image_folder` holds the images where that is not the data's own folder; it
-    is relative to that one, or absolute. `columns` are names of theirs by ours. With `train_on: last` only the last
-    answer is learned."""
+    """Return one conversation or document. `image_folder` holds the images, relative to the data's own folder or
+    absolute. `columns` are names of theirs by ours. With `train_on: last` only the last answer is learned."""
     row = _renamed(row, columns) if columns else row
     images = listed_images(row)
     is_marked = bool(images) or "__images__" in row or any(map(is_image_key, row))
-    find = partial(_image_file, _images_of(path, image_folder))
+    find = partial(_image_file, folder_of(path) / (image_folder or ""))
     messages = to_messages(row, _turns(row), images, find, is_marked=is_marked)
     if train_on == "last":
         before = (replace(m, is_trained=m.is_trained and m.role != "assistant") for m in messages[:-1])
@@ -206,9 +187,8 @@ def _as_turns(role: Role, content: Any, flags: Row) -> list[Any]:
 def _image_file(folder: Path, given: Any) -> ImageRef:
     image = local_image(folder, given)
     try:
-        is_there = isinstance(image.source, Path) and image.source.is_file()
+        if isinstance(image.source, Path) and image.source.is_file():
+            return image
     except OSError as error:  # a name too long
         raise SkipSample("image is not a local path", detail=repr(given)[:200]) from error
-    if not is_there:
-        raise SkipSample("image file missing", detail=str(image.source))
-    return image
+    raise SkipSample("image file missing", detail=str(image.source))

@@ -21,8 +21,6 @@ page before it is taken apart and counts dead images as images; here they judge 
 off: the text `<image>` cannot become an image here.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,8 +37,7 @@ END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 LISTS = ("*.parquet", "*.jsonl")
 IMAGE_TOKENS = ("<image>", "<fake_token_around_image>")
 
-Items = list[str | ImageRef]
-"""Texts and images in reading order."""
+Items = list[str | ImageRef]  # texts and images in reading order
 
 
 def files(path: Path, split: str) -> list[Path]:
@@ -161,8 +158,7 @@ def to_sample(
     skip_single_trailing_image: bool = True,
     skip_texts_with_image_tokens: bool = False,
 ) -> Sample:
-    """Return one document, unless a rule leaves it out. The last image alone is seen by no text, so a document whose
-    only image it is teaches nothing about images."""
+    """Return one document, unless a rule leaves it out. One whose only image is last, which no text sees, is no use."""
     items = row.get("items")
     if not isinstance(items, list):
         raise SkipSample("no items")

@@ -11,8 +11,6 @@ and images `resized_images/<img_id>.png`, `<img_id>_2.png`, from a Google Drive.
 in lower case without a final period; some sentences are empty, and in 47 + 6 + 7 records all are.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator
@@ -22,11 +20,9 @@ from sft.core.errors import UserError
 from sft.core.images import local_image
 from sft.core.sample import Sample, SkipSample, question_and_answer
 from sft.data.datasets._meaning import Keys
-from sft.data.datasets._mimic_it import beside, patterns, read_instructions, to_messages, two_images
-from sft.data.datasets.llava_instruct import folder_of
-from sft.data.formats import Row, find_files, is_table, read_records
-
-__all__ = ["beside", "files", "rows", "to_sample"]
+from sft.data.datasets._mimic_it import beside as beside
+from sft.data.datasets._mimic_it import patterns, read_instructions, to_messages, two_images
+from sft.data.formats import Row, find_files, folder_of, is_table, read_records
 
 LICENCE = "original: not stated; MIMIC-IT: tagged MIT, the agreement on the hub allows research use only"
 KEYS = Keys.of("img_id sentences instruction answer images image_ids rel_ins_ids")
@@ -61,8 +57,7 @@ def files(path: Path, split: str, *, image_folder: str | None = None) -> list[Pa
 
 
 def rows(file: Path, split: str, *, multi_turn: bool = False) -> Iterator[Row | SkipSample]:
-    """Yield a row for each record. `multi_turn`: related instructions of MIMIC-IT on the same two images are one
-    dialogue."""
+    """Yield a row for each record. `multi_turn`: related instructions on the same two images are one dialogue."""
     if not _is_original(file):
         return read_instructions(file, multi_turn=multi_turn)
     if multi_turn:

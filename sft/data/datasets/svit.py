@@ -22,8 +22,6 @@ They are left out of the tasks; the lists in LLaVA's form are taken as they are.
 Known defects: no marker says where the image goes; 21 descriptions answer an empty message; boxes may be malformed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -34,7 +32,7 @@ from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
 from sft.data.datasets import _visual_genome, llava_instruct
 from sft.data.datasets._conversation import LLAVA, listed_images, to_messages
-from sft.data.formats import Row, find_files, read_records
+from sft.data.formats import Row, find_files, folder_of, read_records
 
 LICENCE = "CC-BY-4.0"
 KEYS = LLAVA._replace(record=LLAVA.record | {"image_id", "turns", "held_out", "task", "place"})
@@ -100,9 +98,8 @@ def _conversations(record: Row, unit: Unit) -> Iterator[Row | SkipSample]:
 
 
 def to_sample(row: Row, path: Path, *, image_folder: str | None = None) -> Sample:
-    """Return one conversation. `image_folder` holds VG_100K and VG_100K_2; it is relative to the data's
-    folder, which is the default."""
-    folder = llava_instruct.folder_of(path) / (image_folder or "")
+    """Return one conversation. `image_folder`, which holds VG_100K and VG_100K_2, is relative to the data's folder."""
+    folder = folder_of(path) / (image_folder or "")
     if "image_id" not in row:  # LLaVA's form
         images, find = listed_images(row), partial(llava_instruct.image_of, folder=folder)
         messages = to_messages(row, row.get("conversations"), images, find, trims=True)

@@ -14,16 +14,14 @@ that ends with a question loses it, as in UltraChat's own older code, which cut 
 Dialogues average 1,467 tokens and stay whole here; what is too long for a pack is the packing's to decide.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample, SkipSample
 from sft.data.datasets._meaning import Keys
-from sft.data.formats import Row, find_files, read_records
+from sft.data.formats import Row, find_files
+from sft.data.formats.records import rows as rows
 
 LICENCE = "MIT"
 KEYS = Keys.of("data messages prompt prompt_id", turn="role content")
@@ -47,11 +45,6 @@ def _check_no_gap(parts: list[Path]) -> None:
     if numbers != list(range(len(parts))):
         has = ", ".join(map(str, numbers))
         raise UserError(f"{parts[0].parent}: has parts {has}; expected 0, 1, 2, … each once (or the path of one part)")
-
-
-def rows(file: Path, split: str) -> Iterator[Row | SkipSample]:
-    """Yield the dialogues of a part, of either form."""
-    return read_records(file)
 
 
 def to_sample(row: Row, path: Path) -> Sample:

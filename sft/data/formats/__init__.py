@@ -10,32 +10,17 @@ failed download say, is a `UserError`: what it should have held cannot be counte
 extracted to disk, and no pickle is ever opened.
 """
 
-from sft.data.formats.base64_object import FileRange, index_base64_object
-from sft.data.formats.csv_text import read_csv
-from sft.data.formats.json_text import read_json, read_json_items, read_json_list, read_json_object, read_jsonl
-from sft.data.formats.parquet import batches, read_parquet
-from sft.data.formats.records import is_table, read_records, record_files
-from sft.data.formats.rows import MAX_RECORD_BYTES, Row, find_files, record_limit, require_file
-from sft.data.formats.tar import read_tar
-
-__all__ = [
-    "MAX_RECORD_BYTES",
-    "FileRange",
-    "Row",
-    "batches",
-    "find_files",
-    "index_base64_object",
-    "is_table",
-    "read_csv",
-    "read_json",
-    "read_json_items",
-    "read_json_list",
-    "read_json_object",
-    "read_jsonl",
-    "read_parquet",
-    "read_records",
-    "read_tar",
-    "record_files",
-    "record_limit",
-    "require_file",
-]
+from sft.data.formats.json_text import read_json as read_json
+from sft.data.formats.json_text import read_json_items as read_json_items
+from sft.data.formats.json_text import read_jsonl as read_jsonl
+from sft.data.formats.parquet import batches as batches
+from sft.data.formats.parquet import read_parquet as read_parquet
+from sft.data.formats.records import is_table as is_table
+from sft.data.formats.records import read_records as read_records
+from sft.data.formats.records import record_files as record_files
+from sft.data.formats.rows import MAX_RECORD_BYTES as MAX_RECORD_BYTES
+from sft.data.formats.rows import Row as Row
+from sft.data.formats.rows import find_files as find_files
+from sft.data.formats.rows import folder_of as folder_of
+from sft.data.formats.rows import record_limit as record_limit
+from sft.data.formats.rows import require_file as require_file

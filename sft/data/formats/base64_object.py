@@ -1,7 +1,5 @@
 """A JSON object of base64 strings, as MIMIC-IT keeps its images: where each stands, and its bytes."""
 
-from __future__ import annotations
-
 import mmap
 import re
 from pathlib import Path
@@ -28,11 +26,8 @@ class FileRange(NamedTuple):
 
 def index_base64_object(path: Path) -> dict[str, FileRange]:
     """Return where each value of a JSON object `{"name": "base64", …}` stands; a value may be a list of one such
-    string.
-
-    The file may have any size (CGD.json: 118,287 images): it is scanned once, and only names and places are kept. This
-    works since base64 has neither quotes nor escapes; a member that has some is left out of the index.
-    """
+    string. The file may have any size (CGD.json: 118,287 images): it is scanned once, and only names and places are
+    kept. This works since base64 has neither quotes nor escapes; a member that has some is left out of the index."""
     if not require_file(path, "a JSON object of base64 strings").stat().st_size:
         return {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

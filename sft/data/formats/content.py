@@ -1,7 +1,5 @@
 """What a file holds, told by its first bytes and not by its name; and its bytes, unpacked."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import re
@@ -26,12 +24,7 @@ _BLANKS = b" \t\r\n"
 _PACKINGS = ((rb"\x1f\x8b", "gzip"), (rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", "zstd"))
 _TABLES = ((rb"PAR1", "parquet"), (rb"ARROW1|\xff\xff\xff\xff", "arrow"))
 """Arrow as a file, and as the stream that `datasets` caches."""
-_BY_NAME: tuple[tuple[str, Kind], ...] = (
-    ("csv|tsv", "csv"),
-    ("parquet", "parquet"),
-    ("arrow", "arrow"),
-    ("tar|tgz", "tar"),
-)
+_BY_NAME: dict[str, Kind] = {"csv|tsv": "csv", "parquet": "parquet", "arrow": "arrow", "tar|tgz": "tar"}
 """CSV has no first bytes of its own; what lost its own is refused by its reader."""
 _REFUSED = (
     (rb"PK[\3\5\7]", "is a zip archive; unpack it"),
@@ -73,11 +66,7 @@ class Content:
 
 @contextmanager
 def opened(path: Path, what: str) -> Iterator[Content]:
-    """Yield the content of a file; `what` says what was expected.
-
-    Raises:
-        UserError: missing, or packed and damaged.
-    """
+    """Yield the content of a file; raise UserError where it is missing, `what` was expected, or packed and damaged."""
     with require_file(path, what).open("rb", buffering=BLOCK_BYTES) as raw:
         content = Content(path, raw)
         try:
@@ -90,11 +79,7 @@ def opened(path: Path, what: str) -> Iterator[Content]:
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what a file holds, unpacked.
-
-    Raises:
-        UserError: missing, damaged, or of a format or an encoding that is known and not read.
-    """
+    """Return what a file holds, unpacked; raise UserError for none, for damage, and for what is known and not read."""
     with opened(path, READ) as content:
         head = content.file.read(_HEAD_BYTES)
         kind: Kind | None = _match(_TABLES, head) or ("tar" if _is_tar_header(head) else None)
@@ -114,7 +99,7 @@ def kind_of(path: Path) -> Kind:
         return "object" if _is_object(path) else "lines"
     if start[:1] == b"[":
         return "list"
-    by_name = (kind for names, kind in _BY_NAME if re.search(rf"\.({names})(\.\w+)?$", path.name, re.IGNORECASE))
+    by_name = (kind for end, kind in _BY_NAME.items() if re.search(rf"\.({end})(\.\w+)?$", path.name, re.IGNORECASE))
     return next(by_name, "lines" if start else "empty")
 
 

@@ -1,7 +1,5 @@
 """CSV and TSV with a header, row by row."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -19,11 +17,8 @@ from sft.data.formats.rows import Row, max_record_bytes, one_line, placed
 def read_csv(path: Path) -> Iterator[Row | SkipSample]:
     """Yield the rows below the header as {column: text}. A line `sep=;`, as Excel writes it, else a tab, else a
     semicolon without a comma, in the header parts the columns, else a comma does. A column without a name, such as the
-    index that pandas writes, is `column 1`. The limit on records is one on a line and on a field.
-
-    Raises:
-        UserError: missing, not UTF-8, no header or one that has a name twice, an open quote, or over the limit.
-    """
+    index that pandas writes, is `column 1`. The limit on records is one on a line and on a field. Raise UserError where
+    it is missing, not UTF-8, or over the limit, has no header or one that has a name twice, or an open quote."""
     with opened(path, "CSV with a header") as content:
         rows = _parsed(_lines(content.file, path), path)
         header = next(rows, (1, [], ""))[1]
@@ -46,13 +41,12 @@ def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], 
     stated = re.fullmatch(r"sep=(.)\s*", header)
     by = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
     by = stated[1] if stated else by
-    csv.field_size_limit(max_record_bytes.get())
     rows = csv.reader(lines if stated else chain([header], lines), delimiter=by, strict=True)
     column = re.compile(f"{re.escape(by)}(?! )")  # a comma of a text has a blank behind it
     while True:
         start, number = rows.line_num, rows.line_num + (2 if stated else 1)
         try:
-            if (values := next(rows, None)) is None:
+            if (values := _next(rows)) is None:
                 return
         except csv.Error as error:
             if " expected after " not in str(error):
@@ -65,6 +59,15 @@ def _parsed(lines: Iterator[str], path: Path) -> Iterator[tuple[int, list[str], 
             yield from ((number + place, [], fault) for place in range(len(inside)))
         else:
             yield number, values, ""
+
+
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row under the limit on records; csv has one limit for all of its readers, which is set back."""
+    before = csv.field_size_limit(max_record_bytes.get())
+    try:
+        return next(rows, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[str]:

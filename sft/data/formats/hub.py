@@ -1,7 +1,5 @@
 """Datasets of the hub: `datasets` downloads one once, and its cached Arrow files are read like any others."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -25,11 +23,7 @@ def hub_cache() -> Path:
 
 
 def hub_files(name: str, split: str, configuration: str | None) -> list[Path]:
-    """Return the Arrow files of one split of a dataset; images in them are not decoded.
-
-    Raises:
-        UserError: there is no such dataset, configuration or split, or it cannot be reached.
-    """
+    """Return the Arrow files of one split, images not decoded; raise UserError where it is missing or out of reach."""
     import datasets
 
     if not re.fullmatch(r"\w+(\.\w+)*", split):

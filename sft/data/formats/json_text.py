@@ -5,38 +5,30 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sft.core.errors import UserError, printable
 from sft.core.sample import SkipSample
 from sft.data.formats.content import NOT_UTF8, Content, opened
-from sft.data.formats.rows import (
-    BLOCK_BYTES,
-    MAX_DEPTH,
-    MAX_RECORD_BYTES,
-    TOO_DEEP,
-    TOO_LONG,
-    Row,
-    max_record_bytes,
-    one_line,
-    placed,
-    require_file,
-)
+from sft.data.formats.rows import BLOCK_BYTES, MAX_RECORD_BYTES, TOO_LONG, Row, max_record_bytes, one_line, placed
+
+TOO_DEEP = "record nested too deep"
+MAX_DEPTH = 100
+"""Of lists and objects in a JSON record: where Python's stack ends it can be neither counted nor sent to a process."""
 
 
 def read_json(path: Path) -> Any:
-    """Return a whole JSON file; for files of megabytes.
-
-    Raises:
-        UserError: missing, over MAX_RECORD_BYTES, or not JSON.
-    """
-    if require_file(path, "a JSON file").stat().st_size > MAX_RECORD_BYTES:
+    """Return a whole JSON file of up to MAX_RECORD_BYTES; raise UserError where it is missing, larger or not JSON."""
+    with opened(path, "a JSON file") as content:
+        text = content.file.read(MAX_RECORD_BYTES + 1)
+    if len(text) > MAX_RECORD_BYTES:
         raise UserError(f"{path}: larger than {MAX_RECORD_BYTES:,} bytes; expected a small JSON file")
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
@@ -58,7 +50,7 @@ def read_jsonl(path: Path) -> Iterator[Row | SkipSample]:
 
 def _parsed(line: bytes, here: str, at: float) -> Row | SkipSample:
     try:
-        row = json.loads(line.decode().removeprefix(BYTE_ORDER_MARK))
+        row = json.loads(line.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
         found = f"column {column}: byte 0x{line[error.start]:02x} {NOT_UTF8}"
@@ -85,48 +77,34 @@ def _problem(error: json.JSONDecodeError) -> str:
 
 
 def read_json_list(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the objects of a JSON list of any size, streamed.
+    """Yield the objects of a JSON list of any size; raise UserError for none, one too long, and what is not JSON."""
+    return _records(path, "a JSON list", _JsonText.elements)
 
-    Raises:
-        UserError: missing, a record over the limit, or it stops being JSON somewhere.
-    """
+
+def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
+    """Yield the records of a list below one of LISTS, else the object itself as a record, and objects behind it. Raise
+    UserError as `read_json_list`, or where records stand in two places."""
+    return _records(path, "a JSON object", _JsonText.records)
+
+
+def _records(path: Path, what: str, values: Callable[[_JsonText], Iterator[Any]]) -> Iterator[Row | SkipSample]:
     number = 0
-    with _opened(path, "a JSON list", lambda: f"record {number}") as text:
-        for number, row in enumerate(text.elements(), start=1):
-            yield _record(row, f"{path.name}:{number}", text.content.share_read)
+    with _opened(path, what, lambda: f"record {number}") as text:
+        for number, value in enumerate(values(text), start=1):
+            here = f"{path.name}:{number}"
+            if isinstance(value, dict):
+                yield placed(value, here, text.content.share_read)
+            else:
+                reason = value.reason if isinstance(value, SkipSample) else "record is not a JSON object"
+                yield SkipSample(reason, where=here)
         text.check_end()
     if not number:
         raise UserError(f"{path}: no JSON list of records")
 
 
-def read_json_object(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the records of a list below one of LISTS, else the object itself as a record, and objects behind it.
-
-    Raises:
-        UserError: as `read_json_list`; or records stand in two places.
-    """
-    number = 0
-    with _opened(path, "a JSON object", lambda: f"record {number}") as text:
-        while text.peek() == "{":
-            for row in text.records():
-                number += 1
-                yield _record(row, f"{path.name}:{number}", text.content.share_read)
-        text.check_end()
-
-
-def _record(value: Any, here: str, at: float) -> Row | SkipSample:
-    if isinstance(value, dict):
-        return placed(value, here, at)
-    return SkipSample(value.reason if isinstance(value, SkipSample) else "record is not a JSON object", where=here)
-
-
 def read_json_items(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the keys and values of the JSON object below a key of the one at the top, of any size, streamed. A value
-    that is nested too deep is a SkipSample.
-
-    Raises:
-        UserError: missing, a value over the limit, or it stops being JSON somewhere.
-    """
+    that is nested too deep is a SkipSample. Raise UserError as `read_json_list`."""
     key = None
     with _opened(path, "a JSON object", lambda: f"key {one_line(key)!r}" if key else "no key") as text:
         for key, value in text.items_below(name):
@@ -165,6 +143,11 @@ class _JsonText:
             raise self._wrong(f"it goes on behind its end with {rest!r}")
 
     def records(self) -> Iterator[Any]:
+        """Yield the records of the objects that stand here, one after another."""
+        while self.peek() == "{":
+            yield from self._records_of_object()
+
+    def _records_of_object(self) -> Iterator[Any]:
         """Yield the objects of a list below one of LISTS, or else the object that stands here."""
         own: dict[str, Any] = {}
         found, start = "", self.num_read
@@ -173,9 +156,8 @@ class _JsonText:
                 raise self._too_long()
             is_list = key in LISTS and self._is_list_of_objects()
             if (found and (is_list or key in CONVERSATIONS)) or (is_list and own.keys() & set(CONVERSATIONS)):
-                raise UserError(
-                    f"{self.path}: records stand below {found or 'messages'!r} and at {key!r}; expected one"
-                )
+                first = found or "messages"
+                raise UserError(f"{self.path}: records stand below {first!r} and at {key!r}; expected one")
             if is_list:
                 found = key
                 yield from self.elements()
@@ -195,12 +177,7 @@ class _JsonText:
 
     def elements(self) -> Iterator[Any]:
         """Yield the elements of the list that stands here; none where something else does."""
-        if self.peek() != "[":
-            self.value()
-        elif self._opens("[", "]"):
-            yield self.value()
-            while self._takes(",", "]") == ",":
-                yield self.value()
+        return self._members("[", "]", self.value)
 
     def items_below(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield the members of the object below a key of the one that stands here."""
@@ -211,14 +188,20 @@ class _JsonText:
                 self.value()
 
     def _keys(self) -> Iterator[str]:
-        """Yield the keys of an object, none where something else stands; whoever asks for the next one has read the
-        value."""
-        if self.peek() != "{":
+        """Yield the keys of an object, none where something else stands; between two of them the value is read."""
+        return self._members("{", "}", self._key)
+
+    def _members(self, start: str, end: str, read: Callable[[], Any]) -> Iterator[Any]:
+        if self.peek() != start:
             self.value()
-        elif self._opens("{", "}"):
-            yield self._key()
-            while self._takes(",", "}") == ",":
-                yield self._key()
+            return
+        self.at += 1
+        if self.peek() == end:
+            self.at += 1
+            return
+        yield read()
+        while self._takes(",", end) == ",":
+            yield read()
 
     def _key(self) -> str:
         if (found := self.peek()) != '"':
@@ -226,13 +209,6 @@ class _JsonText:
         key: str = self.value()
         self._takes(":")
         return key
-
-    def _opens(self, start: str, end: str) -> bool:
-        """Go into a list or object, if only to leave it at once."""
-        self._takes(start)
-        is_empty = self.peek() == end
-        self.at += is_empty
-        return not is_empty
 
     def _takes(self, *expected: str) -> str:
         found = self.peek()
@@ -314,36 +290,26 @@ class _JsonText:
         return ValueError(f"line {line + 1}, column {column + 1}: {problem}")
 
     def _too_long(self) -> UserError:
-        return UserError(
-            f"{self.path}: a record of over {self.limit:,} bytes (data.max_record_bytes); "
-            "a JSON list cannot be read on behind it"
-        )
+        found = f"a record of over {self.limit:,} bytes (data.max_record_bytes)"
+        return UserError(f"{self.path}: {found}; a JSON list cannot be read on behind it")
 
 
 CUT_OFF = "it is cut off"
-BYTE_ORDER_MARK = "\ufeff"
 LISTS = ("data", "annotations", "records", "samples", "examples", "instances", "items", "rows", "entries", "questions")
 """Keys below which an object may hold its records as a list."""
-CONVERSATIONS = ("messages", "conversations")
-"""Keys by which an object is a record itself."""
+CONVERSATIONS = ("messages", "conversations")  # keys by which an object is a record itself
 _LIST_OF_OBJECTS, _OPENED_LIST = re.compile(r"\[[ \t\r\n]*\{"), re.compile(r"\[?[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _BRACKET_OR_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_SURROUNDINGS = 64
-"""What stands closer to the end of a text may mean something else when there is more of it."""
+_SURROUNDINGS = 64  # what stands closer to the end of a text may mean something else when more follows
 
 
-def _is_deep(value: object) -> bool:
+def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for one in level for child in _children(one)]
+        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, list | dict))
+        level = [*chain.from_iterable(inside)]
         if not level:
             return False
     return True
-
-
-def _children(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()

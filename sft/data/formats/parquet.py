@@ -1,7 +1,5 @@
 """Parquet files, a few rows at a time, and Arrow files and streams, as `datasets` caches and saves them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,8 @@ MAX_UNPACKED_TIMES = 1000
 
 
 def read_parquet(path: Path, *, columns: Sequence[str] | None = None) -> Iterator[Row | SkipSample]:
-    """Yield the rows of a parquet file, a few at a time; only some `columns`, where that spares reading.
-
-    The limit on records is one on the text of a row, and on each of its images by itself.
-
-    Raises:
-        UserError: missing, cut off, or not parquet.
-    """
+    """Yield the rows of a parquet file, or only some `columns`, a few at a time. The limit on records is one on the
+    text of a row, and on each of its images by itself. Raise UserError where it is missing, cut off or not parquet."""
     return _rows_of(require_file(path, "a parquet file"), "parquet", _with_shares(path, columns))
 
 
@@ -43,11 +36,7 @@ def _with_shares(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[An
 
 
 def read_arrow(path: Path) -> Iterator[Row | SkipSample]:
-    """Yield the rows of an Arrow file or stream, mapped into memory; the limit on records is that of `read_parquet`.
-
-    Raises:
-        UserError: missing, cut off, or not Arrow.
-    """
+    """Yield the rows of an Arrow file or stream, mapped into memory; limit and errors are those of `read_parquet`."""
     return _rows_of(require_file(path, "an Arrow file"), "Arrow", _arrow_batches(path))
 
 
@@ -64,11 +53,7 @@ def _arrow_batches(path: Path) -> Iterator[tuple[Any, float]]:
 
 
 def _rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Iterator[Row | SkipSample]:
-    """Yield the rows of Arrow batches, which come with how much of the file was read.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Yield the rows of Arrow batches, which come with how much of the file was read; raise UserError for damage."""
     import pyarrow as pa
 
     limit, number = max_record_bytes.get(), 0
@@ -87,15 +72,10 @@ def _rows_of(path: Path, kind: str, batches: Iterator[tuple[Any, float]]) -> Ite
 
 
 def batches(path: Path, file: Any, columns: Sequence[str] | None = None) -> Iterator[Any]:
-    """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES.
-
-    What the file says of single columns is not asked for: pyarrow ends the process where that is damaged (pyarrow 26:
-    `RowGroupMetaData.column()`).
-
-    Raises:
-        UserError: a row group is a bomb.
-        OSError, pyarrow.ArrowException, UnicodeDecodeError: the file is damaged.
-    """
+    """Yield an open parquet file, or only some `columns` of it, in Arrow batches of about BATCH_BYTES. What the file
+    says of single columns is not asked for: pyarrow ends the process where that is damaged (pyarrow 26:
+    `RowGroupMetaData.column()`). Raise UserError where a row group is a bomb; OSError, pyarrow.ArrowException or
+    UnicodeDecodeError where the file is damaged."""
     packed = path.stat().st_size
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)

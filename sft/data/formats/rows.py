@@ -1,7 +1,5 @@
 """What all readers share: the rows they make, limits, and how files are found and named."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,9 +15,6 @@ max_record_bytes = ContextVar("max_record_bytes", default=MAX_RECORD_BYTES)
 """Records over this size are skipped; `data.max_record_bytes` in a recipe."""
 
 TOO_LONG = "record too long"
-TOO_DEEP = "record nested too deep"
-MAX_DEPTH = 100
-"""Of lists and objects in a JSON record: where Python's stack ends it can be neither counted nor sent to a process."""
 
 BLOCK_BYTES = 1024 * 1024
 
@@ -35,23 +30,20 @@ def record_limit(limit: int) -> Iterator[None]:
 
 
 def require_file(path: Path, what: str) -> Path:
-    """Return the path itself, when it is a file.
-
-    Raises:
-        UserError: it is not there; `what` says what was expected.
-    """
+    """Return the path itself when it is a file, else raise a UserError by which `what` was expected."""
     if not path.is_file():
         raise UserError(f"{path}: file not found; expected {what}")
     return path
 
 
+def folder_of(path: Path) -> Path:
+    """Return the data's folder, where the path is the folder or its file."""
+    return path if path.is_dir() else path.parent
+
+
 def find_files(path: Path, *patterns: str, what: str) -> list[Path]:
     """Return the path itself when it is a file, else the files below it that match the first pattern that any file
-    matches.
-
-    Raises:
-        UserError: there are none; `what` says what was expected.
-    """
+    matches. Without any raise a UserError by which `what` was expected."""
     if path.is_file():
         return [path]
     for pattern in patterns:

@@ -1,7 +1,5 @@
 """WebDataset tars, sample by sample, within bounds that `tarfile` alone does not keep."""
 
-from __future__ import annotations
-
 import gzip
 import tarfile
 import zlib
@@ -13,21 +11,16 @@ from sft.core.errors import UserError, printable
 from sft.core.sample import SkipSample
 from sft.data.formats.rows import BLOCK_BYTES, TOO_LONG, Row, max_record_bytes, one_line, require_file
 
-MAX_HEADER_BYTES = 64 * 1024
-"""Of one tar member: its header, its long name, its attributes."""
-MAX_NAMED = 8
-"""Members of a sample that are not read and are named."""
+MAX_HEADER_BYTES = 64 * 1024  # of one tar member: its header, its long name, its attributes
+MAX_NAMED = 8  # members of a sample that are not read and are named
 
 
 def read_tar(path: Path, extensions: Sequence[str]) -> Iterator[Row | SkipSample]:
     """Yield the samples of a WebDataset shard (.tar, .tar.gz): members that share a name up to its first dot, as
     {"__key__": name, extension: bytes}. A number may stand before an extension (`000.3.image.jpeg`). Members with other
-    extensions are not even read, `__others__` names the first of them; nothing is ever unpickled.
-
-    Raises:
-        UserError: missing, not a tar, or cut off. One cut between two members reads without an error of its own but
-            lacks the two blocks of zeros that end every tar, so that is looked for.
-    """
+    extensions are not even read, `__others__` names the first of them; nothing is ever unpickled. Raise UserError where
+    it is missing, not a tar, or cut off: one cut between two members reads without an error of its own but lacks the
+    two blocks of zeros that end every tar, so that is looked for."""
     limit, size = max_record_bytes.get(), max(require_file(path, "a tar").stat().st_size, 1)
     sample: Row = {}
     num_bytes = 0
@@ -93,11 +86,7 @@ class _Tar:
         return content
 
     def check_end(self) -> None:
-        """Read on behind the last member, to the end, where gzip has its checksum.
-
-        Raises:
-            ReadError: what stands there is not two blocks of zeros, or not zeros alone.
-        """
+        """Read on to the end, where gzip has its checksum; raise ReadError unless two blocks of zeros stand there."""
         self.file.left = tarfile.BLOCKSIZE
         if self.file.last + self.file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("the tar breaks off; get it again")
@@ -111,8 +100,7 @@ class _Bounded:
 
     def __init__(self, file: Any) -> None:
         self.file, self.left = file, MAX_HEADER_BYTES
-        self.last = b""
-        """What was read last."""
+        self.last = b""  # what was read last
         self.seek, self.tell, self.close = file.seek, file.tell, file.close
 
     def read(self, size: int) -> bytes:

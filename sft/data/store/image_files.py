@@ -4,11 +4,10 @@ A file that is changed, or there at last, makes other samples. A file deleted si
 needs of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +17,7 @@ from sft.core.sample import ImageRef
 
 IMAGE_FILES = "image_files.jsonl"
 
-Stamp = tuple[int, int]
-"""Size and time of change."""
+Stamp = tuple[int, int]  # size and time of change
 
 
 class ImageReader:
@@ -31,11 +29,7 @@ class ImageReader:
 
     def read(self, image: ImageRef, seen: Container[str] = ()) -> tuple[bytes, str]:
         """Return the bytes of an image and their sha256; a file that is as it was, and whose hash was `seen`, is not
-        read again and has no bytes.
-
-        Raises:
-            SkipSample: see `read_bytes`; that file is written down too.
-        """
+        read again and has no bytes. Raise SkipSample as `read_bytes`; that file is written down too."""
         stamp = stamp_of(image.source) if isinstance(image.source, Path) else None
         then, sha256 = self._known.get(str(image.source), (None, None)) if stamp else (None, None)
         if sha256 is not None and then == stamp and sha256 in seen:
@@ -77,8 +71,6 @@ def stamp_of(file: Path) -> Stamp | None:
 
 
 def _sha256(file: Path) -> str | None:
-    try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError:
-        return None
+    with suppress(OSError), file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+    return None

@@ -4,14 +4,10 @@ image_keys.bin   the key of each row of images/, int64
 image_order.bin  the rows in the order of their keys, int64: from a key to its row
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
-from sft.core.files import mapped
 
 KEYS, ORDER = "image_keys.bin", "image_order.bin"
 NUM_KEYS = 2**63
@@ -26,8 +22,3 @@ def write_image_keys(folder: Path, keys: NDArray[np.int64]) -> None:
     """Write the keys of the images of a store, in row order."""
     keys.tofile(folder / KEYS)
     np.argsort(keys, kind="stable").astype(np.int64).tofile(folder / ORDER)
-
-
-def read_numbers(file: Path) -> NDArray[np.int64]:
-    """Return a file of numbers, mapped into memory."""
-    return mapped(file, np.dtype(np.int64))

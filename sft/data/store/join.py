@@ -5,11 +5,9 @@ Image bytes are not written again: the file of a piece becomes a file of the tab
 its images already stand in an earlier piece.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,16 +19,14 @@ from numpy.typing import NDArray
 from sft.core.files import link_or_copy
 from sft.data.store.image_files import IMAGE_FILES
 from sft.data.store.image_keys import image_key, write_image_keys
-from sft.data.store.pieces import read_noted, read_piece
+from sft.data.store.pieces import read_piece
 from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, batches_of, finish_table, renumber_images
 
 
 def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]]:
-    """Write samples/, images/ and the keys of the images into the folder `target`, in the order of the pieces; return
-    the number of distinct images, and of how many of them each thing was noted. The pieces are left as they are: an
-    interrupted join can begin again."""
-    num_images = [read_piece(piece)[0].distinct_images for piece in pieces]
-    starts = [0, *accumulate(num_images)]
+    """Write samples/, images/ and the keys of the images into `target`, in the order of the pieces, which are left as
+    they are; return the number of distinct images, and of how many of them each thing was noted."""
+    starts = [0, *accumulate(read_piece(piece)[0].distinct_images for piece in pieces)]
     noted, listed = Counter[str](), set[int]()
     keys, is_kept, row_of = _distinct(pieces)
     write_image_keys(target, keys[is_kept])
@@ -40,23 +36,18 @@ def join_pieces(pieces: Sequence[Path], target: Path) -> tuple[int, Counter[str]
         name = f"{number:08d}.arrow"
         _join_images(piece / "images.arrow", is_kept[start:stop], target / "images" / name)
         _join_samples(piece / "samples.arrow", row_of[start:stop], target / "samples" / name)
-        for note, rows in read_noted(piece).items():
+        for note, rows in read_piece(piece)[2].items():
             noted[note] += int(is_kept[start:stop][rows].sum())
         with (target / "skips.jsonl").open("ab") as joined, (piece / "skips.jsonl").open("rb") as own:
             shutil.copyfileobj(own, joined)
         with (target / IMAGE_FILES).open("ab") as joined, (piece / IMAGE_FILES).open("rb") as own:
-            joined.writelines(_not_seen(own, listed))
+            for line in own:
+                if (digest := xxhash.xxh3_64_intdigest(line)) not in listed:
+                    listed.add(digest)
+                    joined.write(line)
     finish_table(target / "samples", SAMPLES)
     finish_table(target / "images", IMAGES)
     return int(is_kept.sum()), noted
-
-
-def _not_seen(lines: Iterable[bytes], seen: set[int]) -> Iterator[bytes]:
-    """Yield the lines whose hashes are not among those seen, and add these."""
-    for line in lines:
-        if (digest := xxhash.xxh3_64_intdigest(line)) not in seen:
-            seen.add(digest)
-            yield line
 
 
 def _distinct(pieces: Sequence[Path]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:

@@ -26,27 +26,21 @@ from sft.data.store.tables import IMAGES, SAMPLES, TableWriter, to_record
 
 Images = Literal["embed", "reference"]
 Verify = Literal["decode", "header"]
-Noted = dict[str, list[int]]
-"""What is told of some images, and their rows in images.arrow."""
+Noted = dict[str, list[int]]  # what is told of some images, and their rows in images.arrow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a store is made."""
 
-    images: Images = "embed"
-    """`embed`: their bytes are copied into the store. `reference`: image files stay where they are."""
+    images: Images = "embed"  # their bytes are copied into the store; `reference`: image files stay where they are
     decoding: Decoding = AS_SHOWN
-    verify: Verify = "decode"
-    """`decode`: each distinct image is decoded once. `header`: only its header is read."""
-    limit: int | None = None
-    """Only the first so many records."""
+    verify: Verify = "decode"  # each distinct image is decoded once; `header`: only its header is read
+    limit: int | None = None  # only the first so many records
     max_record_bytes: int = MAX_RECORD_BYTES
-    max_skip_share: float = 0.05
-    """More bad records than this are a failure."""
+    max_skip_share: float = 0.05  # more bad records than this are a failure
     num_proc: int = 1
-    fresh: bool = False
-    """Make it anew, whatever is there."""
+    fresh: bool = False  # make it anew, whatever is there
 
 
 @dataclass
@@ -85,6 +79,14 @@ class Counts:
         self.not_read += other.not_read
         self.examples = other.examples | self.examples
 
+    @staticmethod
+    def total(some: Iterable[Counts]) -> Counts:
+        """Return the counts of several pieces together."""
+        total = Counts()
+        for counts in some:
+            total.add(counts)
+        return total
+
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a JSON object; `dataclasses.asdict` would count the items of a Counter anew."""
         return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
@@ -107,35 +109,26 @@ class PieceTask:
 
     adapter: Adapter
     rows: list[Row | SkipSample]
-    first: int
-    """Number of the first record in its file, for the keys of records that never became samples."""
-    is_last: bool
-    """Whether the raw file ends here."""
-    share_read: float
-    """How much of all raw files was read by its end, for progress bars."""
+    first: int  # number of the first record in its file, for the keys of records that never became samples
+    is_last: bool  # whether the raw file ends here
+    share_read: float  # how much of all raw files was read by its end, for progress bars
     path: Path
     settings: Settings
 
 
-def write_piece(task: PieceTask) -> Counts:
-    """Write a piece and return its counts."""
+def write_piece(task: PieceTask) -> tuple[Counts, float]:
+    """Write a piece; return its counts, and how much of all raw files was read by its end."""
     with staged(task.path) as folder:
         counts, noted = _write_tables(task, folder)
         ending = {"is_last": task.is_last, "noted": noted}
         (folder / "piece.json").write_text(json.dumps(counts.to_json() | ending))
-    return counts
+    return counts, task.share_read
 
 
-def read_piece(path: Path) -> tuple[Counts, bool]:
-    """Return the counts of a finished piece, and whether its raw file ends with it."""
+def read_piece(path: Path) -> tuple[Counts, bool, Noted]:
+    """Return the counts of a finished piece, whether its raw file ends with it, and what was noted of its images."""
     values = json.loads((path / "piece.json").read_text())
-    return Counts.from_json(values), values["is_last"]
-
-
-def read_noted(path: Path) -> Noted:
-    """Return what was noted of the images of a finished piece."""
-    noted: Noted = json.loads((path / "piece.json").read_text())["noted"]
-    return noted
+    return Counts.from_json(values), values["is_last"], values["noted"]
 
 
 def _write_tables(task: PieceTask, folder: Path) -> tuple[Counts, Noted]:
@@ -194,11 +187,7 @@ def _check_text(sample: Sample) -> None:
 
 def _load(image: ImageRef, number: int, reader: ImageReader, seen: dict[str, int], task: PieceTask) -> dict[str, Any]:
     """Return the row of images/ for an image, the `number`th of its sample, with `notes`; verified unless it was
-    before.
-
-    Raises:
-        SkipSample: it is not fit; the detail names its file, or its number where it is none.
-    """
+    before. Raise SkipSample where it is not fit, with its file, or its number where it is none."""
     path = str(image.source.absolute()) if isinstance(image.source, Path) else None
     try:
         content, sha256 = reader.read(image, seen)

@@ -1,7 +1,5 @@
 """A finished store, open for reading."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,17 +11,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.core.files import hash_file, location
+from sft.core.files import hash_file, location, mapped
 from sft.core.images import read_bytes
 from sft.core.sample import Decoding, ImageRef, Sample
-from sft.data.store.image_files import IMAGE_FILES, changed_image_files
-from sft.data.store.image_keys import KEYS, ORDER, read_numbers
+from sft.data.store.image_files import IMAGE_FILES, changed_image_files, stamp_of
+from sft.data.store.image_keys import KEYS, ORDER
 from sft.data.store.pieces import Counts
 from sft.data.store.tables import IMAGES, SAMPLES, Table, image_rows_of, to_messages
 from sft.runs.names import find_recipe
 
-VERSION = 5
-"""Raised when the layout changes; stores of another version are refused."""
+VERSION = 5  # raised when the layout changes; stores of another version are refused
 MANIFEST = "manifest.json"
 _IN_MANIFEST = {
     *("adapter", "asked", "verify", "images", "limit", "max_record_bytes", "orientation", "max_pixels"),
@@ -39,10 +36,7 @@ class Store:
     """A prepared dataset. Random access, nothing in memory."""
 
     def __init__(self, path: Path) -> None:
-        """
-        Raises:
-            UserError: there is no finished store at `path`, it is of another version, or it is damaged.
-        """
+        """Raise UserError where there is no finished store at `path`, it is of another version, or it is damaged."""
         self.path = path
         if not (path / MANIFEST).is_file():
             if (path / "recipe.yaml").is_file():
@@ -54,10 +48,8 @@ class Store:
             raise UserError(f"{path}: no prepared dataset here; `{make}` makes one")
         self.manifest = self._read_manifest()
         if self.manifest["version"] != VERSION:
-            raise UserError(
-                f"{path}: prepared by version {self.manifest['version']} of the store, this is {VERSION}; "
-                "prepare with --fresh to make it anew"
-            )
+            found = f"prepared by version {self.manifest['version']} of the store, this is {VERSION}"
+            raise UserError(f"{path}: {found}; prepare with --fresh to make it anew")
         if missing := sorted(_IN_MANIFEST - self.manifest.keys()):
             raise self._damaged(f"{MANIFEST} does not say {missing[0]!r}")
         self._samples = self._table("samples", SAMPLES, self.manifest["samples"])
@@ -105,7 +97,7 @@ class Store:
     @cached_property
     def image_keys(self) -> NDArray[np.int64]:
         """The key of each image, in row order; equal images have equal keys in every store."""
-        return read_numbers(self.path / KEYS)
+        return mapped(self.path / KEYS, np.dtype(np.int64))
 
     def find_image(self, key: int) -> int | None:
         """Return the row of the image with a key, None where it is not in this store."""
@@ -116,7 +108,7 @@ class Store:
 
     @cached_property
     def _image_order(self) -> NDArray[np.int64]:
-        return read_numbers(self.path / ORDER)
+        return mapped(self.path / ORDER, np.dtype(np.int64))
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -129,7 +121,7 @@ class Store:
 
     @property
     def keys(self) -> Iterator[str]:
-        """Key of each sample, in row order."""
+        """Yield the key of each sample, in row order."""
         return self._samples.column("key")
 
     @cached_property
@@ -144,11 +136,7 @@ class Store:
         return ImageRef(source=source, decoding=self.decoding)
 
     def image_bytes(self, row: int) -> bytes:
-        """Return the encoded bytes of an image.
-
-        Raises:
-            SkipSample: the file it was left in cannot be read any more.
-        """
+        """Return the encoded bytes of an image; raise SkipSample where the file it was left in is not readable now."""
         return read_bytes(self.image(row))
 
     def sample(self, row: int) -> Sample:
@@ -169,11 +157,9 @@ class Store:
             yield Sample(key=key, messages=to_messages(record, images)), rows
 
     def changed_files(self, files: Sequence[Path]) -> list[Path]:
-        """Return what is no longer as it was when the store was made: raw files, and image files that records name.
-
-        A file is read again only where its time of change says that it may be another; what was deleted since is no
-        change, since the store has what it needs of it.
-        """
+        """Return what is no longer as it was when the store was made: raw files, and image files that records name. A
+        file is read again only where its time of change says that it may be another; what was deleted since is no
+        change, since the store has what it needs of it."""
         known = {Path(entry["path"]): entry for entry in self.manifest["files"]}
         changed = [file for file in files if _is_other(file, known.get(location(file)))]
         changed += known.keys() - set(map(location, files))
@@ -184,8 +170,7 @@ class Store:
 
 
 def is_store_folder(path: Path) -> bool:
-    """Return whether a folder is a store, finished or not, and holds nothing else: whoever writes a store may remove
-    it."""
+    """Return whether a folder is a store, finished or not, and nothing else, so that its writer may remove it."""
     names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     return names <= _LAYOUT and (KEYS in names or {"samples", "images"} <= names)
 
@@ -193,7 +178,6 @@ def is_store_folder(path: Path) -> bool:
 def _is_other(file: Path, known: dict[str, Any] | None) -> bool:
     if known is None or not file.is_file():
         return known is None
-    stat = file.stat()
-    if stat.st_size != known["bytes"]:
-        return True
-    return bool(stat.st_mtime_ns != known["mtime_ns"] and hash_file(file) != known["xxh3"])
+    if (stamp := stamp_of(file)) == (known["bytes"], known["mtime_ns"]):
+        return False
+    return stamp is None or stamp[0] != known["bytes"] or hash_file(file) != known["xxh3"]

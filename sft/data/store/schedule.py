@@ -9,8 +9,6 @@ left nothing. The pieces are the same for any number of processes.
                   <digest>          an empty file, named after what the pieces are made for
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict
@@ -31,13 +29,14 @@ PIECE_RECORDS = 4096
 PIECE_BYTES = 48 * 1024 * 1024
 """A piece ends at so many records or bytes of them, whichever is first; a process holds one piece in memory."""
 
-EARLY_RECORDS = 2000
-"""After so many records of which most are bad, more of them will not help."""
+EARLY_RECORDS = 2000  # after so many records of which most are bad, more of them will not help
 
 FAILED = "failed.json"
 
-OnRecords = Callable[[int, float], None]
-"""Called with the records done so far, and the share of all raw bytes."""
+Finished = dict[int, dict[int, tuple[Counts, bool]]]
+"""For each raw file, by the number of each finished piece, its counts and whether the file ends with it."""
+
+OnRecords = Callable[[int, float], None]  # called with the records done so far, and the share of all raw bytes
 
 
 def pieces_folder(path: Path) -> Path:
@@ -46,11 +45,9 @@ def pieces_folder(path: Path) -> Path:
 
 
 def open_pieces(path: Path, plan: list[Any], max_skip_share: float) -> Path:
-    """Return the folder of unfinished work, emptied unless it was begun for the same plan.
-
-    After too many bad records, pieces with some are kept only for whoever allows more of them now; else something was
-    mended, if only in the adapter.
-    """
+    """Return the folder of unfinished work, emptied unless it was begun for the same plan. After too many bad records,
+    pieces with some are kept only for whoever allows more of them now; else something was mended, if only in the
+    adapter."""
     pieces = pieces_folder(path)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     if not (pieces / digest).is_file():
@@ -76,12 +73,9 @@ def write_pieces(
 ) -> Counts | None:
     """Write the missing pieces; return the counts so far if that was given up because most records are bad."""
     finished = _finished_pieces(pieces)
-    done = Counts()
-    for of_file in finished.values():
-        for counts, _ in of_file.values():
-            done.add(counts)
+    done = Counts.total(counts for of_file in finished.values() for counts, _ in of_file.values())
     missing = _missing_pieces(raw, files, pieces, finished, settings)
-    for counts, share in ordered_map(_write, missing, settings.num_proc):
+    for counts, share in ordered_map(write_piece, missing, settings.num_proc):
         done.add(counts)
         on_progress(done.records, share)
         if done.records >= EARLY_RECORDS and done.skip_share > max(0.5, settings.max_skip_share):
@@ -89,16 +83,8 @@ def write_pieces(
     return None
 
 
-def _write(task: PieceTask) -> tuple[Counts, float]:
-    return write_piece(task), task.share_read
-
-
 def _missing_pieces(
-    raw: Adapter,
-    files: Sequence[Path],
-    pieces: Path,
-    finished: dict[int, dict[int, tuple[Counts, bool]]],
-    settings: Settings,
+    raw: Adapter, files: Sequence[Path], pieces: Path, finished: Finished, settings: Settings
 ) -> Iterator[PieceTask]:
     """Yield the pieces that are still to be written, in order."""
     sizes = [file.stat().st_size for file in files]
@@ -162,18 +148,16 @@ def _num_bytes(row: object) -> int:
     return num_bytes
 
 
-def _finished_pieces(pieces: Path) -> dict[int, dict[int, tuple[Counts, bool]]]:
-    """Return the finished pieces of each raw file, by number; several processes may have finished a later one first.
-
-    A piece whose image files have changed since is removed.
-    """
-    finished: dict[int, dict[int, tuple[Counts, bool]]] = defaultdict(dict)
+def _finished_pieces(pieces: Path) -> Finished:
+    """Return the finished pieces of each raw file, by number; several processes may have finished a later one first. A
+    piece whose image files have changed since is removed."""
+    finished: Finished = defaultdict(dict)
     for piece in piece_folders(pieces):
         if any(changed_image_files(piece / IMAGE_FILES)):
             discard(piece)
             continue
         file_number, _, number = piece.name.partition("-")
-        finished[int(file_number)][int(number)] = read_piece(piece)
+        finished[int(file_number)][int(number)] = read_piece(piece)[:2]
     return finished
 
 

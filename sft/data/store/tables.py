@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,7 @@ _CONTENT = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.list_(_CONTENT)), ("is_trained", pa.bool_())])
 SAMPLES = pa.schema([("key", pa.string()), ("messages", pa.list_(_MESSAGE))])
 IMAGES = pa.schema(
-    [
-        ("sha256", pa.string()),
-        ("bytes", pa.binary()),
-        ("path", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
+    {"sha256": pa.string(), "bytes": pa.binary(), "path": pa.string(), "width": pa.int32(), "height": pa.int32()}
 )
 _BATCH_BYTES = 4 * 1024 * 1024
 _BATCH_ROWS = 1000
@@ -66,9 +59,7 @@ class TableWriter:
     def __enter__(self) -> TableWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is None:
             self._flush()
         self._stream.close()
@@ -118,11 +109,7 @@ class Table:
         return self._starts[-1]
 
     def value(self, row: int, column: int) -> Any:
-        """Return one value of a row.
-
-        Raises:
-            IndexError: there is no such row.
-        """
+        """Return one value of a row, or raise IndexError where there is no such row."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         batch = bisect_right(self._starts, row) - 1
@@ -142,12 +129,8 @@ class Table:
             yield from batch.column(name).to_pylist()
 
 
-# ------------------------------------------------------------------------------------------ samples as records
-
-
 def to_record(sample: Sample, image_rows: Sequence[int]) -> dict[str, Any]:
-    """Return a sample as a row of samples/, with the row of each of its images in reading order. Empty texts are left
-    out."""
+    """Return a sample as a row of samples/, with the rows of its images in reading order, without empty texts."""
     remaining = iter(image_rows)
 
     def item(part: str | ImageRef) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Raw files -> a finished store: checked before its pieces are written, meanwhile and afterwards."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,12 +16,11 @@ from sft.data.datasets import Adapter
 from sft.data.formats import record_limit
 from sft.data.store.image_files import stamp_of
 from sft.data.store.join import join_pieces
-from sft.data.store.pieces import Counts, Settings, Verify, read_piece
+from sft.data.store.pieces import Counts, Settings, read_piece
 from sft.data.store.read import MANIFEST, VERSION, Store, is_store_folder
 from sft.data.store.schedule import FAILED, OnRecords, open_pieces, piece_folders, pieces_folder, write_pieces
 
-NOTABLE_BYTES = 10**6
-"""Work of fewer bytes is kept without a word."""
+NOTABLE_BYTES = 10**6  # work of fewer bytes is kept without a word
 
 
 def prepare_store(
@@ -40,10 +37,9 @@ def prepare_store(
     `asked` is what the user asked for and is written into the manifest. The store has one writer: the caller locks.
     `called` is what messages about its records call the dataset; left out, by the name of its store.
 
-    Raises:
-        UserError: the store there was made by another version of the adapter or of this code, or is damaged; or
-            something else is there; or more than `max_skip_share` of the records are bad, or no sample is left.
-        RunError: a raw file was changed while it was read.
+    Raise UserError where the store there was made by another version of the adapter or of this code, or is damaged; or
+    something else is there; or more than `max_skip_share` of the records are bad, or no sample is left. Raise RunError
+    where a raw file was changed while it was read.
     """
     called = called or path.name
     files, all_files = raw.files(), raw.all_files()
@@ -63,7 +59,7 @@ def prepare_store(
         with record_limit(settings.max_record_bytes):
             early = write_pieces(raw, files, pieces, settings, on_progress)
         _check_unchanged(stamps, pieces)
-        counts = early or _all_counts(pieces)
+        counts = early or Counts.total(read_piece(piece)[0] for piece in piece_folders(pieces))
         _check_counts(counts, called, _skips_of_failure(path), pieces, settings.max_skip_share)
     hashes = [hash_file(file) if file.is_file() else None for file in all_files]
     _check_unchanged(stamps, pieces)
@@ -98,8 +94,7 @@ def _wanted(raw: Adapter, asked: dict[str, Any], settings: Settings) -> dict[str
 
 
 def _located(asked: dict[str, Any], files: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return what was asked for, with the path by which a source is known however it was spelled: that of the file
-    where a folder holds one alone."""
+    """Return what was asked for with the `location` of its path: that of the file where a folder holds one alone."""
     path = asked.get("path")
     if not isinstance(path, str) or not resolve(path).exists():
         return asked
@@ -110,32 +105,19 @@ def _located(asked: dict[str, Any], files: Sequence[Path] = ()) -> dict[str, Any
 def _finished_store(
     path: Path, raw: Adapter, all_files: Sequence[Path], wanted: dict[str, Any], settings: Settings
 ) -> Store | None:
-    """Return the finished store that is there, if it is what is wanted and no file has changed since.
-
-    Raises:
-        UserError: it was made by another version of the adapter, or is damaged.
-    """
+    """Return the finished store that is there, if it is what is wanted and no file has changed since; raise UserError
+    where it was made by another version of the adapter, or is damaged."""
     if not (path / MANIFEST).is_file():
         return None
     store = Store(path)
     _check_adapter(store, raw)
-    return store if _is_of(store, wanted, settings.verify) and not store.changed_files(all_files) else None
-
-
-def _all_counts(pieces: Path) -> Counts:
-    counts = Counts()
-    for piece in piece_folders(pieces):
-        counts.add(read_piece(piece)[0])
-    return counts
+    is_wanted = all(store.manifest[key] == value for key, value in wanted.items())
+    is_verified = store.manifest["verify"] in ("decode", settings.verify)  # decoded is good enough for `header`
+    return store if is_wanted and is_verified and not store.changed_files(all_files) else None
 
 
 def _write_manifest(
-    target: Path,
-    raw: Adapter,
-    wanted: dict[str, Any],
-    settings: Settings,
-    files: Sequence[dict[str, Any]],
-    counts: Counts,
+    target: Path, raw: Adapter, wanted: dict[str, Any], settings: Settings, files: list[dict[str, Any]], counts: Counts
 ) -> None:
     manifest = {
         "version": VERSION,
@@ -173,16 +155,9 @@ def _check_unchanged(stamps: Sequence[dict[str, Any]], pieces: Path) -> None:
 def _check_adapter(store: Store, raw: Adapter) -> None:
     made_by = store.manifest["adapter"]
     if made_by != {"name": raw.name, "version": raw.version}:
-        raise UserError(
-            f"{store.path}: made by version {made_by['version']} of the adapter {made_by['name']!r}, this is version "
-            f"{raw.version} of {raw.name!r}; prepare with --fresh to make it anew"
-        )
-
-
-def _is_of(store: Store, wanted: dict[str, Any], verify: Verify) -> bool:
-    """Return whether a finished store is what is wanted; images that were decoded are also good enough for `header`."""
-    manifest = store.manifest
-    return all(manifest[key] == value for key, value in wanted.items()) and manifest["verify"] in ("decode", verify)
+        found = f"made by version {made_by['version']} of the adapter {made_by['name']!r}"
+        ours = f"this is version {raw.version} of {raw.name!r}"
+        raise UserError(f"{store.path}: {found}, {ours}; prepare with --fresh to make it anew")
 
 
 def _stamp(file: Path) -> dict[str, Any]:
@@ -204,17 +179,15 @@ def _check_counts(counts: Counts, called: str, listed: Path, pieces: Path, max_s
     (pieces / FAILED).write_text(json.dumps(max_skip_share))
     _check_share(counts, called, listed, max_skip_share)
     discard(pieces)
-    raise UserError(
-        f"{called}: no record of {counts.records:,} is left: {_table(counts.filtered + counts.skipped, counts)}"
-    )
+    reasons = _table(counts.filtered + counts.skipped, counts)
+    raise UserError(f"{called}: no record of {counts.records:,} is left: {reasons}")
 
 
 def _check_share(counts: Counts, called: str, listed: Path, max_skip_share: float) -> None:
     if counts.skip_share > max_skip_share:
-        raise UserError(
-            f"{called}: {counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} "
-            f"bad (allowed: {max_skip_share * 100:.1f} %): {_table(counts.skipped, counts)}; all of them: {listed}"
-        )
+        share = f"{counts.skip_share * 100:.1f} % of {counts.records:,} record{'s' * (counts.records != 1)} bad"
+        why = f"{_table(counts.skipped, counts)}; all of them: {listed}"
+        raise UserError(f"{called}: {share} (allowed: {max_skip_share * 100:.1f} %): {why}")
 
 
 def _table(reasons: Counter[str], counts: Counts) -> str:

@@ -8,7 +8,7 @@ from helpers.adapters import DATA, adapter, outcomes, said, samples
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
-from sft.data.formats import read_json_list
+from sft.data.formats.json_text import read_json_list
 
 HERE = DATA / "llava_instruct"
 MIX = HERE / "llava_v1_5_mix665k.json"

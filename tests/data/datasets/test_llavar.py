@@ -7,7 +7,7 @@ from helpers.adapters import DATA, adapter, outcomes, said, samples
 
 from sft.core.errors import UserError
 from sft.core.sample import Sample, SkipSample
-from sft.data.formats import read_json_list
+from sft.data.formats.json_text import read_json_list
 
 HERE = DATA / "llavar"
 PUBLISHED, OWN = HERE / "llava_instruct_150k_llavar_16k.json", HERE / "own_records.json"
