@@ -55,7 +55,7 @@ def _findings(path: Path | str | None) -> "Iterator[Finding]":
     try:
         subject = load_subject(path)
     except UserError as error:
-        yield Finding(name="model loads", result="failed", found=str(error))
+        yield Finding("model loads", "failed", str(error))
         return
-    yield Finding(name="model loads", result="ok", found=f"{path}, in {subject.precision}")
+    yield Finding("model loads", "ok", f"{path}, in {subject.precision}")
     yield from check_model(subject)

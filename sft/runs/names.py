@@ -42,11 +42,7 @@ def _recipe_file(name: str) -> Path:
 
 
 def _refuse_ambiguity(name: str, file: Path) -> None:
-    """Refuse the name of a shipped recipe when a changed copy of it is in the current directory.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Raise UserError for the name of a shipped recipe when a changed copy of it is in the current directory."""
     copy = Path(f"{name}.yaml")
     if file.name == copy.name and copy.is_file() and copy.read_bytes() != file.read_bytes():
         raise UserError(
@@ -64,11 +60,7 @@ def _recipe_if_any(name: str) -> Recipe | None:
 
 
 def run_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, by step.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return the complete checkpoints of a run, by step; raise UserError where there are none."""
     found = checkpoints(run_dir / "checkpoints")
     damaged = incomplete_checkpoints(run_dir / "checkpoints")
     if damaged and not found:
@@ -127,11 +119,7 @@ def chosen_by(path: Path | str) -> str:
 
 
 def _sound(checkpoint: Path, name: str) -> Path:
-    """Return the checkpoint, if everything in it is as it was written.
-
-    Raises:
-        UserError: it is not there, or a file of it has changed.
-    """
+    """Return the checkpoint; raise UserError where it is not there, or a file of it is not as it was written."""
     if not checkpoint.is_dir():
         raise UserError(f"{name}: no complete checkpoint {checkpoint}")
     if problem := problem_of_weights(checkpoint):
