@@ -20,9 +20,12 @@ from sft.models.family import Tiles
 from sft.models.image_transform import load_tiles
 from sft.models.packed_model import PackedModel
 
+OnText = Callable[[str], None] | None
+"""Gets a text piece by piece, as it is written; None where nobody follows it."""
+
 
 class Prompt(NamedTuple):
-    """What is to be gone on with, and the images in it."""
+    """A text to continue, encoded, and the images in it."""
 
     encoded: EncodedSample
     images: tuple[ImageRef, ...]
@@ -44,7 +47,7 @@ def generate(
     batch_size: int = 16,
     autocast: bool = False,
     settings: Mapping[str, Any] | None = None,
-    on_text: Callable[[str], None] | None = None,
+    on_text: OnText = None,
 ) -> list[str]:
     """Return the text that the model generates after each prompt, stripped of spaces at its ends.
 
@@ -56,60 +59,36 @@ def generate(
     Raises:
         SkipSample: an image is missing or does not decode.
     """
-    load = load_image or _loader(model)
-    was_training = model.training
+    load, text = load_image or _loader(model), family_of(model).text
+    stops = _ids_of(tokenizer, text.ENDS)
+    own = {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "bad_words_ids": [[index] for index in _ids_of(tokenizer, text.NEVER_WRITTEN)],
+        "eos_token_id": stops,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = GenerationConfig(**(own | dict(settings or {})))
+    texts: list[str] = []
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        texts: list[str] = []
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            with torch.autocast(_device(model).type, torch.bfloat16, enabled=autocast):
-                texts += _generate_batch(model, tokenizer, batch, load, max_new_tokens, settings or {}, on_text)
+            streamer = _Words(tokenizer, on_text) if on_text and config.num_beams in (None, 1) else None
+            # Not inference_mode: what a module keeps from it could not be trained with afterwards.
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                encoded = [prompt.encoded for prompt in batch]
+                tiles = [[load(image) for image in prompt.images] for prompt in batch]
+                inputs = _left_padded(encoded, tokenizer.pad_token_id) | model.generation_inputs(encoded, tiles)
+                on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+                output_BT = model.generate(**on_device, generation_config=config, streamer=streamer)
+            new_tokens = output_BT[:, inputs["input_ids"].shape[1] :].tolist()
+            texts += [_decode(tokenizer, token_ids, stops) for token_ids in new_tokens]
         return texts
     finally:
         model.train(was_training)
-
-
-def _generate_batch(
-    model: PackedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[Prompt],
-    load_image: Callable[[ImageRef], Tiles],
-    max_new_tokens: int,
-    settings: Mapping[str, Any],
-    on_text: Callable[[str], None] | None,
-) -> list[str]:
-    text = family_of(model).text
-    stops = _ids_of(tokenizer, text.ENDS)
-    encoded = [prompt.encoded for prompt in prompts]
-    tiles = [[load_image(image) for image in prompt.images] for prompt in prompts]
-    input_ids_BT, attention_mask_BT = _left_padded(encoded, tokenizer.pad_token_id)
-    inputs = {
-        "input_ids": input_ids_BT,
-        "attention_mask": attention_mask_BT,
-        **model.generation_inputs(encoded, tiles),
-    }
-    config = GenerationConfig(
-        **{
-            "do_sample": False,
-            "max_new_tokens": max_new_tokens,
-            "bad_words_ids": [[index] for index in _ids_of(tokenizer, text.NEVER_WRITTEN)],
-            "eos_token_id": stops,
-            "bos_token_id": tokenizer.bos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            **settings,
-        }
-    )
-    streamer = _Words(tokenizer, on_text) if on_text and config.num_beams in (None, 1) else None
-    # Not inference_mode: what a module keeps from it could not be trained with afterwards.
-    with torch.no_grad():
-        output_BT = model.generate(
-            **{name: tensor.to(_device(model)) for name, tensor in inputs.items()},
-            generation_config=config,
-            streamer=streamer,
-        )
-    new_tokens = output_BT[:, input_ids_BT.shape[1] :].tolist()
-    return [_decode(tokenizer, token_ids, stops) for token_ids in new_tokens]
 
 
 class _Words(TextStreamer):  # type: ignore[misc]  # transformers is not typed
@@ -128,17 +107,13 @@ class _Words(TextStreamer):  # type: ignore[misc]  # transformers is not typed
             self._on_text(text)
 
 
-def _device(model: PackedModel) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _ids_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> list[int]:
     """Return the ids of those tokens that the vocabulary has."""
     ids = (tokenizer.convert_tokens_to_ids(token) for token in tokens)
     return [index for index in ids if index not in (None, tokenizer.unk_token_id)]
 
 
-def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> tuple[Tensor, Tensor]:
+def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> dict[str, Tensor]:
     """Return token ids and attention mask, both (B, T). Padding on the left: new tokens follow the prompt directly."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), longest), pad_token_id)
@@ -146,7 +121,7 @@ def _left_padded(prompts: Sequence[EncodedSample], pad_token_id: int) -> tuple[T
     for row, prompt in enumerate(prompts):
         input_ids_BT[row, longest - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids)
         mask_BT[row, longest - len(prompt.input_ids) :] = 1
-    return input_ids_BT, mask_BT
+    return {"input_ids": input_ids_BT, "attention_mask": mask_BT}
 
 
 def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stops: Sequence[int]) -> str:
