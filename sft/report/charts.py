@@ -13,7 +13,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-Point = tuple[float, float]
+from sft.report.run_files import Point
 
 WIDTH = 440
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 26
@@ -33,7 +33,7 @@ class Series:
     colour: str = "var(--accent)"
     intervals: Sequence[tuple[float, float] | None] = ()
     tips: Sequence[str] = ()
-    """What the pointer is told at each point."""
+    """The text that the pointer gets at each point."""
     rings: Sequence[str] = ()
     """For each point the class of a circle around it, `ring` (selected) or `tied`, or an empty text."""
 
