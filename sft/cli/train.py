@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,11 +114,12 @@ def train(
     processes, `rank` of them, prepares nothing: all would. `named` names the recipe on the command line. Raise
     UserError where a run of another recipe is in the folder, or the checkpoint to resume from is not complete."""
     from sft.data.check_recipe import check_recipe
+    from sft.runs.status import RunStatus
     from sft.training.resume import find_run
 
     found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
-    if found.finished:
-        return found.finished
+    if isinstance(found, RunStatus):
+        return found
     if rank.of == 1:
         check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
@@ -135,7 +137,7 @@ def train(
     for source, parts in zip(recipe.data.mixture, sources.parts, strict=True):
         for line in (line for part in parts for line in not_read(part.store)):
             out.print(printable(f"{source.name}: {line}"))
-    ahead = from_main(lambda: runs.plan_ahead(recipe, sources, found.checkpoint))
+    ahead = from_main(partial(runs.plan_ahead, recipe, sources, found))
     for data_line in describe_data(ahead):
         out.print(data_line)
     with progress("training", ahead["steps"], out) as update:
@@ -143,7 +145,7 @@ def train(
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
-        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank, ahead)
+        return runs.train(recipe, sources, on_step, out.print, found, rank, ahead)
 
 
 def note(line: dict[str, Any], width: int | None) -> str:

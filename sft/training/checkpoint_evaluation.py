@@ -32,11 +32,7 @@ class CheckpointEvaluation(TrainerCallback):  # type: ignore[misc]  # transforme
     def __init__(
         self, session: Session, settings: EvaluationConfig, *, log: Log, track: Callable[[Line], None]
     ) -> None:
-        """`track` gets the newest score.
-
-        Raises:
-            UserError: there is nothing to choose by, or it cannot be read.
-        """
+        """`track` gets the newest score. Raise UserError where there is nothing to choose by, or it cannot be read."""
         assert settings.every_steps is not None
         self.session = session
         self.every_steps, self.patience = settings.every_steps, settings.patience

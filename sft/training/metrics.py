@@ -119,11 +119,7 @@ class StepMetrics:
 
 
 def append_line(file: Path, line: Line) -> None:
-    """Append a line, whose numbers are finite, to a file.
-
-    Raises:
-        RunError: the disk is full.
-    """
+    """Append a line, whose numbers are finite, to a file; raise RunError where the disk is full."""
     with explain_full_disk(file), file.open("a", encoding="utf-8") as opened:
         opened.write(json.dumps(line, allow_nan=False) + "\n")
 

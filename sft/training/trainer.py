@@ -32,7 +32,7 @@ from sft.models.family import Weights
 from sft.models.loss import trained_positions
 from sft.models.packed_model import PackedModel
 from sft.recipe import EngineName, TrainingConfig
-from sft.training.callbacks import Begin, FillGradients, Stop
+from sft.training.callbacks import TrainingEvents
 from sft.training.check_gradients import CheckGradients
 from sft.training.engines import get_engine
 from sft.training.engines.resume_state import Spent, read_progress, write_progress
@@ -43,13 +43,13 @@ from sft.training.write_metrics import WriteMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerParts:
-    """What a trainer is made of."""
+    """The parts that a trainer is made of."""
 
     model: PackedModel
     tokenizer: PreTrainedTokenizerBase
     settings: TrainingConfig
     weights: Weights
-    """Names the group of a parameter."""
+    """The family's, which names the group of a parameter."""
     seed: int
     micro_batches: Iterable[dict[str, Batch]]
     micro_batches_per_step: int
@@ -116,14 +116,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             train_dataset=datasets.Dataset.from_dict({"input_ids": [[n] for n in range(self.settings.steps)]}),
             data_collator=lambda batch: batch,
             processing_class=parts.tokenizer,
-            callbacks=[
-                *parts.callbacks,
-                Begin(self),
-                WriteMetrics(self, parts.run_dir, parts.on_step, parts.log),
-                CheckGradients(self),
-                FillGradients(self),
-                Stop(parts.should_stop),
-            ],
+            # Gradients are checked before the missing ones are made; metrics begin after resuming.
+            callbacks=[*parts.callbacks, CheckGradients(self), TrainingEvents(self), WriteMetrics(self)],
         )
         for parameter, data in trained:
             # SFTTrainer rounds what is trained of a quantised model to bfloat16, in which small updates are lost.

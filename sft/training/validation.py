@@ -22,16 +22,12 @@ MAX_NEW_TOKENS = 32
 
 
 class Validation:
-    """The same held-out packs and questions at every checkpoint, and before the first step.
-
-    The trainer calls it with the model and the step. It returns `validation` and `generations` for metrics.jsonl or
-    before.json, and nothing at other steps. A failure is reported and kept, and training goes on."""
+    """The same held-out packs and questions at every checkpoint, and before the first step: called with the model and
+    the step, it returns `validation` and `generations` for metrics.jsonl or before.json, and nothing at other steps. A
+    failure is reported and kept, and training goes on."""
 
     def __init__(self, recipe: Recipe, held_out: Sources, template: ChatTemplate, *, log: Log) -> None:
-        """
-        Raises:
-            UserError: no held-out sample of a source fits a pack.
-        """
+        """Raise UserError where no held-out sample of a source fits a pack."""
         self.packs = held_out_packs(held_out, seed=recipe.evaluation.seed)
         self.questions = held_out_questions(self.packs, template, room=recipe.data.sequence_length - MAX_NEW_TOKENS)
         self.template = template
@@ -68,26 +64,18 @@ class Validation:
     def _losses(self, model: PackedModel, sharded: bool) -> dict[str, Line]:
         """Return mean loss and trained tokens of each source. The packs are divided among the processes."""
         samples = shared_losses(model, self.packs, images=self.template.images, always_whole=sharded)
-        return {
-            source.name: _mean([sample for sample in samples if sample.source == source.name])
-            for source in self.packs.sources.sources
-        }
+        names = [source.name for source in self.packs.sources.sources]
+        return {name: _mean([sample for sample in samples if sample.source == name]) for name in names}
 
     def _generations(self, model: PackedModel) -> list[Line]:
         """Return the answers to the questions. Every process gives the same ones."""
         if not self.questions:
             return []
-        answers = generate(
-            model,
-            self.template.tokenizer,
-            [prompt_of(self.template, question.prompt) for question in self.questions],
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=NUM_ANSWERS,
-        )
-        return [
-            {"key": question.key, "prompt": question.text, "answer": answer}
-            for question, answer in zip(self.questions, answers, strict=True)
-        ]
+        prompts = [prompt_of(self.template, question.prompt) for question in self.questions]
+        tokenizer = self.template.tokenizer
+        answers = generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=NUM_ANSWERS)
+        pairs = zip(self.questions, answers, strict=True)
+        return [{"key": asked.key, "prompt": asked.text, "answer": answer} for asked, answer in pairs]
 
 
 def _mean(samples: Sequence[SampleLoss]) -> Line:

@@ -28,11 +28,7 @@ class Fsdp2(Engine):
     """Any number of processes reads the shards of any other."""
 
     def check_precision(self, precision: str) -> None:
-        """Refuse float16.
-
-        Raises:
-            UserError: the precision is float16.
-        """
+        """Refuse float16."""
         check_engine_precision("fsdp2", precision)
 
     def shard(self, model: nn.Module, precision: str) -> None:
@@ -59,20 +55,16 @@ class Fsdp2(Engine):
         whole._is_accelerate_prepared = whole._is_fsdp_managed_module = True
 
     def check_prepared(self, model: nn.Module) -> None:
-        """Check that every tensor is sharded.
-
-        Raises:
-            RunError: one is whole, or another version of accelerate has wrapped the model as copies (DDP).
-        """
+        """Raise RunError where a tensor is whole, or another version of accelerate has wrapped the model as copies
+        (DDP)."""
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
 
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if whole or not isinstance(model, FSDPModule):
-            raise RunError(
-                f"distributed.engine: fsdp2 has not sharded the model: it is a {type(model).__name__}, {len(whole)} of "
-                "whose tensors are whole; are transformers and accelerate those of constraints.txt?"
-            )
+            found = f"it is a {type(model).__name__}, {len(whole)} of whose tensors are whole"
+            advice = "are transformers and accelerate those of constraints.txt?"
+            raise RunError(f"distributed.engine: fsdp2 has not sharded the model: {found}; {advice}")
 
     def own_shard(self, tensor: Tensor) -> Tensor:
         """Return this process's rows."""

@@ -30,11 +30,7 @@ ADAM_STEPS = "adam_steps.json"
 @contextmanager
 def converted(folder: Path, rank: Rank) -> Iterator[Path]:
     """Yield DeepSpeed's files of a state in their universal form, which are there while the block lasts. The main
-    process makes them; they are as large as the state. All processes call it.
-
-    Raises:
-        RunError: the conversion failed.
-    """
+    process makes them, or raises RunError; they are as large as the state. All processes call it."""
     checkpoint = folder.parents[1]
     output = checkpoint.parent / f".{checkpoint.name}.universal" / "universal"
     from_main(lambda: _convert(folder, output))
@@ -55,11 +51,8 @@ def _convert(folder: Path, output: Path) -> None:
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
-    """Set the trained weights and the optimizer of a whole model to what ZeRO-3 has written into a state.
-
-    Raises:
-        UserError: other tensors were trained then, or see `converted`.
-    """
+    """Set the trained weights and the optimizer of a whole model to what ZeRO-3 has written into a state, `converted`;
+    raise UserError where other tensors were trained then."""
     steps = json.loads((folder / ADAM_STEPS).read_text())
     with converted(folder / TAG, rank) as output:
         parameters, zero = trained(model), output / "zero"

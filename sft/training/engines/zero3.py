@@ -32,11 +32,7 @@ class Zero3(Engine):
     KEEPS_GRADIENTS = False
 
     def check_installed(self) -> None:
-        """Check for DeepSpeed.
-
-        Raises:
-            UserError: it is not installed.
-        """
+        """Raise UserError where DeepSpeed is not installed."""
         if find_spec("deepspeed") is None:
             raise UserError(
                 f"distributed.engine: zero3 needs DeepSpeed, which is not installed: {_INSTALL}; or set "
@@ -44,21 +40,14 @@ class Zero3(Engine):
             )
 
     def check_precision(self, precision: str) -> None:
-        """Refuse float16, and bfloat16 without a GPU.
-
-        Raises:
-            UserError: the engine does not train in this precision here.
-        """
+        """Refuse float16, and bfloat16 without a GPU."""
         check_engine_precision("zero3", precision)
         if precision == "bfloat16" and not torch.cuda.is_available():  # transformers refuses it
             raise UserError("training.precision: zero3 without a GPU trains in float32; set float32")
 
     def check_state(self, checkpoint: Path, *, written_by: int, read_by: int) -> None:
-        """Check for DeepSpeed where it has to convert the state.
-
-        Raises:
-            UserError: the state is of another number of processes, and DeepSpeed is not installed.
-        """
+        """Raise UserError where the state is of another number of processes, and DeepSpeed, which has to convert it, is
+        not installed."""
         if written_by != read_by and find_spec("deepspeed") is None:
             raise UserError(
                 f"{checkpoint}: was written under zero3 by another number of processes; DeepSpeed has to convert it, "
