@@ -45,11 +45,6 @@ class Room:
     total: int
     """All checkpoints, when the run ends."""
 
-    @property
-    def one(self) -> int:
-        """One checkpoint."""
-        return self.snapshot + self.state
-
 
 def room_for(recipe: Recipe, family: Family, model: PackedModel) -> Room:
     """Return what the checkpoints of a run will take. Full runs keep bfloat16 weights, others their trained float32
@@ -75,8 +70,9 @@ def check_room(folder: Path, room: Room) -> Finding:
     replaced, or are among those counted."""
     held = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
     free = shutil.disk_usage(existing(folder)).free + held
-    found = f"{free / 1e9:.3g} GB for {folder}, a checkpoint takes {room.one / 1e9:.3g} GB"
-    if free < room.one:
+    one = room.snapshot + room.state
+    found = f"{free / 1e9:.3g} GB for {folder}, a checkpoint takes {one / 1e9:.3g} GB"
+    if free < one:
         return Finding("free disk", "failed", found, "make room, or choose another output_dir", of_input=True)
     if free < room.total:
         all_take = f"all of them take {room.total / 1e9:.3g} GB"
@@ -88,14 +84,10 @@ def check_room(folder: Path, room: Room) -> Finding:
 def before_training(
     recipe: Recipe, family: Family, model: PackedModel, template: ChatTemplate, run_dir: Path
 ) -> list[str]:
-    """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings.
-
-    No random number is drawn. Where this is the only process, the model is moved to its device.
-
-    Raises:
-        UserError: the user's input is wrong: weights, tokenizer, too little disk.
-        RunError: this machine or these versions of the libraries compute something else than they should.
-    """
+    """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings. No random
+    number is drawn. Where this is the only process, the model is moved to its device. Raise UserError where the user's
+    input is wrong (weights, tokenizer, too little disk), RunError where this machine or these versions of the libraries
+    compute something else than they should."""
     findings = [versions_in_a_line(), check_room(run_dir, room_for(recipe, family, model))]
     if recipe.model.mode == "qlora" or OPTIMIZERS[recipe.training.optimizer].needs_bitsandbytes:
         findings.append(check_bitsandbytes())

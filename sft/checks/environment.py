@@ -96,11 +96,9 @@ def check_precision() -> Finding:
 
 
 def check_bitsandbytes() -> Finding:
-    """Compute with 4-bit weights as QLoRA stores them, and make a step of an 8-bit optimizer, on this device.
-
-    The forward is done with gradients, without, and with them again: on CPUs with avx512_bf16, bitsandbytes 0.50.2
-    fails at the third if it may repack weights.
-    """
+    """Compute with 4-bit weights as QLoRA stores them, and make a step of an 8-bit optimizer, on this device. The
+    forward is done with gradients, without, and with them again: on CPUs with avx512_bf16, bitsandbytes 0.50.2 fails at
+    the third if it may repack weights."""
     name = "bitsandbytes on this device"
     wrong = ""
     with contained() as failure, torch.random.fork_rng(devices=[]):  # the seed of a training is not touched

@@ -38,11 +38,9 @@ def check_model(subject: Subject) -> Iterator[Finding]:
 
 
 def check_tokens(subject: Subject) -> Finding:
-    """Check that a chat has the ids that the model was trained with, where they are known, and follows the rules of
-    its family's vocabularies where they are not.
-
-    transformers 5 can rebuild a tokenizer by other rules without a warning: 32 tokens in place of 35 for a short chat.
-    """
+    """Check that a chat has the ids that the model was trained with, where they are known, and follows the rules of its
+    family's vocabularies where they are not. transformers 5 can rebuild a tokenizer by other rules without a warning:
+    32 tokens in place of 35 for a short chat."""
     name, template, config = "token ids", subject.template, subject.model.config
     chat = with_size(CHAT, subject.noise.size)
     ids = template.encode(Sample(key="check", messages=chat)).input_ids.tolist()

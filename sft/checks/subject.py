@@ -35,11 +35,9 @@ CHAT = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, and the samples of its checks: one question about two images, and a text.
-
-    The question is asked twice about the first image: its two results differ by rounding alone, and that of the other
-    image must differ by more.
-    """
+    """A model in evaluation mode, and the samples of its checks: one question about two images, and a text. The
+    question is asked twice about the first image: its two results differ by rounding alone, and that of the other image
+    must differ by more."""
 
     family: Family
     model: PackedModel

@@ -102,12 +102,6 @@ class _Found(NamedTuple):
     result: Result
     blind: Result | None
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The summary that is printed."""
-        score = self.blind.on_items_of(self.result).score if self.blind else None
-        return self.task.summary(self.result, blind_score=score)
-
 
 class _Evaluation:
     """A model, and the tasks that it is asked."""
@@ -230,7 +224,10 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
 
 def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
     """Write the files that are asked for, and print the summaries."""
-    summaries = [one.summary for one in found]
+    summaries = []
+    for task, result, blind in found:
+        blind_score = blind.on_items_of(result).score if blind else None
+        summaries.append(task.summary(result, blind_score=blind_score))
     if details:
         _write_details(details, found)
     if submission:

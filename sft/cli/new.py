@@ -45,19 +45,9 @@ def run(
     (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
     sizes = sizes_for(found, family_of(model))
     if json:
-        print_json(
-            {
-                "recipe": str(file),
-                "dataset": found.dataset,
-                "path": str(found.path),
-                "records": found.records,
-                "samples": len(found.samples),
-                "options": dict(found.options),
-                "skipped": dict(found.skipped),
-                "epochs": sizes.epochs,
-                "steps": sizes.steps,
-            }
-        )
+        data_keys = {"dataset": found.dataset, "path": str(found.path), "options": dict(found.options)}
+        counts = {"records": found.records, "samples": len(found.samples), "skipped": dict(found.skipped)}
+        print_json({"recipe": str(file)} | data_keys | counts | {"epochs": sizes.epochs, "steps": sizes.steps})
         return
     out = console()
     for line in (*found.describe(), f"{file}: {sizes.epochs} epochs, about {sizes.steps:,} steps, mode {mode}"):

@@ -34,8 +34,7 @@ def run(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[
-        str | None,
-        typer.Option(help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.", autocompletion=_complete_gpu),
+        str | None, typer.Option(help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.", autocompletion=_complete_gpu)
     ] = None,
     gpu_memory: Annotated[
         float | None,

@@ -65,11 +65,9 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 class Model:
-    """A model that answers, on its device.
-
-    Further keyword arguments of `chat` and `generate` are fields of transformers' `GenerationConfig`: `num_beams=3`,
-    `do_sample=True, temperature=0.7`. Without them the likeliest token is taken each time.
-    """
+    """A model that answers, on its device. Further keyword arguments of `chat` and `generate` are fields of
+    transformers' `GenerationConfig`: `num_beams=3`, `do_sample=True, temperature=0.7`. Without them the likeliest token
+    is taken each time."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded

@@ -68,12 +68,8 @@ class Conversation:
         return answer
 
     def open_image(self, name: str | Path) -> ImageRef:
-        """Read and check an image file, relative to the folder.
-
-        Raises:
-            UserError: it is an address, lies outside the folder (links are followed), is missing, a folder itself or
-                does not decode.
-        """
+        """Read and check an image file, relative to the folder. Raise UserError where it is an address, lies outside
+        the folder (links are followed), is missing, a folder itself or does not decode."""
         if not str(name):
             raise UserError(f"/image: no file is named; expected one of {self.folder}, as in /image photo.png")
         if "://" in str(name):

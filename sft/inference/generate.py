@@ -49,17 +49,13 @@ def generate(
     settings: Mapping[str, Any] | None = None,
     on_text: OnText = None,
 ) -> list[str]:
-    """Return the text that the model generates after each prompt, stripped of spaces at its ends.
-
-    Greedy, unless `settings` (fields of transformers' `GenerationConfig`) say otherwise; a text ends at `</s>`,
-    `<end_of_utterance>` or after `max_new_tokens`, and never holds an image marker. `load_image` makes the
-    tiles of an image; left out, the image is opened and cut as in training. `on_text` gets the text of a single prompt
-    word by word as it is written; beams are not streamed.
-
-    Raises:
-        SkipSample: an image is missing or does not decode.
-    """
-    load, text = load_image or _loader(model), family_of(model).text
+    """Return the text that the model generates after each prompt, stripped of spaces at its ends. Greedy, unless
+    `settings` (fields of transformers' `GenerationConfig`) say otherwise; a text ends at `</s>`, `<end_of_utterance>`
+    or after `max_new_tokens`, and never holds an image marker. `load_image` makes the tiles of an image; left out, the
+    image is opened and cut as in training. `on_text` gets the text of a single prompt word by word as it is written;
+    beams are not streamed. Raise SkipSample for an image that is missing or does not decode."""
+    text, images = family_of(model).text, family_of(model).images(model.config)
+    load = load_image or (lambda image: load_tiles(read_bytes(image), images, decoding=image.decoding))
     stops = _ids_of(tokenizer, text.ENDS)
     own = {
         "do_sample": False,
@@ -96,8 +92,7 @@ class _Words(TextStreamer):  # type: ignore[misc]  # transformers is not typed
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-        self._has_begun = False
+        self._on_text, self._has_begun = on_text, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Leave out the space before the first word."""
@@ -128,8 +123,3 @@ def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int], stops:
     """Return the text of the tokens before the first stop."""
     end = next((i for i, token in enumerate(token_ids) if token in stops), len(token_ids))
     return str(tokenizer.decode(token_ids[:end], skip_special_tokens=True)).strip()
-
-
-def _loader(model: PackedModel) -> Callable[[ImageRef], Tiles]:
-    images = family_of(model).images(model.config)
-    return lambda image: load_tiles(read_bytes(image), images, decoding=image.decoding)

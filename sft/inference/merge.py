@@ -184,11 +184,8 @@ class LogitDifference:
 
 def compare(checkpoint: Path, output: Path) -> dict[str, LogitDifference]:
     """Compare the merged model with its parts: the unquantised base with adapters, and the 4-bit base with adapters. Of
-    a full run: the checkpoint that was copied.
-
-    One model is in memory at a time. What is asked is two conversations, one about an image of noise; everything is
-    computed in float32.
-    """
+    a full run: the checkpoint that was copied. One model is in memory at a time. What is asked is two conversations,
+    one about an image of noise; everything is computed in float32."""
     merged = _logits(output)
     if not is_adapter_folder(checkpoint):
         return {"checkpoint": _difference(merged, _logits(checkpoint))}

@@ -112,19 +112,15 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
     if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
         yield f"Held-out loss {figure(scores[name]['score'])}."
     elif name in scores:
-        own = scores[name]
+        own, is_loss = scores[name], selection["by"] == "loss"
+        asked = "samples" if is_loss else "questions"
+        which = f"{asked} that did not choose" if selection.get("chosen_on") == "half" else f"the {asked} that chose"
         yield (
-            f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
-            f"{figure(own['standard_error'])} on {_reported(selection)}; best with probability {own['p_best']:.0%}."
+            f"{'Held-out loss' if is_loss else 'Score'} {figure(own['score'])} ± {figure(own['standard_error'])} on "
+            f"{which}; best with probability {own['p_best']:.0%}."
         )
     if selection["selected"] == name and selection["cross_fitted"] is not None:
         yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."
-
-
-def _reported(selection: dict[str, Any]) -> str:
-    """Return the questions that figures come from."""
-    what = "samples" if selection["by"] == "loss" else "questions"
-    return f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
 
 
 def _public(recipe: Recipe) -> dict[str, Any]:

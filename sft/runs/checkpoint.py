@@ -41,13 +41,8 @@ def write_folder(
     path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None = None, rank: Rank = ALONE
 ) -> None:
     """Let `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
-    name in one rename.
-
-    All processes call it. The main one does everything; the others add their shards of the state to the same folder.
-
-    Raises:
-        RunError: the disk is full. Nothing is left of the folder then.
-    """
+    name in one rename. All processes call it. The main one does everything; the others add their shards of the state to
+    the same folder. Raise RunError where the disk is full; nothing is left of the folder then."""
 
     def remove_if_full(error: BaseException) -> None:
         if rank.is_main and isinstance(error, RunError):

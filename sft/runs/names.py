@@ -75,14 +75,10 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_model(name: str) -> Path | str:
-    """Return the folder or hub id that MODEL on the command line stands for. `shipped:tiny_base` is the small base.
-
-    A RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means the
-    checkpoint of that step.
-
-    Raises:
-        UserError: there is nothing of that name, or the step has no complete checkpoint.
-    """
+    """Return the folder or hub id that MODEL on the command line stands for. `shipped:tiny_base` is the small base. A
+    RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means the
+    checkpoint of that step. Raise UserError where there is nothing of that name, or no complete checkpoint of the
+    step."""
     if name.startswith(PREFIX):
         return resolve(name)
     text, _, step = name.partition("@")

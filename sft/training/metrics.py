@@ -47,12 +47,10 @@ class StepMetrics:
     def reset(self) -> None:
         """Begin a step."""
         self.dirty_samples = 0
-        self.waited = 0.0
-        """Seconds in which this process waited for batches, or made them."""
-        self.keys: list[tuple[str, ...]] = []
-        """Keys of the samples of each micro-batch."""
+        self.waited = 0.0  # seconds in which this process waited for batches, or made them
+        self.keys: list[tuple[str, ...]] = []  # of the samples of each micro-batch
+        # Sums of losses, tokens and trained tokens.
         self._sums_S3 = torch.zeros(len(self.names) + 1, 3, dtype=torch.float64)
-        """Sums of losses, tokens and trained tokens."""
         self._looking = torch.zeros((), dtype=torch.long)
         self._packs: list[tuple[tuple[tuple[str, ...], ...], Tensor]] = []
 

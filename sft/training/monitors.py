@@ -7,8 +7,7 @@ trackers               every line of metrics.jsonl to trackio, wandb or tensorbo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -51,7 +50,8 @@ class Monitors:
         if held_out:
             self._validation = Validation(recipe, held_out, template, log=log_once)
         if recipe.evaluation.every_steps:
-            session = Session(recipe, held_out=lambda: (held_out, template), log=log_once, progress=_no_bar)
+            no_bar = nullcontext(lambda done, unit: None)  # that of the training is on the screen
+            session = Session(recipe, held_out=lambda: (held_out, template), log=log_once, progress=lambda name: no_bar)
             self._evaluation = CheckpointEvaluation(session, recipe.evaluation, log=log_once, track=self.log)
 
     def validate(self, model: PackedModel, step: int) -> Line:
@@ -73,8 +73,3 @@ class Monitors:
         """Checkpoints and steps whose evaluation or validation failed so far, and why."""
         parts = (self._validation, self._evaluation)
         return {name: reason for part in parts if part for name, reason in part.failed.items()}
-
-
-def _no_bar(name: str) -> AbstractContextManager[Callable[[int, str], None]]:
-    """Show no bar: that of the training is on the screen."""
-    return nullcontext(lambda done, unit: None)

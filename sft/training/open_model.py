@@ -17,8 +17,8 @@ from sft.models.lora import add_adapters, continue_adapters
 from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.training.metrics import Log
+from sft.training.optimizer import trained_parts, trained_table
 from sft.training.out_of_memory import explain_out_of_memory
-from sft.training.trained_parts import trained_parts, trained_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sft.core.errors import UserError
 from sft.recipe import Recipe, load_recipe
@@ -13,7 +13,7 @@ from sft.runs.status import RunStatus
 if TYPE_CHECKING:
     from sft.training.metrics import Log
 
-FREE = {"data": {"store", "num_workers", "worker_timeout", "max_dirty_samples"}, "training": {"report_to"}}
+FREE = {"data.store", "data.num_workers", "data.worker_timeout", "data.max_dirty_samples", "training.report_to"}
 """Settings that do not change what is trained."""
 
 
@@ -55,16 +55,13 @@ def changed_settings(recipe: Recipe, run_dir: Path) -> list[str]:
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: has a run.json but no recipe.yaml; --resume none starts anew")
-    parts = {"model", "data", "training", "seed"}
-    before, now = (r.model_dump(include=parts) for r in (load_recipe(file), recipe))
-    changed = []
-    for part in sorted(parts):
-        if not isinstance(now[part], dict):
-            changed += [part] if before[part] != now[part] else []
-            continue
-        names = sorted(now[part].keys() - FREE.get(part, set()))
-        changed += [f"{part}.{name}" for name in names if before[part][name] != now[part][name]]
-    return changed
+    before, now = _by_name(load_recipe(file)), _by_name(recipe)
+    return [name for name in sorted(now.keys() - FREE) if before[name] != now[name]]
+
+
+def _by_name(recipe: Recipe) -> dict[str, Any]:
+    parts = recipe.model_dump(include={"model", "data", "training"})
+    return {"seed": recipe.seed} | {f"{part}.{name}": own[name] for part, own in parts.items() for name in own}
 
 
 def _find_checkpoint(resume: str, run_dir: Path, log: Log) -> Path | None:

@@ -12,7 +12,7 @@ from sft.batches.data_loader import MicroBatches
 from sft.batches.look_ahead import look_ahead, planned
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
-from sft.core.distributed import ALONE, Rank, any_process, from_main
+from sft.core.distributed import ALONE, Rank, from_main
 from sft.core.file_lock import locked
 from sft.data.sources import Sources
 from sft.models.base_model import prepare_base
@@ -147,7 +147,7 @@ class TrainingRun:
                 resume_from=self.resume_from / STATE if self.resume_from else None,
                 on_step=self._count_step,
                 log=self.log,
-                should_stop=lambda: self.stop.is_agreed(any_process),
+                should_stop=self.stop.is_agreed,
                 validate=self.monitors.validate,
                 callbacks=self.monitors.callbacks,
                 rank=self.rank,

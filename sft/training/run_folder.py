@@ -6,8 +6,10 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from sft.checks.environment import LIBRARIES
 from sft.core.contain import on_error
@@ -22,11 +24,7 @@ from sft.recipe import Recipe
 from sft.runs.checkpoint import STATE, check_state, step_of
 from sft.runs.status import RunStatus
 from sft.training.engines.resume_state import Progress, read_progress
-
-if TYPE_CHECKING:
-    import torch
-
-    from sft.training.open_model import OpenedModel
+from sft.training.open_model import OpenedModel
 
 OUTPUTS = (
     "nonfinite.jsonl",
@@ -121,8 +119,6 @@ def recorded(
 
 def hardware(processes: int) -> str:
     """Return the devices of a training: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
-    import torch
-
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
@@ -132,8 +128,6 @@ def hardware(processes: int) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that can change what is trained."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in LIBRARIES}
 
 

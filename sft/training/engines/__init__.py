@@ -1,7 +1,7 @@
 """Engines: how several processes keep a model that they train together.
 
 ddp       each process has the whole model
-zero3     DeepSpeed shards it; universal: its states for another number of processes
+zero3     DeepSpeed shards it, and converts its states for another number of processes
 fsdp2     torch's `fully_shard` shards it; sharded_state: its states
 resume_state  the state of a checkpoint: the files of a whole model, and the progress that every engine writes
 
@@ -77,7 +77,7 @@ class Engine:
     def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
         """Read what `save` of this engine has written, by any number of processes (`progress` says how many). An engine
         that does not shard reads what any engine has written."""
-        raise NotImplementedError
+        self.load_whole(folder, trainer.unwrapped, trainer.bare_optimizer, trainer.rank)
 
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
         """Set a whole model and its optimizer to what `save` of this engine has written."""

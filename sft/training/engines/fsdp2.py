@@ -18,7 +18,6 @@ from sft.core.distributed import Rank
 from sft.core.errors import RunError
 from sft.recipe.engines import check_engine_precision
 from sft.training.engines import Engine, sharded_state
-from sft.training.engines.resume_state import Progress
 
 if TYPE_CHECKING:
     from sft.training.trainer import Trainer
@@ -33,10 +32,8 @@ class Fsdp2(Engine):
 
     def shard(self, model: nn.Module, precision: str) -> None:
         """Leave this process its shard of every layer. A layer is gathered as a whole, and so are the embedding and the
-        head; everything else is gathered for the whole forward.
-
-        Weights are kept as they are, and gathered and computed with in `precision`; gradients are summed in float32.
-        """
+        head; everything else is gathered for the whole forward. Weights are kept as they are, and gathered and computed
+        with in `precision`; gradients are summed in float32."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -94,12 +91,8 @@ class Fsdp2(Engine):
         """Write the shard of each process."""
         sharded_state.save(folder, trainer.unwrapped, trainer.bare_optimizer)
 
-    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
-        """Read the shard of each process from what any number of processes have written."""
-        sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
-
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
-        """Set a whole model to the shards of all processes."""
+        """Set a whole model, or the shard of each process, to what any number of processes have written."""
         sharded_state.load(folder, model, optimizer)
 
 
