@@ -5,18 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from sft.checks.environment import check_bitsandbytes, existing, versions_in_a_line
 from sft.checks.finding import Finding, line_of, raise_failed
-from sft.checks.model import (
-    check_gates,
-    check_image,
-    check_own_loss,
-    check_tokens,
-    check_weights,
-)
+from sft.checks.model import check_gates, check_image, check_loss, check_tokens, check_weights
 from sft.checks.subject import Subject
 from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device
@@ -28,13 +23,8 @@ from sft.recipe import OPTIMIZERS, Recipe
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a run can be written in a folder, by making a file without a name, of which nothing stays.
-
-    Permissions would not do: root has all of them, and yet /proc takes no file.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Raise UserError where no run can be written in a folder: a file without a name, of which nothing stays, is made.
+    Permissions would not do: root has all of them, and yet /proc takes no file."""
     place = existing(folder)
     if not place.is_dir():
         raise UserError(f"output_dir {folder}: {place} is a file; choose another output_dir")
@@ -55,26 +45,17 @@ class Room:
     total: int
     """All checkpoints, when the run ends."""
 
-    @property
-    def one(self) -> int:
-        """One checkpoint."""
-        return self.snapshot + self.state
-
 
 def room_for(recipe: Recipe, family: Family, model: PackedModel) -> Room:
     """Return what the checkpoints of a run will take. Full runs keep bfloat16 weights, others their trained float32
     weights; the state has the trained weights in float32 and the optimizer's states."""
     groups = recipe.model.trainable
-
-    def is_trained(name: str) -> bool:
-        return groups is None or family.weights.group_of(name) in groups
-
-    trained = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name or (is_trained(name) and ".base_layer." not in name)
-    )
-    everything = sum(parameter.numel() for parameter in model.parameters())
+    everything = trained = 0
+    for name, parameter in model.named_parameters():
+        everything += parameter.numel()
+        in_group = groups is None or family.weights.group_of(name) in groups
+        if ".lora_" in name or (in_group and ".base_layer." not in name):
+            trained += parameter.numel()
     snapshot = 4 * trained if has_adapters(model) else 2 * everything
     state = round((4 + OPTIMIZERS[recipe.training.optimizer].bytes_per_parameter) * trained)
     snapshots = -(-recipe.training.steps // recipe.checkpoints.every_steps)
@@ -89,29 +70,24 @@ def check_room(folder: Path, room: Room) -> Finding:
     replaced, or are among those counted."""
     held = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
     free = shutil.disk_usage(existing(folder)).free + held
-    found = f"{free / 1e9:.3g} GB for {folder}, a checkpoint takes {room.one / 1e9:.3g} GB"
-    if free < room.one:
-        advice = "make room, or choose another output_dir"
-        return Finding(name="free disk", result="failed", found=found, advice=advice, of_input=True)
+    one = room.snapshot + room.state
+    found = f"{free / 1e9:.3g} GB for {folder}, a checkpoint takes {one / 1e9:.3g} GB"
+    if free < one:
+        return Finding("free disk", "failed", found, "make room, or choose another output_dir", of_input=True)
     if free < room.total:
-        advice = (
-            f"all of them take {room.total / 1e9:.3g} GB: raise checkpoints.every_steps, or set keep_weights=best+last"
-        )
-        return Finding(name="free disk", result="warning", found=found, advice=advice)
-    return Finding(name="free disk", result="ok", found=found)
+        all_take = f"all of them take {room.total / 1e9:.3g} GB"
+        advice = f"{all_take}: raise checkpoints.every_steps, or set keep_weights=best+last"
+        return Finding("free disk", "warning", found, advice)
+    return Finding("free disk", "ok", found)
 
 
 def before_training(
     recipe: Recipe, family: Family, model: PackedModel, template: ChatTemplate, run_dir: Path
 ) -> list[str]:
-    """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings.
-
-    No random number is drawn. Where this is the only process, the model is moved to its device.
-
-    Raises:
-        UserError: the user's input is wrong: weights, tokenizer, too little disk.
-        RunError: this machine or these versions of the libraries compute something else than they should.
-    """
+    """Check the model that is about to be trained, by one forward of about 150 tokens; return the warnings. No random
+    number is drawn. Where this is the only process, the model is moved to its device. Raise UserError where the user's
+    input is wrong (weights, tokenizer, too little disk), RunError where this machine or these versions of the libraries
+    compute something else than they should."""
     findings = [versions_in_a_line(), check_room(run_dir, room_for(recipe, family, model))]
     if recipe.model.mode == "qlora" or OPTIMIZERS[recipe.training.optimizer].needs_bitsandbytes:
         findings.append(check_bitsandbytes())
@@ -120,7 +96,8 @@ def before_training(
         model.to(device())
     was_training = model.training
     subject = Subject(family, model.eval(), template, choose_precision(recipe.training.precision, device()))
-    for check in (check_tokens, check_weights, check_gates, check_image, check_own_loss):
+    own_loss = partial(check_loss, by_own_logits=True)
+    for check in (check_tokens, check_weights, check_gates, check_image, own_loss):
         findings.append(check(subject))
         raise_failed(findings[-1:])
     model.train(was_training)

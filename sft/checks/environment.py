@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import nn
 
-from sft.checks.finding import Finding
+from sft.checks.finding import Finding, Result
 from sft.core.contain import contained
 from sft.core.precision import choose_precision, device, has_bfloat16
 from sft.core.shipped import shipped_root
@@ -40,36 +41,30 @@ def check_versions() -> list[Finding]:
     """Compare each library with the tested version, and with the versions that this package allows."""
     tested = tested_versions()
     allowed = {r.name: r.specifier for r in map(Requirement, requires("idefics-sft") or ()) if r.marker is None}
-    findings = []
-    for name in LIBRARIES:
-        pinned, specifier = tested[name], allowed[name]
-        advice = f'pip install "{name}=={pinned}"'
-        try:
-            installed = Version(version(name))
-        except PackageNotFoundError:
-            findings.append(Finding(name=name, result="failed", found="not installed", advice=advice))
-            continue
-        if not specifier.contains(installed.base_version, prereleases=True):
-            findings.append(Finding(name=name, result="failed", found=f"{installed}, needs {specifier}", advice=advice))
-        elif installed.public != pinned:
-            findings.append(
-                Finding(name=name, result="warning", found=f"{installed}, tested with {pinned}", advice=advice)
-            )
-        else:
-            findings.append(Finding(name=name, result="ok", found=str(installed)))
-    return findings
+    return [_check_version(name, tested[name], allowed[name]) for name in LIBRARIES]
+
+
+def _check_version(name: str, pinned: str, allowed: SpecifierSet) -> Finding:
+    advice = f'pip install "{name}=={pinned}"'
+    try:
+        installed = Version(version(name))
+    except PackageNotFoundError:
+        return Finding(name, "failed", "not installed", advice)
+    if not allowed.contains(installed.base_version, prereleases=True):
+        return Finding(name, "failed", f"{installed}, needs {allowed}", advice)
+    if installed.public != pinned:
+        return Finding(name, "warning", f"{installed}, tested with {pinned}", advice)
+    return Finding(name, "ok", str(installed))
 
 
 def versions_in_a_line() -> Finding:
     """Return the versions of all libraries as one finding."""
     findings = check_versions()
-    failed = [finding for finding in findings if finding.result == "failed"]
-    others = [finding for finding in findings if finding.result == "warning"]
-    listed = "; ".join(f"{finding.name} {finding.found}" for finding in failed or others)
-    advice = "`idefics-sft doctor` says what to install"
-    if failed or others:
-        return Finding(name="versions", result="failed" if failed else "warning", found=listed, advice=advice)
-    return Finding(name="versions", result="ok", found="those this toolkit is tested with")
+    worst: tuple[Result, ...] = ("failed", "warning")
+    for result in worst:
+        if listed := "; ".join(f"{one.name} {one.found}" for one in findings if one.result == result):
+            return Finding("versions", result, listed, "`idefics-sft doctor` says what to install")
+    return Finding("versions", "ok", "those this toolkit is tested with")
 
 
 def check_device() -> Finding:
@@ -79,9 +74,8 @@ def check_device() -> Finding:
         free, total = torch.cuda.mem_get_info(chosen)
         others = f", 1 of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
         name = f"{torch.cuda.get_device_name(chosen)}{others}"
-        return Finding(name="device", result="ok", found=f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB free")
-    found = f"CPU, {os.cpu_count()} cores, {free_memory(chosen) / GIB:.1f} GiB of memory free"
-    return Finding(name="device", result="ok", found=found)
+        return Finding("device", "ok", f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB free")
+    return Finding("device", "ok", f"CPU, {os.cpu_count()} cores, {free_memory(chosen) / GIB:.1f} GiB of memory free")
 
 
 def free_memory(of: torch.device) -> int:
@@ -98,17 +92,13 @@ def free_memory(of: torch.device) -> int:
 def check_precision() -> Finding:
     """Report whether the device computes bfloat16 natively, and which precision `auto` means."""
     native = "native" if has_bfloat16(device()) else "not native"
-    return Finding(
-        name="bfloat16", result="ok", found=f"{native}; precision auto takes {choose_precision('auto', device())}"
-    )
+    return Finding("bfloat16", "ok", f"{native}; precision auto takes {choose_precision('auto', device())}")
 
 
 def check_bitsandbytes() -> Finding:
-    """Compute with 4-bit weights as QLoRA stores them, and make a step of an 8-bit optimizer, on this device.
-
-    The forward is done with gradients, without, and with them again: on CPUs with avx512_bf16, bitsandbytes 0.50.2
-    fails at the third if it may repack weights.
-    """
+    """Compute with 4-bit weights as QLoRA stores them, and make a step of an 8-bit optimizer, on this device. The
+    forward is done with gradients, without, and with them again: on CPUs with avx512_bf16, bitsandbytes 0.50.2 fails at
+    the third if it may repack weights."""
     name = "bitsandbytes on this device"
     wrong = ""
     with contained() as failure, torch.random.fork_rng(devices=[]):  # the seed of a training is not touched
@@ -118,8 +108,8 @@ def check_bitsandbytes() -> Finding:
         wrong = f"{type(failure.error).__name__}: {first_line}"
     if wrong:
         advice = "model.mode qlora and the 8-bit optimizers do not work here; `python -m bitsandbytes` tells more"
-        return Finding(name=name, result="failed", found=wrong, advice=advice)
-    return Finding(name=name, result="ok", found=f"4-bit weights and 8-bit AdamW work on {device().type}")
+        return Finding(name, "failed", wrong, advice)
+    return Finding(name, "ok", f"4-bit weights and 8-bit AdamW work on {device().type}")
 
 
 def _wrong_with_bitsandbytes(on: torch.device) -> str:
@@ -160,10 +150,8 @@ def check_free_disk(folder: Path) -> Finding:
     free = shutil.disk_usage(existing(folder)).free
     found = f"{free / 1e9:.1f} GB; a checkpoint of idefics-9b takes 17.9 GB"
     if free < LITTLE_DISK:
-        return Finding(
-            name="free disk", result="warning", found=found, advice="set output_dir and data.store elsewhere"
-        )
-    return Finding(name="free disk", result="ok", found=found)
+        return Finding("free disk", "warning", found, "set output_dir and data.store elsewhere")
+    return Finding("free disk", "ok", found)
 
 
 def existing(path: Path) -> Path:

@@ -8,13 +8,15 @@ from typing import Literal
 
 from sft.core.errors import RunError, UserError
 
+Result = Literal["ok", "warning", "failed", "skipped"]
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Finding:
     """The result of one check."""
 
     name: str
-    result: Literal["ok", "warning", "failed", "skipped"]
+    result: Result
     found: str
     advice: str = ""
     of_input: bool = False
@@ -22,12 +24,8 @@ class Finding:
 
 
 def raise_failed(findings: Iterable[Finding]) -> None:
-    """Stop for the first check that failed, if there is one.
-
-    Raises:
-        UserError: it failed for the user's input.
-        RunError: it failed for another reason.
-    """
+    """Stop for the first check that failed, if any did, with UserError where the user's input is wrong, else
+    RunError."""
     for finding in findings:
         if finding.result == "failed":
             kind = UserError if finding.of_input else RunError

@@ -17,6 +17,9 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Largest difference of the logits of two correct forwards, as a share of the largest logit. Measured: 0.2 and more
 with wrong attention; with right attention 1e-6 in float32 and 0.01 in bfloat16."""
 
+DAMAGED = "the base is damaged; get it again"
+BUG = "a bug, or an untested version of a library"
+
 
 def check_model(subject: Subject) -> Iterator[Finding]:
     """Run all checks of a model, one after another. Where weights are not finite, the others are skipped."""
@@ -25,7 +28,7 @@ def check_model(subject: Subject) -> Iterator[Finding]:
     yield weights
     if weights.result == "failed":
         names = ("gates", "image changes logits", "loss", "gradients of the extra rows", "grouped attention")
-        yield from (Finding(name=name, result="skipped", found="weights are not finite") for name in names)
+        yield from (Finding(name, "skipped", "weights are not finite") for name in names)
         return
     yield check_gates(subject)
     yield check_image(subject)
@@ -35,29 +38,25 @@ def check_model(subject: Subject) -> Iterator[Finding]:
 
 
 def check_tokens(subject: Subject) -> Finding:
-    """Check that a chat has the ids that the model was trained with, where they are known, and follows the rules of
-    its family's vocabularies where they are not.
-
-    transformers 5 can rebuild a tokenizer by other rules without a warning: 32 tokens in place of 35 for a short chat.
-    """
+    """Check that a chat has the ids that the model was trained with, where they are known, and follows the rules of its
+    family's vocabularies where they are not. transformers 5 can rebuild a tokenizer by other rules without a warning:
+    32 tokens in place of 35 for a short chat."""
     name, template, config = "token ids", subject.template, subject.model.config
     chat = with_size(CHAT, subject.noise.size)
     ids = template.encode(Sample(key="check", messages=chat)).input_ids.tolist()
     golden = subject.family.text.golden_ids(config)
-    advice = "take the tokenizer.json of the base model"
-    if golden is not None:
-        if ids == golden:
-            return Finding(name=name, result="ok", found=f"those of idefics-9b-instruct ({len(ids)} golden ids)")
+    if ids == golden:
+        return Finding(name, "ok", f"those of idefics-9b-instruct ({len(ids)} golden ids)")
+    if golden is None:
+        wrong = _wrong_with_tokens(subject, ids)
+    else:
         at = next(i for i in range(len(ids) + 1) if ids[: i + 1] != golden[: i + 1])
-        pieces = template.tokenizer.convert_ids_to_tokens(ids[at : at + 3])
-        found = (
-            f"{ids[at : at + 3]} {pieces} at {at} of a chat, idefics-9b-instruct was trained with {golden[at : at + 3]}"
-        )
-        return Finding(name=name, result="failed", found=found, advice=advice, of_input=True)
-    wrong = _wrong_with_tokens(subject, ids)
+        own, known = ids[at : at + 3], golden[at : at + 3]
+        pieces = template.tokenizer.convert_ids_to_tokens(own)
+        wrong = f"{own} {pieces} at {at} of a chat, idefics-9b-instruct was trained with {known}"
     if wrong:
-        return Finding(name=name, result="failed", found=wrong, advice=advice, of_input=True)
-    return Finding(name=name, result="ok", found="follow the rules of their family; no known ids for this vocabulary")
+        return Finding(name, "failed", wrong, "take the tokenizer.json of the base model", of_input=True)
+    return Finding(name, "ok", "follow the rules of their family; no known ids for this vocabulary")
 
 
 def _wrong_with_tokens(subject: Subject, ids: Sequence[int]) -> str:
@@ -75,10 +74,9 @@ def check_weights(subject: Subject) -> Finding:
     broken = [name for name, weight in subject.model.named_parameters() if not _is_finite(weight.detach())]
     if broken:
         found = f"{len(broken)} tensors hold NaN or infinity, {broken[0]} among them"
-        advice = "the base is damaged; get it again"
-        return Finding(name="weights", result="failed", found=found, advice=advice, of_input=True)
+        return Finding("weights", "failed", found, DAMAGED, of_input=True)
     count = sum(weight.numel() for weight in subject.model.parameters())
-    return Finding(name="weights", result="ok", found=f"{count:,} numbers, all finite")
+    return Finding("weights", "ok", f"{count:,} numbers, all finite")
 
 
 def _is_finite(weight: Tensor) -> bool:
@@ -95,12 +93,12 @@ def check_gates(subject: Subject) -> Finding:
     """Check that a gate of cross-attention is open: a model whose gates are all zero has not learned to see."""
     gates = _gates(subject)
     if not gates:
-        return Finding(name="gates", result="ok", found="there are none: images are part of the text")
+        return Finding("gates", "ok", "there are none: images are part of the text")
     largest = max(float(gate.abs().max()) for gate in gates)
     if largest == 0.0:
         advice = "train model.trainable: [gates, …], and give it images to learn from"
-        return Finding(name="gates", result="warning", found="all are 0: no image has any effect yet", advice=advice)
-    return Finding(name="gates", result="ok", found=f"the widest is open by {np.tanh(largest):.3g}")
+        return Finding("gates", "warning", "all are 0: no image has any effect yet", advice)
+    return Finding("gates", "ok", f"the widest is open by {np.tanh(largest):.3g}")
 
 
 def check_image(subject: Subject) -> Finding:
@@ -110,45 +108,36 @@ def check_image(subject: Subject) -> Finding:
         return _not_finite(name, subject)
     gates = _gates(subject)
     if gates and not any(bool(gate.any()) for gate in gates):
-        return Finding(name=name, result="skipped", found="the gates are all 0")
+        return Finding(name, "skipped", "the gates are all 0")
     first, other, again = subject.packed[1][:3]
     by_image, by_rounding = float((first - other).abs().max()), float((first - again).abs().max())
     if by_image <= 2 * by_rounding:
         found = f"two images give logits {by_image:.2g} apart, one image twice {by_rounding:.2g}"
-        advice = "the base does not see; is it one of this family?"
-        return Finding(name=name, result="failed", found=found, advice=advice, of_input=True)
-    return Finding(name=name, result="ok", found=f"by up to {by_image:.2g}")
+        return Finding(name, "failed", found, "the base does not see; is it one of this family?", of_input=True)
+    return Finding(name, "ok", f"by up to {by_image:.2g}")
 
 
 def _not_finite(name: str, subject: Subject) -> Finding:
-    found = f"logits are not finite in {subject.precision}"
-    advice = "set training.precision=float32" if subject.precision != "float32" else "the base is damaged; get it again"
-    return Finding(name=name, result="failed", found=found, advice=advice, of_input=True)
+    advice = "set training.precision=float32" if subject.precision != "float32" else DAMAGED
+    return Finding(name, "failed", f"logits are not finite in {subject.precision}", advice, of_input=True)
 
 
-def check_loss(subject: Subject) -> Finding:
+def check_loss(subject: Subject, *, by_own_logits: bool = False) -> Finding:
     """Check that the loss is the mean cross entropy of transformers' logits, over base and extra vocabulary, each
-    position predicting the next token."""
-    return _check_loss(subject, "transformers' logits", TOLERANCE[subject.precision])
-
-
-def check_own_loss(subject: Subject) -> Finding:
-    """Check the same against our own logits, which takes no second forward."""
-    return _check_loss(subject, "our logits", TOLERANCE["float32"])
-
-
-def _check_loss(subject: Subject, what: str, tolerance: float) -> Finding:
+    position predicting the next token; or of our own logits, which takes no second forward."""
     if not subject.finite:
         return _not_finite("loss", subject)
     num_rows, width = subject.family.text.num_rows(subject.model.config), subject.packed[1][0].shape[-1]
     if width != num_rows:
-        return Finding(name="loss", result="failed", found=f"{width} logits, the vocabulary has {num_rows} tokens")
+        return Finding("loss", "failed", f"{width} logits, the vocabulary has {num_rows} tokens")
     loss = subject.packed[0]
-    expected = _cross_entropy(subject, subject.packed[1] if what == "our logits" else subject.plain)
-    found = f"{loss:.5f}, cross entropy of {what} {expected:.5f}"
+    expected = _cross_entropy(subject, subject.packed[1] if by_own_logits else subject.plain)
+    tolerance = TOLERANCE["float32" if by_own_logits else subject.precision]
+    whose = "our" if by_own_logits else "transformers'"
+    found = f"{loss:.5f}, cross entropy of {whose} logits {expected:.5f}"
     if not abs(loss - expected) <= tolerance * expected:
-        return Finding(name="loss", result="failed", found=found, advice="a bug, or an untested version of a library")
-    return Finding(name="loss", result="ok", found=found)
+        return Finding("loss", "failed", found, BUG)
+    return Finding("loss", "ok", found)
 
 
 def _cross_entropy(subject: Subject, logits: Sequence[Tensor]) -> float:
@@ -165,7 +154,7 @@ def check_extra_rows(subject: Subject) -> Finding:
     """Check that a backward reaches every row of the extra vocabulary, in the embedding and in the head."""
     name, model = "gradients of the extra rows", subject.model
     if "extra_rows" not in names_of_family(subject.family.name).groups:
-        return Finding(name=name, result="ok", found="there are none: the base has every token")
+        return Finding(name, "ok", "there are none: the base has every token")
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     rows = {n: p for n, p in model.named_parameters() if subject.family.weights.group_of(n) == "extra_rows"}
     model.requires_grad_(False)
@@ -180,8 +169,8 @@ def check_extra_rows(subject: Subject) -> Finding:
             parameter.requires_grad_(flag)
             parameter.grad = None
     if without or not rows:
-        return Finding(name=name, result="failed", found=f"{without[0] if without else 'there are none'}: none")
-    return Finding(name=name, result="ok", found=f"reach every row of {len(rows)} tensors")
+        return Finding(name, "failed", f"{without[0] if without else 'there are none'}: none")
+    return Finding(name, "ok", f"reach every row of {len(rows)} tensors")
 
 
 def check_attention(subject: Subject) -> Finding:
@@ -192,5 +181,5 @@ def check_attention(subject: Subject) -> Finding:
     largest = max(float(b.abs().max()) for b in plain)
     found = f"logits up to {apart:.2g} from those of sdpa, sample by sample; the largest is {largest:.3g}"
     if not apart <= TOLERANCE[subject.precision] * largest:
-        return Finding(name=name, result="failed", found=found, advice="a bug, or an untested version of a library")
-    return Finding(name=name, result="ok", found=found)
+        return Finding(name, "failed", found, BUG)
+    return Finding(name, "ok", found)

@@ -35,11 +35,9 @@ CHAT = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in evaluation mode, and the samples of its checks: one question about two images, and a text.
-
-    The question is asked twice about the first image: its two results differ by rounding alone, and that of the other
-    image must differ by more.
-    """
+    """A model in evaluation mode, and the samples of its checks: one question about two images, and a text. The
+    question is asked twice about the first image: its two results differ by rounding alone, and that of the other image
+    must differ by more."""
 
     family: Family
     model: PackedModel
@@ -91,11 +89,9 @@ class Subject:
     @cached_property
     def plain(self) -> list[Tensor]:
         """The same logits by transformers' own forward, sample by sample."""
-        batch, result = self.batch, []
         with torch.no_grad(), self.autocast():
-            for segment in range(len(self.samples)):
-                result.append(self.model.plain_logits(batch, segment)[self.positions[segment]].float())
-        return result
+            logits = (self.model.plain_logits(self.batch, segment) for segment in range(len(self.samples)))
+            return [own_TV[own_P].float() for own_TV, own_P in zip(logits, self.positions, strict=True)]
 
     @property
     def finite(self) -> bool:
@@ -104,12 +100,8 @@ class Subject:
 
 
 def load_subject(path: str | Path) -> Subject:
-    """Load a model folder, a folder of adapters or a hub id: in float32 where there is memory for it, so that correct
-    forwards differ by little.
-
-    Raises:
-        UserError: see `load_for_inference`.
-    """
+    """Load a model folder, a folder of adapters or a hub id, by `load_for_inference`: in float32 where there is memory
+    for it, so that correct forwards differ by little."""
     base = Path(find_base(Path(path)) if is_adapter_folder(path) else path)
     stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))  # in bfloat16, as a rule
     fits = base.is_dir() and 2.5 * stored < free_memory(device())

@@ -7,8 +7,8 @@ terminal    what commands print: tables, progress, notes, JSON; the arguments th
 completion  what the shell completes
 several     commands for several processes
 
-Every other file is the command of its name. `dry_run` is a part of train, `evaluation_tables` of evaluate and select. A
-file imports what takes long to import inside its functions, so that `--help` does not wait for torch.
+Every other file is the command of its name; `evaluation_tables` is a part of evaluate. A file imports what takes long
+to import inside its functions, so that `--help` does not wait for torch.
 """
 
 import sys

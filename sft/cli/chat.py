@@ -9,7 +9,7 @@ import typer
 
 from sft.cli.terminal import console, quiet_libraries
 from sft.core.errors import UserError
-from sft.core.sample import ImageRef
+from sft.core.sample import ImageRef, SkipSample
 
 EXAMPLES = ("chat runs/my-data --image photo.png",)
 
@@ -20,8 +20,7 @@ def run(
         list[str] | None, typer.Option(help="An image to show with the first message. May be repeated.")
     ] = None,
     allow_dir: Annotated[
-        Path | None,
-        typer.Option(help="Images are read from this folder only; left out, /image from the current one."),
+        Path | None, typer.Option(help="Images are read from this folder only; left out, /image from the current one.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Weights in 4 bits.")] = False,
@@ -52,7 +51,6 @@ def _opened(file: str, allow_dir: Path | None) -> ImageRef:
     """Return an image that was named on the command line: it may stand anywhere, or in `allow_dir` alone, but must be
     one."""
     from sft.core.images import DOES_NOT_DECODE, READ, open_image
-    from sft.core.sample import SkipSample
 
     if "://" in file:
         raise UserError(f"{file}: addresses are not fetched; save the image and give its file name")

@@ -30,13 +30,7 @@ BASH_SCRIPT = r"""
 
 complete -o default -F %(complete_func)s %(prog_name)s
 """
-
-
-def use_our_bash_script() -> None:
-    """Let --show-completion and --install-completion give it. Typer has no public place for a script."""
-    from typer import _completion_shared
-
-    _completion_shared._completion_scripts["bash"] = BASH_SCRIPT
+"""The script that --show-completion and --install-completion give."""
 
 
 def complete_shipped(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`idefics-sft doctor`: is everything here that training takes for granted?"""
+"""`idefics-sft doctor`: checks that everything is here that training takes for granted."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,10 +11,7 @@ from sft.cli.terminal import Json, console, folded, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from sft.checks.finding import Finding
-EXAMPLES = (
-    "doctor",
-    "doctor --model runs/my-data@100",
-)
+EXAMPLES = ("doctor", "doctor --model runs/my-data@100")
 
 
 def run(
@@ -55,7 +52,7 @@ def _findings(path: Path | str | None) -> "Iterator[Finding]":
     try:
         subject = load_subject(path)
     except UserError as error:
-        yield Finding(name="model loads", result="failed", found=str(error))
+        yield Finding("model loads", "failed", str(error))
         return
-    yield Finding(name="model loads", result="ok", found=f"{path}, in {subject.precision}")
+    yield Finding("model loads", "ok", f"{path}, in {subject.precision}")
     yield from check_model(subject)

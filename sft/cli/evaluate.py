@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
+from sft.core.errors import UserError
 
 if TYPE_CHECKING:
     from sft.evaluation.results import Result
@@ -97,41 +98,25 @@ def run(
 
 
 def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[str, ...] | None:
-    """Return the ways of scoring options that are asked for; None leaves it to the recipe.
-
-    Raises:
-        UserError: two options exclude each other.
-    """
-    from sft.core.errors import UserError
-
+    """Return the ways of scoring options that are asked for; None leaves it to the recipe."""
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
     return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
 
 
 class _Found(NamedTuple):
-    """A task with what the model scored on it, with images and without."""
+    """A task with the model's results on it, with images and without."""
 
     task: Task
     result: Result
     blind: Result | None
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What is printed."""
-        score = self.blind.on_items_of(self.result).score if self.blind else None
-        return self.task.summary(self.result, blind_score=score)
 
 
 class _Evaluation:
     """A model, and the tasks that it is asked."""
 
     def __init__(self, model: str, changes: dict[str, Any], submission: Path | None) -> None:
-        """
-        Raises:
-            UserError: there is no such model, or what is asked for does not go together.
-        """
-        from sft.core.distributed import from_main
+        from sft.core.distributed import all_or_none, from_main
         from sft.recipe import EvaluationConfig
         from sft.runs.names import find_model, recipe_of_model
 
@@ -140,7 +125,6 @@ class _Evaluation:
         run_dir = Path(recipe.output_dir) if recipe else None
         self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
-        from sft.core.distributed import all_or_none
         from sft.evaluation.run_tasks import score_model
         from sft.models.loaded_model import load_for_inference
         from sft.selection.record import is_chosen_on_half
@@ -154,9 +138,8 @@ class _Evaluation:
         self._score_model = partial(score_model, self.path, run_dir=run_dir, name=name, load=load)
 
     def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
-        """Return what it scored on each task, on those items that figures come from; without images too where that is
+        """Return the results on each task, on those items that figures come from; without images too where that is
         wanted and the task has any."""
-        from sft.core.errors import UserError
         from sft.evaluation.task import PromptedTask
 
         prompted = [task for task in self.tasks if isinstance(task, PromptedTask)]
@@ -189,13 +172,9 @@ def _base_of(model: str) -> Path | None:
 
 
 def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[EvaluationConfig, bool]:
-    """Return what the recipe says with what is given in its place, and whether that asks what chooses its checkpoint.
-    How much of its benchmark a recipe asks says nothing about another one.
-
-    Raises:
-        UserError: nothing says what to ask, or options do not go together.
-    """
-    from sft.core.errors import UserError
+    """Return the settings of the recipe with the given ones in their place, and whether these ask what chooses its
+    checkpoint. How much of its benchmark a recipe asks says nothing about another one. Raise UserError where nothing
+    says what to ask, or options do not go together."""
     from sft.evaluation.tasks import named_tasks
     from sft.evaluation.tasks.mmbench.protocols import check_protocol
 
@@ -218,21 +197,17 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
     names = [task.name for task in named_tasks(found)]
     for option in ("shots", "max_questions", "prompt"):
         if "exact_match" in names and changes[option]:
-            raise UserError(
-                f"--{option.replace('_', '-')}: exact_match takes every question of its file, in a chat without shots"
-            )
-    if "mmbench" not in names:
-        for option in ("protocol", "ranks"):
-            if changes[option] is not None:
-                raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
+            switch = f"--{option.replace('_', '-')}"
+            raise UserError(f"{switch}: exact_match takes every question of its file, in a chat without shots")
+    for option in ("protocol", "ranks"):
+        if "mmbench" not in names and changes[option] is not None:
+            raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
     check_protocol(found.protocol, found.ranks)
     return found, chooses
 
 
 def _check_place(option: str, file: Path | None) -> None:
     """Check that a file can be written there, before hours of work."""
-    from sft.core.errors import UserError
-
     if file is None:
         return
     place = next(folder for folder in file.absolute().parents if folder.exists())
@@ -242,7 +217,6 @@ def _check_place(option: str, file: Path | None) -> None:
 
 def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: Path | None) -> list[Task]:
     """Read the benchmarks, and check that there will be something to say at the end."""
-    from sft.core.errors import UserError
     from sft.evaluation.held_out_loss import open_held_out
     from sft.evaluation.tasks import named_tasks, open_tasks
     from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
@@ -264,7 +238,10 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
 
 def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
     """Write the files that are asked for, and print the summaries."""
-    summaries = [one.summary for one in found]
+    summaries = []
+    for task, result, blind in found:
+        blind_score = blind.on_items_of(result).score if blind else None
+        summaries.append(task.summary(result, blind_score=blind_score))
     if details:
         _write_details(details, found)
     if submission:
@@ -291,6 +268,5 @@ def _write_details(file: Path, found: list[_Found]) -> None:
 
     benchmarks = {one.task.benchmark for one in found}
     for task, result, _ in found:
-        names = [task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label)
-        label = ".".join(names)
+        label = ".".join([task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label))
         write_lines(result, file if len(found) == 1 else file.with_suffix(f".{label}{file.suffix}"))

@@ -1,4 +1,4 @@
-"""What a model scored, as tables: one task in detail, several on a line each."""
+"""The scores of a model as tables: one task in detail, several on a line each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sft.cli.terminal import percent, table
 from sft.report.selection_text import between, metric_of, score_text
 
 Summary = dict[str, Any]
-"""What `Task.summary` returns."""
+"""The result of `Task.summary`."""
 
 
 def show_summaries(summaries: Sequence[Summary], out: Console) -> None:

@@ -39,7 +39,7 @@ def run(
     for store in opened:
         with progress(f"comparing {printable(store.path)}", store.num_images, out) as update:
             found.append(leaks.find_leaks(shown, store.path, num_proc=num_proc, on_progress=update))
-    summary = leaks.summary(str(benchmark), shown, found)
+    summary = leaks.summary(benchmark, shown, found)
     if json:
         print_json(summary)
     else:

@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     arguments = _anywhere_first(sys.argv[1:] if arguments is None else arguments)
     if {"--show-completion", "--install-completion"} & {argument.partition("=")[0] for argument in arguments}:
-        completion.use_our_bash_script()
+        from typer import _completion_shared  # typer has no public place for a script
+
+        _completion_shared._completion_scripts["bash"] = completion.BASH_SCRIPT
     try:
         status = app(arguments, prog_name="idefics-sft", standalone_mode=False) or 0
         if status == INTERRUPTED:  # what typer makes of Ctrl-C, without a word

@@ -1,16 +1,15 @@
 """`idefics-sft merge RUN --output DIR`: a checkpoint as a plain transformers model."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from sft.cli.terminal import Json, console, percent, print_json, progress, quiet_libraries, table
+from sft.core.errors import UserError
 
-EXAMPLES = (
-    "merge runs/my-data --output my-idefics",
-    "merge runs/my-data@100 --output my-idefics --check",
-)
+EXAMPLES = ("merge runs/my-data --output my-idefics", "merge runs/my-data@100 --output my-idefics --check")
 
 
 def run(
@@ -27,15 +26,12 @@ def run(
 
     A RUN means its selected, else its newest checkpoint.
     """
-    from sft.core.errors import UserError
     from sft.runs.names import chosen_by, find_model
 
     checkpoint = find_model(run)
     if not isinstance(checkpoint, Path):
         raise UserError(f"{run}: expected a run or a checkpoint of one; a hub model has nothing to merge")
     quiet_libraries()
-    from dataclasses import asdict
-
     import torch
 
     from sft.inference.merge import compare, merge
@@ -44,13 +40,11 @@ def run(
     out.print(f"checkpoint: {checkpoint}{chosen_by(checkpoint)}")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[base_dtype] if base_dtype else None
     with progress("merging", None, out) as update:
-        made = merge(
-            checkpoint,
-            output,
-            dtype=dtype,
-            overwrite=overwrite,
-            on_progress=lambda done, total: update(done, f"of {total} tensors"),
-        )
+
+        def on_progress(done: int, total: int) -> None:
+            update(done, f"of {total} tensors")
+
+        made = merge(checkpoint, output, dtype=dtype, overwrite=overwrite, on_progress=on_progress)
     differences = compare(checkpoint, output) if check else {}
     if json:
         print_json(asdict(made) | ({"check": {k: asdict(v) for k, v in differences.items()}} if check else {}))

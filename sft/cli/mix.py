@@ -68,8 +68,9 @@ def show(report: dict[str, Any], out: Console) -> None:
     own, others = _in_lines(report["sources"])
     out.print(_shares(report, own, others, out.width))
     out.print("off: packs too many or too few at the end of a window; inside: within it")
-    out.print()
-    out.print(*_needed(report, own, others), sep="\n")
+    for needed in _needed(report, own, others):
+        out.print()
+        out.print(needed)
     _notes(report, out)
     out.print()
     for line in _plots(report):

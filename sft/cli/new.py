@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,19 +19,13 @@ EXAMPLES = (
 DEFAULT_MODEL = "HuggingFaceM4/idefics-9b-instruct"
 
 
-class Mode(StrEnum):
-    """How the model is trained (`model.mode`)."""
-
-    QLORA = "qlora"
-    LORA = "lora"
-    FULL = "full"
-
-
 def run(
     data: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder or file of your data.")],
     to: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The recipe; FOLDER's name if left out.")] = None,
     model: Annotated[str, typer.Option(help="Base model: a folder, a hub id, or shipped:tiny_base.")] = DEFAULT_MODEL,
-    mode: Annotated[Mode, typer.Option(help="4-bit adapters, adapters, or all weights.")] = Mode.QLORA,
+    mode: Annotated[
+        Literal["qlora", "lora", "full"], typer.Option(help="4-bit adapters, adapters, or all weights.")
+    ] = "qlora",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: Json = False,
 ) -> None:
@@ -47,26 +40,16 @@ def run(
     if file.exists() and not force:
         raise UserError(f"{file}: is there already; name another FILE after the folder, or --force overwrites it")
     found = recognise(data)
-    text = recipe_text(found, file=file, model=model, mode=mode.value)
+    text = recipe_text(found, file=file, model=model, mode=mode)
     file.write_text(text, encoding="utf-8")
     (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
     sizes = sizes_for(found, family_of(model))
     if json:
-        print_json(
-            {
-                "recipe": str(file),
-                "dataset": found.dataset,
-                "path": str(found.path),
-                "records": found.records,
-                "samples": len(found.samples),
-                "options": dict(found.options),
-                "skipped": dict(found.skipped),
-                "epochs": sizes.epochs,
-                "steps": sizes.steps,
-            }
-        )
+        data_keys = {"dataset": found.dataset, "path": str(found.path), "options": dict(found.options)}
+        counts = {"records": found.records, "samples": len(found.samples), "skipped": dict(found.skipped)}
+        print_json({"recipe": str(file)} | data_keys | counts | {"epochs": sizes.epochs, "steps": sizes.steps})
         return
     out = console()
-    for line in (*found.describe(), f"{file}: {sizes.epochs} epochs, about {sizes.steps:,} steps, mode {mode.value}"):
+    for line in (*found.describe(), f"{file}: {sizes.epochs} epochs, about {sizes.steps:,} steps, mode {mode}"):
         out.print(line)
     out.print(f"Next: idefics-sft validate {file}")

@@ -1,4 +1,4 @@
-"""`idefics-sft plan RECIPE`: what training will take of memory, time and money, before a GPU is rented."""
+"""`idefics-sft plan RECIPE`: the memory, time and money that training takes, before a GPU is rented."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,16 +25,16 @@ EXAMPLES = (
 )
 
 
+def _complete_gpu(incomplete: str) -> list[str]:
+    return [name for name in DEVICES if name.startswith(incomplete)]
+
+
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[
-        str | None,
-        typer.Option(
-            help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.",
-            autocompletion=lambda incomplete: [name for name in DEVICES if name.startswith(incomplete)],
-        ),
+        str | None, typer.Option(help=f"As in 4090 or h100; {DEFAULT_GPU} if left out.", autocompletion=_complete_gpu)
     ] = None,
     gpu_memory: Annotated[
         float | None,
@@ -81,9 +81,8 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
     out.print()
     total, peak = device.usable_bytes, report["peak_bytes"]
     unit, name = (GIB, "GiB") if peak >= GIB else (2**20, "MiB")
-    rows = [
-        (kind, f"{size / unit:,.1f}", "█" * round(size / peak * 24)) for kind, size in report["bytes"].items() if size
-    ]
+    sizes = [(kind, size) for kind, size in report["bytes"].items() if size]
+    rows = [(kind, f"{size / unit:,.1f}", "█" * round(size / peak * 24)) for kind, size in sizes]
     rows += [("at the peak", f"{peak / unit:,.1f}", ""), ("usable", f"{total / unit:,.1f}", "")]
     out.print(table("Memory of each GPU", ("", name, ""), rows))
     if report["fits"]:
@@ -102,7 +101,7 @@ def show(recipe: "Recipe", estimated: "Estimate", utilisation: float, out: Conso
 
 
 def _how(setting: "Setting") -> Iterator[str]:
-    """Yield how the model is trained."""
+    """Yield the settings of training that bear on memory."""
     yield from (setting.mode, setting.optimizer, setting.precision)
     if setting.gpus > 1:
         yield setting.engine
@@ -135,27 +134,18 @@ def _print_idle(recipe: "Recipe", estimated: "Estimate", out: Console) -> None:
     at_once = recipe.training.micro_batch_packs * estimated.setting.gpus
     slots = estimated.micro_batches * at_once
     sizes = " or ".join(str(packs * recipe.data.sequence_length) for packs in (slots - at_once, slots) if packs)
-    line = (
-        f"{percent(idle)} of it idle: a step has {recipe.packs_per_step:,} packs for {slots:,} slots. "
-        f"training.tokens_per_step={sizes} leaves none idle; it is {recipe.training.tokens_per_step} now."
-    )
+    line = f"{percent(idle)} of it idle: a step has {recipe.packs_per_step:,} packs for {slots:,} slots. "
+    line += f"training.tokens_per_step={sizes} leaves none idle; it is {recipe.training.tokens_per_step} now."
     out.print(folded(line, WIDTH))
 
 
-_WRITTEN = {0.0: "false", 1.0: "true"}
-"""Shares that a recipe writes as words."""
-
-
 def _print_shares(shares: list[dict[str, Any]], asked: float, unit: int, name: str, out: Console) -> None:
-    rows = [
-        (
-            _WRITTEN.get(row["share"], f"{row['share']:g}") + " (asked)" * (row["share"] == asked),
-            f"{row['peak_bytes'] / unit:,.1f}",
-            "yes" if row["fits"] else "no",
-            f"{row['work']:.2f}",
-        )
-        for row in shares
-    ]
+    rows = []
+    for row in shares:
+        share = {0.0: "false", 1.0: "true"}.get(row["share"], f"{row['share']:g}")  # as a recipe writes them
+        fits = "yes" if row["fits"] else "no"
+        share += " (asked)" * (row["share"] == asked)
+        rows.append((share, f"{row['peak_bytes'] / unit:,.1f}", fits, f"{row['work']:.2f}"))
     out.print()
     out.print(table("training.gradient_checkpointing", ("", f"{name} at the peak", "fits", "work"), rows))
 

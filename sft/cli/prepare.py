@@ -19,10 +19,7 @@ from sft.core.errors import UserError, printable
 if TYPE_CHECKING:
     from sft.data.prepare import PrepareOptions
     from sft.data.store import Store
-EXAMPLES = (
-    "prepare my-data.yaml --num-proc 8",
-    "prepare --dataset messages --path my_data --output stores/mine",
-)
+EXAMPLES = ("prepare my-data.yaml --num-proc 8", "prepare --dataset messages --path my_data --output stores/mine")
 
 
 def run(
@@ -60,29 +57,29 @@ def run(
         how = {name: _yaml(f"--{name}", value) for name, value in (("verify", verify), ("images", images)) if value}
         with preparation(out) as update:
             store = prepare_one(asked, how, output, max_skip_share, options, update)
-        prepared = _Prepared([store], [{}], (f"Next: {shlex.join(['idefics-sft', 'stats', str(output)])}",))
+        parts, following = [_Part(store.path.name, store, {})], [_stats_command(output)]
     else:
         if recipe is None:
             raise UserError("prepare needs a RECIPE, or --dataset NAME --path RAW --output DIR")
         folder = None if output is None else str(output)
         _refuse_dataset_options(path=path, output=folder, split=split, option=option, verify=verify, images=images)
-        prepared = _all(recipe, overrides or (), max_skip_share, options, out)
+        parts, following = _all(recipe, overrides or (), max_skip_share, options, out)
     if json:
-        pairs = zip(prepared.stores, prepared.changes, strict=True)
-        print_json({"stores": [_summary(store, changes) for store, changes in pairs]})
-    else:
-        show(prepared.stores, out)
-        _show_end(prepared, out)
+        print_json({"stores": [_summary(part) for part in parts]})
+        return
+    show(parts, out)
+    for line in following:
+        out.print(printable(line), soft_wrap=True)
 
 
-class _Prepared(NamedTuple):
-    """What was prepared."""
+class _Part(NamedTuple):
+    """A prepared dataset."""
 
-    stores: list[Store]
-    changes: list[dict[str, int]]
-    """What was done, and how often, with samples of each store that do not fit a pack."""
-    following: tuple[str, ...]
-    """Lines that say what to do next."""
+    name: str
+    """The source that it belongs to; the folder too where a source has several."""
+    store: Store
+    changes: dict[str, int]
+    """How often what was done with samples that do not fit a pack."""
 
 
 RECIPE_KEYS = {
@@ -96,11 +93,7 @@ RECIPE_KEYS = {
 
 
 def _refuse_dataset_options(**given: str | list[str] | None) -> None:
-    """Refuse the options that go with --dataset: a recipe says these things by itself.
-
-    Raises:
-        UserError: one of the options that go with --dataset is given; it names the key of the recipe.
-    """
+    """Raise UserError for an option that goes with --dataset, and name the key by which a recipe says the same."""
     for name, value in given.items():
         if value is not None:
             example = RECIPE_KEYS[name] if isinstance(value, list) else f"{RECIPE_KEYS[name]}={value}"
@@ -109,29 +102,36 @@ def _refuse_dataset_options(**given: str | list[str] | None) -> None:
 
 def _all(
     recipe: str, overrides: Sequence[str], max_skip_share: float | None, options: PrepareOptions, out: Console
-) -> _Prepared:
-    """Prepare the datasets of a recipe, its base model and its benchmark."""
+) -> tuple[list[_Part], list[str]]:
+    """Prepare the datasets of a recipe, its base model and its benchmark; return the datasets, and lines that say what
+    to do next."""
     from sft.data.prepare import prepare as prepare_sources
     from sft.evaluation.tasks import named_tasks, open_tasks
     from sft.runs.names import find_recipe
 
-    own = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
-    found = find_recipe(recipe, [*overrides, *own])
+    limit = [] if max_skip_share is None else [f"data.max_skip_share={max_skip_share}"]
+    found = find_recipe(recipe, [*overrides, *limit])
     with preparation(out) as update:
         sources = prepare_sources(found, update, options)
     benchmarks = [task for task in named_tasks(found.evaluation) if task.name != "loss"]
     open_tasks(benchmarks, found.evaluation, Path(found.data.store))  # built, and checked, before hours of training
-    parts = [part for own in sources.parts for part in own] + ([sources.validation] if sources.validation else [])
-    stores = [part.store for part in parts]
-    arguments = shlex.join([recipe, *overrides])
-    following: tuple[str, ...] = (f"Next: idefics-sft mix {arguments}", f"  or: idefics-sft train {arguments}")
-    if options.limit is not None:
-        paths = dict.fromkeys(str(store.path) for store in stores)
-        following = (
-            *(f"Next: {shlex.join(['idefics-sft', 'stats', path])}" for path in paths),
-            f"The first {options.limit:,} records are for looking: mix and train want all, without --limit",
-        )
-    return _Prepared(stores, [part.encoded.changes for part in parts], following)
+    named = [(source.name, own) for source, own in zip(found.data.mixture, sources.parts, strict=True)]
+    named += [("data.validation", [sources.validation])] if sources.validation else []
+    parts = []
+    for name, own in named:
+        for part in own:
+            full_name = f"{name} ({part.store.path.name})" if len(own) > 1 else name
+            parts.append(_Part(full_name, part.store, part.encoded.changes))
+    if options.limit is None:
+        arguments = shlex.join([recipe, *overrides])
+        return parts, [f"Next: idefics-sft mix {arguments}", f"  or: idefics-sft train {arguments}"]
+    following = [_stats_command(path) for path in dict.fromkeys(part.store.path for part in parts)]
+    why = f"The first {options.limit:,} records are for looking: mix and train want all, without --limit"
+    return parts, [*following, why]
+
+
+def _stats_command(store: Path) -> str:
+    return f"Next: {shlex.join(['idefics-sft', 'stats', str(store)])}"
 
 
 def _adapter_options(given: Sequence[str]) -> dict[str, Any]:
@@ -153,66 +153,42 @@ def _yaml(where: str, value: str) -> Any:
         raise UserError(f"{where}: {value!r} is not readable as a YAML value") from error
 
 
-def show(stores: Sequence[Store], out: Console) -> None:
+def show(parts: Sequence[_Part], out: Console) -> None:
     """Print what each store holds, and what was left out of it and why."""
+    rows = []
+    for _, store, _ in parts:
+        kinds = (sum(store.manifest[kind].values()) for kind in ("filtered", "skipped"))
+        numbers = (store.manifest["records"], len(store), store.num_images, *kinds)
+        rows.append((printable(store.path), *(f"{number:,}" for number in numbers)))
+    out.print(table("Prepared", ("store", "records", "samples", "images", "filtered", "skipped"), rows))
+    for part in parts:
+        for line in _lines(part.store, part.changes):
+            out.print(printable(f"{part.name}: {line}"))
+
+
+def _lines(store: Store, changes: dict[str, int]) -> Iterator[str]:
+    """Yield what a person should know of a store: what was left out, of its images, and what was cut."""
     from sft.data.statistics import not_read
 
-    rows = [
-        (
-            printable(store.path),
-            f"{store.manifest['records']:,}",
-            f"{len(store):,}",
-            f"{store.num_images:,}",
-            f"{sum(store.manifest['filtered'].values()):,}",
-            f"{sum(store.manifest['skipped'].values()):,}",
-        )
-        for store in stores
-    ]
-    out.print(table("Prepared", ("store", "records", "samples", "images", "filtered", "skipped"), rows))
-    for store in stores:
-        for kind in ("filtered", "skipped"):
-            for reason, number in store.manifest[kind].items():
-                share = percent(number / max(store.manifest["records"], 1))
-                example = store.manifest["examples"][reason]
-                out.print(printable(f"{store.path.name}: {kind} {number:,} ({share}), {reason}; as {example}"))
-        for line in (*_image_lines(store), *not_read(store)):
-            out.print(printable(f"{store.path.name}: {line}"))
-        if store.manifest["limit"]:
-            out.print(
-                f"{printable(store.path.name)}: only the first {store.manifest['limit']:,} records, as --limit said"
-            )
-
-
-def _image_lines(store: Store) -> Iterator[str]:
-    """Yield what is told of the images of a store."""
-    noted = store.manifest["image_notes"]
+    manifest, noted = store.manifest, store.manifest["image_notes"]
+    for kind in ("filtered", "skipped"):
+        for reason, number in manifest[kind].items():
+            share = percent(number / max(manifest["records"], 1))
+            yield f"{kind} {number:,} ({share}), {reason}; as {manifest['examples'][reason]}"
     applied = "applied" if store.decoding.orientation == "apply" else "not applied (data.images.orientation: ignore)"
     if number := noted.get("orientation"):
         yield f"{number:,} image{' has' if number == 1 else 's have'} an EXIF orientation, {applied}"
     if number := noted.get("no_end_marker"):
         yield f"{number:,} JPEG without an end marker taken; all of the data is there"
+    yield from not_read(store)
+    if manifest["limit"]:
+        yield f"only the first {manifest['limit']:,} records, as --limit said"
+    for what, number in changes.items():
+        yield f"{number:,} samples do not fit a pack, {what}"
 
 
-def _show_end(prepared: _Prepared, out: Console) -> None:
-    """Print what was done with samples that do not fit a pack, and the next command."""
-    for store, changes in zip(prepared.stores, prepared.changes, strict=True):
-        for what, number in changes.items():
-            out.print(printable(f"{store.path.name}: {number:,} samples do not fit a pack, {what}"))
-    for line in prepared.following:
-        out.print(printable(line), soft_wrap=True)
-
-
-def _summary(store: Store, fitted: dict[str, int]) -> dict[str, Any]:
-    manifest = store.manifest
-    return {
-        "path": str(store.path),
-        "records": manifest["records"],
-        "samples": len(store),
-        "images": store.num_images,
-        "filtered": manifest["filtered"],
-        "skipped": manifest["skipped"],
-        "orientation": store.decoding.orientation,
-        "image_notes": manifest["image_notes"],
-        "not_read": manifest["not_read"],
-        "fitted": fitted,
-    }
+def _summary(part: _Part) -> dict[str, Any]:
+    store = part.store
+    kept = {key: store.manifest[key] for key in ("records", "filtered", "skipped", "image_notes", "not_read")}
+    counted = {"samples": len(store), "images": store.num_images, "orientation": store.decoding.orientation}
+    return {"path": str(store.path)} | kept | counted | {"fitted": part.changes}

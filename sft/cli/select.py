@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sft.cli.several import Nproc, start
 from sft.cli.terminal import Json, console, notes, print_json, progress, quiet_libraries, table
+from sft.core.errors import UserError
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
@@ -50,7 +51,7 @@ def run(
     choice by another benchmark is kept beside the first one, and replaces it with --use only.
     """
     from sft.core.distributed import process_group
-    from sft.runs.names import find_recipe
+    from sft.runs.names import find_recipe, run_checkpoints
 
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
@@ -63,7 +64,9 @@ def run(
             for selection in _session(recipe, out, use=use).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-            selection, session = _select(recipe, out, use=use)
+            run_checkpoints(Path(recipe.output_dir))  # some, or the line that says what to do, before torch is loaded
+            session = _session(recipe, out, use=use)
+            selection = session.select()
             show(selection, out)
     if process.is_main:
         _end(run, Path(recipe.output_dir), selection, out, json=json)
@@ -90,12 +93,8 @@ def _end(run: str, run_dir: Path, selection: Selection, out: Console, *, json: b
 def _with_options(
     recipe: Recipe, *, by: list[str] | None, benchmark: str | None, split: str | None, rule: str | None
 ) -> Recipe:
-    """Return the recipe with what the command line says about its evaluation.
-
-    Raises:
-        UserError: two options do not go together.
-    """
-    from sft.core.errors import UserError
+    """Return the recipe with what the command line says about its evaluation; raise UserError for two options that do
+    not go together."""
     from sft.evaluation.tasks import named_tasks
 
     if by == ["loss"] and benchmark:
@@ -112,25 +111,12 @@ def _with_options(
 
 
 def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Selection:
-    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot.
-
-    Raises:
-        UserError: there is nothing to choose from or by.
-        RunError: a checkpoint could not be evaluated.
-    """
-    selection, session = _select(recipe, out, chosen_on)
+    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot. Raise UserError where there is
+    nothing to choose from or by, RunError where a checkpoint could not be evaluated."""
+    session = _session(recipe, out, chosen_on)
+    selection = session.select()
     session.check_all_evaluated()
     return selection
-
-
-def _select(
-    recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: bool = False
-) -> tuple[Selection, Session]:
-    from sft.runs.names import run_checkpoints
-
-    run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
-    session = _session(recipe, out, chosen_on, use=use)
-    return session.select(), session
 
 
 def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: bool = False) -> Session:

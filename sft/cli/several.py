@@ -15,11 +15,8 @@ Nproc = Annotated[int, typer.Option(min=1, help="Processes on this machine, one 
 
 
 def start(context: typer.Context, before: Callable[[], None] = lambda: None) -> NoReturn:
-    """Run the command with the same arguments in `--nproc` processes, after `before`, and end with their exit status.
-
-    Raises:
-        UserError: they are started already, or there are fewer GPUs.
-    """
+    """Run the command with the same arguments in `--nproc` processes, after `before`, and end with their exit status;
+    raise UserError where they are started already, or there are fewer GPUs."""
     import torch
 
     from sft.core.distributed import launched_rank

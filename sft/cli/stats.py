@@ -27,13 +27,10 @@ def run(store: StorePath, json: Json = False) -> None:
 
 def show(stats: dict[str, Any], out: Console) -> None:
     """Print the figures of a store."""
-    out.print(
-        f"{printable(stats['path'])}: {stats['dataset']}, licence {stats['licence']}, {stats['bytes'] / 1e6:,.1f} MB"
-    )
-    out.print(
-        f"{stats['samples']:,} samples of {stats['records']:,} records; {stats['images']:,} images shown, "
-        f"{stats['distinct_images']:,} distinct"
-    )
+    size = f"{stats['bytes'] / 1e6:,.1f} MB"
+    images = f"{stats['images']:,} images shown, {stats['distinct_images']:,} distinct"
+    out.print(f"{printable(stats['path'])}: {stats['dataset']}, licence {stats['licence']}, {size}")
+    out.print(f"{stats['samples']:,} samples of {stats['records']:,} records; {images}")
     out.print("messages: " + ", ".join(f"{number:,} {role}" for role, number in stats["messages"].items()))
     names = {
         "turns": "turns a sample",

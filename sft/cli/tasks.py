@@ -1,13 +1,11 @@
 """`idefics-sft tasks list|show`: the benchmarks that `evaluate`, `select` and `leaks` take."""
 
 import inspect
-import sys
-from json import dumps
 from typing import Annotated
 
 import typer
 
-from sft.cli.terminal import WIDTH, Json, console, examples, folded, table
+from sft.cli.terminal import WIDTH, Json, console, examples, folded, print_json, table
 
 EXAMPLES = ("tasks list", "tasks show vqav2")
 app = typer.Typer(help="List the benchmarks, or show what one needs and how it is evaluated.", no_args_is_help=True)
@@ -20,11 +18,7 @@ def list_(json: Json = False) -> None:
 
     found = [(name, task_type(name)) for name in task_names()]
     if json:
-        rows = [
-            {"name": name, "metric": task.metric.name, "how": task.how, "splits": list(task.splits)}
-            for name, task in found
-        ]
-        sys.stdout.write(dumps(rows) + "\n")
+        print_json([{"name": n, "metric": t.metric.name, "how": t.how, "splits": list(t.splits)} for n, t in found])
         return
     lines = [(name, task.metric.name, task.how, ", ".join(task.splits)) for name, task in found]
     console().print(table("tasks", ("name", "metric", "how", "splits"), lines))

@@ -1,4 +1,4 @@
-"""What a person sees: tables, progress, one line for a mistake. With --json, stdout holds one JSON object."""
+"""The parts of all output: tables, progress, one line for a mistake. With --json, stdout holds one JSON object."""
 
 from __future__ import annotations
 
@@ -38,12 +38,8 @@ def examples(commands: Iterable[str]) -> str:
     return f"Examples:\n{lines}".replace("[", "\\[")
 
 
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE", help="A recipe file, a shipped name, or a RUN folder.", autocompletion=complete_recipe
-    ),
-]
+_RECIPE = "A recipe file, a shipped name, or a RUN folder."
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=_RECIPE, autocompletion=complete_recipe)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="training.max_steps=100 …", autocompletion=complete_override),
@@ -85,7 +81,7 @@ def is_quiet() -> bool:
 
 
 def notes(to_stderr: bool = False) -> Console:
-    """Return where notes on the way go: nowhere under --quiet."""
+    """Return the console for notes on the way, which shows nothing under --quiet."""
     out = console(to_stderr)
     out.quiet = is_quiet()
     return out
@@ -96,19 +92,11 @@ WIDTH = 80
 
 
 def console(to_stderr: bool = False) -> Console:
-    """Return where tables and progress go. Data are printed there, so nothing is read as markup.
-
-    A terminal folds lines between words; a file or a pipe gets them whole.
-    """
+    """Return the console for tables and progress. Data are printed there, so nothing is read as markup. A terminal
+    folds lines between words; a file or a pipe gets them whole."""
     is_terminal = Console(stderr=to_stderr).is_terminal
-    return Console(
-        stderr=to_stderr,
-        highlight=False,
-        soft_wrap=not is_terminal,
-        markup=False,
-        emoji=False,
-        width=None if is_terminal else WIDTH,
-    )
+    width = None if is_terminal else WIDTH
+    return Console(stderr=to_stderr, highlight=False, soft_wrap=not is_terminal, markup=False, emoji=False, width=width)
 
 
 def folded(text: str, width: int, indent: int = 2) -> str:
@@ -124,8 +112,8 @@ def print_problems(*problems: object) -> None:
         print(folded(line, width) if width else line, file=sys.stderr)
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """Print the one JSON object."""
+def print_json(value: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Print the one JSON value."""
     sys.stdout.write(json.dumps(value) + "\n")
 
 
@@ -152,7 +140,7 @@ def percent(share: float) -> str:
 
 
 class Update(Protocol):
-    """Called with what is done, and what to say with it."""
+    """Takes how much is done, and a note on it."""
 
     def __call__(self, done: int, note: str = "") -> None: ...
 
@@ -160,11 +148,8 @@ class Update(Protocol):
 @contextmanager
 def progress(description: str, total: int | None, out: Console) -> Iterator[Update]:
     """Show a bar with time used and time left; yield `update(done, note)`. In a log it prints a line now and then."""
-    if is_quiet():
-        yield lambda done, note="": None
-        return
-    if not out.is_terminal:
-        yield _lines(description, total, out)
+    if is_quiet() or not out.is_terminal:
+        yield _lines(description, total, Console(quiet=True) if is_quiet() else out)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -186,11 +171,8 @@ def progress(description: str, total: int | None, out: Console) -> Iterator[Upda
 @contextmanager
 def preparation(out: Console) -> Iterator[Callable[[str, int, float], None]]:
     """Show a bar for each dataset that is prepared; yield `update(name, records, share of the whole)`."""
-    if is_quiet():
-        yield lambda name, records, share: None
-        return
-    if not out.is_terminal:
-        yield _preparation_lines(out)
+    if is_quiet() or not out.is_terminal:
+        yield _preparation_lines(Console(quiet=True) if is_quiet() else out)
         return
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=30)),

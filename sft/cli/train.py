@@ -6,6 +6,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ from sft.cli.terminal import (
     print_json,
     progress,
     quiet_libraries,
+    table,
 )
 from sft.core.distributed import ALONE, Rank, from_main
 from sft.core.errors import UserError, printable
@@ -66,11 +69,9 @@ def run(
     found = find_recipe(recipe, overrides or ())
     named = [recipe, *(overrides or ())]
     if dry_run:
-        from sft.cli.dry_run import show_dry_run
-
         if nproc > 1 or launched_rank().of > 1:
             raise UserError("--dry-run measures one process; leave --nproc and launchers out")
-        show_dry_run(found, json=json)
+        _show_dry_run(found, json=json)
         return
     if nproc > 1:
         start(context, lambda: _prepare_for(nproc, found, console(to_stderr=json), resume, allow_changed))
@@ -109,19 +110,16 @@ def train(
     rank: Rank = ALONE,
     named: Sequence[str] = (),
 ) -> RunStatus:
-    """Prepare and train with a progress bar; a finished run of the same recipe is left as it is.
-
-    One of several processes, `rank` of them, prepares nothing: all would. `named` names the recipe on the command line.
-
-    Raises:
-        UserError: a run of another recipe is in the folder, or the checkpoint to resume from is not complete.
-    """
+    """Prepare and train with a progress bar; a finished run of the same recipe is left as it is. One of several
+    processes, `rank` of them, prepares nothing: all would. `named` names the recipe on the command line. Raise
+    UserError where a run of another recipe is in the folder, or the checkpoint to resume from is not complete."""
     from sft.data.check_recipe import check_recipe
+    from sft.runs.status import RunStatus
     from sft.training.resume import find_run
 
     found = from_main(lambda: find_run(recipe, resume, allow_changed, out.print))
-    if found.finished:
-        return found.finished
+    if isinstance(found, RunStatus):
+        return found
     if rank.of == 1:
         check_recipe(recipe)  # before torch is loaded
     quiet_libraries()
@@ -136,10 +134,10 @@ def train(
     else:
         with preparation(out) as on_progress:
             sources = prepare(recipe, on_progress)
-    for store in (part.store for parts in sources.parts for part in parts):
-        for line in not_read(store):
-            out.print(printable(f"{store.path.name}: {line}"))
-    ahead = from_main(lambda: runs.plan_ahead(recipe, sources, found.checkpoint))
+    for source, parts in zip(recipe.data.mixture, sources.parts, strict=True):
+        for line in (line for part in parts for line in not_read(part.store)):
+            out.print(printable(f"{source.name}: {line}"))
+    ahead = from_main(partial(runs.plan_ahead, recipe, sources, found))
     for data_line in describe_data(ahead):
         out.print(data_line)
     with progress("training", ahead["steps"], out) as update:
@@ -147,7 +145,7 @@ def train(
         def on_step(step: int, line: dict[str, Any]) -> None:
             update(step, note(line, out.width - BAR_WIDTH if out.is_terminal else None))
 
-        return runs.train(recipe, sources, on_step, out.print, found.checkpoint, rank, ahead)
+        return runs.train(recipe, sources, on_step, out.print, found, rank, ahead)
 
 
 def note(line: dict[str, Any], width: int | None) -> str:
@@ -166,11 +164,8 @@ def note(line: dict[str, Any], width: int | None) -> str:
 
 
 def check_before_preparing(recipe: Recipe) -> None:
-    """Refuse before hours of preparation what training would refuse after them.
-
-    Raises:
-        UserError: the folder cannot be written to or holds other things, a tracker is missing, or the precision.
-    """
+    """Raise UserError before hours of preparation for what training would refuse after them: a folder that cannot be
+    written to or holds other things, a tracker or a precision that is not there."""
     from sft.checks.before_training import check_writable
     from sft.core.precision import choose_precision, device
     from sft.training.run_folder import check_ours
@@ -183,20 +178,41 @@ def check_before_preparing(recipe: Recipe) -> None:
 
 
 def _prepare_for(nproc: int, recipe: Recipe, out: Console, resume: str, allow_changed: bool) -> None:
-    """Prepare the data for several processes; what they would refuse is refused before.
-
-    Raises:
-        UserError: see `train`.
-    """
+    """Prepare the data for several processes; what they would refuse is refused before, as by `train`."""
+    from sft.data.prepare import prepare
+    from sft.training.engines import choose_engine
     from sft.training.resume import check_changes
 
     if resume != "none":
         check_changes(recipe, allow_changed)
-    from sft.data.prepare import prepare
-    from sft.training.engines import choose_engine
-
     choose_engine(recipe.distributed.engine, recipe.model.mode, Rank(0, nproc), recipe.training.optimizer)
     quiet_libraries()
     check_before_preparing(recipe)
     with preparation(out) as update:
         prepare(recipe, update)
+
+
+def _show_dry_run(recipe: Recipe, *, json: bool) -> None:
+    """Prepare the data, do two steps of the training, and print what they take. Nothing is written to output_dir."""
+    quiet_libraries()
+    from sft.checks.before_training import check_writable
+    from sft.core.precision import choose_precision, device
+    from sft.data.prepare import prepare
+    from sft.training.dry_run import dry_run
+
+    out = console(to_stderr=json)
+    check_writable(Path(recipe.output_dir))
+    with preparation(out) as update:
+        sources = prepare(recipe, update)
+    measured = dry_run(recipe, sources, notes(to_stderr=json).print)
+    precision = choose_precision(recipe.training.precision, device())
+    if json:
+        print_json({"device": device().type, "precision": precision, "micro_batches": list(map(asdict, measured))})
+        return
+    rows = []
+    for one in measured:
+        speed, peak = f"{one.tokens_per_second:,.0f}", f"{one.peak_memory_bytes / 2**30:.2f}"
+        rows.append((one.what, f"{one.tokens:,}", f"{one.images:,}", f"{one.seconds:.2f}", speed, peak))
+    header = ("micro-batch", "tokens", "images", "seconds", "tokens/s", "peak GiB")
+    out.print(table(f"On {device().type} in {precision}", header, rows))
+    out.print(f"nothing was written to {recipe.output_dir}")

@@ -7,10 +7,7 @@ import typer
 
 from sft.cli.terminal import Json, Overrides, RecipeName, print_json
 
-EXAMPLES = (
-    "validate my-data.yaml",
-    "validate idefics-9b-instruct --no-paths",
-)
+EXAMPLES = ("validate my-data.yaml", "validate idefics-9b-instruct --no-paths")
 
 
 def run(

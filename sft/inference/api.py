@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers.utils import logging
 from sft.core import images as checked
 from sft.core.errors import UserError, nearest
 from sft.core.sample import ImageRef, Message, SkipSample
-from sft.inference.generate import Prompt, generate, prompt_of
+from sft.inference.generate import OnText, Prompt, generate, prompt_of
 from sft.models.loaded_model import Loaded, load_for_inference
 from sft.runs.names import find_model
 
@@ -33,6 +33,7 @@ PromptItems = Sequence[str | Picture]
 """A prompt as it stands: texts and images in reading order."""
 Turns = str | Sequence[Mapping[str, Any] | Message]
 """A conversation up to the user's question, in transformers' form; a `str` is the question."""
+Images = str | Picture | Sequence[str | Picture]
 ROLES = ("system", "user", "assistant")
 
 
@@ -52,7 +53,7 @@ def load(model: str | Path, *, load_in_4bit: bool = False, precision: str = "aut
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    """transformers' bars write a hundred lines into a log. Whether they are shown is the caller's afterwards."""
+    """Hide transformers' bars, which write a hundred lines into a log; the caller's choice holds again afterwards."""
     if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
         yield
         return
@@ -64,11 +65,9 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 class Model:
-    """A model that answers, on its device.
-
-    Further keyword arguments of `chat` and `generate` are fields of transformers' `GenerationConfig`: `num_beams=3`,
-    `do_sample=True, temperature=0.7`. Without them the likeliest token is taken each time.
-    """
+    """A model that answers, on its device. Further keyword arguments of `chat` and `generate` are fields of
+    transformers' `GenerationConfig`: `num_beams=3`, `do_sample=True, temperature=0.7`. Without them the likeliest token
+    is taken each time."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -76,28 +75,16 @@ class Model:
 
     @overload
     def chat(
-        self,
-        conversation: Turns,
-        *,
-        images: str | Picture | Sequence[str | Picture] = (),
-        max_new_tokens: int = 64,
-        on_text: Callable[[str], None] | None = None,
-        **settings: Any,
+        self, conversation: Turns, *, images: Images = (), max_new_tokens: int = 64, on_text: OnText = None, **more: Any
     ) -> str: ...
 
     @overload
     def chat(
-        self, conversation: Sequence[Sequence[Mapping[str, Any]]], *, max_new_tokens: int = 64, **settings: Any
+        self, conversation: Sequence[Sequence[Mapping[str, Any]]], *, max_new_tokens: int = 64, **more: Any
     ) -> list[str]: ...
 
     def chat(
-        self,
-        conversation: Any,
-        *,
-        images: str | Picture | Sequence[str | Picture] = (),
-        max_new_tokens: int = 64,
-        on_text: Callable[[str], None] | None = None,
-        **settings: Any,
+        self, conversation: Any, *, images: Images = (), max_new_tokens: int = 64, on_text: OnText = None, **more: Any
     ) -> str | list[str]:
         """Return the answer to a conversation, or to each of a list of them, in one batch.
 
@@ -115,29 +102,19 @@ class Model:
             raise UserError("images: they stand in the messages, unless the conversation is but a question")
         batch = conversation if is_batch else [conversation]
         prompts = [prompt_of(self.loaded.template, _messages(turns, shown)) for turns in batch]
-        answers = self._generate(prompts, max_new_tokens, settings, on_text)
+        answers = self._generate(prompts, max_new_tokens, more, on_text)
         return answers if is_batch else answers[0]
 
     @overload
     def generate(
-        self,
-        prompt: PromptItems | Picture,
-        *,
-        max_new_tokens: int = 64,
-        on_text: Callable[[str], None] | None = None,
-        **settings: Any,
+        self, prompt: PromptItems | Picture, *, max_new_tokens: int = 64, on_text: OnText = None, **more: Any
     ) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[PromptItems], *, max_new_tokens: int = 64, **settings: Any) -> list[str]: ...
+    def generate(self, prompt: Sequence[PromptItems], *, max_new_tokens: int = 64, **more: Any) -> list[str]: ...
 
     def generate(
-        self,
-        prompt: Any,
-        *,
-        max_new_tokens: int = 64,
-        on_text: Callable[[str], None] | None = None,
-        **settings: Any,
+        self, prompt: Any, *, max_new_tokens: int = 64, on_text: OnText = None, **more: Any
     ) -> str | list[str]:
         """Return the text that the model generates after a prompt, or after each of a list of them, in one batch.
 
@@ -149,9 +126,8 @@ class Model:
                 prompt and new tokens do not fit the model.
         """
         is_batch = _is_list(prompt) and bool(prompt) and _is_list(prompt[0])
-        texts = self._generate(
-            [self._prompt(items) for items in (prompt if is_batch else [prompt])], max_new_tokens, settings, on_text
-        )
+        prompts = [self._prompt(items) for items in (prompt if is_batch else [prompt])]
+        texts = self._generate(prompts, max_new_tokens, more, on_text)
         return texts if is_batch else texts[0]
 
     def _prompt(self, items: PromptItems | Picture) -> Prompt:
@@ -165,13 +141,12 @@ class Model:
         return Prompt(encoded, tuple(part for part in parts if isinstance(part, ImageRef)))
 
     def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        settings: Mapping[str, Any],
-        on_text: Callable[[str], None] | None,
+        self, prompts: Sequence[Prompt], max_new_tokens: int, settings: Mapping[str, Any], on_text: OnText
     ) -> list[str]:
-        _check_settings(settings)
+        known = GenerationConfig().to_dict()
+        for name in settings:
+            if name not in known:  # it would change nothing in silence
+                raise UserError(f"{name}: not a field of transformers' GenerationConfig{nearest(name, known)}")
         if not isinstance(max_new_tokens, Integral) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens: {max_new_tokens!r}; expected a whole number, 1 or more")
         room = self.loaded.max_positions - max_new_tokens
@@ -216,9 +191,8 @@ def _messages(turns: Any, images: Iterable[str | Picture]) -> list[Message]:
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, Mapping):
-        raise UserError(
-            f'conversation: a message is a {type(turn).__name__}; expected {{"role": "user", "content": ...}}'
-        )
+        found = type(turn).__name__
+        raise UserError(f'conversation: a message is a {found}; expected {{"role": "user", "content": ...}}')
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise UserError(f"conversation: role {role!r}; expected {', '.join(ROLES[:-1])} or {ROLES[-1]}")
@@ -236,9 +210,8 @@ def _part(part: Any) -> str | ImageRef:
         return str(part["text"])
     if kind == "image" and part.get("image") is not None:
         return _image(part["image"])
-    raise UserError(
-        f'conversation: {part!r}; expected {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}'
-    )
+    expected = '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+    raise UserError(f"conversation: {part!r}; expected {expected}")
 
 
 def _text(text: str) -> str:
@@ -272,11 +245,3 @@ def _png(image: Image.Image) -> bytes:
     image = ImageOps.exif_transpose(image)
     (image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "1") else image.convert("RGB")).save(file, "PNG")
     return file.getvalue()
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse an unknown setting, which would change nothing in silence."""
-    known = GenerationConfig().to_dict()
-    for name in settings:
-        if name not in known:
-            raise UserError(f"{name}: not a field of transformers' GenerationConfig{nearest(name, known)}")

@@ -17,16 +17,13 @@ from typing import TextIO
 from sft.core import images
 from sft.core.errors import UserError, nearest, printable
 from sft.core.sample import ImageRef, Message, SkipSample
-from sft.inference.generate import generate, prompt_of
+from sft.inference.generate import OnText, generate, prompt_of
 from sft.models import family_of
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
 
-OnText = Callable[[str], None]
-"""Gets an answer piece by piece, as it is written."""
-
-Respond = Callable[[Sequence[Message], OnText | None], str]
-"""The answer to a conversation whose last message is the user's."""
+Respond = Callable[[Sequence[Message], OnText], str]
+"""Returns the answer to a conversation whose last message is the user's."""
 
 HELP = "/image FILE shows an image with your next message, /reset forgets, /help lists, /quit ends."
 
@@ -34,31 +31,23 @@ HELP = "/image FILE shows an image with your next message, /reset forgets, /help
 def responder(
     model: PackedModel, template: ChatTemplate, *, max_new_tokens: int = 64, autocast: bool = False
 ) -> Respond:
-    """Return a function that answers by greedy generation.
-
-    The returned function raises UserError where conversation and answer do not fit the model's positions.
-    """
-
+    """Return a function that answers by greedy generation, and raises UserError where conversation and answer do not
+    fit the model's positions."""
     room = family_of(model).text.max_positions(model.config) - max_new_tokens
 
-    def respond(messages: Sequence[Message], on_text: OnText | None) -> str:
+    def respond(messages: Sequence[Message], on_text: OnText) -> str:
         prompt = prompt_of(template, messages)
         if (length := len(prompt.encoded.input_ids)) > room:
             raise UserError(f"the conversation has {length} tokens, the model takes {room}; /reset begins a new one")
         return generate(
-            model,
-            template.tokenizer,
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            autocast=autocast,
-            on_text=on_text,
+            model, template.tokenizer, [prompt], max_new_tokens=max_new_tokens, autocast=autocast, on_text=on_text
         )[0]
 
     return respond
 
 
 class Conversation:
-    """What was said so far, and how to go on. Images are read from inside one folder only."""
+    """The conversation so far, and what continues it. Images are read from inside one folder only."""
 
     def __init__(self, respond: Respond, *, folder: Path | None = None) -> None:
         """`folder` is where images may come from: the current directory, if left out."""
@@ -66,14 +55,9 @@ class Conversation:
         self.folder = (folder or Path.cwd()).resolve()
         self.messages: tuple[Message, ...] = ()
 
-    def say(self, text: str, *shown: str | Path | ImageRef, on_text: OnText | None = None) -> str:
-        """Say something, with the images before it, and return the model's answer; `on_text` gets it on the way.
-
-        What fails is not remembered: the conversation stays as it was.
-
-        Raises:
-            UserError: see `open_image` and `responder`.
-        """
+    def say(self, text: str, *shown: str | Path | ImageRef, on_text: OnText = None) -> str:
+        """Say something, with the images before it, and return the model's answer; `on_text` gets it on the way. After
+        a UserError of `open_image` or `responder` the conversation is as it was."""
         opened = [image if isinstance(image, ImageRef) else self.open_image(image) for image in shown]
         messages = (*self.messages, Message(role="user", content=(*opened, text)))
         try:
@@ -84,18 +68,13 @@ class Conversation:
         return answer
 
     def open_image(self, name: str | Path) -> ImageRef:
-        """Read and check an image file, relative to the folder.
-
-        Raises:
-            UserError: it is an address, lies outside the folder (links are followed), is missing, a folder itself or
-                does not decode.
-        """
+        """Read and check an image file, relative to the folder. Raise UserError where it is an address, lies outside
+        the folder (links are followed), is missing, a folder itself or does not decode."""
         if not str(name):
             raise UserError(f"/image: no file is named; expected one of {self.folder}, as in /image photo.png")
         if "://" in str(name):
-            raise UserError(
-                f"{name}: addresses are not fetched; save the image in {self.folder} and give its file name"
-            )
+            told = f"save the image in {self.folder} and give its file name"
+            raise UserError(f"{name}: addresses are not fetched; {told}")
         path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder):
             raise UserError(f"{name}: outside {self.folder}; images are read from inside that folder only")
@@ -129,9 +108,7 @@ class Repl:
     """A conversation over lines of text: reads from one stream, prints to another."""
 
     def __init__(self, conversation: Conversation, lines: TextIO, output: TextIO) -> None:
-        self.conversation = conversation
-        self.lines = lines
-        self.output = output
+        self.conversation, self.lines, self.output = conversation, lines, output
         self._shown: list[ImageRef] = []  # wait for the next message
 
     def run(self) -> None:
@@ -158,11 +135,8 @@ class Repl:
         return line.strip() if line else None
 
     def _obey(self, line: str) -> bool:
-        """Do what a line says; False ends the conversation.
-
-        Raises:
-            UserError: unknown command, or see `Conversation`.
-        """
+        """Do what a line says; False ends the conversation. Raise UserError as `Conversation` does, and for an unknown
+        command."""
         command, _, argument = line.partition(" ")
         if command in ("/quit", "/exit"):
             return False

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sft.core.contain import on_error
 from sft.core.errors import UserError
 from sft.core.files import explain_full_disk, remove_leftovers, staged
 from sft.core.sample import Batch, ImageRef, Message, PlacedSample
-from sft.inference.model_card import Merged, architecture_of, model_card
+from sft.inference.model_card import Merged, model_card
 from sft.models.family import Family
 from sft.models.loaded_model import Loaded, find_base, find_family, load_for_inference, load_template
 from sft.models.lora import Merger, is_adapter_folder
@@ -71,39 +71,21 @@ def merge(
             why = "holds no model, so --overwrite leaves it alone" if overwrite else "is there already"
             raise UserError(f"{output}: {why}; choose another --output" + ", or --overwrite a model" * (not overwrite))
     template = load_template(family, checkpoint)
-    with _whole_or_nothing(output) as folder:
+    with (
+        on_error(lambda error: remove_leftovers(output)),  # after an error none of its gigabytes are left
+        explain_full_disk(output, "choose another --output"),
+        staged(output) as folder,
+    ):
         if base is None:
             _copy(checkpoint, folder)
         else:
             _write_merged(family, base, Merger(checkpoint), folder, dtype or torch.bfloat16, shard_bytes, on_progress)
         save_processor(family, template, family.weights.load_config(base or checkpoint), folder)
-        kind, parameters, num_bytes = _weights_of(folder)
-        made = Merged(
-            output=str(output),
-            checkpoint=str(checkpoint),
-            base=str(base) if base else None,
-            dtype=kind,
-            parameters=parameters,
-            bytes=num_bytes,
-        )
-        card = model_card(checkpoint, recipe, made, architecture_of(folder))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        made = Merged(str(output), str(checkpoint), str(base) if base else None, *_weights_of(folder))
+        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+        card = "\n".join(model_card(checkpoint, recipe, made, architecture))
+        (folder / "README.md").write_text(card + "\n", encoding="utf-8")
     return made
-
-
-@contextmanager
-def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """Give a hidden folder that becomes `output`; after an error none of its gigabytes are left.
-
-    Raises:
-        RunError: the disk is full.
-    """
-    with (
-        on_error(lambda error: remove_leftovers(output)),
-        explain_full_disk(output, "choose another --output"),
-        staged(output) as folder,
-    ):
-        yield folder
 
 
 def _copy(checkpoint: Path, folder: Path) -> None:
@@ -124,9 +106,7 @@ def _write_merged(
 ) -> None:
     files = family.weights.weight_files(base)
     with ExitStack() as stack:
-        opened = {
-            file: stack.enter_context(safe_open(base / file, framework="pt")) for file in sorted(set(files.values()))
-        }
+        opened = {file: stack.enter_context(safe_open(base / file, framework="pt")) for file in set(files.values())}
         sizes = {
             name: math.prod(opened[file].get_slice(name).get_shape()) * dtype.itemsize
             for name, file in sorted(files.items(), key=lambda item: (item[1], item[0]))
@@ -176,27 +156,25 @@ _FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def _weights_of(folder: Path) -> tuple[str, int, int]:
-    """Kind, number and size of the weights of a model folder."""
-    kinds: dict[str, int] = {}
+    """Return the types, the number and the size in bytes of the weights of a model folder."""
+    kinds, number, size = set(), 0, 0
     for file in folder.glob("*.safetensors"):
+        size += file.stat().st_size
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
-                kinds[part.get_dtype()] = kinds.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+                kinds.add(part.get_dtype())
+                number += math.prod(part.get_shape())
     names = {name: str(dtype).removeprefix("torch.") for dtype, name in _FORMAT_NAMES.items()}
-    return (
-        ", ".join(names.get(kind, kind) for kind in sorted(kinds)),
-        sum(kinds.values()),
-        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-    )
+    return ", ".join(names.get(kind, kind) for kind in sorted(kinds)), number, size
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LogitDifference:
-    """How far the logits of two models are apart, on the same tokens."""
+    """The distance between the logits of two models, on the same tokens."""
 
     largest: float
     mean: float
@@ -206,11 +184,8 @@ class LogitDifference:
 
 def compare(checkpoint: Path, output: Path) -> dict[str, LogitDifference]:
     """Compare the merged model with its parts: the unquantised base with adapters, and the 4-bit base with adapters. Of
-    a full run: the checkpoint that was copied.
-
-    One model is in memory at a time. What is asked is two conversations, one about an image of noise; everything is
-    computed in float32.
-    """
+    a full run: the checkpoint that was copied. One model is in memory at a time. What is asked is two conversations,
+    one about an image of noise; everything is computed in float32."""
     merged = _logits(output)
     if not is_adapter_folder(checkpoint):
         return {"checkpoint": _difference(merged, _logits(checkpoint))}
@@ -229,16 +204,12 @@ def _logits(path: Path, *, load_in_4bit: bool = False) -> Tensor:
 
 
 def _difference(a_PV: Tensor, b_PV: Tensor) -> LogitDifference:
-    apart_PV = (a_PV - b_PV).abs()
-    return LogitDifference(
-        largest=float(apart_PV.max()),
-        mean=float(apart_PV.mean()),
-        same_choice=float((a_PV.argmax(-1) == b_PV.argmax(-1)).float().mean()),
-    )
+    apart_PV, is_same_P = (a_PV - b_PV).abs(), a_PV.argmax(-1) == b_PV.argmax(-1)
+    return LogitDifference(float(apart_PV.max()), float(apart_PV.mean()), float(is_same_P.float().mean()))
 
 
 def _probe(loaded: Loaded) -> Batch:
-    """Two conversations whose every token is looked at."""
+    """Return two conversations whose every token is looked at."""
     noise = NoiseImages(loaded.images)
     image = ImageRef(source=b"noise", size=noise.size)
     turns = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,9 +18,9 @@ from sft.recipe import Recipe
 from sft.runs.checkpoint import step_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Merged:
-    """What `merge` has made."""
+    """The model that `merge` has made."""
 
     output: str
     checkpoint: str
@@ -28,37 +29,26 @@ class Merged:
     dtype: str
     parameters: int
     bytes: int
-    """Of the weights."""
+    """The size of the weights."""
 
 
-def architecture_of(folder: Path) -> str:
-    """Return the class in transformers of the model in a folder, as its config.json says."""
-    return str(json.loads((folder / "config.json").read_text())["architectures"][0])
-
-
-def model_card(checkpoint: Path, recipe: Recipe | None, made: Merged, architecture: str) -> str:
-    """Return README.md of a model: what it was made of, how, under which licences, and how it was chosen.
+def model_card(checkpoint: Path, recipe: Recipe | None, made: Merged, architecture: str) -> Iterator[str]:
+    """Yield the lines of a model's README.md: what it was made of, how, under which licences, and how it was chosen.
     `architecture` is its class in transformers."""
-    return "\n".join(_card_lines(checkpoint, recipe, made, architecture)) + "\n"
-
-
-def _card_lines(checkpoint: Path, recipe: Recipe | None, made: Merged, architecture: str) -> Iterator[str]:
     yield from ("---", "library_name: transformers", "pipeline_tag: image-text-to-text")
     if recipe and not is_local(recipe.model.path):
         yield f"base_model: {recipe.model.path}"
     yield from ("license: other", "tags: [idefics, idefics-sft, multimodal, instruction-tuned]", "---", "")
-    yield f"# {Path(made.output).name}"
-    yield ""
+    yield from (f"# {Path(made.output).name}", "")
     if recipe is None:
         yield "Made by idefics-sft from a checkpoint that has no recipe beside it."
         return
     base = Path(recipe.model.path).name if is_local(recipe.model.path) else recipe.model.path
     how = {"full": "Fine-tuned", "lora": "Fine-tuned with LoRA", "qlora": "Fine-tuned with LoRA over a 4-bit base"}
-    yield (f"{how[recipe.model.mode]} from `{base}` by idefics-sft, {made.parameters:,} parameters in {made.dtype}.")
+    yield f"{how[recipe.model.mode]} from `{base}` by idefics-sft, {made.parameters:,} parameters in {made.dtype}."
     yield "Its weights are derived from the base model's, whose licence applies to them too."
     yield from ("", "## Use", "", "```python")
-    yield f"from transformers import AutoProcessor, {architecture}"
-    yield ""
+    yield from (f"from transformers import AutoProcessor, {architecture}", "")
     yield f'processor = AutoProcessor.from_pretrained("{Path(made.output).name}")'
     yield f'model = {architecture}.from_pretrained("{Path(made.output).name}")'
     yield from ("```", "", "Prompts are made by the chat template, `processor.tokenizer.apply_chat_template`.")
@@ -70,12 +60,12 @@ def _card_lines(checkpoint: Path, recipe: Recipe | None, made: Merged, architect
 
 
 def _mixture_lines(checkpoint: Path, recipe: Recipe) -> Iterator[str]:
-    """Sources with their shares as asked and, where the run's metrics are there, as trained; datasets with licences."""
+    """Yield the sources with their shares as asked and, where the run's metrics are there, as trained, and their
+    datasets with licences."""
     trained = _trained_tokens(checkpoint)
     total = sum(trained.values())
     unit = {"tokens": "tokens", "trained_tokens": "trained tokens", "samples": "samples"}[recipe.data.share_unit]
-    yield f"Shares are of {unit}; tokens are those of the run up to this checkpoint."
-    yield ""
+    yield from (f"Shares are of {unit}; tokens are those of the run up to this checkpoint.", "")
     yield "| source | share asked | tokens | datasets | licence of the data |"
     yield "| --- | ---: | ---: | --- | --- |"
     for source, share in zip(recipe.data.mixture, recipe.data.shares, strict=True):
@@ -87,15 +77,13 @@ def _mixture_lines(checkpoint: Path, recipe: Recipe) -> Iterator[str]:
 
 
 def _trained_tokens(checkpoint: Path) -> dict[str, int]:
-    """Tokens of each source up to a checkpoint, by the metrics of its run."""
+    """Return the tokens of each source up to a checkpoint, by the metrics of its run."""
     file = checkpoint.parent.parent / "metrics.jsonl"
-    sums: dict[str, int] = {}
-    if not file.is_file() or not checkpoint.name.startswith("checkpoint-"):
-        return sums
-    for line in map(json.loads, text_lines(file)):
-        if line["step"] <= step_of(checkpoint):
-            for name, own in line["sources"].items():
-                sums[name] = sums.get(name, 0) + own["tokens"]
+    sums: Counter[str] = Counter()
+    if file.is_file() and checkpoint.name.startswith("checkpoint-"):
+        for line in map(json.loads, text_lines(file)):
+            if line["step"] <= step_of(checkpoint):
+                sums.update({name: own["tokens"] for name, own in line["sources"].items()})
     return sums
 
 
@@ -124,19 +112,15 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
     if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
         yield f"Held-out loss {figure(scores[name]['score'])}."
     elif name in scores:
-        own = scores[name]
+        own, is_loss = scores[name], selection["by"] == "loss"
+        asked = "samples" if is_loss else "questions"
+        which = f"{asked} that did not choose" if selection.get("chosen_on") == "half" else f"the {asked} that chose"
         yield (
-            f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
-            f"{figure(own['standard_error'])} on {_reported(selection)}; best with probability {own['p_best']:.0%}."
+            f"{'Held-out loss' if is_loss else 'Score'} {figure(own['score'])} ± {figure(own['standard_error'])} on "
+            f"{which}; best with probability {own['p_best']:.0%}."
         )
     if selection["selected"] == name and selection["cross_fitted"] is not None:
         yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."
-
-
-def _reported(selection: dict[str, Any]) -> str:
-    """Return the questions that figures come from."""
-    what = "samples" if selection["by"] == "loss" else "questions"
-    return f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
 
 
 def _public(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Literal
 
 from markupsafe import Markup
 
-Point = tuple[float, float]
+from sft.report.run_files import Point
+
+Limits = tuple[float, float]
 
 WIDTH = 440
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 26
@@ -31,9 +33,9 @@ class Series:
     style: Literal["line", "faint", "dots", "scores"] = "line"
     """`faint`: behind the others. `dots`: marked and dashed. `scores`: marked, with intervals."""
     colour: str = "var(--accent)"
-    intervals: Sequence[tuple[float, float] | None] = ()
+    intervals: Sequence[Limits | None] = ()
     tips: Sequence[str] = ()
-    """What the pointer is told at each point."""
+    """The text that the pointer gets at each point."""
     rings: Sequence[str] = ()
     """For each point the class of a circle around it, `ring` (selected) or `tied`, or an empty text."""
 
@@ -74,7 +76,7 @@ def chart(
     width: int = WIDTH,
     log: bool = False,
     from_zero: bool = False,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     chance: float | None = None,
     last_step: float | None = None,
     steps: Sequence[float] = (),
@@ -84,7 +86,9 @@ def chart(
     some = [one for one in some if one.points]
     if not some:
         return Markup("")
-    x, y = _axes(some, width, height, log, from_zero, limits, chance, last_step)
+    xs = [step for one in some for step, _ in one.points] + ([last_step] if last_step else [])
+    x = Axis(low=min(xs), high=max(xs) if max(xs) > min(xs) else min(xs) + 1, start=LEFT, end=width - RIGHT)
+    y = _value_axis(some, height, log, from_zero, limits, chance)
     named = steps if 0 < len(steps) <= _NAMED else x.ticks(5)
     parts = [*_grid(x, y, width, height, format_y, named)]
     if chance is not None:
@@ -96,17 +100,9 @@ def chart(
     return Markup(svg)
 
 
-def _axes(
-    some: Sequence[Series],
-    width: int,
-    height: int,
-    log: bool,
-    from_zero: bool,
-    limits: tuple[float, float] | None,
-    chance: float | None,
-    last_step: float | None,
-) -> tuple[Axis, Axis]:
-    xs = [point[0] for one in some for point in one.points] + ([last_step] if last_step else [])
+def _value_axis(
+    some: Sequence[Series], height: int, log: bool, from_zero: bool, limits: Limits | None, chance: float | None
+) -> Axis:
     ys = [point[1] for one in some if one.style != "faint" for point in one.points]
     ys += [limit for one in some for interval in one.intervals if interval for limit in interval]
     ys += [chance] if chance is not None else []
@@ -118,9 +114,7 @@ def _axes(
         low = 0.0 if from_zero else low
         room = (high - low) * 0.07 or abs(high) * 0.1 or 1.0
         low, high = (low if from_zero else max(low - room, 0.0 if low >= 0 else -math.inf)), high + room
-    x_low, x_high = min(xs), max(xs)
-    across = Axis(low=x_low, high=x_high if x_high > x_low else x_low + 1, start=LEFT, end=width - RIGHT)
-    return across, Axis(low=low, high=high, start=height - BOTTOM, end=TOP, is_log=is_log)
+    return Axis(low=low, high=high, start=height - BOTTOM, end=TOP, is_log=is_log)
 
 
 def _grid(

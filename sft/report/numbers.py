@@ -32,11 +32,6 @@ def round_percent(share: float) -> str:
     return f"{share * 100:.3g}{NBSP}%"
 
 
-def gibibytes(size: float) -> str:
-    """Return bytes as GiB."""
-    return f"{size / GIB:.3g} GiB"
-
-
 def duration(seconds: float) -> str:
     """Return seconds as 2 d 3 h, 3 h 12 min, 7 min 30 s or 12 s."""
     for large, small, length, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):

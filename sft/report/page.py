@@ -1,4 +1,4 @@
-"""The page: what stands in it, in the order in which a person asks.
+"""The page and its parts, in the order in which a person asks, and the answers before and after training.
 
 Every text of a run goes through the template's escaping; there is no script in the page, and its policy allows none.
 """
@@ -9,28 +9,22 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sft.core.files import write_atomically
-from sft.report.answers import answers
-from sft.report.numbers import duration, gibibytes, percent, plain
+from sft.report.numbers import GIB, duration, percent, plain
 from sft.report.panels import HUES, category_panels, loss_panels, score_panels, source_panels, speed_panels
-from sft.report.run_files import Run, SourceTotals, read_run, source_totals
+from sft.report.run_files import Run, SourceTotals, held_out, read_run, series, source_totals
 from sft.report.selection_text import score_of, score_text, scores, selection_words
-from sft.report.series import held_out, series
 
 FILE = "report.html"
 
 
 def report(run_dir: Path, output: Path | None = None) -> Path:
-    """Write the page of a run, to RUN/report.html if `output` is left out.
-
-    Raises:
-        UserError: it is not the folder of a run, or a file in it is damaged.
-    """
+    """Write the page of a run, to RUN/report.html if `output` is left out; raise UserError as `read_run` does."""
     file = output or run_dir / FILE
     write_atomically(file, render(read_run(run_dir)))
     return file
@@ -50,7 +44,7 @@ def render(run: Run) -> str:
 
 
 def view(run: Run) -> dict[str, Any]:
-    """Return what the template prints."""
+    """Return the values that the template prints."""
     totals = source_totals(run)
     return {
         "name": run.path.resolve().name,
@@ -113,7 +107,7 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str]]:
     if speeds := series(run.lines, "tokens_per_second"):
         yield plain(round(sorted(speed for _, speed in speeds)[len(speeds) // 2])), "tokens/s, median step"
     if memory := series(run.lines, "peak_memory_bytes"):
-        yield gibibytes(max(size for _, size in memory)), "memory at the peak"
+        yield f"{max(size for _, size in memory) / GIB:.3g} GiB", "memory at the peak"
     if run.selection:
         chosen = score_of(run.selection, run.selection["selected"])
         yield score_text(chosen["score"], run.selection), f"{run.selection['selected']}, selected"
@@ -143,6 +137,49 @@ def _problems(run: Run) -> Iterable[str]:
         yield f"{dirty:,} samples were not trained on: an image of theirs could not be read any more."
 
 
+# ----------------------------------------------------------------------------------------------------------- answers
+
+
+class Said(NamedTuple):
+    """An answer to a question."""
+
+    who: str
+    text: str
+    is_after: bool = False
+    """Whether it is the one to look at."""
+
+
+class Answer(NamedTuple):
+    """A fixed held-out question with the answers to it."""
+
+    key: str
+    prompt: str
+    images: Sequence[str]
+    answers: Sequence[Said]
+
+
+def answers(run: Run) -> Iterable[Answer]:
+    """Yield the fixed held-out questions with the answers of the base, of the model and of the data."""
+    asked = [(line["step"], line["generations"]) for line in run.lines if line.get("generations")]
+    before = run.before.get("generations") or []
+    if not asked and not before:
+        return
+    selected = score_of(run.selection, run.selection["selected"])["step"] if run.selection else None
+    shown = [one for one in asked if one[0] == selected] or asked[-1:]
+    if not before:  # a run from before there was a before.json, or one whose first validation failed
+        shown = [*(asked[:1] if asked[0][0] != shown[0][0] else []), *shown]
+    for number, question in enumerate(before or shown[0][1]):
+        images = question.get("images", [])
+        said = [Said("before", question["answer"])] if before else []
+        for step, lines in shown:
+            who = f"step {step:,}" + ", selected" * (step == selected)
+            said += [Said(who, one["answer"], step == shown[-1][0]) for one in lines[number : number + 1]]
+        if "expected" in question:
+            said.append(Said("the data", question["expected"]))
+        prompt = question["prompt"].replace("<image>", "", len(images)).strip()
+        yield Answer(question["key"], prompt, images, said)
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 
 
@@ -163,10 +200,7 @@ def _environment(run: Run) -> list[tuple[str, str]]:
         begun, ended = (datetime.fromtimestamp(at, UTC) for at in (times[0], times[-1]))
         day = "" if begun.date() == ended.date() else f"{ended:%d %B %Y}, "
         found.append(("first and last step", f"{begun:%d %B %Y, %H:%M} to {day}{ended:%H:%M} UTC"))
-    found.append(("hardware", status.hardware))
-    found.append(("precision", status.precision))
-    found.append(
-        ("checkpoints", ", ".join([f"{len(run.checkpoints)}", *(f"the last {c}" for c in run.checkpoints[-1:])]))
-    )
-    found += list((status.versions or {}).items())
+    checkpoints = ", ".join([f"{len(run.checkpoints)}", *(f"the last {c}" for c in run.checkpoints[-1:])])
+    found += [("hardware", status.hardware), ("precision", status.precision), ("checkpoints", checkpoints)]
+    found += (status.versions or {}).items()
     return [(name, value) for name, value in found if value]

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from markupsafe import Markup
 
 from sft.core.metric import Metric
-from sft.report.charts import WIDTH, Point, Series, chart
+from sft.report.charts import WIDTH, Series, chart
 from sft.report.numbers import GIB, plain, round_percent, scientific
-from sft.report.run_files import Line, Run
+from sft.report.run_files import Line, Point, Run, held_out, losses, series, source_losses
 from sft.report.selection_text import metric_of, score_of, score_text
-from sft.report.series import binned, held_out, losses, series, source_losses
 
 BINS = 100
 """Largest number of points of a line of losses."""
 HUES = (212, 340, 162, 270, 16, 190, 120, 305, 240)
-"""Of the sources, as on the page of `inspect`."""
+"""Hues of the sources, as on the page of `inspect`."""
 SMALL = 190
 """Height of a panel among many."""
 
@@ -50,11 +50,10 @@ def score_panels(run: Run) -> Iterable[Panel]:
         metric = metric_of(summaries[-1])
         rings = _rings([summary["step"] for summary in summaries], run.selection)
         svg = _score_chart(
-            [(summary["step"], summary["score"]) for summary in summaries],
+            summaries,
+            [f"step {summary['step']:,}: {score_text(summary['score'], summary)}" for summary in summaries],
+            [ring if ring == "ring" else "" for ring in rings],
             metric,
-            intervals=[summary.get("interval") for summary in summaries],
-            tips=[f"step {summary['step']:,}: {score_text(summary['score'], summary)}" for summary in summaries],
-            rings=[ring if ring == "ring" else "" for ring in rings],
             label=f"{metric.name} on {benchmark}" + f" by {rank}" * bool(rank),
             limits=(0, 1) if metric.is_share else None,
             chance=summaries[-1].get("chance"),
@@ -72,30 +71,26 @@ def _rings(steps: Sequence[float], chosen: Line | None) -> list[str]:
     return [of_step.get(step, "") for step in steps]
 
 
-def _score_chart(points: Sequence[Point], metric: Metric, *, label: str, **drawn: Any) -> Markup:
+def _score_chart(
+    scores: Sequence[Line], tips: Sequence[str], rings: Sequence[str], metric: Metric, **drawn: Any
+) -> Markup:
     """Return scores of checkpoints over their steps, with intervals and rings."""
-    own = {name: drawn.pop(name) for name in ("intervals", "tips", "rings")}
-    scores = Series(points=points, style="scores", **own)
-    steps = [step for step, _ in points]
-    return chart([scores], steps=steps, format_y=round_percent if metric.is_share else plain, label=label, **drawn)
+    points, intervals = [(one["step"], one["score"]) for one in scores], [one.get("interval") for one in scores]
+    series = Series(points=points, style="scores", intervals=intervals, tips=tips, rings=rings)
+    steps, format_y = [one["step"] for one in scores], round_percent if metric.is_share else plain
+    return chart([series], steps=steps, format_y=format_y, **drawn)
 
 
 def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:
     """Return the scores of a selection, which is an object of the keys of selection.json."""
     metric, scores = metric_of(chosen), chosen["scores"]
-    svg = _score_chart(
-        [(score["step"], score["score"]) for score in scores],
-        metric,
-        intervals=[score.get("interval") for score in scores],
-        tips=[f"{score['checkpoint']}: {score_text(score['score'], chosen)}" for score in scores],
-        rings=_rings([score["step"] for score in scores], chosen),
-        label="score of each checkpoint with its interval",
-        width=width,
-    )
+    tips = [f"{score['checkpoint']}: {score_text(score['score'], chosen)}" for score in scores]
+    rings = _rings([score["step"] for score in scores], chosen)
+    svg = _score_chart(scores, tips, rings, metric, label="score of each checkpoint with its interval", width=width)
     ranks = " and ".join(chosen.get("ranks", ()))
     what = f"mean of {ranks}" if " and " in ranks else chosen["benchmark"]
-    rings = "ring: selected" + "; thin: cannot be told apart from the best" * (len(chosen["tied"]) > 1)
-    return Panel("Held-out loss" if chosen["by"] == "loss" else "Score", f"{what} · {rings}", svg)
+    key = "ring: selected" + "; thin: cannot be told apart from the best" * (len(chosen["tied"]) > 1)
+    return Panel("Held-out loss" if chosen["by"] == "loss" else "Score", f"{what} · {key}", svg)
 
 
 def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Panel]:
@@ -103,18 +98,13 @@ def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Pane
     if not chosen or len(chosen["categories"]) < 2:
         return
     steps, metric = [score["step"] for score in chosen["scores"]], metric_of(chosen)
+    size: dict[str, Any] = {"limits": (0, 1) if metric.is_share else None, "height": SMALL, "width": width}
     for name, category in chosen["categories"].items():
-        svg = _score_chart(
-            list(zip(steps, category["scores"], strict=True)),
-            metric,
-            intervals=category["intervals"],
-            tips=[score_text(score, chosen) for score in category["scores"]],
-            rings=_rings(steps, chosen),
-            label=f"score in the category {name}",
-            limits=(0, 1) if metric.is_share else None,
-            height=SMALL,
-            width=width,
-        )
+        columns = zip(steps, category["scores"], category["intervals"], strict=True)
+        scores = [{"step": step, "score": score, "interval": interval} for step, score, interval in columns]
+        tips = [score_text(score, chosen) for score in category["scores"]]
+        label = f"score in the category {name}"
+        svg = _score_chart(scores, tips, _rings(steps, chosen), metric, label=label, **size)
         kind = "samples" if chosen["by"] == "loss" else "questions"
         yield Panel(name or "without category", f"{category['questions']:,} {kind}", svg)
 
@@ -170,32 +160,38 @@ def _loss_chart(
 
 def speed_panels(run: Run) -> Iterable[Panel]:
     """Yield speed, memory and the norm of the gradient, as far as they were recorded."""
-    speeds, memory = series(run.lines, "tokens_per_second"), series(run.lines, "peak_memory_bytes")
-    norms = series(run.lines, "grad_norm")
-    if speeds:
-        svg = _small_chart(speeds, _smooth(speeds), label="tokens per second", from_zero=True)
+    if speeds := series(run.lines, "tokens_per_second"):
+        svg = _small_chart(*_with_means(speeds), label="tokens per second", from_zero=True)
         yield Panel("Speed", "tokens/s", svg)
-    if memory:
-        in_gib = [(step, size / GIB) for step, size in _thin(memory)]
-        svg = _small_chart((), in_gib, label="largest memory so far", from_zero=True)
+    if memory := series(run.lines, "peak_memory_bytes"):
+        in_gib = Series(points=[(step, size / GIB) for step, size in _thin(memory)])
+        svg = _small_chart(in_gib, label="largest memory so far", from_zero=True)
         yield Panel("Memory", "GiB, the highest so far of one process", svg)
-    if norms:
-        yield Panel("Gradient norm", "before clipping", _small_chart(norms, _smooth(norms), label="norm", log=True))
+    if norms := series(run.lines, "grad_norm"):
+        yield Panel("Gradient norm", "before clipping", _small_chart(*_with_means(norms), label="norm", log=True))
 
 
-def _small_chart(faint: Sequence[Point], line: Sequence[Point], **drawn: Any) -> Markup:
-    return chart(
-        [Series(points=_thin(faint), style="faint"), Series(points=line)], format_y=plain, height=SMALL, **drawn
-    )
+def _small_chart(*some: Series, **drawn: Any) -> Markup:
+    return chart(some, format_y=plain, height=SMALL, **drawn)
 
 
-def _smooth(points: Sequence[Point]) -> list[Point]:
-    return _means([(step, value, 1.0) for step, value in points])
+def _with_means(points: Sequence[Point]) -> tuple[Series, Series]:
+    means = _means([(step, value, 1.0) for step, value in points])
+    return Series(points=_thin(points), style="faint"), Series(points=means)
 
 
 def _means(points: Sequence[tuple[float, float, float]]) -> list[Point]:
     """Return weighted means of five steps and more, at most `BINS` of them."""
     return binned(points, min(max(len(points) // 5, 12), BINS))
+
+
+def binned(points: Sequence[tuple[float, float, float]], bins: int) -> list[Point]:
+    """Return at most `bins` points (x, y) of points (x, y, weight), each the weighted mean of a stretch of them: the
+    mean loss of its tokens, where the weights are tokens."""
+    width = -(-len(points) // bins) if points else 1
+    stretches = (np.array(points[first : first + width]) for first in range(0, len(points), width))
+    means = (np.average(stretch[:, :2], axis=0, weights=stretch[:, 2]).tolist() for stretch in stretches)
+    return [(x, y) for x, y in means]
 
 
 def _thin(points: Sequence[Point], number: int = 600) -> list[Point]:

@@ -1,4 +1,4 @@
-"""What the files of a run say, whether it is running, ended, stopped or failed."""
+"""The files of a run, whether it is running, ended, stopped or failed, and what they hold over its steps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from sft.runs.names import find_recipe
 from sft.runs.status import RunStatus
 
 Line = dict[str, Any]
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as its files tell it."""
+    """The content of a run's files."""
 
     path: Path
     status: RunStatus
@@ -41,11 +42,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read the folder of a run.
-
-    Raises:
-        UserError: it is not one, or a file in it is damaged.
-    """
+    """Read the folder of a run; raise UserError where it is not one, or a file in it is damaged."""
     status = RunStatus.read(path)
     if status is None or not (path / "recipe.yaml").is_file():
         raise UserError(f"{path}: no run here (no run.json); give the folder that `idefics-sft train` wrote")
@@ -111,7 +108,7 @@ def _manifests(recipe: Recipe, source: int) -> Iterable[Line]:
 
 
 class SourceTotals(NamedTuple):
-    """What a run was trained on of one source."""
+    """The data of one source that a run was trained on."""
 
     name: str
     asked: float
@@ -134,37 +131,65 @@ class SourceTotals(NamedTuple):
 
 def source_totals(run: Run) -> list[SourceTotals]:
     """Return the totals of each source, in the order of the recipe."""
-    names = [source.name for source in run.recipe.data.mixture]
-    tokens, trained = ({name: _sum(run, name, key) for name in names} for key in ("tokens", "trained_tokens"))
-    found = []
-    for source, asked in zip(run.recipe.data.mixture, run.recipe.data.shares, strict=True):
-        stores = run.stores[source.name]
-        found.append(
-            SourceTotals(
-                name=source.name,
-                asked=asked,
-                tokens=tokens[source.name],
-                trained_tokens=trained[source.name],
-                tokens_share=tokens[source.name] / max(sum(tokens.values()), 1),
-                trained_share=trained[source.name] / max(sum(trained.values()), 1),
-                filtered=_counts(store["filtered"] for store in stores),
-                skipped=_counts(store["skipped"] for store in stores),
-                records=sum(store["records"] for store in stores) if stores else None,
-                samples=sum(store["samples"] for store in stores),
-                images=sum(store["distinct_images"] for store in stores),
-                datasets=tuple(dict.fromkeys(dataset.dataset for dataset in source.datasets)),
-                licences=tuple(dict.fromkeys(str(store["licence"]) for store in stores)),
-            )
+    mixture = run.recipe.data.mixture
+    tokens, trained = Counter[str](), Counter[str]()
+    for line in run.lines:
+        tokens.update({name: own["tokens"] for name, own in line["sources"].items()})
+        trained.update({name: own["trained_tokens"] for name, own in line["sources"].items()})
+    all_tokens, all_trained = (max(sum(found[source.name] for source in mixture), 1) for found in (tokens, trained))
+    return [
+        SourceTotals(
+            name=source.name,
+            asked=asked,
+            tokens=tokens[source.name],
+            trained_tokens=trained[source.name],
+            tokens_share=tokens[source.name] / all_tokens,
+            trained_share=trained[source.name] / all_trained,
+            filtered=_counts(stores, "filtered"),
+            skipped=_counts(stores, "skipped"),
+            records=sum(store["records"] for store in stores) if stores else None,
+            samples=sum(store["samples"] for store in stores),
+            images=sum(store["distinct_images"] for store in stores),
+            datasets=tuple(dict.fromkeys(dataset.dataset for dataset in source.datasets)),
+            licences=tuple(dict.fromkeys(str(store["licence"]) for store in stores)),
         )
-    return found
+        for source, asked, stores in zip(mixture, run.recipe.data.shares, run.stores.values(), strict=True)
+    ]
 
 
-def _sum(run: Run, source: str, key: str) -> int:
-    return sum(line["sources"].get(source, {}).get(key, 0) for line in run.lines)
-
-
-def _counts(some: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for counts in some:
-        total.update(counts)
+def _counts(stores: Iterable[Line], kind: str) -> dict[str, int]:
+    total = Counter[str]()
+    for store in stores:
+        total.update(store[kind])
     return dict(total.most_common())
+
+
+# ----------------------------------------------------------------------------------------------- points over the steps
+
+
+def series(lines: Sequence[Line], key: str) -> list[Point]:
+    """Return (step, number under `key`) of each step that has one."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def source_losses(lines: Sequence[Line], source: str) -> list[tuple[float, float, float]]:
+    """Return (step, mean loss of a source, its trained tokens) of each step that trained any."""
+    own = ((line["step"], line["sources"].get(source, {})) for line in lines)
+    return [(step, at["loss"], at["trained_tokens"]) for step, at in own if at.get("loss") is not None]
+
+
+def losses(lines: Sequence[Line]) -> list[tuple[float, float, float]]:
+    """Return (step, mean loss, trained tokens) of each step."""
+    return [(line["step"], line["loss"], line["trained_tokens"]) for line in lines if line["loss"] is not None]
+
+
+def held_out(run: Run, source: str | None = None) -> list[Point]:
+    """Return the held-out loss of a source, or of all, at each validation; step 0 is the base."""
+    found = []
+    for step, line in [(0, run.before), *((line["step"], line) for line in run.lines)]:
+        validation = line.get("validation") or {}
+        own = [validation.get(source, {})] if source else list(validation.values())
+        known = [(one["loss"], one["trained_tokens"]) for one in own if one.get("loss") is not None]
+        if known:
+            found.append((float(step), sum(a * b for a, b in known) / sum(b for _, b in known)))
+    return found

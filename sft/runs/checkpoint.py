@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from sft.core.contain import on_error
 from sft.core.distributed import ALONE, Rank, barrier
 from sft.core.errors import RunError, UserError
 from sft.core.files import discard, explain_full_disk, hash_file, remove_leftovers, staged, staging_of
@@ -29,11 +30,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Return the step that a checkpoint folder is named after.
-
-    Raises:
-        UserError: the name is of another form.
-    """
+    """Return the step that a checkpoint folder is named after; raise UserError for another name."""
     match = _NAME.fullmatch(path.name)
     if not match:
         raise UserError(f"{path}: not a checkpoint folder; expected a name like checkpoint-100")
@@ -41,32 +38,18 @@ def step_of(path: Path) -> int:
 
 
 def write_folder(
-    path: Path,
-    write: Callable[[Path], None],
-    write_state: Callable[[Path], None] | None = None,
-    rank: Rank = ALONE,
+    path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None = None, rank: Rank = ALONE
 ) -> None:
     """Let `write` fill a folder, and `write_state` its `state/`; hash both, sync them to disk and give the folder its
-    name in one rename.
+    name in one rename. All processes call it. The main one does everything; the others add their shards of the state to
+    the same folder. Raise RunError where the disk is full; nothing is left of the folder then."""
 
-    All processes call it. The main one does everything; the others add their shards of the state to the same folder.
-
-    Raises:
-        RunError: the disk is full. Nothing is left of the folder then.
-    """
-    try:
-        with explain_full_disk(path):
-            _write_folder(path, write, write_state, rank)
-    except RunError:
-        if rank.is_main:
+    def remove_if_full(error: BaseException) -> None:
+        if rank.is_main and isinstance(error, RunError):
             remove_leftovers(path)
-        raise
 
-
-def _write_folder(
-    path: Path, write: Callable[[Path], None], write_state: Callable[[Path], None] | None, rank: Rank
-) -> None:
-    with staged(path) if rank.is_main else nullcontext(staging_of(path)) as staging:
+    own = staged(path) if rank.is_main else nullcontext(staging_of(path))
+    with on_error(remove_if_full), explain_full_disk(path), own as staging:
         if rank.is_main:
             write(staging)
             _write_manifest(staging)
@@ -143,21 +126,15 @@ def newest_state(directory: Path, log: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint whose state is complete and as it was written; None where there is none. `log` gets
     the reason why a newer one is skipped."""
     for path in reversed(_by_step(directory)):
-        problem = _problem_of_state(path)
-        if problem is None:
+        if not (problem := _problem_of_state(path)):
             return path
         log(f"{path}: not resumed from: {problem}")
     return None
 
 
 def check_state(path: Path) -> None:
-    """Check that training can resume from a checkpoint.
-
-    Raises:
-        UserError: the checkpoint has no state, or the state is incomplete or has changed.
-    """
-    problem = _problem_of_state(path)
-    if problem is not None:
+    """Raise UserError where a checkpoint has no state to resume from, or the state is incomplete or has changed."""
+    if problem := _problem_of_state(path):
         raise UserError(f"{path}: cannot be resumed from: {problem}")
 
 

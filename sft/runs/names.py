@@ -42,11 +42,7 @@ def _recipe_file(name: str) -> Path:
 
 
 def _refuse_ambiguity(name: str, file: Path) -> None:
-    """Refuse the name of a shipped recipe when a changed copy of it is in the current directory.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Raise UserError for the name of a shipped recipe when a changed copy of it is in the current directory."""
     copy = Path(f"{name}.yaml")
     if file.name == copy.name and copy.is_file() and copy.read_bytes() != file.read_bytes():
         raise UserError(
@@ -64,11 +60,7 @@ def _recipe_if_any(name: str) -> Recipe | None:
 
 
 def run_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, by step.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return the complete checkpoints of a run, by step; raise UserError where there are none."""
     found = checkpoints(run_dir / "checkpoints")
     damaged = incomplete_checkpoints(run_dir / "checkpoints")
     if damaged and not found:
@@ -83,14 +75,10 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_model(name: str) -> Path | str:
-    """Return the folder or hub id that MODEL on the command line stands for. `shipped:tiny_base` is the small base.
-
-    A RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means the
-    checkpoint of that step.
-
-    Raises:
-        UserError: there is nothing of that name, or the step has no complete checkpoint.
-    """
+    """Return the folder or hub id that MODEL on the command line stands for. `shipped:tiny_base` is the small base. A
+    RUN (its folder, or its recipe) means its selected checkpoint, else its newest complete one; RUN@STEP means the
+    checkpoint of that step. Raise UserError where there is nothing of that name, or no complete checkpoint of the
+    step."""
     if name.startswith(PREFIX):
         return resolve(name)
     text, _, step = name.partition("@")
@@ -127,11 +115,7 @@ def chosen_by(path: Path | str) -> str:
 
 
 def _sound(checkpoint: Path, name: str) -> Path:
-    """Return the checkpoint, if everything in it is as it was written.
-
-    Raises:
-        UserError: it is not there, or a file of it has changed.
-    """
+    """Return the checkpoint; raise UserError where it is not there, or a file of it is not as it was written."""
     if not checkpoint.is_dir():
         raise UserError(f"{name}: no complete checkpoint {checkpoint}")
     if problem := problem_of_weights(checkpoint):

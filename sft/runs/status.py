@@ -33,11 +33,7 @@ class RunStatus:
 
     @staticmethod
     def read(run_dir: Path) -> RunStatus | None:
-        """Read the status of a run; None where there is none.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Read the status of a run; None where there is none. Raise UserError for a damaged file."""
         file = run_dir / FILE
         if not file.is_file():
             return None
@@ -49,11 +45,7 @@ class RunStatus:
             ) from error
 
     def write(self, run_dir: Path) -> None:
-        """Write run.json, completely or not at all.
-
-        Raises:
-            RunError: the disk is full.
-        """
+        """Write run.json, completely or not at all; raise RunError where the disk is full."""
         with explain_full_disk(run_dir / FILE):
             write_atomically(run_dir / FILE, json.dumps(asdict(self), indent=2) + "\n")
 

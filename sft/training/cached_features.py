@@ -19,11 +19,8 @@ from sft.training.open_model import OpenedModel, precision_of
 def open_feature_cache(
     recipe: Recipe, opened: OpenedModel, sources: Sources, engine: EngineName, log: Log
 ) -> FeatureCache:
-    """Open the features of the recipe's images that this tower has made in this precision, and log how many there are.
-
-    Raises:
-        UserError: the engine shards the tower.
-    """
+    """Open the features of the recipe's images that this tower has made in this precision, and log how many there are;
+    raise UserError where the engine shards the tower."""
     if ENGINES[engine].shards:
         raise UserError(f"data.feature_cache: {engine} shards the tower, whose weights the cache depends on; set ddp")
     family, model = opened.family, opened.model
@@ -37,13 +34,14 @@ def open_feature_cache(
     stores = list(dict.fromkeys(part.store for own in sources.parts for part in own))
     cache = FeatureCache(stores, fingerprint(weights, settings), opened.template.images)
     done, images = cache.count()
-    size = f"{cache.num_bytes / 1e9:.3g} GB"
-    log(f"feature cache: {done:,} of {images:,} images are encoded already; {size} when all are")
+    log(
+        f"feature cache: {done:,} of {images:,} images are encoded already; {cache.num_bytes / 1e9:.3g} GB when all are"
+    )
     return cache
 
 
 def encoder_of(recipe: Recipe, opened: OpenedModel, cache: FeatureCache, log: Log) -> Encoder:
-    """Return what encodes the images of a batch whose features are not in the cache, in the run's precision."""
+    """Return the encoder of those images of a batch whose features are not in the cache, in the run's precision."""
     precision = precision_of(recipe)
     autocast = partial(torch.autocast, device().type, dtype=torch_dtype(precision), enabled=precision != "float32")
     return Encoder(opened.model, cache, autocast, warn=lambda line: log(f"warning: {line}"))

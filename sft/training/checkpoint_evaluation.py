@@ -22,28 +22,20 @@ from sft.training.preserve_state import preserve_state
 
 
 class CheckpointEvaluation(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Does every `evaluation.every_steps` what `select` does, on the checkpoint that was just written.
-
-    The checkpoint is loaded from its folder: what is scored is what is shipped, rounded as it is, and `select` finds
-    its answers in the cache. That takes the memory of a bfloat16 copy, at a time when gradients and activations are
-    freed. A failure is reported and kept, and training goes on. All processes of a training call it.
-    """
+    """Does every `evaluation.every_steps` what `select` does, on the checkpoint that was just written. The checkpoint
+    is loaded from its folder: what is scored is what is shipped, rounded as it is, and `select` finds its answers in
+    the cache. That takes the memory of a bfloat16 copy, at a time when gradients and activations are freed. A failure
+    is reported and kept, and training goes on. All processes of a training call it."""
 
     def __init__(
         self, session: Session, settings: EvaluationConfig, *, log: Log, track: Callable[[Line], None]
     ) -> None:
-        """`track` gets the newest score.
-
-        Raises:
-            UserError: there is nothing to choose by, or it cannot be read.
-        """
+        """`track` gets the newest score. Raise UserError where there is nothing to choose by, or it cannot be read."""
         assert settings.every_steps is not None
         self.session = session
         self.every_steps, self.patience = settings.every_steps, settings.patience
-        self.failed: dict[str, str] = {}
-        """Checkpoints whose evaluation failed, and why."""
-        self.ended = ""
-        """Why training is to end, once it is."""
+        self.failed: dict[str, str] = {}  # checkpoints whose evaluation failed, and why
+        self.ended = ""  # why training is to end, once it is
         self._log, self._track = log, track
         session.prepare()
 

@@ -6,7 +6,6 @@ the caps of the recipe, which no micro-batch can exceed. Everything it writes go
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +14,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from sft.batches.collate import collate
 from sft.batches.data_loader import BatchMaker
@@ -50,12 +48,8 @@ class StepCost:
 
 
 def dry_run(recipe: Recipe, sources: Sources, log: Log = lambda line: None) -> list[StepCost]:
-    """Do everything up to the first steps of a training and measure two steps; write nothing into output_dir.
-
-    Raises:
-        UserError: as `sft.training.run.train`, or a check of `sft.checks` fails.
-        RunError: a check fails, or there is not enough memory.
-    """
+    """Do everything up to the first steps of a training and measure two steps; write nothing into output_dir. Raise
+    UserError as `sft.training.run.train` does, and RunError where a check fails, or there is not enough memory."""
     recipe = planned(recipe, look_ahead(recipe, sources.sources))
     opened = open_model(recipe, prepare_base(recipe), log)
     choose_trained(recipe, opened, log)
@@ -64,11 +58,8 @@ def dry_run(recipe: Recipe, sources: Sources, log: Log = lambda line: None) -> l
 
 def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]:
     """Measure a step of each of the two micro-batches. The first is done once more before, when kernels are chosen and
-    optimizer states are made. The model is trained by the steps.
-
-    Raises:
-        RunError: there is not enough memory, or a trainable tensor gets no gradient.
-    """
+    optimizer states are made. The model is trained by the steps. Raise RunError where there is not enough memory, or a
+    trainable tensor gets no gradient."""
     family, model = opened.family, opened.model
     plan = costliest(plans)
     maker = BatchMaker(plans.sources.reader, opened.template.images, seed=recipe.seed)
@@ -90,7 +81,7 @@ def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]
             model=model,
             weights=family.weights,
             tokenizer=opened.template.tokenizer,
-            micro_batches=_Given([batch for _, batch in steps for _ in range(repeats)]),
+            micro_batches=[{"batch": batch} for _, batch in steps for _ in range(repeats)],
             micro_batches_per_step=repeats,
             settings=recipe.training.model_copy(update={"max_steps": len(steps), "warmup_steps": 0}),
             checkpoint_every=len(steps) + 1,
@@ -101,32 +92,21 @@ def measure(recipe: Recipe, opened: OpenedModel, plans: Plans) -> list[StepCost]
         )
         with explain_out_of_memory(recipe, lambda: _describe(*steps[len(lines)])):
             Trainer(parts).train()
-    return [_cost(what, batch, repeats, line) for (what, batch), line in zip(kinds, lines[1:], strict=True)]
+    return [
+        StepCost(
+            what=what,
+            tokens=len(batch.input_ids_T),
+            images=batch.num_images,
+            seconds=line["tokens"] / line["tokens_per_second"] / repeats,
+            tokens_per_second=line["tokens_per_second"],
+            peak_memory_bytes=line["peak_memory_bytes"],
+        )
+        for (what, batch), line in zip(kinds, lines[1:], strict=True)
+    ]
 
 
 def _describe(what: str, batch: Batch) -> str:
     return f"a micro-batch of {len(batch.input_ids_T):,} tokens and {batch.num_images} images ({what})"
-
-
-def _cost(what: str, batch: Batch, repeats: int, line: Line) -> StepCost:
-    return StepCost(
-        what=what,
-        tokens=len(batch.input_ids_T),
-        images=batch.num_images,
-        seconds=line["tokens"] / line["tokens_per_second"] / repeats,
-        tokens_per_second=line["tokens_per_second"],
-        peak_memory_bytes=line["peak_memory_bytes"],
-    )
-
-
-class _Given(IterableDataset[dict[str, Batch]]):
-    """Micro-batches that are made already."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[dict[str, Batch]]:
-        return ({"batch": batch} for batch in self.batches)
 
 
 def costliest(plans: Plans) -> Plan:

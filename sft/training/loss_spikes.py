@@ -45,9 +45,8 @@ class Spike(NamedTuple):
 class Spikes:
     """The losses of the last steps of a run, with which the next step is compared."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """`names`: those of the sources."""
-        self.names = names
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.names = sources
         self._losses: deque[Floats] = deque(maxlen=WINDOW + 1)  # of each source; nan where it had no trained token
         self._weights: deque[Floats] = deque(maxlen=WINDOW + 1)  # share of each source in the trained tokens
 

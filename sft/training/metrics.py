@@ -47,12 +47,10 @@ class StepMetrics:
     def reset(self) -> None:
         """Begin a step."""
         self.dirty_samples = 0
-        self.waited = 0.0
-        """Seconds in which this process waited for batches, or made them."""
-        self.keys: list[tuple[str, ...]] = []
-        """Keys of the samples of each micro-batch."""
+        self.waited = 0.0  # seconds in which this process waited for batches, or made them
+        self.keys: list[tuple[str, ...]] = []  # of the samples of each micro-batch
+        # Sums of losses, tokens and trained tokens.
         self._sums_S3 = torch.zeros(len(self.names) + 1, 3, dtype=torch.float64)
-        """Sums of losses, tokens and trained tokens."""
         self._looking = torch.zeros((), dtype=torch.long)
         self._packs: list[tuple[tuple[tuple[str, ...], ...], Tensor]] = []
 
@@ -119,11 +117,7 @@ class StepMetrics:
 
 
 def append_line(file: Path, line: Line) -> None:
-    """Append a line, whose numbers are finite, to a file.
-
-    Raises:
-        RunError: the disk is full.
-    """
+    """Append a line, whose numbers are finite, to a file; raise RunError where the disk is full."""
     with explain_full_disk(file), file.open("a", encoding="utf-8") as opened:
         opened.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -1,4 +1,4 @@
-"""What a recipe asks to have monitored while a model is trained. None of it changes what is trained.
+"""The monitors that a recipe asks for while a model is trained. None of them changes what is trained.
 
 validation             held-out loss by source and a few fixed answers, into the line of the step in metrics.jsonl
 checkpoint_evaluation  the benchmark on a checkpoint that was just written; pruning, and an early stop by patience
@@ -7,8 +7,7 @@ trackers               every line of metrics.jsonl to trackio, wandb or tensorbo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -30,10 +29,8 @@ class Monitors:
     """The monitors of a training, handed to the trainer from outside."""
 
     def __init__(self, recipe: Recipe, sources: Sources, template: ChatTemplate, *, log: Log) -> None:
-        """
-        Raises:
-            UserError: nothing is held out to choose by, a benchmark cannot be read, a tracker is not installed.
-        """
+        """Raise UserError where nothing is held out to choose by, a benchmark cannot be read, or a tracker is not
+        installed."""
 
         def log_once(line: str) -> None:
             if is_main_process():
@@ -41,30 +38,25 @@ class Monitors:
 
         unseen = sources.not_held_out
         for name in unseen:
-            log_once(
-                f"source {name!r}: data.validation holds out no sample of it, for nothing would be left to train on; "
-                "its held-out loss is not known"
-            )
+            why = "data.validation holds out no sample of it, for nothing would be left to train on"
+            log_once(f"source {name!r}: {why}; its held-out loss is not known")
         is_all = len(unseen) == len(sources.sources)
         tasks = [task.name for task in named_tasks(recipe.evaluation)]
         by_loss = recipe.evaluation.every_steps and "loss" in tasks
         held_out = None if is_all and not by_loss else sources.held_out()
         self._trackers = Trackers(recipe.training.report_to, Path(recipe.output_dir), log=log_once)
+        self.log = self._trackers.log
         self._validation = self._evaluation = None
         if held_out:
             self._validation = Validation(recipe, held_out, template, log=log_once)
         if recipe.evaluation.every_steps:
-            session = Session(recipe, held_out=lambda: (held_out, template), log=log_once, progress=_no_bar)
-            track = self._trackers.log
-            self._evaluation = CheckpointEvaluation(session, recipe.evaluation, log=log_once, track=track)
+            no_bar = nullcontext(lambda done, unit: None)  # that of the training is on the screen
+            session = Session(recipe, held_out=lambda: (held_out, template), log=log_once, progress=lambda name: no_bar)
+            self._evaluation = CheckpointEvaluation(session, recipe.evaluation, log=log_once, track=self.log)
 
     def validate(self, model: PackedModel, step: int) -> Line:
         """Return the validation's part of the line of a step in metrics.jsonl."""
         return self._validation(model, step) if self._validation else {}
-
-    def log(self, line: Line) -> None:
-        """Send a line of metrics.jsonl to the trackers."""
-        self._trackers.log(line)
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -81,8 +73,3 @@ class Monitors:
         """Checkpoints and steps whose evaluation or validation failed so far, and why."""
         parts = (self._validation, self._evaluation)
         return {name: reason for part in parts if part for name, reason in part.failed.items()}
-
-
-def _no_bar(name: str) -> AbstractContextManager[Callable[[int, str], None]]:
-    """Show no bar: that of the training is on the screen."""
-    return nullcontext(lambda done, unit: None)

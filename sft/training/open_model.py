@@ -17,8 +17,8 @@ from sft.models.lora import add_adapters, continue_adapters
 from sft.models.packed_model import PackedModel
 from sft.recipe import Recipe
 from sft.training.metrics import Log
+from sft.training.optimizer import trained_parts, trained_table
 from sft.training.out_of_memory import explain_out_of_memory
-from sft.training.trained_parts import trained_parts, trained_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,9 @@ def precision_of(recipe: Recipe) -> str:
 
 
 def open_model(recipe: Recipe, base: Path, log: Log) -> OpenedModel:
-    """Load the prepared base, seed all random generators, and check the model by one small forward.
-
-    Raises:
-        UserError: the pack is too long for the model, or a check finds the user's input wrong.
-        RunError: a check finds this machine wrong, or there is not enough memory.
-    """
+    """Load the prepared base, seed all random generators, and check the model by one small forward. Raise UserError
+    where the pack is too long for the model, or a check finds the user's input wrong; RunError where a check finds this
+    machine wrong, or there is not enough memory."""
     from transformers import set_seed
 
     family = get_family(recipe.model.family)
@@ -65,12 +62,9 @@ def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
 
 def load_for_training(recipe: Recipe, family: Family, base: Path) -> PackedModel:
     """Load the base as the recipe's mode trains it: trained groups in float32, frozen ones in the precision that is
-    computed in or in 4 bits, with adapters where the mode has them, fresh ones or those that `model.path` names.
-
-    Raises:
-        UserError: this machine lacks training.precision, the model lacks the layers that adapters are for, or the
-            recipe does not fit the adapters that training goes on from.
-    """
+    computed in or in 4 bits, with adapters where the mode has them, fresh ones or those that `model.path` names. Raise
+    UserError where this machine lacks training.precision, the model lacks the layers that adapters are for, or the
+    recipe does not fit the adapters that training goes on from."""
     settings, precision = recipe.model, precision_of(recipe)
     if settings.lora is None and precision == "float16":
         precision = "float32"  # frozen weights are a part of the snapshot, and would be rounded twice
@@ -90,14 +84,8 @@ def load_for_training(recipe: Recipe, family: Family, base: Path) -> PackedModel
 
 
 def _check_positions(recipe: Recipe, max_positions: int) -> None:
-    """Check that the whole pack fits the model's positions where samples of a pack see each other.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError where samples of a pack see each other, and the pack does not fit the model's positions."""
     length = recipe.data.sequence_length
     if not recipe.data.pack_isolation and length > max_positions:
-        raise UserError(
-            f"data.sequence_length: without pack_isolation a pack has {length} tokens, "
-            f"the model has {max_positions} positions"
-        )
+        pack = f"without pack_isolation a pack has {length} tokens"
+        raise UserError(f"data.sequence_length: {pack}, the model has {max_positions} positions")

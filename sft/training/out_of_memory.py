@@ -1,4 +1,4 @@
-"""Too little memory is noticed whichever library says so, and explained with the settings that take less."""
+"""Lack of memory, noticed whichever library reports it, and explained with the settings that take less."""
 
 from __future__ import annotations
 
@@ -17,23 +17,15 @@ _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe, where: Callable[[], str]) -> Iterator[None]:
-    """Explain a lack of memory inside the block in one line that begins with `where`.
-
-    Raises:
-        RunError: there was not enough memory.
-    """
+    """Raise RunError for a lack of memory inside the block, of the GPU or the machine, in one line that begins with
+    `where`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _SIGNS):
             raise
         changes = lighter_settings(recipe)
         raise RunError(f"{where()}: out of memory; less takes: {changes}. `idefics-sft plan` says what fits") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error means that the GPU or the machine has too little memory."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def lighter_settings(recipe: Recipe) -> str:

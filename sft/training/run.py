@@ -1,4 +1,4 @@
-"""Training from a recipe and its prepared sources: the one place that knows all parts."""
+"""A run of a recipe on its prepared sources. No other file knows all parts of a training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sft.batches.data_loader import MicroBatches
 from sft.batches.look_ahead import look_ahead, planned
 from sft.batches.pack_stream import Planner
 from sft.batches.steps import Plans
-from sft.core.distributed import ALONE, Rank, any_process, from_main
+from sft.core.distributed import ALONE, Rank, from_main
 from sft.core.file_lock import locked
 from sft.data.sources import Sources
 from sft.models.base_model import prepare_base
@@ -23,14 +23,12 @@ from sft.training.cached_features import encoder_of, open_feature_cache
 from sft.training.engines import check_readable, choose_engine, get_engine
 from sft.training.engines.resume_state import Progress, Spent
 from sft.training.metrics import Line, Log
+from sft.training.monitors import Monitors
 from sft.training.open_model import OpenedModel, choose_trained, open_model, precision_of
 from sft.training.out_of_memory import explain_out_of_memory
 from sft.training.run_folder import claim_folder, go_back_to, hardware, progress_of, recorded, save_snapshot, versions
 from sft.training.stop_signal import StopRequest
-
-if TYPE_CHECKING:
-    from sft.training.monitors import Monitors
-    from sft.training.trainer import Trainer
+from sft.training.trainer import Trainer, TrainerParts
 
 
 def train(
@@ -48,11 +46,8 @@ def train(
     `resume_from`, a checkpoint of the run, training continues after its step, and later checkpoints are deleted. `rank`
     says which of several processes this is, all of which call this; only the main one writes. A signal, or a file
     `stop` in the folder, ends training after a step with a checkpoint; the status is `stopped` then. `ahead` is the
-    `plan_ahead` of this training, if it is known.
-
-    Raises:
-        UserError: the folder is in use or holds other things, or the pack is too long for the model; or the checkpoint
-            is not complete, or of other data.
+    `plan_ahead` of this training, if it is known. Raise UserError where the folder is in use or holds other things, the
+    pack is too long for the model, or the checkpoint is not complete, or of other data.
     """
     run_dir = Path(recipe.output_dir)
     with locked(run_dir) if rank.is_main else nullcontext(), StopRequest(run_dir) as stop:
@@ -61,11 +56,7 @@ def train(
 
 
 def plan_ahead(recipe: Recipe, sources: Sources, resume_from: Path | None = None) -> dict[str, Any]:
-    """Return the `look_ahead` of a training, which may go on from a checkpoint.
-
-    Raises:
-        UserError: the checkpoint is not complete, or of other data.
-    """
+    """Return the `look_ahead` of a training, which may go on from a checkpoint, as `progress_of` reads it."""
     state = progress_of(resume_from, sources)["data"]["plans"] if resume_from else None
     return look_ahead(recipe, sources.sources, state)
 
@@ -105,24 +96,26 @@ class TrainingRun:
 
     def _read_saved(self) -> Progress | None:
         """Return the progress in the checkpoint to resume from, after checking that these processes can read it."""
-        checkpoint = self.resume_from
-        if checkpoint is None:
+        if (checkpoint := self.resume_from) is None:
             return None
         saved = from_main(lambda: progress_of(checkpoint, self.sources))
         check_readable(checkpoint, saved, self.engine, self.rank)
         return saved
 
     def _make_monitors(self) -> Monitors:
-        from sft.training.monitors import Monitors
-
-        recipe, opened = self.recipe, self.opened
-        if ENGINES[self.engine].shards:
-            recipe = _without_evaluation(recipe, self.engine, self.log)
-        return Monitors(recipe, self.sources, opened.template, log=self.log)
+        """Return the monitors; no checkpoint is evaluated while an engine shards the model: it is evaluated as a whole,
+        for which no process that keeps a share may have the memory."""
+        recipe, evaluation = self.recipe, self.recipe.evaluation
+        if ENGINES[self.engine].shards and evaluation.every_steps:
+            self.log(
+                f"evaluation.every_steps: not while {self.engine} shards the model, nor evaluation.patience; run "
+                f"`idefics-sft select {recipe.output_dir} --watch` during the training"
+            )
+            evaluation = evaluation.model_copy(update={"every_steps": None, "patience": None})
+            recipe = recipe.model_copy(update={"evaluation": evaluation})
+        return Monitors(recipe, self.sources, self.opened.template, log=self.log)
 
     def _make_trainer(self) -> Trainer:
-        from sft.training.trainer import Trainer, TrainerParts
-
         recipe, opened, plans = self.recipe, self.opened, self.plans
         features = None
         if recipe.data.feature_cache:
@@ -131,10 +124,8 @@ class TrainingRun:
         if self.saved:
             micro_batches.restore(self.saved["data"])
         if self.rank.of > 1:
-            self.log(
-                f"{self.rank.of} processes, {self.engine}: {plans.micro_batches_per_step} micro-batches each a step, "
-                f"{plans.idle_share * 100:.1f} % of the places for packs idle"
-            )
+            each, idle = plans.micro_batches_per_step, f"{plans.idle_share * 100:.1f} % of the places for packs idle"
+            self.log(f"{self.rank.of} processes, {self.engine}: {each} micro-batches each a step, {idle}")
         self.clock = _Clock(self.saved["spent"] if self.saved else {"tokens": 0, "seconds": 0, "cpu_seconds": 0})
         get_engine(self.engine).shard(opened.model, precision_of(recipe))
         return Trainer(
@@ -156,7 +147,7 @@ class TrainingRun:
                 resume_from=self.resume_from / STATE if self.resume_from else None,
                 on_step=self._count_step,
                 log=self.log,
-                should_stop=lambda: self.stop.is_agreed(any_process),
+                should_stop=self.stop.is_agreed,
                 validate=self.monitors.validate,
                 callbacks=self.monitors.callbacks,
                 rank=self.rank,
@@ -196,14 +187,12 @@ class TrainingRun:
         """Write the weights and the state after the last step, and remove states that are not kept any longer."""
         trainer, path = self.trainer, self._checkpoint
         weights = trainer.engine.gather_weights(trainer)
-
-        def write_weights(folder: Path) -> None:
-            save_snapshot(self.opened, trainer.unwrapped, self.asked, folder, weights)
-
-        def write_state(folder: Path) -> None:
-            trainer.save_state(folder, spent=self.clock.spent, sources=self.sources.fingerprint())
-
-        write_folder(path, write_weights, write_state, self.rank)
+        write_folder(
+            path,
+            lambda folder: save_snapshot(self.opened, trainer.unwrapped, self.asked, folder, weights),
+            lambda folder: trainer.save_state(folder, spent=self.clock.spent, sources=self.sources.fingerprint()),
+            self.rank,
+        )
         if self.rank.is_main:
             keep_newest_states(path.parent, self.recipe.checkpoints.keep_state)
 
@@ -213,20 +202,17 @@ class TrainingRun:
         self.on_step(step, line)
 
     def status(self, status: str, why: str) -> RunStatus:
-        """Return what run.json is to say now."""
-        spent = self.clock.spent
+        """Return the content of run.json as it is now."""
         return RunStatus(
             status=status,
             why=why,
             step=self.steps_done,
             max_steps=self.recipe.training.steps,
-            seconds=spent["seconds"],
-            cpu_seconds=spent["cpu_seconds"],
-            tokens=spent["tokens"],
             precision=self.trainer.precision,
             hardware=hardware(self.rank.of),
             versions=versions(),
             failed_evaluations=self.monitors.failed,
+            **self.clock.spent,
         )
 
     def _outcome(self) -> tuple[str, str]:
@@ -249,7 +235,7 @@ class _Clock:
 
     @property
     def spent(self) -> Spent:
-        """Return what is spent so far."""
+        """Return the tokens, seconds and processor seconds so far."""
         seconds, cpu_seconds = self._seconds + time.perf_counter(), self._cpu_seconds + time.process_time()
         return {"tokens": self.tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
@@ -263,15 +249,3 @@ def plan_steps(recipe: Recipe, sources: Sources, opened: OpenedModel, rank: Rank
         image_cost=opened.template.images.cost_in_tokens,
         rank=rank,
     )
-
-
-def _without_evaluation(recipe: Recipe, engine: str, log: Log) -> Recipe:
-    """Return the recipe without evaluation during training: a checkpoint is evaluated as a whole model, for which no
-    process that keeps a share may have the memory."""
-    if recipe.evaluation.every_steps:
-        log(
-            f"evaluation.every_steps: not while {engine} shards the model, nor evaluation.patience; run "
-            f"`idefics-sft select {recipe.output_dir} --watch` during the training"
-        )
-    without = recipe.evaluation.model_copy(update={"every_steps": None, "patience": None})
-    return recipe.model_copy(update={"evaluation": without})

@@ -1,4 +1,4 @@
-"""The folder of a run: its files, which run it belongs to, and what a weight snapshot in it consists of."""
+"""The folder of a run: its files, the run it belongs to, and the weight snapshots in it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from sft.checks.environment import LIBRARIES
 from sft.core.contain import on_error
@@ -22,11 +24,7 @@ from sft.recipe import Recipe
 from sft.runs.checkpoint import STATE, check_state, step_of
 from sft.runs.status import RunStatus
 from sft.training.engines.resume_state import Progress, read_progress
-
-if TYPE_CHECKING:
-    import torch
-
-    from sft.training.open_model import OpenedModel
+from sft.training.open_model import OpenedModel
 
 OUTPUTS = (
     "nonfinite.jsonl",
@@ -42,18 +40,15 @@ OUTPUTS = (
     "report.html",
     "tensorboard",
 )
-"""What a run writes, besides run.json."""
+"""The outputs of a run, besides run.json."""
 
 SNAPSHOT_DTYPE = "bfloat16"
 """Weight snapshots are rounded once to this: what is evaluated is what is shipped."""
 
 
 def progress_of(checkpoint: Path, sources: Sources) -> Progress:
-    """Return the progress in a checkpoint that this run can resume from.
-
-    Raises:
-        UserError: the state is not complete, or the prepared data have changed and would come in another order.
-    """
+    """Return the progress in a checkpoint that this run can resume from; raise UserError where the state is not
+    complete, or the prepared data have changed and would come in another order."""
     check_state(checkpoint)
     progress = read_progress(checkpoint / STATE)
     if progress["sources"] != sources.fingerprint():
@@ -68,18 +63,14 @@ def go_back_to(recipe: Recipe | None, checkpoint: Path) -> None:
     """Remove later checkpoints, whose steps come again, and keep the recipe as it is now. None is given where no step
     is left to train: the recipe in the folder is that of its weights."""
     if recipe:
-        (checkpoint.parents[1] / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+        _write_recipe(recipe, checkpoint.parents[1])
     for path in checkpoint.parent.glob("checkpoint-*"):
         if step_of(path) > step_of(checkpoint):
             discard(path)
 
 
 def check_ours(run_dir: Path) -> None:
-    """Check that a folder is free or holds a run of ours.
-
-    Raises:
-        UserError: the folder holds files of a run's names, run.json among them, that no run of ours has written.
-    """
+    """Raise UserError where a folder holds files of a run's names, run.json among them, that no run of ours wrote."""
     if RunStatus.read(run_dir) is None:
         foreign = [name for name in OUTPUTS if (run_dir / name).exists()]
         if foreign:
@@ -87,17 +78,13 @@ def check_ours(run_dir: Path) -> None:
 
 
 def claim_folder(recipe: Recipe, run_dir: Path, steps: int) -> None:
-    """Claim the folder for this run of so many steps: delete what an earlier run wrote, so that no step of it is taken
-    for one of this run, and write the recipe.
-
-    Raises:
-        UserError: see `check_ours`.
-    """
+    """Claim the folder, if it is ours, for this run of so many steps: delete what an earlier run wrote, so that no step
+    of it is taken for one of this run, and write the recipe."""
     run_dir.mkdir(parents=True, exist_ok=True)
     check_ours(run_dir)
     RunStatus(status="running", step=0, max_steps=steps).write(run_dir)
     delete_outputs(run_dir)
-    (run_dir / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+    _write_recipe(recipe, run_dir)
 
 
 def delete_outputs(run_dir: Path) -> None:
@@ -131,9 +118,7 @@ def recorded(
 
 
 def hardware(processes: int) -> str:
-    """Return what is trained on: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
-    import torch
-
+    """Return the devices of a training: `8 x NVIDIA H100 80GB HBM3`, `CPU (x86_64), 2 threads`."""
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
@@ -143,22 +128,14 @@ def hardware(processes: int) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that can change what is trained."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in LIBRARIES}
 
 
 def save_snapshot(
-    opened: OpenedModel,
-    model: PackedModel,
-    recipe: Recipe,
-    folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
+    opened: OpenedModel, model: PackedModel, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor] | None
 ) -> None:
     """Write weights or adapters, config, processor, chat template and recipe: a plain transformers or PEFT folder.
-
-    `model` is the opened model as the engine has it, and `weights` are its weights, where an engine shards them.
-    """
+    `model` is the opened model as the engine has it, and `weights` are its weights, where an engine shards them."""
     family, template = opened.family, opened.template
     if not has_adapters(model):
         family.weights.save_model(model, folder, torch_dtype(SNAPSHOT_DTYPE), weights)
@@ -166,10 +143,11 @@ def save_snapshot(
     if has_adapters(model):
         save_adapters(model, folder, weights)
         make_portable(model, folder)
-    (folder / "recipe.yaml").write_text(_with_absolute_paths(recipe).to_yaml(), encoding="utf-8")
+    _write_recipe(recipe, folder)
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with absolute paths, by which its files are found from any current directory."""
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write recipe.yaml with absolute paths, by which its files are found from any current directory."""
     data = recipe.data.model_copy(update={"store": str(Path(recipe.data.store).absolute())})
-    return recipe.model_copy(update={"data": data, "output_dir": str(Path(recipe.output_dir).absolute())})
+    absolute = recipe.model_copy(update={"data": data, "output_dir": str(Path(recipe.output_dir).absolute())})
+    (folder / "recipe.yaml").write_text(absolute.to_yaml(), encoding="utf-8")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from sft.core.distributed import any_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what SLURM is told to send some minutes before a job ends."""
@@ -13,18 +14,15 @@ FILE = "stop"
 
 
 class StopRequest:
-    """While it is entered, the first of SIGNALS, or a file `stop` in the folder of the run, asks training to stop.
-
-    A second signal ends it at once.
-    """
+    """While it is entered, the first of SIGNALS, or a file `stop` in the folder of the run, asks training to stop. A
+    second signal ends it at once."""
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / FILE
-        self.why: str | None = None
-        """What asks to stop; None where nothing does."""
+        self.why: str | None = None  # what asks to stop, if anything does
         self._before: dict[signal.Signals, object] = {}
 
-    def is_agreed(self, any_process: Callable[[bool], bool]) -> bool:
+    def is_agreed(self) -> bool:
         """Return whether this process, or one that trains with it, was asked to stop. All of them call this."""
         if self.why is None and self.file.exists():
             self.why = f"{self.file} is there"

@@ -1,4 +1,4 @@
-"""Every line of metrics.jsonl to trackio, wandb or tensorboard."""
+"""Trackers that get every line of metrics.jsonl: trackio, wandb and tensorboard."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ PACKAGES = {"trackio": ("trackio",), "wandb": ("wandb",), "tensorboard": ("tenso
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that the trackers of `training.report_to` are installed.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Raise UserError where a tracker of `training.report_to` is not installed."""
     for name in names:
         if not any(find_spec(package) for package in PACKAGES[name]):
             raise UserError(f"training.report_to: {name} is not installed; run `pip install {name}`, or leave it out")
@@ -37,13 +33,9 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
     `train/loss/<source>`, `eval/loss/<source>`. A tracker that fails is reported and gets no more lines."""
 
     def __init__(self, names: Sequence[str], run_dir: Path, *, log: Log) -> None:
-        """
-        Raises:
-            UserError: a tracker is not installed, or broken.
-        """
+        """Raise UserError where a tracker is not installed, or broken."""
         check_trackers(names)
-        self._run_dir = run_dir
-        self._report = log
+        self._run_dir, self._report = run_dir, log
         self._trackers = {}
         for name, kind in zip(names, get_reporting_integration_callbacks(list(names)), strict=True):
             with _usable(name):
@@ -51,11 +43,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         self._arguments: tuple[Any, ...] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the trackers.
-
-        Raises:
-            UserError: one refuses.
-        """
+        """Open the trackers; raise UserError where one refuses."""
         own = copy.copy(args)
         own.run_name, own.project = self._run_dir.name, "idefics-sft"
         self._arguments = own, state, control

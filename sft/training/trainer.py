@@ -32,10 +32,9 @@ from sft.models.family import Weights
 from sft.models.loss import trained_positions
 from sft.models.packed_model import PackedModel
 from sft.recipe import EngineName, TrainingConfig
-from sft.training.callbacks import Begin, FillGradients, Stop
-from sft.training.check_gradients import CheckGradients
+from sft.training.callbacks import CheckGradients, TrainingEvents
 from sft.training.engines import get_engine
-from sft.training.engines.resume_state import Spent, read_progress, write_progress
+from sft.training.engines.resume_state import Progress, Spent, read_progress, write_progress
 from sft.training.metrics import Line, Log, StepMetrics
 from sft.training.optimizer import kept_settings, make_optimizer, parameter_groups, resume_schedule, schedule
 from sft.training.write_metrics import WriteMetrics
@@ -43,13 +42,13 @@ from sft.training.write_metrics import WriteMetrics
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerParts:
-    """What a trainer is made of."""
+    """The parts that a trainer is made of."""
 
     model: PackedModel
     tokenizer: PreTrainedTokenizerBase
     settings: TrainingConfig
     weights: Weights
-    """Names the group of a parameter."""
+    """The family's, which names the group of a parameter."""
     seed: int
     micro_batches: Iterable[dict[str, Batch]]
     micro_batches_per_step: int
@@ -104,8 +103,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         self.engine = get_engine(parts.engine)
         self.precision = choose_precision(parts.settings.precision, device())
         self.step_metrics = StepMetrics(parts.source_names)
-        self.nonfinite_steps = 0
-        """Steps that were not finite, in a row, up to now."""
+        self.nonfinite_steps = 0  # the number of last steps in a row that were not finite
         self.optimizer: Optimizer | None = None
         self.lr_scheduler: LRScheduler | None = None
         trained = [(parameter, parameter.data) for parameter in parts.model.parameters() if parameter.requires_grad]
@@ -116,14 +114,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
             train_dataset=datasets.Dataset.from_dict({"input_ids": [[n] for n in range(self.settings.steps)]}),
             data_collator=lambda batch: batch,
             processing_class=parts.tokenizer,
-            callbacks=[
-                *parts.callbacks,
-                Begin(self),
-                WriteMetrics(self, parts.run_dir, parts.on_step, parts.log),
-                CheckGradients(self),
-                FillGradients(self),
-                Stop(parts.should_stop),
-            ],
+            # Gradients are checked before the missing ones are made; metrics begin after resuming.
+            callbacks=[*parts.callbacks, CheckGradients(self), TrainingEvents(self), WriteMetrics(self)],
         )
         for parameter, data in trained:
             # SFTTrainer rounds what is trained of a quantised model to bfloat16, in which small updates are lost.
@@ -247,11 +239,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         return model
 
     @property
-    def bare_optimizer(self) -> Optimizer:
+    def bare_optimizer(self) -> Any:
         """The optimizer inside accelerate's wrapper."""
         prepared: Any = self.optimizer
-        optimizer: Optimizer = prepared.optimizer
-        return optimizer
+        return prepared.optimizer
 
     def save_state(self, folder: Path, *, spent: Spent, sources: str) -> None:
         """Write everything that the next step needs, with what the run has spent and the fingerprint of its sources.
@@ -260,19 +251,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # trl is not typed
         if not self.rank.is_main:
             return
         assert self.lr_scheduler is not None
-        write_progress(
-            folder,
-            {
-                "engine": self.parts.engine,
-                "processes": self.rank.of,
-                "step": self.state.global_step,
-                "schedule": self.lr_scheduler.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "data": self.parts.data_state(self.state.global_step),
-                "spent": spent,
-                "sources": sources,
-            },
-        )
+        progress: Progress = {
+            "engine": self.parts.engine,
+            "processes": self.rank.of,
+            "step": self.state.global_step,
+            "schedule": self.lr_scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "data": self.parts.data_state(self.state.global_step),
+            "spent": spent,
+            "sources": sources,
+        }
+        write_progress(folder, progress)
 
     def _converts(self) -> bool:
         """Tell whether the state to resume from was written by another number of processes."""

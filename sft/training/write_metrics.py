@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -20,7 +18,6 @@ from sft.training.metrics import (
     NONFINITE,
     SPIKES,
     Line,
-    Log,
     PackLoss,
     append_line,
     finite,
@@ -41,11 +38,9 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
     """Writes a line of metrics.jsonl for each step, reports losses that jump with their packs, and ends the run when
     too many steps in a row are not finite."""
 
-    def __init__(self, trainer: Trainer, run_dir: Path, on_step: Callable[[int, Line], None], log: Log) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.file = run_dir / METRICS
-        self.on_step = on_step
-        self.log = log
+        self.file = trainer.parts.run_dir / METRICS
         self.spikes = Spikes(trainer.step_metrics.names)
         self.last_was_spike = False
         self.last = time.perf_counter()
@@ -68,11 +63,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         self.last = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Write the step that just ended.
-
-        Raises:
-            RunError: it is the last of too many that are not finite.
-        """
+        """Write the step that just ended; raise RunError where it is the last of too many that are not finite."""
         if logs is None or "grad_norm" not in logs:
             return
         now = time.perf_counter()
@@ -94,7 +85,7 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         if self.trainer.nonfinite_steps:
             self._list_nonfinite(line, keys)
         self._report_spike(line, packs)
-        self.on_step(state.global_step, finite(line))
+        self.trainer.parts.on_step(state.global_step, finite(line))
 
     def _report_spike(self, line: Line, packs: list[PackLoss]) -> None:
         """List the packs of a spike. Every process sees the same loss, and has packs of its own."""
@@ -107,18 +98,13 @@ class WriteMetrics(TrainerCallback):  # type: ignore[misc]
         if not self.trainer.rank.is_main or spike is None:
             return
         found.sort(key=lambda pair: spike.expected * pair[0].trained_tokens - pair[0].loss_sum)
-        worst = [
-            {
-                "rank": of,
-                "loss": pack.loss_sum / max(pack.trained_tokens, 1),
-                "trained_tokens": pack.trained_tokens,
-                "samples": pack.keys,
-            }
-            for pack, of in found[:WORST_PACKS]
-        ]
+        worst = []
+        for pack, of in found[:WORST_PACKS]:
+            loss = pack.loss_sum / max(pack.trained_tokens, 1)
+            worst.append({"rank": of, "loss": loss, "trained_tokens": pack.trained_tokens, "samples": pack.keys})
         append_line(self.file.with_name(SPIKES), {"step": line["step"], **spike._asdict(), "packs": worst})
         if is_first:  # of steps in a row, the others are in the file alone
-            self.log(_describe_spike(line["step"], spike, worst))
+            self.trainer.parts.log(_describe_spike(line["step"], spike, worst))
 
     def _list_nonfinite(self, line: Line, keys: list[tuple[str, ...]]) -> None:
         file = self.file.with_name(NONFINITE)
@@ -140,7 +126,6 @@ def _describe_spike(step: int, spike: Spike, worst: list[Line]) -> str:
     """Describe a spike on one line."""
     keys = worst[0]["samples"]
     samples = ", ".join(keys[:NAMED_SAMPLES]) + f" and {len(keys) - NAMED_SAMPLES} more" * (len(keys) > NAMED_SAMPLES)
-    return (
-        f"step {step}: loss {spike.loss:.3f}, where {spike.expected:.3f} ± {spike.spread:.3f} is usual; first of all "
-        f"by a pack with loss {worst[0]['loss']:.3f}: {samples} ({SPIKES} lists more)"
-    )
+    usual = f"{spike.expected:.3f} ± {spike.spread:.3f} is usual"
+    pack = f"a pack with loss {worst[0]['loss']:.3f}: {samples} ({SPIKES} lists more)"
+    return f"step {step}: loss {spike.loss:.3f}, where {usual}; first of all by {pack}"

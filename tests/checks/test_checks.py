@@ -109,7 +109,7 @@ def test_a_loss_without_the_extra_vocabulary_is_found(subject, monkeypatch):
 
     monkeypatch.setattr(packed_model, "token_losses", base_only)
     assert others_than(results(subject), "ok") == {"loss": "failed", "gradients of the extra rows": "failed"}
-    assert model.check_own_loss(subject).result == "failed"
+    assert model.check_loss(subject, by_own_logits=True).result == "failed"
 
 
 def test_samples_that_see_each_other_are_found(subject, monkeypatch):

@@ -232,8 +232,10 @@ def test_a_limited_preparation_is_none_to_train_on(recipe, capsys, refusal):
     assert [store["samples"] for store in json.loads(capsys.readouterr().out)["stores"]] == [8, 20, 5], "all of them"
 
 
-def test_filtered_questions_are_counted(recipe, capsys):
-    assert status_of("prepare", recipe) == status_of("mix", recipe) == 0
+def test_filtered_questions_are_counted_by_source(recipe, capsys):
+    assert status_of("prepare", recipe) == 0
+    assert "\npictures (easy_vqa-" in capsys.readouterr().out, "a source of several datasets: the folder too"
+    assert status_of("mix", recipe) == 0
     assert "pictures: 3 filtered, yes/no question" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ from sft.cli import leaks, mix, select
 from sft.cli.evaluation_tables import show_summaries
 from sft.cli.terminal import table
 from sft.selection.record import CheckpointScore, Selection
-from sft.training.trained_parts import TrainedPart, trained_table
+from sft.training.optimizer import TrainedPart, trained_table
 
 UNITS = ("tokens", "trained_tokens", "samples")
 

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sft.core.errors import UserError
-from sft.report.answers import answers
 from sft.report.charts import Axis, Series, chart
 from sft.report.numbers import NBSP, duration, percent, plain, scientific
-from sft.report.page import render
-from sft.report.run_files import read_run, source_totals
+from sft.report.page import answers, render
+from sft.report.panels import binned
+from sft.report.run_files import held_out, read_run, source_totals
 from sft.report.selection_text import selection_words
-from sft.report.series import binned, held_out
 from sft.runs.status import RunStatus
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=https://a.org/x onerror=\"document.title='owned'\">"

@@ -30,7 +30,7 @@ from sft.report.run_files import read_run, source_totals
 from sft.runs.checkpoint import checkpoints, listed_hashes, write_folder
 from sft.runs.status import RunStatus
 from sft.selection import session
-from sft.training import held_out_questions, run, trackers, validation
+from sft.training import run, trackers, validation
 from sft.training.preserve_state import preserve_state
 from sft.training.trackers import tracked
 
@@ -86,7 +86,7 @@ def test_held_out_loss_and_answers_are_written_at_every_checkpoint_and_at_the_en
             assert own["loss"] > 0 and own["trained_tokens"] > 0
         assert f"step {line['step']}: held-out loss" in "\n".join(said)
     asked = [[(one["key"], one["prompt"]) for one in line["generations"]] for line in (second, third)]
-    assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == held_out_questions.NUM_ANSWERS
+    assert asked[0] == asked[1] and len(asked[0]) == len(set(asked[0])) == validation.NUM_ANSWERS
     assert {key.partition("/")[0] for key, _ in asked[0]} == {"easy_vqa", "messages"}, "one source after the other"
     assert any(prompt.startswith("<image>") for _, prompt in asked[0])
 
@@ -105,7 +105,7 @@ def test_what_the_base_says_is_kept_with_the_images_for_who_wants_to_compare(val
         assert one["expected"]
         assert not one["images"] or "<image>" in one["prompt"]
         for image in one["images"]:
-            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= held_out_questions.THUMBNAIL
+            assert max(Image.open(io.BytesIO(base64.b64decode(image))).size) <= validation.THUMBNAIL
     assert any(one["images"] for one in before["generations"])
 
 

@@ -14,8 +14,9 @@ from sft.training.optimizer import (
     make_optimizer,
     parameter_groups,
     schedule,
+    trained_parts,
+    trained_table,
 )
-from sft.training.trained_parts import trained_parts, trained_table
 
 
 def settings(**options) -> TrainingConfig:

@@ -20,8 +20,7 @@ from sft.cli.train import train
 from sft.core.errors import RunError, UserError
 from sft.data.prepare import prepare
 from sft.recipe import load_recipe
-from sft.report.run_files import read_run, source_totals
-from sft.report.series import held_out, losses, series, source_losses
+from sft.report.run_files import held_out, losses, read_run, series, source_losses, source_totals
 from sft.runs.checkpoint import STATE, checkpoints, newest_state, step_of
 from sft.runs.status import RunStatus
 from sft.training import run

@@ -1,7 +1,7 @@
 """Engines: how several processes keep a model that they train together.
 
 ddp       each process has the whole model
-zero3     DeepSpeed shards it; universal: its states for another number of processes
+zero3     DeepSpeed shards it, and converts its states for another number of processes
 fsdp2     torch's `fully_shard` shards it; sharded_state: its states
 resume_state  the state of a checkpoint: the files of a whole model, and the progress that every engine writes
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """What the trainer needs of an engine. All processes make each of these calls. One that keeps the whole model in
-    every process overrides the last three only."""
+    """An engine as the trainer uses it. All processes make each of these calls. One that keeps the whole model in every
+    process overrides the last three only."""
 
     KEEPS_GRADIENTS = True
     """Whether gradients stand in `.grad` until the optimizer's step."""
@@ -58,7 +58,7 @@ class Engine:
         """Raise RunError where libraries have made something else of the model than this engine's."""
 
     def own_shard(self, tensor: Tensor) -> Tensor:
-        """Return what this process has of a parameter or gradient."""
+        """Return the part of a parameter or gradient that this process has."""
         return tensor
 
     def gradient_norm(self, trainer: Trainer, norm: Any) -> Any:
@@ -77,7 +77,7 @@ class Engine:
     def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
         """Read what `save` of this engine has written, by any number of processes (`progress` says how many). An engine
         that does not shard reads what any engine has written."""
-        raise NotImplementedError
+        self.load_whole(folder, trainer.unwrapped, trainer.bare_optimizer, trainer.rank)
 
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
         """Set a whole model and its optimizer to what `save` of this engine has written."""
@@ -91,11 +91,8 @@ def get_engine(name: EngineName) -> Engine:
 
 
 def choose_engine(asked: AskedEngine, mode: str, rank: Rank, optimizer: OptimizerName = "adamw") -> EngineName:
-    """Return the engine that a recipe means for these processes.
-
-    Raises:
-        UserError: an engine that is not installed, or cannot do what is asked of it.
-    """
+    """Return the engine that a recipe means for these processes; raise UserError for one that is not installed, or
+    cannot do what is asked of it."""
     engine = resolve_engine(asked, mode, rank.of)
     check_can_shard(engine, mode, optimizer)
     get_engine(engine).check_installed()
@@ -103,16 +100,12 @@ def choose_engine(asked: AskedEngine, mode: str, rank: Rank, optimizer: Optimize
 
 
 def check_readable(checkpoint: Path, progress: Progress, engine: EngineName, rank: Rank) -> None:
-    """Check that these processes can resume from a checkpoint with this progress.
-
-    Raises:
-        UserError: another engine has written it; or it has to be converted, and DeepSpeed is not installed.
-    """
+    """Raise UserError where these processes cannot resume from a checkpoint with this progress: another engine has
+    written it, or it has to be converted, and DeepSpeed is not installed."""
     writer = progress["engine"]
     if ENGINES[engine].shards and writer != engine:
-        raise UserError(
-            f"{checkpoint}: was written under {writer}, which {engine} cannot read; set distributed.engine={writer}"
-        )
+        advice = f"set distributed.engine={writer}"
+        raise UserError(f"{checkpoint}: was written under {writer}, which {engine} cannot read; {advice}")
     get_engine(writer).check_state(checkpoint, written_by=progress["processes"], read_by=rank.of)
 
 

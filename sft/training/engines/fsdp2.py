@@ -18,7 +18,6 @@ from sft.core.distributed import Rank
 from sft.core.errors import RunError
 from sft.recipe.engines import check_engine_precision
 from sft.training.engines import Engine, sharded_state
-from sft.training.engines.resume_state import Progress
 
 if TYPE_CHECKING:
     from sft.training.trainer import Trainer
@@ -28,19 +27,13 @@ class Fsdp2(Engine):
     """Any number of processes reads the shards of any other."""
 
     def check_precision(self, precision: str) -> None:
-        """Refuse float16.
-
-        Raises:
-            UserError: the precision is float16.
-        """
+        """Refuse float16."""
         check_engine_precision("fsdp2", precision)
 
     def shard(self, model: nn.Module, precision: str) -> None:
         """Leave this process its shard of every layer. A layer is gathered as a whole, and so are the embedding and the
-        head; everything else is gathered for the whole forward.
-
-        Weights are kept as they are, and gathered and computed with in `precision`; gradients are summed in float32.
-        """
+        head; everything else is gathered for the whole forward. Weights are kept as they are, and gathered and computed
+        with in `precision`; gradients are summed in float32."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -59,20 +52,16 @@ class Fsdp2(Engine):
         whole._is_accelerate_prepared = whole._is_fsdp_managed_module = True
 
     def check_prepared(self, model: nn.Module) -> None:
-        """Check that every tensor is sharded.
-
-        Raises:
-            RunError: one is whole, or another version of accelerate has wrapped the model as copies (DDP).
-        """
+        """Raise RunError where a tensor is whole, or another version of accelerate has wrapped the model as copies
+        (DDP)."""
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
 
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if whole or not isinstance(model, FSDPModule):
-            raise RunError(
-                f"distributed.engine: fsdp2 has not sharded the model: it is a {type(model).__name__}, {len(whole)} of "
-                "whose tensors are whole; are transformers and accelerate those of constraints.txt?"
-            )
+            found = f"it is a {type(model).__name__}, {len(whole)} of whose tensors are whole"
+            advice = "are transformers and accelerate those of constraints.txt?"
+            raise RunError(f"distributed.engine: fsdp2 has not sharded the model: {found}; {advice}")
 
     def own_shard(self, tensor: Tensor) -> Tensor:
         """Return this process's rows."""
@@ -102,12 +91,8 @@ class Fsdp2(Engine):
         """Write the shard of each process."""
         sharded_state.save(folder, trainer.unwrapped, trainer.bare_optimizer)
 
-    def load(self, trainer: Trainer, folder: Path, progress: Progress) -> None:
-        """Read the shard of each process from what any number of processes have written."""
-        sharded_state.load(folder, trainer.unwrapped, trainer.bare_optimizer)
-
     def load_whole(self, folder: Path, model: nn.Module, optimizer: Optimizer, rank: Rank) -> None:
-        """Set a whole model to the shards of all processes."""
+        """Set a whole model, or the shard of each process, to what any number of processes have written."""
         sharded_state.load(folder, model, optimizer)
 
 

@@ -26,7 +26,7 @@ TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.pt", "progress.
 
 
 class Spent(TypedDict):
-    """What a run has spent so far, breaks not counted."""
+    """The time and tokens that a run has spent so far, breaks not counted."""
 
     tokens: int
     seconds: float
@@ -38,7 +38,7 @@ class Progress(TypedDict):
 
     engine: EngineName
     processes: int
-    """How many wrote the state."""
+    """The number of those that wrote the state."""
     step: int
     schedule: dict[str, Any]
     """The state of the learning-rate schedule, by torch."""
@@ -60,11 +60,8 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Set the trained weights and the optimizer of a whole model to what was saved.
-
-    Raises:
-        UserError: other tensors were trained then.
-    """
+    """Set the trained weights and the optimizer of a whole model to what was saved; raise UserError where other tensors
+    were trained then."""
     from safetensors.torch import load_file
 
     saved, parameters = load_file(folder / TRAINED), trained(model)

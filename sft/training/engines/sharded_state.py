@@ -27,11 +27,7 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Read this process's shard. All processes call it.
-
-    Raises:
-        UserError: other tensors were trained then.
-    """
+    """Read this process's shard. All processes call it. Raise UserError where other tensors were trained then."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
@@ -60,11 +56,7 @@ def begin(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 def check_names(folder: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
-    """Check that the tensors of a state are those that are trained now.
-
-    Raises:
-        UserError: other tensors were trained when the state was written.
-    """
+    """Raise UserError where other tensors were trained when a state was written than are trained now."""
     if differing := sorted(found.keys() ^ expected.keys()):
         raise UserError(f"{folder}: other tensors were trained then; {differing[0]} is one of {len(differing)}")
 
