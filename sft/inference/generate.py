@@ -17,7 +17,7 @@ from sft.core.sample import EncodedSample, ImageRef, Message
 from sft.models import family_of
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Tiles
-from sft.models.image_transform import load_tiles
+from sft.models.image_transform import load_tiles, tiling_of
 from sft.models.packed_model import PackedModel
 
 
@@ -83,11 +83,13 @@ def _generate_batch(
     stops = _ids_of(tokenizer, text.ENDS)
     encoded = [prompt.encoded for prompt in prompts]
     tiles = [[load_image(image) for image in prompt.images] for prompt in prompts]
+    images = family_of(model).images(model.config)
+    tilings = [[tiling_of(image, images) for image in prompt.images] for prompt in prompts]
     input_ids_BT, attention_mask_BT = _left_padded(encoded, tokenizer.pad_token_id)
     inputs = {
         "input_ids": input_ids_BT,
         "attention_mask": attention_mask_BT,
-        **model.generation_inputs(encoded, tiles),
+        **model.generation_inputs(encoded, tiles, tilings),
     }
     config = GenerationConfig(
         **{

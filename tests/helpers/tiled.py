@@ -12,9 +12,9 @@ from transformers import Idefics3Config, PreTrainedTokenizerFast, SmolVLMConfig
 from sft.batches.collate import collate
 from sft.batches.image_source import OpenedImages
 from sft.core.sample import ImageRef, Message, PlacedSample, Sample
+from sft.models.idefics3.family import FAMILY
 from sft.models.idefics3.packed import model_class
 from sft.models.idefics3.text import END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
-from sft.models.idefics3.weights import save_model, save_processor
 
 TILE, LONGEST_EDGE = 64, 128
 GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
@@ -59,8 +59,8 @@ def tiny_folder(folder, tokenizer, kind="idefics3", tied=False, **settings):
             if parameter.ndim > 1:
                 parameter.mul_(2)
     folder.mkdir(parents=True)
-    save_model(model, folder, torch.float32)
-    save_processor(tokenizer, config, folder)
+    FAMILY.weights.save_model(model, folder, torch.float32)
+    FAMILY.weights.save_processor(tokenizer, config, folder)
     return folder
 
 

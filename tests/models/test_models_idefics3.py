@@ -20,14 +20,6 @@ from sft.evaluation.task import Query
 from sft.inference.generate import generate, prompt_of
 from sft.models import family_at, get_family
 from sft.models.idefics3.text import load_tokenizer
-from sft.models.idefics3.weights import (
-    load_config,
-    load_model,
-    prepare_base,
-    save_model,
-    save_processor,
-    select_trainable,
-)
 from sft.models.loaded_model import load_for_inference, load_template
 from sft.recipe import load_recipe
 from sft.training.engines import get_engine
@@ -58,7 +50,7 @@ def base(request, folders):
 
 @pytest.fixture
 def model(base):
-    return load_model(base).eval()
+    return FAMILY.weights.load_model(base).eval()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def test_states_are_never_trained(template):
     every = batch_of(template, SAMPLES, train_on="all")
     is_state_T = every.state_ids_T >= 0
     assert (every.labels_T[is_state_T] == -100).all() and is_state_T.sum() == 4 * (5 + 3 + 3 + 3 + 3)
-    assert every.num_states == (20, 12, 12) and every.num_tiles == (5, 3, 3)
+    assert every.num_states == (20, 12, 12) and [tiling.num_tiles for tiling in every.tilings] == [5, 3, 3]
     assert len(every.tiles[0]) == 11, "each distinct image is encoded once"
 
 
@@ -115,9 +107,9 @@ def test_a_batch_without_images_gives_every_parameter_a_gradient_by_one_call_of_
 
 
 def test_under_checkpointing_no_gradient_goes_through_a_frozen_tower(model, template):
-    select_trainable(model, ["language"])
+    FAMILY.weights.select_trainable(model, ["language"])
     model.activation_checkpointing_enable({"use_reentrant": False})
-    assert not model.train().encode_images(batch_of(template, SAMPLES).tiles).requires_grad
+    assert not model.train().image_states(batch_of(template, SAMPLES)).requires_grad
 
 
 def test_answers_are_ranked_and_written_as_alone(model, template):
@@ -132,8 +124,8 @@ def test_answers_are_ranked_and_written_as_alone(model, template):
 
 
 def test_what_is_saved_opens_with_transformers_alone_with_the_same_logits(model, base, template, tmp_path):
-    save_model(model, tmp_path, torch.float32)
-    save_processor(template.tokenizer, model.config, tmp_path)
+    FAMILY.weights.save_model(model, tmp_path, torch.float32)
+    FAMILY.weights.save_processor(template.tokenizer, model.config, tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert [type(plain).__name__] == json.loads((tmp_path / "config.json").read_text())["architectures"]
     assert "preprocessor" not in (tmp_path / "config.json").read_text()
@@ -145,7 +137,10 @@ def test_what_is_saved_opens_with_transformers_alone_with_the_same_logits(model,
     text = "User: What is it?<end_of_utterance>\nAssistant:"
     own = AutoTokenizer.from_pretrained(tmp_path)
     assert own(text, add_special_tokens=False) == template.tokenizer(text, add_special_tokens=False)
-    assert load_config(tmp_path).preprocessor["size"] == {"longest_edge": 128} and family_at(tmp_path) is FAMILY
+    assert (
+        FAMILY.weights.load_config(tmp_path).preprocessor["size"] == {"longest_edge": 128}
+        and family_at(tmp_path) is FAMILY
+    )
 
 
 def test_a_token_that_a_tokenizer_does_not_call_special_is_special_all_the_same(folders, tokenizer, tmp_path):
@@ -172,18 +167,21 @@ def test_a_checkpoint_is_asked_by_transformers_processor_as_by_us(folders):
     text = loaded.template.text(messages, add_generation_prompt=True)
     inputs = processor(text=text, images=pictures, add_special_tokens=False, return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == own.encoded.input_ids.tolist()
-    tiles = [[loaded.images.cut(np.array(one.convert("RGB")), loaded.images.tiling(*one.size)) for one in pictures]]
-    ours = loaded.model(input_ids=inputs["input_ids"], **loaded.model.generation_inputs([own.encoded], tiles)).logits
+    tilings = [loaded.images.tiling(*one.size) for one in pictures]
+    tiles = [loaded.images.cut(np.array(one.convert("RGB")), own) for one, own in zip(pictures, tilings, strict=True)]
+    ours = loaded.model(
+        input_ids=inputs["input_ids"], **loaded.model.generation_inputs([own.encoded], [tiles], [tilings])
+    ).logits
     theirs = AutoModelForImageTextToText.from_pretrained(folder)(**inputs).logits
     assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max(), "which pixels that differ by 1 / 255 make"
 
 
 def test_a_prepared_base_has_the_image_settings_of_its_recipe(folders, tmp_path):
-    prepare_base(folders["idefics3"], tmp_path / "base", {"longest_edge": 192, "split": False})
-    config = load_config(tmp_path / "base")
+    FAMILY.weights.prepare_base(folders["idefics3"], tmp_path / "base", {"longest_edge": 192, "split": False})
+    config = FAMILY.weights.load_config(tmp_path / "base")
     assert FAMILY.images(config).tiles == (192, 64, False)
     assert json.loads((tmp_path / "base" / "preprocessor_config.json").read_text())["do_image_splitting"] is False
-    assert load_model(tmp_path / "base").config.preprocessor == config.preprocessor
+    assert FAMILY.weights.load_model(tmp_path / "base").config.preprocessor == config.preprocessor
 
 
 def test_a_base_that_lacks_a_token_or_a_row_or_has_another_tower_is_refused(folders, tokenizer, tmp_path):
@@ -197,18 +195,18 @@ def test_a_base_that_lacks_a_token_or_a_row_or_has_another_tower_is_refused(fold
     }
     for problem, folder in cases.items():
         with pytest.raises(UserError, match=problem):
-            prepare_base(folder, tmp_path / "out")
+            FAMILY.weights.prepare_base(folder, tmp_path / "out")
 
 
 def test_a_tied_head_is_trained_with_its_embeddings_or_not_at_all(folders):
-    model = load_model(folders["tied"])
+    model = FAMILY.weights.load_model(folders["tied"])
     with pytest.raises(UserError, match="head is tied to its embeddings; name both, or neither"):
-        select_trainable(model, ["head"])
-    assert select_trainable(model, ["language"]) == ()
+        FAMILY.weights.select_trainable(model, ["head"])
+    assert FAMILY.weights.select_trainable(model, ["language"]) == ()
 
 
 def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
-    model = load_model(folders["idefics3"], trained=(), frozen_dtype=torch.bfloat16, quantised=True)
+    model = FAMILY.weights.load_model(folders["idefics3"], trained=(), frozen_dtype=torch.bfloat16, quantised=True)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     in_4_bits = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(in_4_bits) == 2 * 7 and all(name.startswith("model.text_model.layers.") for name in in_4_bits)
@@ -307,7 +305,7 @@ def test_a_run_that_stopped_goes_on_to_the_bit(prepared, tmp_path, capsys):
 
 
 def test_a_tied_head_is_sharded_with_its_embeddings(folders, tmp_path):
-    model, template = load_model(folders["tied"]), load_template(FAMILY, folders["tied"])
+    model, template = FAMILY.weights.load_model(folders["tied"]), load_template(FAMILY, folders["tied"])
     batch = batch_of(template, SAMPLES)
     expected = model(batch=batch).loss
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

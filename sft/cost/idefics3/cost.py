@@ -14,7 +14,8 @@ from sft.cost.idefics.trained_model import TrainedModel
 from sft.cost.idefics3.shapes import TiledShape, shape_of
 from sft.cost.model_config import load_model_config
 from sft.models.idefics3.names import MODEL_TYPES
-from sft.models.idefics3.tilings import TileSettings, read_preprocessor, with_settings
+from sft.models.idefics3.tilings import TileSettings
+from sft.models.preprocessor import read_preprocessor, with_settings
 
 RELEASED = {
     **dict.fromkeys((f"HuggingFaceTB/SmolVLM-256M-{kind}" for kind in ("Base", "Instruct")), "smolvlm-256m.json"),

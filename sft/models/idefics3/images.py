@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import interpolate
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -17,11 +17,6 @@ from sft.core.sample import Tiling
 from sft.models.family import Pixels, Tiles
 from sft.models.idefics3.text import FAKE, GLOBAL, IMAGE
 from sft.models.idefics3.tilings import TileSettings
-
-
-def normalise(pixels_KCHW: Tensor) -> Tensor:
-    """Return uint8 pixels as float32 with mean and deviation 0.5, as SigLIP towers are trained."""
-    return pixels_KCHW.to(torch.float32, copy=True).div_(255).sub_(0.5).div_(0.5)
 
 
 @dataclass(frozen=True)
@@ -93,6 +88,11 @@ class TiledImages:
     def weight(self, tiling: Tiling) -> int:
         """Return the tiles of an image."""
         return tiling.num_tiles
+
+    def preprocessor(self) -> dict[str, Any]:
+        """Return what preprocessor_config.json says of the sizes of images and of their kernel, which is Lanczos'."""
+        size, max_image_size = {"longest_edge": self.tiles.longest_edge}, {"longest_edge": self.tiles.tile}
+        return {"size": size, "max_image_size": max_image_size, "resample": 1}
 
     def settings(self) -> dict[str, Any]:
         """Return what the tokens of an image depend on."""

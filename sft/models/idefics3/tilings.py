@@ -6,16 +6,11 @@ small copy of the whole. An image that is not split is that copy alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import ceil
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft.core.errors import UserError
 from sft.core.sample import Tiling
-
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 MAX_EDGE = 4096
 """No image is scaled over this edge (transformers' MAX_IMAGE_SIZE)."""
@@ -71,28 +66,3 @@ class TileSettings(NamedTuple):
                 rows = ceil(height / self.tile)
                 columns = ceil(int(rows * self.tile * aspect) / self.tile)
         return Tiling(*((rows, columns) if rows * columns > 1 else (0, 0)), self.tile, self.tile)
-
-
-def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Return what a folder says of its images, wherever it does; nothing where it says nothing."""
-    for file, part in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):  # the second: transformers 5
-        try:
-            found = json.loads((folder / file).read_text())
-            found = found.get(part) if part else found
-        except FileNotFoundError:
-            continue
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{folder / file}: damaged, not a JSON object") from error
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def with_settings(preprocessor: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what preprocessor_config.json says, with what `model.images` of a recipe sets otherwise."""
-    changed = dict(preprocessor)
-    if "longest_edge" in settings:
-        changed["size"] = {"longest_edge": settings["longest_edge"]}
-    if "split" in settings:
-        changed["do_image_splitting"] = settings["split"]
-    return changed

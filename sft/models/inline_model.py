@@ -1,0 +1,103 @@
+"""The forward over packed micro-batches of families whose images are part of the text: tower, connector, states in
+their places, and transformers' own language model with attention by groups.
+
+transformers' forward cannot be given packs: with positions alone samples see each other, unless the cache is off, and
+SmolVLM does not turn it off under activation checkpointing (differences of 0.6 in the logits).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Idefics3ForConditionalGeneration
+
+from sft.core.sample import Batch, EncodedSample, Tiling
+from sft.models.family import Tiles
+from sft.models.packed_model import PackedModel, sample_groups
+
+
+def normalise(pixels_KCHW: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 with mean and deviation 0.5, as SigLIP towers are trained."""
+    return pixels_KCHW.to(torch.float32, copy=True).div_(255).sub_(0.5).div_(0.5)
+
+
+class InlineModel(PackedModel):
+    """What a family adds to the classes of transformers. It adds `encode_images` itself, and `pixel_values` where these
+    are not its tiles alone."""
+
+    tower_attention = "sdpa"
+    """How the tower attends in packs."""
+
+    @functools.wraps(Idefics3ForConditionalGeneration.forward)  # generate() reads the signature, which all have
+    def forward(  # type: ignore[override]
+        self, *args: Any, batch: Batch | None = None, read_P: Tensor | None = None, z_loss: float = 0.0, **kwargs: Any
+    ) -> Any:
+        """Compute what `PackedModel` says of `model(...)`."""
+        return super().forward(*args, **kwargs) if batch is None else self.packed_forward(batch, read_P, z_loss)
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: transformers would send gradients through a frozen tower under activation checkpointing, which
+        doubles the work of a step. Without reentrant checkpoints no input needs a gradient."""
+
+    def hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
+        """Return the final hidden states (P, D) at some positions."""
+        embeds_TD = self.model.text_model.get_input_embeddings()(batch.input_ids_T)
+        states_RE = self.image_states(batch)
+        if states_RE is not None:
+            (places,) = torch.where(batch.state_ids_T >= 0)
+            states_RE = states_RE.to(embeds_TD.dtype)
+            embeds_TD = embeds_TD.index_put((places,), states_RE[batch.state_ids_T[places]])
+            embeds_TD = embeds_TD + 0 * states_RE.sum()  # those of a dummy, which stand nowhere, get gradients too
+        output = self.model.text_model(
+            inputs_embeds=embeds_TD[None],
+            attention_mask=embeds_TD.new_zeros(1, 1, 1, 1),  # 4-D: transformers makes no mask (T, T) of it
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            groups=sample_groups(batch),
+        )
+        return torch.as_tensor(output.last_hidden_state[0, read_P])
+
+    def plain_logits(self, batch: Batch, segment: int) -> Tensor:
+        """Return the logits (T, V) of one segment by transformers' own forward and attention."""
+        own_T = batch.segment_ids_T == segment
+        first_state = {start: image for image, start in enumerate(accumulate(batch.num_states, initial=0))}
+        shown = [first_state[state] for state in batch.state_ids_T[own_T].tolist() if state in first_state]
+        by_image = dict(batch.tiles_by_image())
+        tiles = [by_image[image].cpu().numpy() for image in shown]
+        pixels = self.generation_inputs((), [tiles], [[batch.tilings[image] for image in shown]])
+        self._attend_by("sdpa", "sdpa")
+        try:
+            pixels = {name: tensor.to(own_T.device) for name, tensor in pixels.items()}
+            return torch.as_tensor(self(input_ids=batch.input_ids_T[own_T][None], use_cache=False, **pixels).logits[0])
+        finally:
+            self.use_grouped_attention()
+
+    def generation_inputs(
+        self,
+        prompts: Sequence[EncodedSample],
+        tiles: Sequence[Sequence[Tiles]],
+        tilings: Sequence[Sequence[Tiling]],
+    ) -> dict[str, Tensor]:
+        """Return the tiles of each prompt (B, K, C, H, W), zeros where it has fewer, which transformers leaves out."""
+        rows = [np.concatenate(images) for images in tiles if images]
+        if not rows:
+            return {}
+        pixels_BKCHW = torch.zeros(len(tiles), max(map(len, rows)), *rows[0].shape[1:])
+        for row, images in enumerate(tiles):
+            if images:
+                own_KCHW = normalise(torch.from_numpy(np.concatenate(images)))
+                pixels_BKCHW[row, : len(own_KCHW)] = own_KCHW
+        return {"pixel_values": pixels_BKCHW}
+
+    def use_grouped_attention(self) -> None:
+        """Set attention by groups in the language model, and in a tower that takes groups."""
+        self._attend_by("grouped", self.tower_attention)
+
+    def _attend_by(self, text: str, tower: str) -> None:
+        self.config._attn_implementation = {"": text, "text_config": text, "vision_config": tower}
