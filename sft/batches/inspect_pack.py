@@ -232,8 +232,7 @@ def _source(name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _whole_images(batch: Batch) -> Iterator[Tensor]:
     """Yield the tile of each image that shows the whole of it, which is its last."""
     for number, tiles_KCHW in batch.tiles_by_image():
-        tiling = batch.tilings[number]
-        height, width = tiling.sizes[-1] if tiling.sizes else (tiling.height, tiling.width)
+        height, width = batch.tilings[number].tile_sizes[-1]
         yield tiles_KCHW[-1, :, :height, :width]
 
 

@@ -113,6 +113,11 @@ class Tiling(NamedTuple):
         """Tiles of the grid and the one that shows the whole image."""
         return self.rows * self.columns + 1
 
+    @property
+    def tile_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of what each tile shows."""
+        return self.sizes or ((self.height, self.width),) * self.num_tiles
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from sft import models
 from sft.core.errors import UserError
-from sft.models.family import Images
+from sft.models.inline_images import InlineImages
 from sft.models.inline_model import InlineModel
 from sft.models.model_folder import (
     check_weights,
@@ -67,17 +67,6 @@ DEFAULTS: dict[str, Any] = {
     "rescale_factor": 1 / 255,
 }
 """What preprocessor_config.json of every released model says besides the sizes."""
-
-
-class InlineImages(Images, Protocol):
-    """The images of a model whose folder has a preprocessor_config.json."""
-
-    @property
-    def states_per_tile(self) -> int:
-        """States that the connector makes of a tile."""
-
-    def preprocessor(self) -> dict[str, Any]:
-        """Return what preprocessor_config.json says of the sizes of images and of their kernel."""
 
 
 class InlineFolder:
