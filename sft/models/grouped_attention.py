@@ -214,28 +214,9 @@ def grouped_attention(
         output_PAD = _attend_images(query_PAD, key_NSAD, value_NSAD, groups, dropout, scaling)
     else:
         key_PAD, value_PAD = to_rows(key_SAD), to_rows(value_SAD)
-        seen = _Seen(module.is_causal, sliding_window)
-        output_PAD = _attend_themselves(query_PAD, key_PAD, value_PAD, groups, dropout, scaling, seen)
+        options = dict(is_causal=module.is_causal, window=sliding_window)
+        output_PAD = _attend_themselves(query_PAD, key_PAD, value_PAD, groups, dropout, scaling, **options)
     return _move(output_PAD, to_tokens, to_places)[None], None
-
-
-class _Seen(NamedTuple):
-    """What a token sees of its own group."""
-
-    is_causal: bool
-    window: int | None = None
-    """How many tokens, its own the last of them, in causal attention; None: all up to its own."""
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """How many tokens before and after its own, -1 for all."""
-        return (self.window - 1 if self.window else -1, 0) if self.is_causal else (-1, -1)
-
-    def mask(self, length: int, device: torch.device) -> Tensor | None:
-        """Return the mask of a group that is longer than the window."""
-        if not self.window or length <= self.window:
-            return None
-        return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - self.window)
 
 
 def _attend_themselves(
@@ -245,15 +226,19 @@ def _attend_themselves(
     groups: Groups,
     dropout: float,
     scaling: float | None,
-    seen: _Seen,
+    *,
+    is_causal: bool,
+    window: int | None,
 ) -> Tensor:
-    """Self-attention of every group."""
+    """Self-attention of every group; in causal attention to the last `window` tokens at most."""
     if has_flash_attention(value_PAD) and not dropout:
-        return _flash(query_PAD, key_PAD, value_PAD, groups, groups.borders, groups.longest, scaling, seen)
+        return _flash(query_PAD, key_PAD, value_PAD, groups, groups.borders, groups.longest, scaling, is_causal, window)
     results = []
     for query, key, value in zip(*(_rows(x, groups) for x in (query_PAD, key_PAD, value_PAD)), strict=True):
-        mask = seen.mask(query.shape[2], query.device)
-        output_GALD = _attend(query, key, value, dropout, scaling, is_causal=seen.is_causal and mask is None, mask=mask)
+        length, mask = query.shape[2], None
+        if window and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        output_GALD = _attend(query, key, value, dropout, scaling, is_causal=is_causal and mask is None, mask=mask)
         results.append(output_GALD.transpose(1, 2).flatten(0, 1))
     return torch.cat(results)
 
@@ -269,7 +254,7 @@ def _attend_images(
         states = value_NSAD.shape[1]
         borders = torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device) * states
         key, value = (x[ids].flatten(0, 1) for x in (key_NSAD, value_NSAD))
-        return _flash(query_PAD, key, value, groups, borders, states, scaling, _Seen(False))
+        return _flash(query_PAD, key, value, groups, borders, states, scaling, False)
     results = []
     for bucket, query in zip(groups.buckets, _rows(query_PAD, groups), strict=True):
         key, value = (x[bucket.ids_G].transpose(1, 2) for x in (key_NSAD, value_NSAD))
@@ -317,7 +302,8 @@ def _flash(
     state_borders: Tensor,
     most_states: int,
     scaling: float | None,
-    seen: _Seen,
+    is_causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Attend all groups in one call (measured on an H200 by `scripts/check_gpu attention`)."""
     from torch.nn.attention import varlen
@@ -331,7 +317,7 @@ def _flash(
         groups.longest,
         most_states,
         scale=scaling,
-        window_size=seen.sides,
+        window_size=((window or 0) - 1, 0) if is_causal else (-1, -1),
     )
     return torch.as_tensor(output)
 

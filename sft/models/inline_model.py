@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Idefics3ForConditionalGeneration
 
 from sft.core.sample import Batch, EncodedSample, Tiling
@@ -28,8 +28,7 @@ def normalise(pixels_KCHW: Tensor) -> Tensor:
 
 
 class InlineModel(PackedModel):
-    """What a family adds to the classes of transformers. It adds `encode_images` itself, and `pixel_values` where these
-    are not its tiles alone."""
+    """What all families add to the classes of transformers. Each adds `encode_images` itself."""
 
     tower_attention = "sdpa"
     """How the tower attends in packs."""
@@ -84,16 +83,21 @@ class InlineModel(PackedModel):
         tiles: Sequence[Sequence[Tiles]],
         tilings: Sequence[Sequence[Tiling]],
     ) -> dict[str, Tensor]:
-        """Return the tiles of each prompt (B, K, C, H, W), zeros where it has fewer, which transformers leaves out."""
-        rows = [np.concatenate(images) for images in tiles if images]
-        if not rows:
+        """Return the tiles of each prompt (B, K, C, H, W), zeros where it has fewer, which transformers leaves out, and
+        which of their pixels are shown."""
+        sizes = [[size for tiling in own for size in tiling.tile_sizes] for own in tilings]
+        laid = [torch.tensor(image) for images in tiles for image in images]
+        if not laid:
             return {}
-        pixels_BKCHW = torch.zeros(len(tiles), max(map(len, rows)), *rows[0].shape[1:])
-        for row, images in enumerate(tiles):
-            if images:
-                own_KCHW = normalise(torch.from_numpy(np.concatenate(images)))
-                pixels_BKCHW[row, : len(own_KCHW)] = own_KCHW
-        return {"pixel_values": pixels_BKCHW}
+        pixels_KCHW = normalise(in_one(laid))
+        is_shown_BKHW = torch.zeros(len(sizes), max(map(len, sizes)), *pixels_KCHW.shape[2:], dtype=torch.bool)
+        pixels_BKCHW = is_shown_BKHW[:, :, None].repeat(1, 1, 3, 1, 1).float()
+        left = iter(pixels_KCHW)
+        for row, own in enumerate(sizes):
+            for place, (height, width) in enumerate(own):
+                pixels_BKCHW[row, place, :, :height, :width] = next(left)[:, :height, :width]
+                is_shown_BKHW[row, place, :height, :width] = True
+        return {"pixel_values": pixels_BKCHW, "pixel_attention_mask": is_shown_BKHW}
 
     def use_grouped_attention(self) -> None:
         """Set attention by groups in the language model, and in a tower that takes groups."""
@@ -101,3 +105,9 @@ class InlineModel(PackedModel):
 
     def _attend_by(self, text: str, tower: str) -> None:
         self.config._attn_implementation = {"": text, "text_config": text, "vision_config": tower}
+
+
+def in_one(tiles: Sequence[Tensor]) -> Tensor:
+    """Return tiles of several sizes as (K, C, H, W), padded on the right and at the bottom."""
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (2, 3))
+    return torch.cat([pad(tile, (0, width - tile.shape[3], 0, height - tile.shape[2])) for tile in tiles])

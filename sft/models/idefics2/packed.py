@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Idefics2ForConditionalGeneration, PreTrainedConfig
+from transformers import Idefics2ForConditionalGeneration
 
-from sft.core.sample import EncodedSample, Tiling
-from sft.models.family import Tiles
+from sft.core.sample import Tiling
 from sft.models.grouped_attention import group_tokens
-from sft.models.inline_model import InlineModel, normalise
+from sft.models.inline_model import InlineModel, in_one, normalise
 
 
 class PackedIdefics2(InlineModel, Idefics2ForConditionalGeneration):  # type: ignore[misc]  # transformers is not typed
@@ -26,7 +24,7 @@ class PackedIdefics2(InlineModel, Idefics2ForConditionalGeneration):  # type: ig
     def encode_images(self, tiles: Sequence[Tensor], tilings: Sequence[Tiling]) -> Tensor:
         """Return the states (R, E) of images: one call of the tower and one of the connector for all tiles."""
         tower, connector = self.model.vision_model, self.model.connector
-        pixels_KCHW = _in_one(tiles)
+        pixels_KCHW = in_one(tiles)
         device = pixels_KCHW.device
         sizes = [size for tiling in tilings for size in tiling.tile_sizes]
         is_shown_KHW = _patches_shown(sizes, pixels_KCHW, tower.config.patch_size)
@@ -41,39 +39,6 @@ class PackedIdefics2(InlineModel, Idefics2ForConditionalGeneration):  # type: ig
         context_KPE = pad_sequence(torch.split(context_1PE[0], counts.tolist()), batch_first=True)
         is_real_KP = torch.arange(context_KPE.shape[1]) < counts[:, None]
         return torch.as_tensor(connector.perceiver_resampler(context_KPE, is_real_KP.to(device))).flatten(0, 1)
-
-    def generation_inputs(
-        self,
-        prompts: Sequence[EncodedSample],
-        tiles: Sequence[Sequence[Tiles]],
-        tilings: Sequence[Sequence[Tiling]],
-    ) -> dict[str, Tensor]:
-        """Return the tiles of each prompt (B, K, C, H, W) and which of their pixels are shown."""
-        rows = [[torch.from_numpy(image) for image in images] for images in tiles]
-        if not any(rows):
-            return {}
-        num_tiles = max(sum(map(len, images)) for images in rows)
-        in_one_KCHW = _in_one([image for images in rows for image in images])
-        height, width = in_one_KCHW.shape[2:]
-        pixels_BKCHW = torch.zeros(len(rows), num_tiles, 3, height, width)
-        mask_BKHW = torch.zeros(len(rows), num_tiles, height, width, dtype=torch.long)
-        left = iter(normalise(in_one_KCHW))
-        for row, images in enumerate(tilings):
-            for place, (h, w) in enumerate(size for tiling in images for size in tiling.tile_sizes):
-                pixels_BKCHW[row, place, :, :h, :w] = next(left)[:, :h, :w]
-                mask_BKHW[row, place, :h, :w] = 1
-        return {"pixel_values": pixels_BKCHW, "pixel_attention_mask": mask_BKHW}
-
-
-def model_class(config: PreTrainedConfig) -> type[InlineModel]:
-    """Return the class of a model."""
-    return PackedIdefics2
-
-
-def _in_one(tiles: Sequence[Tensor]) -> Tensor:
-    """Return tiles of several sizes as (K, C, H, W), padded on the right and at the bottom."""
-    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (2, 3))
-    return torch.cat([pad(tile, (0, width - tile.shape[3], 0, height - tile.shape[2])) for tile in tiles])
 
 
 def _patches_shown(sizes: Sequence[tuple[int, int]], pixels_KCHW: Tensor, patch: int) -> Tensor:
