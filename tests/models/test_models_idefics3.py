@@ -170,8 +170,8 @@ def test_a_token_that_a_tokenizer_does_not_call_special_is_special_all_the_same(
 
 @pytest.mark.parametrize("name", ["idefics3", "idefics2", "idefics2, split and tied"])
 def test_a_checkpoint_is_asked_by_transformers_processor_as_by_us(folders, name):
-    """`AutoProcessor` of an idefics3 needs nothing else; that of a smolvlm asks for what videos need. That of an idefics2
-    puts a space before a word that follows an image, a "▁" more than the model was trained with."""
+    """`AutoProcessor` of an idefics3 needs nothing else; that of a smolvlm asks for what videos need. That of an
+    idefics2 puts a space before a word that follows an image, a "▁" more than the model was trained with."""
     folder = folders[name]
     loaded = load_for_inference(folder, precision="float32")
     content = (REFS["wide"], "What is", REFS["square"], "this?")
@@ -221,8 +221,10 @@ def test_a_tied_head_is_trained_with_its_embeddings_or_not_at_all(folders):
     assert FAMILY.weights.select_trainable(model, ["language"]) == ()
 
 
-def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
-    model = FAMILY.weights.load_model(folders["idefics3"], trained=(), frozen_dtype=torch.bfloat16, quantised=True)
+@pytest.mark.parametrize("name", ["idefics3", "idefics2"])
+def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders, name):
+    weights = family_at(folders[name]).weights
+    model = weights.load_model(folders[name], trained=(), frozen_dtype=torch.bfloat16, quantised=True)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
     in_4_bits = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(in_4_bits) == 2 * 7 and all(name.startswith("model.text_model.layers.") for name in in_4_bits)
@@ -233,8 +235,8 @@ def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
 
 
 @pytest.fixture(scope="module")
-def recipe(folders, tmp_path_factory):
-    """A folder of pictures with questions, and a recipe for a tiny SmolVLM."""
+def recipes(folders, tmp_path_factory):
+    """A folder of pictures with questions, and a recipe for each tiny model."""
     folder = tmp_path_factory.mktemp("run")
     for name in SIZES:
         (folder / f"{name}.png").write_bytes(png(name))
@@ -249,54 +251,62 @@ def recipe(folders, tmp_path_factory):
         for number, name in enumerate([*SIZES] * 8)
     ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    file = folder / "tiled.yaml"
-    file.write_text(
-        f"""
-model: {{path: {folders["smolvlm"]}, family: smolvlm}}
+    questions = [{"question": "What is it?", "answer": "A dog.", "image": f"{name}.png"} for name in SIZES]
+    (folder / "own.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    for name in ("smolvlm", "idefics2"):
+        (folder / f"{name}.yaml").write_text(
+            f"""
+model: {{path: {folders[name]}, family: {name}}}
 data:
-  store: {folder}/stores
+  store: {folder}/{name}
   sequence_length: 256
   mixture: [{{name: talk, share: 1, datasets: [{{dataset: messages, path: {folder}/train.jsonl}}]}}]
   validation: {{share: 0.1}}
 training: {{max_steps: 5, tokens_per_step: 512, learning_rate: 1e-3, precision: float32}}
 checkpoints: {{every_steps: 5}}
-output_dir: {folder}/out
+output_dir: {folder}/out_{name}
 """
-    )
-    return file
+        )
+    return folder
 
 
 def lines_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_recipe_prepares_mixes_trains_and_answers(recipe, capsys):
+@pytest.mark.parametrize("name", ["smolvlm", "idefics2"])
+def test_a_recipe_prepares_mixes_trains_and_answers(recipes, capsys, name):
+    recipe = recipes / f"{name}.yaml"
     for command in ("validate", "prepare", "mix", "inspect", "plan"):
         assert status_of(command, recipe) == 0, capsys.readouterr().err
     assert status_of("train", recipe) == 0, capsys.readouterr().err
-    run = recipe.parent / "out"
+    run = recipes / f"out_{name}"
     lines = lines_of(run)
     assert len(lines) == 5 and lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["validation"]
     loaded = load_for_inference(run / "checkpoints" / "checkpoint-5", precision="float32")
     question = prompt_of(loaded.template, [Message(role="user", content=(REFS["wide"], "What is this?"))])
     (answer,) = generate(loaded.model, loaded.tokenizer, [question], max_new_tokens=8)
     assert answer.startswith("A")
+    assert status_of("evaluate", run, "--data", recipes / "own.jsonl") == 0, capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def prepared(recipe):
-    """The recipe, whose stores and base are there."""
-    assert status_of("prepare", recipe) == 0
-    return recipe
+def prepared(recipes):
+    """The recipe of a SmolVLM, whose stores and base are there."""
+    assert status_of("prepare", recipes / "smolvlm.yaml") == 0
+    return recipes / "smolvlm.yaml"
 
 
-@pytest.mark.parametrize("overrides", [
-    ("model.mode=lora", "model.lora.r=4"),
-    ("model.mode=qlora", "model.lora={r: 4, targets: [language.attention, connector, vision.mlp]}"),
-    ("model.mode=lora", "data.feature_cache=true", "training.gradient_checkpointing=0.5"),
-    ("model.trainable=[connector, embeddings]", "data.train_on=all", "model.images={split: false}"),
+@pytest.mark.parametrize(("name", "overrides"), [
+    ("smolvlm", ("model.mode=lora", "model.lora.r=4")),
+    ("smolvlm", ("model.mode=qlora", "model.lora={r: 4, targets: [language.attention, connector, vision.mlp]}")),
+    ("smolvlm", ("model.mode=lora", "data.feature_cache=true", "training.gradient_checkpointing=0.5")),
+    ("smolvlm", ("model.trainable=[connector, embeddings]", "data.train_on=all", "model.images={split: false}")),
+    ("idefics2", ("model.mode=qlora", "model.lora={r: 4, targets: [language, connector.mlp, vision.attention]}")),
+    ("idefics2", ("model.mode=lora", "data.feature_cache=true", "model.images={split: true, shortest_edge: 32}")),
 ])  # fmt: skip
-def test_every_way_to_train_learns_and_is_merged_and_asked(prepared, tmp_path, capsys, monkeypatch, overrides):
+def test_every_way_to_train_learns_and_is_merged_and_asked(recipes, tmp_path, capsys, monkeypatch, name, overrides):
+    prepared = recipes / f"{name}.yaml"
     own = (*overrides, f"output_dir={tmp_path}/run", "training.learning_rate=1e-2", "training.max_steps=4")
     assert status_of("train", prepared, *own) == 0, capsys.readouterr().err
     lines = lines_of(tmp_path / "run")
@@ -305,7 +315,7 @@ def test_every_way_to_train_learns_and_is_merged_and_asked(prepared, tmp_path, c
         capsys.readouterr().err
     )
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-    assert type(plain).__name__ == "SmolVLMForConditionalGeneration"
+    assert type(plain).__name__ == {"smolvlm": "SmolVLM", "idefics2": "Idefics2"}[name] + "ForConditionalGeneration"
     (tmp_path / "a.png").write_bytes(png("tall"))
     monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n/quit\n"))
     chat = ("chat", tmp_path / "run", "--image", tmp_path / "a.png", "--max-new-tokens", 2)
@@ -320,8 +330,10 @@ def test_a_run_that_stopped_goes_on_to_the_bit(prepared, tmp_path, capsys):
     assert metrics(recipe) == before and len(before) == 4
 
 
-def test_a_tied_head_is_sharded_with_its_embeddings(folders, tmp_path):
-    model, template = FAMILY.weights.load_model(folders["tied"]), load_template(FAMILY, folders["tied"])
+@pytest.mark.parametrize("name", ["tied", "idefics2, split and tied"])
+def test_a_tied_head_is_sharded_with_its_embeddings(folders, tmp_path, name):
+    family = family_at(folders[name])
+    model, template = family.weights.load_model(folders[name]), load_template(family, folders[name])
     batch = batch_of(template, SAMPLES)
     expected = model(batch=batch).loss
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -332,8 +344,9 @@ def test_a_tied_head_is_sharded_with_its_embeddings(folders, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_doctor_sees_that_it_sees(folders, capsys):
-    assert status_of("doctor", "--model", folders["idefics3"]) == 0, capsys.readouterr().out
+@pytest.mark.parametrize("name", ["idefics3", "idefics2"])
+def test_doctor_sees_that_it_sees(folders, capsys, name):
+    assert status_of("doctor", "--model", folders[name]) == 0, capsys.readouterr().out
     printed = " ".join(capsys.readouterr().out.split())
     assert "image changes logits" in printed and "there are none: images are part of the text" in printed
 
@@ -343,6 +356,8 @@ def test_doctor_sees_that_it_sees(folders, capsys):
     ("model={path: a/b, family: smolvlm, mode: lora, lora: {targets: [cross_attention]}}",
      "has no 'cross_attention'; did you mean 'vision.attention'? (known: vision,"),
     ("model={path: a/b, family: idefics, images: {split: false}}", "model.images: idefics has no 'split' (known: none"),
+    ("model={path: a/b, family: idefics2, trainable: [resampler]}", "idefics2 has no 'resampler' (known: vision,"),
+    ("model={path: a/b, family: smolvlm, images: {shortest_edge: 9}}", "model.images: smolvlm has no 'shortest_edge'"),
     ("data.augment=crop", "data.augment: crop changes the size of an image"),
 ])  # fmt: skip
 def test_what_the_family_has_not_is_refused_by_name(prepared, refusal, override, problem):
