@@ -214,8 +214,10 @@ def grouped_attention(
         output_PAD = _attend_images(query_PAD, key_NSAD, value_NSAD, groups, dropout, scaling)
     else:
         key_PAD, value_PAD = to_rows(key_SAD), to_rows(value_SAD)
-        options = dict(is_causal=module.is_causal, window=sliding_window)
-        output_PAD = _attend_themselves(query_PAD, key_PAD, value_PAD, groups, dropout, scaling, **options)
+        is_causal = bool(module.is_causal)
+        output_PAD = _attend_themselves(
+            query_PAD, key_PAD, value_PAD, groups, dropout, scaling, is_causal=is_causal, window=sliding_window
+        )
     return _move(output_PAD, to_tokens, to_places)[None], None
 
 

@@ -18,8 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from sft import models
 from sft.core.errors import UserError
-from sft.models.inline_images import InlineImages
-from sft.models.inline_model import InlineModel
+from sft.models.inline_model import InlineImages, InlineModel
 from sft.models.model_folder import (
     check_weights,
     choose_trainable,
@@ -102,6 +101,10 @@ class InlineFolder:
             only = f"only {self.text_type!r} is known to pack without leaks"
             raise UserError(f"{path}: text_config.model_type is {kind!r}; {only}")
         config.preprocessor = read_preprocessor(folder)
+        try:
+            self.images(config).preprocessor()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         return config
 
     def save_processor(self, tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, directory: Path) -> None:

@@ -1,5 +1,5 @@
-"""The forward over packed micro-batches of families whose images are part of the text: tower, connector, states in
-their places, and transformers' own language model with attention by groups.
+"""What families whose images are part of the text share of `Images`, and of the forward over packed micro-batches:
+tower, connector, states in their places, and transformers' own language model with attention by groups.
 
 transformers' forward cannot be given packs: with positions alone samples see each other, unless the cache is off, and
 SmolVLM does not turn it off under activation checkpointing (differences of 0.6 in the logits).
@@ -8,14 +8,16 @@ SmolVLM does not turn it off under activation checkpointing (differences of 0.6 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Idefics3ForConditionalGeneration
+from transformers import Idefics3ForConditionalGeneration, PreTrainedConfig
 
 from sft.core.sample import Batch, EncodedSample, Tiling
 from sft.models.family import Tiles
@@ -25,6 +27,36 @@ from sft.models.packed_model import PackedModel, sample_groups
 def normalise(pixels_KCHW: Tensor) -> Tensor:
     """Return uint8 pixels as float32 with mean and deviation 0.5, as SigLIP towers are trained."""
     return pixels_KCHW.to(torch.float32, copy=True).div_(255).sub_(0.5).div_(0.5)
+
+
+@dataclass(frozen=True)
+class InlineImages(ABC):
+    """The images of a model. Its config has what preprocessor_config.json says (`InlineFolder.load_config`)."""
+
+    config: PreTrainedConfig
+
+    @property
+    def state_token_id(self) -> int:
+        """The id of `<image>`, in whose places the states stand."""
+        return int(self.config.image_token_id)
+
+    @property
+    def state_size(self) -> int:
+        """The width of the language model."""
+        return int(self.config.text_config.hidden_size)
+
+    @property
+    @abstractmethod
+    def states_per_tile(self) -> int:
+        """States that the connector makes of the patches of a tile."""
+
+    def num_states(self, tiling: Tiling) -> int:
+        """Return how many states an image has."""
+        return tiling.num_tiles * self.states_per_tile
+
+    @abstractmethod
+    def preprocessor(self) -> dict[str, Any]:
+        """Return what preprocessor_config.json says of the sizes of images and of the kernel that resizes them."""
 
 
 class InlineModel(PackedModel):

@@ -202,12 +202,12 @@ def test_a_prepared_base_has_the_image_settings_of_its_recipe(folders, tmp_path)
 
 def test_a_base_that_lacks_a_token_or_a_row_or_has_another_tower_is_refused(folders, tokenizer, tmp_path):
     many = byte_tokenizer(tags=[f"<{number}>" for number in range(300)])
+    tower = tiny_folder(tmp_path / "tower", tokenizer)
+    (tower / "preprocessor_config.json").write_text('{"max_image_size": {"longest_edge": 32}}')
     cases = {
         "the tokenizer has 663 tokens, the model 512": tiny_folder(tmp_path / "rows", many),
         "the tokenizer has none of <.im_start.>, ": tiny_folder(tmp_path / "start", byte_tokenizer(start="<s>")),
-        "cuts tiles of 32 pixels, the vision tower takes 64": tiny_folder(
-            tmp_path / "tower", tokenizer, max_image_size={"longest_edge": 32}
-        ),
+        "tower: preprocessor_config.json cuts tiles of 32 pixels, the vision tower takes 64": tower,
     }
     for problem, folder in cases.items():
         with pytest.raises(UserError, match=problem):

@@ -80,8 +80,12 @@ class SizedCost(InlineCost):
     def fullest_images(self, tokens: int, image_weight: int) -> tuple[int, int]:
         """Return as many images as the tokens of a pack hold, and as many patches as the cap allows."""
         least, most = (self.tiles * (edge // self.shape.patch_size) ** 2 for edge in self.sizes[1::-1])
-        images = min(tokens // (self.tiles * (self.shape.states + 1) + 1), image_weight // least)
+        images = min(tokens // self.image_tokens(1, 1), image_weight // least)
         return images, min(image_weight, images * most)
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """Return how many tokens an image takes, whatever its size."""
+        return self.tiles * (self.shape.states + 1) + 1
 
     def feature_bytes(self, width: int, height: int) -> int:
         """Return the bytes of an image in the feature cache: its states in float16, whatever its size."""

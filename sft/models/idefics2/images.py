@@ -15,7 +15,7 @@ from sft.models.family import Pixels, Tiles
 from sft.models.idefics2.tilings import SizeSettings
 from sft.models.idefics3.text import FAKE, IMAGE
 from sft.models.image_transform import resize
-from sft.models.inline_images import InlineImages
+from sft.models.inline_model import InlineImages
 
 
 @dataclass(frozen=True)

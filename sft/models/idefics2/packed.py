@@ -36,7 +36,7 @@ class PackedIdefics2(InlineModel, Idefics2ForConditionalGeneration):  # type: ig
         # The layers hand on a mask and nothing else: groups stand in its place.
         hidden_1PE = tower.encoder(inputs_embeds=embeds_PE[None], attention_mask=groups).last_hidden_state
         context_1PE = connector.modality_projection(tower.post_layernorm(hidden_1PE))
-        context_KPE = pad_sequence(torch.split(context_1PE[0], counts.tolist()), batch_first=True)
+        context_KPE = pad_sequence([*torch.split(context_1PE[0], counts.tolist())], batch_first=True)
         is_real_KP = torch.arange(context_KPE.shape[1]) < counts[:, None]
         return torch.as_tensor(connector.perceiver_resampler(context_KPE, is_real_KP.to(device))).flatten(0, 1)
 

@@ -57,9 +57,8 @@ class SizeSettings(NamedTuple):
             self.scaled(columns.stop - (columns.start or 0), rows.stop - (rows.start or 0))
             for rows, columns in self.boxes(width, height)
         )
-        if not self.is_split:
-            return Tiling(0, 0, *sizes[0])
-        return Tiling(2, 2, *map(max, zip(*sizes, strict=True)), sizes=sizes)
+        height, width = map(max, zip(*sizes, strict=True))
+        return Tiling(2, 2, height, width, sizes) if self.is_split else Tiling(0, 0, height, width)
 
 
 def _halves(length: int) -> tuple[slice, slice]:

@@ -17,7 +17,7 @@ from sft.core.sample import Tiling
 from sft.models.family import Pixels, Tiles
 from sft.models.idefics3.text import FAKE, GLOBAL, IMAGE
 from sft.models.idefics3.tilings import TileSettings
-from sft.models.inline_images import InlineImages
+from sft.models.inline_model import InlineImages
 
 
 @dataclass(frozen=True)

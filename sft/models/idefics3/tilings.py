@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any, NamedTuple
 
+from sft.core.errors import UserError
 from sft.core.sample import Tiling
+from sft.models.preprocessor import PREPROCESSOR
 
 MAX_EDGE = 4096
 """No image is scaled over this edge (transformers' MAX_IMAGE_SIZE)."""
@@ -29,12 +31,16 @@ class TileSettings(NamedTuple):
     @classmethod
     def of(cls, preprocessor: Mapping[str, Any], image_size: int) -> TileSettings:
         """Read the settings; what is left out is as in all released models, whose tower takes tiles of `image_size`
-        pixels."""
-        return cls(
-            longest_edge=int((preprocessor.get("size") or {}).get("longest_edge", 4 * image_size)),
-            tile=int((preprocessor.get("max_image_size") or {}).get("longest_edge", image_size)),
-            is_split=bool(preprocessor.get("do_image_splitting", True)),
-        )
+        pixels.
+
+        Raises:
+            UserError: tiles are of another size than that.
+        """
+        longest_edge = int((preprocessor.get("size") or {}).get("longest_edge", 4 * image_size))
+        tile = int((preprocessor.get("max_image_size") or {}).get("longest_edge", image_size))
+        if tile != image_size:
+            raise UserError(f"{PREPROCESSOR} cuts tiles of {tile} pixels, the vision tower takes {image_size}")
+        return cls(longest_edge, tile, is_split=bool(preprocessor.get("do_image_splitting", True)))
 
     def scaled(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height after the first resize. The shorter edge becomes even, upwards."""
