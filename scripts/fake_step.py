@@ -121,7 +121,7 @@ def _batch(config: IdeficsConfig, setting: Setting) -> Batch:
         state_ids_T=tokens,
         tiles=() if setting.encoded or not images else (torch.zeros(images, 3, size, size, dtype=torch.uint8),),
         num_states=(states,) * images,
-        num_tiles=(1,) * images,
+        tilings=(shown.one_tile,) * images,
         features_RE=torch.zeros(images * states, state_size).half() if setting.encoded else None,
         num_trained_tokens=setting.trained_tokens,
     )

@@ -84,7 +84,7 @@ def collate(
         state_ids_T=torch.from_numpy(np.concatenate([shown.state_ids(sample, state_id) for sample in samples])),
         tiles=shown.lay_tiles(tiles, keys if features is None else tiles),
         num_states=tuple(shown.num_states.values()),
-        num_tiles=tuple(tiling.num_tiles for tiling in shown.tilings.values()),
+        tilings=tuple(shown.tilings.values()),
         features_RE=shown.lay_features(known, features.state_size) if features else None,
         to_encode={shown.numbers[key]: key for key in tiles} if features else {},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sft.core.files import mapped
-from sft.core.sample import Batch
+from sft.core.sample import Batch, Tiling
 from sft.data.store import Store
 from sft.models.family import Images
 from sft.models.packed_model import PackedModel
@@ -209,21 +209,21 @@ class Encoder:
         stops = [*accumulate(batch.num_states)]
         was_training = self.model.training
         self.model.eval()
-        for number, tiles in _tiles_by_image(batch):
-            features_SE = self._features(batch.to_encode[number], tiles)
+        for number, tiles in batch.tiles_by_image():
+            features_SE = self._features(batch.to_encode[number], tiles, batch.tilings[number])
             if features_SE.dtype != features_RE.dtype:
                 features_RE = features_RE.float()
             features_RE[stops[number] - batch.num_states[number] : stops[number]] = features_SE
         self.model.train(was_training)
         return replace(batch, features_RE=features_RE, to_encode={}, tiles=())
 
-    def _features(self, key: int, tiles: Tensor) -> Tensor:
+    def _features(self, key: int, tiles: Tensor, tiling: Tiling) -> Tensor:
         """Return the states of an image in float16, or in float32 where that cannot hold them, which are not kept."""
         known = self.cache.read(key)
         if known is not None:  # since the batch was made
             return torch.from_numpy(known).to(tiles.device)
         with torch.no_grad(), self.autocast():
-            exact_SE = self.model.encode_images((tiles,))
+            exact_SE = self.model.encode_images((tiles,), (tiling,))
         features_SE = exact_SE.half()
         if not features_SE.isfinite().all():
             self._overflows += 1
@@ -241,14 +241,3 @@ class Encoder:
         except OSError as error:
             self._is_writing = False
             self.warn(f"data.feature_cache: no more features are kept, other images are encoded each time ({error})")
-
-
-def _tiles_by_image(batch: Batch) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number of each image to encode and its tiles."""
-    images = sorted(batch.to_encode)  # as their tiles lie, since numbers follow the sizes of tiles
-    for tiles in batch.tiles:
-        while len(tiles):
-            number = images.pop(0)
-            own = batch.num_tiles[number]
-            yield number, tiles[:own]
-            tiles = tiles[own:]

@@ -231,9 +231,9 @@ def _source(name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _whole_images(batch: Batch) -> Iterator[Tensor]:
     """Yield the tile of each image that shows the whole of it, which is its last."""
-    stops = accumulate(batch.num_tiles)
-    tiles = [tile_CHW for tiles_KCHW in batch.tiles for tile_CHW in tiles_KCHW]
-    return (tiles[stop - 1] for stop in stops)
+    for number, tiles_KCHW in batch.tiles_by_image():
+        height, width = batch.tilings[number].tile_sizes[-1]
+        yield tiles_KCHW[-1, :, :height, :width]
 
 
 def _image(tile_CHW: Tensor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Shape letters, here and wherever tensors are named:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -96,11 +96,19 @@ class Tiling(NamedTuple):
     columns: int
     height: int  # height of a tile in pixels
     width: int  # width of a tile in pixels
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of what each tile shows, where they differ: the rest of a tile, on the right and at the bottom,
+    is padding. Empty where tiles are full."""
 
     @property
     def num_tiles(self) -> int:
         """Tiles of the grid and the one that shows the whole image."""
         return self.rows * self.columns + 1
+
+    @property
+    def tile_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of what each tile shows."""
+        return self.sizes or ((self.height, self.width),) * self.num_tiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,8 +212,8 @@ class Batch:
     num_states: tuple[int, ...]
     """How many states each of the N images has. Images are numbered so that those with tiles of one size follow one
     another, each size in the order in which its images are shown."""
-    num_tiles: tuple[int, ...]
-    """How many tiles each of the N images has."""
+    tilings: tuple[Tiling, ...]
+    """How each of the N images is cut."""
     num_trained_tokens: int
     """Trained tokens of the whole optimizer step, over all its micro-batches: what the summed loss is divided by."""
     features_RE: Tensor | None = None
@@ -231,6 +239,16 @@ class Batch:
     def num_images(self) -> int:
         """Distinct images, a dummy's among them."""
         return len(self.num_states)
+
+    def tiles_by_image(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of each image whose tiles are here, and these."""
+        numbers = iter(range(self.num_images) if self.features_RE is None else sorted(self.to_encode))
+        for tiles_KCHW in self.tiles:
+            while len(tiles_KCHW):
+                number = next(numbers)  # as their tiles lie, since numbers follow the sizes of tiles
+                own = self.tilings[number].num_tiles
+                yield number, tiles_KCHW[:own]
+                tiles_KCHW = tiles_KCHW[own:]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with its tensors on `device`."""

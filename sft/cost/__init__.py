@@ -5,7 +5,8 @@ estimate      what the training of a recipe needs, and what to change when it do
 memory        bytes at every moment of a step, from what a family counts of its model
 devices       the GPUs: memory, speed, price; model_config: config.json, with as little download as can be
 idefics/      what a training step of IDEFICS-1 costs
-idefics3/     what one of Idefics3 and SmolVLM costs, counted in the same way
+idefics2/     what one of Idefics2 costs, counted in the same way
+idefics3/     what one of Idefics3 and SmolVLM costs, and what these families share
 
     recipe -> Setting, config.json -> ModelCost;  ModelCost.cost(Setting) -> Cost (bytes by kind, flop) -> Estimate
 """

@@ -48,7 +48,10 @@ class KeptStates:
         if not any(self._uses[image] > 1 for image in shown.numbers):
             return batch
         device = batch.input_ids_T.device
-        new = {image: model.encode_images([part.to(device) for part in own]) for image, own in tiles.items()}
+        new = {
+            image: model.encode_images([part.to(device) for part in own], [shown.tilings[image]])
+            for image, own in tiles.items()
+        }
         features_RE = torch.cat([new[image] if image in new else self._states[image] for image in shown.numbers])
         self._states |= {image: states for image, states in new.items() if image in self._is_kept}
         return replace(batch, features_RE=features_RE, tiles=())

@@ -274,7 +274,7 @@ def _batch(forward: _Forward, source: OpenedImages, kept: KeptStates) -> _Laid:
         state_ids_T=torch.from_numpy(np.where(forward.states_T >= 0, starts[image_ids_T] + forward.states_T, -1)),
         tiles=shown.lay_tiles(tiles, refs),
         num_states=tuple(shown.num_states.values()),
-        num_tiles=tuple(tiling.num_tiles for tiling in shown.tilings.values()),
+        tilings=tuple(shown.tilings.values()),
         num_trained_tokens=0,
         sequences=forward.sequences,
     )

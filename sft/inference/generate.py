@@ -17,7 +17,7 @@ from sft.core.sample import EncodedSample, ImageRef, Message
 from sft.models import family_of
 from sft.models.chat_template import ChatTemplate
 from sft.models.family import Tiles
-from sft.models.image_transform import load_tiles
+from sft.models.image_transform import load_tiles, tiling_of
 from sft.models.packed_model import PackedModel
 
 OnText = Callable[[str], None] | None
@@ -80,7 +80,9 @@ def generate(
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 encoded = [prompt.encoded for prompt in batch]
                 tiles = [[load(image) for image in prompt.images] for prompt in batch]
-                inputs = _left_padded(encoded, tokenizer.pad_token_id) | model.generation_inputs(encoded, tiles)
+                tilings = [[tiling_of(image, images) for image in prompt.images] for prompt in batch]
+                inputs = model.generation_inputs(encoded, tiles, tilings)
+                inputs |= _left_padded(encoded, tokenizer.pad_token_id)
                 on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
                 output_BT = model.generate(**on_device, generation_config=config, streamer=streamer)
             new_tokens = output_BT[:, inputs["input_ids"].shape[1] :].tolist()

@@ -10,9 +10,13 @@ grouped_attention         attention inside groups of tokens; loss: cross entropy
 lora                      adapters, through PEFT
 activation_checkpointing  which layers are computed again in the backward pass
 model_folder              the safetensors files of a model folder, into memory and into a prepared base
+preprocessor              what preprocessor_config.json of a folder says of images
+inline_model              what families whose images are part of the text share: images and the forward;
+inline_folder             their folders, loaded and saved
 plain_folder              what a saved folder has besides weights, so that transformers or PEFT alone open it
 base_model                the base of a recipe or of adapters; loaded_model: a model, loaded for evaluation and chat
 idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
+idefics2/                 Idefics2
 idefics3/                 Idefics3, SmolVLM and SmolVLM2
 """
 

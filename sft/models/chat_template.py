@@ -159,6 +159,7 @@ class ChatTemplate:
                 if piece.text == IMAGE:
                     positions.append(len(input_ids))
                     ids = self._image_ids(next(to_come))
+                    ids = ids[self.images.shares_border and input_ids[-1:] == ids[:1] :]
                 input_ids.extend(ids)
                 trained.extend([piece.is_trained] * len(ids))
             else:

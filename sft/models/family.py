@@ -86,6 +86,10 @@ class Images(Protocol):
         """Whether images of different sizes have different tilings. If not, no image is opened to learn its size."""
 
     @property
+    def shares_border(self) -> bool:
+        """Whether the last token of an image is the first one of an image that follows directly."""
+
+    @property
     def state_token_id(self) -> int | None:
         """The token in whose places the states of images stand; None in a family whose text looks at images."""
 

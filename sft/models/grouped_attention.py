@@ -74,14 +74,15 @@ class Groups(NamedTuple):
         return max((bucket.length for bucket in self.buckets), default=0)
 
 
-def group_tokens(group_ids_T: Tensor) -> Groups:
-    """Sort tokens into buckets by their group id. Done once a micro-batch, used by every layer."""
+def group_tokens(group_ids_T: Tensor, *, is_causal: bool = True) -> Groups:
+    """Sort tokens into buckets by their group id. Done once a micro-batch, used by every layer. Where attention is not
+    causal, no group is padded: its tokens would see the padding."""
     device = group_ids_T.device
     group_ids_T = group_ids_T.cpu()
     by_group = torch.argsort(group_ids_T, stable=True)
     by_group = by_group[group_ids_T[by_group] >= 0]
     ids, sizes = torch.unique_consecutive(group_ids_T[by_group], return_counts=True)
-    return _buckets(ids, sizes, by_group, len(group_ids_T), device)
+    return _buckets(ids, sizes, by_group, len(group_ids_T), device, _MAX_PADDING if is_causal else 1.0)
 
 
 def group_sequences(sequences: Sequence[Tensor], num_tokens: int, device: torch.device) -> Groups:
@@ -115,11 +116,18 @@ def _tree_mask(sequences: Sequence[Tensor], num_tokens: int) -> Tensor:
     return mask_TT
 
 
-def _buckets(ids: Tensor, sizes: Tensor, by_group: Tensor, num_tokens: int, device: torch.device) -> Groups:
+def _buckets(
+    ids: Tensor,
+    sizes: Tensor,
+    by_group: Tensor,
+    num_tokens: int,
+    device: torch.device,
+    max_padding: float = _MAX_PADDING,
+) -> Groups:
     """Groups of the sizes given, whose tokens are laid end to end in `by_group`; all of it on the CPU."""
     starts = sizes.cumsum(0) - sizes
     buckets, tokens, is_real = [], [by_group[:0]], [by_group[:0].bool()]
-    for members in _similar_sizes(sizes, 1.0 if device.type == "cuda" else _MAX_PADDING):
+    for members in _similar_sizes(sizes, 1.0 if device.type == "cuda" else max_padding):
         longest = int(sizes[members].max())
         column = torch.arange(longest)
         real_GL = column < sizes[members, None]
@@ -186,18 +194,21 @@ def grouped_attention(
     query_1ATD: Tensor,
     key_1ASD: Tensor,
     value_1ASD: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Groups | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     groups: Groups | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each token to its own group, in the form of transformers' attention interface.
 
-    In a self-attention module (`module.is_cross_attention` false or missing) the states of a group are its own tokens,
-    causally. In a cross-attention module they are the S / N states of the image whose number is the group id. Without
-    `groups` this is plain attention, masked, or bidirectional in a module that is not causal (the vision tower), so
-    that a model set to this implementation still generates. Returns the output as (1, T, A, D).
+    In a self-attention module (`module.is_cross_attention` false or missing) the states of a group are its own tokens:
+    all of them, or causally in a module that is causal, and of those the last `sliding_window` if one is given. In a
+    cross-attention module they are the S / N states of the image whose number is the group id. `groups` may stand in
+    the place of the mask, which is all that some modules hand on. Without `groups` this is plain attention, masked, or
+    bidirectional in a module that is not causal (the vision tower), so that a model set to this implementation still
+    generates. Returns the output as (1, T, A, D).
 
     Raises:
         ValueError: neither `groups` nor a mask is given. Attention would be bidirectional, silently.
@@ -205,6 +216,8 @@ def grouped_attention(
     shared = query_1ATD.shape[1] // key_1ASD.shape[1]
     if shared > 1:  # several query heads share a head of keys and values (grouped-query attention)
         key_1ASD, value_1ASD = (x.repeat_interleave(shared, dim=1) for x in (key_1ASD, value_1ASD))
+    if isinstance(attention_mask, Groups):
+        groups, attention_mask = attention_mask, None
     if groups is None:
         if attention_mask is None and module.is_causal:
             raise ValueError("grouped attention was given neither groups nor a mask: it would not be causal")
@@ -212,7 +225,11 @@ def grouped_attention(
         return output.transpose(1, 2).contiguous(), None
 
     if groups.mask_TT is not None:
-        output = _attend(query_1ATD, key_1ASD, value_1ASD, dropout, scaling, mask=groups.mask_TT)
+        mask_TT = groups.mask_TT
+        if sliding_window:
+            places_T = mask_TT.sum(1)
+            mask_TT = mask_TT & (places_T[:, None] - places_T < sliding_window)
+        output = _attend(query_1ATD, key_1ASD, value_1ASD, dropout, scaling, mask=mask_TT)
         return output.transpose(1, 2).contiguous(), None
     query_TAD, key_SAD, value_SAD = (x[0].transpose(0, 1) for x in (query_1ATD, key_1ASD, value_1ASD))
     to_places, to_tokens = (groups.tokens_P, groups.padding), (groups.places_T, groups.alone)
@@ -225,19 +242,34 @@ def grouped_attention(
         key_NSAD, value_NSAD = (x.reshape(kwargs["num_images"], -1, *x.shape[1:]) for x in (key_SAD, value_SAD))
         output_PAD = _attend_images(query_PAD, key_NSAD, value_NSAD, groups, dropout, scaling)
     else:
-        output_PAD = _attend_themselves(query_PAD, to_rows(key_SAD), to_rows(value_SAD), groups, dropout, scaling)
+        key_PAD, value_PAD = to_rows(key_SAD), to_rows(value_SAD)
+        is_causal = bool(module.is_causal)
+        output_PAD = _attend_themselves(
+            query_PAD, key_PAD, value_PAD, groups, dropout, scaling, is_causal=is_causal, window=sliding_window
+        )
     return _move(output_PAD, to_tokens, to_places)[None], None
 
 
 def _attend_themselves(
-    query_PAD: Tensor, key_PAD: Tensor, value_PAD: Tensor, groups: Groups, dropout: float, scaling: float | None
+    query_PAD: Tensor,
+    key_PAD: Tensor,
+    value_PAD: Tensor,
+    groups: Groups,
+    dropout: float,
+    scaling: float | None,
+    *,
+    is_causal: bool,
+    window: int | None,
 ) -> Tensor:
-    """Causal self-attention of every group."""
+    """Self-attention of every group; in causal attention to the last `window` tokens at most."""
     if has_flash_attention(value_PAD) and not dropout:
-        return _flash(query_PAD, key_PAD, value_PAD, groups, groups.borders, groups.longest, scaling, is_causal=True)
+        return _flash(query_PAD, key_PAD, value_PAD, groups, groups.borders, groups.longest, scaling, is_causal, window)
     results = []
     for query, key, value in zip(*(_rows(x, groups) for x in (query_PAD, key_PAD, value_PAD)), strict=True):
-        output_GALD = _attend(query, key, value, dropout, scaling, is_causal=True)
+        length, mask = query.shape[2], None
+        if window and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        output_GALD = _attend(query, key, value, dropout, scaling, is_causal=is_causal and mask is None, mask=mask)
         results.append(output_GALD.transpose(1, 2).flatten(0, 1))
     return torch.cat(results)
 
@@ -253,7 +285,7 @@ def _attend_images(
         states = value_NSAD.shape[1]
         borders = torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device) * states
         key, value = (x[ids].flatten(0, 1) for x in (key_NSAD, value_NSAD))
-        return _flash(query_PAD, key, value, groups, borders, states, scaling, is_causal=False)
+        return _flash(query_PAD, key, value, groups, borders, states, scaling, False)
     results = []
     for bucket, query in zip(groups.buckets, _rows(query_PAD, groups), strict=True):
         key, value = (x[bucket.ids_G].transpose(1, 2) for x in (key_NSAD, value_NSAD))
@@ -301,8 +333,8 @@ def _flash(
     state_borders: Tensor,
     most_states: int,
     scaling: float | None,
-    *,
     is_causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Attend all groups in one call (measured on an H200 by `scripts/check_gpu attention`)."""
     from torch.nn.attention import varlen
@@ -316,7 +348,7 @@ def _flash(
         groups.longest,
         most_states,
         scale=scaling,
-        window_size=(-1, 0) if is_causal else (-1, -1),
+        window_size=((window or 0) - 1, 0) if is_causal else (-1, -1),
     )
     return torch.as_tensor(output)
 

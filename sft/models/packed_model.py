@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from sft.core.sample import NO_SOURCE, Batch, EncodedSample
+from sft.core.sample import NO_SOURCE, Batch, EncodedSample, Tiling
 from sft.models.family import Tiles
 from sft.models.grouped_attention import Groups, group_sequences, group_tokens, grouped_attention
 from sft.models.loss import summed_loss, token_losses, trained_positions, z_losses
@@ -66,8 +66,9 @@ class PackedModel(nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             """Return what `forward` does."""
 
-    def encode_images(self, tiles: Sequence[Tensor]) -> Tensor:
-        """Return the states (R, E) of images, of uint8 tiles (K, C, H, W), a tensor for each size."""
+    def encode_images(self, tiles: Sequence[Tensor], tilings: Sequence[Tiling]) -> Tensor:
+        """Return the states (R, E) of images, of uint8 tiles (K, C, H, W), a tensor for each size, and of how the
+        images are cut."""
         raise NotImplementedError  # each family has its own
 
     def hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
@@ -80,10 +81,13 @@ class PackedModel(nn.Module):
         raise NotImplementedError
 
     def generation_inputs(
-        self, prompts: Sequence[EncodedSample], tiles: Sequence[Sequence[Tiles]]
+        self,
+        prompts: Sequence[EncodedSample],
+        tiles: Sequence[Sequence[Tiles]],
+        tilings: Sequence[Sequence[Tiling]],
     ) -> dict[str, Tensor]:
         """Return what `generate` takes besides token ids and their mask, for prompts that are padded on the left.
-        `tiles` are those of each image of each prompt."""
+        `tiles` are those of each image of each prompt, `tilings` how it is cut."""
         raise NotImplementedError
 
     def packed_forward(self, batch: Batch, read_P: Tensor | None, z_loss: float) -> PackedOutput | Tensor:
@@ -112,7 +116,7 @@ class PackedModel(nn.Module):
         if batch.features_RE is not None and len(batch.features_RE):
             assert not batch.to_encode, "sft.batches.feature_cache.Encoder completes a batch"
             return batch.features_RE.to(self.dtype)
-        return self.encode_images(batch.tiles) if batch.tiles else None
+        return self.encode_images(batch.tiles, batch.tilings) if batch.tiles else None
 
     def _logits(self, hidden_PD: Tensor) -> Tensor:
         """Apply the head. In evaluation it computes in float32 whatever autocast says: bfloat16 logits of two options

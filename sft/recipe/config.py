@@ -29,8 +29,10 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-INLINE_FAMILIES = ("idefics3", "smolvlm")
-"""Families of this tree whose images are part of the text, of which some defaults are others."""
+INLINE_FAMILIES = {"idefics2": 12, "idefics3": 1, "smolvlm": 1}
+"""Families of this tree whose images are part of the text, of which some defaults are others; for each what images
+may weigh in a pack for a token of it. Every tile has more tokens than that, but those of Idefics2, which weigh their
+patches, may be large: a split image of the largest size weighs 24,500."""
 
 INLINE_LENGTH = 8192
 """Tokens of their packs: 2,048 hold one split image of SmolVLM-256M and none of Idefics3-8B."""
@@ -87,7 +89,10 @@ class LoraSettings(_Part):
 
 class ImageSettings(_Part):
     longest_edge: Positive | None = None
-    """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles."""
+    """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles; in idefics2 down
+    only."""
+    shortest_edge: Positive | None = None
+    """Pixels that an edge has at least, of idefics2."""
     split: bool | None = None
     """Whether an image is cut. If not, it is one tile that shows the whole."""
 
@@ -120,7 +125,7 @@ class ModelConfig(_Part):
         if isinstance(trainable, list | tuple) and "extra_rows" not in trainable:
             trainable = (*trainable, "extra_rows")
         lora = {} if values.get("lora") is None else values["lora"]
-        if isinstance(lora, dict) and values.get("family") in INLINE_FAMILIES:
+        if isinstance(lora, dict) and str(values.get("family")) in INLINE_FAMILIES:
             lora = {"targets": ("language",)} | lora
         return values | {"trainable": trainable, "lora": lora}
 
@@ -232,7 +237,8 @@ class DataConfig(_Part):
     """Tokens of a pack. Left out where images are part of the text (idefics3): 8192."""
     max_images_per_pack: Positive = 24
     """Distinct images of a pack; where they are cut, their tiles. Left out where images are part of the text
-    (idefics3): as many as there are tokens, which allow fewer."""
+    (idefics3): as many as there are tokens, which allow fewer. Of idefics2 their patches, of 14 x 14 pixels; left out,
+    12 for each token."""
     max_samples_per_image_per_pack: Positive = 4
     """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
     long_conversations: Policy = "prefix"
@@ -487,10 +493,15 @@ class Recipe(_Part):
     def _fill(cls, values: Any) -> Any:
         """Fill in what the family implies, so that the recipe in a run's folder has it."""
         model, data = (values.get("model"), values.get("data")) if isinstance(values, dict) else (None, None)
-        if not isinstance(model, dict) or not isinstance(data, dict) or model.get("family") not in INLINE_FAMILIES:
+        if not isinstance(model, dict) or not isinstance(data, dict):
+            return values
+        weight = INLINE_FAMILIES.get(str(model.get("family")))
+        if weight is None:
             return values
         data = {"sequence_length": INLINE_LENGTH} | data
-        return values | {"data": {"max_images_per_pack": data["sequence_length"]} | data}
+        length = data["sequence_length"]
+        most = length * weight if isinstance(length, int) else length
+        return values | {"data": {"max_images_per_pack": most} | data}
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -271,9 +271,9 @@ def work(monkeypatch):
     done = {"encoded": 0, "decoded": 0}
     encode, decode = PackedIdefics.encode_images, "sft.batches.image_source.load_tiles"
 
-    def encoded(self, tiles):
+    def encoded(self, tiles, tilings):
         done["encoded"] += sum(map(len, tiles))
-        return encode(self, tiles)
+        return encode(self, tiles, tilings)
 
     def decoded(*arguments):
         done["decoded"] += 1

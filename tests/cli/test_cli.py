@@ -274,7 +274,7 @@ def questions(tmp_path):
 
 
 def test_a_model_that_is_not_idefics_is_refused(llama, questions, refusal):
-    expected = "model_type is 'llama', which is no known family (idefics, idefics3)"
+    expected = "model_type is 'llama', which is no known family (idefics, idefics2, idefics3)"
     assert expected in refusal("chat", llama)
     assert expected in refusal("evaluate", llama, "--benchmark", questions)
 

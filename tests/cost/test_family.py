@@ -1,21 +1,24 @@
 """`plan` knows no family by name: it asks the module `cost` of whatever family a recipe names."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import status_of
+from helpers.tiled import byte_tokenizer, tiny_config
 from transformers import Idefics3Config
 
 from sft.core.errors import UserError
 from sft.cost.family import Setting, read_model
 from sft.cost.idefics3.cost import TiledCost
-from sft.models.idefics3.packed import model_class
+from sft.models import get_family
 
 RELEASED = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": 256_484_928,
     "HuggingFaceTB/SmolVLM-500M-Instruct": 507_482_304,
     "HuggingFaceTB/SmolVLM-Instruct": 2_246_272_880,
     "HuggingFaceM4/Idefics3-8B-Llama3": 8_462_086_384,
+    "HuggingFaceM4/idefics2-8b": 8_402_768_112,
 }
 
 
@@ -43,21 +46,33 @@ def test_a_family_outside_the_tree_is_planned_by_its_own_costs(tiled_base, capsy
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_shapes_have_their_parameters_to_the_digit(name):
-    assert read_model("smolvlm", name).parameters == RELEASED[name]
+    family = "idefics2" if "idefics2" in name else "smolvlm"
+    assert read_model(family, name).parameters == RELEASED[name]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_transformers_by_group(tiled_base, tied):
-    file = tiled_base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": tied}))
-    config, cost = Idefics3Config.from_pretrained(tiled_base), read_model("idefics3", str(tiled_base))
-    model = model_class(config)(config)
+@pytest.mark.parametrize("family", ["idefics3", "idefics2"])
+def test_parameters_are_those_of_transformers_by_group(tmp_path, family, tied):
+    config = tiny_config(byte_tokenizer(), family, tied)
+    config.save_pretrained(tmp_path)
+    cost, model = read_model(family, str(tmp_path)), get_family(family).weights.model_class(config)(config)
     assert cost.parameters == sum(weight.numel() for weight in model.parameters())
     parts = {"vision": model.model.vision_model, "connector": model.model.connector, "head": model.lm_head}
     for group, part in parts.items():
         setting = Setting(tokens=256, images=1, image_weight=17, trained_tokens=256, trainable=(group,))
         own = 0 if tied and group == "head" else sum(weight.numel() for weight in part.parameters())
         assert cost.trained_parameters(setting) == own, group
+
+
+def test_patches_of_idefics2_are_what_a_pack_costs(tmp_path):
+    tiny_config(byte_tokenizer(), "idefics2").save_pretrained(tmp_path)
+    images = {"longest_edge": 128, "shortest_edge": 48}
+    split, whole = (read_model("idefics2", str(tmp_path), images | {"split": split}) for split in (True, False))
+    assert split.fullest_images(256, 3072) == (9, 9 * 5 * 64) and whole.fullest_images(256, 3072) == (42, 42 * 64)
+    assert whole.fullest_images(256, 300) == (33, 300), "as many as there may be of the smallest, of 9 patches"
+    setting = Setting(tokens=256, images=4, image_weight=256, trained_tokens=256, trainable=("vision",))
+    light, heavy = (whole.cost(replace(setting, image_weight=weight)) for weight in (64, 256))
+    assert light.flop < heavy.flop and light.bytes["images"] < heavy.bytes["images"]
 
 
 def test_image_settings_of_a_recipe_are_planned_with(tiled_base):
@@ -67,6 +82,6 @@ def test_image_settings_of_a_recipe_are_planned_with(tiled_base):
 
 def test_a_family_without_costs_is_refused_in_one_line_that_names_those_known(refusal):
     printed = refusal("plan", "quickstart", "model.family=xml")
-    assert "model.family: plan knows no costs of 'xml' (known: idefics, idefics3;" in printed
+    assert "model.family: plan knows no costs of 'xml' (known: idefics, idefics2, idefics3;" in printed
     with pytest.raises(UserError, match="model_type is 'idefics'; expected 'idefics3' or 'smolvlm'"):
         read_model("idefics3", "shipped:tiny_base")

@@ -1,20 +1,19 @@
-"""A tiny Idefics3 or SmolVLM: byte-level vocabularies, random weights that are not too small to see, pictures."""
+"""A tiny Idefics2, Idefics3 or SmolVLM: their vocabularies, random weights that are not too small to see, pictures."""
 
 import io
 
 import numpy as np
 import torch
-from conftest import CORPUS, conversation
+from conftest import CORPUS, base_tokenizer, conversation
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Idefics3Config, PreTrainedTokenizerFast, SmolVLMConfig
+from transformers import Idefics2Config, Idefics3Config, PreTrainedTokenizerFast, SmolVLMConfig
 
 from sft.batches.collate import collate
 from sft.batches.image_source import OpenedImages
 from sft.core.sample import ImageRef, Message, PlacedSample, Sample
-from sft.models.idefics3.packed import model_class
+from sft.models import get_family
 from sft.models.idefics3.text import END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
-from sft.models.idefics3.weights import save_model, save_processor
 
 TILE, LONGEST_EDGE = 64, 128
 GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
@@ -37,30 +36,51 @@ def byte_tokenizer(start="<|im_start|>", end=END_OF_UTTERANCE, tags=(GLOBAL, *GR
     return tokenizer
 
 
-def tiny_folder(folder, tokenizer, kind="idefics3", tied=False, **settings):
-    """Write a model of 2 + 2 layers with shared key and value heads, its tokenizer and its preprocessor_config.json."""
-    torch.manual_seed(0)
+def piece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Idefics2's: pieces by legacy rules, and the tokens of images and of a turn's end."""
+    tokenizer = base_tokenizer()
+    tokenizer.add_tokens([FAKE, IMAGE, END_OF_UTTERANCE], special_tokens=True)
+    return tokenizer
+
+
+def tiny_config(tokenizer, kind="idefics3", tied=False):
+    """Two layers of each part, with shared key and value heads."""
     text = dict(
-        model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
+        model_type="mistral" if kind == "idefics2" else "llama", vocab_size=512, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
     )  # fmt: skip
     vision = dict(
         hidden_size=64, patch_size=16, image_size=TILE, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=128,
     )  # fmt: skip
-    config = (SmolVLMConfig if kind == "smolvlm" else Idefics3Config)(
-        text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=tied, pad_token_id=0,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-    )  # fmt: skip
-    config.preprocessor = {"size": {"longest_edge": LONGEST_EDGE}, "max_image_size": {"longest_edge": TILE}, **settings}
-    model = model_class(config)(config)
+    others = dict(tie_word_embeddings=tied, pad_token_id=0, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE))
+    if kind == "idefics2":
+        perceiver = dict(
+            hidden_size=64, resampler_n_latents=4, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=8,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        text |= {"sliding_window": 48}
+        return Idefics2Config(text_config=text, vision_config=vision, perceiver_config=perceiver, **others)
+    config = SmolVLMConfig if kind == "smolvlm" else Idefics3Config
+    return config(text_config=text, vision_config=vision, scale_factor=2, **others)
+
+
+def tiny_folder(folder, tokenizer, kind="idefics3", tied=False, **settings):
+    """Write a model, its tokenizer and its preprocessor_config.json, in which `settings` are other than usual."""
+    torch.manual_seed(0)
+    config, weights = tiny_config(tokenizer, kind, tied), get_family(kind).weights
+    edges = {"longest_edge": LONGEST_EDGE} | ({"shortest_edge": 48} if kind == "idefics2" else {})
+    config.preprocessor = {"size": edges, "max_image_size": {"longest_edge": TILE}, **settings}
+    model = weights.model_class(config)(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(2)
+            if name.endswith(".latents"):
+                parameter.add_(torch.randn(parameter.shape))
     folder.mkdir(parents=True)
-    save_model(model, folder, torch.float32)
-    save_processor(tokenizer, config, folder)
+    weights.save_model(model, folder, torch.float32)
+    weights.save_processor(tokenizer, config, folder)
     return folder
 
 

@@ -1,16 +1,14 @@
 """The ids that idefics-9b-instruct was trained with, under the real LLaMA-1 vocabulary (transformers#28591)."""
 
-import base64
 import copy
 import json
-import re
-import struct
 from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, TOY_IMAGES, conversation
 from helpers.golden_ids import A_DOG, ASSISTANT, CHAT_IDS
-from tokenizers import Tokenizer, decoders, models, normalizers
+from helpers.pieces import legacy_tokenizer
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sft.checks.model import check_tokens
@@ -31,25 +29,7 @@ TURNS = conversation(("<dog>", "Describe this image."), "A dog.", "What is it?",
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of idefics-9b-instruct, from the files of llama-tokenizer-js."""
-    source = VOCABULARY.read_text(encoding="utf-8")
-
-    def embedded(name: str) -> bytes:
-        match = re.search(f'{name} = "([^"]+)"', source)
-        assert match is not None
-        return base64.b64decode(match[1])
-
-    pieces = embedded("llama_vocab_base64").decode().split("\n")
-    numbers = [number for (number,) in struct.iter_unpack("<H", embedded("llama_merges_binary"))]
-    merges = [(pieces[a], pieces[b]) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
+    tokenizer = legacy_tokenizer(VOCABULARY, "llama_")
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     return tokenizer
 

@@ -174,3 +174,25 @@ def test_a_torch_without_windows_attends_by_buckets(older):
     assert has_varlen()
     with patch.object(varlen, "varlen_attn", older), patch.object(attention, "find_spec", lambda name: older):
         assert not has_varlen()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_patches_of_a_tile_attend_to_all_of_it(sizes):
+    """Each size is a call of its own. Groups come in the place of the mask, which is all that some modules hand on."""
+    tile_ids_P = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    groups = group_tokens(tile_ids_P, is_causal=False)
+
+    def attend(query, key, value):
+        return grouped_attention(VISION, query, key, value, groups)[0]
+
+    assert_equal(attend, dense(tile_ids_P[:, None] == tile_ids_P), len(tile_ids_P), len(tile_ids_P))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9))
+def test_a_window_is_the_last_tokens_of_a_segment(lengths, window):
+    segment_ids_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    tokens = torch.arange(len(segment_ids_T))
+    back_TT = tokens[:, None] - tokens
+    may_see_TT = (segment_ids_T[:, None] == segment_ids_T) & (back_TT >= 0) & (back_TT < window)
+    attend = grouped(SELF, segment_ids_T, sliding_window=window)
+    assert_equal(attend, dense(may_see_TT), len(tokens), len(tokens))

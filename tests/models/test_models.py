@@ -74,7 +74,9 @@ def test_a_model_is_asked_as_its_own_family_says(toy_family):
 
 def test_a_family_that_is_not_known_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match=r"model_type is 'llama', which is no known family \(idefics, idefics3\)"):
+    with pytest.raises(
+        UserError, match=r"model_type is 'llama', which is no known family \(idefics, idefics2, idefics3\)"
+    ):
         find_family(tmp_path)
 
 

@@ -35,10 +35,11 @@ class _Activations:
             block_input = patches * shape.vision_hidden * 4
             result.append(self._stage("vision", patches * self._vision_layer(), block_input, patches))
         elif images and not self.setting.encoded:  # nothing is kept, but a layer works when the text has kept nothing
-            working = patches * (12 * shape.vision_hidden + 3 * self.half * shape.vision_intermediate)
+            widest = max(layer.outputs for layer in shape.linears if layer.rows == "patches")
+            working = patches * (12 * shape.vision_hidden + 3 * self.half * widest)
             result.append(Stage(kept=0, working=working, trained=0, copies=0, of_images=True))
         if images and shape.resampler_layers and self.model.has_backward("resampler"):
-            block = (self._connector() if shape.connector_inputs else self._resampler_block()) * images
+            block = self._image_block() * images
             result.append(self._stage("resampler", block, block, 0))
         block_input = tokens * shape.hidden * self.stream
         if shape.cross_layers:
@@ -147,9 +148,23 @@ class _Activations:
             + self._inputs("vision", I, "fc2", stream=half)
         )
 
-    def _connector(self) -> float:
-        """Return what a linear layer between tower and language model keeps for each image."""
-        return self.shape.states * self._inputs("resampler", self.shape.connector_inputs, "proj", stream=self.half)
+    def _image_block(self) -> float:
+        """Return what a block of the resampler, or of what is in its place, keeps for each image."""
+        if self.shape.connector_inputs:
+            return self.shape.states * self._inputs("resampler", self.shape.connector_inputs, "proj", stream=self.half)
+        return self._gated_block() if self.shape.perceiver_key_values else self._resampler_block()
+
+    def _gated_block(self) -> float:
+        """Return what a block of Idefics2's perceiver keeps for each image, with its share of the gated MLP before it:
+        input and output of each linear layer, and the norms' inputs."""
+        shape, latents = self.shape, self.shape.resampler_latents
+        rows = {"patches": shape.patches, "latents": latents, "context": shape.patches + latents}
+        kept = 0.0
+        for layer in shape.of_group("resampler"):
+            a_row = self._inputs("resampler", layer.inputs, layer.name, stream=4) + layer.outputs * self.half
+            kept += rows[layer.rows] * layer.count * a_row
+        norms = (shape.patches + 2 * latents) * self._norm(shape.state_size, 4)
+        return kept / shape.resampler_layers + norms
 
     def _resampler_block(self) -> float:
         """Return what a block of the resampler keeps for each image."""

@@ -81,6 +81,8 @@ class Shape:
     """Whether the head is the embedding."""
     connector_inputs: int = 0
     """Numbers from which a linear layer makes an image state, where such a layer follows the tower."""
+    perceiver_key_values: int = 0
+    """Numbers of the keys of Idefics2's perceiver, and of its values."""
 
     @property
     def state_size(self) -> int:
@@ -91,6 +93,11 @@ class Shape:
     def patches(self) -> int:
         """Patches of an image, the class token among them."""
         return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def positions(self) -> int:
+        """Positions that the tower knows."""
+        return self.patches
 
     @property
     def states(self) -> int:
@@ -166,7 +173,7 @@ class Shape:
             return (2 * D + 2 * self.qk_norms * (D // self.heads)) * self.cross_layers + self.gates
         if group == "vision":
             biases = sum(linear.outputs * linear.count for linear in self.of_group("vision"))
-            return biases + 4 * E * self.vision_layers + 4 * E + self.pixel_weights + E + self.patches * E
+            return biases + 4 * E * self.vision_layers + 4 * E + self.pixel_weights + E + self.positions * E
         norms = 6 * E + 4 * self.resampler_qk_norms * self.resampler_head
         return (norms * self.resampler_layers + self.resampler_latents * E + 2 * E) if self.resampler_layers else 0
 

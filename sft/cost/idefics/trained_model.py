@@ -83,10 +83,10 @@ class TrainedModel:
                 yield self.setting.lora_rank, linear.inputs, linear.count
                 yield linear.outputs, self.setting.lora_rank, linear.count
         if trains("vision"):
-            yield shape.patches, vision_hidden, 1
+            yield shape.positions, vision_hidden, 1
             yield shape.patch_size, shape.patch_size, 3 * vision_hidden  # of the convolution by which the tower begins
         if trains("resampler") and shape.resampler_layers and shape.resampler_latents:
-            yield shape.resampler_latents, vision_hidden, 1
+            yield shape.resampler_latents, shape.state_size, 1
         yield shape.vocabulary, hidden, trains("embeddings") + trains("head")
         yield shape.extra_rows, hidden, 2 * trains("extra_rows")
 

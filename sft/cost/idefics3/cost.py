@@ -11,10 +11,11 @@ from sft.core.shipped import resolve
 from sft.cost.family import Cost, Setting
 from sft.cost.idefics.cost import cost_of
 from sft.cost.idefics.trained_model import TrainedModel
-from sft.cost.idefics3.shapes import TiledShape, shape_of
+from sft.cost.idefics3.shapes import InlineShape, TiledShape, shape_of
 from sft.cost.model_config import load_model_config
 from sft.models.idefics3.names import MODEL_TYPES
-from sft.models.idefics3.tilings import TileSettings, read_preprocessor, with_settings
+from sft.models.idefics3.tilings import TileSettings
+from sft.models.preprocessor import read_preprocessor, with_settings
 
 RELEASED = {
     **dict.fromkeys((f"HuggingFaceTB/SmolVLM-256M-{kind}" for kind in ("Base", "Instruct")), "smolvlm-256m.json"),
@@ -40,11 +41,10 @@ def read_model(path: str, images: Mapping[str, Any] | None = None) -> TiledCost:
 
 
 @dataclass(frozen=True)
-class TiledCost:
-    """What a model of Idefics3 or SmolVLM costs."""
+class InlineCost:
+    """What a model costs whose images are part of the text."""
 
-    shape: TiledShape
-    tiles: TileSettings
+    shape: InlineShape
 
     @property
     def parameters(self) -> int:
@@ -54,25 +54,32 @@ class TiledCost:
     def cost(self, setting: Setting) -> Cost:
         """Return memory and operations of a training step on each GPU: of packs full of images or of packs of text
         alone, whichever take more memory. An image's tokens are not trained, and logits are large."""
-        tiles = setting.image_weight or setting.images
-        text = max(setting.tokens - tiles * (self.shape.states + MARKERS), 1)
+        shape, tiles = self.mean_tile(setting)
+        text = max(setting.tokens - tiles * (shape.states + MARKERS), 1)
         full = replace(setting, images=tiles, trained_tokens=min(setting.trained_tokens, text))
         one = replace(setting, images=1)  # the tile of a dummy
-        return max((cost_of(self._counted(kind)) for kind in (full, one)), key=lambda cost: cost.peak_bytes)
+        return max((cost_of(_counted(shape, kind)) for kind in (full, one)), key=lambda cost: cost.peak_bytes)
 
-    def _counted(self, setting: Setting) -> TrainedModel:
-        """Return a model whose connector is counted as a resampler."""
-        trainable = setting.trainable and tuple(_counted_as(group) for group in setting.trainable)
-        return TrainedModel(self.shape, replace(setting, trainable=trainable))
+    def mean_tile(self, setting: Setting) -> tuple[InlineShape, int]:
+        """Return the model with the mean tile of a micro-batch as its image, and how many tiles there are."""
+        return self.shape, setting.image_weight or setting.images
 
     def trained_parameters(self, setting: Setting) -> int:
         """Return how many parameters get a gradient, those of adapters included."""
-        return sum(self._counted(setting).trained.values())
+        return sum(_counted(self.shape, setting).trained.values())
 
     def lora_layers(self, targets: Collection[str]) -> tuple[str, ...]:
         """Return the linear layers that `model.lora.targets` names, as `group.layer`."""
         asked = {_counted_as(target) for target in targets}
         return tuple(linear.layer for linear in self.shape.linears if {linear.group, linear.target} & asked)
+
+
+@dataclass(frozen=True)
+class TiledCost(InlineCost):
+    """What a model of Idefics3 or SmolVLM costs."""
+
+    shape: TiledShape
+    tiles: TileSettings
 
     def fullest_images(self, tokens: int, image_weight: int) -> tuple[int, int]:
         """Return as many tiles as the tokens of a pack hold, or the cap allows, and how few images they can be."""
@@ -85,5 +92,11 @@ class TiledCost:
         return 2 * self.tiles.tiling(width, height).num_tiles * self.shape.states * self.shape.state_size
 
 
+def _counted(shape: InlineShape, setting: Setting) -> TrainedModel:
+    """Return a model whose connector is counted as a resampler."""
+    trainable = setting.trainable and tuple(_counted_as(group) for group in setting.trainable)
+    return TrainedModel(shape, replace(setting, trainable=trainable))
+
+
 def _counted_as(group: str) -> str:
-    return "resampler" if group == "connector" else group
+    return group.replace("connector", "resampler")

@@ -1,4 +1,5 @@
-"""The linear layers of Idefics3 and SmolVLM, and how many parameters there are. An image of `Shape` is a tile here."""
+"""The linear layers of Idefics3 and SmolVLM, and how many parameters there are. An image of `Shape` is a tile here,
+as in every family whose images are part of the text."""
 
 from __future__ import annotations
 
@@ -10,13 +11,12 @@ from sft.cost.idefics.shapes import LayerGroup, Linear, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiledShape(Shape):
-    """The sizes of a model."""
+class InlineShape(Shape):
+    """The sizes of a model whose images are part of the text: a SigLIP tower, a connector, which is counted as a
+    resampler, and a language model whose heads share keys and values."""
 
     key_value_heads: int
     head_size: int
-    shuffled: int
-    """How many patches, in each direction, become one state."""
 
     @property
     def state_size(self) -> int:
@@ -24,14 +24,9 @@ class TiledShape(Shape):
         return self.hidden
 
     @property
-    def patches(self) -> int:
-        """Patches of a tile."""
+    def positions(self) -> int:
+        """Positions that the tower knows, which has no class token."""
         return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def states(self) -> int:
-        """States of a tile."""
-        return self.patches // self.shuffled**2
 
     @property
     def never_trained(self) -> int:
@@ -45,7 +40,10 @@ class TiledShape(Shape):
         yield Linear("language", "o_proj", heads, D, "tokens", self.layers)
         of_both = (linear for linear in super()._linears() if linear.group in ("language", "vision"))
         yield from (linear for linear in of_both if linear.group == "vision" or linear.target == "language.mlp")
-        yield Linear("resampler", "proj", self.connector_inputs, D, "states", 1)
+        yield from self._connector()
+
+    def _connector(self) -> Iterator[Linear]:
+        raise NotImplementedError  # each family has its own
 
     def _other_parameters(self, group: LayerGroup) -> int:
         """Return the norms, biases and embeddings of a group. The tower has no class token and one norm at its end."""
@@ -54,13 +52,47 @@ class TiledShape(Shape):
         return super()._other_parameters(group) if group == "language" else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TiledShape(InlineShape):
+    """The sizes of a model of Idefics3 or SmolVLM."""
+
+    shuffled: int
+    """How many patches, in each direction, become one state."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile."""
+        return self.positions
+
+    @property
+    def states(self) -> int:
+        """States of a tile."""
+        return self.patches // self.shuffled**2
+
+    def _connector(self) -> Iterator[Linear]:
+        yield Linear("resampler", "proj", self.connector_inputs, self.hidden, "states", 1)
+
+
 def shape_of(values: Mapping[str, Any]) -> TiledShape:
     """Return the shape of a model from the values of its config.json; those left out have transformers' defaults."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**values)
-    text, vision = config.text_config, config.vision_config
     return TiledShape(
+        **common_sizes(config),
+        shuffled=config.scale_factor,
+        connector_inputs=config.vision_config.hidden_size * config.scale_factor**2,
+        resampler_layers=1,  # the connector
+        resampler_heads=0,
+        resampler_head=0,
+        resampler_latents=0,
+    )
+
+
+def common_sizes(config: Any) -> dict[str, Any]:
+    """Return the sizes of tower and language model by their names in `InlineShape`, and what these models have not."""
+    text, vision = config.text_config, config.vision_config
+    return dict(
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         layers=text.num_hidden_layers,
@@ -74,14 +106,8 @@ def shape_of(values: Mapping[str, Any]) -> TiledShape:
         vision_heads=vision.num_attention_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
-        shuffled=config.scale_factor,
-        connector_inputs=vision.hidden_size * config.scale_factor**2,
         is_tied=config.tie_word_embeddings,
         is_lean=False,
-        resampler_layers=1,  # the connector; what follows these models have not
-        resampler_heads=0,
-        resampler_head=0,
-        resampler_latents=0,
         resampler_qk_norms=False,
         cross_layers=0,
         qk_norms=False,

@@ -36,6 +36,7 @@ class IdeficsImages:
 
     config: IdeficsConfig
     depends_on_size = False
+    shares_border = False
     state_token_id = None
 
     @classmethod

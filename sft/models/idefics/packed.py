@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import IdeficsForVisionText2Text as PlainIdefics
 
-from sft.core.sample import Batch, EncodedSample
+from sft.core.sample import Batch, EncodedSample, Tiling
 from sft.models.family import Tiles
 from sft.models.grouped_attention import group_tokens
 from sft.models.idefics.images import IdeficsImages, normalise
@@ -46,7 +46,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
             return super().forward(*args, **kwargs)
         return self.packed_forward(batch, read_P, z_loss)
 
-    def encode_images(self, tiles: Sequence[Tensor]) -> Tensor:
+    def encode_images(self, tiles: Sequence[Tensor], tilings: Sequence[Tiling] = ()) -> Tensor:
         """Return the states (R, E) of images, of uint8 or already normalised tiles: what cross-attention looks at."""
         (pixels_NCHW,) = tiles
         if pixels_NCHW.dtype == torch.uint8:
@@ -103,7 +103,10 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
         return torch.as_tensor(output.logits[0])
 
     def generation_inputs(
-        self, prompts: Sequence[EncodedSample], tiles: Sequence[Sequence[Tiles]]
+        self,
+        prompts: Sequence[EncodedSample],
+        tiles: Sequence[Sequence[Tiles]],
+        tilings: Sequence[Sequence[Tiling]] = (),
     ) -> dict[str, Tensor]:
         """Return the pixels of images (B, N, C, H, W), zeros where a prompt has fewer, and who looks at them."""
         num_images = max(1, *(len(images) for images in tiles))  # at least one, seen by no token

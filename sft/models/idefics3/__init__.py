@@ -3,11 +3,10 @@
 The weights are those of transformers' `Idefics3ForConditionalGeneration` or `SmolVLMForConditionalGeneration`, on disk
 as well. The two classes compute the same.
 
-family   its parts, as `sft.models.family` asks for them
+family   its parts, as `sft.models.family` asks for them; what is its own of model folders
 names    groups of parameters, adapter targets and image settings, without torch
 tilings  how an image is cut, and what it costs; without torch
 text     the vocabulary and its rules
 images   an image -> tiles and tokens
 packed   the forward over packed batches
-weights  config.json and preprocessor_config.json, weights, a prepared base
 """

@@ -9,26 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import interpolate
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sft.core.sample import Tiling
 from sft.models.family import Pixels, Tiles
 from sft.models.idefics3.text import FAKE, GLOBAL, IMAGE
 from sft.models.idefics3.tilings import TileSettings
-
-
-def normalise(pixels_KCHW: Tensor) -> Tensor:
-    """Return uint8 pixels as float32 with mean and deviation 0.5, as SigLIP towers are trained."""
-    return pixels_KCHW.to(torch.float32, copy=True).div_(255).sub_(0.5).div_(0.5)
+from sft.models.inline_model import InlineImages
 
 
 @dataclass(frozen=True)
-class TiledImages:
-    """The images of a model. Its config has what preprocessor_config.json says (`weights.load_config`)."""
+class TiledImages(InlineImages):
+    """The images of a model."""
 
-    config: PreTrainedConfig
+    shares_border = False
 
     @cached_property
     def tiles(self) -> TileSettings:
@@ -44,16 +40,6 @@ class TiledImages:
     def depends_on_size(self) -> bool:
         """Whether images of different sizes have different tilings: not where none is split."""
         return self.tiles.is_split
-
-    @property
-    def state_token_id(self) -> int:
-        """The id of `<image>`, in whose places the states stand."""
-        return int(self.config.image_token_id)
-
-    @property
-    def state_size(self) -> int:
-        """The width of the language model."""
-        return int(self.config.text_config.hidden_size)
 
     @property
     def states_per_tile(self) -> int:
@@ -86,13 +72,14 @@ class TiledImages:
         text = "".join(rows) + "\n" * bool(tiling.rows) + f"{FAKE}{GLOBAL}{states}{FAKE}"
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def num_states(self, tiling: Tiling) -> int:
-        """Return how many states an image has."""
-        return tiling.num_tiles * self.states_per_tile
-
     def weight(self, tiling: Tiling) -> int:
         """Return the tiles of an image."""
         return tiling.num_tiles
+
+    def preprocessor(self) -> dict[str, Any]:
+        """Return what preprocessor_config.json says of the sizes of images and of the kernel, which is Lanczos'."""
+        size, max_image_size = {"longest_edge": self.tiles.longest_edge}, {"longest_edge": self.tiles.tile}
+        return {"size": size, "max_image_size": max_image_size, "resample": 1}
 
     def settings(self) -> dict[str, Any]:
         """Return what the tokens of an image depend on."""

@@ -15,12 +15,15 @@ GROUPS = {
 ENCODER_GROUPS = ("vision", "connector")
 """Groups that the states of an image depend on."""
 
-LORA_TARGETS = {
-    f"{group}{part}": f"{which} linear layers of {GROUPS[group]}"
-    for group in ("vision", "language")
-    for part, which in (("", "all"), (".attention", "the attention's"), (".mlp", "the MLPs'"))
-} | {"connector": f"the linear layer {GROUPS['connector']}"}
-"""Linear layers that may get adapters: those of a whole group, or of its attention or its MLPs only."""
+
+def lora_targets(*groups: str) -> dict[str, str]:
+    """Return names of linear layers: those of whole groups, and of their attention or their MLPs only."""
+    parts = (("", "all"), (".attention", "the attention's"), (".mlp", "the MLPs'"))
+    return {f"{group}{part}": f"{which} linear layers of {GROUPS[group]}" for group in groups for part, which in parts}
+
+
+LORA_TARGETS = lora_targets("vision", "language") | {"connector": f"the linear layer {GROUPS['connector']}"}
+"""Linear layers that may get adapters."""
 
 IMAGE_SETTINGS = ("longest_edge", "split")
 """Keys of `model.images`."""

@@ -1,116 +1,38 @@
-"""Idefics3 and SmolVLM with a forward over packed micro-batches: tower, connector, states in their places, and
-transformers' own language model with attention by groups.
-
-transformers' forward cannot be given packs: with positions alone samples see each other, unless the cache is off, and
-SmolVLM does not turn it off under activation checkpointing (differences of 0.6 in the logits).
-"""
+"""Idefics3 and SmolVLM with a forward over packed micro-batches. Their tiles are square, all of one size."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Idefics3ForConditionalGeneration, PreTrainedConfig, SmolVLMForConditionalGeneration
 
-from sft.core.sample import Batch, EncodedSample
-from sft.models.family import Tiles
-from sft.models.idefics3.images import normalise
-from sft.models.packed_model import PackedModel, sample_groups
+from sft.core.sample import Tiling
+from sft.models.inline_model import InlineModel, normalise
 
 
-class _PackedTiles(PackedModel):
-    """What both classes add to transformers' own."""
-
-    @functools.wraps(Idefics3ForConditionalGeneration.forward)  # generate() reads the signature; SmolVLM's is the same
-    def forward(  # type: ignore[override]
-        self, *args: Any, batch: Batch | None = None, read_P: Tensor | None = None, z_loss: float = 0.0, **kwargs: Any
-    ) -> Any:
-        """Compute what `PackedModel` says of `model(...)`."""
-        return super().forward(*args, **kwargs) if batch is None else self.packed_forward(batch, read_P, z_loss)
-
-    def enable_input_require_grads(self) -> None:
-        """Do nothing: transformers would send gradients through a frozen tower under activation checkpointing, which
-        doubles the work of a step. Without reentrant checkpoints no input needs a gradient."""
-
-    def encode_images(self, tiles: Sequence[Tensor]) -> Tensor:
+class _SquareTiles(InlineModel):
+    def encode_images(self, tiles: Sequence[Tensor], tilings: Sequence[Tiling]) -> Tensor:
         """Return the states (R, E) of images: one call of the tower and one of the connector for all tiles."""
         (tiles_KCHW,) = tiles
         tower = self.model.vision_model
         hidden_KPD = tower(pixel_values=normalise(tiles_KCHW).to(tower.dtype)).last_hidden_state
         return torch.as_tensor(self.model.connector(hidden_KPD)).flatten(0, 1)
 
-    def hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
-        """Return the final hidden states (P, D) at some positions."""
-        embeds_TD = self.model.text_model.get_input_embeddings()(batch.input_ids_T)
-        states_RE = self.image_states(batch)
-        if states_RE is not None:
-            (places,) = torch.where(batch.state_ids_T >= 0)
-            states_RE = states_RE.to(embeds_TD.dtype)
-            embeds_TD = embeds_TD.index_put((places,), states_RE[batch.state_ids_T[places]])
-            embeds_TD = embeds_TD + 0 * states_RE.sum()  # those of a dummy, which stand nowhere, get gradients too
-        output = self.model.text_model(
-            inputs_embeds=embeds_TD[None],
-            attention_mask=embeds_TD.new_zeros(1, 1, 1, 1),  # 4-D: transformers makes no mask (T, T) of it
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,
-            groups=sample_groups(batch),
-        )
-        return torch.as_tensor(output.last_hidden_state[0, read_P])
 
-    def plain_logits(self, batch: Batch, segment: int) -> Tensor:
-        """Return the logits (T, V) of one segment by transformers' own forward and attention."""
-        own_T = batch.segment_ids_T == segment
-        first_state = {start: image for image, start in enumerate(accumulate(batch.num_states, initial=0))}
-        shown = [first_state[state] for state in batch.state_ids_T[own_T].tolist() if state in first_state]
-        pixels = {}
-        if shown:
-            by_image = torch.split(torch.cat(batch.tiles), list(batch.num_tiles))
-            tiles_KCHW = torch.cat([by_image[image] for image in shown])
-            pixels["pixel_values"] = normalise(tiles_KCHW).to(self.model.vision_model.dtype)[None]
-        self.config.text_config._attn_implementation = "sdpa"
-        try:
-            return torch.as_tensor(self(input_ids=batch.input_ids_T[own_T][None], use_cache=False, **pixels).logits[0])
-        finally:
-            use_grouped_attention(self)
-
-    def generation_inputs(
-        self, prompts: Sequence[EncodedSample], tiles: Sequence[Sequence[Tiles]]
-    ) -> dict[str, Tensor]:
-        """Return the tiles of each prompt (B, K, C, H, W), zeros where it has fewer, which transformers leaves out."""
-        rows = [np.concatenate(images) for images in tiles if images]
-        if not rows:
-            return {}
-        pixels_BKCHW = torch.zeros(len(tiles), max(map(len, rows)), *rows[0].shape[1:])
-        for row, images in enumerate(tiles):
-            if images:
-                own_KCHW = normalise(torch.from_numpy(np.concatenate(images)))
-                pixels_BKCHW[row, : len(own_KCHW)] = own_KCHW
-        return {"pixel_values": pixels_BKCHW}
-
-
-class PackedIdefics3(_PackedTiles, Idefics3ForConditionalGeneration):  # type: ignore[misc]  # transformers is not typed
+class PackedIdefics3(_SquareTiles, Idefics3ForConditionalGeneration):  # type: ignore[misc]  # transformers is not typed
     """Idefics3 with a forward for packed micro-batches: `model(batch=batch)`. Anything else goes to transformers."""
 
     shard_units = ("Idefics3EncoderLayer", "LlamaDecoderLayer")
 
 
-class PackedSmolVLM(_PackedTiles, SmolVLMForConditionalGeneration):  # type: ignore[misc]  # transformers is not typed
+class PackedSmolVLM(_SquareTiles, SmolVLMForConditionalGeneration):  # type: ignore[misc]  # transformers is not typed
     """SmolVLM with a forward for packed micro-batches: `model(batch=batch)`. Anything else goes to transformers."""
 
     shard_units = ("SmolVLMEncoderLayer", "LlamaDecoderLayer")
 
 
-def model_class(config: PreTrainedConfig) -> type[PackedIdefics3] | type[PackedSmolVLM]:
+def model_class(config: PreTrainedConfig) -> type[InlineModel]:
     """Return the class of a model."""
     return PackedSmolVLM if config.model_type == "smolvlm" else PackedIdefics3
-
-
-def use_grouped_attention(model: PackedModel) -> None:
-    """Set attention by groups in the language model. The tower has no groups and attends as ever."""
-    model.config._attn_implementation = model.config.text_config._attn_implementation = "grouped"
-    model.config.vision_config._attn_implementation = "sdpa"

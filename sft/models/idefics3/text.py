@@ -49,22 +49,34 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is no tokenizer, or it lacks what images and turns need.
     """
+    return open_tokenizer(path, (*CHAT_TEMPLATES,), (*ENDS, *NEVER_WRITTEN), (FAKE, IMAGE, END_OF_UTTERANCE))
+
+
+def open_tokenizer(
+    path: str | Path, starts: Sequence[str], special: Sequence[str], needed: Sequence[str]
+) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a family whose texts begin with one of `starts`. Of the tokens that are `special` the first
+    ends a text if the folder names no other; those `needed` have to be there.
+
+    Raises:
+        UserError: there is no tokenizer, or it lacks what images and turns need.
+    """
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer.json found; a folder of Idefics3 or SmolVLM has one") from error
+        raise UserError(f"{path}: no tokenizer.json found; a folder of this family has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
     tokens = tokenizer.get_vocab()
-    if missing := [token for token in (FAKE, IMAGE, END_OF_UTTERANCE) if token not in tokens]:
+    if missing := [token for token in needed if token not in tokens]:
         raise UserError(f"{path}: the tokenizer has no token {missing[0]}; a base of this family has it")
-    start = next((token for token in CHAT_TEMPLATES if token in tokens), None)
+    start = next((token for token in starts if token in tokens), None)
     if start is None:
-        raise UserError(f"{path}: the tokenizer has none of {', '.join(CHAT_TEMPLATES)}, one of which begins a text")
+        raise UserError(f"{path}: the tokenizer has none of {', '.join(starts)}, one of which begins a text")
     # Whatever a tokenizer.json says of them, nobody's text becomes one.
-    ours = [token for token in (start, *ENDS, *NEVER_WRITTEN) if token in tokens]
+    ours = [token for token in (start, *special) if token in tokens]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in ours], special_tokens=True)
     tokenizer.bos_token = start  # a tokenizer_config.json may name none
-    tokenizer.eos_token = tokenizer.eos_token or END_OF_UTTERANCE
+    tokenizer.eos_token = tokenizer.eos_token or special[0]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -100,7 +112,7 @@ def wrong_with_tokens(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], te
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, images: Images, items: Sequence[str | ImageRef]) -> EncodedSample:
     """Encode a prompt of texts and images as it stands, from the token that begins a text: to the ids that
-    transformers' `Idefics3Processor` makes.
+    transformers' processor makes.
 
     No role is added. Special tokens in a text are special, so it must be one's own text: that is what
     `sft.models.chat_template` is for otherwise.
@@ -116,7 +128,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, images: Images, items: Seq
             tiling = tiling_of(item, images)
             positions.append(len(ids))
             weights.append(images.weight(tiling))
-            ids += images.token_ids(tokenizer, tiling)
+            own = images.token_ids(tokenizer, tiling)
+            ids += own[images.shares_border and ids[-1:] == own[:1] :]
         elif marker := next((token for token in (FAKE, IMAGE, GLOBAL) if token in item), None):
             raise UserError(f"prompt: a text holds {marker}; give the image itself in its place")
         else:

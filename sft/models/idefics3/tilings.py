@@ -6,16 +6,13 @@ small copy of the whole. An image that is not split is that copy alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import ceil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.core.errors import UserError
 from sft.core.sample import Tiling
-
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+from sft.models.preprocessor import PREPROCESSOR
 
 MAX_EDGE = 4096
 """No image is scaled over this edge (transformers' MAX_IMAGE_SIZE)."""
@@ -34,12 +31,16 @@ class TileSettings(NamedTuple):
     @classmethod
     def of(cls, preprocessor: Mapping[str, Any], image_size: int) -> TileSettings:
         """Read the settings; what is left out is as in all released models, whose tower takes tiles of `image_size`
-        pixels."""
-        return cls(
-            longest_edge=int((preprocessor.get("size") or {}).get("longest_edge", 4 * image_size)),
-            tile=int((preprocessor.get("max_image_size") or {}).get("longest_edge", image_size)),
-            is_split=bool(preprocessor.get("do_image_splitting", True)),
-        )
+        pixels.
+
+        Raises:
+            UserError: tiles are of another size than that.
+        """
+        longest_edge = int((preprocessor.get("size") or {}).get("longest_edge", 4 * image_size))
+        tile = int((preprocessor.get("max_image_size") or {}).get("longest_edge", image_size))
+        if tile != image_size:
+            raise UserError(f"{PREPROCESSOR} cuts tiles of {tile} pixels, the vision tower takes {image_size}")
+        return cls(longest_edge, tile, is_split=bool(preprocessor.get("do_image_splitting", True)))
 
     def scaled(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height after the first resize. The shorter edge becomes even, upwards."""
@@ -71,28 +72,3 @@ class TileSettings(NamedTuple):
                 rows = ceil(height / self.tile)
                 columns = ceil(int(rows * self.tile * aspect) / self.tile)
         return Tiling(*((rows, columns) if rows * columns > 1 else (0, 0)), self.tile, self.tile)
-
-
-def read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Return what a folder says of its images, wherever it does; nothing where it says nothing."""
-    for file, part in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):  # the second: transformers 5
-        try:
-            found = json.loads((folder / file).read_text())
-            found = found.get(part) if part else found
-        except FileNotFoundError:
-            continue
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{folder / file}: damaged, not a JSON object") from error
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def with_settings(preprocessor: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what preprocessor_config.json says, with what `model.images` of a recipe sets otherwise."""
-    changed = dict(preprocessor)
-    if "longest_edge" in settings:
-        changed["size"] = {"longest_edge": settings["longest_edge"]}
-    if "split" in settings:
-        changed["do_image_splitting"] = settings["split"]
-    return changed
