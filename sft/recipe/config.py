@@ -242,6 +242,9 @@ class DataConfig(_Part):
     (idefics3): as many as there are tokens, which allow fewer."""
     max_samples_per_image_per_pack: Positive = 4
     """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
+    even_packs: bool = False
+    """Whether packs are filled with about the same weight of images each, since ranks wait for the dearest. Left out
+    where images are part of the text (idefics3): true."""
     long_conversations: Policy = "prefix"
     """A conversation that does not fit a pack keeps its first turns (`prefix`), becomes several, each of which opens
     with the system text and the images shown before (`split`), or is left out (`drop`). Documents are always split,
@@ -474,7 +477,7 @@ class Recipe(_Part):
         model, data = (values.get("model"), values.get("data")) if isinstance(values, dict) else (None, None)
         if not isinstance(model, dict) or not isinstance(data, dict) or model.get("family") not in INLINE_FAMILIES:
             return values
-        data = {"sequence_length": INLINE_LENGTH} | data
+        data = {"sequence_length": INLINE_LENGTH, "even_packs": True} | data
         return values | {"data": {"max_images_per_pack": data["sequence_length"]} | data}
 
     @model_validator(mode="after")
