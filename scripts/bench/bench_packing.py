@@ -252,7 +252,9 @@ WARM_UP = 4
 RANKS = tuple((ranks, packs) for packs in (1, 4) for ranks in (2, 8, 32))
 
 
-def planner_of(family: str, mix: str, sources: Sequence[Source], tokens: int, unit: str = "", step: int = 64) -> Planner:
+def planner_of(
+    family: str, mix: str, sources: Sequence[Source], tokens: int, unit: str = "", step: int = 64
+) -> Planner:
     """Return the planner of a mix at a length of packs."""
     data = DataConfig.model_validate(
         {

@@ -21,6 +21,7 @@ from sft.batches.packing import LARGE, Bundle, pack_window
 from sft.batches.source_stream import Draw, SourceSizes
 from sft.core.errors import UserError
 from sft.core.sample import Caps, Pack, PackItem
+from sft.data.orders import Ints
 from sft.recipe import DataConfig
 
 MIN_WINDOW_PACKS = 64
@@ -52,8 +53,8 @@ class Planner:
         self.capacity = self.window_packs * self.caps.tokens
         self.is_even = data.even_packs
         self.filled = self.capacity
-        """Tokens of the window before. Even packs are drawn hardly more: where sizes of samples, not their number, leave
-        packs unfilled, the carry would grow, and with it the errors of shares, to 18 packs."""
+        """Tokens of the window before. For even packs hardly more are drawn: where no sample fits the gaps of packs, the
+        carry would grow to a third of a window, and shares would be 18 packs off."""
 
     def windows(self) -> Iterator[list[Pack]]:
         """Yield windows without end, or up to the end of a source that is to stop everything (`ended`). What is drawn
@@ -73,12 +74,7 @@ class Planner:
 
     def num_trained(self, packs: Sequence[Pack]) -> int:
         """Return the trained tokens of some packs."""
-        rows: list[list[int]] = [[] for _ in self.sizes]
-        for pack in packs:
-            for item in pack.items:
-                rows[item.source].append(item.sample)
-        pairs = zip(self.sizes, rows, strict=True)
-        inside = sum(int(size.num_trained(np.array(own, dtype=np.int64)).sum()) for size, own in pairs)
+        inside = sum(int(self.sizes[source].num_trained(rows).sum()) for source, rows, _ in by_source(packs))
         return inside + sum(max(len(pack.items) - 1, 0) for pack in packs) * self.openings_are_trained
 
     def state(self) -> dict[str, Any]:
@@ -160,6 +156,27 @@ def _tokens(bundles: Sequence[Bundle]) -> int:
 
 def _weight(bundles: Sequence[Bundle]) -> int:
     return sum(bundle.weight for bundle in bundles)
+
+
+def by_source(packs: Sequence[Pack]) -> Iterator[tuple[int, Ints, Ints]]:
+    """Yield each source that some packs have samples of, the rows of these, and the number of the pack of each."""
+    items = np.array([item for pack in packs for item in pack.items], dtype=np.int64).reshape(-1, 2)
+    numbers = np.repeat(np.arange(len(packs)), [len(pack.items) for pack in packs])
+    order = np.argsort(items[:, 0], kind="stable")
+    sources, starts = np.unique(items[order, 0], return_index=True)
+    for source, own in zip(sources.tolist(), np.split(order, starts[1:]), strict=True):
+        yield source, items[own, 1], numbers[own]
+
+
+def weigh_images(shown: Sequence[Ints], num_packs: int) -> tuple[Ints, Ints]:
+    """Return how many distinct images each pack shows, and what they weigh, from arrays (3, images) of the pack, the
+    key and the weight of each."""
+    packs_of, keys, weights = np.concatenate([np.zeros((3, 0), np.int64), *shown], axis=1)
+    order = np.lexsort((keys, packs_of))
+    packs_of, keys, weights = packs_of[order], keys[order], weights[order]
+    is_first = np.append(True, (np.diff(keys) != 0) | (np.diff(packs_of) != 0))[: len(keys)]
+    weight_P = np.bincount(packs_of[is_first], weights[is_first], num_packs)
+    return np.bincount(packs_of[is_first], minlength=num_packs), weight_P.astype(np.int64)
 
 
 @contextmanager

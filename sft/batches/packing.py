@@ -6,7 +6,7 @@ A bundle is what is placed as one: a sample, or a few samples about the same ima
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ class Bundle(NamedTuple):
         return sum(self.images.values())
 
 
+NOTHING = Bundle((), 0, {})
 LARGE = 0.75
 """A bundle over this part of a pack goes where it leaves least room (best fit), a smaller one to the pack with most
 room, so that images, which come with short samples, find tokens to spare in every pack. With 0.25 here a few packs are
@@ -133,35 +134,31 @@ class _Packs:
         self.left.sort(key=_length)
         for number in sorted(range(len(self.rooms)), key=self.rooms.__getitem__, reverse=True):
             for _ in range(EXCHANGES):
-                gain, place, removed = self._best_exchange(number)
-                if not gain:
+                gain, removed, place = max(self._exchanges(number), key=itemgetter(0), default=(0, NOTHING, 0))
+                if gain <= 0:
                     break
-                placed, samples_of = self.left.pop(place), self.samples_of[number]
+                placed = self.left.pop(place)
                 if removed.items:
                     insort(self.left, removed, key=_length)
                 self.bundles[number] = [*(bundle for bundle in self.bundles[number] if bundle is not removed), placed]
                 self.rooms[number] -= gain
                 self.weights[number] += placed.weight - removed.weight
-                samples_of |= dict.fromkeys(removed.images, 0) | dict.fromkeys(placed.images, len(placed.items))
+                shown = dict.fromkeys(removed.images, 0) | dict.fromkeys(placed.images, len(placed.items))
+                self.samples_of[number] |= shown
 
-    def _best_exchange(self, number: int) -> tuple[int, int, Bundle]:
-        """Return the most tokens that an exchange gains, the place of the left-over bundle, and what it replaces. The
-        images of both stand in no other bundle of the pack."""
-        best = (0, 0, Bundle((), 0, {}))
-        shown = {image for image, samples in self.samples_of[number].items() if samples}
-        for removed in (best[2], *self.bundles[number]):
-            if any(self.samples_of[number][image] > len(removed.items) for image in removed.images):
-                continue
-            longest = removed.num_tokens + self.rooms[number]
-            most_weight = self.caps.image_weight - self.weights[number] + removed.weight
-            for place in range(bisect_right(self.left, longest, key=_length) - 1, -1, -1):
-                _, tokens, images = placed = self.left[place]
-                if tokens - removed.num_tokens <= best[0]:
-                    break
-                if placed.weight <= most_weight and shown.isdisjoint(images):
-                    best = (tokens - removed.num_tokens, place, removed)
-                    break
-        return best
+    def _exchanges(self, number: int) -> Iterator[tuple[int, Bundle, int]]:
+        """Yield the tokens gained, what goes out of a pack, and the place of the longest left-over bundle that may come
+        in for it. Only bundles that share no image with another are exchanged."""
+        free, samples_of = self.caps.image_weight - self.weights[number], self.samples_of[number]
+        shown = {image for image, samples in samples_of.items() if samples}
+        for removed in (NOTHING, *self.bundles[number]):
+            if all(samples_of[image] <= len(removed.items) for image in removed.images):
+                longest = removed.num_tokens + self.rooms[number]
+                for place in range(bisect_right(self.left, longest, key=_length) - 1, -1, -1):
+                    placed = self.left[place]
+                    if placed.weight <= free + removed.weight and shown.isdisjoint(placed.images):
+                        yield placed.num_tokens - removed.num_tokens, removed, place
+                        break
 
 
 def _by_size(bundles: Sequence[Bundle], packs: _Packs, large: float) -> _Packs:
