@@ -53,7 +53,7 @@ class Planner:
         self.capacity = self.window_packs * self.caps.tokens
         self.is_even = data.even_packs
         self.filled = self.capacity
-        """Tokens of the window before. For even packs hardly more are drawn: where no sample fits the gaps of packs, the
+        """Tokens of the last window. For even packs hardly more are drawn: where no sample fits the gaps of packs, the
         carry would grow to a third of a window, and shares would be 18 packs off."""
 
     def windows(self) -> Iterator[list[Pack]]:
