@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How full and how even the packs of families are whose images are tokens of the text. No data and no model is needed.
 
-scripts/bench/bench_packing.py [--fast] [--json] [--family 256M] [--mix instruct] [--tokens 8192]
+scripts/bench/bench_packing.py [--fast] [--by-size] [--json] [--family 256M] [--mix instruct] [--tokens 8192]
 
 Samples are models of data: log-normal lengths, sizes of images as in COCO, scans and web pages; tokens and tiles of an
 image are exact. Three mixes: instruct (shares of tokens, with a third of text), cauldron (shares of samples, mostly
@@ -115,7 +115,8 @@ def _families() -> dict[str, Tiled | Patches]:
         ("2.2B", 384, 1536, large | {"states": 81}, 2435),
         ("Idefics3-8B", 364, 1456, large | {"states": 169}, 524),
     ):
-        for kind, longest, is_split in (("", edge, True), (" halved", edge // 2, True), (" unsplit", edge, False)):
+        others = ((" halved", edge // 2, True), (" unsplit", edge, False)) if name != "500M" else ()  # as the 256M
+        for kind, longest, is_split in (("", edge, True), *others):
             own = _tiled(tile, longest, is_split, **tokens)
             found[name + kind] = Tiled(cost=cost / 13, **own)
     return found | {"Idefics2": Patches(is_split=False), "Idefics2 split": Patches(is_split=True)}
@@ -263,15 +264,15 @@ def planner_of(
             "sequence_length": tokens,
             "max_images_per_pack": FAMILIES[family].most_weight(tokens),
             "max_samples_per_image_per_pack": 1,
-            "even_packs": True,
+            "even_packs": even,
         }
     )
     return Planner(sources, data, packs_per_step=step, seed=0)
 
 
-def measured(family: str, mix: str, sources: Sequence[Source], tokens: int, windows: int) -> dict[str, Any]:
+def measured(family: str, mix: str, sources: Sequence[Source], tokens: int, windows: int, even: bool) -> dict[str, Any]:
     """Plan windows; return what their packs are like."""
-    planner = planner_of(family, mix, sources, tokens)
+    planner = planner_of(family, mix, sources, tokens, even=even)
     packs: list[list[Pack]] = []
     errors, seconds = [], []
     for number, window in enumerate(_timed(planner, WARM_UP + windows, seconds)):
@@ -370,32 +371,36 @@ def aims_of(family: str, mix: str, tokens: int) -> dict[str, tuple[str, float]]:
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the figures of each setting."""
-    windows = 6 if args.fast else 24
+    windows = 6 if args.fast else 12
     for family in (args.family,) if args.family else ("256M", "Idefics3-8B") if args.fast else FAMILIES:
         for mix in (args.mix,) if args.mix else MIXES:
             if mix == "coco" and family not in SMALL:
                 continue
             sources = sources_of(family, mix)
             for tokens in (args.tokens,) if args.tokens else (8192,) if args.fast else TOKENS:
-                if aims_of(family, mix, tokens) or args.tokens or (family in SMALL and mix != "coco"):
+                if (
+                    aims_of(family, mix, tokens)
+                    or args.tokens
+                    or (family in SMALL and family != "500M" and mix != "coco")
+                ):
                     yield f"{family}, {mix}, {tokens:,}", _row(family, mix, sources, tokens, windows)
 
 
-def _row(family: str, mix: str, sources: Sequence[Source], tokens: int, windows: int) -> dict[str, Any]:
-    found = measured(family, mix, sources, tokens, windows)
+def _row(family: str, mix: str, sources: Sequence[Source], tokens: int, windows: int, even: bool) -> dict[str, Any]:
+    found = measured(family, mix, sources, tokens, windows, even)
     costs = found.pop("costs")
     found[IDLE] = idle(costs, 8, 4)[0]
     found["ms"] = {MIXES[mix][0]: found["ms"]}
     if tokens == 8192 and family in SMALL and mix != "coco":
         found["idle"] = {f"{ranks} x {packs}": idle(costs, ranks, packs) for ranks, packs in RANKS[:-1]}
-        large = planner_of(family, mix, sources, tokens, step=128)
+        large = planner_of(family, mix, sources, tokens, step=128, even=even)
         more = [pack for window in islice(large.windows(), 1, 1 + windows // 2) for pack in window]
         filled, weights = _sizes(more, sources)
         found["idle"]["32 x 4"] = idle(filled + weights * FAMILIES[family].cost, 32, 4)
-    if tokens == 8192:
+    if tokens == 8192 and family != "500M":
         for unit in {"tokens", "trained_tokens", "samples"} - found["ms"].keys():
             seconds: list[float] = []
-            for _ in _timed(planner_of(family, mix, sources, tokens, unit), WARM_UP + 3, seconds):
+            for _ in _timed(planner_of(family, mix, sources, tokens, unit=unit, even=even), WARM_UP + 3, seconds):
                 pass
             found["ms"][unit] = 1000 * statistics.median(seconds[WARM_UP:])
     return found
@@ -405,6 +410,7 @@ def main() -> int:
     """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="two families, packs of 8,192 tokens")
+    parser.add_argument("--by-size", action="store_true", help="packs by size alone, as for IDEFICS-1")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--family", choices=FAMILIES)
     parser.add_argument("--mix", choices=MIXES)

@@ -82,9 +82,9 @@ def describe_data(report: dict[str, Any]) -> Iterator[str]:
 
 def describe_packs(packs: dict[str, Any]) -> Iterator[str]:
     """Yield what the images of packs weigh, where they weigh differently, and how many samples fit none."""
-    weight = packs["image_weight"]
-    if weight["mean"] > packs["distinct_images_per_pack"]:
-        yield f"images weigh {weight['mean']:.1f} a pack, 95 % of packs up to {weight['p95']:,}, at most {weight['max']:,}"
+    mean, most_of_95, most = packs["image_weight"].values()
+    if mean > packs["distinct_images_per_pack"]:
+        yield f"images weigh {mean:.1f} a pack, 95 % of packs up to {most_of_95:,}, at most {most:,}"
     if packs["left_out"]:
         yield f"{packs['left_out']:.2%} of samples fit no pack"
 

@@ -82,6 +82,8 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
     ended_by = planner.mixture.ended() if steps is None or done < steps else None
     shown, encoded = totals.sum("images"), totals.distinct_images
     left_out = sum(n for s in sources for why, n in s["fitted"].items() if why.startswith(LEFT_OUT))
+    by_weight = totals.packs_with_weight if totals.packs else np.ones(1, np.int64)
+    weights = np.repeat(np.arange(len(by_weight)), by_weight)
     errors = totals.errors
     report = {
         "unit": unit,
@@ -99,7 +101,11 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
             "encodes_saved": 1 - encoded / shown if shown else 0.0,
             "by_fill": _in_hundredths(totals.packs_with_tokens),
             "by_distinct_images": totals.packs_with_images.tolist(),
-            "image_weight": _spread(totals.packs_with_weight),
+            "image_weight": {
+                "mean": float(np.mean(weights)),
+                "p95": int(np.percentile(weights, 95)),
+                "max": max(weights),
+            },
             "left_out": left_out / max(left_out + sum(map(len, planner.sizes)), 1),
         },
         "largest_error_in_packs": float(errors.at_ends.max()) / pack,
@@ -116,30 +122,19 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
     return report | {"warnings": warnings_of(recipe, report, ended_by, done)}
 
 
-def _spread(numbers_of: Ints) -> dict[str, float]:
-    """Return mean, 95th percentile and largest of values, from how many there are of each."""
-    upto = np.cumsum(numbers_of) / max(numbers_of.sum(), 1)
-    mean = float(numbers_of @ np.arange(len(numbers_of)) / max(numbers_of.sum(), 1))
-    return {"mean": mean, "p95": int(np.searchsorted(upto, 0.95)), "max": len(numbers_of) - 1}
-
-
 def _advice_on_fill(recipe: Recipe, planner: Planner, packs: dict[str, Any]) -> str:
     """Return what would fill packs that are far from full, tried on a window of them; nothing where they are full."""
     if packs["fill"] >= LOW_FILL or packs["count"] < planner.window_packs:
         return ""
-    data, step = recipe.data, recipe.training.tokens_per_step
-    longer = [2 * data.sequence_length, 4 * data.sequence_length]
-    changes = [(f"data.sequence_length={n}", f"training.tokens_per_step={ceil(step / n) * n}") for n in longer]
-    tried = []
-    for change in (*changes, (f"data.max_images_per_pack={2 * data.max_images_per_pack}",)):
-        changed = with_overrides(recipe, change)
-        other = Planner(planner.sizes, changed.data, packs_per_step=changed.packs_per_step, seed=recipe.seed)
+    tried = [(packs["fill"] + 0.01, "")]
+    for length in (2 * recipe.data.sequence_length, 4 * recipe.data.sequence_length):
+        step = ceil(recipe.training.tokens_per_step / length) * length
+        change = f"data.sequence_length={length} training.tokens_per_step={step}"
+        other = Planner(planner.sizes, with_overrides(recipe, change.split()).data, packs_per_step=1, seed=recipe.seed)
         window = next(other.windows())
-        tokens = sum(planner.sizes[source].num_tokens(rows).sum() for source, rows, _ in by_source(window))
-        tried.append((float(tokens) / len(window) / changed.data.sequence_length, " ".join(change)))
-    best, words = max(tried, key=itemgetter(0))
-    advice = f"; {words} would fill {best:.0%} with the same samples" if best > packs["fill"] + 0.01 else ""
-    return f"packs are {packs['fill']:.0%} full{advice}"
+        tokens = sum(int(planner.sizes[source].num_tokens(rows).sum()) for source, rows, _ in by_source(window))
+        tried.append((fill := tokens / len(window) / length, f"; {change} would fill {fill:.0%} with the same samples"))
+    return f"packs are {packs['fill']:.0%} full{max(tried, key=itemgetter(0))[1]}"
 
 
 def _line(recipe: Recipe, planner: Planner, totals: MixtureCounts, index: int, pack: float) -> dict[str, Any]:

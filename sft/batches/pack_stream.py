@@ -66,7 +66,7 @@ class Planner:
                 if self.mixture.ended():
                     packs, self.carry = self._last_packs(drawn), []
                 else:
-                    packs, left = self._packs(drawn, self.window_packs, even=self.is_even)
+                    packs, left = self._packs(drawn, self.window_packs)
                     self.filled = _tokens(self.carry) + _tokens(drawn) - _tokens(left)
                     self.carry = left
             self.window += 1
@@ -99,11 +99,9 @@ class Planner:
         self.mixture.restore(state["drawn"])
         self.carry = [self._restored(items) for items in state["carry"]]
 
-    def _packs(
-        self, drawn: Sequence[Bundle], num_packs: int, large: float = LARGE, *, even: bool = False
-    ) -> tuple[list[Pack], list[Bundle]]:
+    def _packs(self, drawn: Sequence[Bundle], num_packs: int, large: float = LARGE) -> tuple[list[Pack], list[Bundle]]:
         rng = np.random.default_rng([self.seed, self.window])
-        return pack_window(self.carry, drawn, num_packs, self.caps, rng, large, even)
+        return pack_window(self.carry, drawn, num_packs, self.caps, rng, large, even=self.is_even and large == LARGE)
 
     def _last_packs(self, drawn: Sequence[Bundle]) -> list[Pack]:
         """Return the whole steps of packs that the carry and the last draw take, none of them empty."""
@@ -113,7 +111,7 @@ class Planner:
         packs: list[Pack] = []
         left = bundles
         while left:
-            packs, left = self._packs(drawn, num_packs, even=self.is_even)
+            packs, left = self._packs(drawn, num_packs)
             if left:  # best fit for all: 100 samples of about 17 tokens take 14 packs of 128, not 15
                 packs, left = self._packs(drawn, num_packs, large=0.0)
             num_packs += self.packs_per_step

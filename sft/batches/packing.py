@@ -37,10 +37,8 @@ full of images and half empty of tokens: the card's mixture filled 94.6 % under 
 (scripts/bench/bench_mixture.py)."""
 LONG_TEXT = 0.5
 """In even packs texts over this part of a pack come before images, which would leave no room for them."""
-TOLERANCE = 0.005
-"""Even packs may leave so much more of a window empty."""
-EXCHANGES = 3
-"""At most so many in a pack."""
+TOLERANCE = 0.005  # of a window, which even packs may leave empty beyond others
+EXCHANGES = 3  # in a pack, at most
 
 
 def pack_window(
@@ -89,7 +87,7 @@ class _Packs:
         """Place bundles one after another: those of over `large` tokens by best fit, others in the pack with most room;
         to `level`, in the pack of least weight and, among equals, of least room.
 
-        One loop with few calls, since it takes most of the time of planning.
+        One loop without calls, since it takes most of the time of planning.
         """
         weights, rooms, num_packs = self.weights, self.rooms, len(self.rooms)
         ranked = sorted((weights[n] if level else rooms[n], rooms[n], n) for n in range(num_packs))
@@ -105,7 +103,11 @@ class _Packs:
                     continue
                 shown = self.samples_of[number]
                 if images:
-                    new = weight if shown.keys().isdisjoint(images) else self._new_weight(bundle, shown)
+                    new = weight
+                    if not shown.keys().isdisjoint(images):
+                        if any(shown.get(image, 0) + len(items) > self.caps.samples_per_image for image in images):
+                            continue
+                        new = sum(own for image, own in images.items() if image not in shown)
                     if weights[number] + new > self.caps.image_weight:
                         continue
                     weights[number] += new
@@ -120,13 +122,6 @@ class _Packs:
             else:
                 self.left.append(bundle)
             to_come -= 1
-
-    def _new_weight(self, bundle: Bundle, shown: Mapping[int, int]) -> int:
-        """Return what the images of a bundle weigh that a pack does not show yet; more than it may hold, where too many
-        samples would show one."""
-        if any(shown.get(image, 0) + len(bundle.items) > self.caps.samples_per_image for image in bundle.images):
-            return self.caps.image_weight + 1
-        return sum(weight for image, weight in bundle.images.items() if image not in shown)
 
     def exchange(self) -> None:
         """In each pack exchange bundles, or nothing, for left-over ones that fill it better. Packs of images alone are

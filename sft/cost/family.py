@@ -7,6 +7,7 @@ package outside the tree whose dotted name `model.family` gives. The module has 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
@@ -153,10 +154,9 @@ def check_images_fit(recipe: Recipe) -> None:
     length, model = recipe.data.sequence_length, recipe.model
     if length >= INLINE_LENGTH or model.family not in INLINE_FAMILIES:
         return
-    try:
+    tokens = 0
+    with suppress(UserError):  # what is wrong with the model `prepare` says
         tokens = read_model(model.family, model.path, model.image_settings).image_tokens(*COMMON_SIZE)
-    except UserError:
-        return  # `prepare` says what is wrong with the model
     if tokens > length:
         raise UserError(
             f"data.sequence_length: {length} holds hardly an image, since one of 640 x 480 takes {tokens:,} tokens; "
