@@ -254,7 +254,7 @@ RANKS = tuple((ranks, packs) for packs in (1, 4) for ranks in (2, 8, 32))
 
 
 def planner_of(
-    family: str, mix: str, sources: Sequence[Source], tokens: int, unit: str = "", step: int = 64
+    family: str, mix: str, sources: Sequence[Source], tokens: int, *, unit: str = "", step: int = 64, even: bool = True
 ) -> Planner:
     """Return the planner of a mix at a length of packs."""
     data = DataConfig.model_validate(
