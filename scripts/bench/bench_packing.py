@@ -378,12 +378,9 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             sources = sources_of(family, mix)
             for tokens in (args.tokens,) if args.tokens else (8192,) if args.fast else TOKENS:
-                if (
-                    aims_of(family, mix, tokens)
-                    or args.tokens
-                    or (family in SMALL and family != "500M" and mix != "coco")
-                ):
-                    yield f"{family}, {mix}, {tokens:,}", _row(family, mix, sources, tokens, windows)
+                is_shown = family in SMALL and family != "500M" and mix != "coco"
+                if args.tokens or is_shown or aims_of(family, mix, tokens):
+                    yield f"{family}, {mix}, {tokens:,}", _row(family, mix, sources, tokens, windows, not args.by_size)
 
 
 def _row(family: str, mix: str, sources: Sequence[Source], tokens: int, windows: int, even: bool) -> dict[str, Any]:
