@@ -102,9 +102,9 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
             "by_fill": _in_hundredths(totals.packs_with_tokens),
             "by_distinct_images": totals.packs_with_images.tolist(),
             "image_weight": {
-                "mean": float(np.mean(weights)),
+                "mean": float(weights.mean()),
                 "p95": int(np.percentile(weights, 95)),
-                "max": max(weights),
+                "max": int(weights[-1]),
             },
             "left_out": left_out / max(left_out + sum(map(len, planner.sizes)), 1),
         },
