@@ -85,7 +85,7 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
     by_weight = totals.packs_with_weight if totals.packs else np.ones(1, np.int64)
     weights = np.repeat(np.arange(len(by_weight)), by_weight)
     errors = totals.errors
-    report = {
+    report: dict[str, Any] = {
         "unit": unit,
         "steps": done,
         "steps_asked": steps,
@@ -118,7 +118,7 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
         },
         "tokens_left_over": sum(line["tokens_left_over"] for line in sources),
     }
-    report["advice"] = _advice_on_fill(recipe, planner, report["packs"])
+    report["packs"]["advice"] = _advice_on_fill(recipe, planner, report["packs"])
     return report | {"warnings": warnings_of(recipe, report, ended_by, done)}
 
 
@@ -208,7 +208,7 @@ def _thinned(values: Sequence[float], unit: float) -> list[float]:
 def warnings_of(recipe: Recipe, report: dict[str, Any], ended_by: str | None, done: int) -> list[str]:
     """Return what a person should know before paying for it."""
     training, sources = recipe.training, report["sources"]
-    found = [report["advice"]] if report["advice"] else []
+    found = [advice] if (advice := report["packs"]["advice"]) else []
     found += [
         f"{source['name']} is drawn for {source['epochs']:.1f} epochs{_advice(recipe, source['epochs'] / done)}"
         for source in sources

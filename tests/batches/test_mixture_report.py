@@ -181,4 +181,4 @@ def test_the_report_says_what_images_weigh_and_what_would_fill_packs():
     advice = "packs are 62% full; data.sequence_length=128 training.tokens_per_step=512 would fill 94% with the same"
     assert report["warnings"][0].startswith(advice)
     assert "images weigh 5.0 a pack, 95 % of packs up to 5, at most 5" in printed(report)
-    assert mix(recipe_of(), SOURCES, STEPS)["advice"] == "", "it is 98 % full"
+    assert mix(recipe_of(), SOURCES, STEPS)["packs"]["advice"] == "", "it is 98 % full"
