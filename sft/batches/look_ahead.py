@@ -34,11 +34,11 @@ def look_ahead(recipe: Recipe, sources: Sequence[SourceSizes], state: dict[str, 
         if not (state and can_end):
             return report
         last = _last_step(recipe, sources, state)
-        return report | {"steps": last, "warnings": warnings_of(recipe, report["sources"], report["ended_by"], last)}
+        return report | {"steps": last, "warnings": warnings_of(recipe, report, report["ended_by"], last)}
     report = mix(recipe, sources, few)
     for source in report["sources"]:
         source["epochs"] *= steps / few
-    return report | {"steps": steps, "warnings": warnings_of(recipe, report["sources"], None, steps)}
+    return report | {"steps": steps, "warnings": warnings_of(recipe, report, None, steps)}
 
 
 def _last_step(recipe: Recipe, sources: Sequence[SourceSizes], state: dict[str, Any]) -> int:
@@ -76,7 +76,17 @@ def describe_data(report: dict[str, Any]) -> Iterator[str]:
     yield from reasons(report["sources"])[:MAX_NOTES]
     steps, packs = _number(report["steps"], "step"), _number(report["packs_per_step"], "pack")
     yield f"{steps} of {packs}, {report['packs']['fill'] * 100:.1f} % full of tokens"
+    yield from describe_packs(report["packs"])
     yield from (f"warning: {line}" for line in report["warnings"][:MAX_NOTES])
+
+
+def describe_packs(packs: dict[str, Any]) -> Iterator[str]:
+    """Yield what the images of packs weigh, where they weigh differently, and how many samples fit none."""
+    mean, most_of_95, most = packs["image_weight"].values()
+    if mean > packs["distinct_images_per_pack"]:
+        yield f"images weigh {mean:.1f} a pack, 95 % of packs up to {most_of_95:,}, at most {most:,}"
+    if packs["left_out"]:
+        yield f"{packs['left_out']:.2%} of samples fit no pack"
 
 
 def _number(number: int, what: str) -> str:

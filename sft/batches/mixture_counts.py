@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.batches.pack_stream import by_source, weigh_images
 from sft.batches.source_stream import SourceSizes, Unit
 from sft.core.sample import Pack
 from sft.data.orders import Ints
@@ -102,6 +102,8 @@ class MixtureCounts:
         """Packs by the number of their tokens."""
         self.packs_with_images = np.zeros(1, np.int64)
         """Packs by the number of their distinct images."""
+        self.packs_with_weight = np.zeros(1, np.int64)
+        """Packs by the weight of their distinct images."""
 
     def sum(self, name: str) -> int:
         """Return a count summed over all sources."""
@@ -115,20 +117,12 @@ class MixtureCounts:
 
 def count_packs(totals: MixtureCounts, packs: Sequence[Pack], sources: Sequence[SourceSizes], unit: Unit) -> Floats:
     """Count some packs; return what each has of each source in the unit of the shares, (P, S)."""
-    num_items = np.array([len(pack.items) for pack in packs])
-    items = np.fromiter(chain.from_iterable(chain.from_iterable(pack.items for pack in packs)), np.int64)
-    of_source, samples = items.reshape(-1, 2).T
-    of_pack = np.repeat(np.arange(len(packs)), num_items)
-    order = np.argsort(of_source, kind="stable")
-    borders = np.searchsorted(of_source[order], np.arange(len(sources) + 1))
     given_PS = np.zeros((len(packs), len(sources)))
     tokens_P = np.zeros(len(packs))
-    shown_in, keys = [], []
-    for index in np.flatnonzero(np.diff(borders)).tolist():
+    shown = []  # of each image its pack, key and weight
+    for index, rows, numbers in by_source(packs):
         source, tally = sources[index], totals.of_source[index]
-        own = order[borders[index] : borders[index + 1]]
-        rows, numbers = samples[own], of_pack[own]
-        images, _, num_images = source.images(rows)
+        images, weights, num_images = source.images(rows)
         counts = {
             "tokens": source.num_tokens(rows),
             "trained_tokens": source.num_trained(rows),
@@ -140,21 +134,17 @@ def count_packs(totals: MixtureCounts, packs: Sequence[Pack], sources: Sequence[
         tally.distinct_images.add(images)
         tokens_P += np.bincount(numbers, counts["tokens"], len(packs))
         given_PS[:, index] = np.bincount(numbers, counts[unit], len(packs))
-        shown_in.append(np.repeat(numbers, num_images))
-        keys.append(images)
+        shown.append(np.stack([np.repeat(numbers, num_images), images, weights]))
+    images_P, weights_P = weigh_images(shown, len(packs))
     totals.packs += len(packs)
-    totals.packs_with_tokens += np.bincount(tokens_P.astype(np.int64), minlength=len(totals.packs_with_tokens))
-    images_P = _num_distinct(np.concatenate(shown_in), np.concatenate(keys), len(packs))
-    more = np.bincount(images_P, minlength=len(totals.packs_with_images))
-    more[: len(totals.packs_with_images)] += totals.packs_with_images
-    totals.packs_with_images = more
+    totals.packs_with_tokens = _counted(totals.packs_with_tokens, tokens_P.astype(np.int64))
+    totals.packs_with_images = _counted(totals.packs_with_images, images_P)
+    totals.packs_with_weight = _counted(totals.packs_with_weight, weights_P)
     return given_PS
 
 
-def _num_distinct(of_pack: Ints, keys: Ints, num_packs: int) -> Ints:
-    """Return the distinct images of each pack."""
-    order = np.lexsort((keys, of_pack))
-    of_pack, keys = of_pack[order], keys[order]
-    is_first = np.ones(len(keys), bool)
-    is_first[1:] = (keys[1:] != keys[:-1]) | (of_pack[1:] != of_pack[:-1])
-    return np.bincount(of_pack[is_first], minlength=num_packs)
+def _counted(counts: Ints, values: Ints) -> Ints:
+    """Return how often each number was found, with some more `values`."""
+    more = np.bincount(values, minlength=len(counts))
+    more[: len(counts)] += counts
+    return more

@@ -6,18 +6,20 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil, gcd
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from sft.batches.declared_sizes import DeclaredSource
 from sft.batches.mixture_counts import Floats, MixtureCounts, SourceCounts, count_packs
-from sft.batches.pack_stream import Planner
+from sft.batches.pack_stream import Planner, by_source
 from sft.batches.source_stream import SourceSizes
 from sft.core.sample import Pack
 from sft.data.orders import Ints
 from sft.data.prepared_source import PreparedSource
-from sft.recipe import Recipe
+from sft.data.truncate import LEFT_OUT
+from sft.recipe import Recipe, with_overrides
 
 UNITS = ("tokens", "trained_tokens", "samples")
 MANY_EPOCHS = 4
@@ -25,6 +27,8 @@ MANY_EPOCHS = 4
 USUAL_EPOCHS = 3
 FEW_STEPS = 10
 """With fewer steps there is hardly a learning-rate schedule."""
+LOW_FILL = 0.9
+"""Packs that hold less are worth a warning."""
 MAX_POINTS = 60
 """At most so many figures are given window by window; the largest of several windows stands for them."""
 
@@ -77,8 +81,11 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
     done = ceil(totals.packs / recipe.packs_per_step)
     ended_by = planner.mixture.ended() if steps is None or done < steps else None
     shown, encoded = totals.sum("images"), totals.distinct_images
+    left_out = sum(n for s in sources for why, n in s["fitted"].items() if why.startswith(LEFT_OUT))
+    by_weight = totals.packs_with_weight if totals.packs else np.ones(1, np.int64)
+    weights = np.repeat(np.arange(len(by_weight)), by_weight)
     errors = totals.errors
-    return {
+    report: dict[str, Any] = {
         "unit": unit,
         "steps": done,
         "steps_asked": steps,
@@ -94,6 +101,12 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
             "encodes_saved": 1 - encoded / shown if shown else 0.0,
             "by_fill": _in_hundredths(totals.packs_with_tokens),
             "by_distinct_images": totals.packs_with_images.tolist(),
+            "image_weight": {
+                "mean": float(weights.mean()),
+                "p95": int(np.percentile(weights, 95)),
+                "max": int(weights[-1]),
+            },
+            "left_out": left_out / max(left_out + sum(map(len, planner.sizes)), 1),
         },
         "largest_error_in_packs": float(errors.at_ends.max()) / pack,
         "largest_error_inside_in_packs": float(errors.inside.max()) / pack,
@@ -104,8 +117,24 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
             "largest_error_in_packs": _thinned(errors.of_ends, pack),
         },
         "tokens_left_over": sum(line["tokens_left_over"] for line in sources),
-        "warnings": warnings_of(recipe, sources, ended_by, done),
     }
+    report["packs"]["advice"] = _advice_on_fill(recipe, planner, report["packs"])
+    return report | {"warnings": warnings_of(recipe, report, ended_by, done)}
+
+
+def _advice_on_fill(recipe: Recipe, planner: Planner, packs: dict[str, Any]) -> str:
+    """Return what would fill packs that are far from full, tried on a window of them; nothing where they are full."""
+    if packs["fill"] >= LOW_FILL or packs["count"] < planner.window_packs:
+        return ""
+    tried = [(packs["fill"] + 0.01, "")]
+    for length in (2 * recipe.data.sequence_length, 4 * recipe.data.sequence_length):
+        step = ceil(recipe.training.tokens_per_step / length) * length
+        change = f"data.sequence_length={length} training.tokens_per_step={step}"
+        other = Planner(planner.sizes, with_overrides(recipe, change.split()).data, packs_per_step=1, seed=recipe.seed)
+        window = next(other.windows())
+        tokens = sum(int(planner.sizes[source].num_tokens(rows).sum()) for source, rows, _ in by_source(window))
+        tried.append((fill := tokens / len(window) / length, f"; {change} would fill {fill:.0%} with the same samples"))
+    return f"packs are {packs['fill']:.0%} full{max(tried, key=itemgetter(0))[1]}"
 
 
 def _line(recipe: Recipe, planner: Planner, totals: MixtureCounts, index: int, pack: float) -> dict[str, Any]:
@@ -176,10 +205,11 @@ def _thinned(values: Sequence[float], unit: float) -> list[float]:
     return [float(stretch.max()) / unit for stretch in np.array_split(values, min(MAX_POINTS, len(values)))]
 
 
-def warnings_of(recipe: Recipe, sources: Sequence[dict[str, Any]], ended_by: str | None, done: int) -> list[str]:
+def warnings_of(recipe: Recipe, report: dict[str, Any], ended_by: str | None, done: int) -> list[str]:
     """Return what a person should know before paying for it."""
-    training = recipe.training
-    found = [
+    training, sources = recipe.training, report["sources"]
+    found = [advice] if (advice := report["packs"]["advice"]) else []
+    found += [
         f"{source['name']} is drawn for {source['epochs']:.1f} epochs{_advice(recipe, source['epochs'] / done)}"
         for source in sources
         if source["epochs"] > MANY_EPOCHS

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sft.batches.pack_stream import Planner
+from sft.batches.pack_stream import Planner, by_source, weigh_images
 from sft.core.distributed import ALONE, Rank
 from sft.core.parallel import prefetch
 from sft.core.sample import Pack
@@ -112,15 +112,13 @@ class Plans:
     def _costs(self, packs: Sequence[Pack]) -> list[float]:
         """Text tokens of each pack, and its distinct images at their worth."""
         costs = np.zeros(len(packs))
-        shown = []  # pairs of pack and image
-        for index, source in enumerate(self.planner.sizes):
-            pairs = [(number, i.sample) for number, pack in enumerate(packs) for i in pack.items if i.source == index]
-            numbers, rows = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-            np.add.at(costs, numbers, source.num_tokens(rows))
+        shown = []  # of each image its pack, key and weight
+        for index, rows, numbers in by_source(packs):
+            source = self.planner.sizes[index]
+            costs += np.bincount(numbers, source.num_tokens(rows), len(packs))
             images = source.images(rows)
             shown.append(np.stack([np.repeat(numbers, images.numbers), images.keys, images.weights]))
-        packs_of, _, weights = np.unique(np.concatenate(shown, axis=1), axis=1)
-        return list(costs + self.image_cost * np.bincount(packs_of, weights, minlength=len(packs)))
+        return list(costs + self.image_cost * weigh_images(shown, len(packs))[1])
 
     def state(self, step: int) -> dict[str, Any]:
         """Return where the plan stands after a step, as JSON: the next one, its window, and how far into that it is."""

@@ -167,6 +167,8 @@ def _notes(report: dict[str, Any], out: Console) -> None:
 
 def _plots(report: dict[str, Any]) -> Iterator[str]:
     """Yield how far off shares are over the windows, and what packs hold."""
+    from sft.batches.look_ahead import describe_packs
+
     windows, packs = report["windows"], report["packs"]
     if report["largest_error_inside_in_packs"]:
         many = "s" if windows["count"] > 1 else ""
@@ -188,6 +190,7 @@ def _plots(report: dict[str, Any]) -> Iterator[str]:
         )
         saved = percent(packs["encodes_saved"])
         yield f"  images shown      {packs['images_per_pack']:.1f} on average: {saved} of encodes saved"
+    yield from (f"  {line}" for line in describe_packs(packs))
 
 
 def _bar(share: float, largest: float, width: int) -> str:

@@ -17,6 +17,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Check a recipe: its keys, shares, datasets and paths."""
+    from sft.cost.family import check_images_fit
     from sft.data.check_recipe import check_recipe
     from sft.evaluation.tasks import named_tasks
     from sft.runs.names import find_recipe
@@ -24,6 +25,7 @@ def run(
     found = find_recipe(recipe, overrides or ())
     named_tasks(found.evaluation)
     check_recipe(found, paths=not no_paths)
+    check_images_fit(found)
     command = f"idefics-sft prepare {shlex.join([recipe, *(overrides or ())])}"
     if json:
         print_json({"valid": True, "sources": [source.name for source in found.data.mixture], "next": command})

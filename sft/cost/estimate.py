@@ -13,7 +13,7 @@ import numpy as np
 from sft.batches.look_ahead import look_ahead
 from sft.core.errors import UserError
 from sft.cost.devices import DEVICES, GIB, Device
-from sft.cost.family import Cost, ModelCost, Precision, Setting, read_model
+from sft.cost.family import COMMON_SIZE, Cost, ModelCost, Precision, Setting, read_model
 from sft.data.prepare import open_prepared
 from sft.data.store import MANIFEST, Store
 from sft.models import base_of, names_of_family
@@ -23,10 +23,6 @@ from sft.recipe.optimizers import lighter_optimizers
 
 MAX_GPUS = 1024
 """The most GPUs that advice suggests."""
-
-COMMON_SIZE = (640, 480)
-"""Width and height of the image whose features are counted before the sources are prepared: that of most COCO images.
-"""
 
 NUM_SIZES = 10_000
 """At most so many images are looked at for their sizes, evenly spread, so that planning stays fast with millions."""

@@ -7,6 +7,7 @@ package outside the tree whose dotted name `model.family` gives. The module has 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
@@ -15,7 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from sft import cost
 from sft.core.errors import UserError
 from sft.models import package_name
-from sft.recipe import ENGINES, EngineName, OptimizerName
+from sft.recipe import ENGINES, EngineName, OptimizerName, Recipe
+from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH
+
+COMMON_SIZE = (640, 480)
+"""Width and height of most of COCO's images, which stands for all while the sources are not prepared."""
 
 Precision = Literal["bfloat16", "float16", "float32"]
 
@@ -107,6 +112,9 @@ class ModelCost(Protocol):
         """Return the number and the weight of the distinct images of the costliest pack, for a pack of some tokens and
         a cap on the weight."""
 
+    def image_tokens(self, width: int, height: int) -> int:
+        """Return how many tokens an image of a size in pixels takes at least; 0 where it stands beside the text."""
+
     def feature_bytes(self, width: int, height: int) -> int:
         """Return the bytes that an image of a size in pixels takes in the feature cache."""
 
@@ -135,3 +143,22 @@ def read_model(family: str, path: str, images: Mapping[str, Any] | None = None) 
             "a module `cost`, see docs/planning.md)"
         ) from error
     return read(path, images) if images else read(path)
+
+
+def check_images_fit(recipe: Recipe) -> None:
+    """Check that an image of a common size fits a pack, as far as the config of the model is at hand.
+
+    Raises:
+        UserError: hardly any image does.
+    """
+    length, model = recipe.data.sequence_length, recipe.model
+    if length >= INLINE_LENGTH or model.family not in INLINE_FAMILIES:
+        return
+    tokens = 0
+    with suppress(UserError):  # what is wrong with the model `prepare` says
+        tokens = read_model(model.family, model.path, model.image_settings).image_tokens(*COMMON_SIZE)
+    if tokens > length:
+        raise UserError(
+            f"data.sequence_length: {length} holds hardly an image, since one of 640 x 480 takes {tokens:,} tokens; "
+            f"set {2 ** tokens.bit_length()} at least ({INLINE_LENGTH} if it is left out)"
+        )

@@ -241,6 +241,9 @@ class DataConfig(_Part):
     12 for each token."""
     max_samples_per_image_per_pack: Positive = 4
     """How many samples about one image may share a pack, and so one encoding of the image. 1: no sharing."""
+    even_packs: bool = False
+    """Whether packs are filled with about the same weight of images each, since ranks wait for the dearest. Left out
+    where images are part of the text (idefics3): true."""
     long_conversations: Policy = "prefix"
     """A conversation that does not fit a pack keeps its first turns (`prefix`), becomes several, each of which opens
     with the system text and the images shown before (`split`), or is left out (`drop`). Documents are always split,
@@ -498,7 +501,7 @@ class Recipe(_Part):
         weight = INLINE_FAMILIES.get(str(model.get("family")))
         if weight is None:
             return values
-        data = {"sequence_length": INLINE_LENGTH} | data
+        data = {"sequence_length": INLINE_LENGTH, "even_packs": True} | data
         length = data["sequence_length"]
         most = length * weight if isinstance(length, int) else length
         return values | {"data": {"max_images_per_pack": most} | data}

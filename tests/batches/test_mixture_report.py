@@ -165,3 +165,20 @@ def test_a_thousand_sources_stay_readable_and_exact():
     assert any("977 others" in line for line in lines)
     assert "2,000 skipped, no answer (1,000 sources)" in lines
     assert len(json.loads(json.dumps(report))["sources"]) == 1000
+
+
+def test_the_report_says_what_images_weigh_and_what_would_fill_packs():
+    """Samples of 40 tokens, of which no two fit a pack of 64 and three one of 128; each shows an image of 5 tiles."""
+
+    class Tiled(Toy):
+        def images(self, rows):
+            shown = super().images(rows)
+            return shown._replace(weights=5 * shown.weights)
+
+    recipe = recipe_of("data.max_images_per_pack=30")
+    report = mix(recipe, [Tiled(1, [40] * 300, [(n,) for n in range(300)])], STEPS)
+    assert report["packs"]["image_weight"] == {"mean": 5, "p95": 5, "max": 5} and report["packs"]["left_out"] == 0
+    advice = "packs are 62% full; data.sequence_length=128 training.tokens_per_step=512 would fill 94% with the same"
+    assert report["warnings"][0].startswith(advice)
+    assert "images weigh 5.0 a pack, 95 % of packs up to 5, at most 5" in printed(report)
+    assert mix(recipe_of(), SOURCES, STEPS)["packs"]["advice"] == "", "it is 98 % full"

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from sft.batches.declared_sizes import declared_sources
 from sft.batches.pack_stream import MIN_WINDOW_PACKS, Planner
 from sft.core.errors import UserError
 from sft.core.sample import PackItem
+from sft.core.shipped import recipe_path
 from sft.data.orders import Cursor
+from sft.recipe import load_recipe
 
 
 def planner_of(sizes, *, packs_per_step=4, seed=0, **options):
@@ -26,10 +29,10 @@ def windows(planner, number):
     return list(islice(planner.windows(), number))
 
 
-@given(sizes=mixtures(), images=st.integers(2, 6), sharing=st.integers(1, 4))
-def test_windows_keep_every_promise(sizes, images, sharing):
+@given(sizes=mixtures(), images=st.integers(2, 6), sharing=st.integers(1, 4), even=st.booleans())
+def test_windows_keep_every_promise(sizes, images, sharing, even):
     """Caps hold in each pack, no pack is empty, and what was drawn is packed or carried."""
-    planner = planner_of(sizes, max_images_per_pack=images, max_samples_per_image_per_pack=sharing)
+    planner = planner_of(sizes, max_images_per_pack=images, max_samples_per_image_per_pack=sharing, even_packs=even)
     packed = Counter()
     for window in windows(planner, 2):
         assert len(window) == MIN_WINDOW_PACKS
@@ -103,6 +106,15 @@ def test_the_stream_is_the_one_it_always_was():
     assert hashlib.sha256(found).hexdigest()[:16] == "97b60614b435d800"
 
 
+def test_the_card_is_packed_as_it_always_was():
+    """12 windows of idefics-9b-instruct, by a hash of the version before even packs."""
+    recipe = load_recipe(recipe_path("idefics-9b-instruct"))
+    assert not recipe.data.even_packs
+    planner = Planner(declared_sources(recipe.data), recipe.data, packs_per_step=recipe.packs_per_step, seed=0)
+    found = repr(windows(planner, 12)).encode()
+    assert hashlib.sha256(found).hexdigest()[:16] == "81a2198f818ea134"
+
+
 def test_shares_hold_even_where_one_image_is_asked_for_everywhere():
     """A pack may hold four samples of it, so the packs stay half empty rather than leave its source behind."""
     sizes = [Toy(0.5, [4]), Toy(0.5, [4], [(0,)])]
@@ -113,17 +125,44 @@ def test_shares_hold_even_where_one_image_is_asked_for_everywhere():
 
 
 @hypothesis_settings(max_examples=20)
-@given(sizes=mixtures(), number=st.integers(0, 3))
-def test_a_restored_planner_gives_the_same_windows(sizes, number):
-    planner = planner_of(sizes)
+@given(sizes=mixtures(), number=st.integers(0, 3), even=st.booleans())
+def test_a_restored_planner_gives_the_same_windows(sizes, number, even):
+    planner = planner_of(sizes, even_packs=even)
     windows(planner, number)
     state = planner.state()
     written = json.dumps(state)
     expected = windows(planner, 2)
     assert json.dumps(state) == written, "a state does not change when the planner goes on"
-    again = planner_of(sizes)
+    again = planner_of(sizes, even_packs=even)
     again.restore(json.loads(written))
     assert windows(again, 2) == expected
+
+
+def test_a_state_of_an_earlier_version_is_restored_or_refused_by_name():
+    planner = planner_of([Toy(1, [8])])
+    state = planner.state()
+    del state["filled"]
+    planner.restore(state)
+    with pytest.raises(UserError, match="earlier version"):
+        planner_of([Toy(1, [8])], even_packs=True).restore(state)
+
+
+def test_where_sizes_leave_packs_unfilled_even_packs_carry_little():
+    """No two samples of 40 tokens fit a pack of 64; drawing for full windows, the carry grows to a third of one."""
+    carried = {}
+    for even in (False, True):
+        planner = planner_of([Toy(1, [40] * 30)], even_packs=even)
+        assert all(len(pack.items) == 1 for window in windows(planner, 8) for pack in window)
+        carried[even] = len(planner.carry)
+    assert carried == {False: 38, True: 3}
+
+
+def test_even_packs_are_never_empty_though_long_samples_follow_short_ones():
+    """After a window of samples of half a pack, those for its fill are fewer than packs."""
+    sizes = [Toy(1, [33] * 200 + [64] * 200)]
+    for seed in range(8):
+        planner = planner_of(sizes, even_packs=True, seed=seed)
+        assert all(pack.items for window in windows(planner, 6) for pack in window)
 
 
 def test_the_seed_is_the_only_dice():

@@ -14,16 +14,16 @@ from sft.core.sample import Caps, PackItem
 CAPS = Caps(tokens=100, image_weight=3, samples_per_image=2)
 
 
-def bundle(number, num_tokens, *images, items=1):
+def bundle(number, num_tokens, *images, items=1, weight=1):
     return Bundle(
         items=tuple(PackItem(number, sample) for sample in range(items)),
         num_tokens=num_tokens,
-        images=dict.fromkeys(images, 1),
+        images=dict.fromkeys(images, weight),
     )
 
 
-def pack(*bundles, first=(), num_packs=1, caps=CAPS, seed=0):
-    return pack_window(first, bundles, num_packs, caps, np.random.default_rng(seed))
+def pack(*bundles, first=(), num_packs=1, caps=CAPS, seed=0, even=False):
+    return pack_window(first, bundles, num_packs, caps, np.random.default_rng(seed), even=even)
 
 
 def numbers(packs):
@@ -42,9 +42,10 @@ def many(draw):
     return bundles
 
 
-@given(bundles=many(), num_carried=st.integers(0, 10), num_packs=st.integers(1, 8))
-def test_caps_hold_and_nothing_is_lost(bundles, num_carried, num_packs):
-    packs, left = pack(*bundles[num_carried:], first=bundles[:num_carried], num_packs=num_packs)
+@given(bundles=many(), num_carried=st.integers(0, 10), num_packs=st.integers(1, 8), even=st.booleans())
+def test_caps_hold_and_nothing_is_lost(bundles, num_carried, num_packs, even):
+    packs, left = pack(*bundles[num_carried:], first=bundles[:num_carried], num_packs=num_packs, even=even)
+    assert (packs, left) == pack(*bundles[num_carried:], first=bundles[:num_carried], num_packs=num_packs, even=even)
     assert len(packs) == num_packs
     placed = [item for one in packs for item in one.items]
     assert sorted(placed + [item for own in left for item in own.items]) == sorted(
@@ -58,9 +59,11 @@ def test_caps_hold_and_nothing_is_lost(bundles, num_carried, num_packs):
         assert all(number <= CAPS.samples_per_image for number in samples_of.values())
 
 
-@given(bundles=many())
-def test_with_room_for_all_nothing_is_left(bundles):
-    assert pack(*bundles, num_packs=30)[1] == []
+@given(bundles=many(), even=st.booleans())
+def test_with_room_for_all_nothing_is_left_and_no_pack_is_empty(bundles, even):
+    packs, left = pack(*bundles, num_packs=30, even=even)
+    assert left == []
+    assert sum(not one.items for one in packs) == max(30 - sum(len(own.items) for own in bundles), 0)
 
 
 def test_what_was_carried_is_placed_first():
@@ -110,3 +113,33 @@ def test_the_order_of_packs_is_drawn_from_the_seed():
 
     assert order(1) == order(1) != order(2)
     assert sorted(order(1)) == list(range(10))
+
+
+def test_even_packs_hold_about_the_same_weight_of_images_and_are_as_full():
+    """Eight images of 45 tokens, every fourth one of 17 tiles, in four packs."""
+    caps = Caps(tokens=100, image_weight=100, samples_per_image=1)
+    images = [bundle(number, 45, number, weight=1 if number % 4 else 17) for number in range(8)]
+    held = {}
+    for even in (False, True):
+        packs, left = pack(*images, num_packs=4, caps=caps, even=even)
+        assert left == []
+        held[even] = sorted(sum(1 if item.source % 4 else 17 for item in one.items) for one in packs)
+    assert held == {False: [2, 2, 2, 34], True: [2, 2, 18, 18]}
+
+
+def test_what_is_left_over_is_exchanged_for_what_fills_better():
+    """The carry comes first, 70 and 20 tokens; 30 fill the pack beside 70."""
+    caps = Caps(tokens=100, image_weight=9, samples_per_image=1)
+    carry, new = [bundle(0, 70, 0), bundle(1, 20, 1)], bundle(2, 30, 2)
+    assert numbers(pack(new, first=carry, caps=caps)[0]) == [[0, 1]]
+    packs, left = pack(new, first=carry, caps=caps, even=True)
+    assert numbers(packs) == [[0, 2]] and left == [carry[1]]
+    heavy = bundle(2, 30, 2, weight=9)
+    assert numbers(pack(heavy, first=carry, caps=caps, even=True)[0]) == [[0, 1]], "its image would be too much"
+
+
+def test_the_even_plan_gives_way_where_the_other_is_fuller():
+    """Two texts over half a pack go to two packs, and leave no room for the images of 60 tokens; best fit does not."""
+    caps = Caps(tokens=100, image_weight=9, samples_per_image=1)
+    bundles = [bundle(0, 55), bundle(1, 45), bundle(2, 60, 2), bundle(3, 40, 3)]
+    assert pack(*bundles, num_packs=2, caps=caps, even=True)[1] == pack(*bundles, num_packs=2, caps=caps)[1]

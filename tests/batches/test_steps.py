@@ -50,13 +50,13 @@ def test_ranks_share_out_the_steps_that_one_would_do(sizes, num_ranks, micro_bat
         assert len({len(rank[step]) for rank in ranks}) == 1, "ranks walk through the micro-steps together"
 
 
-@given(sizes=mixtures(), step=st.integers(0, 40), ahead=st.integers(0, 30))
-def test_a_restored_plan_goes_on_with_the_next_step(sizes, step, ahead):
+@given(sizes=mixtures(), step=st.integers(0, 40), ahead=st.integers(0, 30), even=st.booleans())
+def test_a_restored_plan_goes_on_with_the_next_step(sizes, step, ahead, even):
     """A window is 13 steps of 5 packs. Whoever makes batches may have taken plans of later steps already."""
-    plans = plans_of(sizes)
+    plans = plans_of(sizes, even_packs=even)
     taken = list(islice(plans, 5 * (step + ahead)))
     state = json.loads(json.dumps(plans.state(step)))
-    again = plans_of(sizes)
+    again = plans_of(sizes, even_packs=even)
     again.restore(state)
     assert list(islice(again, 5 * ahead)) == taken[5 * step :]
     assert again.planner.window - state["window"]["window"] <= 1 + (5 * ahead + 64) // 65 + 1

@@ -190,7 +190,7 @@ def test_prepare_and_mix_print_one_json_object(recipe, capsys):
     assert report["sources"][1]["achieved"] == pytest.approx(0.25, abs=3 / 64)
     assert report["packs"].keys() == {
         "count", "fill", "images_per_pack", "distinct_images_per_pack", "encodes_saved", "by_fill",
-        "by_distinct_images",
+        "by_distinct_images", "image_weight", "left_out", "advice",
     }  # fmt: skip
     assert report["largest_error_in_packs"] <= 3
     assert report["packs"]["count"] == 64

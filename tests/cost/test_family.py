@@ -85,3 +85,13 @@ def test_a_family_without_costs_is_refused_in_one_line_that_names_those_known(re
     assert "model.family: plan knows no costs of 'xml' (known: idefics, idefics2, idefics3;" in printed
     with pytest.raises(UserError, match="model_type is 'idefics'; expected 'idefics3' or 'smolvlm'"):
         read_model("idefics3", "shipped:tiny_base")
+
+
+@pytest.mark.parametrize(("name", "length"), [("HuggingFaceM4/Idefics3-8B-Llama3", 2048), (None, 64)])
+def test_a_length_that_holds_hardly_an_image_is_refused_with_the_one_needed(name, length, tiled_base, refusal):
+    """13 tiles of 640 x 480 take 2,223 tokens in Idefics3-8B."""
+    overrides = ("model.family=smolvlm", "data.augment=none", "training.groups={}", "training.tokens_per_step=8192")
+    recipe = ("quickstart", *overrides, f"model.path={name or tiled_base}", "model.trainable=[language]")
+    printed = refusal("validate", *recipe, f"data.sequence_length={length}")
+    assert f"data.sequence_length: {length} holds hardly an image, since one of 640 x 480 takes" in printed
+    assert "set 4096 at least (8192 if it is left out)" in printed or not name

@@ -73,6 +73,10 @@ class IdeficsCost:
         """Return as many images as the cap allows: each has weight 1 and stands beside the text."""
         return image_weight, image_weight
 
+    def image_tokens(self, width: int, height: int) -> int:
+        """Return 0: an image stands beside the text."""
+        return 0
+
     def feature_bytes(self, width: int, height: int) -> int:
         """Return the bytes of an image in the feature cache: its states in float16, whatever its size."""
         return 2 * self.shape.states * self.shape.state_size

@@ -87,6 +87,10 @@ class TiledCost(InlineCost):
         largest = self.tiles.tiling(1, 1).num_tiles  # a square
         return ceil(tiles / largest), tiles
 
+    def image_tokens(self, width: int, height: int) -> int:
+        """Return how many tokens the tiles of an image take at least."""
+        return self.tiles.tiling(width, height).num_tiles * (self.shape.states + MARKERS)
+
     def feature_bytes(self, width: int, height: int) -> int:
         """Return the bytes of an image in the feature cache: its states in float16."""
         return 2 * self.tiles.tiling(width, height).num_tiles * self.shape.states * self.shape.state_size
