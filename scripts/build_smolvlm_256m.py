@@ -76,10 +76,16 @@ def read_smollm2() -> tuple[nn.Module, list[str], list[str]]:
 def build(language: nn.Module) -> PackedIdefics3:
     """Return a model of SmolVLM-256M's shape around a language model. Rows of added tokens are the mean of the others,
     as are those of `sft.models`' prepared bases."""
-    shape = json.loads(SHAPE.read_text())
-    text = language.config.to_dict() | shape["text_config"] | {"pad_token_id": 2, "bos_token_id": 1}
-    first_added = language.config.vocab_size
-    config = Idefics3Config(**shape | {"text_config": text}, image_token_id=first_added + ADDED.index(IMAGE))
+    shape, own = json.loads(SHAPE.read_text()), language.config
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    shape["text_config"] |= special | {
+        "max_position_embeddings": own.max_position_embeddings,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": own.rope_parameters,
+        "tie_word_embeddings": False,
+    }
+    first_added = own.vocab_size
+    config = Idefics3Config(**shape, image_token_id=first_added + ADDED.index(IMAGE), pad_token_id=2)
     config.preprocessor = {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}
     torch.manual_seed(0)
     model = PackedIdefics3(config)
