@@ -125,12 +125,11 @@ def _runs(tokens: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     while start < len(tokens):
         stop = start + 1
         if tokens[start]["kind"] in ("image", "state"):
-            own = [*takewhile(lambda token: token["kind"] != "image", tokens[stop:])]
-            states = [place for place, token in enumerate(own, stop) if token["kind"] == "state"]
-            whole = tokens[start : max(states, default=start) + 1]
-            is_row = tokens[start]["kind"] == "state" or any(token["label"] is not None for token in whole)
-            row = [place for number, place in enumerate(states) if place == stop + number]
-            stop += len(row) if is_row else len(whole) - 1
+            rest = [*takewhile(lambda token: token["kind"] != "image", tokens[stop:])]
+            row = sum(1 for _ in takewhile(lambda token: token["kind"] == "state", rest))
+            whole = max((place for place, token in enumerate(rest, 1) if token["kind"] == "state"), default=0)
+            has_tags = tokens[start]["kind"] == "state" or any(token["label"] is not None for token in rest[:whole])
+            stop += row if has_tags else whole
         yield tokens[start:stop]
         start = stop
 

@@ -92,8 +92,8 @@ class LoraSettings(_Part):
 
 
 class ImageSettings(_Part):
-    longest_edge: Positive | None = None
-    """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles."""
+    longest_edge: Annotated[Positive, Field(le=4096)] | None = None
+    """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles; 4,096 at most."""
     split: bool | None = None
     """Whether an image is cut. If not, it is one tile that shows the whole."""
 

@@ -31,6 +31,7 @@ from sft.models.idefics3.weights import (
 from sft.models.loaded_model import load_for_inference, load_template
 from sft.recipe import load_recipe
 from sft.training.engines import get_engine
+from sft.training.open_model import OpenedModel, choose_trained
 
 FAMILY = get_family("idefics3")
 KINDS = {
@@ -207,6 +208,14 @@ def test_a_tied_head_is_trained_with_its_embeddings_or_not_at_all(folders):
     assert select_trainable(model, ["language"]) == ()
 
 
+def test_settings_of_a_group_that_a_model_has_nothing_of_are_refused(folders, recipe):
+    folder = folders["tied"]
+    tied = OpenedModel(family=FAMILY, model=load_model(folder), template=load_template(FAMILY, folder))
+    asked = load_recipe(recipe, ("training.groups={head: {learning_rate: 1e-3}}",))
+    with pytest.raises(UserError, match=r"nothing of head is trained .* are\); its head is tied to the embeddings"):
+        choose_trained(asked, tied, print)
+
+
 def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
     model = load_model(folders["idefics3"], trained=(), frozen_dtype=torch.bfloat16, quantised=True)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
@@ -250,6 +259,35 @@ output_dir: {folder}/out
 """
     )
     return file
+
+
+HAS = "(known: vision, connector, language, embeddings, head)"
+TARGETS = "(known: vision, vision.attention, vision.mlp, language, language.attention, language.mlp, connector)"
+REFUSED = {
+    ("model.trainable=[gates]",): f"model.trainable: smolvlm has no 'gates' {HAS}",
+    ("model.trainable=[cross_attention]",): f"model.trainable: smolvlm has no 'cross_attention' {HAS}",
+    ("model.mode=lora", "model.trainable=[resampler]"): f"model.trainable: smolvlm has no 'resampler' {HAS}",
+    (
+        "model.mode=qlora",
+        "model.lora.targets=[language, gates]",
+    ): f"model.lora.targets: smolvlm has no 'gates' {TARGETS}",
+    ("training.groups={gates: {learning_rate: 1e-3}}",): f"training.groups: smolvlm has no 'gates' {HAS}",
+    ("data.augment=crop",): "crop changes the size of an image, on which its tokens depend in smolvlm; set it to none",
+    ("data.feature_cache=true",): "data.feature_cache keeps what does not change, and vision is trained",
+    ("data.feature_cache=true", "model.mode=lora", "model.lora.targets=[connector]"): "and connector is trained",
+    ("model.images={longest_edge: 5000}",): "expected a number less than or equal to 4096, found 5000",
+    ("model.images={resampler: 3}",): "model.images.resampler: unknown key",
+    ("model.path=shipped:tiny_base",): "model_type is 'idefics'; model.family loads 'idefics3' or 'smolvlm'",
+    ("model.family=idefics",): "model_type is 'smolvlm'; model.family loads 'idefics'",
+}
+"""What IDEFICS-1 has and SmolVLM has not, and the line that says so."""
+
+
+@pytest.mark.parametrize("overrides", REFUSED, ids=" ".join)
+def test_what_a_family_has_not_is_refused_by_name(recipe, refusal, overrides):
+    assert REFUSED[overrides] in refusal(
+        "plan" if "model_type" in REFUSED[overrides] else "validate", recipe, *overrides
+    )
 
 
 def lines_of(run):

@@ -85,7 +85,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     values = models.read_config(folder)
     if values.get("model_type") not in MODEL_TYPES:
         known = " or ".join(MODEL_TYPES)
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; this family loads {known}")
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; model.family loads {known}")
     config: PreTrainedConfig = AutoConfig.for_model(**values)
     if (kind := config.text_config.model_type) != "llama":
         raise UserError(f"{path}: text_config.model_type is {kind!r}; only 'llama' is known to pack without leaks")
