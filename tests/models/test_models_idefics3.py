@@ -18,7 +18,7 @@ from sft.core.sample import Message, Sample
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.inference.generate import generate, prompt_of
-from sft.models import family_at, get_family
+from sft.models import family_at, get_family, plain_folder
 from sft.models.idefics3.text import load_tokenizer
 from sft.models.idefics3.weights import (
     load_config,
@@ -27,6 +27,7 @@ from sft.models.idefics3.weights import (
     save_model,
     save_processor,
     select_trainable,
+    write_config,
 )
 from sft.models.loaded_model import load_for_inference, load_template
 from sft.recipe import load_recipe
@@ -147,6 +148,33 @@ def test_what_is_saved_opens_with_transformers_alone_with_the_same_logits(model,
     own = AutoTokenizer.from_pretrained(tmp_path)
     assert own(text, add_special_tokens=False) == template.tokenizer(text, add_special_tokens=False)
     assert load_config(tmp_path).preprocessor["size"] == {"longest_edge": 128} and family_at(tmp_path) is FAMILY
+
+
+def test_saved_files_have_the_keys_of_the_published_ones(base, template, tmp_path):
+    """What transformers of both major versions and servers like vLLM read besides the weights."""
+    config = load_config(base)
+    name = "SmolVLM" if config.model_type == "smolvlm" else "Idefics3"
+    plain_folder.save_processor(FAMILY, template, config, tmp_path)
+    write_config(config.to_dict(), tmp_path, torch.bfloat16)
+    files = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert files["preprocessor_config.json"] == {
+        "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
+        "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_processor_type": f"{name}ImageProcessor", "max_image_size": {"longest_edge": 64}, "processor_class": f"{name}Processor", "resample": 1,
+        "rescale_factor": 1 / 255, "size": {"longest_edge": 128},
+    }  # fmt: skip
+    assert files["processor_config.json"] == {"image_seq_len": 4, "processor_class": f"{name}Processor"}
+    ids = template.tokenizer.get_vocab()
+    generation = files["generation_config.json"]
+    assert [generation[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [
+        ids["<|im_start|>"], [ids["<end_of_utterance>"]], ids["<|endoftext|>"]
+    ]  # fmt: skip
+    own = files["config.json"]
+    assert own["architectures"] == [f"{name}ForConditionalGeneration"] and own["model_type"] == name.lower()
+    assert (own["image_token_id"], own["scale_factor"], own["dtype"]) == (ids["<image>"], 2, "bfloat16")
+    assert own["text_config"]["model_type"] == "llama" and "preprocessor" not in own
+    assert files["tokenizer_config.json"]["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (tmp_path / "chat_template.jinja").read_text() == template.template
 
 
 def test_a_token_that_a_tokenizer_does_not_call_special_is_special_all_the_same(folders, tokenizer, tmp_path):
