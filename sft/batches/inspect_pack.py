@@ -244,14 +244,8 @@ def _whole_images(batch: Batch) -> Iterator[Tensor]:
 def _image(tile_CHW: Tensor, tiling: Tiling, template: ChatTemplate) -> dict[str, Any]:
     """Describe an image: how it is cut, what it takes, and its pixels."""
     file, images = io.BytesIO(), template.images
-    image = Image.fromarray(tile_CHW.permute(1, 2, 0).numpy())
-    image.save(file, "PNG")
-    return {
-        "width": image.width,
-        "height": image.height,
-        "rows": tiling.rows,
-        "columns": tiling.columns,
-        "states": images.num_states(tiling),
+    Image.fromarray(tile_CHW.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return tiling._asdict() | {
         "tokens": len(images.token_ids(template.tokenizer, tiling)),
         "work_in_tokens": round(images.weight(tiling) * images.cost_in_tokens),
         "png": b64encode(file.getvalue()).decode(),

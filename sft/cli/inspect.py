@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,8 +100,8 @@ def _cuts(images: Sequence[dict[str, Any]]) -> Group:
 
 
 def _cut(image: dict[str, Any]) -> str:
-    size = f"{image['width']}x{image['height']}"
-    return f"the whole and {image['rows']}x{image['columns']} tiles" if image["rows"] else size
+    tiles = "the whole and {rows}x{columns} tiles" if image["rows"] else "{width}x{height}"
+    return tiles.format_map(image)
 
 
 def _sample(tokens: list[dict[str, Any]], images: list[dict[str, Any]], coloured: bool) -> list[tuple[str, str]]:
@@ -121,17 +120,9 @@ def _sample(tokens: list[dict[str, Any]], images: list[dict[str, Any]], coloured
 def _runs(tokens: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Yield tokens that are shown as one: an image from its first state to its last, or, where tags between its tiles
     are trained, the states of a tile; every other token alone."""
-    start = 0
-    while start < len(tokens):
-        stop = start + 1
-        if tokens[start]["kind"] in ("image", "state"):
-            rest = [*takewhile(lambda token: token["kind"] != "image", tokens[stop:])]
-            row = sum(1 for _ in takewhile(lambda token: token["kind"] == "state", rest))
-            whole = max((place for place, token in enumerate(rest, 1) if token["kind"] == "state"), default=0)
-            has_tags = tokens[start]["kind"] == "state" or any(token["label"] is not None for token in rest[:whole])
-            stop += row if has_tags else whole
-        yield tokens[start:stop]
-        start = stop
+    letters = {"image": "i", "state": "s"}
+    kinds = "".join(letters.get(token["kind"], "t" if token["label"] is None else "T") for token in tokens)
+    return (tokens[slice(*run.span())] for run in re.finditer("i[st]*s|s+|.", kinds))
 
 
 def _text(run: list[dict[str, Any]], images: list[dict[str, Any]]) -> tuple[str, str]:

@@ -165,10 +165,7 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
         yield from _unknown("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
     yield from _unknown("model.images", model.image_settings, dict.fromkeys(names.image_settings, ""), model.family)
     if recipe.data.augment == "crop" and "split" in names.image_settings and model.image_settings.get("split", True):
-        yield (
-            f"data.augment: crop changes the size of an image, on which its tokens depend in {model.family}; set it to "
-            "none, or model.images to {split: false}"
-        )
+        yield "data.augment: crop changes the tokens of a split image; set none, or model.images: {split: false}"
     trained = names.groups if model.trained_groups is None else model.trained_groups
     changing = [group for group in names.encoder_groups if group in trained]
     if recipe.data.feature_cache and changing:

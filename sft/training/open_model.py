@@ -65,8 +65,7 @@ def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
     parts = trained_parts(opened.model, recipe.training, opened.family.weights)
     known = [part.group for part in parts]
     if lacking := sorted(recipe.training.groups.keys() - known):
-        tied = "; its head is tied to the embeddings" * (lacking == ["head"])
-        raise UserError(f"training.groups: nothing of {lacking[0]} is trained ({', '.join(known)} are){tied}")
+        raise UserError(f"training.groups: {lacking[0]} has no weights of its own here ({', '.join(known)} have)")
     log(trained_table(parts))
     if frozen:
         log("frozen, since no gradient ever reaches them:\n" + "\n".join(f"  {name}" for name in frozen))

@@ -160,7 +160,8 @@ def test_saved_files_have_the_keys_of_the_published_ones(base, template, tmp_pat
     assert files["preprocessor_config.json"] == {
         "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
         "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "image_processor_type": f"{name}ImageProcessor", "max_image_size": {"longest_edge": 64}, "processor_class": f"{name}Processor", "resample": 1,
+        "image_processor_type": f"{name}ImageProcessor",
+        "max_image_size": {"longest_edge": 64}, "processor_class": f"{name}Processor", "resample": 1,
         "rescale_factor": 1 / 255, "size": {"longest_edge": 128},
     }  # fmt: skip
     assert files["processor_config.json"] == {"image_seq_len": 4, "processor_class": f"{name}Processor"}
@@ -240,7 +241,9 @@ def test_settings_of_a_group_that_a_model_has_nothing_of_are_refused(folders, re
     folder = folders["tied"]
     tied = OpenedModel(family=FAMILY, model=load_model(folder), template=load_template(FAMILY, folder))
     asked = load_recipe(recipe, ("training.groups={head: {learning_rate: 1e-3}}",))
-    with pytest.raises(UserError, match=r"nothing of head is trained .* are\); its head is tied to the embeddings"):
+    with pytest.raises(
+        UserError, match=r"head has no weights of its own here \(vision, connector, embeddings, language have\)"
+    ):
         choose_trained(asked, tied, print)
 
 
@@ -300,12 +303,15 @@ REFUSED = {
         "model.lora.targets=[language, gates]",
     ): f"model.lora.targets: smolvlm has no 'gates' {TARGETS}",
     ("training.groups={gates: {learning_rate: 1e-3}}",): f"training.groups: smolvlm has no 'gates' {HAS}",
-    ("data.augment=crop",): "crop changes the size of an image, on which its tokens depend in smolvlm; set it to none",
+    ("data.augment=crop",): "crop changes the tokens of a split image; set none, or model.images: {split: false}",
     ("data.feature_cache=true",): "data.feature_cache keeps what does not change, and vision is trained",
     ("data.feature_cache=true", "model.mode=lora", "model.lora.targets=[connector]"): "and connector is trained",
     ("model.images={longest_edge: 5000}",): "expected a number less than or equal to 4096, found 5000",
     ("model.images={resampler: 3}",): "model.images.resampler: unknown key",
     ("model.path=shipped:tiny_base",): "model_type is 'idefics'; model.family loads 'idefics3' or 'smolvlm'",
+    (
+        "model={path: a/b, family: idefics, images: {split: false}}",
+    ): "model.images: idefics has no 'split' (known: none",
     ("model.family=idefics",): "model_type is 'smolvlm'; model.family loads 'idefics'",
 }
 """What IDEFICS-1 has and SmolVLM has not, and the line that says so."""
@@ -388,17 +394,6 @@ def test_doctor_sees_that_it_sees(folders, capsys):
     assert status_of("doctor", "--model", folders["idefics3"]) == 0, capsys.readouterr().out
     printed = " ".join(capsys.readouterr().out.split())
     assert "image changes logits" in printed and "there are none: images are part of the text" in printed
-
-
-@pytest.mark.parametrize(("override", "problem"), [
-    ("model.trainable=[gates]", "model.trainable: smolvlm has no 'gates' (known: vision, connector, language,"),
-    ("model={path: a/b, family: smolvlm, mode: lora, lora: {targets: [cross_attention]}}",
-     "has no 'cross_attention'; did you mean 'vision.attention'? (known: vision,"),
-    ("model={path: a/b, family: idefics, images: {split: false}}", "model.images: idefics has no 'split' (known: none"),
-    ("data.augment=crop", "data.augment: crop changes the size of an image"),
-])  # fmt: skip
-def test_what_the_family_has_not_is_refused_by_name(prepared, refusal, override, problem):
-    assert problem in refusal("prepare" if "augment" in override else "validate", prepared, override)
 
 
 def test_a_family_outside_the_tree_is_found_by_its_dotted_name(prepared, tmp_path, capsys):
