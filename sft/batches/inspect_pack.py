@@ -22,7 +22,7 @@ from sft.batches.image_source import StoredImages
 from sft.batches.look_ahead import look_ahead
 from sft.batches.pack_stream import Planner
 from sft.core.errors import UserError, nearest
-from sft.core.sample import IGNORE_INDEX, Batch, Pack, SkipSample
+from sft.core.sample import IGNORE_INDEX, Batch, Pack, SkipSample, Tiling
 from sft.data.sources import Sources
 from sft.models.chat_template import IMAGE, ChatTemplate
 from sft.recipe import Recipe
@@ -82,6 +82,7 @@ def inspect_pack(
             lengths=[len(sample.encoded.input_ids) for sample in placed],
             source_names=[config.name for config in data.mixture],
             sequence_length=data.sequence_length,
+            tilings=[*shown.tilings.values()],
             problems=[problems.get(image) for image in shown.numbers],
         ),
     }
@@ -119,10 +120,12 @@ def describe(
     lengths: Sequence[int],
     source_names: Sequence[str],
     sequence_length: int,
+    tilings: Sequence[Tiling] = (),
     problems: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """Describe a pack token by token. `lengths` are those of its samples: without isolation the batch does not say
-    where one ends. `problems` are those of its images, in the order of the batch."""
+    where one ends. `tilings` (left out: one tile each) and `problems` are those of its images, in the order of the
+    batch."""
     tokens = list(_tokens(batch, template))
     borders = pairwise(accumulate(lengths, initial=0))
     samples: list[dict[str, Any]] = [
@@ -151,7 +154,8 @@ def describe(
         "sources": [_source(name, samples) for name in source_names],
         "samples": samples,
         "images": [
-            _image(tile_CHW) | {"problem": problem} for tile_CHW, problem in zip_longest(_whole_images(batch), problems)
+            _image(tile_CHW, tiling or template.images.one_tile, template) | {"problem": problem}
+            for tile_CHW, tiling, problem in zip_longest(_whole_images(batch), tilings, problems)
         ],
         "tokens": tokens,
     }
@@ -203,11 +207,12 @@ def _tokens(batch: Batch, template: ChatTemplate) -> Iterator[dict[str, Any]]:
         ids, names, texts, rows, strict=True
     ):
         is_image = index == image_token_id and state in first_states
+        kind = "image" if is_image else "state" if state >= 0 else "special" if is_special else "text"
         yield {
             "id": index,
             "name": name,
             "text": text,
-            "kind": "image" if is_image else "special" if is_special else "text",
+            "kind": kind,
             "label": None if label == IGNORE_INDEX else label,
             "position": position,
             "segment": segment,
@@ -236,8 +241,12 @@ def _whole_images(batch: Batch) -> Iterator[Tensor]:
         yield tiles_KCHW[-1, :, :height, :width]
 
 
-def _image(tile_CHW: Tensor) -> dict[str, Any]:
-    file = io.BytesIO()
-    image = Image.fromarray(tile_CHW.permute(1, 2, 0).numpy())
-    image.save(file, "PNG")
-    return {"width": image.width, "height": image.height, "png": b64encode(file.getvalue()).decode()}
+def _image(tile_CHW: Tensor, tiling: Tiling, template: ChatTemplate) -> dict[str, Any]:
+    """Describe an image: how it is cut, what it takes, and its pixels."""
+    file, images = io.BytesIO(), template.images
+    Image.fromarray(tile_CHW.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return tiling._asdict() | {
+        "tokens": len(images.token_ids(template.tokenizer, tiling)),
+        "work_in_tokens": round(images.weight(tiling) * images.cost_in_tokens),
+        "png": b64encode(file.getvalue()).decode(),
+    }

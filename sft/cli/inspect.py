@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
-from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, print_json, quiet_libraries
+from sft.cli.terminal import Json, Overrides, RecipeName, console, percent, print_json, quiet_libraries, table
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # escapes, changes of direction
 TRAINED, PLAIN, SPECIAL, IMAGE, PROBLEM = "black on yellow", "", "cyan", "bold magenta", "bold red"
@@ -73,6 +75,8 @@ def show(description: dict[str, Any], out: Console) -> None:
         (" not trained ", PLAIN), ("<special> ", SPECIAL), ("[image 0: its size]", IMAGE),
         (" which the tokens of its sample look at from there on", "dim"),
     )  # fmt: skip
+    if any(token["kind"] == "state" for token in description["tokens"]):
+        out.print(_cuts(description["images"]))
     for sample in description["samples"]:
         tokens = description["tokens"][sample["start"] : sample["end"]]
         put(
@@ -88,25 +92,48 @@ def show(description: dict[str, Any], out: Console) -> None:
         put((f"\n{unused:,} tokens unused: nothing is padded in memory", "dim"))
 
 
+def _cuts(images: Sequence[dict[str, Any]]) -> Group:
+    """Return a table of how images that are tokens of the text are cut, and what each of them takes."""
+    kinds = Counter((_cut(image), image["tokens"], image["work_in_tokens"]) for image in images)
+    rows = [[str(count), cut, f"{tokens:,}", f"{work:,}"] for (cut, tokens, work), count in kinds.items()]
+    return table("", ["images", "cut into", "tokens", "encoding is the work of text tokens"], rows)
+
+
+def _cut(image: dict[str, Any]) -> str:
+    tiles = "the whole and {rows}x{columns} tiles" if image["rows"] else "{width}x{height}"
+    return tiles.format_map(image)
+
+
 def _sample(tokens: list[dict[str, Any]], images: list[dict[str, Any]], coloured: bool) -> list[tuple[str, str]]:
     parts = []
     is_open = False
-    for token in tokens:
-        is_trained = token["label"] is not None
+    for run in _runs(tokens):
+        is_trained = run[0]["label"] is not None
         if is_trained != is_open and not coloured:
             parts.append(("⟦" if is_trained else "⟧", PLAIN))
         is_open = is_trained
-        text, style = _token(token, images)
+        text, style = _text(run, images)
         parts.append((text, f"{style} {TRAINED}".strip() if is_trained else style))
     return [*parts, ("⟧", PLAIN)] if is_open and not coloured else parts
 
 
-def _token(token: dict[str, Any], images: list[dict[str, Any]]) -> tuple[str, str]:
+def _runs(tokens: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield tokens that are shown as one: an image from its first state to its last, or, where tags between its tiles
+    are trained, the states of a tile; every other token alone."""
+    letters = {"image": "i", "state": "s"}
+    kinds = "".join(letters.get(token["kind"], "t" if token["label"] is None else "T") for token in tokens)
+    return (tokens[slice(*run.span())] for run in re.finditer("i[st]*s|s+|.", kinds))
+
+
+def _text(run: list[dict[str, Any]], images: list[dict[str, Any]]) -> tuple[str, str]:
+    token = run[0]
     if token["kind"] == "image":
         image = images[token["image"]]
         if image["problem"]:
             return f"[image {token['image']}: black, {_visible(image['problem'])}]", PROBLEM
-        return f"[image {token['image']}: {image['width']}x{image['height']}]", IMAGE
+        return f"[image {token['image']}: {_cut(image)}]", IMAGE
+    if token["kind"] == "state":
+        return f"{token['text']}×{len(run)}", SPECIAL
     if token["kind"] == "special":
         return token["text"], SPECIAL
     if not token["text"]:  # a byte of a character that a later token ends; the space a tokenizer puts before a text

@@ -40,7 +40,7 @@ def load_model_config(path: str, model_types: Collection[str], released: Mapping
     found = config.get("model_type") if isinstance(config, dict) else None
     if found not in model_types:
         known = " or ".join(map(repr, model_types))
-        raise UserError(f"{where}: model_type is {found!r}; expected {known}, the family of the recipe")
+        raise UserError(f"{where}: model_type is {found!r}; model.family loads {known}")
     return dict(config)
 
 

@@ -56,7 +56,7 @@ DOCUMENT_DROPPED = "document left out"
 PARAGRAPH_DROPPED = "paragraph left out"
 NOTHING_TRAINED = "conversation or part left out: no answer in it is to be learned"
 LEFT_OUT = (DROPPED, DOCUMENT_DROPPED)
-TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
+TOO_LONG, TOO_MANY_IMAGES = "too long", "over data.max_images_per_pack"
 
 
 class Truncation:

@@ -168,6 +168,8 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
     if model.lora:
         yield from _unknown("model.lora.targets", model.lora.targets, names.lora_targets, model.family)
     yield from _unknown("model.images", model.image_settings, dict.fromkeys(names.image_settings, ""), model.family)
+    if recipe.data.augment == "crop" and "split" in names.image_settings and model.image_settings.get("split", True):
+        yield "data.augment: crop changes the tokens of a split image; set none, or model.images: {split: false}"
     trained = names.groups if model.trained_groups is None else model.trained_groups
     changing = [group for group in names.encoder_groups if group in trained]
     if recipe.data.feature_cache and changing:

@@ -95,7 +95,7 @@ class InlineFolder:
         values = models.read_config(folder)
         if values.get("model_type") not in self.model_types:
             known = " or ".join(self.model_types)
-            raise UserError(f"{path}: model_type is {values.get('model_type')!r}; this family loads {known}")
+            raise UserError(f"{path}: model_type is {values.get('model_type')!r}; model.family loads {known}")
         config: PreTrainedConfig = AutoConfig.for_model(**values)
         if (kind := config.text_config.model_type) != self.text_type:
             only = f"only {self.text_type!r} is known to pack without leaks"

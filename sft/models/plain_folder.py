@@ -19,6 +19,8 @@ def save_processor(family: Family, template: ChatTemplate, config: PreTrainedCon
     tokenizer.chat_template = template.template
     family.weights.save_processor(tokenizer, config, folder)
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"  # transformers 4 knows the class by its old name alone
+    file.write_text(file.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
     ends = tokenizer.convert_tokens_to_ids([token for token in family.text.ENDS if token in tokenizer.get_vocab()])
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends

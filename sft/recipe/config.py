@@ -88,9 +88,9 @@ class LoraSettings(_Part):
 
 
 class ImageSettings(_Part):
-    longest_edge: Positive | None = None
+    longest_edge: Annotated[Positive, Field(le=4096)] | None = None
     """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles; in idefics2 down
-    only."""
+    only. 4,096 at most."""
     shortest_edge: Positive | None = None
     """Pixels that an edge has at least, of idefics2."""
     split: bool | None = None

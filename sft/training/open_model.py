@@ -53,9 +53,17 @@ def open_model(recipe: Recipe, base: Path, log: Log) -> OpenedModel:
 
 
 def choose_trained(recipe: Recipe, opened: OpenedModel, log: Log) -> None:
-    """Freeze everything but the groups that the recipe trains, and log the table of what is trained."""
+    """Freeze everything but the groups that the recipe trains, and log the table of what is trained.
+
+    Raises:
+        UserError: the recipe has settings of a group that this model has nothing of.
+    """
     frozen = opened.family.weights.select_trainable(opened.model, recipe.model.trainable)
-    log(trained_table(trained_parts(opened.model, recipe.training, opened.family.weights)))
+    parts = trained_parts(opened.model, recipe.training, opened.family.weights)
+    known = [part.group for part in parts]
+    if lacking := sorted(recipe.training.groups.keys() - known):
+        raise UserError(f"training.groups: {lacking[0]} has no weights of its own here ({', '.join(known)} have)")
+    log(trained_table(parts))
     if frozen:
         log("frozen, since no gradient ever reaches them:\n" + "\n".join(f"  {name}" for name in frozen))
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from itertools import islice
 
 import numpy as np
@@ -20,6 +21,9 @@ from conftest import (
     status_of,
     visible,
 )
+from helpers.tiled import SAMPLES as TILED
+from helpers.tiled import SIZES, byte_tokenizer, tiny_folder
+from helpers.tiled import batch_of as tiled_batch
 from helpers.training import write_recipe
 from PIL import Image
 from rich.console import Console
@@ -33,6 +37,7 @@ from sft.core.errors import UserError
 from sft.core.sample import Pack, PackItem, SkipSample
 from sft.data.prepare import prepare
 from sft.data.sources import Sources
+from sft.models import get_family
 from sft.models.base_model import base_path
 from sft.models.idefics.family import FAMILY
 from sft.models.loaded_model import load_template
@@ -133,6 +138,49 @@ def test_samples_that_see_each_other_still_have_borders(template):
     assert [token["position"] for token in together["tokens"]] == list(range(len(together["tokens"])))
     starts = [sample["start"] for sample in alone["samples"]]
     assert [number for number, token in enumerate(alone["tokens"]) if token["position"] == 0] == starts
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    """A pack of SmolVLM: images of 2 x 2, 1 x 2 and 2 x 1 tiles, two of them shown twice, and a text."""
+    template = load_template(
+        get_family("smolvlm"), tiny_folder(tmp_path_factory.mktemp("tiled") / "it", byte_tokenizer())
+    )
+
+    def describe_it(train_on):
+        batch = tiled_batch(template, TILED, train_on=train_on)
+        lengths = [len(template.encode(sample).input_ids) for sample in TILED]
+        tilings = [template.images.tiling(*SIZES[name]) for name in ("square", "wide", "tall")]
+        described = describe(
+            batch, template, lengths=lengths, source_names=["mine"], sequence_length=512, tilings=tilings
+        )
+        return {"pack": 3, "step": 2, "steps": 10, "train_on": train_on, "pack_isolation": True, **described}
+
+    return {train_on: describe_it(train_on) for train_on in ("assistant", "all")}
+
+
+def test_images_that_are_cut_say_how_and_what_they_take(tiled):
+    """Tokens are 4 states, a marker and a place for each tile, line breaks after rows, and a marker at the end."""
+    keys = ("rows", "columns", "width", "height", "tokens")
+    cuts = [tuple(image[key] for key in keys) for image in tiled["assistant"]["images"]]
+    assert cuts == [(2, 2, 64, 64, 34), (1, 2, 64, 64, 21), (2, 1, 64, 64, 22)]
+    work = [image["work_in_tokens"] for image in tiled["assistant"]["images"]]
+    assert work[0] > work[1] == work[2] > 0
+    kinds = [token["kind"] for token in tiled["assistant"]["tokens"]]
+    assert kinds.count("image") == 5 and kinds.count("image") + kinds.count("state") == 4 * (5 + 3 + 3 + 3 + 3)
+
+
+def test_an_image_is_a_word_in_the_terminal_and_a_row_of_a_table(tiled):
+    """Where tags of tiles are trained, they are shown."""
+    text = printed(tiled["assistant"], width=80)
+    assert "<row_1_col_1>[image 0: the whole and 2x2 tiles]<fake_token_around_image>What is it?" in text.replace(
+        "\n", ""
+    )
+    assert re.search(r"1 the whole and 2x2 tiles +34 +\d+ *\n +1 the whole and 1x2 tiles +21", text)
+    assert "<image>" not in text and max(map(len, text.splitlines())) <= 80
+    tags = printed(tiled["all"], width=400)
+    assert "⟦User:<fake_token_around_image><row_1_col_1>⟧[image 0: the whole and 2x2 tiles]⟦<fake" in tags
+    assert "<row_2_col_2>⟧<image>×4⟦⏎\n⏎\n<fake_token_around_image><global-img>⟧<image>×4⟦<fake" in tags
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +380,22 @@ def test_the_page_shows_images_and_texts(shown, template):
     assert "".join(visible(shown, "#sample-0 .trained")) == " A dog.<end_of_utterance></s>"
     (unused,) = visible(shown, ".rest")
     assert "tokens of the pack unused" in unused
+
+
+def test_the_page_draws_tiles_over_images_in_their_own_shape(browser, tiled, tmp_path):
+    file = tmp_path / "tiled.html"
+    file.write_text(page(tiled["assistant"]), encoding="utf-8")
+    browser.get(file.as_uri())
+    for thumb, (columns, rows) in zip(
+        browser.find_elements("css selector", ".thumb .shot.cut"), ((2, 2), (2, 1), (1, 2)), strict=True
+    ):
+        assert thumb.size["width"] / thumb.size["height"] == pytest.approx(columns / rows, rel=0.05)
+        lines = browser.execute_script("return getComputedStyle(arguments[0], '::after').backgroundSize", thumb)
+        assert lines.startswith(f"{100 / columns:g}% 100%, 100% {100 / rows:g}%"), lines
+    browser.find_elements("css selector", ".thumb")[1].click()
+    detail = browser.find_element("css selector", ".detail").text
+    assert "the whole and 1x2 tiles, each 64x64" in detail and "21 tokens; encoding it is the work of" in detail
+    assert browser.get_log("browser") == []
 
 
 def test_what_the_pointer_passes_over_moves_nothing(shown):

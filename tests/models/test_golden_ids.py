@@ -37,7 +37,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedTokenizerFast:
     if not VOCABULARY.exists():
-        pytest.skip("the LLaMA-1 vocabulary is not here; run scripts/fetch_llama_vocabulary")
+        pytest.skip("the LLaMA-1 vocabulary is not here; run scripts/fetch_vocabularies llama")
     return llama_tokenizer()
 
 

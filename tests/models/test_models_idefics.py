@@ -406,7 +406,7 @@ def test_another_model_is_refused_by_name(tmp_path):
     for refuses in (load_model, lambda path: prepare_base(path, tmp_path / "grown")):
         with pytest.raises(UserError) as error:
             refuses(tmp_path)
-        assert str(error.value) == f"{tmp_path}: model_type is 'llama'; this family loads 'idefics'"
+        assert str(error.value) == f"{tmp_path}: model_type is 'llama'; model.family loads 'idefics'"
 
 
 def test_an_empty_folder_is_refused_by_name(tmp_path):

@@ -130,7 +130,7 @@ def test_answers_are_trained_from_their_space_through_what_ends_them():
 def mistral():
     """Idefics2-8b's tokenizer as far as its words go."""
     if not VOCABULARY.exists():
-        pytest.skip("Mistral's vocabulary is not here; run scripts/fetch_mistral_vocabulary")
+        pytest.skip("Mistral's vocabulary is not here; run scripts/fetch_vocabularies mistral")
     tokenizer = legacy_tokenizer(VOCABULARY)
     tokenizer.add_tokens(EXTRA, special_tokens=True)
     return tokenizer

@@ -1,14 +1,14 @@
-"""Images and text of Idefics3 and SmolVLM, held against transformers' own processors and SmolLM2's real vocabulary."""
+"""Images and text of Idefics3 and SmolVLM, held against transformers' own processors and the real vocabularies."""
 
 import json
 import random
 
 import numpy as np
 import pytest
+from build_smolvlm_256m import smollm2_tokenizer
 from conftest import REPOSITORY, conversation
-from helpers.tiled import GRID, byte_tokenizer, shown
+from helpers.tiled import GRID, batch_of, byte_tokenizer, shown
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Idefics3Config, Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -17,14 +17,39 @@ from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.idefics3 import text
 from sft.models.idefics3.images import TiledImages
 
-VOCABULARY = REPOSITORY / ".cache" / "smollm2" / "vocabulary.json"
+CACHE = REPOSITORY / ".cache"
+TURNS = (text.FAKE, text.IMAGE, text.END_OF_UTTERANCE)
+"""All that Idefics3 and SmolVLM-Instruct (2.2B) add to their base vocabularies: rows and columns of tiles are text."""
 
 
-def images_of(longest_edge, tile, is_split=True, patch=16, scale=4):
+def real_vocabulary(name):
+    """The tokenizer of SmolVLM-Instruct or of Idefics3-8B, as far as its words go."""
+    file = CACHE / {"smollm2": "smollm2/vocabulary.json", "llama3": "llama3/tokenizer.json"}[name]
+    if not file.exists():
+        pytest.skip(f"this vocabulary is not here; run scripts/fetch_vocabularies {name}")
+    if name == "smollm2":
+        stored = json.loads(file.read_text())
+        return smollm2_tokenizer(stored["tokens"], stored["merges"], TURNS)
+    start, end = "<|begin_of_text|>", "<|end_of_text|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=start, eos_token=end, pad_token=end)
+    tokenizer.add_tokens(list(TURNS), special_tokens=True)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return real_vocabulary("smollm2")
+
+
+@pytest.fixture(scope="module")
+def llama3():
+    return real_vocabulary("llama3")
+
+
+def images_of(longest_edge, tile, is_split=True, patch=16, scale=4, **options):
     """How images are cut; the shape of SmolVLM-256M if nothing else is said."""
-    config = Idefics3Config(
-        text_config={"model_type": "llama"}, vision_config={"image_size": tile, "patch_size": patch}, scale_factor=scale
-    )
+    tower = {"image_size": tile, "patch_size": patch}
+    config = Idefics3Config(text_config={"model_type": "llama"}, vision_config=tower, scale_factor=scale, **options)
     size, max_image_size = {"longest_edge": longest_edge}, {"longest_edge": tile}
     config.preprocessor = {"size": size, "max_image_size": max_image_size, "do_image_splitting": is_split}
     return TiledImages(config)
@@ -44,17 +69,24 @@ def random_size(rng):
     return rng.choice([(rng.randint(1, 400), rng.randint(1, 400)), (short, long), (long, short)])
 
 
+@pytest.fixture(scope="module")
+def tokenizer(request):
+    if request.param in ("smollm2", "llama3"):
+        return request.getfixturevalue(request.param)
+    return byte_tokenizer(tags=(text.GLOBAL, *GRID) if request.param == "tags are tokens" else ())
+
+
 @pytest.mark.parametrize(
     "images",
     [images_of(128, 32, patch=8, scale=2), images_of(89, 28, patch=7, scale=2), images_of(32, 32, patch=8, scale=2),
      images_of(128, 32, is_split=False, patch=8, scale=2)],
     ids=["4 x 4 tiles", "no whole number of tiles", "one tile", "not split"],
 )  # fmt: skip
-@pytest.mark.parametrize("tags", [(text.GLOBAL, *GRID), ()], ids=["tags are tokens", "tags are text"])
-def test_tokens_and_tiles_are_those_of_the_processor_for_1000_sizes(images, tags):
-    tokenizer, rng = byte_tokenizer(tags=tags), random.Random(0)
-    processor = processor_of(images, tokenizer)
-    for _ in range(125):
+@pytest.mark.parametrize("tokenizer", ["tags are tokens", "tags are text", "smollm2", "llama3"], indirect=True)
+def test_tokens_and_tiles_are_those_of_the_processor_for_1000_sizes(images, tokenizer):
+    """250 sizes for each way to cut, 1,000 for each vocabulary."""
+    rng, processor = random.Random(0), processor_of(images, tokenizer)
+    for _ in range(250):
         width, height = random_size(rng)
         expected = processor(text="<image>", images=[Image.new("RGB", (width, height))], add_special_tokens=False)
         tiling = images.tiling(width, height)
@@ -161,25 +193,6 @@ def test_answers_are_trained_from_their_space_through_what_ends_them(start):
     assert trained(Sample(key="page", messages=(page,))) == ["A dog.", f"A cat. A bird.{end or '<end_of_utterance>'}"]
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolVLM-256M's tokenizer as far as its words go: SmolLM2's vocabulary, and the tokens of images after it."""
-    if not VOCABULARY.exists():
-        pytest.skip("SmolLM2's vocabulary is not here; run scripts/fetch_smollm2_vocabulary")
-    stored = json.loads(VOCABULARY.read_text())
-    merges = [tuple(merge.split(" ")) for merge in stored["merges"]]
-    vocab = {token: index for index, token in enumerate(stored["tokens"])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", pad_token="<|im_end|>")
-    tokenizer.add_tokens([text.FAKE, text.IMAGE, text.END_OF_UTTERANCE], special_tokens=True)
-    tokenizer.eos_token = text.END_OF_UTTERANCE
-    return tokenizer
-
-
 FAKE, IMAGE, END = 49152, 49153, 49154  # as in SmolVLM-Instruct (2.2B), whose <image> is 49,153
 
 
@@ -194,13 +207,65 @@ def test_ids_of_a_chat_under_smollm2_s_vocabulary(smollm2):
     assert encoded.trained_spans == ((len(question) + 4, len(question) + 7),)
 
 
-def test_what_an_image_costs_under_smollm2_s_vocabulary(smollm2):
-    """The figures of SmolVLM-Instruct (2.2B), whose rows and columns are 9 tokens each, and <global-img> is 5."""
-    images = images_of(1536, 384, patch=14, scale=3)
-    costs = {size: len(images.token_ids(smollm2, images.tiling(*size))) for size in [(64, 64), (640, 480), (3000, 500)]}
-    assert costs == {(64, 64): 1548, (640, 480): 1183, (3000, 500): 453}
-    assert [images.weight(images.tiling(*size)) for size in costs] == [17, 13, 5]
-    assert smollm2("\n\n", add_special_tokens=False)["input_ids"] == [1116]
+def test_ids_of_a_chat_under_llama_3_s_vocabulary(llama3):
+    """Those of Idefics3-8B, whose extra tokens are the rows after 128,255."""
+    images = images_of(1456, 364, is_split=False, patch=14, scale=2)
+    encoded = template_of("<|begin_of_text|>", llama3, images).encode(
+        conversation(("<dog>", "What is in this image?"), "a dog", "And this?", "A cat.")
+    )
+    whole = [128256, 27, 9951, 21743, 29, *[128257] * 169, 128256]  # the tag: < global -img >
+    first = [128000, 1502, 25, *whole, 3923, 374, 304, 420, 2217, 30, 128258]
+    second = [198, 72803, 25, 264, 5679, 128258, 198, 1502, 25, 1628, 420, 30, 128258]
+    third = [198, 72803, 25, 362, 8415, 13, 128258, 128001]
+    assert encoded.input_ids.tolist() == [*first, *second, *third]
+    answers = [encoded.input_ids[start:end].tolist() for start, end in encoded.trained_spans]
+    assert answers == [[264, 5679, 128258], [362, 8415, 13, 128258, 128001]]
+
+
+def test_what_an_image_costs(smollm2, llama3):
+    """Rows and columns are 9 tokens each in SmolVLM-Instruct (2.2B) and 8 in Idefics3-8B, <global-img> is 5 and 4."""
+    sizes = [(64, 64), (640, 480), (480, 640), (3000, 500)]
+    for tokenizer, images, expected, whole in (
+        (smollm2, images_of(1536, 384, patch=14, scale=3), [1548, 1183, 1184, 453], 88),
+        (llama3, images_of(1456, 364, patch=14, scale=2), [3027, 2314, 2315, 888], 175),
+    ):
+        assert [len(images.token_ids(tokenizer, images.tiling(*size))) for size in sizes] == expected
+        assert [images.weight(images.tiling(*size)) for size in sizes] == [17, 13, 13, 5]
+        assert len(images.token_ids(tokenizer, images.one_tile)) == whole
+    assert [one("\n\n", add_special_tokens=False)["input_ids"] for one in (smollm2, llama3)] == [[1116], [271]]
+
+
+ROWS = {
+    "smollm2": ("<|im_start|>", [
+        (1, 0), (11126, 0), (42, 0),  # <|im_start|> User :
+        (FAKE, 0), (44, 0), (13906, 0), (29, 0), (6266, 0), (46, 0), *[(IMAGE, 0)] * 4, (FAKE, 0),  # < global - img >
+        (1780, 0), (314, 0), (357, 0), (47, 0), (END, 0),  # What is it ? <end_of_utterance>
+        (198, 0), (9519, 0), (9531, 0), (42, 0), (330, 1), (2767, 1), (30, 1), (END, 1),  # \n Ass istant : A dog .
+    ]),
+    "llama3": ("<|begin_of_text|>", [
+        (128000, 0), (1502, 0), (25, 0),
+        (128256, 0), (27, 0), (9951, 0), (21743, 0), (29, 0), *[(128257, 0)] * 4, (128256, 0),
+        (3923, 0), (374, 0), (433, 0), (30, 0), (128258, 0),
+        (198, 0), (72803, 0), (25, 0), (362, 1), (5679, 1), (13, 1), (128258, 1), (128001, 1),
+    ]),
+}  # fmt: skip
+"""A conversation about an image of one tile and 4 states, token by token: the id, and whether it is of the answer."""
+
+
+@pytest.mark.parametrize("vocabulary", ROWS)
+def test_labels_token_by_token(vocabulary, request):
+    """Answers alone, with what ends them; or every token but the first and those that images stand in place of."""
+    start, row = ROWS[vocabulary]
+    tokenizer = request.getfixturevalue(vocabulary)
+    image = tokenizer.convert_tokens_to_ids(text.IMAGE)
+    template = template_of(start, tokenizer, images_of(32, 32, patch=8, scale=2, image_token_id=image))
+    sample = shown(("<square>", "What is it?"), "A dog.")
+    answers, everything = (batch_of(template, [sample], train_on=train_on) for train_on in ("assistant", "all"))
+    ids = [token for token, _ in row]
+    assert answers.input_ids_T.tolist() == everything.input_ids_T.tolist() == ids
+    assert answers.labels_T.tolist() == [token if is_answer else -100 for token, is_answer in row]
+    assert everything.labels_T.tolist() == [-100, *(-100 if token == image else token for token in ids[1:])]
+    assert answers.num_trained_tokens == sum(is_answer for _, is_answer in row)
 
 
 def test_what_somebody_writes_is_never_a_special_token(smollm2):

@@ -23,7 +23,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     config = models.read_config(path)
     if config.get("model_type") != "idefics":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; this family loads 'idefics'")
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; model.family loads 'idefics'")
     return config
 
 
