@@ -1,6 +1,7 @@
 """A tiny Idefics3 or SmolVLM: byte-level vocabularies, random weights that are not too small to see, pictures."""
 
 import io
+import json
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from sft.models.idefics3.packed import model_class
 from sft.models.idefics3.text import END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
 from sft.models.idefics3.weights import save_model, save_processor
 
+KINDS = {
+    "idefics3": dict(kind="idefics3"),
+    "smolvlm": dict(kind="smolvlm"),
+    "tied": dict(kind="smolvlm", tied=True),
+}
 TILE, LONGEST_EDGE = 64, 128
 GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 SIZES = {"square": (20, 20), "wide": (90, 40), "tall": (30, 200)}  # 2 x 2, 1 x 2 and 2 x 1 tiles, and the whole
@@ -100,3 +106,35 @@ def batch_of(template, samples, **options):
     names = list(REFS.values())
     placed = [PlacedSample(template.encode(s), tuple(map(names.index, s.images)), 0) for s in samples]
     return collate([placed], OpenedImages(names, template.images), **{"train_on": "assistant"} | options)
+
+
+def write_recipe(folder, base):
+    """Pictures with questions, every other question without one, and a recipe that trains a base on them."""
+    for name in SIZES:
+        (folder / f"{name}.png").write_bytes(png(name))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What is this?" if number % 2 else "What is a dog?"},
+                {"role": "assistant", "content": f"A {name} image."},
+            ],
+            "images": [f"{name}.png"] * (number % 2),
+        }
+        for number, name in enumerate([*SIZES] * 8)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = folder / "tiled.yaml"
+    file.write_text(
+        f"""
+model: {{path: {base}, family: smolvlm}}
+data:
+  store: {folder}/stores
+  sequence_length: 256
+  mixture: [{{name: talk, share: 1, datasets: [{{dataset: messages, path: {folder}/train.jsonl}}]}}]
+  validation: {{share: 0.1}}
+training: {{max_steps: 5, tokens_per_step: 512, learning_rate: 1e-3, precision: float32}}
+checkpoints: {{every_steps: 5}}
+output_dir: {folder}/out
+"""
+    )
+    return file

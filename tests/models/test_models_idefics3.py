@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import status_of
 from helpers.resume import folder_of, metrics, trained
-from helpers.tiled import REFS, SAMPLES, SIZES, batch_of, byte_tokenizer, png, tiny_folder
+from helpers.tiled import KINDS, REFS, SAMPLES, batch_of, byte_tokenizer, png, tiny_folder, write_recipe
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -33,11 +33,6 @@ from sft.recipe import load_recipe
 from sft.training.engines import get_engine
 
 FAMILY = get_family("idefics3")
-KINDS = {
-    "idefics3": dict(kind="idefics3"),
-    "smolvlm": dict(kind="smolvlm"),
-    "tied": dict(kind="smolvlm", tied=True),
-}
 
 
 @pytest.fixture(scope="module")
@@ -220,36 +215,7 @@ def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
 
 @pytest.fixture(scope="module")
 def recipe(folders, tmp_path_factory):
-    """A folder of pictures with questions, and a recipe for a tiny SmolVLM."""
-    folder = tmp_path_factory.mktemp("run")
-    for name in SIZES:
-        (folder / f"{name}.png").write_bytes(png(name))
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "<image>What is this?" if number % 4 else "What is a dog?"},
-                {"role": "assistant", "content": f"A {name} image."},
-            ],
-            "images": [f"{name}.png"] * (number % 4 > 0),
-        }
-        for number, name in enumerate([*SIZES] * 8)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    file = folder / "tiled.yaml"
-    file.write_text(
-        f"""
-model: {{path: {folders["smolvlm"]}, family: smolvlm}}
-data:
-  store: {folder}/stores
-  sequence_length: 256
-  mixture: [{{name: talk, share: 1, datasets: [{{dataset: messages, path: {folder}/train.jsonl}}]}}]
-  validation: {{share: 0.1}}
-training: {{max_steps: 5, tokens_per_step: 512, learning_rate: 1e-3, precision: float32}}
-checkpoints: {{every_steps: 5}}
-output_dir: {folder}/out
-"""
-    )
-    return file
+    return write_recipe(tmp_path_factory.mktemp("run"), folders["smolvlm"])
 
 
 def lines_of(run):
