@@ -19,7 +19,8 @@ tower as much as ten thousands of text tokens cost the language model. Tiles hav
 
 A pass is forward and backward over all samples and a step of fused AdamW with a learning rate of 0, so that all sides
 always have the same weights: the bench fails where the loss of a pass differs by more than 1e-5 (1e-3 in bfloat16).
-Inputs are made beforehand. Sides alternate; figures are medians of CPU seconds of this process; larger is better for us.
+Inputs are made beforehand. Sides alternate; figures are medians of CPU seconds of this process; larger is better for
+us.
 
     best_batch, own_batch   the notebook's CPU seconds / ours
     inputs        the notebook's CPU seconds from JPEG bytes to a batch / ours
@@ -210,7 +211,7 @@ def states_of(bench: Bench, sample: PlacedSample) -> str:
 
 
 def notebook(bench: Bench, samples: Sequence[PlacedSample], size: int, trained: int) -> list[Padded]:
-    """Batches of `size` samples. Their pixels are ours, which differ by up to 2 / 255, so that losses can be compared."""
+    """Batches of `size` samples. Their pixels are ours, up to 2 / 255 different, so that losses can be compared."""
     batches = []
     for first in range(0, len(samples), size):
         members = samples[first : first + size]
@@ -351,6 +352,16 @@ def forward_backward(bench: Bench, run: Callable[[], Tensor]) -> None:
         (result if not result.ndim else result.sum()).backward()
 
 
+def each(bench: Bench, run: Callable[..., Tensor], *columns: Sequence[Any]) -> Callable[[], None]:
+    """A part of a pass over all micro-batches, whose arguments are in columns."""
+
+    def part() -> None:
+        for row in zip(*columns, strict=True):
+            forward_backward(bench, lambda row=row: run(*row))
+
+    return part
+
+
 def packed_parts(bench: Bench, batches: Sequence[Batch]) -> dict[str, Callable[[], None]]:
     """The parts of ours."""
     own = bench.packed
@@ -373,16 +384,11 @@ def packed_parts(bench: Bench, batches: Sequence[Batch]) -> dict[str, Callable[[
     def of_head(hidden_PD: Tensor, read: Tensor, batch: Batch) -> Tensor:
         return summed_loss(own.lm_head(hidden_PD), batch.labels_T[read + 1], torch.ones(len(read)))[0]
 
-    def every(run: Callable[..., Tensor], *columns: Sequence[Any]) -> Callable[[], None]:
-        return lambda: (
-            [forward_backward(bench, lambda row=row: run(*row)) for row in zip(*columns, strict=True)] and None
-        )
-
     return {
-        "tower": every(lambda batch: tower(pixel_values=normalise(batch.tiles[0])).last_hidden_state, batches),
-        "connector": every(connector, patches),
-        "text": every(of_text, embeds, batches),
-        "head and loss": every(of_head, hidden, reads, batches),
+        "tower": each(bench, lambda batch: tower(pixel_values=normalise(batch.tiles[0])).last_hidden_state, batches),
+        "connector": each(bench, connector, patches),
+        "text": each(bench, of_text, embeds, batches),
+        "head and loss": each(bench, of_head, hidden, reads, batches),
     }
 
 
@@ -407,16 +413,11 @@ def padded_parts(bench: Bench, batches: Sequence[Padded]) -> dict[str, Callable[
         loss = own.loss_function(logits_BTV, labels_BT, vocab_size=ROWS, num_items_in_batch=number)
         return torch.as_tensor(loss)
 
-    def every(run: Callable[..., Tensor], *columns: Sequence[Any]) -> Callable[[], None]:
-        return lambda: (
-            [forward_backward(bench, lambda row=row: run(*row)) for row in zip(*columns, strict=True)] and None
-        )
-
     return {
-        "tower": every(lambda pixels: tower(pixel_values=pixels).last_hidden_state, shown),
-        "connector": every(connector, patches),
-        "text": every(of_text, embeds, batches),
-        "head and loss": every(of_head, hidden, batches),
+        "tower": each(bench, lambda pixels: tower(pixel_values=pixels).last_hidden_state, shown),
+        "connector": each(bench, connector, patches),
+        "text": each(bench, of_text, embeds, batches),
+        "head and loss": each(bench, of_head, hidden, batches),
     }
 
 
