@@ -504,9 +504,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=TOLERANCE, default="float32")
-    parser.add_argument(
-        "--fast", action="store_true", help="4 samples, one round, no memory: not to be quoted"
-    )
+    parser.add_argument("--fast", action="store_true", help="4 samples, one round, no memory: not to be quoted")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
