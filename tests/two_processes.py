@@ -1,6 +1,6 @@
 """What each of two processes does for test_distributed.py: several runs in one go, since starting is what takes time.
 
-python two_processes.py ENGINE RECIPE FOLDER
+python two_processes.py ENGINE FOLDER RECIPE [TILED_RECIPE ...]
 """
 
 import shutil
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sft.cli.terminal import quiet_libraries
@@ -22,6 +23,8 @@ OPTIONS = (
     "data.mixture.1.datasets.0.path=shipped:recipes/quickstart_conversations.jsonl", "checkpoints.every_steps=3",
 )  # fmt: skip
 """Steps of five packs, some of them without images."""
+TILED = ("data.sequence_length=53", "training.tokens_per_step=159", "data.validation=null")
+"""Five steps of three packs, each of one sample with an image or of two without."""
 LORA = (
     *OPTIONS, "model.mode=lora", "training.gradient_checkpointing=true", "data.validation.share=0.2",
     "training.max_steps=2", "checkpoints.every_steps=2",
@@ -51,16 +54,24 @@ def stopped_after_a_step(recipe: Recipe, rank: Rank) -> Path:
     return run_dir / "checkpoints" / "checkpoint-1"
 
 
-def main(engine: str, path: Path, folder: Path) -> None:
-    """Full: without a break, and with one, of which a copy is kept. LoRA: with a break."""
+def every_weight_has_a_gradient(optimizer, args, kwargs) -> None:
+    assert all(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
+
+
+def main(engine: str, folder: Path, path: Path, *tiled: Path) -> None:
+    """Full: without a break, those of tiles as well. Then, where the model is shared out, full with a break, of which a
+    copy is kept, and LoRA with a break."""
     quiet_libraries()
+    register_optimizer_step_pre_hook(every_weight_has_a_gradient)
     if engine == "zero3":
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, to go round gloo
     with process_group() as rank:
         trained(recipe_of(path, engine, folder / "whole", OPTIONS), rank)
-        for name, options in (("broken", OPTIONS), ("lora", LORA)):
+        for recipe in tiled:
+            trained(recipe_of(recipe, engine, folder / recipe.parent.name, TILED), rank)
+        for name, options in (("broken", OPTIONS), ("lora", LORA)) if engine != "ddp" else ():
             recipe = recipe_of(path, engine, folder / name, options)
             checkpoint = stopped_after_a_step(recipe, rank)
             if rank.is_main:
@@ -69,4 +80,4 @@ def main(engine: str, path: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -9,6 +9,9 @@ alternate; a ratio is of medians of CPU seconds of this process, larger is bette
 
     ratios       photographs of waves and noise, by size: evaluation, and `crop`, with the training crop
     difference   mean absolute difference from the processor's resized pixels, of 255, by kind of picture
+    tiles        photographs of eight shapes, cut into tiles for SmolVLM-256M and Idefics3-8B: the ratio to their
+                 processor from JPEG bytes (`jpeg`) and from decoded pixels (`pixels`), and the largest and the mean
+                 difference of 255. Only these with --tiles
 
 --alternatives prints, for other ways to decode and resize, CPU milliseconds from the bytes of a 640x480 photograph to
 uint8, and differences by kind of picture. On x86-64 with Pillow 13.0, simplejpeg 1.9 and torch 2.13:
@@ -42,15 +45,21 @@ import torch
 from measuring import cpu_medians
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from transformers import Idefics3Config
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from sft.core.images import decode_rgb
 from sft.models.idefics.images import IdeficsImages, normalise
+from sft.models.idefics3 import images as tiled
 from sft.models.image_transform import load_tiles, training_crop
 
 SIZE = 224
 SQUARE = IdeficsImages.of_size(SIZE)
 SIZES = ((640, 480), (224, 224))
+TILED = {"SmolVLM-256M": (2048, 512), "Idefics3-8B": (1456, 364)}
+"""Longest edge and tile of a model, in pixels."""
+TILED_SHAPES = ((640, 480), (480, 640), (64, 64), (1920, 1080), (3000, 500), (500, 3000), (200, 3000), (60, 900))
 LETTERS = tuple("abcdefghij klmnop qrstu vwxyz")
 
 Pixels = NDArray[np.uint8]
@@ -202,6 +211,49 @@ def measure(number: int, rounds: int) -> dict[str, Any]:
     return figures
 
 
+def tiled_images(longest_edge: int, tile: int) -> tiled.TiledImages:
+    """How a model with tiles of this size cuts images."""
+    config = Idefics3Config(
+        text_config={"model_type": "llama"}, vision_config={"image_size": tile, "patch_size": 16}, scale_factor=4
+    )
+    config.preprocessor = {"size": {"longest_edge": longest_edge}, "max_image_size": {"longest_edge": tile}}
+    return tiled.TiledImages(config)
+
+
+def tile_figures(longest_edge: int, tile: int, size: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Ratios and differences of an image of a size; all sides end with normalised tiles."""
+    images, (content,) = tiled_images(longest_edge, tile), jpegs("photo", size, 1)
+    processor = Idefics3ImageProcessorPil(size={"longest_edge": longest_edge}, max_image_size={"longest_edge": tile})
+    picture = decode_rgb(content)
+    pixels = np.array(picture)
+
+    def theirs(picture: Image.Image) -> torch.Tensor:
+        return torch.as_tensor(processor([[picture]], return_tensors="pt")["pixel_values"][0])
+
+    def ours() -> torch.Tensor:
+        return tiled.normalise(torch.from_numpy(images.cut(pixels, images.tiling(*size))))
+
+    sides: dict[str, Callable[[], Any]] = {
+        "processor_jpeg": lambda: theirs(Image.open(io.BytesIO(content)).convert("RGB")),
+        "jpeg": lambda: tiled.normalise(torch.from_numpy(load_tiles(content, images))),
+        "processor_pixels": lambda: theirs(picture),
+        "pixels": ours,
+    }
+    seconds = cpu_medians(sides, rounds)
+    apart = (ours() - theirs(picture)).abs() * 127.5
+    ratios = {name: seconds[f"processor_{name}"] / seconds[name] for name in ("jpeg", "pixels")}
+    return ratios | {"largest": float(apart.max().round()), "mean": float(apart.mean())}
+
+
+def tiles(rounds: int) -> dict[str, dict[str, float]]:
+    """The figures of all models and shapes."""
+    return {
+        f"{name} {size[0]}x{size[1]}": tile_figures(*settings, size, rounds)
+        for name, settings in TILED.items()
+        for size in TILED_SHAPES
+    }
+
+
 def print_alternatives(number: int, rounds: int) -> None:
     """A line each: CPU milliseconds from the bytes to uint8 of an image, and differences."""
     contents = jpegs("photo", SIZES[0], number)
@@ -219,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--alternatives", action="store_true", help="the other decoders and resizers instead")
+    parser.add_argument("--tiles", action="store_true", help="only the images that are cut into tiles")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
@@ -226,15 +279,16 @@ def main() -> None:
     if arguments.alternatives:
         print_alternatives(arguments.images, arguments.rounds)
         return
-    figures = measure(arguments.images, arguments.rounds)
+    figures = {} if arguments.tiles else measure(arguments.images, arguments.rounds)
+    figures["tiles"] = tiles(min(arguments.rounds, 7))
     if arguments.json:
         json.dump(figures, sys.stdout)
         print()
         return
-    for name, ratio in figures["ratios"].items():
+    for name, ratio in figures.get("ratios", {}).items():
         print(f"{name:18} {ratio:8.2f}")
-    for name, difference in figures["difference"].items():
-        print(f"difference {name}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in difference.items()))
+    for name, difference in [*figures.get("difference", {}).items(), *figures["tiles"].items()]:
+        print(f"{name}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in difference.items()))
 
 
 if __name__ == "__main__":

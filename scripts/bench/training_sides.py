@@ -67,7 +67,7 @@ def pixels_of(image: int) -> np.ndarray:
     return np.random.default_rng(image).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
 
 
-def pack(samples: Sequence[PlacedSample]) -> list[list[PlacedSample]]:
+def pack(samples: Sequence[PlacedSample], caps: Caps = CAPS) -> list[list[PlacedSample]]:
     """By the toolkit's own rules: samples about an image stay together."""
     groups: dict[Any, list[int]] = {}
     for row, sample in enumerate(samples):
@@ -75,14 +75,14 @@ def pack(samples: Sequence[PlacedSample]) -> list[list[PlacedSample]]:
     bundles = []
     for rows in groups.values():
         lengths = [len(samples[row].encoded.input_ids) for row in rows]
-        pieces = [rows] if sum(lengths) <= CAPS.tokens else [[row] for row in rows]
+        pieces = [rows] if sum(lengths) <= caps.tokens else [[row] for row in rows]
         for piece in pieces:
             tokens = sum(len(samples[row].encoded.input_ids) for row in piece)
             bundles.append(
                 Bundle(tuple(PackItem(0, row) for row in piece), tokens, dict.fromkeys(samples[piece[0]].images, 1))
             )
     for number in range(1, len(samples) + 1):
-        packs, left = pack_window([], bundles, number, CAPS, np.random.default_rng(0))
+        packs, left = pack_window([], bundles, number, caps, np.random.default_rng(0))
         if not left:
             break
     return [[samples[item.sample] for item in pack.items] for pack in packs]

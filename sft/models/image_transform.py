@@ -23,6 +23,7 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sft.core.image_formats import JPEG, turned
@@ -87,6 +88,17 @@ def resize(pixels: Pixels, height: int, width: int, mode: str) -> NDArray[np.uin
     pixels_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized_1CHW = interpolate(pixels_1CHW, size=(height, width), mode=mode, antialias=True)
     return resized_1CHW[0].numpy()
+
+
+def resize_in_order(image_1CHW: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """Return an image (1, C, H, W) resized with antialiasing within 2 / 255 of Pillow. torch resizes columns before
+    rows; Pillow since 13.0 begins with rows where many more of them go (Pillow#9549), which changes pixels by up to
+    60 / 255."""
+    old_height, old_width = image_1CHW.shape[2:]
+    is_rows_first = 0 < old_height - height > 2 * (old_width - width)
+    for size in ((height, old_width), (height, width))[not is_rows_first :]:
+        image_1CHW = interpolate(image_1CHW, size=size, mode=mode, antialias=True)
+    return image_1CHW
 
 
 def training_crop(width: int, height: int, *, seed: int, step: int, image_key: int) -> Crop:

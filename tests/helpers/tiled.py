@@ -1,6 +1,7 @@
 """A tiny Idefics2, Idefics3 or SmolVLM: their vocabularies, random weights that are not too small to see, pictures."""
 
 import io
+import json
 
 import numpy as np
 import torch
@@ -15,6 +16,13 @@ from sft.core.sample import ImageRef, Message, PlacedSample, Sample
 from sft.models import get_family
 from sft.models.idefics3.text import END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
 
+KINDS = {
+    "idefics3": dict(kind="idefics3"),
+    "smolvlm": dict(kind="smolvlm"),
+    "tied": dict(kind="smolvlm", tied=True),
+    "idefics2": dict(kind="idefics2", do_image_splitting=False),
+    "idefics2, split and tied": dict(kind="idefics2", tied=True),
+}
 TILE, LONGEST_EDGE = 64, 128
 GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 SIZES = {"square": (20, 20), "wide": (90, 40), "tall": (30, 200)}  # 2 x 2, 1 x 2 and 2 x 1 tiles, and the whole
@@ -120,3 +128,37 @@ def batch_of(template, samples, **options):
     names = list(REFS.values())
     placed = [PlacedSample(template.encode(s), tuple(map(names.index, s.images)), 0) for s in samples]
     return collate([placed], OpenedImages(names, template.images), **{"train_on": "assistant"} | options)
+
+
+def write_recipe(folder, base, family="smolvlm"):
+    """Pictures with questions, every other question without one, and a recipe that trains a base on them."""
+    for name in SIZES:
+        (folder / f"{name}.png").write_bytes(png(name))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What is this?" if number % 2 else "What is a dog?"},
+                {"role": "assistant", "content": f"A {name} image."},
+            ],
+            "images": [f"{name}.png"] * (number % 2),
+        }
+        for number, name in enumerate([*SIZES] * 8)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"question": "What is it?", "answer": "A dog.", "image": f"{name}.png"} for name in SIZES]
+    (folder / "own.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    file = folder / f"{family}.yaml"
+    file.write_text(
+        f"""
+model: {{path: {base}, family: {family}}}
+data:
+  store: {folder}/{family}
+  sequence_length: 256
+  mixture: [{{name: talk, share: 1, datasets: [{{dataset: messages, path: {folder}/train.jsonl}}]}}]
+  validation: {{share: 0.1}}
+training: {{max_steps: 5, tokens_per_step: 512, learning_rate: 1e-3, precision: float32}}
+checkpoints: {{every_steps: 5}}
+output_dir: {folder}/out_{family}
+"""
+    )
+    return file

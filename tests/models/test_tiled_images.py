@@ -104,7 +104,8 @@ def pictures():
         ImageDraw.Draw(letters).text((10, 12 * line), "The quick brown fox 0123456789" * 3, fill=(line * 6, 0, 0))
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     letters = np.array(letters)
-    return dict(smooth=smooth, letters=letters, noise=noise, small=noise[:13, :64], tall=letters[:, :120])
+    long = np.tile(noise, (6, 1, 1))  # made lower: Pillow resizes its rows before its columns
+    return dict(smooth=smooth, letters=letters, noise=noise, small=noise[:13, :64], tall=letters[:, :120], long=long)
 
 
 @pytest.mark.parametrize("images", [images_of(512, 128), images_of(512, 128, is_split=False)], ids=["split", "whole"])

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from conftest import batch_of, conversation, document, make_tiny_model, place, square_images
+from conftest import batch_of, conversation, document, make_tiny_model, place
 from helpers.processes import SECONDS, assert_same_steps, lines_of, sft
+from helpers.tiled import KINDS, byte_tokenizer, tiny_folder
+from helpers.tiled import write_recipe as write_tiled_recipe
 from helpers.training import Watch, trainer_of, write_recipe
 from safetensors.torch import load_file
-from two_processes import OPTIONS
+from two_processes import OPTIONS, TILED
 from two_ranks import step
 
 from sft.batches.data_loader import MicroBatches
@@ -27,7 +29,7 @@ from sft.batches.steps import Plans
 from sft.core.distributed import ALONE, Rank, launched_rank
 from sft.core.errors import RunError, UserError
 from sft.core.sample import NO_SOURCE
-from sft.data.prepare import prepare
+from sft.data.prepare import open_prepared, prepare
 from sft.models.idefics.weights import select_trainable
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_complete
@@ -69,14 +71,29 @@ def on_two_processes(script: str, *arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
+def tiled(tmp_path_factory) -> list[Path]:
+    """Recipes of a SmolVLM whose head is a matrix of its own, and of one whose head is its embeddings."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiled"), byte_tokenizer()
+    recipes = []
+    for name in ("smolvlm", "tied"):
+        base = tiny_folder(folder / name / "base", tokenizer, **KINDS[name])
+        recipes.append(write_tiled_recipe(base.parent, base))
+        run = two_processes.recipe_of(recipes[-1], "ddp", base.parent / "alone", TILED)
+        prepare(run)
+        two_processes.trained(run, ALONE)
+    return recipes
+
+
+def assert_trained_as_alone(folder: Path, tiled: list[Path]) -> None:
+    for recipe in tiled:
+        assert_same_run(folder / recipe.parent.name, recipe.parent / "alone")
+
+
+@pytest.fixture(scope="module")
 def alone(recipe) -> Path:
     """The run of one process."""
-    return trained(recipe, "alone")
-
-
-def trained(recipe: Path, name: str, *arguments: object) -> Path:
-    run_dir = recipe.parent / name
-    done = sft("train", recipe, f"output_dir={run_dir}", *OPTIONS, *arguments, "--json")
+    run_dir = recipe.parent / "alone"
+    done = sft("train", recipe, f"output_dir={run_dir}", *OPTIONS, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "finished"
     return run_dir
@@ -111,15 +128,19 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_copies_train_as_one_does(recipe, alone):
+def test_two_copies_train_as_one_does(recipe, alone, tiled):
     """Five packs: the last micro-batch of one process is a dummy."""
-    assert_same_run(trained(recipe, "ddp", "--nproc", 2, "distributed.engine=ddp"), alone)
+    folder = recipe.parent / "ddp"
+    folder.mkdir()
+    on_two_processes("two_processes.py", "ddp", folder, recipe, *tiled)
+    assert_same_run(folder / "whole", alone)
+    assert_trained_as_alone(folder, tiled)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_a_model_that_is_shared_out_trains_as_a_whole_one_does_with_a_break_and_without(
-    recipe, alone, engine, tmp_path, monkeypatch
+    recipe, alone, tiled, engine, tmp_path, monkeypatch
 ):
     if engine == "zero3":
         if not DEEPSPEED.is_dir() and os.environ.get("IDEFICS_SFT_SYSTEM_PACKAGES") != "1":
@@ -129,8 +150,9 @@ def test_a_model_that_is_shared_out_trains_as_a_whole_one_does_with_a_break_and_
         monkeypatch.syspath_prepend(DEEPSPEED)  # here too: one process alone has what two have written converted
     folder = recipe.parent / engine
     folder.mkdir()
-    on_two_processes("two_processes.py", engine, recipe, folder)
+    on_two_processes("two_processes.py", engine, folder, recipe, *tiled)
     assert_same_run(folder / "whole", alone)
+    assert_trained_as_alone(folder, tiled)
 
     # To the bit after a break on as many processes.
     assert computed(folder / "broken") == computed(folder / "whole")
@@ -271,19 +293,22 @@ def num_real(batch) -> tuple[int, int]:
     return int(is_real_T.sum()), len(set(batch.image_ids_T[is_real_T].tolist()) - {-1})
 
 
-def test_the_steps_have_what_could_make_ranks_wait(recipe):
-    """So that the test above shows something: a rank with no pack, and one without images beside one with some."""
-    recipe = load_recipe(recipe, OPTIONS)
-    sources = prepare(recipe)
-    of_ranks = []
-    for number in range(2):
-        planner = Planner(sources.sources, recipe.data, packs_per_step=5, seed=recipe.seed)
-        plans = Plans(sources, planner, micro_batch_packs=1, rank=Rank(number, 2))
-        batches = islice(MicroBatches(plans, square_images(64)), 3 * recipe.training.max_steps)
-        of_ranks.append([num_real(batch["batch"]) for batch in batches])
-    together = list(zip(*of_ranks, strict=True))
-    assert any((0, 0) in pair for pair in together), "no pack"
-    assert any(one[0] and other[0] and (one[1] == 0) != (other[1] == 0) for one, other in together), "no image"
+def test_the_steps_have_what_could_make_ranks_wait(recipe, tiled):
+    """So that the tests above show something: a rank with no pack, and one without images beside one with some."""
+    for path, options in ((recipe, OPTIONS), (tiled[0], TILED)):
+        own = load_recipe(path, options)
+        sources, template = prepare(own), open_prepared(own)[1]
+        packs = own.training.tokens_per_step // own.data.sequence_length
+        of_ranks = []
+        for number in range(2):
+            planner = Planner(sources.sources, own.data, packs_per_step=packs, seed=own.seed)
+            plans = Plans(sources, planner, micro_batch_packs=1, rank=Rank(number, 2))
+            batches = islice(MicroBatches(plans, template.images), 3 * own.training.max_steps)
+            of_ranks.append([num_real(batch["batch"]) for batch in batches])
+        together = list(zip(*of_ranks, strict=True))
+        assert any((0, 0) in pair for pair in together), "no pack"
+        only_one = [one[0] and other[0] and (one[1] == 0) != (other[1] == 0) for one, other in together]
+        assert sum(only_one) >= (4 if path in tiled else 1), "one has images, the other has text"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from sft.core.sample import Tiling
 from sft.models.family import Pixels, Tiles
 from sft.models.idefics2.tilings import SizeSettings
 from sft.models.idefics3.text import FAKE, IMAGE
-from sft.models.image_transform import resize
+from sft.models.image_transform import resize_in_order
 from sft.models.inline_model import InlineImages
 
 
@@ -49,7 +49,8 @@ class SizedImages(InlineImages):
         tiles = np.zeros((tiling.num_tiles, 3, tiling.height, tiling.width), np.uint8)
         boxes = self.sizes.boxes(pixels.shape[1], pixels.shape[0])
         for tile, box, (height, width) in zip(tiles, boxes, tiling.tile_sizes, strict=True):
-            tile[:, :height, :width] = resize(pixels[box], height, width, "bilinear")
+            image_1CHW = torch.from_numpy(pixels[box][None]).permute(0, 3, 1, 2)
+            tile[:, :height, :width] = resize_in_order(image_1CHW, height, width, "bilinear")[0]
         return tiles
 
     def token_ids(self, tokenizer: PreTrainedTokenizerFast, tiling: Tiling) -> list[int]:
