@@ -152,27 +152,31 @@ def _write_merged(
 
 
 def write_safetensors(
-    file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, weights: Iterable[Tensor]
+    file: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    weights: Iterable[Tensor],
 ) -> None:
-    """Write tensors as they come, each rounded to `dtype`: a file of safetensors in the memory of one of them.
+    """Write tensors as they come, each rounded to its `dtype`: a file of safetensors in the memory of one of them.
 
     The library's `save_file` wants all tensors of a file at once and copies them: three times the file was seen.
     Format: https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": FORMAT_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data are aligned
     with file.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        for tensor in weights:
-            output.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
+        for name, tensor in zip(shapes, weights, strict=True):
+            output.write(tensor.to(dtypes[name]).contiguous().view(torch.uint8).numpy().data)
 
 
-_FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def _weights_of(folder: Path) -> tuple[str, int, int]:
@@ -183,7 +187,7 @@ def _weights_of(folder: Path) -> tuple[str, int, int]:
             for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
                 kinds[part.get_dtype()] = kinds.get(part.get_dtype(), 0) + math.prod(part.get_shape())
-    names = {name: str(dtype).removeprefix("torch.") for dtype, name in _FORMAT_NAMES.items()}
+    names = {name: str(dtype).removeprefix("torch.") for dtype, name in FORMAT_NAMES.items()}
     return (
         ", ".join(names.get(kind, kind) for kind in sorted(kinds)),
         sum(kinds.values()),

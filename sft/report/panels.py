@@ -11,7 +11,7 @@ from sft.core.metric import Metric
 from sft.report.charts import WIDTH, Point, Series, chart
 from sft.report.numbers import GIB, plain, round_percent, scientific
 from sft.report.run_files import Line, Run
-from sft.report.selection_text import metric_of, score_of, score_text
+from sft.report.selection_text import metric_of, score_text
 from sft.report.series import binned, held_out, losses, series, source_losses
 
 BINS = 100
@@ -68,7 +68,7 @@ def _rings(steps: Sequence[float], chosen: Line | None) -> list[str]:
     if chosen is None:
         return []
     of_step = {score["step"]: "tied" for score in chosen["scores"] if score["checkpoint"] in chosen["tied"]}
-    of_step[score_of(chosen, chosen["selected"])["step"]] = "ring"
+    of_step |= {score["step"]: "ring" for score in chosen["scores"] if score["checkpoint"] == chosen["selected"]}
     return [of_step.get(step, "") for step in steps]
 
 
@@ -99,24 +99,27 @@ def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:
 
 
 def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Panel]:
-    """Yield a small panel for each category of a selection, if there is more than one."""
-    if not chosen or len(chosen["categories"]) < 2:
+    """Yield a small panel for each benchmark that chose, or for each category of the only one, if there are several."""
+    parts = (chosen or {}).get("benchmarks", {})
+    parts = parts if len(parts) > 1 else (chosen or {}).get("categories", {})
+    if not chosen or len(parts) < 2:
         return
-    steps, metric = [score["step"] for score in chosen["scores"]], metric_of(chosen)
-    for name, category in chosen["categories"].items():
+    steps = [score["step"] for score in chosen["scores"]]
+    for name, part in parts.items():
+        own = part if "metric" in part else chosen
         svg = _score_chart(
-            list(zip(steps, category["scores"], strict=True)),
-            metric,
-            intervals=category["intervals"],
-            tips=[score_text(score, chosen) for score in category["scores"]],
+            list(zip(steps, part["scores"], strict=True)),
+            metric_of(own),
+            intervals=part["intervals"],
+            tips=[score_text(score, own) for score in part["scores"]],
             rings=_rings(steps, chosen),
-            label=f"score in the category {name}",
-            limits=(0, 1) if metric.is_share else None,
+            label=f"score in {name}",
+            limits=(0, 1) if metric_of(own).is_share else None,
             height=SMALL,
             width=width,
         )
-        kind = "samples" if chosen["by"] == "loss" else "questions"
-        yield Panel(name or "without category", f"{category['questions']:,} {kind}", svg)
+        kind = "samples" if "loss" in (chosen["by"], part.get("task")) else "questions"
+        yield Panel(name or "without category", f"{part['questions']:,} {kind}", svg)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from sft.core.contain import contained
 from sft.core.distributed import all_or_none, from_main, is_main_process
 from sft.core.errors import RunError, UserError
 from sft.core.file_lock import locked
+from sft.core.files import discard
 from sft.evaluation.held_out_loss import recorded_losses
+from sft.evaluation.results import Result
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.task import Task
 from sft.evaluation.task_source import HeldOut
 from sft.evaluation.tasks import named_tasks, open_tasks
+from sft.inference.average import average_weights
+from sft.models.base_model import find_prepared_base
 from sft.models.loaded_model import Load, loaded_in_turn
 from sft.recipe import Recipe
 from sft.runs.checkpoint import checkpoints, incomplete_checkpoints, is_complete, problem_of_weights, step_of
 from sft.runs.names import run_checkpoints
 from sft.runs.status import RunStatus
-from sft.selection.outcomes import read_outcomes
+from sft.selection.outcomes import Outcomes, read_outcomes
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
 from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
-from sft.selection.rules import choose, choose_by_recorded_loss
+from sft.selection.rules import average_name, check_weights, choose, choose_by_recorded_loss
 
 POLL_SECONDS = 20.0
 """How often `watch` looks for a new checkpoint."""
@@ -54,10 +59,12 @@ class Session:
         progress: Progress,
         chosen_on: ChosenOn = "all",
         use: bool = False,
+        average: bool = False,
     ) -> None:
         """`held_out` opens what `data.validation` holds out, and the template that encodes it; it is called only where
-        the loss is among the tasks. For `use` see `write_selection`."""
-        self._use = use
+        the loss is among the tasks. For `use` see `write_selection`; with `average`, `select` tries the mean of the
+        checkpoints that it cannot tell apart."""
+        self._use, self._average = use, average
         self.recipe = recipe
         self.run_dir = Path(recipe.output_dir)
         self.failed: dict[str, str] = {}
@@ -70,7 +77,11 @@ class Session:
         self._known_sound: set[str] = set()
         self._evaluated: dict[str, set[str]] = {}
         """The hashes of the protocols under which a checkpoint was evaluated."""
+        self._others: dict[str, list[tuple[Task, Result]]] = {}
+        """What was evaluated beside the checkpoints: the base, and their mean."""
         self._tasks: list[Task] | None = None
+        self._choosers: set[str] = set()
+        """The benchmarks that choose."""
 
     def select(self) -> Selection:
         """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged, or
@@ -83,7 +94,7 @@ class Session:
         present = from_main(lambda: run_checkpoints(self.run_dir))
         with self._held():
             if selection := self._selection_of(self._sound(present), every_steps=1):
-                return selection
+                return self._with_average(selection) if self._average else selection
             raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
 
     def prepare(self) -> None:
@@ -198,9 +209,13 @@ class Session:
         if new:
             self.prepare()
         with loaded_in_turn() as load:
+            if new and (gates := [task for task in self._tasks or [] if task.name in self._gates()]):
+                base = from_main(lambda: find_prepared_base(self.recipe))
+                self._others["base"] = self._evaluate(base, load, gates, "base")
             for path in new:
                 with contained() as outcome:
-                    self._evaluate(path, load)
+                    evaluated = self._evaluate(path, load, self._tasks or [], path.name)
+                    self._evaluated[path.name] = {result.protocol_hash for _, result in evaluated}
                 if outcome and not from_main(partial(is_complete, path)):
                     self._log(f"{path.name}: was removed before it was evaluated; it is left out")
                 elif outcome:
@@ -209,39 +224,69 @@ class Session:
                     self._log(f"{path.name}: the evaluation failed, it is left out: {outcome.reason}")
         return any(path.name in self._evaluated for path in new)
 
-    def _evaluate(self, path: Path, load: Load) -> None:
-        tasks = self._tasks or []
-        with self._progress(f"evaluating {path.name}") as update:
+    def _evaluate(self, path: Path, load: Load, tasks: Sequence[Task], name: str) -> list[tuple[Task, Result]]:
+        with self._progress(f"evaluating {name}") as update:
             results = score_model(
                 path,
                 tasks,
                 run_dir=self.run_dir,
-                name=path.name,
+                name=name,
                 load=load,
                 on_progress=lambda done, total: update(done, f"of {total} {tasks[0].unit}"),
             )
-        self._evaluated[path.name] = {result.protocol_hash for result in results}
+        return list(zip(tasks, results, strict=True))
+
+    def _with_average(self, selection: Selection) -> Selection:
+        """Return the selection after the mean of the checkpoints that it cannot tell apart was evaluated as well. Its
+        weights are kept if it is selected."""
+        folder = self.run_dir / "checkpoints"
+        free = {score.checkpoint for score in selection.scores if score.has_weights and not score.worse_than_base}
+        of, self._average = [name for name in selection.tied if name in free], False
+        if len(of) < 2:
+            self._log("--average: fewer than two checkpoints cannot be told apart; there is nothing to average")
+            return from_main(lambda: self._write_and_prune(selection))
+        mean = folder / average_name(of)
+        with all_or_none():
+            if is_main_process():
+                average_weights([folder / name for name in of], mean)
+        with loaded_in_turn() as load:
+            self._others[mean.name] = self._evaluate(mean, load, self._tasks or [], mean.name)
+        selection = from_main(lambda: self._choose(of))
+        if is_main_process() and selection.selected != mean.name:
+            discard(mean)
+        return selection
+
+    def _gates(self) -> list[str]:
+        """Return the names of the tasks on which a checkpoint may not be worse than the base."""
+        return [task.partition("=")[0] for task in self.recipe.evaluation.not_worse_than_base]
 
     def _open_tasks(self) -> list[Task]:
         settings = self.recipe.evaluation
-        tasks = open_tasks(named_tasks(settings), settings, Path(self.recipe.data.store), held_out=self._held_out)
-        for task in tasks:
+        choosers, gates = named_tasks(settings), []
+        if settings.not_worse_than_base:
+            gates = named_tasks(settings.model_copy(update={"by": settings.not_worse_than_base}))
+        check_weights(settings, choosers)
+        chooses, watched = (
+            open_tasks(own, settings, Path(self.recipe.data.store), held_out=self._held_out)
+            for own in (choosers, [gate for gate in gates if gate not in choosers])
+        )
+        for task in (*chooses, *watched):
             if not task.has_answers:
                 where = settings.benchmark or task.name
                 raise UserError(f"{where}: has no answers, so it cannot choose; give a split that has them")
-        chooses, *others = dict.fromkeys(task.benchmark for task in tasks)
-        if others:
-            self._log(f"{chooses} chooses; evaluated as well: {', '.join(others)}")
-        elif tasks[0].name == "loss":
+        self._choosers = {task.benchmark for task in chooses}
+        if len(self._choosers) > 1:
+            self._log(f"{', '.join(dict.fromkeys(task.benchmark for task in chooses))} choose together")
+        elif chooses[0].name == "loss":
             self._log("choosing by the loss on what data.validation holds out, computed for every checkpoint")
-        return tasks
+        return [*chooses, *watched]
 
     def _recorded_losses(self, paths: list[Path], every_steps: int) -> dict[int, float]:
         """Return the losses of every so many steps that training wrote down, where they are enough: for the rule
         `best`, and every checkpoint has one."""
         settings = self.recipe.evaluation
         is_by_loss = [task.name for task in named_tasks(settings)] == ["loss"]
-        if not paths or not is_by_loss or settings.rule != "best":
+        if not paths or not is_by_loss or settings.rule != "best" or settings.not_worse_than_base or self._average:
             return {}
         losses, steps = recorded_losses(self.run_dir), [step_of(path) for path in paths]
         if not all(step in losses for step in steps):
@@ -250,9 +295,8 @@ class Session:
         counted = (step for step in losses if step <= max(steps) and step % every_steps == 0 and step not in left_out)
         return {step: losses[step] for step in counted}
 
-    def _choose(self) -> Selection:
-        assert self._tasks is not None
-        task, settings = self._tasks[0], self.recipe.evaluation
+    def _choose(self, average_of: Sequence[str] = ()) -> Selection:
+        settings = self.recipe.evaluation
         present = {path.name: step_of(path) for path in run_checkpoints(self.run_dir)}
 
         def counts(checkpoint: str) -> bool:
@@ -262,31 +306,41 @@ class Session:
                 return checkpoint in self._evaluated
             return checkpoint not in self.failed and step_of(Path(checkpoint)) < max(present.values())
 
+        selection = choose(
+            *(self._outcomes([*own], counts) for _, own in groupby(self._tasks or [], key=lambda task: task.benchmark)),
+            rule=settings.rule,
+            seed=settings.seed,
+            chosen_on=self._chosen_on,
+            with_weights=present,
+            average_of=average_of,
+        )
+        return self._write_and_prune(selection)
+
+    def _outcomes(self, tasks: Sequence[Task], counts: Callable[[str], bool]) -> Outcomes:
+        """Return what all models scored on a benchmark, which these tasks ask in several ways."""
+        task, settings = tasks[0], self.recipe.evaluation
         outcomes = read_outcomes(
             self.run_dir,
             task.benchmark,
+            task=task.name,
             metric=task.metric,
             values_of=task.paired_scores,
             seed=settings.seed,
             protocol_hashes=set().union(*self._evaluated.values()),
             counts=counts,
+            weight=0.0 if task.benchmark not in self._choosers else (settings.weights or {}).get(task.name),
         )
-        return self._write_and_prune(
-            choose(
-                outcomes,
-                by=task.name,
-                rule=settings.rule,
-                seed=settings.seed,
-                chosen_on=self._chosen_on,
-                with_weights=present,
-            )
-        )
+        for name, evaluated in self._others.items():
+            if own := [one for one in evaluated if one[0] in tasks]:
+                outcomes = outcomes.with_model(name, own)
+        return outcomes
 
     def _write_and_prune(self, selection: Selection) -> Selection:
         left_out = (f"left out: {name}: {why}" for name, why in self.failed.items())
         selection = replace(selection, warnings=(*selection.warnings, *left_out))
         self._write(selection)
         is_wanted = self.recipe.checkpoints.keep_weights == "best+last" and is_current(selection, self.run_dir)
+        is_wanted = is_wanted and not self._average  # whose members are still needed
         if is_wanted and (gone := prune_weights(self.run_dir, selection)):
             self._log(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
             return self._write(without_weights(selection, gone))
