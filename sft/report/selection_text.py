@@ -56,10 +56,10 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     if chosen["best"] != chosen["selected"]:
         yield f"{chosen['best']} has the {_extreme(chosen)}."
     if average := chosen.get("average"):
-        limits = " to ".join(_apart(limit, chosen) for limit in average["interval"])
+        limits = " to ".join(apart(limit, chosen) for limit in average["interval"])
         yield (
             f"{average['score']['checkpoint']}, the mean of the weights of {', '.join(average['of'])}, is better than "
-            f"{average['compared_with']} by {_apart(average['difference'], chosen)} ({limits}), and was "
+            f"{average['compared_with']} by {apart(average['difference'], chosen)} ({limits}), and was "
             f"{'' if average['is_taken'] else 'not '}taken."
         )
     if chosen.get("cross_fitted") is not None:
@@ -70,7 +70,7 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     yield from chosen.get("meaning", {}).values()
 
 
-def _apart(difference: float, chosen: Line) -> str:
+def apart(difference: float, chosen: Line) -> str:
     """Return a difference as text: +1.2 points, better where it is positive."""
     return f"{100 * difference:+.1f} points" if metric_of(chosen).is_share else f"{difference:+.4f}"
 

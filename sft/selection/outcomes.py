@@ -21,7 +21,7 @@ from sft.evaluation.draw_images import half_of
 from sft.evaluation.results import Outcome, Result, read_lines
 from sft.evaluation.task import Task
 from sft.runs.checkpoint import checkpoint_name, step_of
-from sft.selection.clusters import Array, Clusters, sum_by_cluster
+from sft.selection.clusters import Array, Clusters, Joint, sum_by_cluster
 
 ContentT = TypeVar("ContentT")
 
@@ -109,6 +109,23 @@ class Outcomes:
 def mean_values(evaluated: Sequence[tuple[Task, Result]]) -> Array:
     """Return a model's value for each item (Q,): the mean over the tasks, which are ways of asking one benchmark."""
     return np.asarray(np.mean([task.paired_scores(result.outcomes) for task, result in evaluated], axis=0))
+
+
+def pair_of(first: Sequence[tuple[Task, Result]], second: Sequence[tuple[Task, Result]]) -> Joint:
+    """Return what two models scored on the items of a benchmark that both were asked, by cluster.
+
+    Raises:
+        UserError: there are none.
+    """
+    task, outcomes = first[0][0], first[0][1].on_items_of(second[0][1]).outcomes
+    if not outcomes:
+        raise UserError(f"{task.benchmark}: the two models were asked no question in common")
+    sides = (
+        [(t, result.on_items_of(a[1])) for t, result in own] for own, a in ((first, second[0]), (second, first[0]))
+    )
+    values_2Q = task.metric.sign * np.stack([mean_values(side) for side in sides])
+    clusters_Q, weights_Q = np.array([one.cluster for one in outcomes]), np.array([one.weight for one in outcomes])
+    return Joint((sum_by_cluster(values_2Q, clusters_Q, weights_Q, metric=task.metric),))
 
 
 def scores_of(outcomes: Sequence[Outcome]) -> list[float]:

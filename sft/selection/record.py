@@ -180,6 +180,7 @@ def is_chosen_on_half(run_dir: Path) -> bool:
 def as_json(selection: Selection) -> dict[str, Any]:
     """Return the keys of `selection.json`, with the meaning of each figure that is there."""
     keys = asdict(selection)
-    there = {"index": selection.metric == INDEX, "interval": selection.tied, "p_best": selection.tied}
+    there = {"index": selection.metric == INDEX, "tied": len(selection.tied) > 1}
+    there |= dict.fromkeys(("interval", "p_best"), bool(selection.tied))
     meaning = {name: text for name, text in MEANINGS.items() if there.get(name, keys.get(name))}
     return keys | {"meaning": meaning}

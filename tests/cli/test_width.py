@@ -117,7 +117,7 @@ LEAKS = {
 }
 
 
-SENTENCES = ("warning", "Cross-fitted", "* checkpoint-", "= cannot", "The figures")
+SENTENCES = ("warning", "Cross-fitted", "* checkpoint-", "= cannot", "The ", "A 95 %", "P(best) is")
 """How lines begin that a terminal folds between words."""
 
 
