@@ -56,8 +56,11 @@ def run(
     choice by another benchmark is kept beside the first one, and replaces it with --use only.
     """
     from sft.core.distributed import process_group
+    from sft.core.errors import UserError
     from sft.runs.names import find_recipe
 
+    if watch and average:
+        raise UserError("--average goes with checkpoints that are all there; leave out --watch")
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
         start(context)

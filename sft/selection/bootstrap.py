@@ -35,10 +35,7 @@ _DRAWS_AT_ONCE = 500
 
 def bootstrap_each(joint: Joint, *, seed: int, num_draws: int = NUM_DRAWS) -> list[Array]:
     """Return the scores (R, K) of all models on R resamples of the clusters of each benchmark, the same resample for
-    all of them.
-
-    score = sum of drawn values / sum of drawn weights. Memory: C times a few kilobytes.
-    """
+    all of them: sum of drawn values / sum of drawn weights. Memory: C times a few kilobytes."""
     rng = np.random.default_rng(seed)
     drawn = []
     for part in joint.parts:
@@ -53,16 +50,6 @@ def bootstrap_each(joint: Joint, *, seed: int, num_draws: int = NUM_DRAWS) -> li
 def bootstrap_scores(joint: Joint, *, seed: int, num_draws: int = NUM_DRAWS) -> Array:
     """Return the joint scores (R, K) of all models on the resamples of `bootstrap_each`."""
     return joint.of(bootstrap_each(joint, seed=seed, num_draws=num_draws))
-
-
-def normal_scores(joint: Joint, seed: int, num_draws: int) -> Array:
-    """Return draws (R, K) as of `bootstrap_scores` by the normal distribution of their covariance: a hundredth of the
-    time."""
-    deviations_KC = joint.deviations
-    variances_K, axes_KK = np.linalg.eigh(deviations_KC @ deviations_KC.T)
-    normal_RK = np.random.default_rng(seed).standard_normal((num_draws, len(deviations_KC)))
-    draws_RK: Array = joint.scores + normal_RK @ (axes_KK * np.sqrt(np.maximum(variances_K, 0))).T
-    return draws_RK
 
 
 def _draw_clusters(rng: np.random.Generator, num_draws: int, num_clusters: int) -> Array:
@@ -102,16 +89,15 @@ def detectable_difference(
     num_clusters: int = 0,
     *,
     disagreements_K: Array | None = None,
-    power: float = POWER,
 ) -> float:
-    """Return how far a model has to be behind the best one to be told apart by `not_worse` with this probability.
+    """Return how far a model has to be behind the best one to be told apart by `not_worse` in 80 % of comparisons.
 
     (critical lead + normal quantile of the power) x standard error of the difference; the median over all others. 0 for
     one model, and where all answer alike. `disagreements_K` are the shares of questions that each model and the best
     one answer differently: with them it is taken into account that a model which is further behind disagrees more.
     """
     best = choose_best(scores_K)
-    quantile = NormalDist().inv_cdf(power)
+    quantile = NormalDist().inv_cdf(POWER)
     found = []
     for k in (k for k in range(len(scores_K)) if k != best):
         critical = _critical_lead(scores_K, draws_RK, k, num_clusters)
@@ -166,7 +152,7 @@ def _critical_lead(scores_K: Array, draws_RK: Array, k: int, num_clusters: int =
 
 def choose_best(scores_K: Array) -> int:
     """Return the number of the model with the highest score; the earlier of equals."""
-    return int(np.flatnonzero(np.isclose(scores_K, scores_K.max(), rtol=0, atol=_EQUAL))[0])
+    return int(np.argmax(scores_K >= scores_K.max() - _EQUAL))
 
 
 def cross_fitted(joint: Joint, choose: Callable[[Joint], int], seed: int, halvings: int = HALVINGS) -> list[float]:
@@ -191,11 +177,9 @@ class Comparison(NamedTuple):
 
     difference: float
     interval: Interval
-    """95 %"""
     p_better: float
-    """The probability that the first one is truly better."""
     detectable_difference: float | None
-    """Smallest difference that is told apart in 80 % of such comparisons; None for too few images to say."""
+    """None for too few images to say."""
     is_better: bool
     """Whether the first one is significantly better, one-sided, at 5 %."""
 
@@ -204,12 +188,13 @@ def compare_pair(pair: Joint, *, seed: int, num_draws: int = NUM_DRAWS) -> Compa
     """Return how the first of two models differs from the second, paired by cluster."""
     scores_K, draws_RK = pair.scores, bootstrap_scores(pair, seed=seed, num_draws=num_draws)
     difference, error = float(scores_K[0] - scores_K[1]), float(np.linalg.norm(np.subtract(*pair.deviations)))
-    detectable = detectable_difference(scores_K, draws_RK) if pair.fewest_clusters >= MIN_IMAGES else None
+    if pair.metric.is_share:  # half a question more in each cell of hits and misses: Agresti and Min 2005
+        error = math.hypot(error, 1 / pair.num_questions)
     return Comparison(
         difference=difference,
         interval=score_interval(difference, error, pair.num_clusters, is_share=False),
         p_better=float(probability_best(pair, seed=seed, is_curve=False)[0]),
-        detectable_difference=detectable,
+        detectable_difference=detectable_difference(scores_K, draws_RK) if pair.num_clusters >= MIN_IMAGES else None,
         is_better=bool(clearly_worse(scores_K, draws_RK, than=0)[1]),
     )
 

@@ -5,16 +5,16 @@ Shape letters: K checkpoints, B benchmarks that choose, R bootstrap draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from sft.core.errors import UserError
-from sft.core.metric import LOSS, Metric
-from sft.evaluation.tasks import NamedTask
-from sft.recipe import EvaluationConfig, Rule
+from sft.core.metric import Metric
+from sft.recipe import Rule
 from sft.runs.checkpoint import checkpoint_name
 from sft.selection.bootstrap import (
     MIN_IMAGES,
@@ -26,7 +26,6 @@ from sft.selection.bootstrap import (
     compare_pair,
     cross_fitted,
     detectable_difference,
-    normal_scores,
     not_worse,
 )
 from sft.selection.clusters import Array, Clusters, Joint, Mask, joined
@@ -67,20 +66,6 @@ def choose(
     return selection
 
 
-def check_weights(settings: EvaluationConfig, choosers: Sequence[NamedTask]) -> None:
-    """Check that `evaluation.weights`, if it is given, has a weight for each task that chooses, and for no other.
-
-    Raises:
-        UserError: it has not, or all weights are 0.
-    """
-    names, weights = {task.name for task in choosers}, settings.weights
-    if weights is not None and (weights.keys() != names or not any(weights.values())):
-        raise UserError(
-            f"evaluation.weights: has {', '.join(weights) or 'nothing'}; expected a weight for each of "
-            f"{', '.join(sorted(names))}, one of them over 0"
-        )
-
-
 def average_name(checkpoints: Sequence[str]) -> str:
     """Return the name of the mean of some checkpoints: `average-100-200`."""
     return "-".join(["average", *(name.removeprefix("checkpoint-") for name in checkpoints)])
@@ -114,7 +99,7 @@ class _Choice:
         """Return the choice with everything that is said about it."""
         has_weights_K = np.array([with_weights is None or name in with_weights for name in self.names])
         is_free_K = has_weights_K & self.is_free_K
-        selected = self._pick(self.chooses, is_free_K if is_free_K.any() else has_weights_K, self._bootstrap)
+        selected = self._pick(self.chooses, is_free_K if is_free_K.any() else has_weights_K, self.num_draws)
         draws_B = bootstrap_each(self.reports, seed=self.seed, num_draws=self.num_draws)
         figures_B, chosen = self._cross_fit()
         worth = self.whole.figure(figures_B, self.whole.errors_of(chosen)) if figures_B else None
@@ -126,7 +111,7 @@ class _Choice:
             selected=self.names[selected],
             best=self.names[choose_best(self.chooses.scores)],
             scores=self._checkpoint_scores(has_weights_K),
-            tied=self._named(tied_K),
+            tied=tuple(compress(self.names, tied_K)),
             cross_fitted=worth.score if worth else None,
             cross_fitted_interval=worth.interval if worth else None,
             detectable_difference=self._detectable(self.reports.of(draws_B)),
@@ -163,10 +148,11 @@ class _Choice:
     def _bootstrap(self, joint: Joint) -> Array:
         return bootstrap_scores(joint, seed=self.seed, num_draws=self.num_draws)
 
-    def _pick(self, joint: Joint, allowed_K: Mask, draw: Callable[[Joint], Array]) -> int:
+    def _pick(self, joint: Joint, allowed_K: Mask, num_draws: int) -> int:
         """Return the number of the checkpoint that the rule chooses among those that are allowed."""
         if self.rule == "earliest_not_worse":
-            candidates = np.flatnonzero(not_worse(joint.scores, draw(joint), joint.num_clusters) & allowed_K)
+            draws_RK = bootstrap_scores(joint, seed=self.seed, num_draws=num_draws)
+            candidates = np.flatnonzero(not_worse(joint.scores, draws_RK, joint.num_clusters) & allowed_K)
             if len(candidates):  # none where the weights of the best ones were deleted by hand
                 return int(candidates[0])
         return choose_best(np.where(allowed_K, joint.scores, -np.inf))
@@ -177,23 +163,19 @@ class _Choice:
         return clearly_worse(joint.scores, self._bootstrap(joint), than=0)[1:]
 
     def _cross_fit(self) -> tuple[list[float], int]:
-        """Return what choosing by the rule is worth on each benchmark, none where one is about one image; and the
-        number of the checkpoint that all images choose.
+        """Return what choosing by the rule is worth on each benchmark, and the number of the checkpoint that all images
+        choose. None where a benchmark is about one image.
 
         Chosen among all that were evaluated, whether or not their weights are there: those that were pruned are gone
         because of how they answered these very questions.
         """
-        chosen = self._pick(self.whole, self.is_free_K, self._bootstrap)
-        if self.whole.fewest_clusters < 2:
-            return [], chosen
-
-        def by_half(half: Joint) -> int:
-            return self._pick(half, self.is_free_K, lambda own: normal_scores(own, self.seed, HALF_DRAWS))
-
-        return cross_fitted(self.whole, by_half, self.seed), chosen
-
-    def _named(self, mask_K: Mask) -> tuple[str, ...]:
-        return tuple(name for name, is_one in zip(self.names, mask_K, strict=True) if is_one)
+        joint, free_K = self.whole, self.is_free_K
+        worth = (
+            []
+            if joint.fewest_clusters < 2
+            else cross_fitted(joint, lambda half: self._pick(half, free_K, HALF_DRAWS), self.seed)
+        )
+        return worth, self._pick(joint, free_K, self.num_draws)
 
     def _detectable(self, draws_RK: Array) -> float | None:
         """Return the detectable difference; None for too few images to say."""
@@ -219,29 +201,28 @@ class _Choice:
     def _benchmark_scores(
         self, draws_B: Sequence[Array], figures_B: Sequence[float], chosen: int
     ) -> dict[str, BenchmarkScores]:
-        numbers = {one.benchmark: number for number, one in enumerate(self.choosers)}
+        chose = dict(zip((one.benchmark for one in self.choosers), range(len(draws_B)), strict=True))
         found = {}
         for one in self.benchmarks:
-            number, alone = numbers.get(one.benchmark), Joint((one.clusters,))
-            part = alone.parts[0] if number is None else self.reports.parts[number]
-            draws_RK = self._bootstrap(alone) if number is None else draws_B[number]
-            worth = (
-                alone.figure([figures_B[number]], alone.errors_of(chosen)) if figures_B and number is not None else None
-            )
+            number, alone = chose.get(one.benchmark), Joint((one.clusters,))
+            part, draws_RK, weight, worth = alone.parts[0], None, 0.0, None
+            if number is not None:
+                part, draws_RK, weight = self.reports.parts[number], draws_B[number], self.chooses.weights[number]
+                worth = alone.figure([figures_B[number]], alone.errors_of(chosen)) if figures_B else None
+            draws_RK = self._bootstrap(alone) if draws_RK is None else draws_RK
+            base_Q = one.others.get("base")
             found[one.benchmark] = BenchmarkScores(
                 **_scores(part),
                 task=one.task,
                 metric=one.metric,
-                weight=0.0 if number is None else self.chooses.weights[number],
+                weight=weight,
                 reliability=part.reliability,
                 images=len(part.weights_C),
                 best=self.names[choose_best(part.scores)],
-                tied=self._named(not_worse(part.scores, draws_RK, len(part.weights_C))),
+                tied=tuple(compress(self.names, not_worse(part.scores, draws_RK, len(part.weights_C)))),
                 cross_fitted=worth.score if worth else None,
                 cross_fitted_interval=worth.interval if worth else None,
-                base=Joint((one.clusters_of(one.others["base"][None]),)).figures()[0].score
-                if "base" in one.others
-                else None,
+                base=None if base_Q is None else one.metric.sign * float(one.clusters_of(base_Q[None]).scores[0]),
             )
         return found
 
@@ -296,34 +277,3 @@ def _warnings(selection: Selection, reports: Joint) -> list[str]:
 
 def _size_of(difference: float, metric: Metric) -> str:
     return f"{100 * difference:.1f} points" if metric.is_share else f"{difference:.3f} {metric.unit}".rstrip()
-
-
-def choose_by_recorded_loss(losses: dict[int, float], with_weights: Collection[str] | None = None) -> Selection:
-    """Return the checkpoint of the lowest held-out loss that training wrote down, among those that have their weights
-    (all, if left out): means only, so nothing says how sure."""
-    steps = sorted(losses)
-    scores = tuple(
-        CheckpointScore(
-            checkpoint=(name := checkpoint_name(step)),
-            step=step,
-            score=losses[step],
-            has_weights=with_weights is None or name in with_weights,
-        )
-        for step in steps
-    )
-
-    def best(allowed: list[CheckpointScore]) -> str:
-        return allowed[choose_best(np.array([-score.score for score in allowed]))].checkpoint
-
-    return Selection(
-        by="loss",
-        rule="best",
-        selected=best([score for score in scores if score.has_weights]),
-        best=best(list(scores)),
-        scores=scores,
-        tied=(),
-        cross_fitted=None,
-        categories={},
-        benchmark="metrics.jsonl",
-        metric=LOSS,
-    )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from sft.core.contain import contained
@@ -16,11 +15,10 @@ from sft.core.errors import RunError, UserError
 from sft.core.file_lock import locked
 from sft.core.files import discard
 from sft.evaluation.held_out_loss import recorded_losses
-from sft.evaluation.results import Result
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.task import Task
 from sft.evaluation.task_source import HeldOut
-from sft.evaluation.tasks import named_tasks, open_tasks
+from sft.evaluation.tasks import named_tasks
 from sft.inference.average import average_weights
 from sft.models.base_model import find_prepared_base
 from sft.models.loaded_model import Load, loaded_in_turn
@@ -28,11 +26,12 @@ from sft.recipe import Recipe
 from sft.runs.checkpoint import checkpoints, incomplete_checkpoints, is_complete, problem_of_weights, step_of
 from sft.runs.names import run_checkpoints
 from sft.runs.status import RunStatus
-from sft.selection.outcomes import Outcomes, read_outcomes
+from sft.selection.benchmarks import Benchmarks, Evaluated
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
 from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
-from sft.selection.rules import average_name, check_weights, choose, choose_by_recorded_loss
+from sft.selection.recorded_loss import choose_by_recorded_loss
+from sft.selection.rules import average_name, choose
 
 POLL_SECONDS = 20.0
 """How often `watch` looks for a new checkpoint."""
@@ -77,11 +76,9 @@ class Session:
         self._known_sound: set[str] = set()
         self._evaluated: dict[str, set[str]] = {}
         """The hashes of the protocols under which a checkpoint was evaluated."""
-        self._others: dict[str, list[tuple[Task, Result]]] = {}
+        self._others: dict[str, Evaluated] = {}
         """What was evaluated beside the checkpoints: the base, and their mean."""
-        self._tasks: list[Task] | None = None
-        self._choosers: set[str] = set()
-        """The benchmarks that choose."""
+        self._benchmarks: Benchmarks | None = None
 
     def select(self) -> Selection:
         """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged, or
@@ -97,14 +94,21 @@ class Session:
                 return self._with_average(selection) if self._average else selection
             raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
 
-    def prepare(self) -> None:
+    def prepare(self) -> Benchmarks:
         """Read the benchmarks, so that what is wrong with them is reported before training begins.
 
         Raises:
             UserError: there is nothing to choose by, or it cannot be read.
         """
         with all_or_none():
-            self._tasks = self._tasks or self._open_tasks()
+            if self._benchmarks is None:
+                settings, store = self.recipe.evaluation, Path(self.recipe.data.store)
+                self._benchmarks = Benchmarks(settings, store, self._held_out)
+                if len(names := self._benchmarks.names) > 1:
+                    self._log(f"{', '.join(names)} choose together")
+                elif self._benchmarks.choosers[0].name == "loss":
+                    self._log("choosing by the loss on what data.validation holds out, computed for every checkpoint")
+        return self._benchmarks
 
     def evaluate_new(self, every_steps: int) -> Selection | None:
         """Evaluate the checkpoints of every so many steps that were not evaluated, while training waits, and choose.
@@ -206,15 +210,16 @@ class Session:
             UserError: there is nothing to choose by, or it cannot be read.
         """
         new = [path for path in present if path.name not in self._evaluated and path.name not in self.failed]
-        if new:
-            self.prepare()
+        if not new:
+            return False
+        benchmarks = self.prepare()
         with loaded_in_turn() as load:
-            if new and (gates := [task for task in self._tasks or [] if task.name in self._gates()]):
+            if benchmarks.gates and "base" not in self._others:
                 base = from_main(lambda: find_prepared_base(self.recipe))
-                self._others["base"] = self._evaluate(base, load, gates, "base")
+                self._others["base"] = self._evaluate(base, load, benchmarks.gates, "base")
             for path in new:
                 with contained() as outcome:
-                    evaluated = self._evaluate(path, load, self._tasks or [], path.name)
+                    evaluated = self._evaluate(path, load, benchmarks.tasks, path.name)
                     self._evaluated[path.name] = {result.protocol_hash for _, result in evaluated}
                 if outcome and not from_main(partial(is_complete, path)):
                     self._log(f"{path.name}: was removed before it was evaluated; it is left out")
@@ -224,7 +229,7 @@ class Session:
                     self._log(f"{path.name}: the evaluation failed, it is left out: {outcome.reason}")
         return any(path.name in self._evaluated for path in new)
 
-    def _evaluate(self, path: Path, load: Load, tasks: Sequence[Task], name: str) -> list[tuple[Task, Result]]:
+    def _evaluate(self, path: Path, load: Load, tasks: Sequence[Task], name: str) -> Evaluated:
         with self._progress(f"evaluating {name}") as update:
             results = score_model(
                 path,
@@ -250,36 +255,11 @@ class Session:
             if is_main_process():
                 average_weights([folder / name for name in of], mean)
         with loaded_in_turn() as load:
-            self._others[mean.name] = self._evaluate(mean, load, self._tasks or [], mean.name)
+            self._others[mean.name] = self._evaluate(mean, load, self.prepare().choosers, mean.name)
         selection = from_main(lambda: self._choose(of))
         if is_main_process() and selection.selected != mean.name:
             discard(mean)
         return selection
-
-    def _gates(self) -> list[str]:
-        """Return the names of the tasks on which a checkpoint may not be worse than the base."""
-        return [task.partition("=")[0] for task in self.recipe.evaluation.not_worse_than_base]
-
-    def _open_tasks(self) -> list[Task]:
-        settings = self.recipe.evaluation
-        choosers, gates = named_tasks(settings), []
-        if settings.not_worse_than_base:
-            gates = named_tasks(settings.model_copy(update={"by": settings.not_worse_than_base}))
-        check_weights(settings, choosers)
-        chooses, watched = (
-            open_tasks(own, settings, Path(self.recipe.data.store), held_out=self._held_out)
-            for own in (choosers, [gate for gate in gates if gate not in choosers])
-        )
-        for task in (*chooses, *watched):
-            if not task.has_answers:
-                where = settings.benchmark or task.name
-                raise UserError(f"{where}: has no answers, so it cannot choose; give a split that has them")
-        self._choosers = {task.benchmark for task in chooses}
-        if len(self._choosers) > 1:
-            self._log(f"{', '.join(dict.fromkeys(task.benchmark for task in chooses))} choose together")
-        elif chooses[0].name == "loss":
-            self._log("choosing by the loss on what data.validation holds out, computed for every checkpoint")
-        return [*chooses, *watched]
 
     def _recorded_losses(self, paths: list[Path], every_steps: int) -> dict[int, float]:
         """Return the losses of every so many steps that training wrote down, where they are enough: for the rule
@@ -296,6 +276,7 @@ class Session:
         return {step: losses[step] for step in counted}
 
     def _choose(self, average_of: Sequence[str] = ()) -> Selection:
+        assert self._benchmarks
         settings = self.recipe.evaluation
         present = {path.name: step_of(path) for path in run_checkpoints(self.run_dir)}
 
@@ -307,7 +288,7 @@ class Session:
             return checkpoint not in self.failed and step_of(Path(checkpoint)) < max(present.values())
 
         selection = choose(
-            *(self._outcomes([*own], counts) for _, own in groupby(self._tasks or [], key=lambda task: task.benchmark)),
+            *self._benchmarks.outcomes(self.run_dir, set().union(*self._evaluated.values()), counts, self._others),
             rule=settings.rule,
             seed=settings.seed,
             chosen_on=self._chosen_on,
@@ -315,25 +296,6 @@ class Session:
             average_of=average_of,
         )
         return self._write_and_prune(selection)
-
-    def _outcomes(self, tasks: Sequence[Task], counts: Callable[[str], bool]) -> Outcomes:
-        """Return what all models scored on a benchmark, which these tasks ask in several ways."""
-        task, settings = tasks[0], self.recipe.evaluation
-        outcomes = read_outcomes(
-            self.run_dir,
-            task.benchmark,
-            task=task.name,
-            metric=task.metric,
-            values_of=task.paired_scores,
-            seed=settings.seed,
-            protocol_hashes=set().union(*self._evaluated.values()),
-            counts=counts,
-            weight=0.0 if task.benchmark not in self._choosers else (settings.weights or {}).get(task.name),
-        )
-        for name, evaluated in self._others.items():
-            if own := [one for one in evaluated if one[0] in tasks]:
-                outcomes = outcomes.with_model(name, own)
-        return outcomes
 
     def _write_and_prune(self, selection: Selection) -> Selection:
         left_out = (f"left out: {name}: {why}" for name, why in self.failed.items())

@@ -34,11 +34,13 @@ from sft.runs.checkpoint import checkpoints, keep_newest_states, problem_of_weig
 from sft.runs.names import find_recipe
 from sft.runs.status import RunStatus
 from sft.selection import session
+from sft.selection.benchmarks import Benchmarks
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights, weights_to_prune
 from sft.selection.record import current_selection, is_chosen_on_half, write_selection
-from sft.selection.rules import check_weights, choose, choose_by_recorded_loss
+from sft.selection.recorded_loss import choose_by_recorded_loss
+from sft.selection.rules import choose
 
 
 def write(run, checkpoint, hits, rank="text", with_images=True, protocol_hash=None):
@@ -639,15 +641,15 @@ def test_the_average_is_taken_only_where_it_is_significantly_better(tmp_path, hi
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        ({"mmbench": 1}, "has mmbench; expected a weight for each of exact_match, mmbench"),
+        ({"mmbench": 1}, "found mmbench; expected a weight for each of exact_match, mmbench"),
         ({"mmbench": 0, "exact_match": 0}, "one of them over 0"),
-        ({"mmbench": 1, "exact_match": 2, "tea": 1}, "has mmbench, exact_match, tea; expected"),
+        ({"mmbench": 1, "exact_match": 2, "tea": 1}, "found mmbench, exact_match, tea; expected"),
     ],
 )
 def test_weights_that_do_not_fit_the_tasks_are_refused(weights, problem):
     settings = EvaluationConfig(by=["mmbench", "exact_match"], benchmark="x", weights=weights)
     with pytest.raises(UserError, match=problem):
-        check_weights(settings, named_tasks(settings))
+        Benchmarks(settings, Path(), None)
 
 
 def test_a_run_is_selected_from_by_two_tasks_and_by_the_mean_of_its_weights(copied, tmp_path, capsys):
