@@ -36,6 +36,7 @@ from sft.cli.terminal import console
 from sft.core.metric import ACCURACY
 from sft.evaluation.draw_images import half_of
 from sft.selection.bootstrap import (
+    MIN_IMAGES,
     bootstrap_scores,
     choose_best,
     clearly_worse,
@@ -114,11 +115,10 @@ def answers(quality_K: Array, image_of_Q: NDArray[np.int64], rng: np.random.Gene
     return (quality_K[:, None] + effects_KQ > 0).astype(np.float64)
 
 
-def simulate(quality_K: Array, num_images: int, rng: np.random.Generator) -> tuple[Array, Clusters]:
-    """Hits (K, Q), and their sums by image."""
+def simulate(quality_K: Array, num_images: int, rng: np.random.Generator) -> Clusters:
+    """The hits of each checkpoint, summed by image."""
     image_of_Q = np.repeat(np.arange(num_images), rng.integers(1, 6, num_images))
-    hits_KQ = answers(quality_K, image_of_Q, rng)
-    return hits_KQ, sum_by_cluster(hits_KQ, image_of_Q.astype(str))
+    return sum_by_cluster(answers(quality_K, image_of_Q, rng), image_of_Q.astype(str))
 
 
 # ------------------------------------------------------------------------------------------- figures and the truth
@@ -177,7 +177,7 @@ def fit(joint: Joint, truth_K: Array, seed: int) -> tuple[bool, float]:
 def a_run(number: int, num_images: int, mean: float, rng: np.random.Generator, tally: Tally) -> None:
     """What `select` prints of one run."""
     quality_K = of_a_run(number, mean, rng)
-    truth_K, joint = norm.cdf(quality_K), Joint((simulate(quality_K, num_images, rng)[1],))
+    truth_K, joint = norm.cdf(quality_K), Joint((simulate(quality_K, num_images, rng),))
     scores_K, best = joint.scores, choose_best(joint.scores)
     covered = [holds(figure.interval, truth) for figure, truth in zip(joint.figures(), truth_K, strict=True)]
     p_best_K = probability_best(joint, seed=number, num_draws=NUM_DRAWS)
@@ -198,7 +198,7 @@ def a_pair(number: int, num_images: int, mean: float, rng: np.random.Generator, 
     """What `compare` prints of two models, and `--average` decides of two equal ones."""
     spread = (0, 1, 3, 6)[number % 4]
     quality_K = qualities("without order", 2, mean, rng, spread)
-    truth_K, joint = norm.cdf(quality_K), Joint((simulate(quality_K, num_images, rng)[1],))
+    truth_K, joint = norm.cdf(quality_K), Joint((simulate(quality_K, num_images, rng),))
     found = compare_pair(joint, seed=number, num_draws=NUM_DRAWS)
     tally.add(difference_of_two=holds(found.interval, truth_K[0] - truth_K[1]))
     said, true = found.p_better, share_of_best(truth_K)[0]
@@ -211,10 +211,9 @@ def a_pair(number: int, num_images: int, mean: float, rng: np.random.Generator, 
 def a_base(number: int, num_images: int, mean: float, rng: np.random.Generator, tally: Tally) -> None:
     """Checkpoints that are no worse than the base, which is the first model; and one that is ahead of its like."""
     equal_K = np.full(5, norm.ppf(mean))
-    hits_KQ, part = simulate(equal_K, num_images, rng)
+    part = simulate(equal_K, num_images, rng)
     scores_K, draws_RK = part.scores, bootstrap_scores(Joint((part,)), seed=number, num_draws=NUM_DRAWS)
-    apart_K = ((hits_KQ - hits_KQ[choose_best(scores_K)]) ** 2).mean(axis=1)
-    difference = detectable_difference(scores_K, draws_RK, num_images, disagreements_K=apart_K)
+    difference = detectable_difference(scores_K, draws_RK, max(num_images, MIN_IMAGES)) or 0.0
     tally.add(
         worse_than_the_base_although_equal=clearly_worse(scores_K, draws_RK, than=0).any(),
         detectable_difference=100 * difference,
@@ -226,7 +225,7 @@ def a_lead(number: int, num_images: int, mean: float, rng: np.random.Generator, 
     difference = np.mean(tally.values["detectable difference"]) / 100
     truth_K = np.array([mean + difference / 2, *[mean - difference / 2] * 4])
     if truth_K.max() < 0.995:
-        _, part = simulate(norm.ppf(truth_K), num_images, rng)
+        part = simulate(norm.ppf(truth_K), num_images, rng)
         draws_RK = bootstrap_scores(Joint((part,)), seed=number, num_draws=NUM_DRAWS)
         tally.add(detected=1 - not_worse(part.scores, draws_RK, num_images)[1:].mean())
 
@@ -236,7 +235,7 @@ def an_index(number: int, num_images: int, mean: float, rng: np.random.Generator
     first_K = of_a_run(number, mean, rng)
     other_K = norm.ppf(0.66) + (first_K - first_K.mean()) * 0.7 + 0.05 * rng.standard_normal(len(first_K))
     by_benchmark = [first_K, other_K, np.full(len(first_K), norm.ppf(mean))]
-    joint = joined([simulate(quality_K, num_images, rng)[1] for quality_K in by_benchmark], [None] * 3)
+    joint = joined([simulate(quality_K, num_images, rng) for quality_K in by_benchmark], [None] * 3)
     truth_K = joint.of([norm.cdf(quality_K) for quality_K in by_benchmark])
     p_best_K = probability_best(joint, seed=number, num_draws=NUM_DRAWS)
     tally.said.setdefault("P(best) by three benchmarks", []).append((p_best_K, share_of_best(truth_K)))

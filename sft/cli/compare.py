@@ -104,5 +104,5 @@ def _show(rows: list[dict[str, Any]], out: Console) -> None:
     out.print("P(A better) is the probability that A is truly better than B.")
     for row in rows:
         difference = row["detectable_difference"]
-        size = "not said of fewer than 50 images" if difference is None else apart(difference, row).lstrip("+")
+        size = "not said of fewer than 100 images" if difference is None else apart(difference, row).lstrip("+")
         out.print(f"{row['benchmark']}: the difference that 80 of 100 such comparisons would tell apart is {size}")

@@ -120,7 +120,8 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
         f"`{name}`, {chosen} among {len(scores)} checkpoints by {selection.get('benchmark', selection['by'])}, "
         f"rule `{selection['rule']}`."
     )
-    figure = "{:.4f}".format if selection["by"] == "loss" else "{:.1%}".format
+    is_share = (selection.get("metric") or {}).get("is_share", selection["by"] != "loss")
+    figure = "{:.1%}".format if is_share else "{:.4f}".format
     if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
         yield f"Held-out loss {figure(scores[name]['score'])}."
     elif name in scores:

@@ -58,8 +58,8 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     if average := chosen.get("average"):
         limits = " to ".join(apart(limit, chosen) for limit in average["interval"])
         yield (
-            f"{average['score']['checkpoint']}, the mean of the weights of {', '.join(average['of'])}, is better than "
-            f"{average['compared_with']} by {apart(average['difference'], chosen)} ({limits}), and was "
+            f"{average['score']['checkpoint']}, the mean of the weights of {' and '.join(average['of'])}, scores "
+            f"{apart(average['difference'], chosen)} ({limits}) against {average['compared_with']}, and was "
             f"{'' if average['is_taken'] else 'not '}taken."
         )
     if chosen.get("cross_fitted") is not None:

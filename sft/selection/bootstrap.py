@@ -23,9 +23,10 @@ from sft.selection.posterior import probability_best
 
 NUM_DRAWS = 10_000
 CONFIDENCE = 0.95
-POWER = 0.8
-MIN_IMAGES = 50
-"""From which on the detectable difference is said: it is smaller than what is detected of fewer images."""
+MIN_IMAGES = 100
+"""From which on the detectable difference is said."""
+_QUANTILE = NormalDist().inv_cdf(0.8)
+"""Of its power, 80 %."""
 HALVINGS = 50
 """How often the images are halved for the cross-fitted figure."""
 _EQUAL = 1e-12
@@ -83,44 +84,22 @@ def clearly_worse(scores_K: Array, draws_RK: Array, than: int) -> NDArray[np.boo
     return np.asarray(worse_K > max(_critical_lead(-scores_K, -draws_RK, than), _EQUAL))
 
 
-def detectable_difference(
-    scores_K: Array,
-    draws_RK: Array,
-    num_clusters: int = 0,
-    *,
-    disagreements_K: Array | None = None,
-) -> float:
-    """Return how far a model has to be behind the best one to be told apart by `not_worse` in 80 % of comparisons.
+def detectable_difference(scores_K: Array, draws_RK: Array, num_clusters: int) -> float | None:
+    """Return how far a model has to be behind the best one to be told apart by `not_worse` in 80 % of comparisons: the
+    median over all others of (critical lead + quantile of the power) x standard error of the difference.
 
-    (critical lead + normal quantile of the power) x standard error of the difference; the median over all others. 0 for
-    one model, and where all answer alike. `disagreements_K` are the shares of questions that each model and the best
-    one answer differently: with them it is taken into account that a model which is further behind disagrees more.
+    0 for one model, and where all answer alike. None for too few images: one which is further behind disagrees more,
+    so that 70 % are detected by 60 images (scripts/simulate_selection.py).
     """
+    if num_clusters < MIN_IMAGES:
+        return None
     best = choose_best(scores_K)
-    quantile = NormalDist().inv_cdf(POWER)
-    found = []
-    for k in (k for k in range(len(scores_K)) if k != best):
-        critical = _critical_lead(scores_K, draws_RK, k, num_clusters)
-        disagreement = 0.0 if disagreements_K is None else float(disagreements_K[k])
-        found.append(_difference_of(critical + quantile, float(_lead_errors(draws_RK, k)[best]), disagreement))
+    found = [
+        (_critical_lead(scores_K, draws_RK, k, num_clusters) + _QUANTILE) * _lead_errors(draws_RK, k)[best]
+        for k in range(len(scores_K))
+        if k != best
+    ]
     return float(np.median(found)) if found else 0.0
-
-
-def _difference_of(factor: float, error: float, disagreement: float) -> float:
-    """Return the difference that is `factor` times its own standard error.
-
-    Two models that differ by D on average and disagree on a share d of n questions: error^2 = (d - D^2) / n. As D
-    grows, d does, from what it is now, d0, to about sqrt(d0^2 + D^2): seen in scripts/simulate_selection.py, where
-    without it 51 % in place of 80 % are detected by 60 questions.
-    """
-    difference = factor * error
-    if disagreement == 0 or error <= _EQUAL:
-        return difference
-    num_questions = disagreement / error**2
-    for _ in range(50):  # it converges from below in a few rounds
-        grown = math.hypot(disagreement, difference)
-        difference = factor * math.sqrt((grown - min(difference, grown) ** 2) / num_questions)
-    return difference
 
 
 def _lead_errors(draws_RK: Array, k: int) -> Array:
@@ -194,7 +173,7 @@ def compare_pair(pair: Joint, *, seed: int, num_draws: int = NUM_DRAWS) -> Compa
         difference=difference,
         interval=score_interval(difference, error, pair.num_clusters, is_share=False),
         p_better=float(probability_best(pair, seed=seed, is_curve=False)[0]),
-        detectable_difference=detectable_difference(scores_K, draws_RK) if pair.num_clusters >= MIN_IMAGES else None,
+        detectable_difference=detectable_difference(scores_K, draws_RK, pair.num_clusters),
         is_better=bool(clearly_worse(scores_K, draws_RK, than=0)[1]),
     )
 

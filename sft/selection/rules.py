@@ -17,7 +17,6 @@ from sft.core.metric import Metric
 from sft.recipe import Rule
 from sft.runs.checkpoint import checkpoint_name
 from sft.selection.bootstrap import (
-    MIN_IMAGES,
     NUM_DRAWS,
     bootstrap_each,
     bootstrap_scores,
@@ -104,17 +103,17 @@ class _Choice:
         figures_B, chosen = self._cross_fit()
         worth = self.whole.figure(figures_B, self.whole.errors_of(chosen)) if figures_B else None
         is_one = len(self.choosers) == 1
-        tied_K = not_worse(self.reports.scores, self.reports.of(draws_B), self.reports.num_clusters)
+        drawn = self.reports.scores, self.reports.of(draws_B), self.reports.num_clusters
         selection = Selection(
             by="+".join(one.task for one in self.choosers),
             rule=self.rule,
             selected=self.names[selected],
             best=self.names[choose_best(self.chooses.scores)],
             scores=self._checkpoint_scores(has_weights_K),
-            tied=tuple(compress(self.names, tied_K)),
+            tied=tuple(compress(self.names, not_worse(*drawn))),
             cross_fitted=worth.score if worth else None,
             cross_fitted_interval=worth.interval if worth else None,
-            detectable_difference=self._detectable(self.reports.of(draws_B)),
+            detectable_difference=detectable_difference(*drawn),
             categories=_categories(self.reported[0]) if is_one else {},
             benchmarks=self._benchmark_scores(draws_B, figures_B, chosen),
             benchmark="+".join(one.benchmark for one in self.choosers),
@@ -177,13 +176,6 @@ class _Choice:
         )
         return worth, self._pick(joint, free_K, self.num_draws)
 
-    def _detectable(self, draws_RK: Array) -> float | None:
-        """Return the detectable difference; None for too few images to say."""
-        if self.reports.fewest_clusters < MIN_IMAGES:
-            return None
-        apart_K = disagreements(self.reported[0]) if self.reports.metric.is_share else None
-        return detectable_difference(self.reports.scores, draws_RK, self.reports.num_clusters, disagreements_K=apart_K)
-
     def _checkpoint_scores(self, has_weights_K: Mask) -> tuple[CheckpointScore, ...]:
         p_best_K = probability_best(self.reports, seed=self.seed)
         return tuple(
@@ -234,13 +226,6 @@ def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outco
     if len(np.unique(outcomes.halves_Q)) < 2:
         raise UserError(f"{outcomes.benchmark}: a half of its images has no questions; this needs more images")
     return outcomes.only(outcomes.halves_Q == 0), outcomes.only(outcomes.halves_Q == 1)
-
-
-def disagreements(outcomes: Outcomes) -> Array:
-    """Return the mean squared difference of each checkpoint to the best one (K,): for hits, the share of questions that
-    they answer differently."""
-    best_Q = outcomes.values_KQ[choose_best(outcomes.clusters.scores)]
-    return outcomes.clusters_of((outcomes.values_KQ - best_Q) ** 2).scores
 
 
 def _categories(outcomes: Outcomes) -> dict[str, CategoryScores]:
