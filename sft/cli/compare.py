@@ -73,7 +73,7 @@ def _row(benchmark: str, pair: Any) -> dict[str, Any]:
     return {
         "benchmark": benchmark,
         "metric": asdict(pair.metric),
-        "questions": pair.num_questions,
+        "questions": pair.parts[0].num_questions,
         "images": pair.num_clusters,
         "a": a.score,
         "b": b.score,
@@ -88,21 +88,16 @@ def _show(rows: list[dict[str, Any]], out: Console) -> None:
     from sft.report.numbers import percent
     from sft.report.selection_text import apart, score_text
 
-    cells = [
-        (
-            row["benchmark"],
-            score_text(row["a"], row),
-            score_text(row["b"], row),
-            apart(row["difference"], row),
-            " to ".join(apart(limit, row) for limit in row["interval"]),
-            percent(row["p_a_better"]),
-        )
-        for row in rows
-    ]
-    out.print(table("", ("task", "A", "B", "A - B", "95 % interval", "P(A better)"), cells))
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        scores = (score_text(row[side], row) for side in "ab")
+        difference = apart(row, row["difference"]).removesuffix(" points")
+        return row["benchmark"], *scores, difference, apart(row, *row["interval"]), percent(row["p_a_better"])
+
+    header = ("task", "A", "B", "A - B", "95 % interval", "P(A better)")
+    out.print(table("A and B on the same questions", header, [cells(row) for row in rows]))
     out.print("A 95 % interval holds the true difference in 95 of 100 such comparisons.")
     out.print("P(A better) is the probability that A is truly better than B.")
     for row in rows:
         difference = row["detectable_difference"]
-        size = "not said of fewer than 100 images" if difference is None else apart(difference, row).lstrip("+")
+        size = "not said of fewer than 100 images" if difference is None else apart(row, difference).lstrip("+")
         out.print(f"{row['benchmark']}: the difference that 80 of 100 such comparisons would tell apart is {size}")

@@ -56,11 +56,11 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     if chosen["best"] != chosen["selected"]:
         yield f"{chosen['best']} has the {_extreme(chosen)}."
     if average := chosen.get("average"):
-        limits = " to ".join(apart(limit, chosen) for limit in average["interval"])
+        difference, limits = apart(chosen, average["difference"]), apart(chosen, *average["interval"])
+        is_taken = "taken" if average["is_taken"] else "not taken"
         yield (
             f"{average['score']['checkpoint']}, the mean of the weights of {' and '.join(average['of'])}, scores "
-            f"{apart(average['difference'], chosen)} ({limits}) against {average['compared_with']}, and was "
-            f"{'' if average['is_taken'] else 'not '}taken."
+            f"{difference} ({limits}) against {average['compared_with']}, and was {is_taken}."
         )
     if chosen.get("cross_fitted") is not None:
         worth = score_text(chosen["cross_fitted"], chosen)
@@ -70,9 +70,10 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     yield from chosen.get("meaning", {}).values()
 
 
-def apart(difference: float, chosen: Line) -> str:
-    """Return a difference as text: +1.2 points, better where it is positive."""
-    return f"{100 * difference:+.1f} points" if metric_of(chosen).is_share else f"{difference:+.4f}"
+def apart(chosen: Line, *differences: float) -> str:
+    """Return a difference, or the limits of one, as text: -0.4 to +1.2 points."""
+    is_share = metric_of(chosen).is_share
+    return " to ".join(f"{100 * d:+.1f}" if is_share else f"{d:+.4f}" for d in differences) + " points" * is_share
 
 
 def benchmark_rows(chosen: Line | None) -> Iterable[dict[str, str]]:

@@ -168,7 +168,7 @@ def compare_pair(pair: Joint, *, seed: int, num_draws: int = NUM_DRAWS) -> Compa
     scores_K, draws_RK = pair.scores, bootstrap_scores(pair, seed=seed, num_draws=num_draws)
     difference, error = float(scores_K[0] - scores_K[1]), float(np.linalg.norm(np.subtract(*pair.deviations)))
     if pair.metric.is_share:  # half a question more in each cell of hits and misses: Agresti and Min 2005
-        error = math.hypot(error, 1 / pair.num_questions)
+        error = math.hypot(error, 1 / pair.parts[0].num_questions)
     return Comparison(
         difference=difference,
         interval=score_interval(difference, error, pair.num_clusters, is_share=False),

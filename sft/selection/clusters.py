@@ -109,11 +109,6 @@ class Joint(NamedTuple):
         return min(len(part.weights_C) for part in self.parts)
 
     @property
-    def num_questions(self) -> int:
-        """Q"""
-        return sum(part.num_questions for part in self.parts)
-
-    @property
     def metric(self) -> Metric:
         """What the joint score measures."""
         return self.parts[0].metric if len(self.parts) == 1 else INDEX
@@ -123,11 +118,8 @@ class Joint(NamedTuple):
         return [float(np.linalg.norm(part.deviations[model])) for part in self.parts]
 
     def figure(self, values_B: Sequence[float], errors_B: Sequence[float]) -> Figure:
-        """Return the joint score that a model's values on each benchmark make, with its error and interval.
-
-        The interval recovers the variances from the benchmarks' own intervals (Zou and Donner 2008, Statistics in
-        Medicine 27, 1693-1702); of one benchmark it is its own.
-        """
+        """Return the joint score of a model's values on each benchmark. Its interval recovers the variances from those
+        of the benchmarks (Zou and Donner 2008, Statistics in Medicine 27, 1693-1702); of one it is its own."""
         limits = [
             score_interval(value, error, len(part.weights_C), part.num_questions, is_share=part.metric.is_share)
             for part, value, error in zip(self.parts, values_B, errors_B, strict=True)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from sft.core.metric import LOSS
-from sft.runs.checkpoint import checkpoint_name
+from sft.evaluation.held_out_loss import recorded_losses
+from sft.evaluation.tasks import named_tasks
+from sft.recipe import Recipe
+from sft.runs.checkpoint import checkpoint_name, step_of
 from sft.selection.bootstrap import choose_best
 from sft.selection.record import CheckpointScore, Selection
+
+
+def enough_losses(
+    recipe: Recipe, paths: Sequence[Path], every_steps: int, left_out: Collection[int]
+) -> dict[int, float]:
+    """Return the losses of every so many steps that training wrote down, where they are enough to choose: by the rule
+    `best`, without a look at the base, and every checkpoint has one."""
+    settings = recipe.evaluation
+    is_by_loss = [task.name for task in named_tasks(settings)] == ["loss"]
+    if not paths or not is_by_loss or settings.rule != "best" or settings.not_worse_than_base:
+        return {}
+    losses, steps = recorded_losses(Path(recipe.output_dir)), [step_of(path) for path in paths]
+    if not all(step in losses for step in steps):
+        return {}
+    counted = (step for step in losses if step <= max(steps) and step % every_steps == 0 and step not in left_out)
+    return {step: losses[step] for step in counted}
 
 
 def choose_by_recorded_loss(losses: dict[int, float], with_weights: Collection[str] | None = None) -> Selection:

@@ -121,10 +121,11 @@ class _Choice:
             ranks=self.choosers[0].ranks if is_one else (),
             seed=self.seed,
             chosen_on=self.chosen_on,
-            questions=(self.chooses.num_questions, self.reports.num_questions),
+            questions=(_num_questions(self.chooses), _num_questions(self.reports)),
             images=self.reports.num_clusters,
         )
-        return replace(selection, warnings=(*_warnings(selection, self.reports), *self.warnings))
+        warnings = (*_warnings(selection, self.reports.fewest_clusters), *self.warnings)
+        return replace(selection, warnings=warnings)
 
     def average(self, of: Sequence[str], selected: str) -> Average:
         """Return how the mean of some checkpoints compares with the selected one."""
@@ -228,6 +229,10 @@ def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outco
     return outcomes.only(outcomes.halves_Q == 0), outcomes.only(outcomes.halves_Q == 1)
 
 
+def _num_questions(joint: Joint) -> int:
+    return sum(part.num_questions for part in joint.parts)
+
+
 def _categories(outcomes: Outcomes) -> dict[str, CategoryScores]:
     names = np.unique(outcomes.categories_Q).tolist()
     parts = (outcomes.only(outcomes.categories_Q == name).clusters for name in names)
@@ -243,15 +248,14 @@ def _scores(part: Clusters) -> dict[str, Any]:
     }
 
 
-def _warnings(selection: Selection, reports: Joint) -> list[str]:
-    """Return what to know before believing a selection."""
-    found = []
-    difference, images = selection.detectable_difference, reports.fewest_clusters
+def _warnings(selection: Selection, images: int) -> list[str]:
+    """Return what to know before believing a selection by benchmarks of at least so many images."""
+    found, difference = [], selection.detectable_difference
     if len(selection.tied) > 1:
         size = _size_of(difference or 0.0, selection.metric)
         detectable = f"; the smallest difference that they could detect at 80 % power is {size}"
         found.append(
-            f"{reports.num_questions} questions cannot tell {len(selection.tied)} of {len(selection.scores)} "
+            f"{selection.questions[1]} questions cannot tell {len(selection.tied)} of {len(selection.scores)} "
             "checkpoints apart"
             + ("" if difference is None else detectable if difference else "; all of them are answered alike")
         )

@@ -14,11 +14,9 @@ from sft.core.distributed import all_or_none, from_main, is_main_process
 from sft.core.errors import RunError, UserError
 from sft.core.file_lock import locked
 from sft.core.files import discard
-from sft.evaluation.held_out_loss import recorded_losses
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.task import Task
 from sft.evaluation.task_source import HeldOut
-from sft.evaluation.tasks import named_tasks
 from sft.inference.average import average_weights
 from sft.models.base_model import find_prepared_base
 from sft.models.loaded_model import Load, loaded_in_turn
@@ -30,7 +28,7 @@ from sft.selection.benchmarks import Benchmarks, Evaluated
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
 from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
-from sft.selection.recorded_loss import choose_by_recorded_loss
+from sft.selection.recorded_loss import choose_by_recorded_loss, enough_losses
 from sft.selection.rules import average_name, choose
 
 POLL_SECONDS = 20.0
@@ -128,7 +126,10 @@ class Session:
     def _selection_of(self, paths: list[Path], every_steps: int) -> Selection | None:
         """Choose among checkpoints by the losses of every so many steps that training wrote down, else by evaluating
         those that were not evaluated; None where that adds nothing."""
-        if losses := from_main(lambda: self._recorded_losses(paths, every_steps)):
+        left_out = {step_of(Path(name)) for name in self.failed}
+        if not self._average and (
+            losses := from_main(lambda: enough_losses(self.recipe, paths, every_steps, left_out))
+        ):
             present = {path.name for path in paths}
             return from_main(lambda: self._write_and_prune(choose_by_recorded_loss(losses, present)))
         return from_main(self._choose) if self._evaluate_these(paths) else None
@@ -261,20 +262,6 @@ class Session:
             discard(mean)
         return selection
 
-    def _recorded_losses(self, paths: list[Path], every_steps: int) -> dict[int, float]:
-        """Return the losses of every so many steps that training wrote down, where they are enough: for the rule
-        `best`, and every checkpoint has one."""
-        settings = self.recipe.evaluation
-        is_by_loss = [task.name for task in named_tasks(settings)] == ["loss"]
-        if not paths or not is_by_loss or settings.rule != "best" or settings.not_worse_than_base or self._average:
-            return {}
-        losses, steps = recorded_losses(self.run_dir), [step_of(path) for path in paths]
-        if not all(step in losses for step in steps):
-            return {}
-        left_out = {step_of(Path(name)) for name in self.failed}
-        counted = (step for step in losses if step <= max(steps) and step % every_steps == 0 and step not in left_out)
-        return {step: losses[step] for step in counted}
-
     def _choose(self, average_of: Sequence[str] = ()) -> Selection:
         assert self._benchmarks
         settings = self.recipe.evaluation
@@ -302,8 +289,7 @@ class Session:
         selection = replace(selection, warnings=(*selection.warnings, *left_out))
         self._write(selection)
         is_wanted = self.recipe.checkpoints.keep_weights == "best+last" and is_current(selection, self.run_dir)
-        is_wanted = is_wanted and not self._average  # whose members are still needed
-        if is_wanted and (gone := prune_weights(self.run_dir, selection)):
+        if is_wanted and not self._average and (gone := prune_weights(self.run_dir, selection)):
             self._log(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
             return self._write(without_weights(selection, gone))
         return selection
