@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from sft.core.errors import UserError
 from sft.core.files import discard
-from sft.inference.merge import FORMAT_NAMES, write_safetensors
-from sft.runs.checkpoint import MANIFEST, write_folder
+from sft.inference.merge import FORMAT_NAMES, whole_or_nothing, write_safetensors
+from sft.runs.checkpoint import MANIFEST, write_manifest
 
 
 def average_weights(checkpoints: Sequence[Path], output: Path) -> None:
@@ -25,17 +25,15 @@ def average_weights(checkpoints: Sequence[Path], output: Path) -> None:
         UserError: they do not have the same weights.
         RunError: the disk is full.
     """
-
-    def write(folder: Path) -> None:
+    if output.exists():
+        discard(output)
+    with whole_or_nothing(output, "make room") as folder:
         for file in checkpoints[0].iterdir():
             if file.suffix == ".safetensors":
                 _write_mean([checkpoint / file.name for checkpoint in checkpoints], folder / file.name)
             elif file.is_file() and file.name != MANIFEST:
                 shutil.copyfile(file, folder / file.name)
-
-    if output.exists():
-        discard(output)
-    write_folder(output, write)
+        write_manifest(folder)
 
 
 def _write_mean(files: Sequence[Path], output: Path) -> None:

@@ -71,7 +71,7 @@ def merge(
             why = "holds no model, so --overwrite leaves it alone" if overwrite else "is there already"
             raise UserError(f"{output}: {why}; choose another --output" + ", or --overwrite a model" * (not overwrite))
     template = load_template(family, checkpoint)
-    with _whole_or_nothing(output) as folder:
+    with whole_or_nothing(output) as folder:
         if base is None:
             _copy(checkpoint, folder)
         else:
@@ -92,7 +92,7 @@ def merge(
 
 
 @contextmanager
-def _whole_or_nothing(output: Path) -> Iterator[Path]:
+def whole_or_nothing(output: Path, advice: str = "choose another --output") -> Iterator[Path]:
     """Give a hidden folder that becomes `output`; after an error none of its gigabytes are left.
 
     Raises:
@@ -100,7 +100,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """
     with (
         on_error(lambda error: remove_leftovers(output)),
-        explain_full_disk(output, "choose another --output"),
+        explain_full_disk(output, advice),
         staged(output) as folder,
     ):
         yield folder

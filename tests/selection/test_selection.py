@@ -372,7 +372,7 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
 def test_two_processes_select_as_one_does(copied, capfd):
     found = []
     for nproc in (1, 2):
-        assert status_of("select", copied, "--nproc", nproc, "--json") == 0
+        assert status_of("select", copied, "--average", "--nproc", nproc, "--json") == 0
         answers = {file: file.read_text() for file in (copied / "evaluations").rglob("checkpoint-*.jsonl")}
         found.append((json.loads(capfd.readouterr().out), answers))
         shutil.rmtree(copied / "evaluations")
