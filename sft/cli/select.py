@@ -169,7 +169,13 @@ def show(selection: Selection, out: Console) -> None:
         rows.append((f"{marks} {score['name']}", *(score[key] for key in ("score", "interval", "p_best", "note"))))
     is_loss = selection.by == "loss"
     header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
-    is_known = [True, True, *(bool(selection.tied),) * 2, True]  # of recorded losses nothing says how sure
+    is_known = [
+        True,
+        True,
+        bool(selection.tied),
+        selection.scores[0].p_best is not None,
+        True,
+    ]  # of recorded losses nothing says how sure
     rows = [tuple(compress(row, is_known)) for row in rows]
     title = "held-out loss" if is_loss else f"{selection.metric.name} of " * (selection.metric == INDEX)
     out.print(table(title if is_loss else title + selection.benchmark, tuple(compress(header, is_known)), rows))

@@ -181,6 +181,6 @@ def as_json(selection: Selection) -> dict[str, Any]:
     """Return the keys of `selection.json`, with the meaning of each figure that is there."""
     keys = asdict(selection)
     there = {"index": selection.metric == INDEX, "tied": len(selection.tied) > 1}
-    there |= dict.fromkeys(("interval", "p_best"), bool(selection.tied))
+    there |= {"interval": bool(selection.tied), "p_best": selection.scores[0].p_best is not None}
     meaning = {name: text for name, text in MEANINGS.items() if there.get(name, keys.get(name))}
     return keys | {"meaning": meaning}
