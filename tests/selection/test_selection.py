@@ -162,10 +162,10 @@ def test_a_benchmark_that_is_too_small_to_tell_is_warned_of(tmp_path):
 
 
 def test_what_is_always_right_is_not_certain(tmp_path):
-    selection = choose(outcomes(tmp_path, {10: "x" * 60, 20: "x" * 60}))
-    assert selection.scores[0].interval == pytest.approx(wilson_interval(1, 60, t_quantile(59)))
+    selection = choose(outcomes(tmp_path, {10: "x" * 100, 20: "x" * 100}))
+    assert selection.scores[0].interval == pytest.approx(wilson_interval(1, 100, t_quantile(99)))
     assert selection.cross_fitted == 1 and selection.cross_fitted_interval == selection.scores[0].interval
-    assert selection.warnings == ("60 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
+    assert selection.warnings == ("100 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
 
 
 def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):
