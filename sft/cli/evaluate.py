@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from sft.core.errors import UserError
 if TYPE_CHECKING:
     from sft.evaluation.results import Result
     from sft.evaluation.task import Task
+    from sft.models.loaded_model import Load
     from sft.recipe import EvaluationConfig, Recipe
 
 EXAMPLES = (
@@ -88,7 +89,7 @@ def run(
         names = ("benchmark", "split", "protocol", "shots", "select", "support", "prompt", "num_beams", "max_questions")
         changes = {name: context.params[name] for name in names}
         changes |= {"by": tuple(task) if task else None, "ranks": scorings}
-        evaluation = _Evaluation(model, changes, submission)
+        evaluation = Evaluation(model, changes, submission)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
@@ -112,30 +113,39 @@ class _Found(NamedTuple):
     blind: Result | None
 
 
-class _Evaluation:
+class Evaluation:
     """A model, and the tasks that it is asked."""
 
     def __init__(self, model: str, changes: dict[str, Any], submission: Path | None) -> None:
-        from sft.core.distributed import all_or_none, from_main
+        from sft.core.distributed import all_or_none
         from sft.recipe import EvaluationConfig
-        from sft.runs.names import find_model, recipe_of_model
 
-        self.path = from_main(lambda: _base_of(model) or find_model(model))
-        recipe = recipe_of_model(model)
-        run_dir = Path(recipe.output_dir) if recipe else None
+        recipe = self.take(model)
         self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
-        from sft.evaluation.run_tasks import score_model
-        from sft.models.loaded_model import load_for_inference
         from sft.selection.record import is_chosen_on_half
 
         with all_or_none():
             self.tasks = _open_tasks(self._settings, recipe, submission)
+        run_dir = self._run_dir
         self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
         """Whether its checkpoint was chosen by the other half of the images."""
-        name = "base" if model.endswith("@base") else Path(self.path).name
-        load = cache(load_for_inference)  # once, for what is asked with images and without
-        self._score_model = partial(score_model, self.path, run_dir=run_dir, name=name, load=load)
+
+    def take(self, model: str) -> Recipe | None:
+        """Ask this model from here on; return the recipe of its run.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        from sft.core.distributed import from_main
+        from sft.runs.names import find_model, recipe_of_model
+
+        self.path = from_main(lambda: _base_of(model) or find_model(model))
+        recipe = recipe_of_model(model)
+        self._run_dir = Path(recipe.output_dir) if recipe else None
+        self._name = "base" if model.endswith("@base") else Path(self.path).name
+        self._load: Load | None = None
+        return recipe
 
     def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
         """Return the results on each task, on those items that figures come from; without images too where that is
@@ -153,10 +163,21 @@ class _Evaluation:
         return [_Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
 
     def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
+        from sft.evaluation.run_tasks import score_model
+        from sft.models.loaded_model import load_for_inference
+
         if not tasks:
             return []
+        self._load = self._load or cache(load_for_inference)  # once, for what is asked with images and without
         with progress(f"evaluating{how}", None, out) as update:
-            results = self._score_model(tasks, on_progress=lambda done, total: update(done, f"of {total}"))
+            results = score_model(
+                self.path,
+                tasks,
+                run_dir=self._run_dir,
+                name=self._name,
+                load=self._load,
+                on_progress=lambda done, total: update(done, f"of {total}"),
+            )
         seed, chose = self._settings.seed, self.tasks[0].benchmark
         return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
 

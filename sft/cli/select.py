@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +29,9 @@ def run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, or its recipe.")],
     by: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; follows from the benchmark. The first chooses."),
+        typer.Option(
+            metavar="TASK[=PATH]", help="One of `tasks list`; follows from the benchmark. Several choose together."
+        ),
     ] = None,
     benchmark: Annotated[
         str | None,
@@ -39,6 +42,9 @@ def run(
         Literal["best", "earliest_not_worse"] | None, typer.Option(help="Which one is chosen: best by default.")
     ] = None,
     use: Annotated[bool, typer.Option("--use", help="Make it the checkpoint of chat, evaluate and merge.")] = False,
+    average: Annotated[
+        bool, typer.Option("--average", help="Try the mean of the weights of those that cannot be told apart.")
+    ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Choose as checkpoints come, until training has ended.")
     ] = False,
@@ -51,8 +57,11 @@ def run(
     choice by another benchmark is kept beside the first one, and replaces it with --use only.
     """
     from sft.core.distributed import process_group
-    from sft.runs.names import find_recipe, run_checkpoints
+    from sft.core.errors import UserError
+    from sft.runs.names import find_recipe
 
+    if watch and average:
+        raise UserError("--average goes with checkpoints that are all there; leave out --watch")
     recipe = _with_options(find_recipe(run), by=by, benchmark=benchmark, split=split, rule=rule)
     if nproc > 1:
         start(context)
@@ -64,9 +73,7 @@ def run(
             for selection in _session(recipe, out, use=use).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-            run_checkpoints(Path(recipe.output_dir))  # some, or the line that says what to do, before torch is loaded
-            session = _session(recipe, out, use=use)
-            selection = session.select()
+            selection, session = _select(recipe, out, use=use, average=average)
             show(selection, out)
     if process.is_main:
         _end(run, Path(recipe.output_dir), selection, out, json=json)
@@ -119,7 +126,15 @@ def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Sele
     return selection
 
 
-def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: bool = False) -> Session:
+def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **options: bool) -> tuple[Selection, Session]:
+    from sft.runs.names import run_checkpoints
+
+    run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
+    session = _session(recipe, out, chosen_on, **options)
+    return session.select(), session
+
+
+def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **options: bool) -> Session:
     quiet_libraries()
     from sft.evaluation.held_out_loss import open_held_out
     from sft.selection.session import Session
@@ -130,13 +145,14 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", *, use: 
         log=notes(out.stderr).print,
         progress=lambda name: progress(name, None, out),
         chosen_on=chosen_on,
-        use=use,
+        **options,
     )
 
 
 def show(selection: Selection, out: Console) -> None:
-    """Print the choice as a table, and what to know before believing it."""
-    from sft.report.selection_text import scores, selection_words
+    """Print the choice as tables, and what to know before believing it."""
+    from sft.report.selection_text import benchmark_rows, scores, selection_words
+    from sft.selection.clusters import INDEX
     from sft.selection.record import as_json
 
     chosen = as_json(selection)
@@ -144,11 +160,21 @@ def show(selection: Selection, out: Console) -> None:
     rows = []
     for score in scores(chosen):
         marks = ("*" if score["is_selected"] else " ") + ("=" if has_ties and score["is_tied"] else " ")
-        notes = "weights removed" if score["is_gone"] else "best" if score["name"] == selection.best else ""
-        rows.append((f"{marks} {score['name']}", score["score"], score["interval"], score["p_best"], notes))
+        rows.append((f"{marks} {score['name']}", *(score[key] for key in ("score", "interval", "p_best", "note"))))
     is_loss = selection.by == "loss"
     header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
-    out.print(table("held-out loss" if is_loss else selection.benchmark, header, rows))
+    is_known = [
+        True,
+        True,
+        bool(selection.tied),
+        selection.scores[0].p_best is not None,
+        True,
+    ]  # of recorded losses nothing says how sure
+    rows = [tuple(compress(row, is_known)) for row in rows]
+    title = "held-out loss" if is_loss else f"{selection.metric.name} of " * (selection.metric == INDEX)
+    out.print(table(title if is_loss else title + selection.benchmark, tuple(compress(header, is_known)), rows))
+    if benchmarks := [tuple(row.values()) for row in benchmark_rows(chosen)]:
+        out.print(table("by benchmark", ("", "weight", selection.selected, "95 % interval", ""), benchmarks))
     selected, *others = selection_words(chosen)
     out.print(f"* {selected}")
     if has_ties:

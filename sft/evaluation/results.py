@@ -19,13 +19,7 @@ from sft.core.errors import UserError
 from sft.core.files import text_lines, write_atomically
 from sft.core.metric import Metric
 from sft.evaluation.draw_images import half_of
-from sft.evaluation.statistics import (
-    clustered_standard_error,
-    effective_size,
-    normal_interval,
-    weighted_mean,
-    wilson_interval,
-)
+from sft.evaluation.statistics import clustered_standard_error, score_interval, weighted_mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,12 +67,10 @@ class Result:
         return clustered_standard_error(scores, [outcome.cluster for outcome in self.outcomes], weights)
 
     def interval(self, metric: Metric) -> tuple[float, float]:
-        """Return the score's 95 % interval: for a share Wilson's, on the number of independent questions that its
-        standard error stands for."""
-        if not metric.is_share:
-            return normal_interval(self.score, self.standard_error)
+        """Return the score's 95 % interval: see `score_interval`."""
         num_clusters = len({outcome.cluster for outcome in self.outcomes})
-        return wilson_interval(self.score, effective_size(self.score, self.standard_error, num_clusters))
+        rows = len(self.outcomes)
+        return score_interval(self.score, self.standard_error, num_clusters, rows, is_share=metric.is_share)
 
     @property
     def num_questions(self) -> int:

@@ -71,7 +71,7 @@ def _kept(
 def _ask(
     path: Path, loaded: Loaded, hash_of: Mapping[Task, str], weights: str, on_progress: OnProgress
 ) -> Iterator[tuple[Task, Result]]:
-    for benchmark, group in groupby(hash_of, key=lambda task: task.name):
+    for _, group in groupby(hash_of, key=lambda task: task.name):
         own = list(group)
         answers = ask(loaded, own, on_progress)
         for task in own:
@@ -79,7 +79,9 @@ def _ask(
                 yield task, task.result(answers[task], hash_of[task], weights)
             elif isinstance(task, MeasuredTask):
                 outcomes = tuple(task.measure(path, loaded, on_progress))
-                result = Result(benchmark=benchmark, protocol_hash=hash_of[task], outcomes=outcomes, weights=weights)
+                result = Result(
+                    benchmark=task.benchmark, protocol_hash=hash_of[task], outcomes=outcomes, weights=weights
+                )
                 yield task, result
 
 

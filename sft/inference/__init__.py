@@ -7,4 +7,5 @@ chat        a conversation in a terminal
 api         `sft.load(...)`: a model in a few lines of Python
 merge       writes a checkpoint as a plain transformers folder, adapters merged into their base
 model_card  the README.md of that folder
+average     the mean of the weights of several checkpoints
 """

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,7 @@ def merge(
             why = "holds no model, so --overwrite leaves it alone" if overwrite else "is there already"
             raise UserError(f"{output}: {why}; choose another --output" + ", or --overwrite a model" * (not overwrite))
     template = load_template(family, checkpoint)
-    with (
-        on_error(lambda error: remove_leftovers(output)),  # after an error none of its gigabytes are left
-        explain_full_disk(output, "choose another --output"),
-        staged(output) as folder,
-    ):
+    with whole_or_nothing(output) as folder:
         if base is None:
             _copy(checkpoint, folder)
         else:
@@ -86,6 +82,18 @@ def merge(
         card = "\n".join(model_card(checkpoint, recipe, made, architecture))
         (folder / "README.md").write_text(card + "\n", encoding="utf-8")
     return made
+
+
+@contextmanager
+def whole_or_nothing(output: Path, advice: str = "choose another --output") -> Iterator[Path]:
+    """Give a hidden folder that becomes `output`; after an error none of its gigabytes are left. Raise RunError where
+    the disk is full."""
+    with (
+        on_error(lambda error: remove_leftovers(output)),
+        explain_full_disk(output, advice),
+        staged(output) as folder,
+    ):
+        yield folder
 
 
 def _copy(checkpoint: Path, folder: Path) -> None:
@@ -132,27 +140,31 @@ def _write_merged(
 
 
 def write_safetensors(
-    file: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, weights: Iterable[Tensor]
+    file: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    weights: Iterable[Tensor],
 ) -> None:
-    """Write tensors as they come, each rounded to `dtype`: a file of safetensors in the memory of one of them.
+    """Write tensors as they come, each rounded to its `dtype`: a file of safetensors in the memory of one of them.
 
     The library's `save_file` wants all tensors of a file at once and copies them: three times the file was seen.
     Format: https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": FORMAT_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data are aligned
     with file.open("wb") as output:
         output.write(len(text).to_bytes(8, "little") + text)
-        for tensor in weights:
-            output.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
+        for name, tensor in zip(shapes, weights, strict=True):
+            output.write(tensor.to(dtypes[name]).contiguous().view(torch.uint8).numpy().data)
 
 
-_FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+FORMAT_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def _weights_of(folder: Path) -> tuple[str, int, int]:
@@ -165,7 +177,7 @@ def _weights_of(folder: Path) -> tuple[str, int, int]:
                 part = tensors.get_slice(name)
                 kinds.add(part.get_dtype())
                 number += math.prod(part.get_shape())
-    names = {name: str(dtype).removeprefix("torch.") for dtype, name in _FORMAT_NAMES.items()}
+    names = {name: str(dtype).removeprefix("torch.") for dtype, name in FORMAT_NAMES.items()}
     return ", ".join(names.get(kind, kind) for kind in sorted(kinds)), number, size
 
 

@@ -108,16 +108,17 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
         f"`{name}`, {chosen} among {len(scores)} checkpoints by {selection.get('benchmark', selection['by'])}, "
         f"rule `{selection['rule']}`."
     )
-    figure = "{:.4f}".format if selection["by"] == "loss" else "{:.1%}".format
+    is_share = (selection.get("metric") or {}).get("is_share", selection["by"] != "loss")
+    figure = "{:.1%}".format if is_share else "{:.4f}".format
     if name in scores and scores[name]["standard_error"] is None:  # as training wrote it down: nothing tells how sure
         yield f"Held-out loss {figure(scores[name]['score'])}."
     elif name in scores:
-        own, is_loss = scores[name], selection["by"] == "loss"
-        asked = "samples" if is_loss else "questions"
-        which = f"{asked} that did not choose" if selection.get("chosen_on") == "half" else f"the {asked} that chose"
+        own, what = scores[name], "samples" if selection["by"] == "loss" else "questions"
+        which = f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
+        p_best = "" if own["p_best"] is None else f"; best with probability {own['p_best']:.0%}"
         yield (
-            f"{'Held-out loss' if is_loss else 'Score'} {figure(own['score'])} ± {figure(own['standard_error'])} on "
-            f"{which}; best with probability {own['p_best']:.0%}."
+            f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
+            f"{figure(own['standard_error'])} on {which}{p_best}."
         )
     if selection["selected"] == name and selection["cross_fitted"] is not None:
         yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."

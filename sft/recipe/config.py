@@ -429,8 +429,14 @@ class EvaluationConfig(_Part):
     by: str | tuple[str, ...] | None = None
     """The task that chooses: multiple-choice questions of MMBench's layout (`mmbench`), questions of your own with
     short answers (`exact_match`), the `loss` on what data.validation holds out, or another of `idefics-sft tasks list`.
-    `NAME=PATH` names data of its own. Of several, all are evaluated and the first one chooses. Left out: `exact_match`
-    for a .jsonl, `mmbench` for other benchmarks, `loss` without one."""
+    `NAME=PATH` names data of its own. Several choose together. Left out: `exact_match` for a .jsonl, `mmbench` for
+    other benchmarks, `loss` without one."""
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """What each of several tasks counts in the choice, by its name. Left out: its reliability, the share of the
+    differences between checkpoints that is not noise."""
+    not_worse_than_base: tuple[str, ...] = ()
+    """Tasks that the base is evaluated on too, named as in `by`. A checkpoint that is significantly worse than the base
+    on one of them is marked, and is not selected."""
     split: str | None = None
     """The part of a benchmark to evaluate, if it has several; left out, the first in `idefics-sft tasks list`."""
     rule: Rule = "best"

@@ -12,7 +12,7 @@ from sft.core.metric import Metric
 from sft.report.charts import WIDTH, Series, chart
 from sft.report.numbers import GIB, plain, round_percent, scientific
 from sft.report.run_files import Line, Point, Run, held_out, losses, series, source_losses
-from sft.report.selection_text import metric_of, score_of, score_text
+from sft.report.selection_text import metric_of, score_text
 
 BINS = 100
 """Largest number of points of a line of losses."""
@@ -67,7 +67,7 @@ def _rings(steps: Sequence[float], chosen: Line | None) -> list[str]:
     if chosen is None:
         return []
     of_step = {score["step"]: "tied" for score in chosen["scores"] if score["checkpoint"] in chosen["tied"]}
-    of_step[score_of(chosen, chosen["selected"])["step"]] = "ring"
+    of_step |= {score["step"]: "ring" for score in chosen["scores"] if score["checkpoint"] == chosen["selected"]}
     return [of_step.get(step, "") for step in steps]
 
 
@@ -94,19 +94,22 @@ def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:
 
 
 def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Panel]:
-    """Yield a small panel for each category of a selection, if there is more than one."""
-    if not chosen or len(chosen["categories"]) < 2:
+    """Yield a small panel for each benchmark that chose, or for each category of the only one, if there are several."""
+    parts = (chosen or {}).get("benchmarks", {})
+    parts = parts if len(parts) > 1 else (chosen or {}).get("categories", {})
+    if not chosen or len(parts) < 2:
         return
-    steps, metric = [score["step"] for score in chosen["scores"]], metric_of(chosen)
-    size: dict[str, Any] = {"limits": (0, 1) if metric.is_share else None, "height": SMALL, "width": width}
-    for name, category in chosen["categories"].items():
-        columns = zip(steps, category["scores"], category["intervals"], strict=True)
+    steps = [score["step"] for score in chosen["scores"]]
+    for name, part in parts.items():
+        own = part if "metric" in part else chosen
+        metric = metric_of(own)
+        columns = zip(steps, part["scores"], part["intervals"], strict=True)
         scores = [{"step": step, "score": score, "interval": interval} for step, score, interval in columns]
-        tips = [score_text(score, chosen) for score in category["scores"]]
-        label = f"score in the category {name}"
-        svg = _score_chart(scores, tips, _rings(steps, chosen), metric, label=label, **size)
-        kind = "samples" if chosen["by"] == "loss" else "questions"
-        yield Panel(name or "without category", f"{category['questions']:,} {kind}", svg)
+        tips = [score_text(score, own) for score in part["scores"]]
+        size: dict[str, Any] = {"limits": (0, 1) if metric.is_share else None, "height": SMALL, "width": width}
+        svg = _score_chart(scores, tips, _rings(steps, chosen), metric, label=f"score in {name}", **size)
+        kind = "samples" if "loss" in (chosen["by"], part.get("task")) else "questions"
+        yield Panel(name or "without category", f"{part['questions']:,} {kind}", svg)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

@@ -19,7 +19,8 @@ def metric_of(line: Line) -> Metric:
 
 def score_of(selection: Line, checkpoint: str) -> Line:
     """Return what a selection holds about a checkpoint."""
-    return next(score for score in selection["scores"] if score["checkpoint"] == checkpoint)
+    average = [selection["average"]["score"]] if selection.get("average") else []
+    return next(score for score in (*selection["scores"], *average) if score["checkpoint"] == checkpoint)
 
 
 def score_text(score: float, selection: Line) -> str:
@@ -54,11 +55,43 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
         yield "Training recorded only the mean of the loss, so how sure the choice is cannot be said."
     if chosen["best"] != chosen["selected"]:
         yield f"{chosen['best']} has the {_extreme(chosen)}."
+    if average := chosen.get("average"):
+        difference, limits = apart(chosen, average["difference"]), apart(chosen, *average["interval"])
+        is_taken = "taken" if average["is_taken"] else "not taken"
+        yield (
+            f"{average['score']['checkpoint']}, the mean of the weights of {' and '.join(average['of'])}, scores "
+            f"{difference} ({limits}) against {average['compared_with']}, and was {is_taken}."
+        )
     if chosen.get("cross_fitted") is not None:
         worth = score_text(chosen["cross_fitted"], chosen)
         limits = between(chosen.get("cross_fitted_interval"), chosen)
         limits = f" ({limits})" if limits else ""
         yield f"Cross-fitted, that is, chosen on one half and scored on the other, the choice scores {worth}{limits}."
+    yield from chosen.get("meaning", {}).values()
+
+
+def apart(chosen: Line, *differences: float) -> str:
+    """Return a difference, or the limits of one, as text: -0.4 to +1.2 points."""
+    is_share = metric_of(chosen).is_share
+    return " to ".join(f"{100 * d:+.1f}" if is_share else f"{d:+.4f}" for d in differences) + " points" * is_share
+
+
+def benchmark_rows(chosen: Line | None) -> Iterable[dict[str, str]]:
+    """Yield a row for each benchmark of a selection by several: what it counts, and what the selected one scores."""
+    benchmarks = (chosen or {}).get("benchmarks", {})
+    if not chosen or len(benchmarks) < 2:
+        return
+    names = [score["checkpoint"] for score in chosen["scores"]]
+    selected = chosen["selected"] if chosen["selected"] in names else chosen["average"]["compared_with"]
+    for name, own in benchmarks.items():
+        is_flat, is_below = len(own["tied"]) == len(names), selected not in own["tied"]
+        yield {
+            "name": name,
+            "weight": percent(own["weight"]),
+            "score": score_text(own["scores"][names.index(selected)], own),
+            "interval": between(own["intervals"][names.index(selected)], own),
+            "note": "cannot tell the checkpoints apart" * is_flat + f"below its best, {own['best']}" * is_below,
+        }
 
 
 def _extreme(chosen: Line) -> str:
@@ -71,7 +104,10 @@ def _reason(chosen: Line) -> str:
     if chosen["rule"] == "earliest_not_worse":
         return "it is the earliest that cannot be told apart from the best, and has"
     if chosen["selected"] != chosen["best"]:
-        return "it is the best of those that still have their weights, and has"
+        is_average = (chosen.get("average") or {}).get("is_taken")
+        is_worse = score_of(chosen, chosen["best"]).get("worse_than_base")
+        those = "are not worse than the base" if is_worse else "still have their weights"
+        return "it is significantly better, and has" if is_average else f"it is the best of those that {those}, and has"
     if chosen.get("chosen_on") == "half":
         return f"it has the {extreme} on the half that chose, and on the other"
     return f"it has the {extreme},"
@@ -89,5 +125,14 @@ def scores(chosen: Line | None) -> Iterable[dict[str, Any]]:
             "p_best": "" if score.get("p_best") is None else percent(score["p_best"]),
             "is_selected": score["checkpoint"] == chosen["selected"],
             "is_tied": score["checkpoint"] in chosen["tied"],
-            "is_gone": not score.get("has_weights", True),
+            "note": ", ".join(_notes(score, chosen)),
         }
+
+
+def _notes(score: Line, chosen: Line) -> Iterable[str]:
+    if not score.get("has_weights", True):
+        yield "weights removed"
+    elif score["checkpoint"] == chosen["best"]:
+        yield "best"
+    if worse := score.get("worse_than_base"):
+        yield f"worse than the base on {', '.join(worse)}"

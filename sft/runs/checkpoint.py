@@ -52,7 +52,7 @@ def write_folder(
     with on_error(remove_if_full), explain_full_disk(path), own as staging:
         if rank.is_main:
             write(staging)
-            _write_manifest(staging)
+            write_manifest(staging)
         if write_state:
             if rank.is_main:
                 (staging / STATE).mkdir()
@@ -60,11 +60,12 @@ def write_folder(
             write_state(staging / STATE)
             barrier()
             if rank.is_main:
-                _write_manifest(staging / STATE)
+                write_manifest(staging / STATE)
     barrier()
 
 
-def _write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
+    """Write the size and hash of each file of a folder, which is complete then."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     manifest = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "xxh3": hash_file(f)} for f in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -127,6 +127,6 @@ def recipe_of_model(name: str) -> Recipe | None:
     """Return the recipe of the run that MODEL belongs to; None where it names no run, recipe or checkpoint of a run."""
     text = name.partition("@")[0]
     path = Path(text)
-    if path.name.startswith("checkpoint-") and (path.parent.parent / "recipe.yaml").is_file():
+    if path.name.startswith(("checkpoint-", "average-")) and (path.parent.parent / "recipe.yaml").is_file():
         return find_recipe(str(path.parent.parent))
     return _recipe_if_any(text)

@@ -6,8 +6,9 @@ Shape letters: K checkpoints, Q questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from sft.core.errors import UserError
 from sft.core.metric import ACCURACY, Metric
 from sft.evaluation.draw_images import half_of
-from sft.evaluation.results import Outcome, read_lines
+from sft.evaluation.results import Outcome, Result, read_lines
+from sft.evaluation.task import Task
 from sft.runs.checkpoint import checkpoint_name, step_of
-from sft.selection.bootstrap import Array
+from sft.selection.clusters import Array, Clusters, Joint, sum_by_cluster
 
 ContentT = TypeVar("ContentT")
 
@@ -28,6 +30,7 @@ ContentT = TypeVar("ContentT")
 class Outcomes:
     """The scores of all checkpoints on the same items, which are called questions throughout."""
 
+    task: str = ""
     benchmark: str
     """The folder of RUN/evaluations that they were read from."""
     metric: Metric
@@ -35,6 +38,8 @@ class Outcomes:
     """The ways of scoring options over which values are averaged; empty where there is one way only."""
     steps: tuple[int, ...]
     """Of the checkpoints, rising."""
+    items: tuple[int | str, ...]
+    """Names of the questions."""
     values_KQ: Array
     """Higher is better: scores, with their sign turned where lower is better."""
     weights_Q: Array
@@ -44,6 +49,10 @@ class Outcomes:
     halves_Q: NDArray[np.int64]
     """0 or 1, at random by image."""
     categories_Q: NDArray[np.str_]
+    weight: float | None = None
+    """What it counts in the choice beside others; None leaves it to its reliability, 0 takes no part."""
+    others: Mapping[str, Array] = field(default_factory=dict)
+    """Values (Q,) of models that are no checkpoints: `base`, or the mean of some checkpoints."""
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
@@ -55,16 +64,68 @@ class Outcomes:
         """Q"""
         return len(self.weights_Q)
 
+    @property
+    def clusters(self) -> Clusters:
+        """The values of all checkpoints, summed by cluster."""
+        return self.clusters_of(self.values_KQ)
+
+    def clusters_of(self, values_KQ: Array) -> Clusters:
+        """Return values of any models on these questions, summed by cluster."""
+        return sum_by_cluster(values_KQ, self.clusters_Q, self.weights_Q, metric=self.metric)
+
+    def values_of(self, model: str) -> Array:
+        """Return the values (Q,) of a checkpoint or of another model."""
+        return self.others[model] if model in self.others else self.values_KQ[self.checkpoints.index(model)]
+
+    def with_model(self, name: str, evaluated: Sequence[tuple[Task, Result]]) -> Outcomes:
+        """Return the same with another model, which was asked each task of this benchmark.
+
+        Raises:
+            UserError: it was asked other questions.
+        """
+        if any(tuple(one.item for one in result.outcomes) != self.items for _, result in evaluated):
+            raise UserError(f"{self.benchmark}: {name} was asked other questions than the checkpoints")
+        return replace(self, others={**self.others, name: self.metric.sign * mean_values(evaluated)})
+
+    def at_steps(self, steps: Collection[int]) -> Outcomes:
+        """Return the same for some of the checkpoints."""
+        rows = [number for number, step in enumerate(self.steps) if step in steps]
+        return replace(self, steps=tuple(self.steps[row] for row in rows), values_KQ=self.values_KQ[rows])
+
     def only(self, mask_Q: NDArray[np.bool_]) -> Outcomes:
         """Return the same for some of the questions."""
         return replace(
             self,
+            items=tuple(compress(self.items, mask_Q)),
             values_KQ=self.values_KQ[:, mask_Q],
+            others={name: values_Q[mask_Q] for name, values_Q in self.others.items()},
             weights_Q=self.weights_Q[mask_Q],
             clusters_Q=self.clusters_Q[mask_Q],
             halves_Q=self.halves_Q[mask_Q],
             categories_Q=self.categories_Q[mask_Q],
         )
+
+
+def mean_values(evaluated: Sequence[tuple[Task, Result]]) -> Array:
+    """Return a model's value for each item (Q,): the mean over the tasks, which are ways of asking one benchmark."""
+    return np.asarray(np.mean([task.paired_scores(result.outcomes) for task, result in evaluated], axis=0))
+
+
+def pair_of(first: Sequence[tuple[Task, Result]], second: Sequence[tuple[Task, Result]]) -> Joint:
+    """Return what two models scored on the items of a benchmark that both were asked, by cluster.
+
+    Raises:
+        UserError: there are none.
+    """
+    task, outcomes = first[0][0], first[0][1].on_items_of(second[0][1]).outcomes
+    if not outcomes:
+        raise UserError(f"{task.benchmark}: the two models were asked no question in common")
+    sides = (
+        [(t, result.on_items_of(a[1])) for t, result in own] for own, a in ((first, second[0]), (second, first[0]))
+    )
+    values_2Q = task.metric.sign * np.stack([mean_values(side) for side in sides])
+    clusters_Q, weights_Q = np.array([one.cluster for one in outcomes]), np.array([one.weight for one in outcomes])
+    return Joint((sum_by_cluster(values_2Q, clusters_Q, weights_Q, metric=task.metric),))
 
 
 def scores_of(outcomes: Sequence[Outcome]) -> list[float]:
@@ -76,11 +137,13 @@ def read_outcomes(
     run_dir: Path,
     benchmark: str,
     *,
+    task: str = "",
     metric: Metric = ACCURACY,
     values_of: Callable[[Sequence[Outcome]], list[float]] = scores_of,
     seed: int,
     protocol_hashes: Collection[str] | None = None,
     counts: Callable[[str], bool] = lambda checkpoint: True,
+    weight: float | None = None,
 ) -> Outcomes:
     """Return all evaluations of checkpoints in RUN/evaluations/<benchmark> that were asked with images.
 
@@ -104,10 +167,12 @@ def read_outcomes(
         if any([outcome.item for outcome in outcomes] != asked for outcomes in ranked):
             raise UserError(f"{checkpoint_name(step)}: was asked other questions than the others; evaluate it again")
     return Outcomes(
+        task=task,
         benchmark=benchmark,
         metric=metric,
         ranks=ranks,
         steps=tuple(tables),
+        items=tuple(asked),
         values_KQ=metric.sign
         * np.array(
             [np.mean([values_of(outcomes) for outcomes in ranked], axis=0) for ranked in tables.values()],
@@ -117,6 +182,7 @@ def read_outcomes(
         clusters_Q=np.array([outcome.cluster for outcome in first]),
         halves_Q=np.array([half_of(outcome.image_sha256 or outcome.cluster, seed) for outcome in first]),
         categories_Q=np.array([outcome.category for outcome in first]),
+        weight=weight,
     )
 
 

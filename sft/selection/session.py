@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,21 +13,23 @@ from sft.core.contain import contained
 from sft.core.distributed import all_or_none, from_main, is_main_process
 from sft.core.errors import RunError, UserError
 from sft.core.file_lock import locked
-from sft.evaluation.held_out_loss import recorded_losses
+from sft.core.files import discard
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.task import Task
 from sft.evaluation.task_source import HeldOut
-from sft.evaluation.tasks import named_tasks, open_tasks
+from sft.inference.average import average_weights
+from sft.models.base_model import find_prepared_base
 from sft.models.loaded_model import Load, loaded_in_turn
 from sft.recipe import Recipe
 from sft.runs.checkpoint import checkpoints, incomplete_checkpoints, is_complete, problem_of_weights, step_of
 from sft.runs.names import run_checkpoints
 from sft.runs.status import RunStatus
-from sft.selection.outcomes import read_outcomes
+from sft.selection.benchmarks import Benchmarks, Evaluated
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
 from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
-from sft.selection.rules import choose, choose_by_recorded_loss
+from sft.selection.recorded_loss import choose_by_recorded_loss, enough_losses
+from sft.selection.rules import average_name, choose
 
 POLL_SECONDS = 20.0
 """How often `watch` looks for a new checkpoint."""
@@ -54,10 +56,12 @@ class Session:
         progress: Progress,
         chosen_on: ChosenOn = "all",
         use: bool = False,
+        average: bool = False,
     ) -> None:
         """`held_out` opens what `data.validation` holds out, and the template that encodes it; it is called only where
-        the loss is among the tasks. For `use` see `write_selection`."""
-        self._use = use
+        the loss is among the tasks. For `use` see `write_selection`; with `average`, `select` tries the mean of the
+        checkpoints that it cannot tell apart."""
+        self._use, self._average = use, average
         self.recipe = recipe
         self.run_dir = Path(recipe.output_dir)
         self.failed: dict[str, str] = {}
@@ -70,7 +74,9 @@ class Session:
         self._known_sound: set[str] = set()
         self._evaluated: dict[str, set[str]] = {}
         """The hashes of the protocols under which a checkpoint was evaluated."""
-        self._tasks: list[Task] | None = None
+        self._others: dict[str, Evaluated] = {}
+        """What was evaluated beside the checkpoints: the base, and their mean."""
+        self._benchmarks: Benchmarks | None = None
 
     def select(self) -> Selection:
         """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged, or
@@ -83,17 +89,24 @@ class Session:
         present = from_main(lambda: run_checkpoints(self.run_dir))
         with self._held():
             if selection := self._selection_of(self._sound(present), every_steps=1):
-                return selection
+                return self._with_average(selection) if self._average else selection
             raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
 
-    def prepare(self) -> None:
+    def prepare(self) -> Benchmarks:
         """Read the benchmarks, so that what is wrong with them is reported before training begins.
 
         Raises:
             UserError: there is nothing to choose by, or it cannot be read.
         """
         with all_or_none():
-            self._tasks = self._tasks or self._open_tasks()
+            if self._benchmarks is None:
+                settings, store = self.recipe.evaluation, Path(self.recipe.data.store)
+                self._benchmarks = Benchmarks(settings, store, self._held_out)
+                if len(names := self._benchmarks.names) > 1:
+                    self._log(f"{', '.join(names)} choose together")
+                elif self._benchmarks.choosers[0].name == "loss":
+                    self._log("choosing by the loss on what data.validation holds out, computed for every checkpoint")
+        return self._benchmarks
 
     def evaluate_new(self, every_steps: int) -> Selection | None:
         """Evaluate the checkpoints of every so many steps that were not evaluated, while training waits, and choose.
@@ -113,7 +126,10 @@ class Session:
     def _selection_of(self, paths: list[Path], every_steps: int) -> Selection | None:
         """Choose among checkpoints by the losses of every so many steps that training wrote down, else by evaluating
         those that were not evaluated; None where that adds nothing."""
-        if losses := from_main(lambda: self._recorded_losses(paths, every_steps)):
+        left_out = {step_of(Path(name)) for name in self.failed}
+        if not self._average and (
+            losses := from_main(lambda: enough_losses(self.recipe, paths, every_steps, left_out))
+        ):
             present = {path.name for path in paths}
             return from_main(lambda: self._write_and_prune(choose_by_recorded_loss(losses, present)))
         return from_main(self._choose) if self._evaluate_these(paths) else None
@@ -195,12 +211,17 @@ class Session:
             UserError: there is nothing to choose by, or it cannot be read.
         """
         new = [path for path in present if path.name not in self._evaluated and path.name not in self.failed]
-        if new:
-            self.prepare()
+        if not new:
+            return False
+        benchmarks = self.prepare()
         with loaded_in_turn() as load:
+            if benchmarks.gates and "base" not in self._others:
+                base = from_main(lambda: find_prepared_base(self.recipe))
+                self._others["base"] = self._evaluate(base, load, benchmarks.gates, "base")
             for path in new:
                 with contained() as outcome:
-                    self._evaluate(path, load)
+                    evaluated = self._evaluate(path, load, benchmarks.tasks, path.name)
+                    self._evaluated[path.name] = {result.protocol_hash for _, result in evaluated}
                 if outcome and not from_main(partial(is_complete, path)):
                     self._log(f"{path.name}: was removed before it was evaluated; it is left out")
                 elif outcome:
@@ -209,50 +230,41 @@ class Session:
                     self._log(f"{path.name}: the evaluation failed, it is left out: {outcome.reason}")
         return any(path.name in self._evaluated for path in new)
 
-    def _evaluate(self, path: Path, load: Load) -> None:
-        tasks = self._tasks or []
-        with self._progress(f"evaluating {path.name}") as update:
+    def _evaluate(self, path: Path, load: Load, tasks: Sequence[Task], name: str) -> Evaluated:
+        with self._progress(f"evaluating {name}") as update:
             results = score_model(
                 path,
                 tasks,
                 run_dir=self.run_dir,
-                name=path.name,
+                name=name,
                 load=load,
                 on_progress=lambda done, total: update(done, f"of {total} {tasks[0].unit}"),
             )
-        self._evaluated[path.name] = {result.protocol_hash for result in results}
+        return list(zip(tasks, results, strict=True))
 
-    def _open_tasks(self) -> list[Task]:
+    def _with_average(self, selection: Selection) -> Selection:
+        """Return the selection after the mean of the checkpoints that it cannot tell apart was evaluated as well. Its
+        weights are kept if it is selected."""
+        folder = self.run_dir / "checkpoints"
+        free = {score.checkpoint for score in selection.scores if score.has_weights and not score.worse_than_base}
+        of, self._average = [name for name in selection.tied if name in free], False
+        if len(of) < 2:
+            self._log("--average: fewer than two checkpoints cannot be told apart; there is nothing to average")
+            return from_main(lambda: self._write_and_prune(selection))
+        mean = folder / average_name(of)
+        with all_or_none():
+            if is_main_process():
+                average_weights([folder / name for name in of], mean)
+        with loaded_in_turn() as load:
+            self._others[mean.name] = self._evaluate(mean, load, self.prepare().choosers, mean.name)
+        selection = from_main(lambda: self._choose(of))
+        if is_main_process() and selection.selected != mean.name:
+            discard(mean)
+        return selection
+
+    def _choose(self, average_of: Sequence[str] = ()) -> Selection:
+        assert self._benchmarks
         settings = self.recipe.evaluation
-        tasks = open_tasks(named_tasks(settings), settings, Path(self.recipe.data.store), held_out=self._held_out)
-        for task in tasks:
-            if not task.has_answers:
-                where = settings.benchmark or task.name
-                raise UserError(f"{where}: has no answers, so it cannot choose; give a split that has them")
-        chooses, *others = dict.fromkeys(task.benchmark for task in tasks)
-        if others:
-            self._log(f"{chooses} chooses; evaluated as well: {', '.join(others)}")
-        elif tasks[0].name == "loss":
-            self._log("choosing by the loss on what data.validation holds out, computed for every checkpoint")
-        return tasks
-
-    def _recorded_losses(self, paths: list[Path], every_steps: int) -> dict[int, float]:
-        """Return the losses of every so many steps that training wrote down, where they are enough: for the rule
-        `best`, and every checkpoint has one."""
-        settings = self.recipe.evaluation
-        is_by_loss = [task.name for task in named_tasks(settings)] == ["loss"]
-        if not paths or not is_by_loss or settings.rule != "best":
-            return {}
-        losses, steps = recorded_losses(self.run_dir), [step_of(path) for path in paths]
-        if not all(step in losses for step in steps):
-            return {}
-        left_out = {step_of(Path(name)) for name in self.failed}
-        counted = (step for step in losses if step <= max(steps) and step % every_steps == 0 and step not in left_out)
-        return {step: losses[step] for step in counted}
-
-    def _choose(self) -> Selection:
-        assert self._tasks is not None
-        task, settings = self._tasks[0], self.recipe.evaluation
         present = {path.name: step_of(path) for path in run_checkpoints(self.run_dir)}
 
         def counts(checkpoint: str) -> bool:
@@ -262,32 +274,22 @@ class Session:
                 return checkpoint in self._evaluated
             return checkpoint not in self.failed and step_of(Path(checkpoint)) < max(present.values())
 
-        outcomes = read_outcomes(
-            self.run_dir,
-            task.benchmark,
-            metric=task.metric,
-            values_of=task.paired_scores,
+        selection = choose(
+            *self._benchmarks.outcomes(self.run_dir, set().union(*self._evaluated.values()), counts, self._others),
+            rule=settings.rule,
             seed=settings.seed,
-            protocol_hashes=set().union(*self._evaluated.values()),
-            counts=counts,
+            chosen_on=self._chosen_on,
+            with_weights=present,
+            average_of=average_of,
         )
-        return self._write_and_prune(
-            choose(
-                outcomes,
-                by=task.name,
-                rule=settings.rule,
-                seed=settings.seed,
-                chosen_on=self._chosen_on,
-                with_weights=present,
-            )
-        )
+        return self._write_and_prune(selection)
 
     def _write_and_prune(self, selection: Selection) -> Selection:
         left_out = (f"left out: {name}: {why}" for name, why in self.failed.items())
         selection = replace(selection, warnings=(*selection.warnings, *left_out))
         self._write(selection)
         is_wanted = self.recipe.checkpoints.keep_weights == "best+last" and is_current(selection, self.run_dir)
-        if is_wanted and (gone := prune_weights(self.run_dir, selection)):
+        if is_wanted and not self._average and (gone := prune_weights(self.run_dir, selection)):
             self._log(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
             return self._write(without_weights(selection, gone))
         return selection

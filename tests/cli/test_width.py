@@ -55,6 +55,8 @@ MIXTURE = {
         "by_distinct_images": [1] * 25,
         "distinct_images_per_pack": 13.9,
         "encodes_saved": 0.258,
+        "image_weight": {"mean": 13.9, "p95": 20, "most": 24},
+        "left_out": 0.0123,
     },
 }
 
@@ -117,7 +119,7 @@ LEAKS = {
 }
 
 
-SENTENCES = ("warning", "Cross-fitted", "* checkpoint-", "= cannot", "The figures")
+SENTENCES = ("warning", "Cross-fitted", "* checkpoint-", "= cannot", "The ", "A 95 %", "P(best) is")
 """How lines begin that a terminal folds between words."""
 
 

@@ -12,7 +12,7 @@ from sft.core.metric import ACCURACY, LOSS
 from sft.core.sample import ImageRef
 from sft.evaluation.draw_images import half_of, in_random_order
 from sft.evaluation.results import Outcome, Result, find_result, result_file, write_result
-from sft.evaluation.statistics import clustered_standard_error, effective_size, wilson_interval
+from sft.evaluation.statistics import clustered_standard_error, score_interval, t_quantile, wilson_interval
 from sft.evaluation.tasks.mmbench.benchmark import Benchmark
 from sft.evaluation.tasks.mmbench.multiple_choice import (
     AskedRow,
@@ -119,7 +119,8 @@ def test_one_image_says_nothing_of_the_spread_between_images():
     rows = [question(n, "image", "A" if n % 3 else "B", answers="A") for n in range(14)]
     toy = result(*rows)
     assert toy.standard_error == pytest.approx(0, abs=1e-12)
-    assert interval(toy) == pytest.approx(wilson_interval(toy.score, 1))
+    assert interval(toy) == pytest.approx(wilson_interval(toy.score, 1, t_quantile(1)))
+    assert interval(toy)[1] - interval(toy)[0] > 0.98
 
 
 def test_a_summary_compares_with_the_same_rows_without_images():
@@ -146,9 +147,27 @@ def test_wilson_interval_is_that_of_scipy():
     assert wilson_interval(0.0, 0) == (0.0, 1.0)
 
 
-def test_effective_size_of_independent_questions_is_their_number():
-    assert effective_size(0.25, math.sqrt(0.25 * 0.75 / 40), num_clusters=40) == pytest.approx(40)
-    assert effective_size(1.0, 0.0, num_clusters=7) == 7
+def test_students_quantile_is_that_of_scipy():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 5, 24, 1000):
+        assert t_quantile(freedom) == pytest.approx(scipy_stats.t.ppf(0.975, freedom), abs=0.004)
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "is_share", "size"),
+    [
+        (0.25, math.sqrt(0.25 * 0.75 / 40), True, 39),  # each image one question: as many as there are, but one
+        (0.25, 0.01, True, 60),  # never more than were asked
+        (0.25, math.sqrt(0.25 * 0.75 / 10), True, 9.75),  # questions that agree within an image count as fewer
+        (1.0, 0.0, True, 40),  # nothing is known of the spread: each image counts once
+        (2.5, 0.1, False, None),
+    ],
+)
+def test_an_interval_is_wilsons_on_the_effective_number_of_questions_or_that_of_student(score, error, is_share, size):
+    found = score_interval(score, error, num_clusters=40, num_questions=60, is_share=is_share)
+    t, wide = t_quantile(39), error * math.sqrt(40 / 39)
+    expected = wilson_interval(score, size, t) if size else (score - t * wide, score + t * wide)
+    assert found == pytest.approx(expected)
 
 
 def test_the_interval_covers_the_truth_although_questions_share_images():
@@ -158,7 +177,7 @@ def test_the_interval_covers_the_truth_although_questions_share_images():
         shares = rng.beta(4, 2, size=60)  # images differ in difficulty; the mean is 2/3
         hits = (rng.random((60, 4)) < shares[:, None]).ravel().astype(float)
         error = clustered_standard_error(hits, np.repeat(np.arange(60), 4).astype(str).tolist())
-        low, high = wilson_interval(hits.mean(), effective_size(hits.mean(), error, 60))
+        low, high = score_interval(hits.mean(), error, 60, 240, is_share=True)
         covered += low <= 2 / 3 <= high
     assert covered / 400 == pytest.approx(0.95, abs=0.03)
 

@@ -26,7 +26,7 @@ from sft.models.idefics.weights import group_of, load_config, load_model, lora_p
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import LoraSettings
 from sft.selection.record import write_selection
-from sft.selection.rules import choose_by_recorded_loss
+from sft.selection.recorded_loss import choose_by_recorded_loss
 
 RECIPE = {
     "model": {"path": "HuggingFaceM4/idefics-9b", "mode": "qlora"},

@@ -3,36 +3,44 @@
 import json
 import shutil
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import batch_of, conversation, place, status_of
 from helpers.training import printed
-from scipy import stats
+from rich.console import Console
+from safetensors.torch import load_file
 
+from sft.cli.select import show
 from sft.core.errors import RunError, UserError
 from sft.core.metric import LOSS
 from sft.evaluation.draw_images import half_of
 from sft.evaluation.held_out_loss import recorded_losses
 from sft.evaluation.results import Outcome, Result, read_lines, result_file, write_result
 from sft.evaluation.run_tasks import score_model
+from sft.evaluation.statistics import t_quantile, wilson_interval
 from sft.evaluation.tasks import named_tasks, open_tasks
+from sft.inference.average import average_weights
 from sft.models.idefics import weights
 from sft.models.idefics.weights import load_model
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import EvaluationConfig
-from sft.runs.checkpoint import checkpoints, keep_newest_states, write_folder
+from sft.runs.checkpoint import checkpoints, keep_newest_states, problem_of_weights, write_folder
 from sft.runs.names import find_recipe
 from sft.runs.status import RunStatus
 from sft.selection import session
+from sft.selection.benchmarks import Benchmarks
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights, weights_to_prune
 from sft.selection.record import current_selection, is_chosen_on_half, write_selection
-from sft.selection.rules import choose, choose_by_recorded_loss
+from sft.selection.recorded_loss import choose_by_recorded_loss
+from sft.selection.rules import choose
 
 
 def write(run, checkpoint, hits, rank="text", with_images=True, protocol_hash=None):
@@ -129,7 +137,7 @@ CLOSE = {10: "x" * 60 + "-" * 40, 20: "x" * 88 + "-" * 12, 30: "-" + "x" * 89 + 
 
 def test_the_rules_choose_from_the_same_set(tmp_path):
     table = outcomes(tmp_path, CLOSE)
-    by_score, earliest = choose(table, by="mmbench"), choose(table, by="mmbench", rule="earliest_not_worse")
+    by_score, earliest = choose(table), choose(table, rule="earliest_not_worse")
     assert (by_score.selected, earliest.selected) == ("checkpoint-30", "checkpoint-20")
     assert by_score.best == earliest.best == "checkpoint-30", "the card's rule, beside whatever rule"
     assert by_score.tied == earliest.tied == ("checkpoint-20", "checkpoint-30")
@@ -143,30 +151,30 @@ def test_the_rules_choose_from_the_same_set(tmp_path):
 
 
 def test_a_benchmark_that_is_too_small_to_tell_is_warned_of(tmp_path):
-    (warning,) = choose(outcomes(tmp_path / "close", CLOSE), by="mmbench").warnings
+    (warning,) = choose(outcomes(tmp_path / "close", CLOSE)).warnings
     assert warning.startswith("100 questions cannot tell 2 of 3 checkpoints apart; the smallest difference")
     clear = outcomes(tmp_path / "clear", {10: "x" * 10 + "-" * 90, 20: "x" * 90 + "-" * 10})
-    assert choose(clear, by="mmbench").warnings == ()
-    few = choose(outcomes(tmp_path / "few", {10: "x" * 20 + "-" * 10}), by="mmbench").warnings
-    assert few == ("figures from 30 images are less sure than they say; from 50 on they can be relied on",)
+    assert choose(clear).warnings == ()
+    few = choose(outcomes(tmp_path / "few", {10: "x" * 20 + "-" * 10})).warnings
+    assert few == ()
+    tiny = choose(outcomes(tmp_path / "tiny", {10: "x" * 14 + "-" * 10})).warnings
+    assert tiny == ("24 images are fewer than the 25 from which on figures were checked",)
 
 
 def test_what_is_always_right_is_not_certain(tmp_path):
-    selection = choose(outcomes(tmp_path, {10: "x" * 60, 20: "x" * 60}), by="mmbench")
-    wilson = stats.binomtest(60, 60).proportion_ci(method="wilson")
-    assert selection.scores[0].interval == pytest.approx((wilson.low, 1))
+    selection = choose(outcomes(tmp_path, {10: "x" * 100, 20: "x" * 100}))
+    assert selection.scores[0].interval == pytest.approx(wilson_interval(1, 100, t_quantile(99)))
     assert selection.cross_fitted == 1 and selection.cross_fitted_interval == selection.scores[0].interval
-    assert selection.warnings == ("60 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
+    assert selection.warnings == ("100 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
 
 
 def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):
     halves = [half_of(f"image {number}", seed=0) for number in range(40)]
     good_on_0, good_on_1 = ("".join("-x"[half == wanted] for half in halves) for wanted in (0, 1))
-    selection = choose(outcomes(tmp_path, {10: good_on_0, 20: good_on_1}), by="mmbench", chosen_on="half")
+    selection = choose(outcomes(tmp_path, {10: good_on_0, 20: good_on_1}), chosen_on="half")
     assert selection.selected == "checkpoint-10"
     assert [score.score for score in selection.scores] == [0, 1]
-    assert [score.p_best for score in selection.scores] == [0, 1]
-    assert selection.cross_fitted == 0
+    assert selection.scores[1].p_best == pytest.approx(1, abs=0.01)
     assert selection.questions == (halves.count(0), halves.count(1))
     write_selection(selection, tmp_path)
     assert is_chosen_on_half(tmp_path)
@@ -174,7 +182,7 @@ def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):
 
 def test_only_what_has_its_weights_is_selected_and_all_that_was_evaluated_is_compared(tmp_path):
     table = outcomes(tmp_path, CLOSE)
-    selection = choose(table, by="mmbench", rule="earliest_not_worse", with_weights=["checkpoint-10", "checkpoint-30"])
+    selection = choose(table, rule="earliest_not_worse", with_weights=["checkpoint-10", "checkpoint-30"])
     assert selection.selected == "checkpoint-30"
     assert [score.has_weights for score in selection.scores] == [True, False, True]
     assert selection.tied == ("checkpoint-20", "checkpoint-30")
@@ -183,7 +191,7 @@ def test_only_what_has_its_weights_is_selected_and_all_that_was_evaluated_is_com
 def test_of_losses_the_lowest_is_the_best(tmp_path):
     for step, losses in {1: [3.0, 2.0] * 40, 2: [2.5, 1.5] * 40}.items():
         write_losses(tmp_path, f"checkpoint-{step}", losses, [2] * len(losses))
-    selection = choose(read_outcomes(tmp_path, "held_out_loss", metric=LOSS, seed=0), by="loss")
+    selection = choose(read_outcomes(tmp_path, "held_out_loss", task="loss", metric=LOSS, seed=0))
     assert selection.selected == "checkpoint-2" and selection.tied == ("checkpoint-2",)
     assert [score.score for score in selection.scores] == [2.5, 2.0]
     low, high = selection.scores[1].interval
@@ -215,10 +223,10 @@ def test_a_choice_by_another_benchmark_is_kept_and_replaces_the_first_one_when_a
 
 def test_one_image_cannot_be_halved(tmp_path):
     table = outcomes(tmp_path, {10: "-", 20: "x"})
-    selection = choose(table, by="mmbench")
+    selection = choose(table)
     assert selection.selected == "checkpoint-20" and selection.cross_fitted is None
     with pytest.raises(UserError, match="a half of its images has no questions"):
-        choose(table, by="mmbench", chosen_on="half")
+        choose(table, chosen_on="half")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +263,7 @@ def test_several_tasks_are_named_with_data_of_their_own():
 
 
 def test_the_plot_stands_by_itself_and_is_the_same_every_time(tmp_path):
-    selection = choose(outcomes(tmp_path, CLOSE), by="mmbench", rule="earliest_not_worse")
+    selection = choose(outcomes(tmp_path, CLOSE), rule="earliest_not_worse")
     for name in ("first.svg", "second.svg"):
         write_plot(selection, tmp_path / name)
     content = (tmp_path / "first.svg").read_bytes()
@@ -289,7 +297,7 @@ def names(run):
 
 
 def test_pruning_keeps_the_selected_the_best_the_newest_and_what_is_not_evaluated(tmp_path):
-    selection = choose(outcomes(tmp_path, CLOSE | {5: "-" * 100}), by="mmbench", rule="earliest_not_worse")
+    selection = choose(outcomes(tmp_path, CLOSE | {5: "-" * 100}), rule="earliest_not_worse")
     assert (selection.selected, selection.best) == ("checkpoint-20", "checkpoint-30")
     present = [f"checkpoint-{step}" for step in (5, 10, 15, 20, 30, 40)]
     assert weights_to_prune(selection, present) == ["checkpoint-5", "checkpoint-10"]
@@ -300,7 +308,7 @@ def test_pruning_keeps_the_selected_the_best_the_newest_and_what_is_not_evaluate
 def test_pruned_weights_are_not_found_and_the_state_beside_them_is_whole(tmp_path):
     for step in (5, 10, 20, 30):
         write_checkpoint(tmp_path, step, state=step == 10)
-    selection = choose(outcomes(tmp_path, CLOSE | {5: "-" * 100}), by="mmbench")
+    selection = choose(outcomes(tmp_path, CLOSE | {5: "-" * 100}))
     assert prune_weights(tmp_path, selection) == ["checkpoint-5", "checkpoint-10", "checkpoint-20"]
     assert names(tmp_path) == ["checkpoint-30"]
     left = tmp_path / "checkpoints" / "checkpoint-10"
@@ -316,7 +324,7 @@ def test_state_is_pruned_from_beside_weights_and_what_a_kill_has_left_goes_with_
     keep_newest_states(folder.parent, 1)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"] and not (folder / "state").exists()
     (torn / "manifest.json").unlink()  # where a kill stopped removing weights
-    prune_weights(tmp_path, choose(outcomes(tmp_path, {10: "x-" * 20}), by="mmbench"))
+    prune_weights(tmp_path, choose(outcomes(tmp_path, {10: "x-" * 20})))
     assert [path.name for path in torn.iterdir()] == ["state"]
 
 
@@ -364,7 +372,7 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
 def test_two_processes_select_as_one_does(copied, capfd):
     found = []
     for nproc in (1, 2):
-        assert status_of("select", copied, "--nproc", nproc, "--json") == 0
+        assert status_of("select", copied, "--average", "--nproc", nproc, "--json") == 0
         answers = {file: file.read_text() for file in (copied / "evaluations").rglob("checkpoint-*.jsonl")}
         found.append((json.loads(capfd.readouterr().out), answers))
         shutil.rmtree(copied / "evaluations")
@@ -408,7 +416,7 @@ def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp
 
 
 def test_what_does_not_go_together_is_refused(copied, refusal):
-    assert "tea: no such task (known: exact_match, loss, mmbench, vqav2)" in refusal("select", copied, "--by", "tea")
+    assert "tea: no such task" in refusal("select", copied, "--by", "tea")
     assert "'--rule': 'tea' is not one of 'best', 'earliest_not_worse'" in refusal("select", copied, "--rule", "tea")
     assert "--by loss takes no --benchmark" in refusal("select", copied, "--by", "loss", "--benchmark", "x.tsv")
     assert "nothing to choose by" in refusal("select", copied, "--by", "loss")
@@ -543,3 +551,144 @@ def test_weights_go_when_the_recipe_says_so(copied, capsys):
     assert set(names(copied)) == stay
     assert printed(capsys, "select", copied)[0] == selection
     assert [score["has_weights"] for score in selection["scores"]] == [f"checkpoint-{step}" in stay for step in (1, 2)]
+
+
+# ------------------------------------------------------------------------------- several benchmarks, base, average
+
+
+def of_benchmark(table, name, **changes):
+    return replace(table, benchmark=name, task=name, **changes)
+
+
+STEEP = {10: "x" * 20 + "-" * 80, 20: "x" * 60 + "-" * 40, 30: "x" * 80 + "-" * 20}
+FALLEN = {10: "x" * 90 + "-" * 10, 20: "x" * 88 + "-" * 12, 30: "x" * 30 + "-" * 70}
+FLAT = {10: "x" * 50 + "-" * 50, 20: "x" * 50 + "-" * 50, 30: "x" * 50 + "-" * 50}
+
+
+def test_several_benchmarks_choose_together_by_what_they_tell_apart(tmp_path):
+    steep, fallen, flat = (
+        of_benchmark(outcomes(tmp_path / name, hits), name)
+        for name, hits in (("steep", STEEP), ("fallen", FALLEN), ("flat", FLAT))
+    )
+    selection = choose(steep, flat)
+    assert (selection.by, selection.benchmark, selection.metric.name) == ("steep+flat", "steep+flat", "index")
+    assert selection.selected == "checkpoint-30" and selection.questions == (200, 200)
+    assert selection.benchmarks["flat"].weight == selection.benchmarks["flat"].reliability == 0
+    assert len(selection.benchmarks["flat"].tied) == 3 and selection.benchmarks["steep"].tied == ("checkpoint-30",)
+    assert selection.benchmarks["steep"].cross_fitted == pytest.approx(0.8, abs=0.01)
+    assert sum(score.p_best for score in selection.scores) == pytest.approx(1)
+    assert selection.cross_fitted_interval[0] < selection.cross_fitted < selection.cross_fitted_interval[1]
+
+    both = choose(steep, fallen)
+    assert both.selected == "checkpoint-20", "good on both, though best on none"
+    assert both.selected not in both.benchmarks["steep"].tied
+    by_weights = choose(of_benchmark(steep, "steep", weight=9.0), of_benchmark(fallen, "fallen", weight=1.0))
+    assert by_weights.selected == "checkpoint-30" and by_weights.benchmarks["steep"].weight == 0.9
+    watched = choose(steep, of_benchmark(fallen, "fallen", weight=0.0))
+    assert (watched.by, watched.selected, watched.metric.name) == ("steep", "checkpoint-30", "accuracy")
+    assert watched.scores == choose(steep).scores and watched.benchmarks["fallen"].weight == 0
+
+    words = printed_of(both)
+    assert "index of steep+fallen" in words and "below its best, checkpoint-30" in words
+    assert "cannot tell the checkpoints apart" in printed_of(selection)
+    write_plot(both, tmp_path / "plot.svg")
+    assert {"steep", "fallen"} <= {
+        node.text for node in ElementTree.parse(tmp_path / "plot.svg").iter() if node.tag.endswith("text")
+    }
+
+
+def printed_of(selection) -> str:
+    out = Console(file=StringIO(), width=80)
+    show(selection, out)
+    return " ".join(out.file.getvalue().split())
+
+
+def test_checkpoints_that_one_benchmark_lacks_are_left_out_by_name(tmp_path):
+    short = of_benchmark(outcomes(tmp_path / "short", {10: STEEP[10], 30: STEEP[30]}), "short")
+    selection = choose(outcomes(tmp_path / "toy", STEEP), short)
+    assert [score.step for score in selection.scores] == [10, 30]
+    assert selection.warnings[-1] == "left out: checkpoint-20: not evaluated on every benchmark"
+
+
+def test_a_checkpoint_that_is_worse_than_the_base_is_marked_and_not_selected(tmp_path):
+    steep = outcomes(tmp_path / "steep", STEEP)
+    base = np.array([1.0] * 85 + [0.0] * 15)
+    gate = of_benchmark(outcomes(tmp_path / "gate", FALLEN), "gate", weight=0.0, others={"base": base})
+    selection = choose(steep, gate)
+    assert (selection.best, selection.selected) == ("checkpoint-30", "checkpoint-20")
+    assert [score.worse_than_base for score in selection.scores] == [(), (), ("gate",)]
+    assert selection.benchmarks["gate"].base == 0.85
+    words = printed_of(selection)
+    assert "worse than the base on gate" in words and "the best of those that are not worse than the base" in words
+    none = choose(steep, replace(gate, values_KQ=np.zeros_like(gate.values_KQ)))
+    assert none.selected == "checkpoint-30" and "every checkpoint is significantly worse" in none.warnings[-1]
+
+
+@pytest.mark.parametrize(("hits", "is_taken"), [(94, True), (90, False)])
+def test_the_average_is_taken_only_where_it_is_significantly_better(tmp_path, hits, is_taken):
+    table = outcomes(tmp_path, CLOSE)
+    own = np.array([1.0] * hits + [0.0] * (100 - hits))
+    of = ("checkpoint-20", "checkpoint-30")
+    selection = choose(replace(table, others={"average-20-30": own}), average_of=of)
+    assert selection.average.is_taken is is_taken and selection.average.compared_with == "checkpoint-30"
+    assert selection.selected == ("average-20-30" if is_taken else "checkpoint-30")
+    assert selection.average.difference == pytest.approx(hits / 100 - 0.89)
+    assert ("and was taken" if is_taken else "and was not taken") in printed_of(selection)
+    assert selection.scores == choose(table).scores
+    write_plot(selection, tmp_path / "plot.svg")
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ({"mmbench": 1}, "found mmbench; expected a weight for each of exact_match, mmbench"),
+        ({"mmbench": 0, "exact_match": 0}, "one of them over 0"),
+        ({"mmbench": 1, "exact_match": 2, "tea": 1}, "found mmbench, exact_match, tea; expected"),
+    ],
+)
+def test_weights_that_do_not_fit_the_tasks_are_refused(weights, problem):
+    settings = EvaluationConfig(by=["mmbench", "exact_match"], benchmark="x", weights=weights)
+    with pytest.raises(UserError, match=problem):
+        Benchmarks(settings, Path(), None)
+
+
+def test_a_run_is_selected_from_by_two_tasks_and_by_the_mean_of_its_weights(copied, tmp_path, capsys):
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": "red"}) + "\n" for n in range(20)))
+    recipe = (copied / "recipe.yaml").read_text()
+    (copied / "recipe.yaml").write_text(
+        recipe.replace("not_worse_than_base: []", f"not_worse_than_base: [exact_match={own}]")
+    )
+    by = ("--by", "mmbench", "--by", f"exact_match={own}")
+    selection, said = printed(capsys, "select", copied, *by, "--average")
+    assert selection["benchmarks"].keys() == {selection["benchmark"].split("+")[0], "own"}
+    assert selection["benchmarks"]["own"]["base"] is not None and "choose together" in said
+    assert list((copied / "evaluations" / "own").glob("*/base.json"))
+    average = copied / "checkpoints" / "average-1-2"
+    assert selection["average"]["of"] == ["checkpoint-1", "checkpoint-2"]
+    assert average.exists() is selection["average"]["is_taken"]
+    assert (copied / "selections" / f"{selection['benchmark']}.json").is_file()
+    assert status_of("report", copied) == 0
+
+    paths = [copied / "checkpoints" / f"checkpoint-{step}" for step in (1, 2)]
+    average_weights(paths, average)
+    first, second, mean = (load_file(path / "model.safetensors") for path in (*paths, average))
+    assert mean.keys() == first.keys()
+    for name, tensor in mean.items():
+        assert torch.equal(tensor, ((first[name].float() + second[name].float()) / 2).to(tensor.dtype))
+    assert load_for_inference(average).family and problem_of_weights(average) is None
+
+
+def test_two_checkpoints_are_compared_on_the_same_questions(copied, tmp_path, capsys):
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": "red"}) + "\n" for n in range(20)))
+    tasks = ("--task", "mmbench", "--task", f"exact_match={own}")
+    found, _ = printed(capsys, "compare", f"{copied}@2", f"{copied}@1", *tasks)
+    assert [row["questions"] for row in found["tasks"]][1] == 20
+    for row in found["tasks"]:
+        assert row["difference"] == pytest.approx(row["a"] - row["b"])
+        assert row["interval"][0] <= row["difference"] <= row["interval"][1]
+    assert found["tasks"][1]["p_a_better"] == pytest.approx(0.5), "both answer nothing right"
+    before = kept(copied)
+    assert status_of("compare", f"{copied}@2", f"{copied}@1", *tasks) == 0
+    assert "P(A better)" in capsys.readouterr().out and kept(copied) == before
