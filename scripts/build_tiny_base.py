@@ -13,7 +13,8 @@ minutes. The sentences also hold the words that questions are made of.
 The tokenizer is trained here too. IDEFICS has byte-fallback BPE by the rules of LLaMA-1, base vocabulary plus the two
 image tokens; the model has every part of idefics-9b (resampler, qk layer norms, gated cross-attention, decoupled
 embedding and head). SmolVLM has byte-level BPE by the rules of SmolLM2, plus the tokens of images and turns; the model
-has every part of SmolVLM-256M (SigLIP tower, pixel shuffle, shared key and value heads).
+has every part of SmolVLM (SigLIP tower, pixel shuffle, language model), which starts as that of tiny_base/ without its
+cross-attention: from random weights, 500 steps were not enough to look things up; so they are practised again after 150.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import easy_vqa
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Idefics3Config, IdeficsConfig, PreTrainedTokenizerFast
 
@@ -42,11 +44,13 @@ from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE, FAKE, IMAGE
 from sft.models.idefics3.packed import PackedIdefics3
 from sft.models.idefics3.text import GLOBAL
+from sft.models.idefics3.weights import HEAD
 from sft.models.image_transform import load_tiles
 from sft.models.packed_model import PackedModel
 
 DATA = Path(easy_vqa.__file__).parent / "data"
-TEMPLATES = Path(__file__).parent.parent / "chat_templates"
+REPOSITORY = Path(__file__).parent.parent
+TEMPLATES, TINY_BASE = REPOSITORY / "chat_templates", REPOSITORY / "tiny_base"
 IMAGE_SIZE = 64
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
@@ -317,13 +321,31 @@ def idefics_config(vocab_size: int) -> IdeficsConfig:
 
 
 def new_smolvlm(vocab_size: int) -> Base:
-    """Every part of SmolVLM-256M, small; an image is one tile."""
+    """Every part of SmolVLM, small; an image is one tile."""
     family = get_family("smolvlm")
     tokenizer = train_byte_tokenizer(tokenizer_corpus(), vocab_size)
     config = smolvlm_config(tokenizer)
     model = PackedIdefics3(config)
+    start_from_idefics(model, tokenizer)
     idefics3.packed.use_grouped_attention(model)
     return Base(family, model, tokenizer, lambda folder: family.weights.save_processor(tokenizer, config, folder))
+
+
+@torch.no_grad()
+def start_from_idefics(model: PackedIdefics3, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy the language model of tiny_base/, without its cross-attention, as SmolVLM starts from SmolLM2: the layers,
+    and the rows of all tokens that both vocabularies have."""
+    trained = load_file(TINY_BASE / "model.safetensors")
+    theirs = get_family("idefics").text.load_tokenizer(TINY_BASE).get_vocab()
+    spelled = {"<|im_start|>": "<s>", END_OF_UTTERANCE: "</s>", "Ċ": "<0x0A>"}
+    for token, row in tokenizer.get_vocab().items():
+        other = theirs.get(spelled.get(token, token.replace("Ġ", "▁")), len(trained[HEAD]))
+        if other < len(trained[HEAD]):  # not one of the extra rows, which are those of image markers
+            model.lm_head.weight[row] = trained[HEAD][other]
+            model.model.text_model.embed_tokens.weight[row] = trained["model.embed_tokens.weight"][other]
+    for name, weight in model.model.text_model.named_parameters("model"):
+        if not name.startswith("model.embed_tokens."):
+            weight.copy_(trained[name])
 
 
 def smolvlm_config(tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
@@ -344,7 +366,7 @@ def smolvlm_config(tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
             "intermediate_size": 256,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_key_value_heads": 4,
             "max_position_embeddings": 2048,
             "initializer_range": initializer_range,
         },
@@ -405,7 +427,7 @@ def main() -> None:
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 200, 1 - step / (args.steps + 1))
+        optimizer, lambda step: min(9 * (step + 1) / args.steps, 1 - step / (args.steps + 1))
     )
     model.train()
     started, losses = time.time(), []
