@@ -218,11 +218,11 @@ def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders):
     assert model.lm_head.weight.dtype == model.model.text_model.embed_tokens.weight.dtype == torch.float32
 
 
-def test_the_shipped_base_says_what_it_sees_and_opens_with_transformers_alone(capsys):
+def test_the_shipped_base_says_what_it_sees_and_opens_with_transformers_alone():
     pictures = easy_vqa.default_path() / "test" / "images"
-    prompts = [[pictures / f"{number}.png", "a"] for number in (3, 4, 7)]
+    prompts = [[pictures / f"{number}.png", "a"] for number in (4, 7, 9)]
     told = sft.load("shipped:tiny_smolvlm").generate(prompts, max_new_tokens=2)
-    assert told == []
+    assert told == ["red circle", "green circle", "blue circle"]
     plain = AutoModelForImageTextToText.from_pretrained(resolve("shipped:tiny_smolvlm"))
     assert type(plain).__name__ == "Idefics3ForConditionalGeneration"
     assert AutoProcessor.from_pretrained(resolve("shipped:tiny_smolvlm")).image_seq_len == 4
