@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("recipes", "chat_templates", "tiny_base", "model_configs")
+SHIPPED = ("recipes", "chat_templates", "tiny_base", "tiny_smolvlm", "model_configs")
 
 
 class WithoutSetup(build_py):

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Build tiny_base/, the small pre-trained IDEFICS that `idefics-sft quickstart` fine-tunes.
+r"""Build tiny_base/ and tiny_smolvlm/, the small pre-trained models that `idefics-sft quickstart` fine-tunes.
 
-    python scripts/build_tiny_base.py --output tiny_base          (about 15 minutes on one CPU core)
+    python scripts/build_tiny_base.py                       tiny_base/      (about 15 minutes on one CPU core)
+    python scripts/build_tiny_base.py --family smolvlm --steps 270 --images-per-step 32 --sentences-per-step 16 \
+        --learning-rate 1.5e-3                              tiny_smolvlm/   (two minutes)
 
 What it learns from: captions of easy-vqa's *train* images ("a red circle") and sentences of the templates below, text
 only. It has never seen a turn, a question, or an image together with options. What it has practised, in text alone, is
@@ -9,8 +11,12 @@ to look things up in lettered lists ("A: red", "B: blue", then "blue B"), words 
 skill that a real pre-training corpus gives, and without which 2.5 M parameters do not learn to answer by letter in
 minutes. The sentences also hold the words that questions are made of.
 
-The tokenizer is trained here too: byte-fallback BPE by the rules of LLaMA-1, base vocabulary plus the two image tokens.
-The model has every part of idefics-9b (resampler, qk layer norms, gated cross-attention, decoupled embedding and head).
+The tokenizer is trained here too. IDEFICS has byte-fallback BPE by the rules of LLaMA-1, base vocabulary plus the two
+image tokens; the model has every part of idefics-9b (resampler, qk layer norms, gated cross-attention, decoupled
+embedding and head). SmolVLM has byte-level BPE by the rules of SmolLM2, plus the tokens of images and turns; the model
+has every part of SmolVLM (SigLIP tower, pixel shuffle, language model). Tower and language model start as those of
+tiny_base/, without its cross-attention, as released models start from others. From random weights, 500 steps taught it
+neither to look things up nor to tell shapes apart.
 """
 
 from __future__ import annotations
@@ -19,27 +25,34 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import easy_vqa
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import IdeficsConfig, PreTrainedTokenizerFast
+from transformers import Idefics3Config, IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.batches.collate import collate
 from sft.batches.image_source import GivenImages
 from sft.core.sample import ImageRef, Message, PlacedSample, Sample
+from sft.models import get_family, idefics
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.models.idefics.images import IdeficsImages
-from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
-from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE, FAKE, IMAGE
-from sft.models.idefics.weights import save_model, select_trainable
+from sft.models.family import Family
+from sft.models.idefics.packed import PackedIdefics
+from sft.models.idefics.text import END_OF_UTTERANCE, FAKE, IMAGE
+from sft.models.idefics3.packed import PackedIdefics3
+from sft.models.idefics3.text import GLOBAL
 from sft.models.image_transform import load_tiles
+from sft.models.inline_folder import HEAD
+from sft.models.packed_model import PackedModel
 
 DATA = Path(easy_vqa.__file__).parent / "data"
-TEMPLATE = Path(__file__).parent.parent / "chat_templates" / CHAT_TEMPLATE
+REPOSITORY = Path(__file__).parent.parent
+TEMPLATES, TINY_BASE = REPOSITORY / "chat_templates", REPOSITORY / "tiny_base"
 IMAGE_SIZE = 64
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
@@ -148,7 +161,7 @@ def train_images() -> list[tuple[Path, str, str]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------------------------------- the tokenizers
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -201,6 +214,33 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     return fast
 
 
+def train_byte_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the rules of SmolLM2 and, in their order, the tokens that SmolVLM-256M adds."""
+    backend = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=byte_level.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        pad_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=2048,
+    )
+    grid = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    fast.add_tokens([GLOBAL, *grid, FAKE, IMAGE, END_OF_UTTERANCE], special_tokens=True)
+    fast.eos_token = END_OF_UTTERANCE
+    return fast
+
+
 def tokenizer_corpus() -> Iterator[str]:
     """The sentences, words that begin a line in conversations, the alphabet, and common words of English."""
     rng = random.Random(1)
@@ -213,11 +253,35 @@ def tokenizer_corpus() -> Iterator[str]:
         yield " ".join(COMMON_WORDS.split())
 
 
-# ------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------- the models
 
 
-def config(vocab_size: int) -> IdeficsConfig:
+class Base(NamedTuple):
+    """What is trained: a new model, and how its folder is written."""
+
+    family: Family
+    model: PackedModel
+    tokenizer: PreTrainedTokenizerFast
+    save_processor: Callable[[Path], object]
+
+    def save(self, output: Path) -> None:
+        """Write the folder of a base: weights, config, tokenizer, and how images are cut where that is a setting."""
+        output.mkdir(parents=True, exist_ok=True)
+        self.family.weights.save_model(self.model, output, torch.bfloat16)
+        (output / "generation_config.json").unlink(missing_ok=True)
+        self.save_processor(output)
+
+
+def new_idefics(vocab_size: int) -> Base:
     """Every part of idefics-9b, small."""
+    tokenizer = train_tokenizer(tokenizer_corpus(), vocab_size)
+    model = PackedIdefics(idefics_config(tokenizer.vocab_size))
+    idefics.packed.use_grouped_attention(model)
+    return Base(get_family("idefics"), model, tokenizer, tokenizer.save_pretrained)
+
+
+def idefics_config(vocab_size: int) -> IdeficsConfig:
+    """Sizes of the IDEFICS."""
     return IdeficsConfig(
         vocab_size=vocab_size,
         additional_vocab_size=2,
@@ -258,20 +322,84 @@ def config(vocab_size: int) -> IdeficsConfig:
     )
 
 
+def new_smolvlm(vocab_size: int) -> Base:
+    """Every part of SmolVLM, small; an image is one tile."""
+    family = get_family("smolvlm")
+    tokenizer = train_byte_tokenizer(tokenizer_corpus(), vocab_size)
+    config = smolvlm_config(tokenizer)
+    model = PackedIdefics3(config)
+    start_from_idefics(model, tokenizer)
+    model.use_grouped_attention()
+    return Base(family, model, tokenizer, lambda folder: family.weights.save_processor(tokenizer, config, folder))
+
+
+@torch.no_grad()
+def start_from_idefics(model: PackedIdefics3, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy the layers of tower and language model of tiny_base/, and the rows of all tokens that both vocabularies
+    have."""
+    trained = load_file(TINY_BASE / "model.safetensors")
+    theirs = get_family("idefics").text.load_tokenizer(TINY_BASE).get_vocab()
+    spelled = {"<|im_start|>": "<s>", END_OF_UTTERANCE: "</s>", "Ċ": "<0x0A>"}
+    for token, row in tokenizer.get_vocab().items():
+        other = theirs.get(spelled.get(token, token.replace("Ġ", "▁")), len(trained[HEAD]))
+        if other < len(trained[HEAD]):  # not one of the extra rows, which are those of image markers
+            model.lm_head.weight[row] = trained[HEAD][other]
+            model.model.text_model.embed_tokens.weight[row] = trained["model.embed_tokens.weight"][other]
+    for name, weight in model.model.named_parameters():
+        other = trained.get(f"model.{name.removeprefix('text_model.')}")
+        if other is not None and "embed_tokens" not in name:
+            weight.copy_(other[-len(weight) :])  # no patch stands where the class token stood: position 0
+
+
+def smolvlm_config(tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:
+    """Sizes of the SmolVLM. Its `model_type` is that of the released SmolVLM-256M."""
+    initializer_range = 0.06
+    special: dict[str, Any] = dict(pad_token_id=tokenizer.pad_token_id)
+    special |= dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = Idefics3Config(
+        **special,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        tie_word_embeddings=False,
+        scale_factor=4,
+        text_config={
+            **special,
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2048,
+            "initializer_range": initializer_range,
+        },
+        vision_config={
+            "hidden_size": 128,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "initializer_range": initializer_range,
+        },
+    )
+    edge = {"longest_edge": IMAGE_SIZE}
+    config.preprocessor = {"size": edge, "max_image_size": edge, "do_image_splitting": False}
+    return config
+
+
 def document(*content: str | ImageRef) -> Sample:
     return Sample(key="document", messages=(Message(role="document", content=content),))
 
 
-def save(model: PackedIdefics, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    save_model(model, output, torch.bfloat16)
-    (output / "generation_config.json").unlink(missing_ok=True)
-    tokenizer.save_pretrained(output)
+BASES = {"idefics": ("tiny_base", new_idefics), "smolvlm": ("tiny_smolvlm", new_smolvlm)}
+"""The folder of a family's base, and what makes a new one."""
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--output", type=Path, default=Path("tiny_base"))
+    arguments.add_argument("--family", choices=BASES, default="idefics")
+    arguments.add_argument("--output", type=Path, help="the family's folder if left out")
     arguments.add_argument("--steps", type=int, default=1800)
     arguments.add_argument("--images-per-step", type=int, default=48)
     arguments.add_argument("--sentences-per-step", type=int, default=48)
@@ -283,22 +411,26 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
-    tokenizer = train_tokenizer(tokenizer_corpus(), args.vocab_size)
-    # The chat template prints <end_of_utterance>, which this base does not know yet; documents never hold it.
-    square = IdeficsImages.of_size(IMAGE_SIZE)
-    template = ChatTemplate(load_chat_template(TEMPLATE).replace(END_OF_UTTERANCE, ""), tokenizer, square)
+    folder, new_base = BASES[args.family]
+    base, output_dir = new_base(args.vocab_size), args.output or Path(folder)
+    family, model, tokenizer, _ = base
+    chat_template = load_chat_template(TEMPLATES / family.text.chat_template(tokenizer))
+    if (
+        END_OF_UTTERANCE not in tokenizer.get_vocab()
+    ):  # documents of IDEFICS never hold it, and its base has no such row
+        chat_template = chat_template.replace(END_OF_UTTERANCE, "")
+    cut = family.images(model.config)
+    template = ChatTemplate(chat_template, tokenizer, cut)
     images = train_images()
-    tiles = [load_tiles(path.read_bytes(), square) for path, _, _ in images]
-    model = PackedIdefics(config(tokenizer.vocab_size))
-    use_grouped_attention(model)
-    select_trainable(model)
+    tiles = [load_tiles(path.read_bytes(), cut) for path, _, _ in images]
+    family.weights.select_trainable(model)
     print(f"{model.num_parameters():,} parameters, {tokenizer.vocab_size} base tokens, {len(images)} images")
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 200, 1 - step / (args.steps + 1))
+        optimizer, lambda step: min(9 * (step + 1) / args.steps, 1 - step / (args.steps + 1))
     )
     model.train()
     started, losses = time.time(), []
@@ -310,7 +442,7 @@ def main() -> None:
             pack.append(PlacedSample(template.encode(sample), (number,), 0))
         for _ in range(args.sentences_per_step):
             pack.append(PlacedSample(template.encode(document(sentence(rng))), (), 1))
-        batch = collate([pack], GivenImages(square, tiles.__getitem__), train_on="assistant")
+        batch = collate([pack], GivenImages(cut, tiles.__getitem__), train_on="assistant")
         with torch.autocast("cpu", torch.bfloat16):
             output = model(batch=batch)
         output.loss.backward()
@@ -323,11 +455,11 @@ def main() -> None:
             captions, sentences = np.mean(losses[-200:], axis=0)
             seconds = time.time() - started
             print(f"{step + 1} captions {captions:.3f} sentences {sentences:.3f} {seconds:.0f} s", flush=True)
-            save(model, tokenizer, args.output)
+            base.save(output_dir)
 
-    save(model, tokenizer, args.output)
-    size = (args.output / "model.safetensors").stat().st_size
-    print(f"{args.output}: {size / 1e6:.2f} MB of weights")
+    base.save(output_dir)
+    size = (output_dir / "model.safetensors").stat().st_size
+    print(f"{output_dir}: {size / 1e6:.2f} MB of weights")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ from sft.core.shipped import shipped_root
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.models.chat_template import ChatTemplate, load_chat_template
-from sft.models.idefics3.images import TiledImages, normalise
-from sft.models.idefics3.packed import PackedSmolVLM, use_grouped_attention
+from sft.models.idefics3.images import TiledImages
+from sft.models.idefics3.packed import PackedSmolVLM
 from sft.models.idefics3.text import CHAT_TEMPLATES, END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
+from sft.models.inline_model import normalise
 from sft.models.loss import summed_loss, trained_positions
 from sft.models.packed_model import sample_groups
 
@@ -128,7 +129,7 @@ class Bench:
         self.plain = SmolVLMForConditionalGeneration(config.from_dict(config.to_dict()))
         config.preprocessor = {"size": {"longest_edge": LONGEST_EDGE}, "max_image_size": {"longest_edge": TILE}}
         self.packed = PackedSmolVLM(config)
-        use_grouped_attention(self.packed)
+        self.packed.use_grouped_attention()
         self.plain.load_state_dict(self.packed.state_dict(), assign=True)
         source = load_chat_template(shipped_root() / "chat_templates" / CHAT_TEMPLATES[START])
         self.images = TiledImages(config)
@@ -310,7 +311,7 @@ def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 def with_features(bench: Bench, batch: Batch) -> Batch:
     """A batch with the states that the feature cache would hold, in place of tiles."""
     with torch.no_grad():
-        return replace(batch, features_RE=bench.packed.encode_images(batch.tiles), tiles=())
+        return replace(batch, features_RE=bench.packed.encode_images(batch.tiles, batch.tilings), tiles=())
 
 
 def inputs(bench: Bench, samples: Sequence[PlacedSample], rounds: int) -> float:

@@ -53,6 +53,7 @@ from sft.core.images import decode_rgb
 from sft.models.idefics.images import IdeficsImages, normalise
 from sft.models.idefics3 import images as tiled
 from sft.models.image_transform import load_tiles, training_crop
+from sft.models.inline_model import normalise as normalise_tiles
 
 SIZE = 224
 SQUARE = IdeficsImages.of_size(SIZE)
@@ -231,11 +232,11 @@ def tile_figures(longest_edge: int, tile: int, size: tuple[int, int], rounds: in
         return torch.as_tensor(processor([[picture]], return_tensors="pt")["pixel_values"][0])
 
     def ours() -> torch.Tensor:
-        return tiled.normalise(torch.from_numpy(images.cut(pixels, images.tiling(*size))))
+        return normalise_tiles(torch.from_numpy(images.cut(pixels, images.tiling(*size))))
 
     sides: dict[str, Callable[[], Any]] = {
         "processor_jpeg": lambda: theirs(Image.open(io.BytesIO(content)).convert("RGB")),
-        "jpeg": lambda: tiled.normalise(torch.from_numpy(load_tiles(content, images))),
+        "jpeg": lambda: normalise_tiles(torch.from_numpy(load_tiles(content, images))),
         "processor_pixels": lambda: theirs(picture),
         "pixels": ours,
     }

@@ -6,7 +6,7 @@ import json as jsonlib
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from sft.selection.record import Selection
 
 REPORT = "quickstart.json"
-DEFAULT_OUTPUT_DIR = Path("runs/quickstart")
+RECIPES = {"idefics": "quickstart", "smolvlm": "quickstart-smolvlm"}
+"""The shipped recipe of each family of images: beside the text, and in it."""
 EXAMPLES = (
     "quickstart",
+    "quickstart --family smolvlm",
     "quickstart --output-dir runs/first --json",
     "quickstart --output-dir runs/short training.max_steps=200",
 )
@@ -43,7 +45,10 @@ EXAMPLES = (
 
 def run(
     overrides: Overrides = None,
-    output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = DEFAULT_OUTPUT_DIR,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where everything is written.", show_default="runs/quickstart")
+    ] = None,
+    family: Annotated[Literal["idefics", "smolvlm"], typer.Option(help="Kind of model.")] = "idefics",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is there and start anew.")] = False,
     json: Json = False,
 ) -> None:
@@ -52,28 +57,32 @@ def run(
 
     out = console(to_stderr=json)
     overrides = overrides or []
-    recipe = _recipe(output_dir, overrides)
+    name = RECIPES[family]
+    output_dir = output_dir or Path("runs") / name
+    recipe = _recipe(name, output_dir, overrides)
     if fresh:
         _delete_run(output_dir)
     report_file = output_dir / REPORT
     if report_file.is_file():
         report = jsonlib.loads(report_file.read_text())
-        if overrides != report.get("overrides", []):
+        if (family, overrides) != (report.get("family", "idefics"), report.get("overrides", [])):
             raise UserError(f"{output_dir}: holds a finished run with other settings; --fresh starts anew")
         out.print(f"{output_dir}: a finished run was found; --fresh starts anew")
     else:
-        report = _quickstart(recipe, overrides, notes(to_stderr=json)) | {"overrides": overrides}
+        report = _quickstart(recipe, family, overrides, notes(to_stderr=json))
         report_file.write_text(jsonlib.dumps(report, indent=2) + "\n")
     _show(report, out)
     out.print("\nTo talk to it:")
     out.print(f"  idefics-sft chat {output_dir} --image {report['conversation'][0]['file']}", soft_wrap=True)
     out.print(f"To read about it: {write_report(output_dir)}")
     if json:
-        print_json({key: value for key, value in report.items() if key not in ("checkpoints", "conversation")})
+        print_json(
+            {key: value for key, value in report.items() if key not in ("checkpoints", "conversation", "family")}
+        )
 
 
-def _recipe(output_dir: Path, overrides: list[str]) -> Recipe:
-    """Return the recipe with the overrides.
+def _recipe(name: str, output_dir: Path, overrides: list[str]) -> Recipe:
+    """Return a shipped recipe with the overrides.
 
     Raises:
         UserError: an override is wrong, or of what the command itself says.
@@ -85,10 +94,10 @@ def _recipe(output_dir: Path, overrides: list[str]) -> Recipe:
         if override.startswith(("output_dir=", "evaluation.")):
             raise UserError(
                 f"override {override!r}: quickstart writes to --output-dir and asks questions of its own; "
-                "`idefics-sft train quickstart` takes every key"
+                f"`idefics-sft train {name}` takes every key"
             )
     own = (f"output_dir={output_dir}", f"data.store={output_dir / 'stores'}")
-    return load_recipe(shipped_recipe("quickstart"), (*own, *overrides))
+    return load_recipe(shipped_recipe(name), (*own, *overrides))
 
 
 def _delete_run(output_dir: Path) -> None:
@@ -102,7 +111,7 @@ def _delete_run(output_dir: Path) -> None:
             (output_dir / name).unlink(missing_ok=True)
 
 
-def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str, Any]:
+def _quickstart(recipe: Recipe, family: str, overrides: list[str], out: Console) -> dict[str, Any]:
     """Run every stage in turn; return what is printed at the end."""
     started = time.perf_counter()
     quiet_libraries()
@@ -121,8 +130,9 @@ def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str,
     out.print()
     status = train(recipe, out)
     if status.status == "stopped":
-        where = [] if output_dir == DEFAULT_OUTPUT_DIR else ["--output-dir", str(output_dir)]
-        out.print(f"Resume with: idefics-sft {shlex.join(['quickstart', *where, *overrides])}")
+        where = [] if output_dir == Path("runs") / RECIPES[family] else ["--output-dir", str(output_dir)]
+        own = [] if family == "idefics" else ["--family", family]
+        out.print(f"Resume with: idefics-sft {shlex.join(['quickstart', *own, *where, *overrides])}")
         raise typer.Exit(STOPPED)
     selection = select.select(recipe, out, chosen_on="half")
     figures = _figures(recipe, selection, out)
@@ -134,6 +144,8 @@ def _quickstart(recipe: Recipe, overrides: list[str], out: Console) -> dict[str,
         "tokens_per_second": round(status.tokens_per_second),
         "precision": status.precision,
         "conversation": conversation,
+        "family": family,
+        "overrides": overrides,
     }
 
 

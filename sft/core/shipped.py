@@ -1,4 +1,4 @@
-"""Files that travel with the toolkit: recipes, chat templates, the small base model, the released models' shapes.
+"""Files that travel with the toolkit: recipes, chat templates, small base models, the released models' shapes.
 
 In a checkout they stand at the top of the repository; in an installed wheel, in `sft/shipped_files`. In recipes a path
 that begins with `shipped:` names one of them: `shipped:tiny_base`.
@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def shipped_root() -> Path:
-    """Return the folder that holds recipes/, chat_templates/, model_configs/ and tiny_base/."""
+    """Return the folder that holds recipes/, chat_templates/, model_configs/, tiny_base/ and tiny_smolvlm/."""
     installed = _PACKAGE / "shipped_files"
     return installed if installed.is_dir() else _PACKAGE.parent
 

@@ -25,8 +25,11 @@ from helpers.training import printed
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+import sft
 from sft.core.errors import UserError
 from sft.core.sample import Message, Sample
+from sft.core.shipped import resolve
+from sft.data.datasets import easy_vqa
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.inference.chat import responder
@@ -300,6 +303,16 @@ def test_in_4_bits_are_the_layers_of_the_language_model_alone(folders, name):
     in_4_bits = [name for name, kind in kinds.items() if kind == "Linear4bit"]
     assert len(in_4_bits) == 2 * 7 and all(name.startswith("model.text_model.layers.") for name in in_4_bits)
     assert model.lm_head.weight.dtype == model.model.text_model.embed_tokens.weight.dtype == torch.float32
+
+
+def test_the_shipped_base_says_what_it_sees_and_opens_with_transformers_alone():
+    pictures = easy_vqa.default_path() / "test" / "images"
+    prompts = [[pictures / f"{number}.png", "a"] for number in (4, 7, 9)]
+    told = sft.load("shipped:tiny_smolvlm").generate(prompts, max_new_tokens=2)
+    assert told == ["red circle", "green circle", "blue circle"]
+    plain = AutoModelForImageTextToText.from_pretrained(resolve("shipped:tiny_smolvlm"))
+    assert type(plain).__name__ == "Idefics3ForConditionalGeneration"
+    assert AutoProcessor.from_pretrained(resolve("shipped:tiny_smolvlm")).image_seq_len == 4
 
 
 # ------------------------------------------------------------------------------------------------- whole commands

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import base_tokenizer, make_tiny_model, status_of, tiny_config
+from conftest import REPOSITORY, base_tokenizer, make_tiny_model, status_of, tiny_config
 from helpers.training import printed, write_recipe
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,9 @@ from sft.cli.select import select
 from sft.cli.terminal import console
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
+from sft.core.launch import STOPPED
 from sft.core.shipped import recipe_path, resolve
+from sft.models import family_at
 from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE
 from sft.models.idefics.weights import save_model
@@ -87,9 +89,24 @@ def test_quickstart_deletes_its_run_and_nothing_else(tmp_path):
 def test_quickstart_shows_a_finished_run_of_the_same_settings_only(tmp_path, refusal):
     (tmp_path / REPORT).write_text('{"overrides": ["training.max_steps=200"]}')
     options = ("quickstart", "--output-dir", tmp_path)
+    other = (*options, "--family", "smolvlm")
+    assert "holds a finished run with other settings" in refusal(*other, "training.max_steps=200")
+    assert "`idefics-sft train quickstart-smolvlm` takes every key" in refusal(*other, "evaluation.seed=1")
     assert "holds a finished run with other settings" in refusal(*options, "training.max_steps=100")
     assert "quickstart writes to --output-dir" in refusal(*options, "output_dir=runs/other")
     assert "training.max_stepz: unknown key" in refusal(*options, "training.max_stepz=100")
+
+
+def test_quickstart_of_another_family_that_was_stopped_says_how_to_resume_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fixtures = REPOSITORY / "tests" / "fixtures" / "easy_vqa"
+    paths = [f"data.mixture.{number}.datasets.0.path={fixtures}" for number in (0, 1, 3)]
+    sizes = ("training.tokens_per_step=256", "training.micro_batch_packs=1", "data.sequence_length=256")
+    (tmp_path / "runs" / "quickstart-smolvlm").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart-smolvlm" / "stop").touch()
+    assert status_of("quickstart", "--family", "smolvlm", *paths, *sizes) == STOPPED
+    assert "Resume with: idefics-sft quickstart --family smolvlm data.mixture.0." in capsys.readouterr().out
+    assert family_at("runs/quickstart-smolvlm/checkpoints/checkpoint-1").name == "idefics3"
 
 
 def test_outputs_are_deleted_and_nothing_else(tmp_path):
