@@ -77,7 +77,6 @@ from sft.models.idefics3.packed import PackedSmolVLM
 from sft.models.idefics3.text import CHAT_TEMPLATES, END_OF_UTTERANCE, FAKE, GLOBAL, IMAGE
 from sft.models.inline_model import normalise
 from sft.models.loss import summed_loss, trained_positions
-from sft.models.packed_model import sample_groups
 
 START, TILE, LONGEST_EDGE, ROWS = "<|im_start|>", 96, 384, 4_608
 OWN_BATCH, BATCHES = 4, (1, 2, 4, 8)
@@ -368,19 +367,9 @@ def packed_parts(bench: Bench, batches: Sequence[Batch]) -> dict[str, Callable[[
     own = bench.packed
     tower, connector, text = own.model.vision_model, own.model.connector, own.model.text_model
     patches = [tower(pixel_values=normalise(batch.tiles[0])).last_hidden_state.detach() for batch in batches]
-    embeds = [text.embed_tokens(batch.input_ids_T)[None].detach().requires_grad_() for batch in batches]
+    embeds = [text.embed_tokens(batch.input_ids_T).detach().requires_grad_() for batch in batches]
     reads = [trained_positions(batch.labels_T) for batch in batches]
     hidden = [torch.randn(len(read), 256, requires_grad=True) for read in reads]
-
-    def of_text(embeds_1TD: Tensor, batch: Batch) -> Tensor:
-        output = text(
-            inputs_embeds=embeds_1TD,
-            attention_mask=embeds_1TD.new_zeros(1, 1, 1, 1),
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,
-            groups=sample_groups(batch),
-        )
-        return torch.as_tensor(output.last_hidden_state)
 
     def of_head(hidden_PD: Tensor, read: Tensor, batch: Batch) -> Tensor:
         return summed_loss(own.lm_head(hidden_PD), batch.labels_T[read + 1], torch.ones(len(read)))[0]
@@ -388,7 +377,7 @@ def packed_parts(bench: Bench, batches: Sequence[Batch]) -> dict[str, Callable[[
     return {
         "tower": each(bench, lambda batch: tower(pixel_values=normalise(batch.tiles[0])).last_hidden_state, batches),
         "connector": each(bench, connector, patches),
-        "text": each(bench, of_text, embeds, batches),
+        "text": each(bench, own.decode, embeds, batches, reads),
         "head and loss": each(bench, of_head, hidden, reads, batches),
     }
 

@@ -38,6 +38,7 @@ from sft.evaluation.kept_states import KeptStates
 from sft.evaluation.task import AnswerScore, Query
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
+from sft.models.shared_beginnings import first_of_each, num_shared, order, share
 
 TOKENS_PER_FORWARD = 4096
 """Distinct tokens of one forward. 2,048 to 8,192 are equally fast on two CPU cores with a model of 2.5 M parameters."""
@@ -167,7 +168,7 @@ def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forw
     num_tokens = 0
     for bundle in sorted(bundles.values(), key=_length_and_beginning):
         for piece, size in _pieces(bundle, tokens_per_forward):
-            new = size - _num_shared(filled[-1].tokens, piece[0].tokens) if filled else size
+            new = size - num_shared(filled[-1].tokens, piece[0].tokens) if filled else size
             if filled and num_tokens + new > tokens_per_forward:
                 yield _lay(filled)
                 filled, num_tokens, new = [], 0, size
@@ -187,7 +188,7 @@ def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[l
     piece: list[_Path] = []
     num_tokens = 0
     for path in sorted(paths, key=_order):
-        new = len(path.tokens) - (_num_shared(piece[-1].tokens, path.tokens) if piece else 0)
+        new = len(path.tokens) - (num_shared(piece[-1].tokens, path.tokens) if piece else 0)
         if piece and num_tokens + new > tokens_per_forward:
             yield piece, num_tokens
             piece, num_tokens, new = [], 0, len(path.tokens)
@@ -197,46 +198,23 @@ def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[l
 
 
 def _lay(paths: Iterable[_Path]) -> _Forward:
-    """Lay paths into one row, in the order of their tokens: there a path shares with the one before it as much as with
-    any other before it."""
+    """Lay paths into one row."""
     laid = sorted(paths, key=_order)
-    tokens: list[NDArray[np.int64]] = []
-    positions: list[NDArray[np.int64]] = []
-    states: list[NDArray[np.int64]] = []
-    places: list[NDArray[np.int64]] = []
-    sequences: list[NDArray[np.int64]] = []
-    num_tokens = 0
-    for number, path in enumerate(laid):
-        before = laid[number - 1].tokens if number else path.tokens[:0]
-        shared, length = _num_shared(before, path.tokens), len(path.tokens)
-        new = np.arange(num_tokens, num_tokens + length - shared)
-        places.append(np.concatenate([places[-1][:shared], new]) if places else new)
-        if sequences and shared == len(before):
-            sequences.pop()  # the path before is the beginning of this one
-        sequences.append(places[-1])
-        tokens.append(path.tokens[shared:])
-        positions.append(np.arange(shared, length))
-        states.append(path.states[shared:])
-        num_tokens += length - shared
-    return _Forward(
-        laid,
-        np.concatenate(tokens),
-        np.concatenate(positions),
-        np.concatenate(states),
-        places,
-        tuple(torch.from_numpy(sequence) for sequence in sequences),
-    )
+    places = share([path.tokens for path in laid])
+    kept = first_of_each(places)
+    columns = ([path.tokens for path in laid], [np.arange(len(path.tokens)) for path in laid], [p.states for p in laid])
+    tokens_T, positions_T, states_T = (np.concatenate(column)[kept] for column in columns)
+    longer = [own for own, after in zip(places, [*places[1:], places[0][:0]], strict=True) if not _begins(own, after)]
+    return _Forward(laid, tokens_T, positions_T, states_T, places, tuple(map(torch.from_numpy, longer)))
+
+
+def _begins(one: NDArray[np.int64], other: NDArray[np.int64]) -> bool:
+    """Return whether the places of one path are those with which another begins."""
+    return num_shared(one, other) == len(one)
 
 
 def _order(path: _Path) -> bytes:
-    return path.tokens.astype(">i8").tobytes()
-
-
-def _num_shared(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """Return how many tokens two paths have in common from their beginning."""
-    length = min(len(one), len(other))
-    different = np.flatnonzero(one[:length] != other[:length])
-    return int(different[0]) if len(different) else length
+    return order(path.tokens)
 
 
 def _images_of(forward: _Forward) -> list[int]:

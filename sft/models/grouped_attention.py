@@ -86,7 +86,7 @@ def group_tokens(group_ids_T: Tensor, *, is_causal: bool = True) -> Groups:
 
 
 def group_sequences(sequences: Sequence[Tensor], num_tokens: int, device: torch.device) -> Groups:
-    """Groups that may share tokens: for each the indices of its tokens, in order. Nothing goes backward through them.
+    """Groups that may share tokens: for each the indices of its tokens, in order.
 
     Exact for causal attention where sequences that share a token share all before it: then the token's result is the
     same in each of them, and is taken from one. Many sequences with a long beginning in common, as the names of 1,000
@@ -110,8 +110,8 @@ def _tree_mask(sequences: Sequence[Tensor], num_tokens: int) -> Tensor:
     mask_TT = torch.eye(num_tokens, dtype=torch.bool)
     is_known_T = torch.zeros(num_tokens, dtype=torch.bool)
     for sequence in sequences:
-        for place in range(int(is_known_T[sequence].sum()), len(sequence)):  # what is known is the beginning
-            mask_TT[sequence[place], sequence[:place]] = True
+        places, known = torch.arange(len(sequence)), int(is_known_T[sequence].sum())  # what is known is the beginning
+        mask_TT[sequence[known:, None], sequence] = places <= places[known:, None]
         is_known_T[sequence] = True
     return mask_TT
 
@@ -166,20 +166,19 @@ class _Move(torch.autograd.Function):
     """Rows of `x` by their index, and zeros at some of them. The way back is another such move, not a sum over rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> Tensor:
         ctx.back = back
         return _moved(x, *there)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.back is None:
-            raise NotImplementedError("groups that share tokens are for evaluation: nothing goes backward through them")
         return _moved(gradient, *ctx.back), None, None
 
 
 def _move(x: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor] | None) -> Tensor:
-    return torch.as_tensor(_Move.apply(x, there, back))  # type: ignore[no-untyped-call]
+    """Move rows there; without a way back, where a token stands at several places, its gradient is their sum."""
+    return _moved(x, *there) if back is None else torch.as_tensor(_Move.apply(x, there, back))  # type: ignore[no-untyped-call]
 
 
 def _moved(x: Tensor, index: Tensor, empty: Tensor) -> Tensor:
@@ -233,9 +232,10 @@ def grouped_attention(
         return output.transpose(1, 2).contiguous(), None
     query_TAD, key_SAD, value_SAD = (x[0].transpose(0, 1) for x in (query_1ATD, key_1ASD, value_1ASD))
     to_places, to_tokens = (groups.tokens_P, groups.padding), (groups.places_T, groups.alone)
+    is_shared = groups.is_shared
 
     def to_rows(x_TAD: Tensor) -> Tensor:
-        return _move(x_TAD, to_places, None if groups.is_shared else to_tokens)
+        return _move(x_TAD, to_places, None if is_shared else to_tokens)
 
     query_PAD = to_rows(query_TAD)
     if getattr(module, "is_cross_attention", False):
@@ -247,7 +247,7 @@ def grouped_attention(
         output_PAD = _attend_themselves(
             query_PAD, key_PAD, value_PAD, groups, dropout, scaling, is_causal=is_causal, window=sliding_window
         )
-    return _move(output_PAD, to_tokens, to_places)[None], None
+    return _move(output_PAD, to_tokens, None if is_shared else to_places)[None], None
 
 
 def _attend_themselves(

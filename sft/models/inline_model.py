@@ -18,10 +18,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Idefics3ForConditionalGeneration, PreTrainedConfig
+from transformers.models.idefics2 import modeling_idefics2 as idefics2
+from transformers.models.idefics3 import modeling_idefics3 as idefics3
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 
 from sft.core.sample import Batch, EncodedSample, Tiling
 from sft.models.family import Tiles
+from sft.models.fused_layers import Attention, DecoderLayer, Mlp, RmsNorm, TowerLayer, replace_layers, rotary_of
 from sft.models.packed_model import PackedModel, sample_groups
+from sft.models.shared_beginnings import share_beginnings
+
+FUSED = {
+    llama.LlamaRMSNorm: RmsNorm,
+    llama.LlamaMLP: Mlp,
+    llama.LlamaAttention: Attention,
+    llama.LlamaDecoderLayer: DecoderLayer,
+    mistral.MistralRMSNorm: RmsNorm,
+    mistral.MistralMLP: Mlp,
+    mistral.MistralAttention: Attention,
+    mistral.MistralDecoderLayer: DecoderLayer,
+    idefics3.Idefics3EncoderLayer: TowerLayer,
+    smolvlm.SmolVLMEncoderLayer: TowerLayer,
+}
+BEFORE_LINEAR = dict.fromkeys(
+    (idefics2.Idefics2EncoderLayer, idefics3.Idefics3EncoderLayer, smolvlm.SmolVLMEncoderLayer),
+    ("layer_norm1", "layer_norm2"),
+)
 
 
 def normalise(pixels_KCHW: Tensor) -> Tensor:
@@ -65,6 +89,10 @@ class InlineModel(PackedModel):
     tower_attention = "sdpa"
     """How the tower attends in packs."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        replace_layers(self, FUSED, BEFORE_LINEAR)
+
     @functools.wraps(Idefics3ForConditionalGeneration.forward)  # generate() reads the signature, which all have
     def forward(  # type: ignore[override]
         self, *args: Any, batch: Batch | None = None, read_P: Tensor | None = None, z_loss: float = 0.0, **kwargs: Any
@@ -78,6 +106,7 @@ class InlineModel(PackedModel):
 
     def hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
         """Return the final hidden states (P, D) at some positions."""
+        batch, read_P = share_beginnings(batch, read_P)
         embeds_TD = self.model.text_model.get_input_embeddings()(batch.input_ids_T)
         states_RE = self.image_states(batch)
         if states_RE is not None:
@@ -85,14 +114,16 @@ class InlineModel(PackedModel):
             states_RE = states_RE.to(embeds_TD.dtype)
             embeds_TD = embeds_TD.index_put((places,), states_RE[batch.state_ids_T[places]])
             embeds_TD = embeds_TD + 0 * states_RE.sum()  # those of a dummy, which stand nowhere, get gradients too
-        output = self.model.text_model(
-            inputs_embeds=embeds_TD[None],
-            attention_mask=embeds_TD.new_zeros(1, 1, 1, 1),  # 4-D: transformers makes no mask (T, T) of it
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,
-            groups=sample_groups(batch),
-        )
-        return torch.as_tensor(output.last_hidden_state[0, read_P])
+        return self.decode(embeds_TD, batch, read_P)
+
+    def decode(self, embeds_TD: Tensor, batch: Batch, read_P: Tensor) -> Tensor:
+        """Return what the language model makes of a row of embeddings, (P, D) at some positions."""
+        text = self.model.text_model
+        shared = {"rotary": rotary_of(text.rotary_emb, batch.position_ids_T, embeds_TD), "groups": sample_groups(batch)}
+        hidden_1TD, (*layers, last) = embeds_TD[None], text.layers
+        for layer in layers:
+            hidden_1TD = layer(hidden_1TD, **shared)
+        return self.normed(text.norm, last(hidden_1TD, **shared, read_P=read_P))
 
     def plain_logits(self, batch: Batch, segment: int) -> Tensor:
         """Return the logits (T, V) of one segment by transformers' own forward and attention."""

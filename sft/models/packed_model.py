@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sft.core.sample import NO_SOURCE, Batch, EncodedSample, Tiling
 from sft.models.family import Tiles
+from sft.models.fused_layers import is_autocast
 from sft.models.grouped_attention import Groups, group_sequences, group_tokens, grouped_attention
 from sft.models.loss import summed_loss, token_losses, trained_positions, z_losses
 
@@ -118,6 +119,11 @@ class PackedModel(nn.Module):
             return batch.features_RE.to(self.dtype)
         return self.encode_images(batch.tiles, batch.tilings) if batch.tiles else None
 
+    def normed(self, norm: nn.Module, hidden_1PD: Tensor) -> Tensor:
+        """Apply the last norm, in evaluation in float32, as the head."""
+        with torch.autocast(hidden_1PD.device.type, enabled=self.training and is_autocast(hidden_1PD)):
+            return torch.as_tensor(norm(hidden_1PD)[0])
+
     def _logits(self, hidden_PD: Tensor) -> Tensor:
         """Apply the head. In evaluation it computes in float32 whatever autocast says: bfloat16 logits of two options
         differ by steps of up to 1/16, and tie."""
@@ -132,8 +138,3 @@ def sample_groups(batch: Batch) -> Groups:
     if batch.sequences:
         return group_sequences(batch.sequences, len(batch.input_ids_T), batch.input_ids_T.device)
     return group_tokens(batch.segment_ids_T)
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Return whether autocast is on for the device of a tensor."""
-    return torch.is_autocast_enabled(x.device.type)

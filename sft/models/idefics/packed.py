@@ -17,10 +17,11 @@ from transformers import IdeficsForVisionText2Text as PlainIdefics
 
 from sft.core.sample import Batch, EncodedSample, Tiling
 from sft.models.family import Tiles
+from sft.models.fused_layers import replace_layers, rotary_of
 from sft.models.grouped_attention import group_tokens
 from sft.models.idefics.images import IdeficsImages, normalise
-from sft.models.idefics.layers import replace_layers, rotary_of
-from sft.models.packed_model import PackedModel, is_autocast, sample_groups
+from sft.models.idefics.layers import BEFORE_LINEAR, FUSED
+from sft.models.packed_model import PackedModel, sample_groups
 
 
 class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transformers is not typed
@@ -30,7 +31,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        replace_layers(self)
+        replace_layers(self, FUSED, BEFORE_LINEAR)
 
     @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
     def forward(  # type: ignore[override]
@@ -67,7 +68,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
         samples, lookers = sample_groups(batch), group_tokens(batch.image_ids_T)
         sees_image_1T = (batch.image_ids_T >= 0)[None]
         hidden_1TD = decoder.embed_tokens(batch.input_ids_T[None])
-        rotary = rotary_of(decoder.layers[0].self_attn.rotary_emb, batch.position_ids_T, _computed_in(hidden_1TD))
+        rotary = rotary_of(decoder.layers[0].self_attn.rotary_emb, batch.position_ids_T, hidden_1TD)
         for index, layer in enumerate(decoder.layers):
             if index % decoder.cross_layer_interval == 0:
                 hidden_1TD = decoder.gated_cross_attn_layers[index // decoder.cross_layer_interval](
@@ -80,8 +81,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
                 )
             is_last = index == len(decoder.layers) - 1
             hidden_1TD = layer(hidden_1TD, rotary=rotary, groups=samples, read_P=read_P if is_last else None)
-        with torch.autocast(hidden_1TD.device.type, enabled=self.training and is_autocast(hidden_1TD)):
-            return torch.as_tensor(decoder.norm(hidden_1TD)[0])  # in evaluation float32, as the head
+        return self.normed(decoder.norm, hidden_1TD)
 
     def plain_logits(self, batch: Batch, segment: int) -> Tensor:
         """Return the logits (T, V) of one segment by transformers' own forward and attention."""
@@ -128,11 +128,6 @@ def image_attention_mask(prompts: Sequence[EncodedSample], num_images: int) -> T
             mask_BTN[row, offset + position :] = 0
             mask_BTN[row, offset + position :, image] = 1
     return mask_BTN
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    """Return the type that linear layers turn `x` into."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
 def use_grouped_attention(model: PackedIdefics) -> None:
