@@ -95,11 +95,14 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what has to be known after a step to go on with the next, as JSON."""
-        return {"plans": self.plans.state(step), "dirty": dict(self.dirty)}
+        return {"plans": self.plans.state(step), "dirty": dict(self.dirty), "image_cost": self.plans.image_cost}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.plans.restore(state["plans"])
+        self.plans.image_cost = state.get(
+            "image_cost", self.images.cost_in_tokens
+        )  # of an earlier version: always that
         self.dirty = dict(state["dirty"])
 
     def _batches(self) -> Iterator[Batch]:

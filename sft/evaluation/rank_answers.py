@@ -38,7 +38,7 @@ from sft.evaluation.kept_states import KeptStates
 from sft.evaluation.task import AnswerScore, Query
 from sft.models.chat_template import ChatTemplate
 from sft.models.packed_model import PackedModel
-from sft.models.shared_beginnings import first_of_each, num_shared, order, share
+from sft.models.shared_beginnings import num_shared, order, share
 
 TOKENS_PER_FORWARD = 4096
 """Distinct tokens of one forward. 2,048 to 8,192 are equally fast on two CPU cores with a model of 2.5 M parameters."""
@@ -180,14 +180,14 @@ def _forwards(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[_Forw
 
 def _length_and_beginning(bundle: Sequence[_Path]) -> tuple[int, bytes]:
     longest = max(len(path.tokens) for path in bundle)
-    return -(longest // _SIMILAR), min(map(_order, bundle))
+    return -(longest // _SIMILAR), min(order(path.tokens) for path in bundle)
 
 
 def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[list[_Path], int]]:
     """Yield paths with the number of their distinct tokens, cut where they are more than fit a forward."""
     piece: list[_Path] = []
     num_tokens = 0
-    for path in sorted(paths, key=_order):
+    for path in sorted(paths, key=lambda path: order(path.tokens)):
         new = len(path.tokens) - (num_shared(piece[-1].tokens, path.tokens) if piece else 0)
         if piece and num_tokens + new > tokens_per_forward:
             yield piece, num_tokens
@@ -199,22 +199,13 @@ def _pieces(paths: Iterable[_Path], tokens_per_forward: int) -> Iterator[tuple[l
 
 def _lay(paths: Iterable[_Path]) -> _Forward:
     """Lay paths into one row."""
-    laid = sorted(paths, key=_order)
-    places = share([path.tokens for path in laid])
-    kept = first_of_each(places)
-    columns = ([path.tokens for path in laid], [np.arange(len(path.tokens)) for path in laid], [p.states for p in laid])
+    laid = sorted(paths, key=lambda path: order(path.tokens))
+    places, kept = share([path.tokens for path in laid])
+    columns = zip(*((path.tokens, np.arange(len(path.tokens)), path.states) for path in laid), strict=True)
     tokens_T, positions_T, states_T = (np.concatenate(column)[kept] for column in columns)
-    longer = [own for own, after in zip(places, [*places[1:], places[0][:0]], strict=True) if not _begins(own, after)]
-    return _Forward(laid, tokens_T, positions_T, states_T, places, tuple(map(torch.from_numpy, longer)))
-
-
-def _begins(one: NDArray[np.int64], other: NDArray[np.int64]) -> bool:
-    """Return whether the places of one path are those with which another begins."""
-    return num_shared(one, other) == len(one)
-
-
-def _order(path: _Path) -> bytes:
-    return order(path.tokens)
+    afterwards = [*places[1:], places[0][:0]]
+    longest = (own for own, after in zip(places, afterwards, strict=True) if num_shared(own, after) < len(own))
+    return _Forward(laid, tokens_T, positions_T, states_T, places, tuple(map(torch.from_numpy, longest)))
 
 
 def _images_of(forward: _Forward) -> list[int]:

@@ -123,7 +123,9 @@ class Mlp(nn.Module):
 
 class TowerLayer(nn.Module):
     """A layer of a tower. Where nothing is kept for a backward pass it works on a few tiles at a time, which stay in a
-    cache: 0.86 of the time on a CPU, and little memory."""
+    cache: 0.88 of the time on a CPU, and little memory."""
+
+    before_linear = ("layer_norm1", "layer_norm2")
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         """Compute transformers' layer over tiles (K, P, E), which do not attend to one another."""
@@ -148,25 +150,12 @@ def rotary_of(module: nn.Module, position_ids_T: Tensor, hidden: Tensor) -> Rota
     return Rotary(cos_1TH[0, :, None], torch.cat((-first, second), dim=-1))
 
 
-class _Rotate(torch.autograd.Function):
+def _rotated(x_TAH: Tensor, rotary: Rotary) -> Tensor:
     """(first, second) half of each head -> (first cos - second sin, second cos + first sin)."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TAH: Tensor, rotary: Rotary) -> Tensor:
-        ctx.rotary = rotary
-        return _rotated(x_TAH, rotary, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_TAH: Tensor) -> tuple[Tensor, None]:
-        return _rotated(gradient_TAH, ctx.rotary, -1), None
-
-
-def _rotated(x_TAH: Tensor, rotary: Rotary, sign: int) -> Tensor:
     # A CPU takes four times as long to write into each half of the result (bfloat16, 32 numbers a head).
     first, second = x_TAH.chunk(2, dim=-1)
     swapped_TAH = torch.cat((second, first), dim=-1)
-    return (x_TAH * rotary.cos_T1H).addcmul_(swapped_TAH, rotary.sin_T1H, value=sign)
+    return torch.addcmul(x_TAH * rotary.cos_T1H, swapped_TAH, rotary.sin_T1H)
 
 
 class Attention(nn.Module):
@@ -197,7 +186,7 @@ class Attention(nn.Module):
             for layer, x in ((self.q_proj, hidden_states), (self.k_proj, states), (self.v_proj, states))
         )
         if rotary is not None:
-            query_TAH, key_SAH = (_Rotate.apply(x, rotary) for x in (query_TAH, key_SAH))  # type: ignore[no-untyped-call]
+            query_TAH, key_SAH = (_rotated(x, rotary) for x in (query_TAH, key_SAH))
         if getattr(self, "qk_layer_norms", False):
             query_TAH, key_SAH = self.q_layer_norm(query_TAH), self.k_layer_norm(key_SAH)
         output_1TAH, _ = grouped_attention(
@@ -231,18 +220,13 @@ class DecoderLayer(nn.Module):
         return F.dropout(x, p=getattr(self, "dropout", 0.0), training=self.training)
 
 
-def replace_layers(
-    model: nn.Module,
-    fused: Mapping[type[nn.Module], type[nn.Module]],
-    before_linear: Mapping[type[nn.Module], tuple[str, ...]],
-) -> None:
-    """Let layers of a model be of the class in `fused` as well; weights, their names and those of the classes stay.
-    `before_linear` has the layer norms, by class and attribute, that stand in front of linear layers."""
+def replace_layers(model: nn.Module, fused: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Let layers of a model be of the class in `fused` as well; weights, their names and those of the classes stay."""
     for module in model.modules():
-        for name in before_linear.get(type(module), ()):
-            getattr(module, name).__class__ = LayerNorm
-        if type(module) in fused:
-            module.__class__ = _both(fused[type(module)], type(module))
+        if own := fused.get(type(module)):
+            for name in getattr(own, "before_linear", ()):
+                getattr(module, name).__class__ = LayerNorm
+            module.__class__ = _both(own, type(module))
 
 
 @cache

@@ -39,13 +39,10 @@ FUSED = {
     mistral.MistralMLP: Mlp,
     mistral.MistralAttention: Attention,
     mistral.MistralDecoderLayer: DecoderLayer,
+    idefics2.Idefics2EncoderLayer: TowerLayer,
     idefics3.Idefics3EncoderLayer: TowerLayer,
     smolvlm.SmolVLMEncoderLayer: TowerLayer,
 }
-BEFORE_LINEAR = dict.fromkeys(
-    (idefics2.Idefics2EncoderLayer, idefics3.Idefics3EncoderLayer, smolvlm.SmolVLMEncoderLayer),
-    ("layer_norm1", "layer_norm2"),
-)
 
 
 def normalise(pixels_KCHW: Tensor) -> Tensor:
@@ -91,7 +88,7 @@ class InlineModel(PackedModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        replace_layers(self, FUSED, BEFORE_LINEAR)
+        replace_layers(self, FUSED)
 
     @functools.wraps(Idefics3ForConditionalGeneration.forward)  # generate() reads the signature, which all have
     def forward(  # type: ignore[override]

@@ -138,6 +138,7 @@ def batch_of_caps(recipe: Recipe, family: Family, model: nn.Module, template: Ch
             num_images = min(images_left, length // (len(image_ids) + 2))  # and what stands around them
             images_left -= num_images
             ids = np.full(length, template.tokenizer.eos_token_id, dtype=np.int64)
+            ids[0] = sum(map(len, packs)) + len(pack)  # samples that begin alike would be computed once
             places = tuple(np.linspace(0, length, num_images, endpoint=False, dtype=int).tolist())
             for place in places:
                 ids[place : place + len(image_ids)] = image_ids

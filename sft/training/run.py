@@ -246,6 +246,16 @@ def plan_steps(recipe: Recipe, sources: Sources, opened: OpenedModel, rank: Rank
         sources,
         Planner(sources.sources, recipe.data, packs_per_step=recipe.packs_per_step, seed=recipe.seed),
         micro_batch_packs=recipe.training.micro_batch_packs,
-        image_cost=opened.template.images.cost_in_tokens,
+        image_cost=opened.template.images.cost_in_tokens * _share_encoded(recipe, opened),
         rank=rank,
     )
+
+
+def _share_encoded(recipe: Recipe, opened: OpenedModel) -> float:
+    """Return how much of the work of a trained tower is done: a frozen one goes forward alone, where a token takes the
+    backward pass as well, which is twice as much; states in the cache cost nothing."""
+    if recipe.data.feature_cache:
+        return 0.0
+    group_of = opened.family.weights.group_of
+    trained = {group_of(name) for name, weight in opened.model.named_parameters() if weight.requires_grad}
+    return 1.0 if "vision" in trained else 1 / 3

@@ -48,6 +48,16 @@ def test_micro_batches_hold_the_same_packs_in_the_same_order(sources):
     assert all(batch.num_images <= 3 for batch in large), "each distinct image once"
 
 
+def test_a_resumed_run_deals_as_before(sources):
+    batches = micro_batches(sources, 1)
+    batches.plans.image_cost = 5.0
+    state = batches.state(2)
+    for saved, cost in ((state, 5.0), ({**state, "image_cost": None}, batches.images.cost_in_tokens)):
+        again = micro_batches(sources, 1)
+        again.restore({key: value for key, value in saved.items() if value is not None})
+        assert again.plans.image_cost == cost
+
+
 def with_data(sources, **options):
     """The same sources with other data settings."""
     return Sources(sources.parts, sources.data.model_copy(update=options))

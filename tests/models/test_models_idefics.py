@@ -22,11 +22,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import IdeficsConfig, IdeficsImageProcessor
 from transformers import IdeficsForVisionText2Text as PlainIdefics
+from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
 
 from sft.core.errors import UserError
-from sft.models.idefics import layers
+from sft.models import fused_layers
 from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
 from sft.models.idefics.images import CLIP_MEAN, CLIP_STD, IdeficsImages, normalise
+from sft.models.idefics.layers import FUSED
 from sft.models.idefics.text import load_tokenizer
 from sft.models.idefics.weights import load_model, prepare_base, save_model, select_trainable
 
@@ -226,13 +228,14 @@ def test_normalising_in_place_gives_the_same_bits_and_spares_its_input():
 def test_the_backward_pass_of_a_norm_gives_a_gpu_numbers_of_one_type():
     """Half-precision heads are normed by float32 weights; the kernel of a GPU refuses the two together."""
     backward, seen = torch.ops.aten.native_layer_norm_backward, []
-    norm = layers.RmsNorm(8)
+    norm = IdeficsRMSNorm(8)
+    fused_layers.replace_layers(norm, FUSED)
     gradients = []
     for mixes in (True, False):
         x = torch.linspace(-1, 2, 24).view(3, 8).bfloat16().requires_grad_()
         spy = lambda *given: seen.append({x.dtype for x in (given[0], given[1], given[5])}) or backward(*given)  # noqa: E731
         with (
-            patch.object(layers, "_mixes_types", lambda x, mixes=mixes: mixes),
+            patch.object(fused_layers, "_mixes_types", lambda x, mixes=mixes: mixes),
             patch.object(torch.ops.aten, "native_layer_norm_backward", spy),
             torch.autocast("cpu", torch.bfloat16),
         ):

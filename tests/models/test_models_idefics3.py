@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from helpers.tiled import (
     byte_tokenizer,
     piece_tokenizer,
     png,
+    shown,
     tiny_folder,
     write_recipe,
 )
@@ -34,13 +36,14 @@ from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.task import Query
 from sft.inference.chat import responder
 from sft.inference.generate import generate, prompt_of
-from sft.models import family_at, family_of, get_family, plain_folder
+from sft.models import family_at, family_of, fused_layers, get_family, inline_model, plain_folder
 from sft.models.idefics3.text import END_OF_UTTERANCE, NEVER_WRITTEN, load_tokenizer
 from sft.models.image_transform import load_tiles, tiling_of
 from sft.models.loaded_model import load_for_inference, load_template
 from sft.recipe import load_recipe
 from sft.training.engines import get_engine
 from sft.training.open_model import OpenedModel, choose_trained
+from sft.training.run import _share_encoded
 
 FAMILY = get_family("idefics3")
 
@@ -115,6 +118,48 @@ def test_packed_equals_alone_by_transformers(model, template, train_on, checkpoi
     for name, parameter in model.named_parameters():
         assert torch.allclose(found[name], parameter.grad, atol=1e-5, rtol=1e-5), name
         assert parameter.grad.abs().sum() > 0, f"{name} is trained"
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_what_samples_begin_with_is_computed_once_with_the_same_gradients(model, template, monkeypatch, train_on):
+    asked = [("What is it?", "A dog."), ("What is it?", "A cat."), ("And this?", "The quick brown fox.")]
+    samples = [SAMPLES[3], *(shown(("<square>", question), answer) for question, answer in asked), SAMPLES[1]]
+    batch = batch_of(template, samples, train_on=train_on)
+    found, rows = [], []
+    model.train().model.text_model.layers[0].register_forward_hook(lambda _, given, out: rows.append(out.shape[1]))
+    for share in (inline_model.share_beginnings, lambda batch, read_P: (batch, read_P)):
+        monkeypatch.setattr(inline_model, "share_beginnings", share)
+        model.zero_grad()
+        output = model(batch=batch)
+        output.loss.backward()
+        found.append([output.token_losses_P, *(parameter.grad.clone() for parameter in model.parameters())])
+    assert rows[0] <= rows[1] - 2 * min(batch.num_states) and rows[1] == len(batch.input_ids_T)
+    for shared, alone in zip(*found, strict=True):
+        torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_tower_works_on_a_few_tiles_at_a_time_with_the_same_states(model, template, monkeypatch):
+    batch = batch_of(template, SAMPLES)
+    trained = model.image_states(batch)
+    assert trained.requires_grad
+    family_of(model).weights.select_trainable(model, ["language"])
+    monkeypatch.setattr(fused_layers, "_WORKED_ON", (1, 1))
+    states = model.image_states(batch)
+    assert not states.requires_grad
+    torch.testing.assert_close(states, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["smolvlm"], indirect=True)
+def test_dealing_counts_what_a_tower_does(model, template, base):
+    opened = OpenedModel(family=family_at(base), model=model, template=template)
+    recipe = SimpleNamespace(data=SimpleNamespace(feature_cache=False))
+    choose = opened.family.weights.select_trainable
+    choose(model)
+    assert _share_encoded(recipe, opened) == 1
+    choose(model, ["language", "connector"])
+    assert _share_encoded(recipe, opened) == 1 / 3
+    recipe.data.feature_cache = True
+    assert _share_encoded(recipe, opened) == 0
 
 
 def test_a_batch_without_images_gives_every_parameter_a_gradient_by_one_call_of_the_tower(model, template):

@@ -24,8 +24,6 @@ class _Activations:
     def __init__(self, model: TrainedModel) -> None:
         self.model, self.shape, self.setting = model, model.shape, model.setting
         self.half, self.stream = model.setting.compute_bytes, model.setting.stream_bytes
-        self.normed = self.half if model.shape.is_lean else self.stream
-        """Bytes of a number that a norm returns: float32 becomes a half-precision copy for each linear layer."""
 
     def stages(self) -> list[Stage]:
         shape, tokens, images = self.shape, self.setting.tokens, self.setting.images
@@ -87,9 +85,8 @@ class _Activations:
         return width * (self.half * (kept if own_copies else min(kept, 1)) + kept * dropout)
 
     def _norm(self, width: int, stream: int) -> float:
-        """Return what an RMS norm keeps: its input; the root mean square is one number a token. transformers' own keeps
-        its result before the weight, too."""
-        return width * stream * (1 if self.shape.is_lean else 2)
+        """Return what an RMS norm keeps: its input; the root mean square is one number a token."""
+        return width * stream
 
     def _qk_norm(self) -> float:
         return self._norm(self.shape.hidden, self.half) * self.shape.qk_norms
@@ -99,8 +96,8 @@ class _Activations:
         D, F, half = self.shape.hidden, self.shape.intermediate, self.half
         return (
             self._norm(D, self.stream)
-            + self._inputs(group, D, "gate_proj", "up_proj", stream=self.normed)
-            + (2 if self.shape.is_lean else 3) * F * half  # gate and up, in transformers' own the gate's activation
+            + self._inputs(group, D, "gate_proj", "up_proj", stream=self.half)
+            + 2 * F * half  # gate and up
             + self._inputs(group, F, "down_proj", stream=half)
         )
 
@@ -109,7 +106,7 @@ class _Activations:
         D, half = self.shape.hidden, self.half
         return (
             self._norm(D, self.stream)
-            + self._inputs("language", D, "q_proj", "k_proj", "v_proj", stream=self.normed)
+            + self._inputs("language", D, "q_proj", "k_proj", "v_proj", stream=self.half)
             + 4 * D * half  # query, key, value and output of the attention
             + self._inputs("language", D, "o_proj", stream=half)
             + self._mlp("language")
@@ -139,7 +136,7 @@ class _Activations:
         E, I, half = self.shape.vision_hidden, self.shape.vision_intermediate, self.half  # noqa: E741
         return (
             4 * E
-            + self._inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=self.normed)
+            + self._inputs("vision", E, "q_proj", "k_proj", "v_proj", stream=self.half)
             + 4 * E * half
             + self._inputs("vision", E, "out_proj", stream=half) * self.model.is_frozen("vision")
             + 4 * E

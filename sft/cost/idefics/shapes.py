@@ -75,8 +75,6 @@ class Shape:
     resampler_latents: int
     resampler_qk_norms: bool
 
-    is_lean: bool = True
-    """Whether layers keep little for the backward pass (`sft.models.idefics.layers`), or what transformers' own do."""
     is_tied: bool = False
     """Whether the head is the embedding."""
     connector_inputs: int = 0

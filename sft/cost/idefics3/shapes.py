@@ -107,7 +107,6 @@ def common_sizes(config: Any) -> dict[str, Any]:
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         is_tied=config.tie_word_embeddings,
-        is_lean=False,
         resampler_qk_norms=False,
         cross_layers=0,
         qk_norms=False,

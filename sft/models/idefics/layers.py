@@ -3,11 +3,9 @@ rows waits for no `nonzero` of the GPU."""
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.idefics import modeling_idefics as plain
 from transformers.models.idefics import perceiver, vision
 
@@ -27,21 +25,25 @@ class Embedding(plain.IdeficsDecoupledEmbedding):  # type: ignore[misc]  # trans
         return torch.where(is_extra[..., None], extra.to(base.dtype), base)
 
 
-BEFORE_LINEAR = MappingProxyType(
-    {
-        vision.IdeficsVisionEncoderLayer: ("layer_norm1", "layer_norm2"),
-        perceiver.IdeficsPerceiverAttention: ("context_layer_norm", "latents_layer_norm"),
-        perceiver.IdeficsMLP: ("ln",),
-    }
-)
-FUSED = MappingProxyType(
-    {
-        plain.IdeficsRMSNorm: RmsNorm,
-        plain.IdeficsMLP: Mlp,
-        plain.IdeficsAttention: Attention,
-        plain.IdeficsDecoderLayer: DecoderLayer,
-        plain.IdeficsDecoupledEmbedding: Embedding,
-        vision.IdeficsVisionEncoderLayer: TowerLayer,
-    }
-)
-"""`replace_layers` takes both."""
+class PerceiverAttention(nn.Module):
+    """Attention of the resampler."""
+
+    before_linear = ("context_layer_norm", "latents_layer_norm")
+
+
+class PerceiverMlp(nn.Module):
+    """MLP of the resampler."""
+
+    before_linear = ("ln",)
+
+
+FUSED = {
+    plain.IdeficsRMSNorm: RmsNorm,
+    plain.IdeficsMLP: Mlp,
+    plain.IdeficsAttention: Attention,
+    plain.IdeficsDecoderLayer: DecoderLayer,
+    plain.IdeficsDecoupledEmbedding: Embedding,
+    vision.IdeficsVisionEncoderLayer: TowerLayer,
+    perceiver.IdeficsPerceiverAttention: PerceiverAttention,
+    perceiver.IdeficsMLP: PerceiverMlp,
+}

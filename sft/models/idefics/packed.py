@@ -20,7 +20,7 @@ from sft.models.family import Tiles
 from sft.models.fused_layers import replace_layers, rotary_of
 from sft.models.grouped_attention import group_tokens
 from sft.models.idefics.images import IdeficsImages, normalise
-from sft.models.idefics.layers import BEFORE_LINEAR, FUSED
+from sft.models.idefics.layers import FUSED
 from sft.models.packed_model import PackedModel, sample_groups
 
 
@@ -31,7 +31,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        replace_layers(self, FUSED, BEFORE_LINEAR)
+        replace_layers(self, FUSED)
 
     @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
     def forward(  # type: ignore[override]
