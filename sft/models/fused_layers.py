@@ -15,7 +15,6 @@ Shape letters: T tokens, P positions that reach the head, A attention heads, H s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,7 +71,19 @@ def _mixes_types(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-class RmsNorm(nn.Module):
+class Fused(nn.Module):
+    """What is put before a class of transformers."""
+
+    before_linear: tuple[str, ...] = ()
+    """The layer norms that stand in front of linear layers."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what transformers' class has."""
+
+
+class RmsNorm(Fused):
     """Its result is of the type that the linear layers behind it compute in."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -82,7 +93,7 @@ class RmsNorm(nn.Module):
             half = self.weight.dtype in (torch.float16, torch.bfloat16)
             dtype = self.weight.dtype if half else torch.promote_types(dtype, self.weight.dtype)
         if hidden_states.dtype == torch.float64:
-            return super().forward(hidden_states)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         return torch.as_tensor(_RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype))  # type: ignore[no-untyped-call]
 
 
@@ -111,7 +122,7 @@ class _Gated(torch.autograd.Function):
         return of_gate, F.silu(gate).mul_(gradient)
 
 
-class Mlp(nn.Module):
+class Mlp(Fused):
     """A gated MLP that keeps one tensor less of a token's largest."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +132,7 @@ class Mlp(nn.Module):
         return torch.as_tensor(self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x))))  # type: ignore[no-untyped-call]
 
 
-class TowerLayer(nn.Module):
+class TowerLayer(Fused):
     """A layer of a tower. Where nothing is kept for a backward pass it works on a few tiles at a time, which stay in a
     cache: 0.88 of the time on a CPU, and little memory."""
 
@@ -131,9 +142,9 @@ class TowerLayer(nn.Module):
         """Compute transformers' layer over tiles (K, P, E), which do not attend to one another."""
         is_trained = hidden_states.requires_grad or any(weight.requires_grad for weight in self.parameters())
         if attention_mask is not None or (is_trained and torch.is_grad_enabled()):
-            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         tiles = max(_WORKED_ON[hidden_states.is_cuda] // hidden_states[0].numel(), 1)
-        return torch.cat([super(TowerLayer, self).forward(x, None, **kwargs) for x in hidden_states.split(tiles)])  # type: ignore[misc]
+        return torch.cat([super(TowerLayer, self).forward(x, None, **kwargs) for x in hidden_states.split(tiles)])  # type: ignore[no-untyped-call]
 
 
 class Rotary(NamedTuple):
@@ -158,13 +169,8 @@ def _rotated(x_TAH: Tensor, rotary: Rotary) -> Tensor:
     return torch.addcmul(x_TAH * rotary.cos_T1H, swapped_TAH, rotary.sin_T1H)
 
 
-class Attention(nn.Module):
+class Attention(Fused):
     """Attention by groups where it is given `groups`."""
-
-    if TYPE_CHECKING:  # what transformers' classes have
-        head_dim: int
-        scaling: float
-        config: Any
 
     def forward(
         self,
@@ -178,7 +184,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend a row of tokens (1, T, D); return (1, T, D), or (1, P, D) at the positions `read_P` alone."""
         if groups is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         states = kwargs.get("key_value_states")
         states = hidden_states if states is None else states
         query_TAH, key_SAH, value_SAH = (
@@ -205,13 +211,13 @@ class Attention(nn.Module):
         return self.o_proj(output_1TD if read_P is None else output_1TD.index_select(1, read_P)), None
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Fused):
     """A layer that may be asked for some of its tokens alone."""
 
     def forward(self, hidden_states: Tensor, *args: Any, read_P: Tensor | None = None, **kwargs: Any) -> Tensor:
         """(1, T, D) -> (1, T, D), or (1, P, D) at the positions `read_P` alone."""
         if read_P is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), read_P=read_P, **kwargs)
         hidden_states = hidden_states.index_select(1, read_P) + self._dropped(attended)
         return hidden_states + self._dropped(self.mlp(self.post_attention_layernorm(hidden_states)))
@@ -220,15 +226,14 @@ class DecoderLayer(nn.Module):
         return F.dropout(x, p=getattr(self, "dropout", 0.0), training=self.training)
 
 
-def replace_layers(model: nn.Module, fused: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Let layers of a model be of the class in `fused` as well; weights, their names and those of the classes stay."""
+_MADE: dict[tuple[type, type], Any] = {}
+
+
+def replace_layers(model: nn.Module, fused: Mapping[Any, type[Fused]]) -> None:
+    """Let layers of a model, by their class, be of the class in `fused` as well; weights and all names stay."""
     for module in model.modules():
         if own := fused.get(type(module)):
-            for name in getattr(own, "before_linear", ()):
+            for name in own.before_linear:
                 getattr(module, name).__class__ = LayerNorm
-            module.__class__ = _both(own, type(module))
-
-
-@cache
-def _both(own: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
-    return type(plain.__name__, (own, plain), {})
+            both = (own, type(module))
+            module.__class__ = _MADE.setdefault(both, type(type(module).__name__, both, {}))

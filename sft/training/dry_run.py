@@ -131,14 +131,14 @@ def batch_of_caps(recipe: Recipe, family: Family, model: nn.Module, template: Ch
     tiling = images.tiling(*noise.size)
     image_ids = images.token_ids(template.tokenizer, tiling)
     packs, number = [], 0
-    for _ in range(recipe.training.micro_batch_packs):
+    for turn in range(recipe.training.micro_batch_packs):
         pack, images_left = [], data.max_images_per_pack // images.weight(tiling)
         for start in range(0, data.sequence_length, longest):
             length = min(longest, data.sequence_length - start)
             num_images = min(images_left, length // (len(image_ids) + 2))  # and what stands around them
             images_left -= num_images
             ids = np.full(length, template.tokenizer.eos_token_id, dtype=np.int64)
-            ids[0] = sum(map(len, packs)) + len(pack)  # samples that begin alike would be computed once
+            ids[0] = turn * data.sequence_length // longest + start // longest  # what begins alike is computed once
             places = tuple(np.linspace(0, length, num_images, endpoint=False, dtype=int).tolist())
             for place in places:
                 ids[place : place + len(image_ids)] = image_ids

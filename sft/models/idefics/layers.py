@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.idefics import modeling_idefics as plain
 from transformers.models.idefics import perceiver, vision
 
-from sft.models.fused_layers import Attention, DecoderLayer, Mlp, RmsNorm, TowerLayer
+from sft.models.fused_layers import Attention, DecoderLayer, Fused, Mlp, RmsNorm, TowerLayer
 
 
-class Embedding(plain.IdeficsDecoupledEmbedding):  # type: ignore[misc]  # transformers is not typed
+class Embedding(Fused):
     """Base and extra rows, both looked up for every token."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -25,13 +25,13 @@ class Embedding(plain.IdeficsDecoupledEmbedding):  # type: ignore[misc]  # trans
         return torch.where(is_extra[..., None], extra.to(base.dtype), base)
 
 
-class PerceiverAttention(nn.Module):
+class PerceiverAttention(Fused):
     """Attention of the resampler."""
 
     before_linear = ("context_layer_norm", "latents_layer_norm")
 
 
-class PerceiverMlp(nn.Module):
+class PerceiverMlp(Fused):
     """MLP of the resampler."""
 
     before_linear = ("ln",)
