@@ -6,7 +6,8 @@ family                    the seam: what a family offers
 packed_model              the forward over packed batches that families share
 chat_template             messages -> token ids, and which of them are trained
 image_transform           image bytes -> tiles of pixels
-grouped_attention         attention inside groups of tokens; loss: cross entropy in float32
+grouped_attention         attention inside groups of tokens; shared_beginnings: what samples begin with, computed once
+fused_layers              layers in fewer passes over memory; loss: cross entropy in float32
 lora                      adapters, through PEFT
 activation_checkpointing  which layers are computed again in the backward pass
 model_folder              the safetensors files of a model folder, into memory and into a prepared base
