@@ -100,12 +100,16 @@ class MMBench(PromptedTask[Question]):
             support=resolve(shots.support) if shots.support else None,
             seed=settings.seed,
         )
-        return [cls(questions, scoring) for scoring in settings.ranks]
+        tasks = [cls(questions, scoring) for scoring in settings.ranks]
+        for task in tasks:
+            task.num_beams = settings.num_beams if task.how == "generate" else 1
+        return tasks
 
     def protocol(self, template: ChatTemplate) -> dict[str, Any]:
         """Return the prompt of a made question, and what names the questions that are asked."""
         shown = [_EXAMPLE] * bool(self.shots)
         example = self._shown(query(_EXAMPLE, self.chosen.protocol, self.scoring, shots=shown))
+        generated = {"rules": RULES} | ({"beams": self.num_beams} if self.num_beams > 1 else {})
         return {
             "prompt": [_text_of(message) for message in example.messages],
             "template": template.fingerprint,
@@ -115,7 +119,7 @@ class MMBench(PromptedTask[Question]):
             "blind": self.blind,
             "shots": self.shots,
             "questions": self.chosen.fingerprint,
-        } | ({"rules": RULES} if self.how == "generate" else {})
+        } | (generated if self.how == "generate" else {})
 
     def queries(self, item: Question) -> list[Query]:
         """Return a query for each rotation of a question, all after the same shots."""
