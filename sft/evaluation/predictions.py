@@ -92,7 +92,8 @@ def _answer(
     value = line[key]
     if not is_ranked:
         return Answer(text=str(value))
-    scores = _scores(key, value, options, number)
+    with official_layout(file):
+        scores = _scores(key, value, options, number)
     if len(scores) != len(options):
         raise UserError(f"{file}: {key} has {len(scores)} values for {len(options)} options")
     return Answer(scores=tuple(AnswerScore(score, 1) for score in scores))

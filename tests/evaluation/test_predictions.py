@@ -54,3 +54,10 @@ def test_what_is_wrong_with_predictions_is_one_line(tmp_path, capsys, lines, pro
     (tmp_path / "p.json").write_text(json.dumps(lines))
     assert status_of("score", "okvqa", "--predictions", tmp_path / "p.json", "--data", tmp_path) == 2
     assert problem in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_scores_that_are_no_numbers_are_one_line(tmp_path, capsys):
+    WRITERS["scienceqa"](tmp_path)
+    (tmp_path / "p.json").write_text(json.dumps([{"id": n, "scores": ["high", "low"]} for n in range(3)]))
+    assert status_of("score", "scienceqa", "--predictions", tmp_path / "p.json", "--data", tmp_path) == 2
+    assert "not of the official layout (could not convert string to float" in capsys.readouterr().err.replace("\n", " ")
