@@ -27,8 +27,9 @@ def test_official_forms_are_scored_without_images(tmp_path, capsys, name, lines,
         image.unlink()
     file = tmp_path / f"predictions{suffix}"
     file.write_text(json.dumps(lines) if suffix == ".json" else "\n".join(map(json.dumps, lines)))
-    summary, _ = printed(capsys, "score", name, "--predictions", file, "--data", tmp_path)
+    summary, said = printed(capsys, "score", name, "--predictions", file, "--data", tmp_path)
     assert summary["score"] == pytest.approx(score)
+    assert ("3 of 6 predictions are of no item of visdial, the first is 7 round 1" in said) == (name == "visdial")
 
 
 def test_a_csv_of_probabilities_is_scored(tmp_path, capsys):
