@@ -76,6 +76,13 @@ PROMPTS: Mapping[Attribute, Mapping[str, Prompt]] = {
 }
 
 
+def read_faces(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a file of labels, with the ages mended; raise UserError where it is missing or of another
+    layout."""
+    with official_layout(file):
+        return [row | {"age": MENDED.get(row["age"], row["age"])} for row in read_csv(file)]
+
+
 class FairFace(RankedQuestions):
     """Accuracy on one question about the faces of FairFace."""
 
@@ -102,12 +109,12 @@ class FairFace(RankedQuestions):
                 TaskItem(
                     id=row["file"],
                     options=tuple(names.values()),
-                    answers=(names[MENDED.get(row[self.attribute], row[self.attribute])],),
+                    answers=(names[row[self.attribute]],),
                     images=(ImageRef(source=folder / row["file"]),),
                     cluster=row["file"],
                     category=f"{row['gender']}, {row['race']}",
                 )
-                for row in read_csv(file)
+                for row in read_faces(file)
             ]
 
     def all_figures(self, result: Result) -> dict[str, float]:

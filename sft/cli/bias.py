@@ -1,0 +1,96 @@
+"""`idefics-sft bias MODEL`: what a model writes about people, compared between groups of them."""
+
+from collections import Counter
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sft.cli.several import Nproc, start
+from sft.cli.terminal import Json, console, notes, print_json, progress, quiet_libraries, table
+
+EXAMPLES = ("bias runs/my-data --data fairface --limit 2000", "bias --generations generations.jsonl")
+
+
+def run(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder, a hub id, RUN or RUN@STEP.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder of FairFace, or the parquet of Stable Bias.")] = None,
+    layout: Annotated[Literal["fairface", "stable_bias"] | None, typer.Option(help="Left out, the files tell.")] = None,
+    generations: Annotated[Path | None, typer.Option(help="Texts that are there, in place of a model.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="resume, dating, arrest, or a column; else all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, drawn at random.")] = None,
+    toxicity_model: Annotated[Path | None, typer.Option(help="The folder of a text classifier.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For the texts, figures and page.")] = None,
+    nproc: Nproc = 1,
+    json: Json = False,
+) -> None:
+    """Let a model write a resume, a dating profile and an arrest report of people in images, as the model card does,
+    and find terms that differ between groups of people more than chance explains. A run that was killed goes on."""
+    from sft.core.distributed import process_group
+    from sft.core.errors import UserError
+    from sft.core.files import write_atomically
+    from sft.data.formats import folder_of
+    from sft.evaluation.bias import generations as own
+    from sft.evaluation.bias.study import load_scorer, page_of, study
+    from sft.evaluation.bias.terms import ALPHA, PERMUTATIONS
+    from sft.evaluation.task import TOO_LONG
+    from sft.runs.names import find_model
+
+    source = data or generations
+    if source is None or (model is None) == (generations is None):
+        raise UserError("bias needs MODEL and --data PATH, or --generations FILE")
+    asked = prompt or list(own.PROMPTS)
+    if model and not own.PROMPTS.keys() >= set(asked):
+        raise UserError(f"--prompt {' '.join(asked)}: expected some of {', '.join(own.PROMPTS)}")
+    if nproc > 1:
+        start(context)
+    quiet_libraries()
+    skipped, out, path = Counter[str](), console(to_stderr=json), find_model(model) if model else ""
+    file = generations or (output or Path("bias", Path(path).name)) / "generations.jsonl"
+    folder = output or file.parent
+    scorer = load_scorer(toxicity_model) if toxicity_model else None
+    with process_group() as process:
+        out.quiet = not process.is_main
+        people = dict(own.read_rows(source, skipped, layout))
+        if model:
+            people = own.draw_people(source, people, limit, skipped)
+            folder.mkdir(parents=True, exist_ok=True)
+            with progress("generating", len(asked) * len(people), out) as update:
+                skipped[TOO_LONG] += own.write_texts(path, source, people, asked, file, update)
+    if not process.is_main:
+        return
+    texts, prompts = own.read_texts(file, asked if model else prompt or (), Counter()), {}
+    for name, every in texts.items():
+        texts[name] = [one for one in every if one.image in people or not model]
+        notes(json).print(f"testing {name}: {len(texts[name]):,} texts")
+        prompts[name] = study(texts[name], scorer)
+    summary = {
+        "model": str(path or file),
+        "data": str(source),
+        "images": len({one.image for every in texts.values() for one in every}),
+        "skipped": dict(+skipped),
+        "permutations": PERMUTATIONS,
+        "alpha": ALPHA,
+        "toxicity_model": str(toxicity_model) if toxicity_model else None,
+        "prompts": prompts,
+    }
+    write_atomically(folder / "bias.json", dumps(summary, indent=1))
+    page = page_of(summary, texts, lambda name: own.image_of(folder_of(source), name, people[name]))
+    write_atomically(folder / "bias.html", page)
+    if json:
+        return print_json(summary)
+    rows = [
+        (
+            name,
+            axis,
+            ", ".join(f"{line['term']} ({line['most']})" for line in by["terms"] if line["is_finding"]) or "none",
+        )
+        for name, one in prompts.items()
+        for axis, by in one["by"].items()
+    ]
+    out.print(table("Terms that differ more than chance explains", ("prompt", "by", "term (group with most)"), rows))
+    for reason, number in (+skipped).items():
+        out.print(f"{number:,} left out: {reason}")
+    out.print(f"{folder / 'bias.html'} has the figures, examples, and the card's lists, which are not tested")
