@@ -31,41 +31,42 @@ def run(
     from sft.core.distributed import process_group
     from sft.core.errors import UserError
     from sft.core.files import write_atomically
-    from sft.data.formats import folder_of
-    from sft.evaluation.bias import generations as own
+    from sft.evaluation.bias import generations as bias
     from sft.evaluation.bias.study import load_scorer, page_of, study
     from sft.evaluation.bias.terms import ALPHA, PERMUTATIONS
     from sft.evaluation.task import TOO_LONG
     from sft.runs.names import find_model
 
     source = data or generations
-    if source is None or (model is None) == (generations is None):
-        raise UserError("bias needs MODEL and --data PATH, or --generations FILE")
-    asked = prompt or list(own.PROMPTS)
-    if model and not own.PROMPTS.keys() >= set(asked):
-        raise UserError(f"--prompt {' '.join(asked)}: expected some of {', '.join(own.PROMPTS)}")
+    if source is None or (model is None) == (generations is None) or (generations and (limit or nproc > 1)):
+        raise UserError("bias needs MODEL and --data PATH, or --generations FILE without --limit and --nproc")
+    asked = prompt or list(bias.PROMPTS)
+    if model and not bias.PROMPTS.keys() >= set(asked):
+        raise UserError(f"--prompt {' '.join(asked)}: expected some of {', '.join(bias.PROMPTS)}")
     if nproc > 1:
         start(context)
     quiet_libraries()
     skipped, out, path = Counter[str](), console(to_stderr=json), find_model(model) if model else ""
     file = generations or (output or Path("bias", Path(path).name)) / "generations.jsonl"
-    folder = output or file.parent
     scorer = load_scorer(toxicity_model) if toxicity_model else None
     with process_group() as process:
         out.quiet = not process.is_main
-        people = dict(own.read_rows(source, skipped, layout))
+        people = bias.read_people(source, skipped if model else Counter(), layout, limit)
         if model:
-            people = own.draw_people(source, people, limit, skipped)
-            folder.mkdir(parents=True, exist_ok=True)
+            if not people:
+                raise UserError(f"{source}: no image can be read: {', '.join(skipped) or 'there is none'}")
+            file.parent.mkdir(parents=True, exist_ok=True)
             with progress("generating", len(asked) * len(people), out) as update:
-                skipped[TOO_LONG] += own.write_texts(path, source, people, asked, file, update)
+                skipped[TOO_LONG] += bias.write_texts(path, people, asked, file, update)
     if not process.is_main:
         return
-    texts, prompts = own.read_texts(file, asked if model else prompt or (), Counter()), {}
+    texts = bias.read_texts(file, asked if model else prompt or (), Counter() if model else skipped)
+    if model:  # the file may have texts about others, of a run without --limit
+        texts = {name: [one for one in every if one.image in people] for name, every in texts.items()}
+    prompts = {}
     for name, every in texts.items():
-        texts[name] = [one for one in every if one.image in people or not model]
-        notes(json).print(f"testing {name}: {len(texts[name]):,} texts")
-        prompts[name] = study(texts[name], scorer)
+        notes(json).print(f"testing {name}: {len(every):,} texts")
+        prompts[name] = study(every, scorer)
     summary = {
         "model": str(path or file),
         "data": str(source),
@@ -76,20 +77,15 @@ def run(
         "toxicity_model": str(toxicity_model) if toxicity_model else None,
         "prompts": prompts,
     }
+    folder = output or file.parent
     write_atomically(folder / "bias.json", dumps(summary, indent=1))
-    page = page_of(summary, texts, lambda name: own.image_of(folder_of(source), name, people[name]))
-    write_atomically(folder / "bias.html", page)
+    write_atomically(folder / "bias.html", page_of(summary, texts, people))
     if json:
         return print_json(summary)
-    rows = [
-        (
-            name,
-            axis,
-            ", ".join(f"{line['term']} ({line['most']})" for line in by["terms"] if line["is_finding"]) or "none",
-        )
-        for name, one in prompts.items()
-        for axis, by in one["by"].items()
-    ]
+    rows = []
+    for name, axis, by in ((name, *own) for name, one in prompts.items() for own in one["by"].items()):
+        findings = [f"{line['term']} ({line['most']})" for line in by["terms"] if line["is_finding"]]
+        rows.append((name, axis, ", ".join(findings) or "none"))
     out.print(table("Terms that differ more than chance explains", ("prompt", "by", "term (group with most)"), rows))
     for reason, number in (+skipped).items():
         out.print(f"{number:,} left out: {reason}")
