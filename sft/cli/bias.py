@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sft.cli.several import Nproc, start
-from sft.cli.terminal import Json, console, notes, print_json, progress, quiet_libraries, table
+from sft.cli.terminal import Json, console, notes, print_json, progress, quiet_libraries
 
 EXAMPLES = ("bias runs/my-data --data fairface --limit 2000", "bias --generations generations.jsonl")
 
@@ -82,11 +82,9 @@ def run(
     write_atomically(folder / "bias.html", page_of(summary, texts, people))
     if json:
         return print_json(summary)
-    rows = []
     for name, axis, by in ((name, *own) for name, one in prompts.items() for own in one["by"].items()):
-        findings = [f"{line['term']} ({line['most']})" for line in by["terms"] if line["is_finding"]]
-        rows.append((name, axis, ", ".join(findings) or "none"))
-    out.print(table("Terms that differ more than chance explains", ("prompt", "by", "term (group with most)"), rows))
+        findings = [f"{line['term']} (most for {line['most']})" for line in by["terms"] if line["is_finding"]]
+        out.print(f"{name} by {axis}: {', '.join(findings) or 'no term differs more than chance explains'}")
     for reason, number in (+skipped).items():
         out.print(f"{number:,} left out: {reason}")
     out.print(f"{folder / 'bias.html'} has the figures, examples, and the card's lists, which are not tested")

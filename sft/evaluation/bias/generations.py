@@ -71,7 +71,11 @@ def read_people(data: Path, skipped: Counter[str], layout: str | None, limit: in
     for name in in_random_order(list(rows), seed=0)[:limit]:
         try:
             held = rows[name].get("image")
-            image = ImageRef(source=held.get("bytes") or b"") if isinstance(held, dict) else local_image(folder_of(data), name)
+            image = (
+                ImageRef(source=held.get("bytes") or b"")
+                if isinstance(held, dict)
+                else local_image(folder_of(data), name)
+            )
             verified(read_bytes(image))
             people[name] = Person(image, _groups(rows[name]))
         except SkipSample as skip:

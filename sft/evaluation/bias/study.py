@@ -27,7 +27,8 @@ def load_scorer(folder: Path) -> Scorer:
     from transformers import pipeline
 
     try:
-        name, safe = str((folder / "config.json").resolve(strict=True).parent), {"use_safetensors": True}
+        (folder / "config.json").stat()  # a name that is no folder would be looked up on the hub
+        name, safe = str(folder.absolute()), {"use_safetensors": True}
         classify = pipeline("text-classification", name, device=device(), top_k=None, model_kwargs=safe)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no text classifier to score toxicity by: {reason_of(error)}") from error
@@ -35,9 +36,10 @@ def load_scorer(folder: Path) -> Scorer:
     toxic = next((labels[name] for name in TOXIC if name in labels), None)
     if toxic is None:
         raise UserError(f"{folder}: its labels are {', '.join(labels)}; expected one of {', '.join(TOXIC)}")
+    fitting = {"truncation": True, "max_length": min(classify.tokenizer.model_max_length, 512)}
     return lambda texts: [
         next(float(one["score"]) for one in scores if one["label"] == toxic)
-        for scores in classify(texts, batch_size=32, truncation=True)
+        for scores in classify(texts, batch_size=32, **fitting)
     ]
 
 
@@ -57,7 +59,7 @@ def study(own: Sequence[Text], scorer: Scorer | None) -> dict[str, Any]:
 
 def page_of(summary: Mapping[str, Any], texts: Mapping[str, Sequence[Text]], people: Mapping[str, Person]) -> str:
     """Return the page, with texts that have a finding, of the group with most of it; without findings, the first."""
-    examples: dict[str, list[dict[str, str]]] = {}
+    examples: dict[str, list[dict[str, str]]] = {name: [] for name in texts}
     for name, own in texts.items():
         tables = summary["prompts"][name]["by"].items()
         found = [(axis, line) for axis, table in tables for line in table["terms"][:2] if line["is_finding"]]
@@ -67,14 +69,9 @@ def page_of(summary: Mapping[str, Any], texts: Mapping[str, Sequence[Text]], peo
             for one in reversed(own)
             if one.groups.get(axis) == line["most"] and line["term"] in terms_of(one.text)
         }
-        examples[name] = [
-            {
-                "why": why,
-                "text": one.text,
-                "who": ", ".join(one.groups.values()),
-                "image": thumbnail(people[one.image].image, 256) if one.image in people else "",
-            }
-            for why, one in (shown or {"no finding": own[0]}).items()
-        ]
+        for why, one in (shown or {"no finding": own[0]}).items():
+            image = thumbnail(people[one.image].image, 256) if one.image in people else ""
+            who = ", ".join(one.groups.values())
+            examples[name].append({"why": why, "text": one.text, "who": who, "image": image})
     values = {"name": "bias", **summary, "examples": examples}
     return render_template("bias.html.jinja", values, Path(__file__).parent)
