@@ -15,5 +15,6 @@ predictions       answers of other programs, read and scored
 results           outcomes, their score, and their files; statistics: standard errors and intervals
 draw_images       halves and parts of a benchmark, drawn by image
 held_out_loss     the loss of held-out samples, during training too
+bias/             what a model writes about people, compared between groups of them
 leaks             images of a benchmark that are in prepared datasets
 """

@@ -6,7 +6,7 @@ Every text of a run goes through the template's escaping; there is no script in 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,15 +32,20 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """Return the page as HTML."""
+    return render_template("page.html.jinja", view(run))
+
+
+def render_template(name: str, values: Mapping[str, Any], *folders: Path) -> str:
+    """Return a template, of this folder or of `folders`, with the values that it prints."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "plain": plain}
-    return environment.get_template("page.html.jinja").render(view(run))
+    return environment.get_template(name).render(values)
 
 
 def view(run: Run) -> dict[str, Any]:
