@@ -15,7 +15,7 @@ from sft.core.errors import UserError
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
-    from sft.selection.record import ChosenOn, Selection
+    from sft.selection.record import Selection
     from sft.selection.session import Session
 EXAMPLES = (
     "select runs/my-data",
@@ -58,7 +58,7 @@ def run(
     """
     from sft.core.distributed import process_group
     from sft.core.errors import UserError
-    from sft.runs.names import find_recipe
+    from sft.runs.names import find_recipe, run_checkpoints
 
     if watch and average:
         raise UserError("--average goes with checkpoints that are all there; leave out --watch")
@@ -73,7 +73,9 @@ def run(
             for selection in _session(recipe, out, use=use).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-            selection, session = _select(recipe, out, use=use, average=average)
+            run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or what to do is said
+            session = _session(recipe, out, use=use, average=average)
+            selection = session.select()
             show(selection, out)
     if process.is_main:
         _end(run, Path(recipe.output_dir), selection, out, json=json)
@@ -117,24 +119,16 @@ def _with_options(
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Selection:
+def select(recipe: Recipe, out: Console) -> Selection:
     """Evaluate what is not evaluated yet, choose, and write selection.json and the plot. Raise UserError where there is
     nothing to choose from or by, RunError where a checkpoint could not be evaluated."""
-    session = _session(recipe, out, chosen_on)
+    session = _session(recipe, out)
     selection = session.select()
     session.check_all_evaluated()
     return selection
 
 
-def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **options: bool) -> tuple[Selection, Session]:
-    from sft.runs.names import run_checkpoints
-
-    run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
-    session = _session(recipe, out, chosen_on, **options)
-    return session.select(), session
-
-
-def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **options: bool) -> Session:
+def _session(recipe: Recipe, out: Console, **options: bool) -> Session:
     quiet_libraries()
     from sft.evaluation.held_out_loss import open_held_out
     from sft.selection.session import Session
@@ -144,7 +138,6 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **option
         held_out=lambda: open_held_out(recipe),
         log=notes(out.stderr).print,
         progress=lambda name: progress(name, None, out),
-        chosen_on=chosen_on,
         **options,
     )
 

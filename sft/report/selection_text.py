@@ -41,16 +41,17 @@ def selection_words(chosen: Line | None) -> Iterable[str]:
     score = score_of(chosen, chosen["selected"])
     limits = f" (95 % interval {between(score['interval'], chosen)})" if score.get("interval") else ""
     yield f"{chosen['selected']} was selected: {_reason(chosen)} {score_text(score['score'], chosen)}{limits}."
-    questions, reported = chosen.get("questions", (0, 0))
+    own = chosen.get("questions", 0)
+    chose, questions = own if isinstance(own, list) else (own, own)  # an earlier version could choose on others
     ranks = " and ".join(chosen.get("ranks", ())) + ", the mean of both" * (len(chosen.get("ranks", ())) == 2)
-    if reported:
+    if questions:
         kind = "samples" if chosen["by"] == "loss" else "questions"
         yield (
-            f"The figures are from {reported:,} {kind} about {chosen.get('images', 0):,} images or texts "
+            f"The figures are from {questions:,} {kind} about {chosen.get('images', 0):,} images or texts "
             f"of {chosen['benchmark']}{f', ranked by {ranks}' if ranks else ''}."
+            + f" The choice was made on {chose:,} others."
+            * (chosen.get("chosen_on") == "half")
         )
-        if chosen.get("chosen_on") == "half":
-            yield f"The choice was made on {questions:,} other {kind}."
     elif chosen["by"] == "loss":
         yield "Training recorded only the mean of the loss, so how sure the choice is cannot be said."
     if chosen["best"] != chosen["selected"]:
@@ -108,8 +109,6 @@ def _reason(chosen: Line) -> str:
         is_worse = score_of(chosen, chosen["best"]).get("worse_than_base")
         those = "are not worse than the base" if is_worse else "still have their weights"
         return "it is significantly better, and has" if is_average else f"it is the best of those that {those}, and has"
-    if chosen.get("chosen_on") == "half":
-        return f"it has the {extreme} on the half that chose, and on the other"
     return f"it has the {extreme},"
 
 

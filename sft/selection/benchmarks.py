@@ -60,17 +60,7 @@ class Benchmarks:
         for benchmark, tasks in groupby(self.tasks, key=lambda task: task.benchmark):
             own = list(tasks)
             weight = (self._settings.weights or {}).get(own[0].name) if benchmark in self.names else 0.0
-            outcomes = read_outcomes(
-                run_dir,
-                benchmark,
-                task=own[0].name,
-                metric=own[0].metric,
-                values_of=own[0].paired_scores,
-                seed=self._settings.seed,
-                protocol_hashes=protocol_hashes,
-                counts=counts,
-                weight=weight,
-            )
+            outcomes = read_outcomes(run_dir, own[0], protocol_hashes=protocol_hashes, counts=counts, weight=weight)
             for name, evaluated in others.items():
                 if answers := [one for one in evaluated if one[0] in own]:
                     outcomes = outcomes.with_model(name, answers)

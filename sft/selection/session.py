@@ -27,7 +27,7 @@ from sft.runs.status import RunStatus
 from sft.selection.benchmarks import Benchmarks, Evaluated
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
-from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
+from sft.selection.record import Selection, is_current, without_weights, write_selection
 from sft.selection.recorded_loss import choose_by_recorded_loss, enough_losses
 from sft.selection.rules import average_name, choose
 
@@ -54,7 +54,6 @@ class Session:
         held_out: HeldOut,
         log: Callable[[str], None],
         progress: Progress,
-        chosen_on: ChosenOn = "all",
         use: bool = False,
         average: bool = False,
     ) -> None:
@@ -70,7 +69,6 @@ class Session:
         self._held_out = held_out if recipe.data.validation else None
         self._log = log
         self._progress = progress
-        self._chosen_on: ChosenOn = chosen_on
         self._known_sound: set[str] = set()
         self._evaluated: dict[str, set[str]] = {}
         """The hashes of the protocols under which a checkpoint was evaluated."""
@@ -278,7 +276,6 @@ class Session:
             *self._benchmarks.outcomes(self.run_dir, set().union(*self._evaluated.values()), counts, self._others),
             rule=settings.rule,
             seed=settings.seed,
-            chosen_on=self._chosen_on,
             with_weights=present,
             average_of=average_of,
         )
