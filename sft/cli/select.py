@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,7 +56,6 @@ def run(
     choice by another benchmark is kept beside the first one, and replaces it with --use only.
     """
     from sft.core.distributed import process_group
-    from sft.core.errors import UserError
     from sft.runs.names import find_recipe, run_checkpoints
 
     if watch and average:
@@ -108,8 +106,7 @@ def _with_options(
 
     if by == ["loss"] and benchmark:
         raise UserError("--by loss takes no --benchmark: it is the loss on what data.validation holds out")
-    given: dict[str, Any] = {"rule": rule} if rule else {}
-    given |= {"split": split} if split else {}
+    given: dict[str, Any] = {name: value for name, value in (("rule", rule), ("split", split)) if value}
     if by or benchmark:
         given["by"] = tuple(by) if by else None
     if benchmark or by == ["loss"]:
@@ -150,22 +147,15 @@ def show(selection: Selection, out: Console) -> None:
 
     chosen = as_json(selection)
     has_ties = bool(set(selection.tied) - {selection.best})  # there is more in the set than the best one itself
-    rows = []
+    is_loss = selection.by == "loss"
+    rows = [("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")]
     for score in scores(chosen):
         marks = ("*" if score["is_selected"] else " ") + ("=" if has_ties and score["is_tied"] else " ")
-        rows.append((f"{marks} {score['name']}", *(score[key] for key in ("score", "interval", "p_best", "note"))))
-    is_loss = selection.by == "loss"
-    header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
-    is_known = [
-        True,
-        True,
-        bool(selection.tied),
-        selection.scores[0].p_best is not None,
-        True,
-    ]  # of recorded losses nothing says how sure
-    rows = [tuple(compress(row, is_known)) for row in rows]
-    title = "held-out loss" if is_loss else f"{selection.metric.name} of " * (selection.metric == INDEX)
-    out.print(table(title if is_loss else title + selection.benchmark, tuple(compress(header, is_known)), rows))
+        rows.append((f"{marks} {score['name']}", score["score"], score["interval"], score["p_best"], score["note"]))
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]  # some losses come without how sure
+    title = "index of " * (selection.metric == INDEX) + selection.benchmark
+    header, *rows = zip(*columns, strict=True)
+    out.print(table("held-out loss" if is_loss else title, header, rows))
     if benchmarks := [tuple(row.values()) for row in benchmark_rows(chosen)]:
         out.print(table("by benchmark", ("", "weight", selection.selected, "95 % interval", ""), benchmarks))
     selected, *others = selection_words(chosen)

@@ -153,7 +153,9 @@ class Session:
         logged = ""
         with self._held():
             while True:
-                status, present = from_main(self._status_and_checkpoints)
+                # Read in this order: the last checkpoint is written before the run is said to have ended.
+                status = from_main(lambda: RunStatus.read(self.run_dir))
+                present = from_main(lambda: checkpoints(self.run_dir / "checkpoints"))
                 num_failed = len(self.failed)
                 is_new = self._evaluate_these(self._sound(present))
                 can_choose = any(path.name in self._evaluated for path in present)
@@ -178,10 +180,6 @@ class Session:
         if self.failed:
             named = "; ".join(f"{name} ({reason})" for name, reason in self.failed.items())
             raise RunError(f"{self.run_dir}: could not be evaluated: {named}")
-
-    def _status_and_checkpoints(self) -> tuple[RunStatus | None, list[Path]]:
-        """Read both in this order: the last checkpoint is written before the run is said to have ended."""
-        return RunStatus.read(self.run_dir), checkpoints(self.run_dir / "checkpoints")
 
     def _sound(self, present: list[Path]) -> list[Path]:
         """Return those whose weights are as they were written. Others, and incomplete ones, are logged once and left

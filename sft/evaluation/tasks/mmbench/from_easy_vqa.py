@@ -10,7 +10,7 @@ import base64
 import csv
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,24 +48,20 @@ def write_benchmark(path: Path, *, seed: int) -> int:
 
 def _rows(
     index: int, question: str, answer: str, options: Sequence[str], image: str, comment: str
-) -> list[dict[str, str | int]]:
-    """Return all rotations of a question. The first row holds the image, the others point to it."""
+) -> Iterator[dict[str, str | int]]:
+    """Yield all rotations of a question. The first row holds the image, the others point to it."""
     category = "shape" if answer in SHAPES else "color"
-    rows = []
     for by in range(len(options)):
         rotated = [*options[by:], *options[:by]]
-        rows.append(
-            {
-                "index": index + by * PASS,
-                "question": question,
-                **dict(zip(LETTERS, rotated, strict=False)),
-                "answer": LETTERS[rotated.index(answer)],
-                "category": category,
-                "image": index if by else image,
-                "source": f"easy-vqa {version('easy-vqa')}",
-                "l2-category": category,
-                "comment": comment,
-                "split": "test",
-            }
-        )
-    return rows
+        yield {
+            "index": index + by * PASS,
+            "question": question,
+            **dict(zip(LETTERS, rotated, strict=False)),
+            "answer": LETTERS[rotated.index(answer)],
+            "category": category,
+            "image": index if by else image,
+            "source": f"easy-vqa {version('easy-vqa')}",
+            "l2-category": category,
+            "comment": comment,
+            "split": "test",
+        }

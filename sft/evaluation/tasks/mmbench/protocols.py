@@ -68,14 +68,10 @@ def query(
 ) -> Sample:
     """Return the conversation that asks `row` after answered `shots`."""
     system = (Message(role="system", content=(CARD_PREFIX,)),) if protocol == "card" else ()
-    turns = [
-        turn
-        for shot in shots
-        for turn in (
-            _user(shot, protocol),
-            Message(role="assistant", content=(_shot_answer(shot, protocol, scoring),)),
-        )
-    ]
+    turns: list[Message] = []
+    for shot in shots:
+        answer = Message(role="assistant", content=(_shot_answer(shot, protocol, scoring),))
+        turns += [_user(shot, protocol), answer]
     return Sample(key=key, messages=(*system, *turns, _user(row, protocol)))
 
 
