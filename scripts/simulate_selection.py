@@ -169,7 +169,7 @@ def fit(joint: Joint, truth_K: Array, seed: int) -> tuple[bool, float]:
         return best
 
     figures, best = cross_fitted(joint, chosen, seed), choose_best(joint.scores)
-    figure = joint.figure(figures, joint.errors_of(best))
+    figure = joint.figure(figures, best)
     return holds(figure.interval, np.mean(own)), float(figure.score - np.mean(own))
 
 

@@ -124,11 +124,7 @@ class Evaluation:
             self.tasks = _open_tasks(settings, recipe, submission)
 
     def take(self, model: str) -> Recipe | None:
-        """Ask this model from here on; return the recipe of its run.
-
-        Raises:
-            UserError: there is no such model.
-        """
+        """Ask this model from here on; return the recipe of its run. Raise UserError where there is no such model."""
         from sft.core.distributed import from_main
         from sft.runs.names import find_model, recipe_of_model
 
@@ -140,8 +136,7 @@ class Evaluation:
         return recipe
 
     def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
-        """Return the results on each task, on those items that figures come from; without images too where that is
-        wanted and the task has any."""
+        """Return the results on each task; without images too where that is wanted and the task has any."""
         from sft.evaluation.task import PromptedTask
 
         prompted = [task for task in self.tasks if isinstance(task, PromptedTask)]
@@ -201,16 +196,15 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> Evaluation
         raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none), or --task")
     if named_tasks(found)[0] != named_tasks(settings)[0]:
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
-    for option in asked if not shots.number else ():
-        raise UserError(f"--{option} says which shots are shown; give --shots K too")
+    if asked and not shots.number:
+        raise UserError(f"--{next(iter(asked))} says which shots are shown; give --shots K too")
     names = [task.name for task in named_tasks(found)]
-    for option in ("shots", "max_questions", "prompt"):
-        if "exact_match" in names and changes[option]:
-            switch = f"--{option.replace('_', '-')}"
-            raise UserError(f"{switch}: exact_match takes every question of its file, in a chat without shots")
-    for option in ("protocol", "ranks"):
-        if "mmbench" not in names and changes[option] is not None:
-            raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
+    given = [f"--{name.replace('_', '-')}" for name in ("shots", "max_questions", "prompt") if changes[name]]
+    if given and "exact_match" in names:
+        raise UserError(f"{given[0]}: exact_match takes every question of its file, in a chat without shots")
+    given = [f"--{name.rstrip('s')}" for name in ("protocol", "ranks") if changes[name] is not None]
+    if given and "mmbench" not in names:
+        raise UserError(f"{given[0]} goes with multiple-choice questions of MMBench's layout")
     check_protocol(found.protocol, found.ranks)
     return found
 
@@ -231,7 +225,7 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
     from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
     from sft.evaluation.tasks.mmbench.submission import check_submission
 
-    store = Path(recipe.data.store) if recipe else Path("stores")
+    store = Path(recipe.data.store if recipe else "stores")
     held_out = (lambda: open_held_out(recipe)) if recipe and recipe.data.validation else None
     tasks = open_tasks(named_tasks(settings), settings, store, held_out=held_out)
     if submission:
@@ -247,10 +241,10 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
 
 def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
     """Write the files that are asked for, and print the summaries."""
-    summaries = []
-    for task, result, blind in found:
-        blind_score = blind.on_items_of(result).score if blind else None
-        summaries.append(task.summary(result, blind_score=blind_score))
+    summaries = [
+        task.summary(result, blind_score=blind.on_items_of(result).score if blind else None)
+        for task, result, blind in found
+    ]
     if details:
         _write_details(details, found)
     if submission:

@@ -134,7 +134,9 @@ def _quickstart(recipe: Recipe, family: str, overrides: list[str], out: Console)
         own = [] if family == "idefics" else ["--family", family]
         out.print(f"Resume with: idefics-sft {shlex.join(['quickstart', *own, *where, *overrides])}")
         raise typer.Exit(STOPPED)
-    selection = select.select(recipe, out)
+    session = select.open_session(recipe, out)
+    selection = session.select()
+    session.check_all_evaluated()
     figures = _figures(recipe, selection, out)
     conversation = _ask(recipe, output_dir / "checkpoints" / selection.selected)
     return figures | {

@@ -68,11 +68,11 @@ def run(
         out = console(to_stderr=json)
         out.quiet = not process.is_main
         if watch:
-            for selection in _session(recipe, out, use=use).watch():
+            for selection in open_session(recipe, out, use=use).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
             run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or what to do is said
-            session = _session(recipe, out, use=use, average=average)
+            session = open_session(recipe, out, use=use, average=average)
             selection = session.select()
             show(selection, out)
     if process.is_main:
@@ -116,16 +116,8 @@ def _with_options(
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def select(recipe: Recipe, out: Console) -> Selection:
-    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot. Raise UserError where there is
-    nothing to choose from or by, RunError where a checkpoint could not be evaluated."""
-    session = _session(recipe, out)
-    selection = session.select()
-    session.check_all_evaluated()
-    return selection
-
-
-def _session(recipe: Recipe, out: Console, **options: bool) -> Session:
+def open_session(recipe: Recipe, out: Console, **options: bool) -> Session:
+    """Return what evaluates and chooses, and reports on `out`."""
     quiet_libraries()
     from sft.evaluation.held_out_loss import open_held_out
     from sft.selection.session import Session

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from sft.report.charts import WIDTH, Series, chart
 from sft.report.numbers import GIB, plain, round_percent, scientific
 from sft.report.run_files import Line, Point, Run, held_out, losses, series, source_losses
-from sft.report.selection_text import metric_of, score_text
+from sft.report.selection_text import benchmarks_of, metric_of, score_text
 
 BINS = 100
 """Largest number of points of a line of losses."""
@@ -42,7 +42,7 @@ def score_panels(run: Run) -> Iterable[Panel]:
     by_kind: dict[tuple[str, ...], list[Line]] = {}
     for summary in run.evaluations:
         names = (summary.get("protocol") or summary.get("by") or summary.get("task", ""), summary.get("rank", ""))
-        if summary["benchmark"] not in _benchmarks(chosen):
+        if summary["benchmark"] not in benchmarks_of(chosen or {}):
             by_kind.setdefault((summary["benchmark"], *names), []).append(summary)
     if chosen and len(by_kind) < 2:
         return
@@ -65,25 +65,17 @@ def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:
     return Panel("Held-out loss" if chosen["by"] == "loss" else "Score", f"{what} · {key}", svg)
 
 
-def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Panel]:
+def category_panels(chosen: Line, *, width: int = WIDTH) -> Iterable[Panel]:
     """Yield a small panel for each benchmark that chose, or for each category of the only one, if there are several."""
-    parts = _benchmarks(chosen) or (chosen or {}).get("categories", {})
-    if not chosen or len(parts) < 2:
-        return
+    parts = benchmarks_of(chosen) or chosen.get("categories", {})
     steps = [score["step"] for score in chosen["scores"]]
-    for name, part in parts.items():
+    for name, part in parts.items() if len(parts) > 1 else ():
         columns = zip(steps, part["scores"], part["intervals"], strict=True)
         scores = [{"step": step, "score": score, "interval": interval} for step, score, interval in columns]
         own = part if "metric" in part else chosen
         svg = _score_chart(scores, own, chosen, label=f"score in {name}", height=SMALL, width=width)
         kind = "samples" if "loss" in (chosen["by"], part.get("task")) else "questions"
         yield Panel(name or "without category", f"{part['questions']:,} {kind}", svg)
-
-
-def _benchmarks(chosen: Line | None) -> Line:
-    """Return the benchmarks of a selection, if there are several."""
-    found: Line = (chosen or {}).get("benchmarks", {})
-    return found if len(found) > 1 else {}
 
 
 def _score_chart(
@@ -159,8 +151,7 @@ def _loss_chart(
 def speed_panels(run: Run) -> Iterable[Panel]:
     """Yield speed, memory and the norm of the gradient, as far as they were recorded."""
     if speeds := series(run.lines, "tokens_per_second"):
-        svg = _small_chart(*_with_means(speeds), label="tokens per second", from_zero=True)
-        yield Panel("Speed", "tokens/s", svg)
+        yield Panel("Speed", "tokens/s", _small_chart(*_with_means(speeds), label="tokens per second", from_zero=True))
     if memory := series(run.lines, "peak_memory_bytes"):
         in_gib = Series(points=[(step, size / GIB) for step, size in _thin(memory)])
         svg = _small_chart(in_gib, label="largest memory so far", from_zero=True)

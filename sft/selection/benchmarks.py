@@ -21,14 +21,9 @@ class Benchmarks:
     """The tasks of a recipe, opened."""
 
     def __init__(self, settings: EvaluationConfig, store: Path, held_out: HeldOut | None) -> None:
-        """
-        Raises:
-            UserError: one cannot be read or has no answers, or the weights are not those of the tasks.
-        """
-        self._settings, gates = settings, []
-        choosers = named_tasks(settings)
-        if settings.not_worse_than_base:
-            gates = named_tasks(settings.model_copy(update={"by": settings.not_worse_than_base}))
+        """Raise UserError where one cannot be read or has no answers, or the weights are not those of the tasks."""
+        self._settings, choosers, gated = settings, named_tasks(settings), settings.not_worse_than_base
+        gates = named_tasks(settings.model_copy(update={"by": gated})) if gated else []
         names, weights = sorted({task.name for task in choosers}), settings.weights
         if weights is not None and (sorted(weights) != names or not any(weights.values())):
             expected = f"a weight for each of {', '.join(names)}, one of them over 0"

@@ -75,11 +75,8 @@ class Outcomes:
         return self.others[model] if model in self.others else self.values_KQ[self.checkpoints.index(model)]
 
     def with_model(self, name: str, evaluated: Sequence[tuple[Task, Result]]) -> Outcomes:
-        """Return the same with another model, which was asked each task of this benchmark.
-
-        Raises:
-            UserError: it was asked other questions.
-        """
+        """Return the same with another model, which was asked each task of this benchmark; raise UserError where it was
+        asked other questions."""
         if any(tuple(one.item for one in result.outcomes) != self.items for _, result in evaluated):
             raise UserError(f"{self.benchmark}: {name} was asked other questions than the checkpoints")
         return replace(self, others={**self.others, name: self.metric.sign * mean_values(evaluated)})
@@ -96,11 +93,8 @@ def mean_values(evaluated: Sequence[tuple[Task, Result]]) -> Array:
 
 
 def pair_of(first: Sequence[tuple[Task, Result]], second: Sequence[tuple[Task, Result]]) -> Joint:
-    """Return what two models scored on the items of a benchmark that both were asked, by cluster.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return what two models scored on the items of a benchmark that both were asked, by cluster; raise UserError where
+    there are none."""
     task, outcomes = first[0][0], first[0][1].on_items_of(second[0][1]).outcomes
     if not outcomes:
         raise UserError(f"{task.benchmark}: the two models were asked no question in common")
@@ -124,9 +118,7 @@ def read_outcomes(
 
     A checkpoint's value for an item is the mean over the ways of scoring options, each by `Task.paired_scores`.
     `protocol_hashes` names the evaluations that count, where there are others, `counts` tells the checkpoints that do.
-
-    Raises:
-        UserError: there are none, they are of several protocols, or checkpoints were asked different questions.
+    Raise UserError where there are none, they are of several protocols, or checkpoints were asked different questions.
     """
     by_step = _files(run_dir / "evaluations" / task.benchmark, protocol_hashes, counts)
     tables = {step: [_read(file, read_lines) for file in ranked.values()] for step, ranked in by_step.items()}
@@ -154,12 +146,8 @@ def read_outcomes(
 def _files(
     folder: Path, protocol_hashes: Collection[str] | None, counts: Callable[[str], bool]
 ) -> dict[int, dict[str, Path]]:
-    """Return, for each step, the file of the items' lines of each ranking, both in order.
-
-    Raises:
-        UserError: there are none, a checkpoint lacks a ranking, or a ranking was asked under several protocols or parts
-            of the benchmark.
-    """
+    """Return, for each step, the file of the items' lines of each ranking, both in order. Raise UserError where there
+    are none, a checkpoint lacks a ranking, or one was asked under several protocols or parts of the benchmark."""
     by_step: dict[int, dict[str, Path]] = {}
     protocols: dict[str, str] = {}
     for file in sorted(folder.glob("*/checkpoint-*.json")):
@@ -182,10 +170,7 @@ def _files(
 
 
 def _read(file: Path, read: Callable[[Path], ContentT]) -> ContentT:
-    """
-    Raises:
-        UserError: the file is not what was written.
-    """
+    """Return what `read` makes of a file; raise UserError where it is not what was written."""
     try:
         return read(file)
     except (ValueError, TypeError, KeyError) as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,6 @@ class Selection:
     images: int = 0
     """Clusters of questions."""
     warnings: tuple[str, ...] = ()
-
-
-def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
-    """Return the same selection after the weights of some checkpoints were removed."""
-    scores = (replace(s, has_weights=False) if s.checkpoint in gone else s for s in selection.scores)
-    return replace(selection, scores=tuple(scores))
 
 
 def write_selection(selection: Selection, run_dir: Path, *, use: bool = False) -> str:

@@ -79,6 +79,7 @@ class _Choice:
         self.names = self.choosers[0].checkpoints
         self.rule, self.seed, self.num_draws = rule, seed, num_draws
         self.joint = joined([one.clusters for one in self.choosers], [one.weight for one in self.choosers])
+        self.fewest_images = min(len(part.weights_C) for part in self.joint.parts)
         self.worse_K = {one.benchmark: self._worse_than_base(one) for one in self.benchmarks if "base" in one.others}
         self.is_free_K = ~np.any([np.full(len(self.names), False), *self.worse_K.values()], axis=0)
         if not self.is_free_K.any():
@@ -87,12 +88,13 @@ class _Choice:
 
     def select(self, with_weights: Collection[str] | None) -> Selection:
         """Return the choice with everything that is said about it."""
-        joint, is_one = self.joint, len(self.choosers) == 1
+        joint, first, is_one = self.joint, self.choosers[0], len(self.choosers) == 1
+        categories = np.unique(first.categories_Q).tolist() if is_one else []
         has_weights_K = np.array([with_weights is None or name in with_weights for name in self.names])
         is_free_K = has_weights_K & self.is_free_K
         draws_B = bootstrap_each(joint, seed=self.seed, num_draws=self.num_draws)
         figures_B, chosen = self._cross_fit()
-        worth = joint.figure(figures_B, joint.errors_of(chosen)) if figures_B else None
+        worth = joint.figure(figures_B, chosen) if figures_B else None
         drawn = joint.scores, joint.of(draws_B), joint.num_clusters
         selection = Selection(
             by="+".join(one.task for one in self.choosers),
@@ -104,16 +106,16 @@ class _Choice:
             cross_fitted=worth.score if worth else None,
             cross_fitted_interval=worth.interval if worth else None,
             detectable_difference=detectable_difference(*drawn),
-            categories=_categories(self.choosers[0]) if is_one else {},
+            categories={name: CategoryScores(**_scores(first.clusters_in(name))) for name in categories},
             benchmarks=self._benchmark_scores(draws_B, figures_B, chosen),
             benchmark="+".join(one.benchmark for one in self.choosers),
             metric=joint.metric,
-            ranks=self.choosers[0].ranks if is_one else (),
+            ranks=first.ranks if is_one else (),
             seed=self.seed,
             questions=sum(part.num_questions for part in joint.parts),
             images=joint.num_clusters,
         )
-        return replace(selection, warnings=(*_warnings(selection, joint.fewest_clusters), *self.warnings))
+        return replace(selection, warnings=(*_warnings(selection, self.fewest_images), *self.warnings))
 
     def average(self, of: Sequence[str], selected: str) -> Average:
         """Return how the mean of some checkpoints compares with the selected one."""
@@ -157,13 +159,13 @@ class _Choice:
         because of how they answered these very questions.
         """
         chosen = self._pick(self.joint, self.is_free_K, self.num_draws)
-        if self.joint.fewest_clusters < 2:
+        if self.fewest_images < 2:
             return [], chosen
         return cross_fitted(self.joint, lambda half: self._pick(half, self.is_free_K, HALF_DRAWS), self.seed), chosen
 
     def _checkpoint_scores(self, has_weights_K: Mask) -> tuple[CheckpointScore, ...]:
         p_best_K = probability_best(self.joint, seed=self.seed)
-        is_few = len(self.choosers) > 1 and self.joint.fewest_clusters < INDEX_IMAGES
+        is_few = len(self.choosers) > 1 and self.fewest_images < INDEX_IMAGES
         return tuple(
             CheckpointScore(
                 checkpoint=self.names[k],
@@ -187,7 +189,7 @@ class _Choice:
             name, part = one.benchmark, one.clusters
             alone, base_Q = Joint((part,)), one.others.get("base")
             draws_RK = draws[name] if name in draws else self._bootstrap(alone)
-            worth = alone.figure([figures[name]], alone.errors_of(chosen)) if name in figures else None
+            worth = alone.figure([figures[name]], chosen) if name in figures else None
             found[name] = BenchmarkScores(
                 **_scores(part),
                 task=one.task,
@@ -202,11 +204,6 @@ class _Choice:
                 base=None if base_Q is None else one.metric.sign * float(one.clusters_of(base_Q[None]).scores[0]),
             )
         return found
-
-
-def _categories(outcomes: Outcomes) -> dict[str, CategoryScores]:
-    names = np.unique(outcomes.categories_Q).tolist()
-    return {name: CategoryScores(**_scores(outcomes.clusters_in(name))) for name in names}
 
 
 def _scores(part: Clusters) -> dict[str, Any]:

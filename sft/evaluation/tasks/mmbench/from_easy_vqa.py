@@ -23,10 +23,7 @@ def write_benchmark(path: Path, *, seed: int) -> int:
     """Write the TSV, with every rotation of the options as a row, and return the number of questions.
 
     A question's index is its place among all questions of the split, yes/no questions counted. `seed` draws the wrong
-    colours and shuffles the options, so that the right letter is uniform.
-
-    Raises:
-        OSError: the file cannot be written.
+    colours and shuffles the options, so that the right letter is uniform. Raise OSError where it cannot be written.
     """
     import easy_vqa
 

@@ -64,10 +64,7 @@ class MMBench(PromptedTask[Question]):
     unit = "tokens"
 
     def __init__(self, questions: Benchmark, scoring: Scoring) -> None:
-        """
-        Raises:
-            UserError: the protocol has no such scoring.
-        """
+        """Raise UserError where the protocol has no such scoring."""
         check_protocol(questions.protocol, (scoring,))
         self.chosen = questions
         self.scoring = scoring
@@ -81,11 +78,8 @@ class MMBench(PromptedTask[Question]):
 
     @classmethod
     def open(cls, source: TaskSource) -> Sequence[MMBench]:
-        """Read the TSV, or build the one that is made here; one task for each scoring of the settings.
-
-        Raises:
-            UserError: see `load_benchmark`; no file is named, or one that is none.
-        """
+        """Read the TSV, or build the one that is made here; one task for each scoring of the settings. Raise UserError
+        as `load_benchmark` does, and where no file is named, or one that is none."""
         data, settings = source.named_data("mmbench"), source.settings
         if data.endswith(".jsonl"):
             raise UserError(f"{data}: --by mmbench reads a TSV of MMBench layout; a .jsonl goes with --by exact_match")

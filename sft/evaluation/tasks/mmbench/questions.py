@@ -93,16 +93,15 @@ class Question:
 
 def read_tsv(path: Path) -> list[Row]:
     """Return all rows of a file of MMBench layout, in its order. Each distinct image is held once, and decoded once to
-    check.
-
-    Raises:
-        UserError: the file or a column is missing, it has no rows, or one is wrong; the message names file and line.
-    """
+    check. Raise UserError where the file or a column is missing, it has no rows, or one is wrong; the message names
+    file and line."""
     encoded: dict[int, str] = {}  # the image field of each row
     distinct: dict[str, str] = {}  # legacy files repeat the image in every pass; one copy is kept
     fields: list[tuple[str, int, dict[str, str]]] = []
     for where, row in _read_fields(path):
-        index = _index(row, where)
+        index = _number(row["index"])
+        if index is None:
+            raise UserError(f"{where}: index is {row['index'][:40]!r}, expected a whole number")
         if index in encoded:
             raise UserError(f"{where}: index {index} appears twice")
         image = row.pop("image").strip()
@@ -181,13 +180,6 @@ def _read_fields(path: Path) -> list[tuple[str, dict[str, str]]]:
         raise UserError(f"{path}: {error}; expected UTF-8 text, fields separated by tabs") from error
     finally:
         csv.field_size_limit(limit)
-
-
-def _index(row: dict[str, str], where: str) -> int:
-    index = _number(row["index"])
-    if index is None:
-        raise UserError(f"{where}: index is {row['index'][:40]!r}, expected a whole number")
-    return index
 
 
 def _number(text: str) -> int | None:

@@ -39,11 +39,8 @@ def split_support(questions: Sequence[Question], *, num_shots: int, seed: int) -
 
 
 def draw_shots(query: Question, support: Sequence[Row], *, num_shots: int, seed: int) -> tuple[Row, ...]:
-    """Return `num_shots` rows of `support`, of different questions, none about the query's question or image.
-
-    Raises:
-        UserError: there are not so many.
-    """
+    """Return `num_shots` rows of `support`, of different questions, none about the query's question or image; raise
+    UserError where there are not so many."""
     unseen: dict[int, Row] = {}
     for row in support:
         if row.image_sha256 != query.cluster and row.question_index != query.id:
