@@ -72,8 +72,7 @@ def run(
 ) -> None:
     """Score a model on benchmarks: overall, by category, and beside what it scores without images.
 
-    What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
-    images of that recipe's benchmark, figures come from the other.
+    What is left out comes from the recipe of the model's run.
     """
     from sft.core.distributed import process_group
     from sft.runs.names import chosen_by
@@ -94,8 +93,6 @@ def run(
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
         _report(found, details, submission, json, out)
-        if evaluation.is_half and not json:
-            out.print("figures come from the half of the images that does not choose the checkpoint")
 
 
 def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[str, ...] | None:
@@ -121,22 +118,13 @@ class Evaluation:
         from sft.recipe import EvaluationConfig
 
         recipe = self.take(model)
-        self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
+        settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
-        from sft.selection.record import is_chosen_on_half
-
         with all_or_none():
-            self.tasks = _open_tasks(self._settings, recipe, submission)
-        run_dir = self._run_dir
-        self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
-        """Whether its checkpoint was chosen by the other half of the images."""
+            self.tasks = _open_tasks(settings, recipe, submission)
 
     def take(self, model: str) -> Recipe | None:
-        """Ask this model from here on; return the recipe of its run.
-
-        Raises:
-            UserError: there is no such model.
-        """
+        """Ask this model from here on; return the recipe of its run. Raise UserError where there is no such model."""
         from sft.core.distributed import from_main
         from sft.runs.names import find_model, recipe_of_model
 
@@ -148,8 +136,7 @@ class Evaluation:
         return recipe
 
     def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
-        """Return the results on each task, on those items that figures come from; without images too where that is
-        wanted and the task has any."""
+        """Return the results on each task; without images too where that is wanted and the task has any."""
         from sft.evaluation.task import PromptedTask
 
         prompted = [task for task in self.tasks if isinstance(task, PromptedTask)]
@@ -170,7 +157,7 @@ class Evaluation:
             return []
         self._load = self._load or cache(load_for_inference)  # once, for what is asked with images and without
         with progress(f"evaluating{how}", None, out) as update:
-            results = score_model(
+            return score_model(
                 self.path,
                 tasks,
                 run_dir=self._run_dir,
@@ -178,8 +165,6 @@ class Evaluation:
                 load=self._load,
                 on_progress=lambda done, total: update(done, f"of {total}"),
             )
-        seed, chose = self._settings.seed, self.tasks[0].benchmark
-        return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
 
 
 def _base_of(model: str) -> Path | None:
@@ -192,10 +177,9 @@ def _base_of(model: str) -> Path | None:
     return find_prepared_base(find_recipe(model.removesuffix("@base")))
 
 
-def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[EvaluationConfig, bool]:
-    """Return the settings of the recipe with the given ones in their place, and whether these ask what chooses its
-    checkpoint. How much of its benchmark a recipe asks says nothing about another one. Raise UserError where nothing
-    says what to ask, or options do not go together."""
+def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> EvaluationConfig:
+    """Return the settings of the recipe with the given ones in their place. How much of its benchmark a recipe asks
+    says nothing about another one. Raise UserError where nothing says what to ask, or options do not go together."""
     from sft.evaluation.tasks import named_tasks
     from sft.evaluation.tasks.mmbench.protocols import check_protocol
 
@@ -210,21 +194,19 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
     found = settings.model_copy(update=changed)
     if found.benchmark is None and found.by is None:
         raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none), or --task")
-    chooses = named_tasks(found)[0] == named_tasks(settings)[0]
-    if not chooses:
+    if named_tasks(found)[0] != named_tasks(settings)[0]:
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
-    for option in asked if not shots.number else ():
-        raise UserError(f"--{option} says which shots are shown; give --shots K too")
+    if asked and not shots.number:
+        raise UserError(f"--{next(iter(asked))} says which shots are shown; give --shots K too")
     names = [task.name for task in named_tasks(found)]
-    for option in ("shots", "max_questions", "prompt"):
-        if "exact_match" in names and changes[option]:
-            switch = f"--{option.replace('_', '-')}"
-            raise UserError(f"{switch}: exact_match takes every question of its file, in a chat without shots")
-    for option in ("protocol", "ranks"):
-        if "mmbench" not in names and changes[option] is not None:
-            raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
+    given = [f"--{name.replace('_', '-')}" for name in ("shots", "max_questions", "prompt") if changes[name]]
+    if given and "exact_match" in names:
+        raise UserError(f"{given[0]}: exact_match takes every question of its file, in a chat without shots")
+    given = [f"--{name.rstrip('s')}" for name in ("protocol", "ranks") if changes[name] is not None]
+    if given and "mmbench" not in names:
+        raise UserError(f"{given[0]} goes with multiple-choice questions of MMBench's layout")
     check_protocol(found.protocol, found.ranks)
-    return found, chooses
+    return found
 
 
 def _check_place(option: str, file: Path | None) -> None:
@@ -243,7 +225,7 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
     from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
     from sft.evaluation.tasks.mmbench.submission import check_submission
 
-    store = Path(recipe.data.store) if recipe else Path("stores")
+    store = Path(recipe.data.store if recipe else "stores")
     held_out = (lambda: open_held_out(recipe)) if recipe and recipe.data.validation else None
     tasks = open_tasks(named_tasks(settings), settings, store, held_out=held_out)
     if submission:
@@ -259,10 +241,10 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
 
 def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
     """Write the files that are asked for, and print the summaries."""
-    summaries = []
-    for task, result, blind in found:
-        blind_score = blind.on_items_of(result).score if blind else None
-        summaries.append(task.summary(result, blind_score=blind_score))
+    summaries = [
+        task.summary(result, blind_score=blind.on_items_of(result).score if blind else None)
+        for task, result, blind in found
+    ]
     if details:
         _write_details(details, found)
     if submission:

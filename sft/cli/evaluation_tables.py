@@ -18,9 +18,9 @@ def show_summaries(summaries: Sequence[Summary], out: Console) -> None:
     """Print one task in detail, by each way of scoring it; or several on a line each."""
     if len({summary["benchmark"] for summary in summaries}) > 1:
         out.print(_overview(summaries))
-        return
-    for summary in summaries:
-        _show(summary, out)
+    else:
+        for summary in summaries:
+            _show(summary, out)
 
 
 def _score(summary: Summary) -> str:

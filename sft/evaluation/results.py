@@ -13,12 +13,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sft.core.errors import UserError
 from sft.core.files import text_lines, write_atomically
 from sft.core.metric import Metric
-from sft.evaluation.draw_images import half_of
 from sft.evaluation.statistics import clustered_standard_error, score_interval, weighted_mean
 
 
@@ -87,17 +85,6 @@ class Result:
             for name in sorted(found)
             if name
         }
-
-    def on_half(self, half: Literal[0, 1], seed: int) -> Result:
-        """Return the same result on one half of the images.
-
-        Raises:
-            UserError: none of the items is about them.
-        """
-        own = tuple(one for one in self.outcomes if half_of(one.image_sha256 or one.cluster, seed) == half)
-        if not own:
-            raise UserError(f"{self.benchmark}: a half of its images has no questions; it needs more images")
-        return replace(self, outcomes=own)
 
     def on_items_of(self, other: Result) -> Result:
         """Return the same result on the items that another one has."""

@@ -464,7 +464,7 @@ class EvaluationConfig(_Part):
     max_questions: Positive | None = None
     """Evaluate a seeded part of the benchmark of at most so many questions, by whole images."""
     seed: Seed = 0
-    """Seed of that part, of the shots, and of the half of the images that chooses."""
+    """Seed of that part, of the shots, and of the draws that say how sure the choice is."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
