@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -223,32 +223,6 @@ def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> Non
                 parameters[name].data = tensors.get_tensor(name).float().to(parameters[name].device)
 
 
-def write_plain_config(config: Mapping[str, Any], directory: Path, dtype: torch.dtype, class_name: str) -> None:
-    """Write config.json for weights of `dtype`, as of transformers' plain class."""
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    config |= {"architectures": [class_name], "dtype": str(dtype).removeprefix("torch.")}
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def choose_trainable(
-    model: nn.Module, is_chosen: Callable[[str], bool], never: tuple[str, ...] = ()
-) -> tuple[str, ...]:
-    """Make some weights trainable, and adapters if there are any; freeze everything else.
-
-    Returns the names of those chosen that stay frozen, since they begin with one of `never`: no gradient reaches them.
-    `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
-    """
-    frozen = []
-    for name, parameter in model.named_parameters():
-        asked = ".lora_" in name or (".base_layer." not in name and is_chosen(name))
-        if asked and name.startswith(never):
-            frozen.append(name)
-        parameter.requires_grad_(asked and not name.startswith(never))
-    return tuple(frozen)
-
-
-def layer_pattern(layers: Mapping[str, str], targets: Collection[str]) -> str:
-    """Return a regular expression for the whole names of linear layers, from those of each name of `lora.targets`:
-    `language.mlp`, or `language` for all of the group."""
-    patterns = [pattern for name, pattern in layers.items() if {name, name.partition(".")[0]} & {*targets}]
-    return "|".join(f"({pattern})" for pattern in patterns)
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does, with its keys in order."""
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
