@@ -93,7 +93,9 @@ def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> S
     training, data, packs = recipe.training, recipe.data, recipe.training.micro_batch_packs
     lora = recipe.model.lora or LoraSettings()
     engine = resolve_engine(recipe.distributed.engine, recipe.model.mode, gpus)
-    precision = _precision(training.precision, device)
+    if training.precision == "bfloat16" and device.half != "bfloat16":
+        raise UserError(f"training.precision: {device.name} has no bfloat16; set auto")
+    precision: Precision = device.half if training.precision == "auto" else training.precision
     check_can_shard(engine, recipe.model.mode, training.optimizer)
     check_engine_precision(engine, precision)
     images, image_weight = model.fullest_images(data.sequence_length, data.max_images_per_pack)
@@ -156,13 +158,6 @@ def _distinct_images(recipe: Recipe) -> tuple[int | None, list[tuple[int, int]]]
     step = len(keys) // NUM_SIZES + 1
     sizes = [store.image_size(row) for store in stores for row in range(0, len(store.image_keys), step)]
     return len(np.unique(keys)), sizes
-
-
-def _precision(asked: str, device: Device) -> Precision:
-    if asked == "bfloat16" and device.half != "bfloat16":
-        raise UserError(f"training.precision: {device.name} has no bfloat16; set auto")
-    precision: Precision = device.half if asked == "auto" else asked  # type: ignore[assignment]
-    return precision
 
 
 # ---------------------------------------------------------------------------------------------------------- advice

@@ -4,9 +4,7 @@ them, and into the folder of a prepared base."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sft.core.errors import UserError
+from sft.core.files import link_or_copy, staged
 from sft.models.packed_model import PackedModel
 
 M = TypeVar("M", bound=PackedModel)
@@ -98,23 +97,12 @@ def new_base(source: Path, output: Path, replaced: Collection[str] = ()) -> Iter
     """
     if source.resolve() == output.resolve():
         raise UserError(f"{output}: the prepared base would replace the base it is made from; give another folder")
-    staging = output.with_name(f".{output.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    own = {*replaced, *(file.name for file in staging.iterdir())}
-    for file in source.iterdir():
-        if file.suffix in (".safetensors", ".json") and file.name not in own:
-            _link(file, staging / file.name)
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
+    with staged(output) as folder:
+        yield folder
+        own = {*replaced, *(file.name for file in folder.iterdir())}
+        for file in source.iterdir():
+            if file.suffix in (".safetensors", ".json") and file.name not in own:
+                link_or_copy(file.resolve(), folder / file.name)
 
 
 def load_weights(

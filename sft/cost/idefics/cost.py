@@ -13,6 +13,7 @@ from sft.cost.idefics.shapes import LAYER_GROUPS, Shape, shape_of
 from sft.cost.idefics.trained_model import TrainedModel
 from sft.cost.memory import Inventory, peak_memory
 from sft.cost.model_config import load_model_config
+from sft.models.idefics.names import MODEL_TYPES
 
 RELEASED = {
     f"HuggingFaceM4/idefics-{size}{kind}": f"idefics-{size}.json"
@@ -40,7 +41,7 @@ def trained_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not of IDEFICS-1.
     """
-    config = load_model_config(path, ("idefics",), RELEASED)
+    config = load_model_config(path, MODEL_TYPES, RELEASED)
     if config.get("additional_vocab_size") == BASE_EXTRA_ROWS:
         config["additional_vocab_size"] += 1
     return config

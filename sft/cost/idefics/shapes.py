@@ -29,7 +29,6 @@ class Linear:
     outputs: int
     rows: Rows
     count: int
-    bias: bool = False
 
     @property
     def weights(self) -> int:
@@ -133,9 +132,9 @@ class Shape:
             yield Linear(group, "up_proj", D, F, "tokens", count)
             yield Linear(group, "down_proj", F, D, "tokens", count)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield Linear("vision", name, E, E, "patches", self.vision_layers, bias=True)
-        yield Linear("vision", "fc1", E, I, "patches", self.vision_layers, bias=True)
-        yield Linear("vision", "fc2", I, E, "patches", self.vision_layers, bias=True)
+            yield Linear("vision", name, E, E, "patches", self.vision_layers)
+        yield Linear("vision", "fc1", E, I, "patches", self.vision_layers)
+        yield Linear("vision", "fc2", I, E, "patches", self.vision_layers)
         yield from self._connector()
 
     def _connector(self) -> Iterator[Linear]:

@@ -79,11 +79,8 @@ class TrainedModel:
                 yield linear.outputs, self.setting.lora_rank, linear.count
         if trains("vision"):
             yield shape.positions, shape.vision_hidden, 1
-            yield (
-                shape.patch_size,
-                shape.patch_size,
-                3 * shape.vision_hidden,
-            )  # the convolution that it begins with
+            # The convolution by which the tower begins.
+            yield shape.patch_size, shape.patch_size, 3 * shape.vision_hidden
         if trains("resampler") and shape.resampler_layers and shape.resampler_latents:
             yield shape.resampler_latents, shape.state_size, 1
         yield shape.vocabulary, shape.hidden, trains("embeddings") + trains("head")

@@ -50,8 +50,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
         return torch.as_tensor(features_NSE).flatten(0, 1)
 
     def hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
-        """Return the final hidden states (P, D) at some positions. The walk through the layers is that of
-        `IdeficsModel.forward`."""
+        """Return the final hidden states (P, D) at some positions, as `IdeficsModel.forward` makes them."""
         decoder = self.model
         states_RE = self.image_states(batch)
         if states_RE is None:  # text only, on one device: nothing can look at these zeros

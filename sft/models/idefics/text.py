@@ -12,11 +12,10 @@ from transformers import IdeficsConfig, PreTrainedTokenizerFast
 from sft.core.errors import UserError
 from sft.core.sample import EncodedSample, ImageRef
 from sft.models import read_config
+from sft.models.idefics.names import MODEL_TYPES
 
 if TYPE_CHECKING:
     from sft.models.family import Images
-
-MODEL_TYPES = ("idefics",)
 
 CHAT_TEMPLATE = "idefics.jinja"
 

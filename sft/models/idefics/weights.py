@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 from sft import models
 from sft.models.family_folder import FamilyFolder
 from sft.models.idefics import images
+from sft.models.idefics.names import MODEL_TYPES
 from sft.models.idefics.packed import PackedIdefics
-from sft.models.idefics.text import END_OF_UTTERANCE, EXTRA_TOKENS, MODEL_TYPES, load_tokenizer
+from sft.models.idefics.text import END_OF_UTTERANCE, EXTRA_TOKENS, load_tokenizer
 from sft.models.model_folder import check_weights, local_folder, new_base, weight_files, write_json
 
 GATES = (".alpha_cross_attn", ".alpha_dense")
@@ -81,11 +82,7 @@ class IdeficsFolder(FamilyFolder):
         return PackedIdefics
 
     def group_of(self, name: str) -> str:
-        """Return the group of a parameter; an adapter belongs to the group of its layer.
-
-        Raises:
-            KeyError: not a parameter of this model.
-        """
+        """Return the group of a parameter, or fail as `FamilyFolder` says."""
         return "gates" if name.endswith(GATES) else super().group_of(name)
 
     def prepare_base(self, path: str | Path, output: Path, images: Mapping[str, Any] | None = None) -> None:
