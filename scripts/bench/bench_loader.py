@@ -122,7 +122,7 @@ def all_known(sources: Sources) -> FeatureCache:
     cache = FeatureCache(stores, "bench", IdeficsImages(IdeficsConfig()))
     for store in stores:
         for key in store.image_keys.tolist():
-            cache.write(key, np.zeros((64, cache.state_size), np.float16))
+            cache.write(key, np.zeros((64, cache.images.state_size), np.float16))
     return cache
 
 

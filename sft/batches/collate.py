@@ -85,7 +85,7 @@ def collate(
         tiles=shown.lay_tiles(tiles, keys if features is None else tiles),
         num_states=tuple(shown.num_states.values()),
         tilings=tuple(shown.tilings.values()),
-        features_RE=shown.lay_features(known, features.state_size) if features else None,
+        features_RE=_laid(shown.num_states, known, (source.images.state_size,), np.float16) if features else None,
         to_encode={shown.numbers[key]: key for key in tiles} if features else {},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
         packs=tuple(tuple(sample.encoded.key for sample in pack) for pack in packs),
@@ -136,10 +136,6 @@ class Shown(NamedTuple):
             _laid({key: self.tilings[key].num_tiles for key in own}, tiles, (3, *size), np.uint8)
             for size, own in by_size.items()
         )
-
-    def lay_features(self, known: Mapping[int, NDArray[np.float16]], state_size: int) -> Tensor:
-        """Lay the states of all images one after another, zeros where they are not known."""
-        return _laid(self.num_states, known, (state_size,), np.float16)
 
     def image_ids(self, sample: PlacedSample) -> Ints:
         """Return which image each token looks at: the last at or before it in its own sample, -1 before the first."""

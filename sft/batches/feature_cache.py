@@ -155,11 +155,6 @@ class FeatureCache:
         return FeatureCache, (self.stores, self.name, self.images)
 
     @property
-    def state_size(self) -> int:
-        """Numbers of a state."""
-        return self.images.state_size
-
-    @property
     def num_bytes(self) -> int:
         """Bytes that the states of all images take on disk."""
         return sum(file.num_bytes for file in self._files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from statistics import mean
 from typing import Any, NamedTuple
@@ -51,7 +52,9 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes
     micro_batches = math.ceil(recipe.packs_per_step / (recipe.training.micro_batch_packs * gpus))
-    ahead = _look_ahead(recipe)
+    ahead = None
+    with suppress(UserError):  # the sources are not prepared
+        ahead = look_ahead(recipe, open_prepared(recipe)[0].sources)
     steps = ahead["steps"] if ahead else recipe.training.max_steps
     seconds = None
     if device.flop_per_second and steps:
@@ -74,14 +77,6 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
         "advice": [] if fits else list(_advice(recipe, model, device, gpus)),
     }
     return Estimate(setting, device, needed, micro_batches, report)
-
-
-def _look_ahead(recipe: Recipe) -> dict[str, Any] | None:
-    """Return what training will draw; None while the sources are not prepared."""
-    try:
-        return look_ahead(recipe, open_prepared(recipe)[0].sources)
-    except UserError:
-        return None
 
 
 def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Setting:

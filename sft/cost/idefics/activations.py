@@ -18,7 +18,8 @@ class Activations:
 
     def __init__(self, model: TrainedModel) -> None:
         self.model, self.shape, self.setting = model, model.shape, model.setting
-        self.half, self.stream = model.setting.compute_bytes, model.setting.stream_bytes
+        self.half = model.setting.compute_bytes
+        self.stream = 4 if model.setting.is_autocast else self.half  # the residual stream stays float32 under autocast
         self.normed = self.half if model.shape.is_lean else self.stream
         """Bytes of a number that a norm returns: float32 becomes a half-precision copy for each linear layer."""
 
