@@ -14,7 +14,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from sft import models
 from sft.core.errors import UserError
-from sft.models.model_folder import find_group, load_weights, local_folder, weight_files, write_json
+from sft.models.model_folder import (
+    check_weights,
+    find_group,
+    kept_exact,
+    local_folder,
+    quantisation,
+    reload_exactly,
+    weight_files,
+    write_json,
+)
 from sft.models.packed_model import PackedModel
 
 HEAD = "lm_head.weight"
@@ -70,25 +79,44 @@ class FamilyFolder:
         quantised: bool = False,
         device: torch.device | str = "cpu",
     ) -> PackedModel:
-        """Load a model folder or hub id, ready for packed training, evaluation and generation (`load_weights`).
+        """Load a model folder or hub id, ready for packed training, evaluation and generation. Parameters of groups in
+        `trained` (None: all) are float32, since updates of 1e-5 are lost in bfloat16.
+
+        Matrices of other groups are stored in `frozen_dtype` or, if `quantised`, those of `self.quantised` in nf4 with
+        double quantisation (Dettmers et al. 2023, QLoRA) of what is in the folder, computed in `frozen_dtype`.
+        Embeddings, norms, biases, gates and what is `exact` are always float32. Quantised weights stay on the `device`
+        they are loaded to.
 
         Raises:
             UserError: the folder is not a model of this family, or weights are missing, damaged or of another shape.
         """
         folder = local_folder(path)
         config = self.load_config(folder)
-        model = load_weights(
-            self.model_class(config),
-            folder,
-            self.expected_weights(config),
-            config=config,
-            trained=trained,
-            frozen_dtype=frozen_dtype,
-            exact=self.exact,
-            in_4_bits=self.quantised if quantised else (),
-            group_of=self.groups,
-            device=device,
+        check_weights(folder, self.expected_weights(config))
+        groups = {*self.groups.values()}
+        trained = groups if trained is None else trained
+        if groups <= {*trained}:
+            frozen_dtype = torch.float32  # nothing is frozen
+        options = {}
+        if frozen := {*self.quantised} - {*trained} if quantised else set():
+            kept = [name for name, group in self.groups.items() if group not in frozen]
+            options = quantisation(kept, frozen_dtype, device)
+        loaded_dtype = torch.float32 if frozen else frozen_dtype  # nothing is rounded before it is quantised
+        model: PackedModel = self.model_class(config).from_pretrained(  # type: ignore[attr-defined]
+            folder, config=config, dtype=loaded_dtype, attn_implementation="sdpa", use_safetensors=True, **options
         )
+        in_float32 = {*kept_exact(model, trained, self.exact, self.groups)}
+        if loaded_dtype != torch.float32:
+            reload_exactly(model, folder, in_float32)
+        for name, parameter in model.named_parameters():
+            if name not in in_float32 and parameter.is_floating_point():
+                parameter.data = parameter.data.to(frozen_dtype)
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.weight.quant_state.dtype = frozen_dtype  # type: ignore[union-attr]  # what it is dequantised to
+                # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which
+                # the next one with gradients fails (bitsandbytes 0.50.2).
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         model.use_grouped_attention()
         return model
 

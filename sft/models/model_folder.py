@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from sft.core.errors import UserError
 from sft.core.files import link_or_copy, staged
-from sft.models.packed_model import PackedModel
-
-M = TypeVar("M", bound=PackedModel)
 
 
 def weight_files(folder: Path) -> dict[str, str]:
@@ -105,59 +102,7 @@ def new_base(source: Path, output: Path, replaced: Collection[str] = ()) -> Iter
                 link_or_copy(file.resolve(), folder / file.name)
 
 
-def load_weights(
-    model_class: type[M],
-    folder: Path,
-    expected: Mapping[str, Tensor],
-    *,
-    trained: Collection[str] | None,
-    frozen_dtype: torch.dtype,
-    exact: tuple[str, ...],
-    in_4_bits: Collection[str],
-    group_of: Mapping[str, str],
-    device: torch.device | str,
-    **options: Any,
-) -> M:
-    """Load a model folder that has the weights `expected`. Parameters of groups in `trained` (None: all) are float32,
-    since updates of 1e-5 are lost in bfloat16.
-
-    Matrices of other groups are stored in `frozen_dtype`, those of the groups `in_4_bits` in nf4 with double
-    quantisation (Dettmers et al. 2023, QLoRA) of what is in the folder, computed in `frozen_dtype`. Embeddings, norms,
-    biases, gates and what begins with one of `exact` are always float32. Quantised weights stay on the `device` they
-    are loaded to. `group_of` has the group of each beginning of a parameter's name. `options` are further arguments of
-    `from_pretrained`.
-
-    Raises:
-        UserError: weights are missing, damaged or of another shape.
-    """
-    check_weights(folder, expected)
-    groups = {*group_of.values()}
-    trained = groups if trained is None else trained
-    if groups <= {*trained}:
-        frozen_dtype = torch.float32  # nothing is frozen
-    if frozen := {*in_4_bits} - {*trained}:
-        kept = [name for name, group in group_of.items() if group not in frozen]
-        options |= _quantisation(kept, frozen_dtype, device)
-    loaded_dtype = torch.float32 if frozen else frozen_dtype  # nothing is rounded before it is quantised
-    model: M = model_class.from_pretrained(  # type: ignore[attr-defined]
-        folder, dtype=loaded_dtype, attn_implementation="sdpa", use_safetensors=True, **options
-    )
-    in_float32 = {*kept_exact(model, trained, exact, group_of)}
-    if loaded_dtype != torch.float32:
-        _reload_exactly(model, folder, in_float32)
-    for name, parameter in model.named_parameters():
-        if name not in in_float32 and parameter.is_floating_point():
-            parameter.data = parameter.data.to(frozen_dtype)
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.weight.quant_state.dtype = frozen_dtype  # type: ignore[union-attr]  # what it is dequantised to
-            # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
-            # next one with gradients fails (bitsandbytes 0.50.2).
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model
-
-
-def _quantisation(kept: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+def quantisation(kept: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantise the linear layers, but those whose names begin with one of `kept`.
     Any such list takes the place of transformers' own, which keeps the head."""
     from transformers import BitsAndBytesConfig
@@ -199,7 +144,7 @@ def kept_exact(
     return (name for name, _ in model.named_parameters() if name not in matrices)
 
 
-def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
+def reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
     """Give parameters their float32 values: loading has rounded them."""
     shards, parameters = weight_files(folder), dict(model.named_parameters())
     by_file: dict[str, list[str]] = {}
