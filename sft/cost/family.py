@@ -72,11 +72,6 @@ class Setting:
         """Whether autocast computes in half precision. Engines that shard hold half-precision weights instead."""
         return not ENGINES[self.engine].shards and self.compute_bytes == 2
 
-    @property
-    def stream_bytes(self) -> int:
-        """Bytes of a number of the residual stream, which stays float32 under autocast."""
-        return 4 if self.is_autocast else self.compute_bytes
-
 
 class Cost(NamedTuple):
     """What a training step takes of each GPU."""

@@ -40,7 +40,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from sft.models.idefics.family import FAMILY as IDEFICS
-from sft.models.idefics import text, weights
+from sft.models.idefics import text
+from sft.models.idefics.weights import weights
 
 
 def inside(load):
@@ -52,7 +53,8 @@ FAMILY = replace(
     name="toy_family",
     text=SimpleNamespace(**{**vars(text), "load_tokenizer": inside(text.load_tokenizer)}),
     weights=SimpleNamespace(
-        **{**vars(weights), "load_model": inside(weights.load_model), "load_config": inside(weights.load_config)}
+        **{name: getattr(weights, name) for name in dir(weights) if not name.startswith("_")}
+        | {"load_model": inside(weights.load_model), "load_config": inside(weights.load_config)}
     ),
 )
 """

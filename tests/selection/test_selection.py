@@ -28,8 +28,7 @@ from sft.evaluation.statistics import t_quantile, wilson_interval
 from sft.evaluation.task import Task
 from sft.evaluation.tasks import named_tasks, open_tasks
 from sft.inference.average import average_weights
-from sft.models.idefics import weights
-from sft.models.idefics.weights import load_model
+from sft.models.idefics.weights import weights
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import EvaluationConfig
 from sft.runs.checkpoint import checkpoints, keep_newest_states, problem_of_weights, write_folder
@@ -351,6 +350,7 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
     options = (f"output_dir={run}", "model.mode=lora", "training.learning_rate=0.1")
     assert status_of("train", trained, *options) == 0
     loaded = []
+    load_model = weights.load_model
     monkeypatch.setattr(weights, "load_model", lambda path, **kwargs: loaded.append(path) or load_model(path, **kwargs))
     assert [score["step"] for score in printed(capsys, "select", run)[0]["scores"]] == [1, 2]
     assert len(loaded) == 1

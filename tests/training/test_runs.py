@@ -19,7 +19,7 @@ from sft.core.shipped import recipe_path, resolve
 from sft.models import family_at
 from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE
-from sft.models.idefics.weights import save_model
+from sft.models.idefics.weights import weights
 from sft.recipe import load_recipe
 from sft.runs.names import find_model, find_recipe
 from sft.runs.status import RunStatus
@@ -151,7 +151,7 @@ def write_model(folder: Path, extra: int = 3, missing_pieces: int = 0) -> Path:
     model = make_tiny_model(tokenizer, extra=extra)
     if missing_pieces:
         model = PackedIdefics(tiny_config(tokenizer.vocab_size + missing_pieces, extra))
-    save_model(model, folder, torch.float32)
+    weights.save_model(model, folder, torch.float32)
     if extra == 3:
         tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
     tokenizer.save_pretrained(folder)

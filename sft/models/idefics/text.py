@@ -11,7 +11,8 @@ from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.core.errors import UserError
 from sft.core.sample import EncodedSample, ImageRef
-from sft.models.idefics.folders import read_config
+from sft.models import read_config
+from sft.models.idefics.names import MODEL_TYPES
 
 if TYPE_CHECKING:
     from sft.models.family import Images
@@ -51,7 +52,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is no tokenizer, or it is not one of IDEFICS.
     """
-    config = read_config(path)
+    config = read_config(path, MODEL_TYPES)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:

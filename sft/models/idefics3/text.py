@@ -103,8 +103,7 @@ def golden_ids(config: PreTrainedConfig) -> None:
 
 
 def wrong_with_tokens(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> str:
-    """Return what is wrong with the ids of a rendered chat; an empty text if nothing is: what stands after its last
-    image comes back as it was."""
+    """Return what is wrong with the ids of a rendered chat, from its last image on; an empty text if nothing is."""
     expected = text.rpartition(IMAGE)[2]
     found = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)[-len(expected) :]
     return "" if found == expected else f"a chat ends with {found!r} where {expected!r} was written"
