@@ -67,6 +67,13 @@ DEFAULTS: dict[str, Any] = {
 }
 """What preprocessor_config.json of every released model says besides the sizes."""
 
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    **{name: (DEFAULTS[name],) for name in ("do_normalize", "do_rescale", "do_resize", "image_mean", "image_std")},
+    "rescale_factor": (round(1 / 255, 6),),
+    "do_image_splitting": (True, False),
+}
+"""Values of what pixels and tokens depend on. With others a model would see what it does not know."""
+
 
 class InlineFolder:
     """The folders of a family."""
@@ -102,7 +109,7 @@ class InlineFolder:
             raise UserError(f"{path}: text_config.model_type is {kind!r}; {only}")
         config.preprocessor = read_preprocessor(folder)
         try:
-            self.images(config).preprocessor()
+            _check_pixels(config.preprocessor, self.images(config).preprocessor()["resample"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return config
@@ -170,6 +177,8 @@ class InlineFolder:
             group_of=GROUP_OF,
             device=device,
         )
+        # A config may tie a head that the folder has for itself: transformers keeps such a head, and so does saving.
+        model.config.tie_word_embeddings &= model.lm_head.weight is model.get_input_embeddings().weight
         model.use_grouped_attention()
         return model
 
@@ -217,6 +226,14 @@ class InlineFolder:
         if groups is not None and model.config.tie_word_embeddings and ("head" in groups) != ("embeddings" in groups):
             raise UserError("model.trainable: this model's head is tied to its embeddings; name both, or neither")
         return choose_trainable(model, lambda name: groups is None or self.group_of(name) in groups)
+
+
+def _check_pixels(preprocessor: Mapping[str, Any], kernel: int) -> None:
+    for name, allowed in {**ALLOWED, "resample": (kernel,)}.items():
+        value = preprocessor.get(name)
+        if value is not None and (round(value, 6) if isinstance(value, float) else value) not in allowed:
+            expected = " or ".join(map(json.dumps, allowed))
+            raise UserError(f"{PREPROCESSOR}: {name} is {json.dumps(value)}; this family has {expected} only")
 
 
 def _class_names(model_type: str) -> str:
