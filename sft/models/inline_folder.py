@@ -178,7 +178,7 @@ class InlineFolder:
             device=device,
         )
         # A config may tie a head that the folder has for itself: transformers keeps such a head, and so does saving.
-        model.config.tie_word_embeddings &= model.lm_head.weight is model.get_input_embeddings().weight
+        model.config.tie_word_embeddings &= model.lm_head.weight is model.model.text_model.embed_tokens.weight
         model.use_grouped_attention()
         return model
 

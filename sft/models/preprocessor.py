@@ -35,7 +35,7 @@ def read_edges(preprocessor: Mapping[str, Any], key: str, **usual: int) -> list[
     """
     given = preprocessor.get(key) or {}
     is_known = isinstance(given, dict) and (not given or not usual.keys().isdisjoint(given))
-    edges = [given.get(name, edge) for name, edge in usual.items()] if is_known else [None]
+    edges: list[Any] = [given.get(name, edge) for name, edge in usual.items()] if is_known else [None]
     if any(type(edge) is not int or edge < 1 for edge in edges):
         raise UserError(f"{PREPROCESSOR}: {key} is {json.dumps(given)}, expected {' and '.join(usual)} in pixels")
     return edges
