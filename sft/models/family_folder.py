@@ -117,6 +117,9 @@ class FamilyFolder:
                 # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which
                 # the next one with gradients fails (bitsandbytes 0.50.2).
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        # A config may tie a head that the folder has for itself: transformers keeps such a head, and so does saving.
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+        model.config.tie_word_embeddings &= head.weight is embeddings.weight
         model.use_grouped_attention()
         return model
 

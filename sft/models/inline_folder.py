@@ -7,6 +7,7 @@ How images are cut stands in preprocessor_config.json. A config that is loaded h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +39,13 @@ DEFAULTS: dict[str, Any] = {
     "rescale_factor": 1 / 255,
 }
 """What preprocessor_config.json of every released model says besides the sizes."""
+
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    **{name: (DEFAULTS[name],) for name in ("do_normalize", "do_rescale", "do_resize", "image_mean", "image_std")},
+    "rescale_factor": (round(1 / 255, 6),),
+    "do_image_splitting": (True, False),
+}
+"""Values of what pixels and tokens depend on. With others a model would see what it does not know."""
 
 
 class InlineFolder(FamilyFolder):
@@ -76,7 +84,7 @@ class InlineFolder(FamilyFolder):
             raise UserError(f"{path}: text_config.model_type is {kind!r}; {only}")
         config.preprocessor = read_preprocessor(folder)
         try:
-            self.images(config).preprocessor()
+            _check_pixels(config.preprocessor, self.images(config).preprocessor()["resample"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return config
@@ -111,3 +119,15 @@ class InlineFolder(FamilyFolder):
         config.preprocessor = with_settings(config.preprocessor, images or {})
         with new_base(source, output) as folder:
             self.save_processor(tokenizer, config, folder)
+
+
+def _check_pixels(preprocessor: Mapping[str, Any], kernel: int) -> None:
+    """
+    Raises:
+        UserError: pixels are to be made in another way than they are here.
+    """
+    for name, allowed in {**ALLOWED, "resample": (kernel,)}.items():
+        value = preprocessor.get(name)
+        if value is not None and (round(value, 6) if isinstance(value, float) else value) not in allowed:
+            expected = " or ".join(map(json.dumps, allowed))
+            raise UserError(f"{PREPROCESSOR}: {name} is {json.dumps(value)}; this family has {expected} only")

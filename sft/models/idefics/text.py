@@ -56,7 +56,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer.json found; an IDEFICS folder has one") from error
+        raise UserError(f"{path}: no tokenizer.json that can be read; an IDEFICS folder has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
     num_base = config.get("vocab_size")
     if num_base is None:

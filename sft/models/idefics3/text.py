@@ -64,7 +64,7 @@ def open_tokenizer(
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer.json found; a folder of this family has one") from error
+        raise UserError(f"{path}: no tokenizer.json that can be read; a folder of this family has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
     tokens = tokenizer.get_vocab()
     if missing := [token for token in needed if token not in tokens]:
