@@ -57,6 +57,9 @@ def run(
         typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
     ] = None,
     support: Annotated[str | None, typer.Option(help="Where they come from: a split, a folder or a TSV.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="A folder or hub id of CLIP by which rices finds them; else the model's own tower.")
+    ] = None,
     prompt: Annotated[
         Literal["chat", "base", "instruct"] | None,
         typer.Option(help="The words around a question; base and instruct are the card's."),
@@ -86,7 +89,8 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = ("benchmark", "split", "protocol", "shots", "select", "support", "prompt", "num_beams", "max_questions")
+        names = ("benchmark", "split", "protocol", "shots", "select", "support", "features", "prompt")
+        names += ("num_beams", "max_questions")
         changes = {name: context.params[name] for name in names}
         changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = Evaluation(model, changes, submission)
@@ -199,7 +203,7 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
     from sft.evaluation.tasks import named_tasks
     from sft.evaluation.tasks.mmbench.protocols import check_protocol
 
-    asked = {name: changes[name] for name in ("select", "support") if changes[name] is not None}
+    asked = {name: changes[name] for name in ("select", "support", "features") if changes[name] is not None}
     changed = {name: value for name, value in changes.items() if value is not None and name not in asked}
     shots = settings.asked_shots.model_copy(
         update=asked | {"number": changed.pop("shots")} if "shots" in changed else asked
@@ -215,6 +219,8 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
     for option in asked if not shots.number else ():
         raise UserError(f"--{option} says which shots are shown; give --shots K too")
+    if shots.features and shots.select != "rices":
+        raise UserError("--features says which images are alike; give --select rices too")
     names = [task.name for task in named_tasks(found)]
     for option in ("shots", "max_questions", "prompt"):
         if "exact_match" in names and changes[option]:

@@ -51,6 +51,9 @@ def _show(summary: Summary, out: Console) -> None:
     is_choice = "letters" in summary
     how = f"{summary['protocol']}, by {summary['rank']}" if is_choice else metric_of(summary).name
     shots = f", {summary['shots']} shot{'s' * (summary['shots'] > 1)}" if summary["shots"] else ""
+    if summary.get("shots_alike_by"):
+        shots += f" alike by {summary['shots_alike_by']}"
+        shots += f" ({summary['shots_at_random']} items without: at random)" * bool(summary["shots_at_random"])
     blind = "" if summary["with_images"] else ", without images"
     title = f"{summary['benchmark']}, {how}{shots}{blind}" + (f", {summary['rows']} rows" if is_choice else "")
     if is_choice and summary["accuracy"] is None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean, variance
 from typing import Any, Literal
 
 from sft.core.errors import UserError
@@ -63,12 +64,36 @@ class Result:
     @property
     def standard_error(self) -> float:
         """Standard error of the score by clusters: see `clustered_standard_error`."""
+        return self._error(self._clusters)
+
+    def _error(self, clusters: Sequence[str]) -> float:
         scores, weights = ([getattr(outcome, name) for outcome in self.outcomes] for name in ("score", "weight"))
-        return clustered_standard_error(scores, [outcome.cluster for outcome in self.outcomes], weights)
+        return clustered_standard_error(scores, clusters, weights)
+
+    @property
+    def _clusters(self) -> list[str]:
+        """What items depend on each other in: images or, where that error is larger, groups that have the same shots."""
+        images = [outcome.cluster for outcome in self.outcomes]
+        groups = [outcome.details.get("group", outcome.cluster) for outcome in self.outcomes]
+        return max(images, groups, key=self._error)
+
+    def spread_of_groups(self) -> dict[str, float]:
+        """Return how much the score depends on the choice of shots: the standard deviation of the means of groups that
+        have the same shots, without the noise of their items; empty where there are no two groups to compare."""
+        groups: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            groups.setdefault(outcome.details.get("group", ""), []).append(outcome)
+        sizes = {name: len({outcome.cluster for outcome in own}) for name, own in groups.items()}
+        parts = [(replace(self, outcomes=tuple(own)), sizes[name]) for name, own in groups.items() if sizes[name] > 1]
+        if len(parts) < 2:
+            return {}
+        noise = mean(part.standard_error**2 * size / (size - 1) for part, size in parts)
+        spread = math.sqrt(max(0.0, variance([part.score for part, _ in parts]) - noise))
+        return {f"std beyond noise over {len(parts)} groups of shots": spread}
 
     def interval(self, metric: Metric) -> tuple[float, float]:
         """Return the score's 95 % interval: see `score_interval`."""
-        num_clusters = len({outcome.cluster for outcome in self.outcomes})
+        num_clusters = len(set(self._clusters))
         rows = len(self.outcomes)
         return score_interval(self.score, self.standard_error, num_clusters, rows, is_share=metric.is_share)
 

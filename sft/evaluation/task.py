@@ -150,6 +150,7 @@ class Task(ABC):
         """Return what the summary file holds and `evaluate --json` prints; scores are None where there are no answers.
         `blind_score` is the score of the same items without images."""
         scored = result.has_answers
+        figures = self.all_figures(result) | (result.spread_of_groups() if scored else {})
         return {
             "benchmark": self.benchmark,
             "task": self.name,
@@ -167,7 +168,7 @@ class Task(ABC):
             "interval": list(result.interval(self.metric)) if scored else None,
             "blind": result.score if self.blind and scored else blind_score,
             "categories": result.parts(lambda outcome: outcome.category) if scored else {},
-        } | ({"figures": figures} if (figures := self.all_figures(result)) else {})
+        } | ({"figures": figures} if figures else {})
 
     def all_figures(self, result: Result) -> dict[str, float]:
         """Return further figures beside the score: the means of those that the items have."""

@@ -1,0 +1,175 @@
+"""Shots: whose images are alike, and what groups of items share."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import loaded_of
+from PIL import Image
+
+from sft.core.errors import UserError
+from sft.core.sample import ImageRef
+from sft.core.shipped import resolve
+from sft.evaluation import alike
+from sft.evaluation.alike import Clip, Tower, nearest, vectors_of
+from sft.evaluation.prompts import TaskItem
+from sft.evaluation.results import Outcome, Result
+from sft.evaluation.run_tasks import score_model
+from sft.evaluation.shots import AlikeShots, random_order
+from sft.evaluation.tasks import NamedTask, open_tasks
+from sft.recipe import EvaluationConfig
+
+RED, GREEN, BLUE, PINK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 60, 60)
+
+
+def image(folder, name, colour):
+    file = folder / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), colour).save(file)
+    return ImageRef(source=file)
+
+
+def item(name, *images, cluster=None):
+    return TaskItem(id=name, answers=("x",), images=images, cluster=cluster or name)
+
+
+def toy(tmp_path):
+    """Three items and four that may be shown: vectors on a circle, by hand."""
+    angles = {"q": 0, "r": 90, "none": None, "a": 80, "b": 10, "c": 10, "d": 45}
+    refs = {name: ImageRef(source=tmp_path / name) for name, angle in angles.items() if angle is not None}
+    vectors = {
+        ref: np.array([np.cos(np.radians(angles[name])), np.sin(np.radians(angles[name]))], np.float32)
+        for name, ref in refs.items()
+    }
+    items = [item("q", refs["q"]), item("r", refs["r"], cluster="a"), item("none")]
+    support = [item(name, refs[name]) for name in "abcd"] + [item("e")]
+    return items, support, vectors
+
+
+def test_the_nearest_come_first_of_equals_the_first_and_none_of_the_own_cluster(tmp_path):
+    items, support, vectors = toy(tmp_path)
+    found = nearest(items, support, vectors, 3)
+    assert found.tolist() == [[1, 2, 3], [3, 1, 2], [-1, -1, -1]] and found.dtype == np.int32
+    assert nearest(items, support, {}, 2).tolist() == [[-1, -1]] * 3
+    assert nearest(items, support, vectors, 6).tolist()[0] == [1, 2, 3, 0, -1, -1]
+
+
+def test_the_most_alike_is_shown_last_and_items_without_an_image_are_drawn(tmp_path):
+    items, support, vectors = toy(tmp_path)
+    drawn = random_order(len(support), "key")
+    shots = AlikeShots(support, 2, drawn, None)
+    shots.set_nearest(items, nearest(items, support, vectors, 2), "toy")
+    assert [shot.id for shot in shots.of(items[0])] == ["c", "b"]
+    assert [shot.id for shot in shots.of(items[2])][::-1] == [support[n].id for n in drawn(items[2])][:2]
+    assert shots.num_at_random == 1
+    shots.number = 5  # more than have an image: the others are drawn
+    assert [shot.id for shot in shots.of(items[0])][2:] == ["c", "b"] or len(shots.of(items[0])) == 5
+    assert sorted(shot.id for shot in shots.of(items[0])) == list("abcde")
+
+
+def test_the_tower_finds_images_alike_and_what_does_not_decode_is_left_out(tmp_path, model, template, monkeypatch):
+    monkeypatch.setattr(alike, "BATCH", 2)
+    refs = [image(tmp_path, name, colour) for name, colour in [("r", RED), ("g", GREEN), ("p", PINK)]]
+    broken = ImageRef(source=tmp_path / "broken.png")
+    broken.source.write_bytes(b"no image")
+    done = []
+    found = vectors_of([*refs, broken], Tower(loaded_of(model, template)), lambda *args: done.append(args))
+    assert list(found) == refs and done == [(2, 4), (4, 4)]
+    for vector in found.values():
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    with torch.inference_mode():
+        tower = Tower(loaded_of(model, template))
+        alone = tower.encode(tower.open([refs[1]]))[0].numpy()
+    assert np.allclose(found[refs[1]], alone / np.linalg.norm(alone), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A tiny random CLIP as a whole and as its vision half alone."""
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = small | {"image_size": 32, "patch_size": 16, "projection_dim": 8}
+    text = small | {"vocab_size": 20, "projection_dim": 8}
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    half = CLIPVisionModelWithProjection(whole.config.vision_config).eval()
+    half.load_state_dict(whole.state_dict(), strict=False)
+    folder = tmp_path_factory.mktemp("clips")
+    for name, own in (("whole", whole), ("half", half)):
+        own.save_pretrained(folder / name)
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder / name)
+    return folder
+
+
+def test_clip_gives_the_embeddings_of_transformers_whole_or_as_its_vision_half(tmp_path, clips):
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    ref = image(tmp_path, "r", RED)
+    pixels = CLIPImageProcessorPil.from_pretrained(clips / "whole")(Image.open(ref.source), return_tensors="pt")
+    with torch.inference_mode():
+        features = CLIPModel.from_pretrained(clips / "whole").get_image_features(**pixels).pooler_output[0]
+    expected = (features / features.norm()).numpy()
+    for name in ("whole", "half"):
+        assert np.allclose(vectors_of([ref], Clip(str(clips / name)))[ref], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/at/all", "no config.json"),
+        (str(resolve("shipped:tiny_base")), "model_type is 'idefics'; expected clip or clip_vision_model"),
+    ],
+)
+def test_a_folder_that_is_no_clip_is_one_line(name, message):
+    with pytest.raises(UserError, match=message):
+        Clip(name)
+
+
+def write_sst2(folder):
+    for split, colours in (("test", [RED, GREEN]), ("train", [BLUE, PINK, GREEN])):
+        for number, colour in enumerate(colours):
+            label = ("positive", "negative")[number % 2]
+            image(folder / split / label, str(number), colour)
+    return folder
+
+
+def opened(folder, **shots):
+    settings = EvaluationConfig(shots={"number": 1, "select": "rices", **shots}, prompt="base")
+    (task,) = open_tasks([NamedTask("rendered_sst2", str(folder))], settings, folder)
+    return task
+
+
+def test_lists_are_made_once_kept_and_the_same_for_other_models(tmp_path, monkeypatch, model, template, clips):
+    monkeypatch.setenv("IDEFICS_SFT_CACHE", str(tmp_path / "cache"))
+    data, base = write_sst2(tmp_path / "sst2"), resolve("shipped:tiny_base")
+    loaded = loaded_of(model, template)
+    monkeypatch.setattr("sft.evaluation.run_tasks.find_family", lambda path: loaded.family)
+    monkeypatch.setattr("sft.evaluation.run_tasks.load_template", lambda family, path: template)
+    task = opened(data)
+    (result,) = score_model(base, [task], load=lambda path: loaded)
+    summary = task.summary(result)
+    (file,) = (tmp_path / "cache" / "rices").glob("*.npy")
+    assert np.load(file).shape == (2, 32) and summary["shots_at_random"] == 0
+    assert summary["shots_alike_by"] == f"tiny_base ({file.stem[:8]})"
+    shown = [task.shots_drawn.of(own)[0].id for own in task.items]
+    monkeypatch.setattr(alike, "vectors_of", lambda *args: pytest.fail("they are read back"))
+    again = opened(data)
+    score_model(base, [again], load=lambda path: loaded)
+    assert [again.shots_drawn.of(own)[0].id for own in again.items] == shown
+    score_model(tmp_path, [again], load=lambda path: loaded)  # another model: the lists of the first stay
+    monkeypatch.undo()
+    monkeypatch.setenv("IDEFICS_SFT_CACHE", str(tmp_path / "cache"))
+    by_clip = opened(data, features=str(clips / "half"))
+    assert by_clip.shots_drawn.features
+    alike.find_alike(by_clip.shots_drawn, by_clip.items, base, None, lambda path: loaded, lambda done, total: None)
+    assert len(list((tmp_path / "cache" / "rices").glob("*.npy"))) == 2
+    image(data / "train" / "positive", "0", (0, 0, 250))  # another image: other lists
+    alike.find_alike(by_clip.shots_drawn, by_clip.items, base, None, lambda path: loaded, lambda done, total: None)
+    assert len(list((tmp_path / "cache" / "rices").glob("*.npy"))) == 3
+
+
+def test_features_without_rices_are_refused():
+    with pytest.raises(ValueError, match=r"shots\.features says which images are alike; set select: rices"):
+        EvaluationConfig(shots={"number": 1, "features": "clip"})
