@@ -57,9 +57,7 @@ def run(
         typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
     ] = None,
     support: Annotated[str | None, typer.Option(help="Where they come from: a split, a folder or a TSV.")] = None,
-    features: Annotated[
-        str | None, typer.Option(help="A folder or hub id of CLIP by which rices finds them; else the model's own tower.")
-    ] = None,
+    features: Annotated[str | None, typer.Option(help="The CLIP of rices; the model's own tower if left out.")] = None,
     prompt: Annotated[
         Literal["chat", "base", "instruct"] | None,
         typer.Option(help="The words around a question; base and instruct are the card's."),

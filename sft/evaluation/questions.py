@@ -16,7 +16,7 @@ from sft.core.sample import Sample
 from sft.evaluation.draw_images import choose_part
 from sft.evaluation.prompts import Prompt, TaskItem, choose_prompt, conversation
 from sft.evaluation.results import Result
-from sft.evaluation.shots import AlikeShots, Shots, check_support, group_of, random_order
+from sft.evaluation.shots import Shots, check_support, group_of, random_order
 from sft.evaluation.task import Answer, PromptedTask, Query
 from sft.evaluation.task_source import TaskSource
 
@@ -37,6 +37,8 @@ class Questions(PromptedTask[TaskItem]):
     primed: ClassVar[int] = 0
     """Support items shown without their images where the card's base prompt has no shots."""
     shots_drawn: Shots | None = None
+    features: str | None = None
+    """The CLIP that says which images are alike, where one is named."""
 
     def __init__(self, source: TaskSource) -> None:
         """
@@ -90,9 +92,10 @@ class Questions(PromptedTask[TaskItem]):
 
     def summary(self, result: Result, *, blind_score: float | None = None) -> dict[str, Any]:
         """Return the summary, and by which model shots are alike to items."""
-        shots = self.shots_drawn
-        alike = {"shots_alike_by": shots.by, "shots_at_random": shots.num_at_random} if isinstance(shots, AlikeShots) else {}
-        return super().summary(result, blind_score=blind_score) | alike
+        shots, found = self.shots_drawn, super().summary(result, blind_score=blind_score)
+        if shots and shots.alike_by:
+            found |= {"shots_alike_by": shots.alike_by, "shots_at_random": shots.num_at_random}
+        return found
 
     def figures(self, item: TaskItem, answers: Sequence[Answer]) -> dict[str, float]:
         """Return other measures of the same answers by name: variants of the metric."""
@@ -133,11 +136,10 @@ class Questions(PromptedTask[TaskItem]):
         key = f"{source.settings.seed if asked.seed is None else asked.seed} {self.benchmark}"
         num_groups = asked.groups if asked.select == "groups" else None
         order = random_order(len(support), key, num_groups)
+        group = partial(group_of, key=key, num_groups=num_groups) if num_groups else None
+        self.shots_drawn = Shots(support, asked.number, order, group)
         if asked.select == "rices":
-            self.shots_drawn = AlikeShots(support, asked.number, order, asked.features)
-        else:
-            group = partial(group_of, key=key, num_groups=num_groups) if num_groups else None
-            self.shots_drawn = Shots(support, asked.number, order, group)
+            self.shots_drawn.alike_by, self.features = "", asked.features
 
 
 class OpenQuestions(Questions):

@@ -72,7 +72,7 @@ class Result:
 
     @property
     def _clusters(self) -> list[str]:
-        """What items depend on each other in: images or, where that error is larger, groups that have the same shots."""
+        """What items depend on each other in: images or, where that error is larger, groups with the same shots."""
         images = [outcome.cluster for outcome in self.outcomes]
         groups = [outcome.details.get("group", outcome.cluster) for outcome in self.outcomes]
         return max(images, groups, key=self._error)

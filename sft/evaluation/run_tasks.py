@@ -14,7 +14,6 @@ from sft.evaluation.generate_answers import generate_answers
 from sft.evaluation.questions import Questions
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.results import Result, find_result, write_result
-from sft.evaluation.shots import AlikeShots
 from sft.evaluation.task import Answer, MeasuredTask, OnProgress, PromptedTask, Query, Task
 from sft.models.loaded_model import Load, Loaded, find_family, load_for_inference, load_template
 from sft.runs.checkpoint import weights_hash
@@ -41,8 +40,8 @@ def score_model(
         UserError, RunError: the model cannot be loaded, or it is asked in vain; see the tasks.
     """
     for task in tasks:
-        if isinstance(task, Questions) and isinstance(task.shots_drawn, AlikeShots) and not task.shots_drawn.by:
-            find_alike(task.shots_drawn, task.items, path, run_dir, load, on_progress)
+        if isinstance(task, Questions) and task.shots_drawn and task.shots_drawn.alike_by == "":
+            find_alike(task, path, run_dir, load, on_progress)
     hashes, kept, weights = from_main(lambda: _kept(path, tasks, run_dir, name))
     results = {task: result for task, result in zip(tasks, kept, strict=True) if result}
     missing = {task: own for task, own in zip(tasks, hashes, strict=True) if task not in results}

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sft.core.errors import UserError
 from sft.evaluation.prompts import TaskItem
@@ -25,43 +22,30 @@ Order = Callable[[TaskItem], Iterable[int]]
 class Shots:
     """The shots of each item of a task."""
 
+    alike_by: str | None = None
+    """The model that says which images are alike; empty before `prefer`, None where none is asked."""
+    num_at_random = 0
+    """Items that nothing is like, since they have no image: their shots are drawn."""
+
     def __init__(
         self, support: Sequence[TaskItem], number: int, order: Order, group: Callable[[TaskItem], str] | None = None
     ) -> None:
-        """`group` names the items that have the same shots, where that is so."""
+        """`group` names the items that have the same shots."""
         self.support, self.number, self.group, self._order = support, number, group, order
+
+    def prefer(self, nearest: Mapping[int | str, Sequence[int]], alike_by: str) -> None:
+        """Show, before what is drawn, the numbers of support items that are listed for an item, the most alike last."""
+        drawn = self._order
+        self._order = lambda item: chain(
+            nearest[item.id], (number for number in drawn(item) if number not in nearest[item.id])
+        )
+        self.alike_by, self.num_at_random = alike_by, sum(not own for own in nearest.values())
 
     def of(self, item: TaskItem) -> list[TaskItem]:
         """Return the shots of an item in reading order, none about its own image."""
+        assert self.alike_by != "", "sft.evaluation.alike.find_alike comes first"
         others = (shot for n in self._order(item) if (shot := self.support[n]).cluster != item.cluster)
         return list(islice(others, self.number))[::-1]
-
-
-class AlikeShots(Shots):
-    """Those whose images are most alike to the item's. `set_nearest` comes before `of`."""
-
-    by = ""
-    """The model that says which are alike."""
-
-    def __init__(self, support: Sequence[TaskItem], number: int, at_random: Order, features: str | None) -> None:
-        """`at_random` draws for items without an image; `features` is the folder or hub id of CLIP, if one is named."""
-        super().__init__(support, number, self._alike)
-        self.features, self._at_random = features, at_random
-        self._nearest: dict[int | str, list[int]] = {}
-
-    def set_nearest(self, items: Sequence[TaskItem], nearest_QK: NDArray[np.int32], by: str) -> None:
-        """Take the numbers of support items for each item, the most alike first; -1 where there are no more."""
-        rows = (row[row >= 0].tolist() for row in nearest_QK)
-        self._nearest, self.by = {item.id: row for item, row in zip(items, rows, strict=True)}, by
-
-    @property
-    def num_at_random(self) -> int:
-        """Items of which nothing is known that is alike, since they have no image; their shots are drawn."""
-        return sum(not row for row in self._nearest.values())
-
-    def _alike(self, item: TaskItem) -> Iterator[int]:
-        nearest = self._nearest[item.id]
-        return chain(nearest, (number for number in self._at_random(item) if number not in nearest))
 
 
 def check_support(support: Sequence[TaskItem], number: int, benchmark: str) -> None:
@@ -94,5 +78,5 @@ def random_order(num_support: int, key: str, num_groups: int | None = None) -> O
 
 
 def group_of(item: TaskItem, key: str, num_groups: int | None) -> str:
-    """Return the group of an item, the same for all items about an image; without groups, its own name."""
+    """Return the group of an item, the same for all about an image; without groups, its own name."""
     return str(random.Random(f"group {key} {item.cluster}").randrange(num_groups)) if num_groups else str(item.id)

@@ -10,11 +10,11 @@ from sft.core.errors import UserError
 from sft.core.sample import ImageRef
 from sft.core.shipped import resolve
 from sft.evaluation import alike
-from sft.evaluation.alike import Clip, Tower, nearest, vectors_of
+from sft.evaluation.alike import clip, find_alike, nearest, tower, vectors_of
 from sft.evaluation.prompts import TaskItem
 from sft.evaluation.results import Outcome, Result
 from sft.evaluation.run_tasks import score_model
-from sft.evaluation.shots import AlikeShots, random_order
+from sft.evaluation.shots import Shots, random_order
 from sft.evaluation.tasks import NamedTask, open_tasks
 from sft.recipe import EvaluationConfig
 
@@ -56,13 +56,14 @@ def test_the_nearest_come_first_of_equals_the_first_and_none_of_the_own_cluster(
 def test_the_most_alike_is_shown_last_and_items_without_an_image_are_drawn(tmp_path):
     items, support, vectors = toy(tmp_path)
     drawn = random_order(len(support), "key")
-    shots = AlikeShots(support, 2, drawn, None)
-    shots.set_nearest(items, nearest(items, support, vectors, 2), "toy")
+    shots = Shots(support, 2, drawn)
+    rows = nearest(items, support, vectors, 2)
+    shots.prefer({own.id: [n for n in row if n >= 0] for own, row in zip(items, rows, strict=True)}, "toy")
     assert [shot.id for shot in shots.of(items[0])] == ["c", "b"]
     assert [shot.id for shot in shots.of(items[2])][::-1] == [support[n].id for n in drawn(items[2])][:2]
     assert shots.num_at_random == 1
-    shots.number = 5  # more than have an image: the others are drawn
-    assert [shot.id for shot in shots.of(items[0])][2:] == ["c", "b"] or len(shots.of(items[0])) == 5
+    shots.number = 5  # more than are listed: the others are drawn
+    assert [shot.id for shot in shots.of(items[0])][3:] == ["c", "b"]
     assert sorted(shot.id for shot in shots.of(items[0])) == list("abcde")
 
 
@@ -72,13 +73,13 @@ def test_the_tower_finds_images_alike_and_what_does_not_decode_is_left_out(tmp_p
     broken = ImageRef(source=tmp_path / "broken.png")
     broken.source.write_bytes(b"no image")
     done = []
-    found = vectors_of([*refs, broken], Tower(loaded_of(model, template)), lambda *args: done.append(args))
+    encode = tower(loaded_of(model, template))
+    found = vectors_of([*refs, broken], encode, lambda *args: done.append(args))
     assert list(found) == refs and done == [(2, 4), (4, 4)]
     for vector in found.values():
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     with torch.inference_mode():
-        tower = Tower(loaded_of(model, template))
-        alone = tower.encode(tower.open([refs[1]]))[0].numpy()
+        alone = encode([refs[1]])[0].numpy()
     assert np.allclose(found[refs[1]], alone / np.linalg.norm(alone), atol=1e-5)
 
 
@@ -112,7 +113,7 @@ def test_clip_gives_the_embeddings_of_transformers_whole_or_as_its_vision_half(t
         features = CLIPModel.from_pretrained(clips / "whole").get_image_features(**pixels).pooler_output[0]
     expected = (features / features.norm()).numpy()
     for name in ("whole", "half"):
-        assert np.allclose(vectors_of([ref], Clip(str(clips / name)))[ref], expected, atol=1e-5)
+        assert np.allclose(vectors_of([ref], clip(str(clips / name)), print)[ref], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_clip_gives_the_embeddings_of_transformers_whole_or_as_its_vision_half(t
 )
 def test_a_folder_that_is_no_clip_is_one_line(name, message):
     with pytest.raises(UserError, match=message):
-        Clip(name)
+        clip(name)
 
 
 def write_sst2(folder):
@@ -145,8 +146,9 @@ def test_lists_are_made_once_kept_and_the_same_for_other_models(tmp_path, monkey
     monkeypatch.setenv("IDEFICS_SFT_CACHE", str(tmp_path / "cache"))
     data, base = write_sst2(tmp_path / "sst2"), resolve("shipped:tiny_base")
     loaded = loaded_of(model, template)
-    monkeypatch.setattr("sft.evaluation.run_tasks.find_family", lambda path: loaded.family)
-    monkeypatch.setattr("sft.evaluation.run_tasks.load_template", lambda family, path: template)
+    for name in ("run_tasks", "alike"):
+        monkeypatch.setattr(f"sft.evaluation.{name}.find_family", lambda path: loaded.family)
+        monkeypatch.setattr(f"sft.evaluation.{name}.load_template", lambda family, path: template)
     task = opened(data)
     (result,) = score_model(base, [task], load=lambda path: loaded)
     summary = task.summary(result)
@@ -154,22 +156,51 @@ def test_lists_are_made_once_kept_and_the_same_for_other_models(tmp_path, monkey
     assert np.load(file).shape == (2, 32) and summary["shots_at_random"] == 0
     assert summary["shots_alike_by"] == f"tiny_base ({file.stem[:8]})"
     shown = [task.shots_drawn.of(own)[0].id for own in task.items]
-    monkeypatch.setattr(alike, "vectors_of", lambda *args: pytest.fail("they are read back"))
-    again = opened(data)
-    score_model(base, [again], load=lambda path: loaded)
+    again, by_clip = opened(data), opened(data, features=str(clips / "half"))
+    with monkeypatch.context() as patched:
+        patched.setattr(alike, "vectors_of", lambda *args: pytest.fail("they are read back"))
+        score_model(base, [again], load=lambda path: loaded)
+        score_model(tmp_path, [again], load=lambda path: loaded)  # of another model: the first one's stay
     assert [again.shots_drawn.of(own)[0].id for own in again.items] == shown
-    score_model(tmp_path, [again], load=lambda path: loaded)  # another model: the lists of the first stay
-    monkeypatch.undo()
-    monkeypatch.setenv("IDEFICS_SFT_CACHE", str(tmp_path / "cache"))
-    by_clip = opened(data, features=str(clips / "half"))
-    assert by_clip.shots_drawn.features
-    alike.find_alike(by_clip.shots_drawn, by_clip.items, base, None, lambda path: loaded, lambda done, total: None)
-    assert len(list((tmp_path / "cache" / "rices").glob("*.npy"))) == 2
-    image(data / "train" / "positive", "0", (0, 0, 250))  # another image: other lists
-    alike.find_alike(by_clip.shots_drawn, by_clip.items, base, None, lambda path: loaded, lambda done, total: None)
+    with pytest.raises(AssertionError):
+        by_clip.shots_drawn.of(by_clip.items[0])
+    for colour in (BLUE, (0, 0, 250)):  # another image: other lists
+        image(data / "train" / "positive", "0", colour)
+        find_alike(by_clip, base, None, lambda path: loaded, print)
+        assert by_clip.shots_drawn.alike_by.startswith("half")
     assert len(list((tmp_path / "cache" / "rices").glob("*.npy"))) == 3
 
 
 def test_features_without_rices_are_refused():
     with pytest.raises(ValueError, match=r"shots\.features says which images are alike; set select: rices"):
         EvaluationConfig(shots={"number": 1, "features": "clip"})
+
+
+# ------------------------------------------------------------------------------------------------------------- groups
+
+
+def result_of(groups):
+    """Scores by group; two items an image."""
+    outcomes = [
+        Outcome(
+            item=f"{name}{n}", cluster=f"{name}{n // 2}", image_sha256="", category="", score=s, details={"group": name}
+        )
+        for name, scores in groups.items()
+        for n, s in enumerate(scores)
+    ]
+    return Result(benchmark="toy", protocol_hash="", outcomes=tuple(outcomes))
+
+
+def test_the_spread_of_groups_is_said_without_the_noise_of_their_items():
+    # Means 1 and 0 of two images each, without noise: the standard deviation is that of (1, 0), sqrt(1 / 2).
+    sure = result_of({"a": [1, 1, 1, 1], "b": [0, 0, 0, 0]})
+    (spread,) = sure.spread_of_groups().values()
+    assert list(sure.spread_of_groups()) == ["std beyond noise over 2 groups of shots"]
+    assert spread == pytest.approx(0.5**0.5)
+    # Errors by image sqrt(4 * 1^2) / 8 and by group sqrt(2 * 2^2) / 8: the larger is taken.
+    assert sure.standard_error == pytest.approx(8**0.5 / 8)
+    # Each group has an image of hits and one of misses: all of it is noise, and images make the larger error.
+    noisy = result_of({"a": [1, 1, 0, 0], "b": [0, 0, 1, 1]})
+    assert noisy.spread_of_groups() == {"std beyond noise over 2 groups of shots": 0}
+    assert noisy.standard_error == pytest.approx(0.25)
+    assert result_of({"a": [1, 0, 1]}).spread_of_groups() == {}
