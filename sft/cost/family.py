@@ -145,6 +145,15 @@ def read_model(family: str, path: str, images: Mapping[str, Any] | None = None) 
     return read(path, images) if images else read(path)
 
 
+def read_any_model(path: str) -> ModelCost:
+    """Return what the model at a path costs, of whichever family of this tree it is; else raise as `read_model`."""
+    families = [module.name for module in iter_modules(cost.__path__) if module.ispkg]
+    for family in families[:-1]:
+        with suppress(UserError):
+            return read_model(family, path)
+    return read_model(families[-1], path)
+
+
 def check_images_fit(recipe: Recipe) -> None:
     """Check that an image of a common size fits a pack, as far as the config of the model is at hand.
 

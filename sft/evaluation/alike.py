@@ -59,8 +59,8 @@ def find_alike(
 
     def what() -> tuple[str, str]:
         load_template(find_family(path), path)  # what is wrong with it shows before the work
-        recipe = recipe_of_model(str(run_dir)) if run_dir and not task.features else None
-        by = task.features or str(find_prepared_base(recipe) if recipe else path)
+        recipe = recipe_of_model(str(run_dir)) if run_dir and not shots.features else None
+        by = shots.features or str(find_prepared_base(recipe) if recipe else path)
         return by, _name_of(task.items, shots.support, f"{weights_hash(resolve(by)) or by} {num_nearest}")
 
     assert task.shots_drawn
@@ -70,7 +70,7 @@ def find_alike(
     nearest_QK = from_main(lambda: np.load(file) if file.is_file() else None)
     if nearest_QK is None:
         with all_or_none():
-            encode = clip(by) if task.features else tower((load if by == str(path) else load_for_inference)(by))
+            encode = clip(by) if shots.features else tower((load if by == str(path) else load_for_inference)(by))
         images = list(dict.fromkeys(image for item in (*task.items, *shots.support) for image in item.images))
         vectors = vectors_of(images, encode, on_progress)
         nearest_QK = from_main(lambda: _written(file, nearest(task.items, shots.support, vectors, num_nearest)))

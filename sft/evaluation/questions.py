@@ -37,8 +37,6 @@ class Questions(PromptedTask[TaskItem]):
     primed: ClassVar[int] = 0
     """Support items shown without their images where the card's base prompt has no shots."""
     shots_drawn: Shots | None = None
-    features: str | None = None
-    """The CLIP that says which images are alike, where one is named."""
 
     def __init__(self, source: TaskSource) -> None:
         """
@@ -139,7 +137,7 @@ class Questions(PromptedTask[TaskItem]):
         group = partial(group_of, key=key, num_groups=num_groups) if num_groups else None
         self.shots_drawn = Shots(support, asked.number, order, group)
         if asked.select == "rices":
-            self.shots_drawn.alike_by, self.features = "", asked.features
+            self.shots_drawn.alike_by, self.shots_drawn.features = "", asked.features
 
 
 class OpenQuestions(Questions):

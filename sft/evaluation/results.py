@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, variance
 from typing import Any, Literal
 
 from sft.core.errors import UserError
@@ -73,23 +72,29 @@ class Result:
     @property
     def _clusters(self) -> list[str]:
         """What items depend on each other in: images or, where that error is larger, groups with the same shots."""
-        images = [outcome.cluster for outcome in self.outcomes]
-        groups = [outcome.details.get("group", outcome.cluster) for outcome in self.outcomes]
-        return max(images, groups, key=self._error)
+        return max(self._images, self._groups, key=self._error)
+
+    @property
+    def _images(self) -> list[str]:
+        return [outcome.cluster for outcome in self.outcomes]
+
+    @property
+    def _groups(self) -> list[str]:
+        return [outcome.details.get("group", "") for outcome in self.outcomes]
 
     def spread_of_groups(self) -> dict[str, float]:
-        """Return how much the score depends on the choice of shots: the standard deviation of the means of groups that
-        have the same shots, without the noise of their items; empty where there are no two groups to compare."""
-        groups: dict[str, list[Outcome]] = {}
-        for outcome in self.outcomes:
-            groups.setdefault(outcome.details.get("group", ""), []).append(outcome)
-        sizes = {name: len({outcome.cluster for outcome in own}) for name, own in groups.items()}
-        parts = [(replace(self, outcomes=tuple(own)), sizes[name]) for name, own in groups.items() if sizes[name] > 1]
-        if len(parts) < 2:
+        """Return how much the score depends on the choice of shots: the standard deviation between groups that have the
+        same shots, without the noise of their items; empty where there are no two groups, or hardly more images.
+
+        With G groups of C images, of variance t between groups and v of a group's mean by its items, the squared errors
+        by groups and by images are (t + v) (G - 1) / G^2 and v / G + t (G - 1) / (G C).
+        """
+        G, C = len({*self._groups}), len({*self._images})
+        if not 1 < G < C:
             return {}
-        noise = mean(part.standard_error**2 * size / (size - 1) for part, size in parts)
-        spread = math.sqrt(max(0.0, variance([part.score for part, _ in parts]) - noise))
-        return {f"std beyond noise over {len(parts)} groups of shots": spread}
+        between = self._error(self._groups) ** 2 * G / (G - 1) - self._error(self._images) ** 2
+        spread = math.sqrt(max(0.0, G * between / (1 - (G - 1) / C)))
+        return {f"std beyond noise over {G} groups of shots": spread}
 
     def interval(self, metric: Metric) -> tuple[float, float]:
         """Return the score's 95 % interval: see `score_interval`."""

@@ -24,6 +24,8 @@ class Shots:
 
     alike_by: str | None = None
     """The model that says which images are alike; empty before `prefer`, None where none is asked."""
+    features: str | None = None
+    """The CLIP that is to say so, where one is named."""
     num_at_random = 0
     """Items that nothing is like, since they have no image: their shots are drawn."""
 

@@ -82,7 +82,7 @@ class Typical(NamedTuple):
     shot: float = 0  # tokens of an answered one
     queries: float = 1  # of an item
     options: float = 1  # of a query that ranks
-    option: float = 0  # tokens of an option that are read, but for the last
+    option: float = 0  # tokens of an option but for the last, or of an answer that is written
     tree: float = 0  # the same of all options of a query, common beginnings once
     shots: tuple[int, ...] = (0, 4, 8, 16, 32)  # that the model card has figures for
 

@@ -36,7 +36,7 @@ class NoCaps(Captions):
 
     name = "nocaps"
     splits = tuple(FILES)
-    typical = Typical(items={"val": 4_500, "test": 10_600}, query=7, shot=23)
+    typical = Typical(items={"val": 4_500, "test": 10_600}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""

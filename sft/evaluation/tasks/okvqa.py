@@ -21,7 +21,7 @@ class OKVQA(VQA):
 
     name = "okvqa"
     splits = ("val", "train")
-    typical = Typical(items={"val": 5_046}, query=18, shot=22)
+    typical = Typical(items={"val": 5_046}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file."""

@@ -24,7 +24,7 @@ class TextCaps(Captions):
 
     name = "textcaps"
     splits = ("val", "train", "test")
-    typical = Typical(items={"val": 3_166, "test": 3_289}, query=7, shot=23)
+    typical = Typical(items={"val": 3_166, "test": 3_289}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""

@@ -23,7 +23,7 @@ class TextVQA(VQA):
 
     name = "textvqa"
     splits = ("val", "train", "test")
-    typical = Typical(items={"val": 5_000}, query=18, shot=22)
+    typical = Typical(items={"val": 5_000}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file."""

@@ -29,7 +29,7 @@ class VizWiz(VQA):
 
     name = "vizwiz"
     splits = ("val", "train", "test")
-    typical = Typical(items={"val": 4_319, "test": 8_000}, query=18, shot=22)
+    typical = Typical(items={"val": 4_319, "test": 8_000}, query=18, shot=22, option=5)
     prompts: ClassVar[Mapping[str, Prompt]] = {
         **VQA.prompts,
         "base": replace(VQA.prompts["base"], prefix=PREFIX),

@@ -25,7 +25,7 @@ class VQAv2(VQA):
 
     name = "vqav2"
     splits = tuple(PARTS)
-    typical = Typical(items={"val": 214_354, "test-dev": 107_394, "test": 447_793}, query=18, shot=22)
+    typical = Typical(items={"val": 214_354, "test-dev": 107_394, "test": 447_793}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file; of `test` and `test-dev` without answers."""
