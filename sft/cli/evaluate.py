@@ -87,8 +87,7 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = ("benchmark", "split", "protocol", "shots", "select", "support", "features", "prompt")
-        names += ("num_beams", "max_questions")
+        names = "benchmark split protocol shots select support features prompt num_beams max_questions".split()
         changes = {name: context.params[name] for name in names}
         changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = Evaluation(model, changes, submission)

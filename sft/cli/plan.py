@@ -60,16 +60,13 @@ def run(
     if evaluation:
         from sft.cost.evaluation import plan_evaluation
 
-        device, numbers = _device(gpu, gpu_memory, price_per_hour), (shots or "").split(",") if shots else []
-        if device.flop_per_second is None:
-            raise UserError("--gpu-memory: the time is not known with it; give --gpu")
-        if not all(number.isdecimal() for number in numbers):
-            raise UserError(f"--shots {shots}: expected numbers as in 0,4,8")
+        device, numbers = _device(gpu, gpu_memory, price_per_hour), shots.split(",") if shots else []
+        if device.flop_per_second is None or not all(number.isdecimal() for number in numbers):
+            raise UserError("--evaluation: give --gpu, whose speed is known, and --shots as in 0,4,8")
         speed = device.flop_per_second * utilisation
         report = plan_evaluation(recipe, overrides or (), task or (), [*map(int, numbers)], max_questions, speed)
-        report |= {"gpu": device.name, "cost": None, "naive_cost": None}
-        if price_per_hour is not None:
-            report |= {f"{kind}cost": report[f"{kind}gpu_hours"] * price_per_hour for kind in ("", "naive_")}
+        prices = {f"{kind}cost": report[f"{kind}gpu_hours"] * (price_per_hour or 0) for kind in ("", "naive_")}
+        report = {"model": recipe, "gpu": device.name} | report | (prices if price_per_hour else {})
         print_json(report) if json else _show_evaluation(report, console())
         return
     if task or shots or max_questions:
@@ -89,23 +86,18 @@ def run(
 
 def _show_evaluation(report: dict[str, Any], out: Console) -> None:
     """Print what each task takes, and the sum."""
-
-    def figures(row: dict[str, Any]) -> list[str]:
-        amounts = (row["tokens"] / 1e6, row["gpu_hours"], row["naive_tokens"] / 1e6, row["naive_gpu_hours"])
-        return [f"{row['forwards']:,.0f}", *(f"{amount:,.1f}" for amount in amounts)]
-
-    names = ("task", "items", "± points", "forwards", "M tokens", "GPU h", "naive M", "naive h")
-    heads = [(row["task"], f"{row['items']:,}", f"{100 * row['standard_error']:.1f}") for row in report["tasks"]]
-    rows = [(*head, *figures(row)) for head, row in zip(heads, report["tasks"], strict=True)]
-    out.print(table(f"{report['model']} on {report['gpu']}", names, [*rows, ("all", "", "", *figures(report))]))
-    shots = {row["shots"] for row in report["tasks"]}
-    text = "shots: " + "; ".join(",".join(map(str, own)) for own in sorted(shots)) + ". " if len(shots) < 3 else ""
-    text += (
-        "± points: standard error of a share of 50 %. naive: a forward for each candidate, every image encoded anew."
-    )
+    names = ("task", "items", "± points", "queries", "forwards", "M tokens", "GPU h", "naive M", "naive h")
+    rows = []
+    for row in (*report["tasks"], {"task": "all"} | report):
+        items = (f"{row['items']:,}", f"{100 * row['standard_error']:.1f}") if "items" in row else ("", "")
+        units = {"tokens": 1e6, "gpu_hours": 1, "naive_tokens": 1e6, "naive_gpu_hours": 1}
+        whole = (f"{row[key]:,.0f}" for key in ("queries", "forwards"))
+        rows.append((row["task"], *items, *whole, *(f"{row[key] / unit:,.1f}" for key, unit in units.items())))
+    out.print(table(f"{report['model']} on {report['gpu']}", names, rows))
+    text = "± points: standard error of a share of 50 %. naive: a forward for each candidate, every image encoded anew."
     if any(row["from"] == "typical" for row in report["tasks"]):
-        text += " Tasks without files have the length and number of prompts that is typical."
-    if report["cost"] is not None:
+        text += " Tasks without files have as many items and as long prompts as is typical."
+    if "cost" in report:
         text += f" Cost {report['cost']:,.2f}, naive {report['naive_cost']:,.2f}."
     out.print(folded(text, WIDTH))
 

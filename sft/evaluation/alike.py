@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sft.batches.collate import Shown
 from sft.batches.image_source import OpenedImages
-from sft.core.distributed import all_gather_dict, all_or_none, assign, from_main
+from sft.core.distributed import all_gather_dict, all_or_none, assign, from_main, is_main_process
 from sft.core.errors import UserError
 from sft.core.files import whole_file
 from sft.core.images import decode_rgb, read_bytes
@@ -35,11 +35,9 @@ from sft.models.loaded_model import Load, Loaded, find_family, load_for_inferenc
 from sft.runs.checkpoint import weights_hash
 from sft.runs.names import recipe_of_model
 
-NEAREST = 32
-"""Support items that are kept for each item: the most shots of the model card."""
-
-BATCH, _ROWS = 32, 64
-"""Images that are encoded at once, and items that are compared with all support items at once."""
+NEAREST, BATCH, ROWS = 32, 32, 64
+"""Support items that are kept for each item, the most shots of the model card; images that are encoded at once; items
+that are compared at once."""
 
 Vectors = dict[ImageRef, NDArray[np.float32]]
 Encode = Callable[[Sequence[ImageRef]], Tensor]
@@ -73,7 +71,10 @@ def find_alike(
             encode = clip(by) if shots.features else tower((load if by == str(path) else load_for_inference)(by))
         images = list(dict.fromkeys(image for item in (*task.items, *shots.support) for image in item.images))
         vectors = vectors_of(images, encode, on_progress)
-        nearest_QK = from_main(lambda: _written(file, nearest(task.items, shots.support, vectors, num_nearest)))
+        nearest_QK = from_main(lambda: nearest(task.items, shots.support, vectors, num_nearest))
+        if is_main_process():
+            with whole_file(file) as staging:
+                np.save(staging, nearest_QK)
     lists = {item.id: row[row >= 0].tolist() for item, row in zip(task.items, nearest_QK, strict=True)}
     shots.prefer(lists, f"{Path(by).name} ({name[:8]})")
 
@@ -87,7 +88,7 @@ def tower(loaded: Loaded) -> Encode:
         tiles = shown.lay_tiles({number: source.tiles(number) for number in shown.numbers}, shown.numbers)
         with torch.autocast(device().type, torch.bfloat16, enabled=loaded.autocast):
             states_RE = loaded.model.encode_images([part.to(device()) for part in tiles], [*shown.tilings.values()])
-        parts = states_RE.float().split([*shown.num_states.values()])
+        parts = torch.split(states_RE.float(), [*shown.num_states.values()])
         return torch.stack([parts[shown.numbers[number]].mean(0) for number in range(len(images))])
 
     return encode
@@ -135,12 +136,6 @@ def _stamp(source: Path | bytes) -> str:
     return f"{source.name} {source.stat().st_size} {source.stat().st_mtime_ns}"
 
 
-def _written(file: Path, nearest_QK: NDArray[np.int32]) -> NDArray[np.int32]:
-    with whole_file(file) as staging:
-        np.save(staging, nearest_QK)
-    return nearest_QK
-
-
 def vectors_of(images: Sequence[ImageRef], encode: Encode, on_progress: Callable[[int, int], None]) -> Vectors:
     """Return the unit vector of each image that decodes."""
     found: Vectors = {}
@@ -170,18 +165,18 @@ def nearest(items: Sequence[TaskItem], support: Sequence[TaskItem], vectors: Vec
     nothing = np.zeros_like(next(iter(vectors.values()), np.zeros(1, np.float32)))
     vectors_PE = np.stack([sum((vectors.get(image, nothing) for image in images), nothing) for images in places])
     vectors_PE /= np.maximum(np.linalg.norm(vectors_PE, axis=1, keepdims=True), 1e-12)
-    is_known_P = vectors_PE.any(1)
+    is_known_P = np.any(vectors_PE != 0, axis=1)
     places_S = np.array([places[one.images] for one in support])
     own_cluster = defaultdict(list)
     for place, one in enumerate(support):
         own_cluster[one.cluster].append(place)
     found_QK = np.full((len(items), number), -1, np.int32)
     for row, item in enumerate(items):
-        if row % _ROWS == 0:
-            some = [places[one.images] for one in items[row : row + _ROWS]]
+        if row % ROWS == 0:
+            some = [places[one.images] for one in items[row : row + ROWS]]
             alike_RS = (vectors_PE[some] @ vectors_PE.T)[:, places_S]
             alike_RS[:, ~is_known_P[places_S]] = -np.inf
-        alike_S = alike_RS[row % _ROWS]
+        alike_S = alike_RS[row % ROWS]
         alike_S[own_cluster[item.cluster]] = -np.inf
         if is_known_P[places[item.images]]:
             least = np.partition(alike_S, -number)[-number] if number < len(alike_S) else -np.inf

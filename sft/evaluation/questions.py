@@ -83,7 +83,7 @@ class Questions(PromptedTask[TaskItem]):
 
     def details(self, item: TaskItem, answers: Sequence[Answer], score: float) -> dict[str, Any]:
         """Return the right answers, the prediction, and where there are any further figures and the group of shots."""
-        more = {"figures": self.figures(item, answers)}
+        more: dict[str, Any] = {"figures": self.figures(item, answers)}
         if self.shots_drawn and self.shots_drawn.group:
             more["group"] = self.shots_drawn.group(item)
         return super().details(item, answers, score) | {key: value for key, value in more.items() if value}

@@ -12,6 +12,7 @@ from sft.core.shipped import resolve
 from sft.evaluation import alike
 from sft.evaluation.alike import clip, find_alike, nearest, tower, vectors_of
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.rank_answers import _forwards, _plan
 from sft.evaluation.results import Outcome, Result
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.shots import Shots, random_order
@@ -204,3 +205,25 @@ def test_the_spread_of_groups_is_said_without_the_noise_of_their_items():
     assert noisy.spread_of_groups() == {"std beyond noise over 2 groups of shots": 0}
     assert noisy.standard_error == pytest.approx(0.25)
     assert result_of({"a": [1, 0, 1]}).spread_of_groups() == {}
+
+
+def tokens_of(folder, template, select):
+    """The distinct tokens of all forwards over the images of one split, after 4 shots each."""
+    settings = EvaluationConfig(shots={"number": 4, "select": select, "groups": 2}, prompt="base")
+    (task,) = open_tasks([NamedTask("rendered_sst2", str(folder))], settings, folder)
+    paths, _, _ = _plan(template, [query for queries in task.all_queries() for query in queries], None)
+    return [len(forward.tokens_T) for forward in _forwards(paths, 10_000)], task
+
+
+def test_the_shots_of_a_group_are_computed_once_a_forward(tmp_path, template):
+    for number in range(12):
+        image(tmp_path / "test" / "positive", f"q{number}", (number, 0, 0))
+        image(tmp_path / "train" / "negative", f"s{number}", (0, number, 0))
+    (alone,), task = tokens_of(tmp_path, template, "random")
+    (shared,), groups = tokens_of(tmp_path, template, "groups")
+    lengths = []
+    for shown in (task, opened(tmp_path, number=0)):
+        (query,) = shown.queries(shown.items[0])
+        lengths.append(len(template.encode_prompt(query.sample.messages).input_ids))
+    assert {groups.shots_drawn.group(own) for own in groups.items} == {"0", "1"}
+    assert alone - shared >= 0.8 * 10 * (lengths[0] - lengths[1])  # 2 beginnings for 12; some are alike by chance
