@@ -87,8 +87,19 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = "benchmark split protocol shots select support features prompt num_beams max_questions".split()
-        changes = {name: context.params[name] for name in names}
+        names = [
+            "benchmark",
+            "split",
+            "protocol",
+            "shots",
+            "select",
+            "support",
+            "features",
+            "prompt",
+            "num_beams",
+            "max_questions",
+        ]
+        changes = {name: context.params[name] for name in (*names, "max_questions")}
         changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = Evaluation(model, changes, submission)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")

@@ -22,14 +22,10 @@ from sft.recipe import EvaluationConfig
 if TYPE_CHECKING:
     from sft.models.chat_template import ChatTemplate
 
-LENGTH = 512
-"""Tokens of a sequence, for the share of attention in the work."""
-TOKENS_PER_FORWARD, BATCH_SIZE = 4096, 16
-"""As `sft.evaluation.rank_answers` and `generate_answers` have them."""
-SUPPORT = 2048
-"""Distinct images of all shots: those of the card's support sets."""
-SAMPLE = 32
-"""Items whose prompts are measured, evenly spread; the options of an eighth of them."""
+LENGTH = 512  # tokens of a sequence, for the share of attention in the work
+TOKENS_PER_FORWARD, BATCH_SIZE = 4096, 16  # as `sft.evaluation.rank_answers` and `generate_answers` have them
+SUPPORT = 2048  # distinct images of all shots: those of the card's support sets
+SAMPLE = 32  # items whose prompts are measured, evenly spread; the options of an eighth of them
 
 
 def plan_evaluation(
@@ -50,10 +46,8 @@ def plan_evaluation(
     if by:
         settings = settings.model_copy(update={"by": tuple(by), "benchmark": None})
     card = [NamedTask(task, None) for task in task_names() if task_type(task).typical]
-    one, two = (
-        model.cost(Setting(tokens=LENGTH, images=n, image_weight=n, trained_tokens=0, trainable=())).flop
-        for n in (1, 2)
-    )
+    asked = (Setting(tokens=LENGTH, images=n, image_weight=n, trained_tokens=0, trainable=()) for n in (1, 2))
+    one, two = (model.cost(setting).flop for setting in asked)
     flop, image_tokens = (2 * one - two) / LENGTH, model.image_tokens(*COMMON_SIZE)
     weight = model.fullest_images(image_tokens, 1_000_000)[1] if image_tokens else 1
     rows = []
@@ -67,20 +61,13 @@ def plan_evaluation(
             if not data:  # measured prompts have them
                 size = size._replace(query=size.query + image_tokens, shot=size.shot + image_tokens)
             all_work = [work(how, size, items, k, weight * (two - one) / flop, settings) for k in numbers]
-            row: dict[str, Any] = {
-                "task": label,
-                "from": "files" if data else "typical",
-                "shots": numbers,
-                "items": items,
-            }
+            source = "files" if data else "typical"
+            row: dict[str, Any] = {"task": label, "from": source, "shots": numbers, "items": items}
             row |= {key: sum(own[key] for own in all_work) for key in all_work[0]}
             row |= {f"{kind}gpu_hours": row[f"{kind}tokens"] * flop / speed / 3600 for kind in ("", "naive_")}
             rows.append(row | {"standard_error": (0.25 / items) ** 0.5})
-    return {"tasks": rows} | {
-        key: sum(row[key] for row in rows)
-        for key in rows[0]
-        if key in ("queries", "forwards") or "tokens" in key or "hours" in key
-    }
+    sums = [key for key in rows[0] if key.endswith(("queries", "forwards", "tokens", "hours"))]
+    return {"tasks": rows} | {key: sum(row[key] for row in rows) for key in sums}
 
 
 def work(how: How, size: Typical, items: int, shots: int, image: float, settings: EvaluationConfig) -> dict[str, float]:
@@ -137,9 +124,8 @@ def measured(task: PromptedTask[Any], with_shots: PromptedTask[Any], template: C
     """Return the size of a task by its own items, asked without shots and with some."""
     every = len(task.items) // SAMPLE + 1
     asked, shown = ([query for item in one.items[::every] for query in one.queries(item)] for one in (task, with_shots))
-    query, longer = (
-        mean(len(template.encode_prompt(q.sample.messages).input_ids) for q in own) for own in (asked, shown)
-    )
+    lengths = ((len(template.encode_prompt(q.sample.messages).input_ids) for q in own) for own in (asked, shown))
+    query, longer = map(mean, lengths)
     encoded = [[template.encode_answer(q.sample.messages, text) for text in q.options] for q in asked[::8]]
     options = [[tuple(one.input_ids[start : end - 1]) for one, (start, end) in own] for own in encoded]
     return Typical(
