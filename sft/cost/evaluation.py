@@ -125,7 +125,7 @@ def measured(task: PromptedTask[Any], with_shots: PromptedTask[Any], template: C
     every = len(task.items) // SAMPLE + 1
     asked, shown = ([query for item in one.items[::every] for query in one.queries(item)] for one in (task, with_shots))
     lengths = ((len(template.encode_prompt(q.sample.messages).input_ids) for q in own) for own in (asked, shown))
-    query, longer = map(mean, lengths)
+    query, longer = (mean(own) for own in lengths)
     encoded = [[template.encode_answer(q.sample.messages, text) for text in q.options] for q in asked[::8]]
     options = [[tuple(one.input_ids[start : end - 1]) for one, (start, end) in own] for own in encoded]
     return Typical(

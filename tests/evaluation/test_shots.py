@@ -1,9 +1,11 @@
 """Shots: whose images are alike, and what groups of items share."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import loaded_of
+from conftest import loaded_of, status_of
 from PIL import Image
 
 from sft.core.errors import UserError
@@ -227,3 +229,12 @@ def test_the_shots_of_a_group_are_computed_once_a_forward(tmp_path, template):
         lengths.append(len(template.encode_prompt(query.sample.messages).input_ids))
     assert {groups.shots_drawn.group(own) for own in groups.items} == {"0", "1"}
     assert alone - shared >= 0.8 * 10 * (lengths[0] - lengths[1])  # 2 beginnings for 12; some are alike by chance
+
+
+def test_a_run_keeps_the_lists_of_its_prepared_base(copied, tmp_path, capsys):
+    data = write_sst2(tmp_path / "sst2")
+    asked = [f"rendered_sst2={data}", "--shots", "1", "--select", "rices", "--no-baseline", "--json"]
+    assert status_of("evaluate", copied, "--task", *asked) == 0
+    (file,) = (copied / "evaluations" / "rices").glob("*.npy")
+    by = json.loads(capsys.readouterr().out)["shots_alike_by"]
+    assert by.endswith(f"({file.stem[:8]})") and "checkpoint" not in by
