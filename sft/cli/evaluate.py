@@ -57,6 +57,7 @@ def run(
         typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
     ] = None,
     support: Annotated[str | None, typer.Option(help="Where they come from: a split, a folder or a TSV.")] = None,
+    features: Annotated[str | None, typer.Option(help="The CLIP of rices; the model's own tower if left out.")] = None,
     prompt: Annotated[
         Literal["chat", "base", "instruct"] | None,
         typer.Option(help="The words around a question; base and instruct are the card's."),
@@ -85,8 +86,19 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = ("benchmark", "split", "protocol", "shots", "select", "support", "prompt", "num_beams", "max_questions")
-        changes = {name: context.params[name] for name in names}
+        names = [
+            "benchmark",
+            "split",
+            "protocol",
+            "shots",
+            "select",
+            "support",
+            "features",
+            "prompt",
+            "num_beams",
+            "max_questions",
+        ]
+        changes = {name: context.params[name] for name in (*names, "max_questions")}
         changes |= {"by": tuple(task) if task else None, "ranks": scorings}
         evaluation = Evaluation(model, changes, submission)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
@@ -183,7 +195,7 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> Evaluation
     from sft.evaluation.tasks import named_tasks
     from sft.evaluation.tasks.mmbench.protocols import check_protocol
 
-    asked = {name: changes[name] for name in ("select", "support") if changes[name] is not None}
+    asked = {name: changes[name] for name in ("select", "support", "features") if changes[name] is not None}
     changed = {name: value for name, value in changes.items() if value is not None and name not in asked}
     shots = settings.asked_shots.model_copy(
         update=asked | {"number": changed.pop("shots")} if "shots" in changed else asked
@@ -198,6 +210,8 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> Evaluation
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
     if asked and not shots.number:
         raise UserError(f"--{next(iter(asked))} says which shots are shown; give --shots K too")
+    if shots.features and shots.select != "rices":
+        raise UserError("--features says which images are alike; give --select rices too")
     names = [task.name for task in named_tasks(found)]
     given = [f"--{name.replace('_', '-')}" for name in ("shots", "max_questions", "prompt") if changes[name]]
     if given and "exact_match" in names:

@@ -51,6 +51,9 @@ def _show(summary: Summary, out: Console) -> None:
     is_choice = "letters" in summary
     how = f"{summary['protocol']}, by {summary['rank']}" if is_choice else metric_of(summary).name
     shots = f", {summary['shots']} shot{'s' * (summary['shots'] > 1)}" if summary["shots"] else ""
+    if summary.get("shots_alike_by"):
+        shots += f" alike by {summary['shots_alike_by']}"
+        shots += f" ({summary['shots_at_random']} items without: at random)" * bool(summary["shots_at_random"])
     blind = "" if summary["with_images"] else ", without images"
     title = f"{summary['benchmark']}, {how}{shots}{blind}" + (f", {summary['rows']} rows" if is_choice else "")
     if is_choice and summary["accuracy"] is None:
@@ -74,7 +77,8 @@ def _show_scores(title: str, summary: Summary, out: Console) -> None:
     spread = f"{100 * error:.1f}" if metric.is_share else f"{error:.4f}"
     rows.append(("all", str(summary["questions"]), f"{_score(summary)} ± {spread}"))
     out.print(table(title, ("category", "questions", kind), rows))
-    out.print(f"95 % interval {between(summary['interval'], summary)}, over images as clusters")
+    groups = " or groups of shots" * any("groups of shots" in name for name in summary.get("figures", {}))
+    out.print(f"95 % interval {between(summary['interval'], summary)}, over images{groups} as clusters")
     if others := {name: share for name, share in summary.get("figures", {}).items() if name != metric.name}:
         out.print("; ".join(f"{name} {score_text(value, summary)}" for name, value in others.items()))
     if summary["blind"] is not None and summary["with_images"]:

@@ -3,7 +3,8 @@
 task ─queries─> rank_answers, generate_answers ─Answer─> task ─Outcome─> results ─> RUN/evaluations
 
 task              the protocol of a benchmark; task_source: where its items come from
-prompts           the words around a question, in each style; shots: answered questions before it
+prompts           the words around a question, in each style
+shots             answered questions before it; alike: those whose images are most alike
 questions         the base of tasks that ask one question an item; official_files: reading what is published
 vqa, captions     what benchmarks of questions answered by ten people, and of captions, have in common
 tasks/            the benchmarks, a file each, found by name

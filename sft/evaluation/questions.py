@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,8 @@ from sft.core.metric import ACCURACY
 from sft.core.sample import Sample
 from sft.evaluation.draw_images import choose_part
 from sft.evaluation.prompts import Prompt, TaskItem, choose_prompt, conversation
-from sft.evaluation.shots import Shots, check_support, random_order
+from sft.evaluation.results import Result
+from sft.evaluation.shots import Shots, check_support, group_of, random_order
 from sft.evaluation.task import Answer, PromptedTask, Query
 from sft.evaluation.task_source import TaskSource
 
@@ -80,9 +82,18 @@ class Questions(PromptedTask[TaskItem]):
         return [(shot, most_common(shot.answers)) for shot in shots]
 
     def details(self, item: TaskItem, answers: Sequence[Answer], score: float) -> dict[str, Any]:
-        """Return the right answers, the prediction, and further figures where there are any."""
-        figures = self.figures(item, answers)
-        return super().details(item, answers, score) | ({"figures": figures} if figures else {})
+        """Return the right answers, the prediction, and where there are any further figures and the group of shots."""
+        more: dict[str, Any] = {"figures": self.figures(item, answers)}
+        if self.shots_drawn and self.shots_drawn.group:
+            more["group"] = self.shots_drawn.group(item)
+        return super().details(item, answers, score) | {key: value for key, value in more.items() if value}
+
+    def summary(self, result: Result, *, blind_score: float | None = None) -> dict[str, Any]:
+        """Return the summary, and by which model shots are alike to items."""
+        shots, found = self.shots_drawn, super().summary(result, blind_score=blind_score)
+        if shots and shots.alike_by:
+            found |= {"shots_alike_by": shots.alike_by, "shots_at_random": shots.num_at_random}
+        return found
 
     def figures(self, item: TaskItem, answers: Sequence[Answer]) -> dict[str, float]:
         """Return other measures of the same answers by name: variants of the metric."""
@@ -122,7 +133,11 @@ class Questions(PromptedTask[TaskItem]):
         check_support(support, asked.number, self.benchmark)
         key = f"{source.settings.seed if asked.seed is None else asked.seed} {self.benchmark}"
         num_groups = asked.groups if asked.select == "groups" else None
-        self.shots_drawn = Shots(support, asked.number, random_order(len(support), key, num_groups))
+        order = random_order(len(support), key, num_groups)
+        group = partial(group_of, key=key, num_groups=num_groups) if num_groups else None
+        self.shots_drawn = Shots(support, asked.number, order, group)
+        if asked.select == "rices":
+            self.shots_drawn.alike_by, self.shots_drawn.features = "", asked.features
 
 
 class OpenQuestions(Questions):

@@ -421,6 +421,12 @@ class ShotsConfig(_Part):
     seed: Seed | None = None
     """Seed of the draws. Left out: that of `evaluation`."""
 
+    @model_validator(mode="after")
+    def _check(self) -> ShotsConfig:
+        if self.features and self.select != "rices":
+            raise ValueError("shots.features says which images are alike; set select: rices")
+        return self
+
 
 class EvaluationConfig(_Part):
     benchmark: str | None = None

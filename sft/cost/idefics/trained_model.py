@@ -103,7 +103,9 @@ class TrainedModel:
 
     def has_backward(self, group: LayerGroup) -> bool:
         """Return whether gradients flow through a group, to what is trained in it or before it. Through the text side
-        they always do."""
+        they always do where anything is trained."""
+        if self.setting.mode == "full" and self.setting.trainable == ():
+            return False
         if group in ("language", "cross_attention") or self.setting.trains(group) or self.adapted(group):
             return True
         return group == "resampler" and self.has_backward("vision")

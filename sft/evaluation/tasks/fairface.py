@@ -22,6 +22,7 @@ from sft.evaluation.official_files import official_layout, read_csv
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
 from sft.evaluation.results import Result
+from sft.evaluation.task import Typical
 from sft.evaluation.task_source import TaskSource
 
 Attribute = Literal["gender", "race", "age"]
@@ -77,6 +78,7 @@ class FairFace(RankedQuestions):
 
     name = "fairface"
     splits = ("val", "train")
+    typical = Typical(items={"val": 10_954}, query=8, shot=11, queries=3, options=6, option=9, tree=20, shots=(0,))
     prompts: ClassVar[Mapping[str, Prompt]] = PROMPTS["gender"]
     attribute: Attribute = "gender"
 

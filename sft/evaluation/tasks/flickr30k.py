@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sft.evaluation.captions import Captions, read_karpathy
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 
 
 class Flickr30k(Captions):
@@ -19,6 +20,7 @@ class Flickr30k(Captions):
 
     name = "flickr30k"
     splits = ("test", "val", "train")
+    typical = Typical(items={"test": 1_000}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""

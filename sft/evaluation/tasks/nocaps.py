@@ -24,7 +24,7 @@ from sft.evaluation.metrics.cider import CiderD
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
 from sft.evaluation.results import Result
-from sft.evaluation.task import Answer
+from sft.evaluation.task import Answer, Typical
 from sft.evaluation.tasks.coco_captions import CocoCaptions
 
 FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
@@ -36,6 +36,7 @@ class NoCaps(Captions):
 
     name = "nocaps"
     splits = tuple(FILES)
+    typical = Typical(items={"val": 4_500, "test": 10_600}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""

@@ -19,6 +19,7 @@ from sft.core.sample import ImageRef
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
+from sft.evaluation.task import Typical
 
 LETTERS = "ABCDE"
 
@@ -28,6 +29,7 @@ class ScienceQA(RankedQuestions):
 
     name = "scienceqa"
     splits = ("test", "val", "train")
+    typical = Typical(items={"test": 2_017}, query=100, shot=195, options=5, shots=(0, 4))
     prompts: ClassVar[Mapping[str, Prompt]] = {
         "chat": Prompt(question="{image}{text}Answer with the letter of the right choice."),
         "instruct": Prompt(

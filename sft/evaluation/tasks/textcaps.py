@@ -16,6 +16,7 @@ from pathlib import Path
 from sft.evaluation.captions import Captions, caption_item
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 
 
 class TextCaps(Captions):
@@ -23,6 +24,7 @@ class TextCaps(Captions):
 
     name = "textcaps"
     splits = ("val", "train", "test")
+    typical = Typical(items={"val": 3_166, "test": 3_289}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""

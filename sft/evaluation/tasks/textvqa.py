@@ -14,6 +14,7 @@ from pathlib import Path
 from sft.core.sample import ImageRef
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 from sft.evaluation.vqa import VQA
 
 
@@ -22,6 +23,7 @@ class TextVQA(VQA):
 
     name = "textvqa"
     splits = ("val", "train", "test")
+    typical = Typical(items={"val": 5_000}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file."""

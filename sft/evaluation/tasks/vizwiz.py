@@ -18,6 +18,7 @@ from typing import ClassVar
 from sft.core.sample import ImageRef
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import Prompt, TaskItem
+from sft.evaluation.task import Typical
 from sft.evaluation.vqa import VQA
 
 PREFIX = "Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n"
@@ -28,6 +29,7 @@ class VizWiz(VQA):
 
     name = "vizwiz"
     splits = ("val", "train", "test")
+    typical = Typical(items={"val": 4_319, "test": 8_000}, query=18, shot=22, option=5)
     prompts: ClassVar[Mapping[str, Prompt]] = {
         **VQA.prompts,
         "base": replace(VQA.prompts["base"], prefix=PREFIX),
