@@ -5,6 +5,7 @@ task ─queries─> rank_answers, generate_answers ─Answer─> task ─Outcome
 task              the protocol of a benchmark; task_source: where its items come from
 prompts           the words around a question, in each style; shots: answered questions before it
 questions         the base of tasks that ask one question an item; official_files: reading what is published
+copies            copies of benchmarks on the hub and of VLMEvalKit
 vqa, captions     what benchmarks of questions answered by ten people, and of captions, have in common
 tasks/            the benchmarks, a file each, found by name
 metrics/          metrics that several benchmarks share
