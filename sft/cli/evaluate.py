@@ -37,6 +37,10 @@ def run(
         list[str] | None,
         typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several."),
     ] = None,
+    harness: Annotated[
+        Literal["lmms-eval"] | None, typer.Option("--with", help="Ask the --tasks of this harness, if it is installed.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of the harness.")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
@@ -79,6 +83,9 @@ def run(
     from sft.runs.names import chosen_by
 
     scorings = _scorings(protocol, rank, generate)
+    if (harness is None) != (tasks is None):
+        raise UserError("--with lmms-eval and --tasks A,B go together")
+    task = [*(task or ()), *(f"lmms_eval={name.strip()}" for name in (tasks or "").split(",") if name)]
     for option, file in (("details", details), ("submission", submission)):
         _check_place(option, file)
     if nproc > 1:

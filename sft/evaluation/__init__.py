@@ -9,6 +9,7 @@ copies            copies of benchmarks on the hub and of VLMEvalKit
 vqa, captions     what benchmarks of questions answered by ten people, and of captions, have in common
 tasks/            the benchmarks, a file each, found by name
 metrics/          metrics that several benchmarks share
+bridges/          models as other harnesses ask them
 run_tasks         evaluates a model on tasks, and caches the answers
 kept_states       states of images that several forwards show
 rank_answers      the likelihood of each of several options; generate_answers: the text that the model generates
