@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -55,7 +56,7 @@ def run(
         typer.Option(help="Choose by the likelihood of the letter (default) or of the text."),
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
-    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
+    shots: Annotated[str | None, typer.Option(metavar="K[,K]", help="Answered questions before each: 0,4,8.")] = None,
     select: Annotated[
         Literal["random", "rices", "groups"] | None,
         typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
@@ -95,12 +96,13 @@ def run(
         out.quiet = not process.is_main
         names = ("benchmark", "split", "protocol", "shots", "select", "support", "prompt", "num_beams", "max_questions")
         changes = {name: context.params[name] for name in names}
-        changes |= {"by": tuple(task) if task else None, "ranks": scorings}
-        evaluation = Evaluation(model, changes, submission)
+        numbers = _shots(shots)
+        changes |= {"by": tuple(task) or None, "ranks": scorings, "shots": max(numbers) if numbers else None}
+        evaluation = Evaluation(model, changes, submission, numbers)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
-        _report(found, details, submission, json, out)
+        _report(found, details, submission, json, out, evaluation.card)
         if evaluation.is_half and not json:
             out.print("figures come from the half of the images that does not choose the checkpoint")
 
@@ -110,6 +112,13 @@ def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[s
     if generate and rank not in (None, "generate"):
         raise UserError(f"--generate and --rank {rank} exclude each other")
     return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
+
+
+def _shots(text: str | None) -> list[int]:
+    """Return the numbers of shots that are asked for, rising."""
+    if not all(one.strip().isdecimal() for one in (text or "0").split(",")):
+        raise UserError(f"--shots {text}: expected a number, or several as 0,4,8")
+    return sorted({int(one) for one in text.split(",")}) if text else []
 
 
 class _Found(NamedTuple):
@@ -123,7 +132,10 @@ class _Found(NamedTuple):
 class Evaluation:
     """A model, and the tasks that it is asked."""
 
-    def __init__(self, model: str, changes: dict[str, Any], submission: Path | None) -> None:
+    def __init__(
+        self, model: str, changes: dict[str, Any], submission: Path | None, numbers: Sequence[int] = ()
+    ) -> None:
+        from sft.cli.evaluation_tables import card_figure
         from sft.core.distributed import all_or_none
         from sft.recipe import EvaluationConfig
 
@@ -133,7 +145,11 @@ class Evaluation:
         from sft.selection.record import is_chosen_on_half
 
         with all_or_none():
-            self.tasks = _open_tasks(self._settings, recipe, submission)
+            drawn = self._settings.asked_shots
+            each = [drawn.model_copy(update={"number": number}) for number in numbers or (drawn.number,)]
+            settings = [self._settings.model_copy(update={"shots": own}) for own in each]
+            self.tasks = [task for own in settings for task in _open_tasks(own, recipe, submission)]
+        self.card = partial(card_figure, model, drawn.select)
         run_dir = self._run_dir
         self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
         """Whether its checkpoint was chosen by the other half of the images."""
@@ -264,12 +280,20 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
     return tasks
 
 
-def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
+def _report(
+    found: list[_Found],
+    details: Path | None,
+    submission: Path | None,
+    json: bool,
+    out: Console,
+    card: Callable[[dict[str, Any]], dict[str, float]],
+) -> None:
     """Write the files that are asked for, and print the summaries."""
     summaries = []
     for task, result, blind in found:
         blind_score = blind.on_items_of(result).score if blind else None
-        summaries.append(task.summary(result, blind_score=blind_score))
+        summary = task.summary(result, blind_score=blind_score)
+        summaries.append(summary | card(summary))
     if details:
         _write_details(details, found)
     if submission:
@@ -285,6 +309,11 @@ def _report(found: list[_Found], details: Path | None, submission: Path | None, 
         show_summaries(summaries, out)
         return
     by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}
+    by_shots: dict[str, dict[int, Any]] = defaultdict(dict)
+    for summary in reversed(summaries):
+        by_shots[summary["benchmark"]][summary["shots"]] = dict(summary)
+    for summary in summaries if any(len(own) > 1 for own in by_shots.values()) else ():
+        summary["by_shots"] = by_shots[summary["benchmark"]]
     by_task = {one.task.benchmark: summary for one, summary in reversed([*zip(found, summaries, strict=True)])}
     more = {"by_rank": by_rank} if len(by_rank) > 1 else {}
     print_json(summaries[0] | more | ({"by_task": by_task} if len(by_task) > 1 else {}))
@@ -294,7 +323,8 @@ def _write_details(file: Path, found: list[_Found]) -> None:
     """Write one file, or one for each result with what tells it apart before the suffix."""
     from sft.evaluation.results import write_lines
 
-    benchmarks = {one.task.benchmark for one in found}
+    benchmarks, shots = ({getattr(one.task, name) for one in found} for name in ("benchmark", "shots"))
     for task, result, _ in found:
-        label = ".".join([task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label))
+        names = [task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label)
+        label = ".".join(names + [f"{task.shots}_shots"] * (len(shots) > 1))
         write_lines(result, file if len(found) == 1 else file.with_suffix(f".{label}{file.suffix}"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group
 
 from sft.cli.terminal import percent, table
+from sft.core.shipped import shipped_root
 from sft.report.selection_text import between, metric_of, score_text
 
 Summary = dict[str, Any]
@@ -15,7 +17,10 @@ Summary = dict[str, Any]
 
 
 def show_summaries(summaries: Sequence[Summary], out: Console) -> None:
-    """Print one task in detail, by each way of scoring it; or several on a line each."""
+    """Print one task in detail, by each way of scoring it; several on a line each; or several numbers of shots."""
+    if len({summary["shots"] for summary in summaries}) > 1:
+        out.print(_curves(summaries))
+        return
     if len({summary["benchmark"] for summary in summaries}) > 1:
         out.print(_overview(summaries))
         return
@@ -31,19 +36,54 @@ def _blind(summary: Summary) -> str:
     return "" if summary["blind"] is None else score_text(summary["blind"], summary)
 
 
+def card_figure(model: str, select: str, summary: Summary) -> dict[str, float]:
+    """Return what the model card says of a released model on a task with as many shots, as `card`."""
+    cards = json.loads((shipped_root() / "model_configs" / "card_figures.json").read_text(encoding="utf-8"))
+    task = summary["task"] + (" by rices" if select == "rices" and summary["shots"] else "")
+    known = cards.get(model, {})
+    figure = known.get(summary["benchmark"], known.get(task, {})).get(str(summary["shots"]))
+    return {} if figure is None else {"card": figure / 100}
+
+
+def _card(summary: Summary) -> str:
+    return score_text(summary["card"], summary) if "card" in summary else ""
+
+
+def _name(summary: Summary) -> str:
+    return str(summary["benchmark"]) + (f" by {summary['rank']}" if "rank" in summary else "")
+
+
+def _curves(summaries: Sequence[Summary]) -> Group:
+    """Return a row for each task and a column for each number of shots, with intervals and the card's figures."""
+    by_task: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        by_task.setdefault(_name(summary), []).append(summary)
+    rows = []
+    for task, own in by_task.items():
+        rows.append((task, *map(_score, own)))
+        rows.append(("  95 % interval", *(between(one["interval"], one) for one in own)))
+        rows += [("  card", *map(_card, own))] if any("card" in one for one in own) else []
+    header = [f"{number} shots" for number in dict.fromkeys(summary["shots"] for summary in summaries)]
+    return table("score by shots", ("task", *header), rows)
+
+
 def _overview(summaries: Sequence[Summary]) -> Group:
+    card = ("card",) if any("card" in summary for summary in summaries) else ()
     rows = [
         (
-            summary["benchmark"] + (f" by {summary['rank']}" if "rank" in summary else ""),
+            _name(summary),
             f"{summary['questions']:,}",
             _score(summary),
             between(summary["interval"], summary),
             _blind(summary),
+            *([_card(summary)] if card else []),
         )
         for summary in summaries
     ]
     names = dict.fromkeys(metric_of(summary).name for summary in summaries)
-    return table(f"tasks, by {', '.join(names)}", ("task", "questions", "score", "95 % interval", "no image"), rows)
+    return table(
+        f"tasks, by {', '.join(names)}", ("task", "questions", "score", "95 % interval", "no image", *card), rows
+    )
 
 
 def _show(summary: Summary, out: Console) -> None:
@@ -79,6 +119,8 @@ def _show_scores(title: str, summary: Summary, out: Console) -> None:
         out.print("; ".join(f"{name} {score_text(value, summary)}" for name, value in others.items()))
     if summary["blind"] is not None and summary["with_images"]:
         out.print(f"without images {_blind(summary)}")
+    if "card" in summary:
+        out.print(f"the model card has {_card(summary)}; docs/benchmarks.md says what can be compared")
     if "chance" in summary:
         again = f" ({percent(summary['independent_chance'])} if each rotation is guessed separately)"
         out.print(f"chance {percent(summary['chance'])}{again if summary['protocol'] == 'circular' else ''}")

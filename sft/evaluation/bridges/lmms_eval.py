@@ -24,8 +24,7 @@ from sft.evaluation.task import TOO_LONG, Query
 from sft.models.loaded_model import Loaded, load_for_inference
 from sft.runs.names import find_model
 
-CHUNK = 256
-"""Requests whose images are in memory at a time."""
+CHUNK = 256  # requests whose images are in memory at a time
 
 
 def manifest() -> ModelManifest:
@@ -39,44 +38,34 @@ class IdeficsSFT(lmms):  # type: ignore[misc]  # lmms-eval is not typed
     def __init__(self, pretrained: str = "", loaded: Loaded | None = None, **_: Any) -> None:
         super().__init__()
         self.loaded = loaded or load_for_inference(find_model(pretrained))
-        self.images: dict[int, str] = {}
-        """Hash of the images of each item of the task that is asked last."""
+        self.images: dict[int, str] = {}  # item of the task that is asked last -> hash of its images
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answer to each request, up to the first of its stops. Raise UserError for one to be sampled."""
-        numbered = groupby(enumerate(requests), lambda own: (own[0] // CHUNK, _settings(own[1])))
-        return [text for (_, how), own in numbered for text in self._written([one for _, one in own], *how)]
+        alike = groupby(enumerate(requests), lambda own: (own[0] // CHUNK, _settings(own[1])))
+        return [text for (_, how), own in alike for text in self._written([one for _, one in own], *how)]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """Return the mean loss of the continuation of each request, and whether the model would write it: lmms-eval's own
-        models return a loss here, and its tasks of multiple choice take the lowest. It turns a pair of numbers into
-        text (0.7.3, `unwrap_generation_output`), but takes what a GenerationResult holds as it is."""
-        return [GenerationResult(self._loss(request)) for request in requests]  # type: ignore[arg-type]
-
-    def _loss(self, request: Any) -> tuple[float, bool]:
-        end = request.args[1](self._doc(request)) if callable(request.args[1]) else request.args[1]
-        query, loaded = Query(self._sample(request), (str(end),)), self.loaded
-        ((score,),) = score_answers(loaded.model, loaded.template, [query], autocast=loaded.autocast)  # type: ignore[misc]
-        return -score.log_prob / score.num_tokens, self._written([request], score.num_tokens) == [str(end).strip()]
+        """Return the mean loss of each continuation, and whether the model would write it. lmms-eval's models return a
+        loss here, and its tasks of multiple choice take the lowest. It makes text of a bare pair (0.7.3)."""
+        return [GenerationResult(self._loss(request)) for request in requests]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raise UserError: a task of several rounds is not asked."""
         raise UserError(f"{requests[0].args[-2]}: has several rounds; expected a task of one question an item")
 
-    def _written(
-        self, requests: Sequence[Any], max_new_tokens: int, num_beams: int = 1, stops: Sequence[str] = ()
-    ) -> list[str]:
-        texts = generate_answers(
-            self.loaded.model,
-            self.loaded.template,
-            [self._sample(request) for request in requests],
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            max_positions=self.loaded.max_positions,
-            autocast=self.loaded.autocast,
-        )
+    def _loss(self, request: Any) -> tuple[float, bool]:
+        end = str(request.args[1](self._doc(request)) if callable(request.args[1]) else request.args[1])
+        asked, own = Query(self._sample(request), (end,)), self.loaded
+        ((score,),) = score_answers(own.model, own.template, [asked], autocast=own.autocast)  # type: ignore[misc]
+        return -score.log_prob / score.num_tokens, self._written([request], score.num_tokens) == [end.strip()]
+
+    def _written(self, requests: Sequence[Any], length: int, beams: int = 1, stops: Sequence[str] = ()) -> list[str]:
+        own, samples = self.loaded, [self._sample(request) for request in requests]
+        how: dict[str, Any] = {"max_positions": own.max_positions, "autocast": own.autocast, "num_beams": beams}
+        texts = generate_answers(own.model, own.template, samples, max_new_tokens=length, **how)
         if None in texts:
-            raise UserError(f"{requests[0].args[-2]}: item {requests[texts.index(None)].args[-3]} is {TOO_LONG}")
+            raise UserError(f"{samples[texts.index(None)].key}: {TOO_LONG}")
         return [min((str(text).split(stop)[0] for stop in stops), key=len, default=str(text)) for text in texts]
 
     def _doc(self, request: Any) -> Any:
@@ -97,11 +86,11 @@ class IdeficsSFT(lmms):  # type: ignore[misc]  # lmms-eval is not typed
 def _settings(request: Any) -> tuple[int, int, tuple[str, ...]]:
     """Return new tokens, beams and stops of a request; a temperature of 0 says the same as none."""
     given = request.args[1]
-    if given.get("do_sample") and (temperature := given.get("temperature", 1)):
-        raise UserError(f"{request.args[-2]}: temperature {temperature}; expected 0, since answers are greedy")
+    if given.get("do_sample") and given.get("temperature", 1):
+        raise UserError(f"{request.args[-2]}: is sampled by a temperature; expected 0, since answers are greedy")
     stops = given.get("until") or ()
-    stops = (stops,) if isinstance(stops, str) else tuple(stops)
-    return given.get("max_new_tokens") or 128, given.get("num_beams") or 1, tuple(filter(None, stops))
+    stops = (stops,) if isinstance(stops, str) else tuple(stop for stop in stops if stop)
+    return given.get("max_new_tokens") or 128, given.get("num_beams") or 1, stops
 
 
 def _png(image: Image.Image) -> bytes:

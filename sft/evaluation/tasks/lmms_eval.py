@@ -3,8 +3,8 @@
 Needs the package, `pip install lmms-eval`, and the data of its tasks, which it takes from the hub and which have
 licences of their own. `--data FOLDER` names a folder of YAML with tasks of your own, in place of those of the package.
 
-The task is named in place of a path: lmms_eval=mme. Its first metric is the score. Question, metric and splits are
-lmms-eval's; `--max-questions` takes the first ones. Elsewhere, in `compare` and `select`, it is a task like others.
+The task is named in place of a path: lmms_eval=mme. Its first metric is the score. Question, metric and split are
+lmms-eval's; `--max-questions` takes the first ones. In `compare` and `select` it is a task like others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import redirect_stdout
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,28 +42,23 @@ class LmmsTask(MeasuredTask):
     """The score of a task of lmms-eval, by item."""
 
     name = "lmms_eval"
-    metric = Metric(name="the task's first metric", is_share=False)
+    metric = Metric(name="the task's own", is_share=False)
     how = "generate"
     unit = "requests"
 
     def __init__(self, source: TaskSource) -> None:
-        """
-        Raises:
-            UserError: lmms-eval is not installed, has no such task, or cannot load its data.
-        """
-        if find_spec("lmms_eval") is None:
-            raise UserError("lmms-eval is not installed here: pip install lmms-eval")
-        if current_rank().of > 1:
-            raise UserError("lmms-eval: is asked by one process; leave out --nproc")
-        self._task, self._limit = source.data or "", source.settings.max_questions
+        """Load the task. Raise UserError where lmms-eval is not installed, has no such task, or no data of it."""
+        if find_spec("lmms_eval") is None or current_rank().of > 1:
+            raise UserError("lmms-eval: expected the package (pip install lmms-eval), and one process")
+        self._task, self._limit = str(source.data), source.settings.max_questions
         with redirect_stdout(sys.stderr):  # it logs there
             from lmms_eval.tasks import get_task_dict
 
             self._manager = _manager(source.settings.benchmark)
             if self._task not in self._manager.all_subtasks:
-                raise UserError(f"{self._task or 'lmms-eval'}: no task of lmms-eval; name one as lmms_eval=mme")
+                raise UserError(f"{self._task}: no task of lmms-eval; name one as lmms_eval=mme")
             try:
-                (found,) = get_task_dict([self._task], self._manager).values()
+                found = get_task_dict([self._task], self._manager)[self._task]
             except Exception as error:  # of the hub, of files
                 raise UserError(f"lmms-eval's {self._task}: its data cannot be loaded: {error}") from error
         self._config = found.dump_config() | {"version": found.VERSION}
@@ -75,52 +69,36 @@ class LmmsTask(MeasuredTask):
         self.benchmark = f"lmms_{self._task}"
 
     def protocol(self, template: ChatTemplate) -> dict[str, Any]:
-        """Return the task with its version, prompt and settings, as lmms-eval has them."""
+        """Return the task with its version, prompt and settings as lmms-eval has them, functions by their names."""
         own = {"lmms-eval": version("lmms-eval"), "first": self._limit, "template": template.fingerprint}
-        return own | {key: _text(value) for key, value in self._config.items() if value is not None}
+        return own | {key: getattr(value, "__qualname__", str(value)) for key, value in self._config.items()}
 
     def measure(self, path: Path, loaded: Loaded, on_progress: OnProgress) -> Sequence[Outcome]:
-        """Return the score of each item.
-
-        Raises:
-            UserError: the task has no score of single items, or shows videos.
-        """
+        """Return the score of each item. Raise UserError where the task has none of single items, or shows videos."""
         with redirect_stdout(sys.stderr):
             from lmms_eval.evaluator import simple_evaluate
 
             from sft.evaluation.bridges.lmms_eval import IdeficsSFT
 
-            model = IdeficsSFT(loaded=loaded)
+            model, tasks = IdeficsSFT(loaded=loaded), [self._task]
             found = simple_evaluate(
-                model=model, tasks=[self._task], task_manager=self._manager, limit=self._limit, bootstrap_iters=0
+                model, tasks=tasks, task_manager=self._manager, limit=self._limit, bootstrap_iters=0
             )
         return [self._outcome(line, model.images.get(line["doc_id"], "")) for line in found["samples"][self._task]]
 
     def _outcome(self, line: dict[str, Any], image: str) -> Outcome:
-        figures = {one["metric"]: _number(line.get(one["metric"])) for one in self._config["metric_list"]}
-        score = figures.pop(self.metric.name)
-        if score is None:
+        score = line.get(self.metric.name)
+        score = score.get("score") if isinstance(score, dict) else score
+        if not isinstance(score, int | float):
             raise UserError(f"lmms-eval's {self._task}: {self.metric.name} is no score of single items; not read here")
-        known = {name: value for name, value in figures.items() if value is not None}
-        details = {"answers": [str(line["target"])], "prediction": line["filtered_resps"][0]}
         return Outcome(
             item=line["doc_id"],
             cluster=f"image {image}" if image else f"item {line['doc_id']}",
             image_sha256=image,
             category="",
-            score=score,
-            details=details | ({"figures": known} if known else {}),
+            score=float(score),
+            details={"answers": [str(line["target"])], "prediction": str(line["filtered_resps"][0])},
         )
-
-
-def _number(value: Any) -> float | None:
-    value = value.get("score") if isinstance(value, dict) else value
-    return float(value) if isinstance(value, Real) else None
-
-
-def _text(value: Any) -> str:
-    """Return a setting as text, a function by its name."""
-    return getattr(value, "__qualname__", str(value))
 
 
 TASK = LmmsTask

@@ -70,7 +70,7 @@ def _problem(row: Row) -> dict[str, Any]:
     return row | {"choices": choices, "answer": LETTERS.index(answer) if answer in LETTERS else int(answer)}
 
 
-def _item(number: str, problem: Mapping[str, Any], image: Path) -> TaskItem:
+def _item(number: Any, problem: Mapping[str, Any], image: Path) -> TaskItem:
     choices = [f"{letter}: {_one_break(choice)}" for letter, choice in zip(LETTERS, problem["choices"], strict=False)]
     hint = [f"Context: {_one_break(problem['hint'])}"] if problem.get("hint") else []
     lines = [*hint, f"Question: {_one_break(problem['question'])}", "Possible answers:", *choices]
