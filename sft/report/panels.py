@@ -42,10 +42,11 @@ def score_panels(run: Run) -> Iterable[Panel]:
     by_kind: dict[tuple[str, ...], list[Line]] = {}
     for summary in run.evaluations:
         names = (summary.get("protocol") or summary.get("by") or summary.get("task", ""), summary.get("rank", ""))
+        names = (*names, f"{shots} shots" if (shots := summary.get("shots")) else "")
         by_kind.setdefault((summary["benchmark"], *names), []).append(summary)
     if run.selection and len(by_kind) < 2:
         return
-    for (benchmark, protocol, rank), summaries in by_kind.items():
+    for (benchmark, protocol, rank, shots), summaries in by_kind.items():
         summaries.sort(key=lambda summary: summary["step"])
         metric = metric_of(summaries[-1])
         rings = _rings([summary["step"] for summary in summaries], run.selection)
@@ -58,8 +59,24 @@ def score_panels(run: Run) -> Iterable[Panel]:
             limits=(0, 1) if metric.is_share else None,
             chance=summaries[-1].get("chance"),
         )
-        note = f"{benchmark}, {protocol}, {summaries[-1].get('questions', 0):,} questions"
+        note = f"{benchmark}, {protocol}, {summaries[-1].get('questions', 0):,} questions" + f", {shots}" * bool(shots)
         yield Panel(f"By {rank}" if rank else metric.name[:1].upper() + metric.name[1:], note, svg)
+
+
+def shots_panels(run: Run) -> Iterable[Panel]:
+    """Yield a small panel for each task that the last checkpoint was asked with several numbers of shots."""
+    by_task: dict[tuple[str, str], dict[int, dict[int, Line]]] = {}
+    for summary in run.evaluations:
+        own = by_task.setdefault((summary["benchmark"], summary.get("rank", "")), {})
+        own.setdefault(summary["step"], {})[summary.get("shots", 0)] = summary
+    for (benchmark, _), by_step in by_task.items():
+        step = max((step for step, own in by_step.items() if len(own) > 1), default=None)
+        if step is not None:
+            scores = [one | {"step": shots} for shots, one in sorted(by_step[step].items())]
+            tips = [f"{one['step']} shots: {score_text(one['score'], one)}" for one in scores]
+            metric = metric_of(scores[0])
+            svg = _score_chart(scores, tips, [], metric, label=f"score on {benchmark} by shots", height=SMALL)
+            yield Panel(f"{benchmark}, by shots", f"{metric.name} at step {step:,}", svg)
 
 
 def _rings(steps: Sequence[float], chosen: Line | None) -> list[str]:

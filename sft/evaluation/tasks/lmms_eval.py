@@ -61,7 +61,7 @@ class LmmsTask(MeasuredTask):
                 found = get_task_dict([self._task], self._manager)[self._task]
             except Exception as error:  # of the hub, of files
                 raise UserError(f"lmms-eval's {self._task}: its data cannot be loaded: {error}") from error
-        self._config = found.dump_config() | {"version": found.VERSION}
+        self._config = found.dump_config()
         first = self._config["metric_list"][0]
         is_share = any(word in first["metric"] for word in ("acc", "match", "anls"))
         lower = not first.get("higher_is_better", True)
