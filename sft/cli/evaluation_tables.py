@@ -39,7 +39,7 @@ def _blind(summary: Summary) -> str:
 def card_figure(model: str, select: str, summary: Summary) -> dict[str, float]:
     """Return what the model card says of a released model on a task with as many shots, as `card`."""
     cards = json.loads((shipped_root() / "model_configs" / "card_figures.json").read_text(encoding="utf-8"))
-    task = summary["task"] + (" by rices" if select == "rices" and summary["shots"] else "")
+    task = summary.get("task", "") + (" by rices" if select == "rices" and summary["shots"] else "")
     known = cards.get(model, {})
     figure = known.get(summary["benchmark"], known.get(task, {})).get(str(summary["shots"]))
     return {} if figure is None else {"card": figure / 100}

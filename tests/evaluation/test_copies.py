@@ -147,3 +147,17 @@ def test_what_is_wrong_with_a_copy_is_one_line(tmp_path, message):
     with pytest.raises(UserError, match=message) as raised:
         opened("textvqa", tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_scores_by_shots_stand_beside_the_card_s(capsys):
+    from rich.console import Console
+
+    from sft.cli.evaluation_tables import card_figure, show_summaries
+
+    about = {"metric": {"name": "VQA accuracy (m4)"}, "task": "okvqa", "benchmark": "okvqa_val", "questions": 9}
+    own = [about | {"shots": shots, "score": 0.4, "interval": [0.3, 0.5]} for shots in (0, 4)]
+    model = "HuggingFaceM4/idefics-9b"
+    show_summaries([one | card_figure(model, "random", one) for one in own], Console(width=80))
+    printed = capsys.readouterr().out.replace("\xa0", " ")
+    assert "38.4 %" in printed and "45.5 %" in printed and "4 shots" in printed and "30.0 % to 50.0 %" in printed
+    assert card_figure("runs/mine", "random", own[0]) == {} == card_figure(model, "rices", own[1])
