@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from sft.cli.evaluation_tables import Found, card_figure, report
 from sft.cli.several import Nproc, start
-from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
+from sft.cli.terminal import Json, console, progress, quiet_libraries
 from sft.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run(
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
-        _report(found, details, submission, json, out, evaluation.card)
+        report(found, details, submission, json, out, evaluation.card)
         if evaluation.is_half and not json:
             out.print("figures come from the half of the images that does not choose the checkpoint")
 
@@ -121,21 +121,12 @@ def _shots(text: str | None) -> list[int]:
     return sorted({int(one) for one in text.split(",")}) if text else []
 
 
-class _Found(NamedTuple):
-    """A task with the model's results on it, with images and without."""
-
-    task: Task
-    result: Result
-    blind: Result | None
-
-
 class Evaluation:
     """A model, and the tasks that it is asked."""
 
     def __init__(
         self, model: str, changes: dict[str, Any], submission: Path | None, numbers: Sequence[int] = ()
     ) -> None:
-        from sft.cli.evaluation_tables import card_figure
         from sft.core.distributed import all_or_none
         from sft.recipe import EvaluationConfig
 
@@ -170,7 +161,7 @@ class Evaluation:
         self._load: Load | None = None
         return recipe
 
-    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
+    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[Found]:
         """Return the results on each task, on those items that figures come from; without images too where that is
         wanted and the task has any."""
         from sft.evaluation.task import PromptedTask
@@ -183,7 +174,7 @@ class Evaluation:
         compared: list[Task] = [task for task in prompted if task.has_answers] if baseline and not blind else []
         twins = self._score([task.without_images() for task in compared], " without images", out)
         blinds = dict(zip(compared, twins, strict=True))
-        return [_Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
+        return [Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
 
     def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
         from sft.evaluation.run_tasks import score_model
@@ -278,53 +269,3 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
             what = settings.benchmark or task.benchmark
             raise UserError(f"{what}: a test split, without answers to score by; give --submission FILE.xlsx")
     return tasks
-
-
-def _report(
-    found: list[_Found],
-    details: Path | None,
-    submission: Path | None,
-    json: bool,
-    out: Console,
-    card: Callable[[dict[str, Any]], dict[str, float]],
-) -> None:
-    """Write the files that are asked for, and print the summaries."""
-    summaries = []
-    for task, result, blind in found:
-        blind_score = blind.on_items_of(result).score if blind else None
-        summary = task.summary(result, blind_score=blind_score)
-        summaries.append(summary | card(summary))
-    if details:
-        _write_details(details, found)
-    if submission:
-        from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
-        from sft.evaluation.tasks.mmbench.submission import write_submission
-
-        assert isinstance(found[0].task, MMBench)
-        write_submission(submission, found[0].task.chosen.rows, found[0].result)
-        summaries[0]["submission"] = str(submission)
-    if not json:
-        from sft.cli.evaluation_tables import show_summaries
-
-        show_summaries(summaries, out)
-        return
-    by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}
-    by_shots: dict[str, dict[int, Any]] = defaultdict(dict)
-    for summary in reversed(summaries):
-        by_shots[summary["benchmark"]][summary["shots"]] = dict(summary)
-    for summary in summaries if any(len(own) > 1 for own in by_shots.values()) else ():
-        summary["by_shots"] = by_shots[summary["benchmark"]]
-    by_task = {one.task.benchmark: summary for one, summary in reversed([*zip(found, summaries, strict=True)])}
-    more = {"by_rank": by_rank} if len(by_rank) > 1 else {}
-    print_json(summaries[0] | more | ({"by_task": by_task} if len(by_task) > 1 else {}))
-
-
-def _write_details(file: Path, found: list[_Found]) -> None:
-    """Write one file, or one for each result with what tells it apart before the suffix."""
-    from sft.evaluation.results import write_lines
-
-    benchmarks, shots = ({getattr(one.task, name) for one in found} for name in ("benchmark", "shots"))
-    for task, result, _ in found:
-        names = [task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label)
-        label = ".".join(names + [f"{task.shots}_shots"] * (len(shots) > 1))
-        write_lines(result, file if len(found) == 1 else file.with_suffix(f".{label}{file.suffix}"))

@@ -42,8 +42,8 @@ def score_panels(run: Run) -> Iterable[Panel]:
     by_kind: dict[tuple[str, ...], list[Line]] = {}
     for summary in run.evaluations:
         names = (summary.get("protocol") or summary.get("by") or summary.get("task", ""), summary.get("rank", ""))
-        names = (*names, f"{shots} shots" if (shots := summary.get("shots")) else "")
-        by_kind.setdefault((summary["benchmark"], *names), []).append(summary)
+        number = f"{summary['shots']} shots" if summary.get("shots") else ""
+        by_kind.setdefault((summary["benchmark"], *names, number), []).append(summary)
     if run.selection and len(by_kind) < 2:
         return
     for (benchmark, protocol, rank, shots), summaries in by_kind.items():
