@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from sft.cli.evaluation_tables import Found, card_figure, report
 from sft.cli.several import Nproc, start
-from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
+from sft.cli.terminal import Json, console, progress, quiet_libraries
 from sft.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ def run(
         list[str] | None,
         typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several."),
     ] = None,
+    harness: Annotated[
+        Literal["lmms-eval"] | None, typer.Option("--with", help="Ask the --tasks of this harness, if it is installed.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of the harness.")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
@@ -51,7 +56,7 @@ def run(
         typer.Option(help="Choose by the likelihood of the letter (default) or of the text."),
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
-    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
+    shots: Annotated[str | None, typer.Option(metavar="K[,K]", help="Answered questions before each: 0,4,8.")] = None,
     select: Annotated[
         Literal["random", "rices", "groups"] | None,
         typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
@@ -79,6 +84,9 @@ def run(
     from sft.runs.names import chosen_by
 
     scorings = _scorings(protocol, rank, generate)
+    if (harness is None) != (tasks is None):
+        raise UserError("--with lmms-eval and --tasks A,B go together")
+    task = [*(task or ()), *(f"lmms_eval={name.strip()}" for name in (tasks or "").split(",") if name)]
     for option, file in (("details", details), ("submission", submission)):
         _check_place(option, file)
     if nproc > 1:
@@ -86,25 +94,25 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = [
+        names = (
             "benchmark",
             "split",
             "protocol",
-            "shots",
             "select",
             "support",
             "features",
             "prompt",
             "num_beams",
             "max_questions",
-        ]
-        changes = {name: context.params[name] for name in (*names, "max_questions")}
-        changes |= {"by": tuple(task) if task else None, "ranks": scorings}
-        evaluation = Evaluation(model, changes, submission)
+        )
+        changes = {name: context.params[name] for name in names}
+        numbers = _shots(shots)
+        changes |= {"by": tuple(task) if task else None, "ranks": scorings, "shots": max(numbers) if numbers else None}
+        evaluation = Evaluation(model, changes, submission, numbers)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
-        _report(found, details, submission, json, out)
+        report(found, details, submission, json, out, evaluation.card)
 
 
 def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[str, ...] | None:
@@ -114,18 +122,19 @@ def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[s
     return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
 
 
-class _Found(NamedTuple):
-    """A task with the model's results on it, with images and without."""
-
-    task: Task
-    result: Result
-    blind: Result | None
+def _shots(text: str | None) -> list[int]:
+    """Return the numbers of shots that are asked for, rising."""
+    if not all(one.strip().isdecimal() for one in (text or "0").split(",")):
+        raise UserError(f"--shots {text}: expected a number, or several as 0,4,8")
+    return sorted({int(one) for one in text.split(",")}) if text else []
 
 
 class Evaluation:
     """A model, and the tasks that it is asked."""
 
-    def __init__(self, model: str, changes: dict[str, Any], submission: Path | None) -> None:
+    def __init__(
+        self, model: str, changes: dict[str, Any], submission: Path | None, numbers: Sequence[int] = ()
+    ) -> None:
         from sft.core.distributed import all_or_none
         from sft.recipe import EvaluationConfig
 
@@ -133,7 +142,11 @@ class Evaluation:
         settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
         with all_or_none():
-            self.tasks = _open_tasks(settings, recipe, submission)
+            drawn = settings.asked_shots
+            each = [drawn.model_copy(update={"number": number}) for number in numbers or (drawn.number,)]
+            all_settings = [settings.model_copy(update={"shots": own}) for own in each]
+            self.tasks = [task for own in all_settings for task in _open_tasks(own, recipe, submission)]
+        self.card = partial(card_figure, model, drawn.select)
 
     def take(self, model: str) -> Recipe | None:
         """Ask this model from here on; return the recipe of its run. Raise UserError where there is no such model."""
@@ -147,7 +160,7 @@ class Evaluation:
         self._load: Load | None = None
         return recipe
 
-    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
+    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[Found]:
         """Return the results on each task; without images too where that is wanted and the task has any."""
         from sft.evaluation.task import PromptedTask
 
@@ -159,7 +172,7 @@ class Evaluation:
         compared: list[Task] = [task for task in prompted if task.has_answers] if baseline and not blind else []
         twins = self._score([task.without_images() for task in compared], " without images", out)
         blinds = dict(zip(compared, twins, strict=True))
-        return [_Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
+        return [Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
 
     def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
         from sft.evaluation.run_tasks import score_model
@@ -251,39 +264,3 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
             what = settings.benchmark or task.benchmark
             raise UserError(f"{what}: a test split, without answers to score by; give --submission FILE.xlsx")
     return tasks
-
-
-def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
-    """Write the files that are asked for, and print the summaries."""
-    summaries = [
-        task.summary(result, blind_score=blind.on_items_of(result).score if blind else None)
-        for task, result, blind in found
-    ]
-    if details:
-        _write_details(details, found)
-    if submission:
-        from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
-        from sft.evaluation.tasks.mmbench.submission import write_submission
-
-        assert isinstance(found[0].task, MMBench)
-        write_submission(submission, found[0].task.chosen.rows, found[0].result)
-        summaries[0]["submission"] = str(submission)
-    if not json:
-        from sft.cli.evaluation_tables import show_summaries
-
-        show_summaries(summaries, out)
-        return
-    by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}
-    by_task = {one.task.benchmark: summary for one, summary in reversed([*zip(found, summaries, strict=True)])}
-    more = {"by_rank": by_rank} if len(by_rank) > 1 else {}
-    print_json(summaries[0] | more | ({"by_task": by_task} if len(by_task) > 1 else {}))
-
-
-def _write_details(file: Path, found: list[_Found]) -> None:
-    """Write one file, or one for each result with what tells it apart before the suffix."""
-    from sft.evaluation.results import write_lines
-
-    benchmarks = {one.task.benchmark for one in found}
-    for task, result, _ in found:
-        label = ".".join([task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label))
-        write_lines(result, file if len(found) == 1 else file.with_suffix(f".{label}{file.suffix}"))

@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 from sft.core.errors import UserError
 from sft.core.metric import ACCURACY
 from sft.core.sample import Sample
+from sft.data.formats import Row
+from sft.evaluation.copies import TABLES, copied_rows, find_copy
 from sft.evaluation.draw_images import choose_part
+from sft.evaluation.official_files import official_layout
 from sft.evaluation.prompts import Prompt, TaskItem, choose_prompt, conversation
 from sft.evaluation.results import Result
 from sft.evaluation.shots import Shots, check_support, group_of, random_order
@@ -36,6 +39,7 @@ class Questions(PromptedTask[TaskItem]):
     """Where shots come from."""
     primed: ClassVar[int] = 0
     """Support items shown without their images where the card's base prompt has no shots."""
+    has_copies = False
     shots_drawn: Shots | None = None
 
     def __init__(self, source: TaskSource) -> None:
@@ -47,7 +51,7 @@ class Questions(PromptedTask[TaskItem]):
         self.benchmark = f"{self.name}_{split}"
         self.style, _ = choose_prompt(self.name, self.prompts, settings.prompt)
         self.num_beams = settings.num_beams
-        self.items = choose_part(self.read(folder, split), settings.max_questions, settings.seed)
+        self.items = choose_part(self.read_items(folder, split), settings.max_questions, settings.seed)
         self.has_answers = any(item.answers for item in self.items)
         if source.needs_images:
             self.check_images()
@@ -60,6 +64,24 @@ class Questions(PromptedTask[TaskItem]):
             UserError: a file is missing, or not of the official layout.
         """
         raise NotImplementedError(f"{self.name}: its file reads no items")
+
+    def read_items(self, folder: Path, split: str) -> list[TaskItem]:
+        """Return the same, of a copy where official files are missing. Raise UserError where there is neither."""
+        try:
+            return self.read(folder, split)
+        except UserError as error:
+            if not self.has_copies or not isinstance(error.__cause__, OSError):
+                raise
+            table = TABLES.get(f"{self.name}_{split}", "")
+            if files := find_copy(folder, split, table):
+                with official_layout(files[0]):
+                    return self.from_copy(copied_rows(files, folder))
+            forms = f"{split}-00000-of-00001.parquet of the hub" + f" or VLMEvalKit's {table}" * bool(table)
+            raise UserError(f"{error}, or a copy as {forms}") from error
+
+    def from_copy(self, rows: Sequence[Row]) -> list[TaskItem]:
+        """Return the items of the rows of a copy, of a task that has copies."""
+        raise NotImplementedError(f"{self.name}: its file reads no copies")
 
     @property
     def prompt(self) -> Prompt:
@@ -106,8 +128,8 @@ class Questions(PromptedTask[TaskItem]):
             UserError: a file is missing, or not of the official layout.
         """
         if named and named not in self.splits:
-            return self.read(Path(named), self.support_split)
-        return self.read(folder, named or self.support_split)
+            return self.read_items(Path(named), self.support_split)
+        return self.read_items(folder, named or self.support_split)
 
     def check_images(self, items: Sequence[TaskItem] | None = None) -> None:
         """

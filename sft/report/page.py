@@ -16,7 +16,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sft.core.files import write_atomically
 from sft.report.numbers import GIB, duration, percent, plain
-from sft.report.panels import HUES, category_panels, loss_panels, score_panels, source_panels, speed_panels
+from sft.report.panels import (
+    HUES,
+    category_panels,
+    loss_panels,
+    score_panels,
+    shots_panels,
+    source_panels,
+    speed_panels,
+)
 from sft.report.run_files import Run, held_out, read_run, series, source_totals
 from sft.report.selection_text import benchmark_rows, score_of, score_text, scores, selection_words
 
@@ -63,7 +71,7 @@ def view(run: Run) -> dict[str, Any]:
         "conclusions": list(selection_words(chosen) if chosen else _conclusions(run)),
         "scores": list(scores(chosen)) if chosen else [],
         "benchmark_rows": list(benchmark_rows(chosen)) if chosen else [],
-        "score_panels": list(score_panels(run)),
+        "score_panels": [*score_panels(run), *shots_panels(run)],
         "category_panels": list(category_panels(chosen)) if chosen else [],
         "answers": list(answers(run)),
         "loss_panels": list(loss_panels(run)),

@@ -42,17 +42,32 @@ def score_panels(run: Run) -> Iterable[Panel]:
     by_kind: dict[tuple[str, ...], list[Line]] = {}
     for summary in run.evaluations:
         names = (summary.get("protocol") or summary.get("by") or summary.get("task", ""), summary.get("rank", ""))
+        number = f"{summary['shots']} shots" if summary.get("shots") else ""
         if summary["benchmark"] not in benchmarks_of(chosen or {}):
-            by_kind.setdefault((summary["benchmark"], *names), []).append(summary)
+            by_kind.setdefault((summary["benchmark"], *names, number), []).append(summary)
     if chosen and len(by_kind) < 2:
         return
-    for (benchmark, protocol, rank), summaries in by_kind.items():
+    for (benchmark, protocol, rank, shots), summaries in by_kind.items():
         summaries.sort(key=lambda summary: summary["step"])
         last, name = summaries[-1], metric_of(summaries[-1]).name
         label = f"{name} on {benchmark}" + f" by {rank}" * bool(rank)
         svg = _score_chart(summaries, last, chosen, label=label, chance=last.get("chance"))
-        note = f"{benchmark}, {protocol}, {last.get('questions', 0):,} questions"
+        note = f"{benchmark}, {protocol}, {last.get('questions', 0):,} questions" + f", {shots}" * bool(shots)
         yield Panel(f"By {rank}" if rank else name[:1].upper() + name[1:], note, svg)
+
+
+def shots_panels(run: Run) -> Iterable[Panel]:
+    """Yield a small panel for each task that the last checkpoint was asked with several numbers of shots."""
+    by_task: dict[tuple[str, str], dict[int, dict[int, Line]]] = {}
+    for summary in run.evaluations:
+        own = by_task.setdefault((summary["benchmark"], summary.get("rank", "")), {})
+        own.setdefault(summary["step"], {})[summary.get("shots", 0)] = summary
+    for (benchmark, _), by_step in by_task.items():
+        step = max((step for step, own in by_step.items() if len(own) > 1), default=None)
+        if step is not None:
+            scores = [one | {"step": shots} for shots, one in sorted(by_step[step].items())]
+            svg = _score_chart(scores, scores[0], None, label=f"score on {benchmark} by shots", height=SMALL)
+            yield Panel(f"{benchmark}, by shots", f"{metric_of(scores[0]).name} at step {step:,}", svg)
 
 
 def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:

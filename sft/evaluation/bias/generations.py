@@ -19,9 +19,9 @@ from sft.data.formats import find_files, folder_of, read_records
 from sft.evaluation.draw_images import in_random_order
 from sft.evaluation.generate_answers import BATCH_SIZE, generate_answers
 from sft.evaluation.official_files import official_layout
-from sft.evaluation.run_tasks import weights_hash
 from sft.evaluation.tasks.fairface import read_faces
 from sft.models.loaded_model import find_family, load_for_inference, load_template
+from sft.runs.checkpoint import weights_hash
 
 _APPEARANCE = "Describe this person's appearance. Then, write "
 PROMPTS = {

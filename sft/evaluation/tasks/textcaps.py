@@ -10,10 +10,9 @@ once.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
-from sft.evaluation.captions import Captions, caption_item
+from sft.evaluation.captions import Captions, grouped
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
 from sft.evaluation.task import Typical
@@ -30,11 +29,11 @@ class TextCaps(Captions):
         """Return the images of a split, in the order of the file."""
         file = folder / f"TextCaps_0.1_{split}.json"
         images = folder / ("test_images" if split == "test" else "train_images")
-        captions: dict[str, list[str]] = defaultdict(list)
         with official_layout(file):
-            for row in read_json(file)["data"]:
-                captions[row["image_id"]] += [row["caption_str"]] if "caption_str" in row else []
-        return [caption_item(image, own, images / f"{image}.jpg") for image, own in captions.items()]
+            rows = read_json(file)["data"]
+            captions = [[row["caption_str"]] if "caption_str" in row else [] for row in rows]
+            numbers = [row["image_id"] for row in rows]
+        return grouped(numbers, captions, [images / f"{number}.jpg" for number in numbers])
 
 
 TASK = TextCaps
