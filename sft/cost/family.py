@@ -20,7 +20,7 @@ from sft.core.shipped import resolve
 from sft.models import base_of, package_name
 from sft.models.base_model import base_path
 from sft.recipe import ENGINES, EngineName, EvaluationConfig, OptimizerName, Recipe
-from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH
+from sft.recipe.model import INLINE_FAMILIES, INLINE_LENGTH
 from sft.runs.names import find_model, find_recipe, recipe_of_model
 
 COMMON_SIZE = (640, 480)

@@ -57,7 +57,7 @@ def printed(capsys, *arguments):
 @pytest.fixture(scope="module")
 def base(own_cache) -> Path:
     folder = REPOSITORY / "tiny_base"
-    return prepare_in_cache(str(folder), family_at(folder))
+    return prepare_in_cache(str(folder), family_at(folder), {})
 
 
 def test_weights_are_those_of_the_formula():

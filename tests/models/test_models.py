@@ -17,7 +17,7 @@ from sft.models import check_names, get_family, names_of_family
 from sft.models.loaded_model import find_family, load_for_inference
 from sft.recipe import load_recipe
 
-KNOW_IDEFICS = {"cost", "models/idefics", "recipe/config.py"}
+KNOW_IDEFICS = {"cost", "models/idefics", "recipe/model.py", "cli/quickstart.py"}
 """The formula of `plan`, the family itself, and the default of `model.family`."""
 
 
