@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/recipes.md and recipes/recipe.schema.json from the keys in sft/recipe/config.py and the shipped recipes.
+"""Write docs/recipes.md and recipes/recipe.schema.json from the keys in sft/recipe/ and the shipped recipes.
 
 scripts/build_reference.py            write them; a test says when they are out of date
 """
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parent.parent
 INTRODUCTION = """\
 # Recipes
 
-<!-- made by scripts/build_reference.py from sft/recipe/config.py and recipes/: change those, and run it -->
+<!-- made by scripts/build_reference.py from sft/recipe/ and recipes/: change those, and run it -->
 
 A recipe is one YAML file: which model is trained on what, how, and what chooses the checkpoint.
 

@@ -39,15 +39,15 @@ from transformers import Idefics3Config, IdeficsConfig, PreTrainedTokenizerFast
 from sft.batches.collate import collate
 from sft.batches.image_source import GivenImages
 from sft.core.sample import ImageRef, Message, PlacedSample, Sample
-from sft.models import get_family, idefics
+from sft.models import get_family
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.family import Family
+from sft.models.family_folder import HEAD
 from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE, FAKE, IMAGE
 from sft.models.idefics3.packed import PackedIdefics3
 from sft.models.idefics3.text import GLOBAL
 from sft.models.image_transform import load_tiles
-from sft.models.inline_folder import HEAD
 from sft.models.packed_model import PackedModel
 
 DATA = Path(easy_vqa.__file__).parent / "data"
@@ -276,7 +276,7 @@ def new_idefics(vocab_size: int) -> Base:
     """Every part of idefics-9b, small."""
     tokenizer = train_tokenizer(tokenizer_corpus(), vocab_size)
     model = PackedIdefics(idefics_config(tokenizer.vocab_size))
-    idefics.packed.use_grouped_attention(model)
+    model.use_grouped_attention()
     return Base(get_family("idefics"), model, tokenizer, tokenizer.save_pretrained)
 
 

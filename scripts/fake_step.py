@@ -34,10 +34,10 @@ from sft.cost.family import Setting
 from sft.models import grouped_attention, packed_model
 from sft.models.activation_checkpointing import recompute_share
 from sft.models.grouped_attention import Groups, group_tokens
-from sft.models.idefics import packed, weights
+from sft.models.idefics import packed
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.names import GROUPS
-from sft.models.idefics.parameters import EXACT, GROUP_OF, QUANTISED, group_of, select_trainable
+from sft.models.idefics.weights import weights
 from sft.models.model_folder import kept_exact
 from sft.models.packed_model import PackedModel
 from sft.recipe import TrainingConfig
@@ -169,16 +169,16 @@ def _build(config: IdeficsConfig, setting: Setting) -> PackedModel:
     """Return the model as training has it: types of its weights, frozen parameters, adapters, checkpointing."""
     half = getattr(torch, setting.precision)
     model = packed.PackedIdefics(config)
-    packed.use_grouped_attention(model)
+    model.use_grouped_attention()
     model.requires_grad_(False)
     trained = [group for group in GROUPS if setting.trains(group)]
     if len(trained) < len(GROUPS):
-        _round_frozen(model, half, set(kept_exact(model, trained, EXACT, GROUP_OF)))
+        _round_frozen(model, half, set(kept_exact(model, trained, weights.exact, weights.groups)))
     if setting.mode == "qlora":
-        _quantise(model, [group for group in QUANTISED if group not in trained])
+        _quantise(model, [group for group in weights.quantised if group not in trained])
     if setting.mode != "full":
         _add_adapters(model, setting)
-    select_trainable(model, trained)
+    weights.select_trainable(model, trained)
     model.train()
     if setting.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -218,7 +218,7 @@ class _FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
 def _quantise(model: Any, groups: Collection[str]) -> None:
     """Replace the linear layers of some groups by layers in nf4 with double quantisation."""
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and group_of(f"{name}.weight") in groups:
+        if type(linear) is nn.Linear and weights.group_of(f"{name}.weight") in groups:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _FourBitLinear(linear))
     model.is_loaded_in_4bit = True  # so that PEFT wraps them in its layer for bitsandbytes

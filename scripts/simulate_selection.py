@@ -34,7 +34,6 @@ from scipy.stats import norm
 from sft.cli.select import show
 from sft.cli.terminal import console
 from sft.core.metric import ACCURACY
-from sft.evaluation.draw_images import half_of
 from sft.selection.bootstrap import (
     MIN_IMAGES,
     bootstrap_scores,
@@ -170,7 +169,7 @@ def fit(joint: Joint, truth_K: Array, seed: int) -> tuple[bool, float]:
         return best
 
     figures, best = cross_fitted(joint, chosen, seed), choose_best(joint.scores)
-    figure = joint.figure(figures, joint.errors_of(best))
+    figure = joint.figure(figures, best)
     return holds(figure.interval, np.mean(own)), float(figure.score - np.mean(own))
 
 
@@ -282,7 +281,6 @@ def example(seed: int) -> Outcomes:
         values_KQ=answers(norm.ppf(truth), np.arange(number), np.random.default_rng(seed)),
         weights_Q=np.ones(number),
         clusters_Q=images,
-        halves_Q=np.array([half_of(image, seed) for image in images]),
         categories_Q=np.full(number, ""),
     )
 

@@ -24,7 +24,7 @@ from sft.data.sources import Sources
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.images import IdeficsImages
-from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
+from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE
 from sft.models.loaded_model import Loaded
 
@@ -105,7 +105,7 @@ def make_tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, extra: in
     """A model whose gates are 1, so that images matter from the start, and whose weights are not too small to see."""
     torch.manual_seed(seed)
     model = PackedIdefics(tiny_config(tokenizer.vocab_size, extra))
-    use_grouped_attention(model)
+    model.use_grouped_attention()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

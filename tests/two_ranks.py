@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from sft.core.distributed import ALONE, Rank, process_group
 from sft.core.sample import Batch
-from sft.models.idefics import weights
-from sft.models.idefics.weights import select_trainable
+from sft.models.idefics.weights import weights
 from sft.recipe import TrainingConfig
 from sft.training.loss_spikes import Spike, Spikes
 from sft.training.trainer import Trainer, TrainerParts
@@ -40,7 +39,7 @@ def step(
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     model = make_tiny_model(tokenizer)
-    select_trainable(model)
+    weights.select_trainable(model)
     kept = KeepGradients(model)
     parts = TrainerParts(
         model=model,

@@ -41,10 +41,9 @@ from sft.cli.terminal import quiet_libraries
 from sft.core.sample import Batch
 from sft.data.prepare import prepare
 from sft.data.sources import Sources
-from sft.models.idefics import weights
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.images import IdeficsImages
-from sft.models.idefics.weights import select_trainable
+from sft.models.idefics.weights import weights
 from sft.models.loaded_model import load_template
 from sft.recipe import Recipe
 from sft.training.open_model import load_for_training
@@ -92,7 +91,7 @@ class Run:
         base = folder / "model"
         self.template = load_template(FAMILY, base)
         self.model = load_for_training(recipe, FAMILY, base)
-        select_trainable(self.model)
+        weights.select_trainable(self.model)
         self.folder, self.recipe = folder / "run", recipe
         self.make_trainer = lambda **parts: Trainer(TrainerParts(**parts))
 
@@ -123,7 +122,7 @@ def all_known(sources: Sources) -> FeatureCache:
     cache = FeatureCache(stores, "bench", IdeficsImages(IdeficsConfig()))
     for store in stores:
         for key in store.image_keys.tolist():
-            cache.write(key, np.zeros((64, cache.state_size), np.float16))
+            cache.write(key, np.zeros((64, cache.images.state_size), np.float16))
     return cache
 
 

@@ -31,7 +31,7 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from sft.core.shipped import resolve
 from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE, load_tokenizer
-from sft.models.idefics.weights import lora_pattern, select_trainable, write_config
+from sft.models.idefics.weights import weights
 from sft.models.lora import add_adapters, save_adapters
 from sft.recipe import LoraSettings
 
@@ -67,7 +67,7 @@ def write_base(folder: Path, config: IdeficsConfig) -> int:
         save_file({name: 0.02 * torch.randn(shapes[name], dtype=torch.bfloat16) for name in names}, folder / file)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_config(config.to_dict(), folder, torch.bfloat16)
+    weights.write_config(config.to_dict(), folder, torch.bfloat16)
     tokenizer = load_tokenizer(resolve("shipped:tiny_base"))
     tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
     tokenizer.save_pretrained(folder)
@@ -78,8 +78,8 @@ def write_adapters(folder: Path, config: IdeficsConfig, base: Path) -> None:
     """Adapters of a model whose weights are nowhere; the adapters themselves are random."""
     with torch.device("meta"):
         model = PackedIdefics(config)
-        add_adapters(model, lora_pattern(["language", "cross_attention"]), LoraSettings(r=16), base)
-    select_trainable(model, [])
+        add_adapters(model, weights.lora_pattern(["language", "cross_attention"]), LoraSettings(r=16), base)
+    weights.select_trainable(model, [])
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:

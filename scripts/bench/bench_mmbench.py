@@ -48,9 +48,9 @@ from sft.evaluation.tasks.mmbench.protocols import compared, query
 from sft.evaluation.tasks.mmbench.questions import Row, all_rotations
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.idefics.images import IdeficsImages, normalise
-from sft.models.idefics.packed import PackedIdefics, use_grouped_attention
+from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import CHAT_TEMPLATE, END_OF_UTTERANCE, FAKE, IMAGE, load_tokenizer
-from sft.models.idefics.weights import prepare_base
+from sft.models.idefics.weights import weights
 from sft.models.image_transform import load_tiles
 
 WORDS = """
@@ -79,7 +79,7 @@ def build_model(hidden: int, vocab_size: int) -> PackedIdefics:
         ),
     )  # fmt: skip
     model = PackedIdefics(config)
-    use_grouped_attention(model)
+    model.use_grouped_attention()
     return model.eval()
 
 
@@ -242,7 +242,7 @@ def measure(num_questions: int, rounds: int, hidden: int, new_tokens: int) -> di
 def prepared_base() -> Path:
     """The shipped base with <end_of_utterance>, for its tokenizer."""
     folder = Path(tempfile.mkdtemp()) / "base"
-    prepare_base(shipped_root() / "tiny_base", folder)
+    weights.prepare_base(shipped_root() / "tiny_base", folder)
     return folder
 
 

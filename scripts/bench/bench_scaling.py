@@ -47,7 +47,7 @@ from sft.data.orders import mix64
 from sft.data.prepared_source import PreparedDataset, PreparedSource
 from sft.data.validation_split import Side
 from sft.models.idefics.images import IdeficsImages
-from sft.models.idefics.weights import select_trainable
+from sft.models.idefics.weights import weights
 from sft.recipe import DataConfig
 from sft.runs.checkpoint import STATE, broken_files, write_folder
 from sft.training.engines.resume_state import load_state, save_state
@@ -94,7 +94,7 @@ def pack_of(tokens: int, images: int) -> Batch:
 def training(batches: Mapping[int, Batch], rounds: int) -> dict[int, float]:
     """CPU seconds of forward and backward over each batch."""
     model = build_model(HIDDEN, VOCABULARY).train()
-    select_trainable(model)
+    weights.select_trainable(model)
 
     def side(batch: Batch) -> Callable[[], None]:
         def run() -> None:
@@ -219,7 +219,7 @@ def checkpoint(folder: Path, rounds: int, quick: bool) -> dict[str, Rows]:
     models, sizes = {}, {}
     for hidden in (128, 256, 512)[: 2 if quick else 3]:
         model = build_model(hidden, VOCABULARY)
-        select_trainable(model)
+        weights.select_trainable(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

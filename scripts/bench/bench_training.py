@@ -69,7 +69,7 @@ from transformers import IdeficsForVisionText2Text
 from sft.core.sample import PlacedSample
 from sft.cost.idefics.shapes import Shape, shape_of
 from sft.models.idefics.images import IdeficsImages
-from sft.models.idefics.weights import select_trainable
+from sft.models.idefics.weights import weights
 
 HIDDEN = 512
 OWN_BATCH, BATCHES = 2, (1, 2, 4, 8)
@@ -93,7 +93,7 @@ class Models:
     def load(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Gradients and optimizer states in place."""
         if id(model) not in self.optimizers:
-            select_trainable(model)
+            weights.select_trainable(model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)

@@ -15,7 +15,7 @@ from bench_pixels import jpegs
 
 from sft.core.shipped import resolve
 from sft.models.idefics.text import END_OF_UTTERANCE, load_tokenizer
-from sft.models.idefics.weights import save_model
+from sft.models.idefics.weights import weights
 from sft.recipe import Recipe
 
 WORDS = ("dog", "cat", "red", "blue", "circle", "square", "is", "on", "near", "what", "which", "color", "shape", "how")
@@ -26,7 +26,7 @@ def write_model(folder: Path, hidden: int) -> None:
     so that the head is small."""
     tokenizer = load_tokenizer(resolve("shipped:tiny_base"))
     tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
-    save_model(build_model(hidden, tokenizer.vocab_size), folder, torch.float32)
+    weights.save_model(build_model(hidden, tokenizer.vocab_size), folder, torch.float32)
     tokenizer.save_pretrained(folder)
 
 

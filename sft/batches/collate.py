@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def collate(
         tiles=shown.lay_tiles(tiles, keys if features is None else tiles),
         num_states=tuple(shown.num_states.values()),
         tilings=tuple(shown.tilings.values()),
-        features_RE=shown.lay_features(known, features.state_size) if features else None,
+        features_RE=_laid(shown.num_states, known, (source.images.state_size,), np.float16) if features else None,
         to_encode={shown.numbers[key]: key for key in tiles} if features else {},
         num_trained_tokens=num_labels if num_trained_tokens is None else num_trained_tokens,
         packs=tuple(tuple(sample.encoded.key for sample in pack) for pack in packs),
@@ -132,27 +132,13 @@ class Shown(NamedTuple):
         for key, tiling in self.tilings.items():
             if key in wanted:
                 by_size.setdefault((tiling.height, tiling.width), []).append(key)
-        return tuple(self._lay_tiles_of(own, tiles, *size) for size, own in by_size.items())
-
-    def _lay_tiles_of(self, keys: Iterable[int], tiles: Mapping[int, Tiles], height: int, width: int) -> Tensor:
-        places = {key: self.tilings[key].num_tiles for key in keys}
-        laid_KCHW = np.zeros((sum(places.values()), 3, height, width), np.uint8)
-        for key, stop in zip(places, accumulate(places.values()), strict=True):
-            if key in tiles:
-                laid_KCHW[stop - places[key] : stop] = tiles[key]
-        return torch.from_numpy(laid_KCHW)
-
-    def lay_features(self, known: Mapping[int, NDArray[np.float16]], state_size: int) -> Tensor:
-        """Lay the states of all images one after another, zeros where they are not known."""
-        laid_RE = np.zeros((sum(self.num_states.values()), state_size), np.float16)
-        for key, stop in zip(self.num_states, accumulate(self.num_states.values()), strict=True):
-            if key in known:
-                laid_RE[stop - self.num_states[key] : stop] = known[key]
-        return torch.from_numpy(laid_RE)
+        return tuple(
+            _laid({key: self.tilings[key].num_tiles for key in own}, tiles, (3, *size), np.uint8)
+            for size, own in by_size.items()
+        )
 
     def image_ids(self, sample: PlacedSample) -> Ints:
-        """Return which image each token looks at, the last one at or before it in its own sample; -1 before the
-        first."""
+        """Return which image each token looks at: the last at or before it in its own sample, -1 before the first."""
         image_ids = np.full(len(sample.encoded.input_ids), -1)
         for position, image in zip(sample.encoded.image_positions, sample.images, strict=True):
             image_ids[position:] = self.numbers[image]
@@ -167,6 +153,15 @@ class Shown(NamedTuple):
         rows = [np.arange(starts[image], starts[image] + self.num_states[image]) for image in sample.images]
         state_ids[sample.encoded.input_ids == state_token_id] = np.concatenate(rows)
         return state_ids
+
+
+def _laid(rows: Mapping[int, int], known: Mapping[int, Any], shape: tuple[int, ...], kind: type[np.generic]) -> Tensor:
+    """Lay the rows of some keys one after another, by how many each has; zeros where they are not known."""
+    laid = np.zeros((sum(rows.values()), *shape), kind)
+    for key, stop in zip(rows, accumulate(rows.values()), strict=True):
+        if key in known:
+            laid[stop - rows[key] : stop] = known[key]
+    return torch.from_numpy(laid)
 
 
 def _labels(encoded: EncodedSample, train_on: TrainOn, state_token_id: int | None, *, is_dirty: bool) -> Ints:

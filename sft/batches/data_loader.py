@@ -9,7 +9,7 @@ workers (`sft.batches.workers`), whose batches come in the order of their plans.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,18 @@ class BatchMaker(Dataset[Batch]):
             (self.notes / str(worker.id)).write_text(_named(samples))
 
 
+@dataclass(eq=False)
 class MicroBatches(IterableDataset[dict[str, Batch]]):
     """The micro-batches of a rank, as `{"batch": Batch}`, as long as there are plans.
 
     Worker processes make them (`data.num_workers`).
     """
 
-    def __init__(self, plans: Plans, images: Images, *, features: FeatureCache | None = None) -> None:
-        self.plans = plans
-        self.images = images
-        self.features = features
-        self.sources = plans.sources
-        self.dirty: dict[str, str] = {}
-        """Samples with an image that failed so far, and why."""
+    plans: Plans
+    images: Images
+    features: FeatureCache | None = None
+    dirty: dict[str, str] = field(default_factory=dict, init=False)
+    """Samples with an image that failed so far, and why."""
 
     def __iter__(self) -> Iterator[dict[str, Batch]]:
         """
@@ -106,14 +105,14 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
         self.dirty = dict(state["dirty"])
 
     def _batches(self) -> Iterator[Batch]:
-        if num_workers(self.sources.data):
-            yield from batches_of_workers(self._maker, self.plans, self.sources.data)
+        if num_workers(self.plans.sources.data):
+            yield from batches_of_workers(self._maker, self.plans, self.plans.sources.data)
         else:
             yield from map(self._maker().__getitem__, self.plans)
 
     def _maker(self, notes: Path | None = None) -> BatchMaker:
         return BatchMaker(
-            self.sources.reader,
+            self.plans.sources.reader,
             self.images,
             seed=self.plans.planner.seed,
             always_whole=self.plans.rank.of > 1,
@@ -123,7 +122,7 @@ class MicroBatches(IterableDataset[dict[str, Batch]]):
 
     def _count_dirty(self, batch: Batch) -> None:
         self.dirty |= batch.dirty
-        allowed = self.sources.data.max_dirty_samples
+        allowed = self.plans.sources.data.max_dirty_samples
         if len(self.dirty) > allowed:
             last = [f"{key} ({reason})" for key, reason in self.dirty.items()][-NUM_NAMED:]
             raise RunError(

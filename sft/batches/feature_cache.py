@@ -32,6 +32,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sft.batches.source_stream import sums_before
 from sft.core.files import mapped
 from sft.core.sample import Batch, Tiling
 from sft.data.store import Store
@@ -118,7 +119,7 @@ def _starts_of_images(store: Store, images: Images) -> NDArray[np.int64]:
         numbers = np.array([images.num_states(images.tiling(*size)) for size in store.image_sizes], np.int64)
     else:
         numbers = np.full(store.num_images, images.num_states(images.one_tile), np.int64)
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(numbers)))
+    return sums_before(numbers)
 
 
 def _checksum(features: Features, key: int) -> int:
@@ -152,11 +153,6 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[object, ...]:
         return FeatureCache, (self.stores, self.name, self.images)
-
-    @property
-    def state_size(self) -> int:
-        """Numbers of a state."""
-        return self.images.state_size
 
     @property
     def num_bytes(self) -> int:

@@ -13,7 +13,7 @@ from sft.core.images import read_bytes
 from sft.core.sample import ImageRef, SkipSample, Tiling
 from sft.data.reader import Reader
 from sft.models.family import Images, Tiles
-from sft.models.image_transform import Crop, load_tiles, tiling_of, training_crop
+from sft.models.image_transform import load_tiles, tiling_of, training_crop
 
 
 class ImageSource(Protocol):
@@ -49,29 +49,22 @@ class StoredImages:
 
     def tiling(self, image: int) -> Tiling:
         """Return how an image is cut, by the size that its store noted."""
-        return (
-            self.images.tiling(*self.reader.image_size(image)) if self.images.depends_on_size else self.images.one_tile
-        )
+        images = self.images
+        return images.tiling(*self.reader.image_size(image)) if images.depends_on_size else images.one_tile
 
     def tiles(self, image: int) -> Tiles:
-        """Return the tiles of an image.
-
-        Raises:
-            SkipSample: it cannot be read any more, or does not decode.
-        """
+        """Return the tiles of an image, or fail as `ImageSource` says."""
+        crop = None
+        if self.crop is not None:
+            seed, step = self.crop
+            crop = partial(training_crop, seed=seed, step=step, image_key=image)
         self.on_load(image)
         try:
             content = self.reader.image_bytes(image)
-            return load_tiles(content, self.images, self._crop_of(image), self.reader.decoding(image))
+            return load_tiles(content, self.images, crop, self.reader.decoding(image))
         except SkipSample as skip:
             self.on_failure(image, skip)
             raise
-
-    def _crop_of(self, image: int) -> Callable[[int, int], Crop] | None:
-        if self.crop is None:
-            return None
-        seed, step = self.crop
-        return partial(training_crop, seed=seed, step=step, image_key=image)
 
 
 @dataclass(frozen=True)
@@ -86,11 +79,7 @@ class OpenedImages:
         return tiling_of(self.refs[image], self.images)
 
     def tiles(self, image: int) -> Tiles:
-        """Return the tiles of an image.
-
-        Raises:
-            SkipSample: it cannot be read, or does not decode.
-        """
+        """Return the tiles of an image, or fail as `ImageSource` says."""
         return load_tiles(read_bytes(self.refs[image]), self.images, decoding=self.refs[image].decoding)
 
 

@@ -37,12 +37,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer prints for the fir
 
 
 def inspect_pack(
-    recipe: Recipe,
-    sources: Sources,
-    template: ChatTemplate,
-    *,
-    number: int = 0,
-    source: str | None = None,
+    recipe: Recipe, sources: Sources, template: ChatTemplate, *, number: int = 0, source: str | None = None
 ) -> dict[str, Any]:
     """Describe pack `number` of a run, counted from 0; with `source`, the first from there on with a sample of it.
 
@@ -62,13 +57,7 @@ def inspect_pack(
         problems[image] = f"{skip.reason}: {skip.detail}" if skip.detail else skip.reason
 
     images = StoredImages(sources.reader, template.images, crop, on_failure=note)
-    batch = collate(
-        [placed],
-        images,
-        train_on=data.train_on,
-        pack_isolation=data.pack_isolation,
-        forgive_images=True,
-    )
+    batch = collate([placed], images, train_on=data.train_on, pack_isolation=data.pack_isolation, forgive_images=True)
     shown = Shown.of(dict.fromkeys(image for sample in placed for image in sample.images), images)
     return {
         "pack": number,
@@ -82,7 +71,6 @@ def inspect_pack(
             lengths=[len(sample.encoded.input_ids) for sample in placed],
             source_names=[config.name for config in data.mixture],
             sequence_length=data.sequence_length,
-            tilings=[*shown.tilings.values()],
             problems=[problems.get(image) for image in shown.numbers],
         ),
     }
@@ -120,12 +108,10 @@ def describe(
     lengths: Sequence[int],
     source_names: Sequence[str],
     sequence_length: int,
-    tilings: Sequence[Tiling] = (),
     problems: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """Describe a pack token by token. `lengths` are those of its samples: without isolation the batch does not say
-    where one ends. `tilings` (left out: one tile each) and `problems` are those of its images, in the order of the
-    batch."""
+    where one ends. `problems` are those of its images, in the order of the batch."""
     tokens = list(_tokens(batch, template))
     borders = pairwise(accumulate(lengths, initial=0))
     samples: list[dict[str, Any]] = [
@@ -154,8 +140,8 @@ def describe(
         "sources": [_source(name, samples) for name in source_names],
         "samples": samples,
         "images": [
-            _image(tile_CHW, tiling or template.images.one_tile, template) | {"problem": problem}
-            for tile_CHW, tiling, problem in zip_longest(_whole_images(batch), tilings, problems)
+            _image(tile_CHW, tiling, template) | {"problem": problem}
+            for tile_CHW, tiling, problem in zip_longest(_whole_images(batch), batch.tilings, problems)
         ],
         "tokens": tokens,
     }

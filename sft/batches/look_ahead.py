@@ -94,8 +94,7 @@ def _number(number: int, what: str) -> str:
 
 
 def reasons(sources: Sequence[dict[str, Any]]) -> list[str]:
-    """Return why samples were left out, source by source; over all of them, the commonest first, where that is too
-    much."""
+    """Return why samples were left out: by source or, where that is too much, over all, the commonest first."""
     lines, of_all, naming = [], Counter[str](), Counter[str]()
     for source in sources:
         for kind, what in KINDS.items():

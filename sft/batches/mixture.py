@@ -76,8 +76,7 @@ class Mixture:
         return [share / total if total else 0.0 for share in shares]
 
     def ended(self) -> str | None:
-        """Return the name of a source at whose end everything is to stop, once it is there; of the last one, when all
-        are."""
+        """Return the name of a source at whose end everything stops, once it is there; of the last, when all are."""
         for stream in self.streams:
             if stream.is_exhausted and stream.sizes.when_exhausted == "stop":
                 return stream.sizes.name
@@ -107,8 +106,7 @@ class _Search:
         self.images = self.draw.encoded_images(samples_per_image)
 
     def upto(self, rise: float) -> tuple[int, Ints, int]:
-        """Return the tokens of the samples up to a rise of the level, the images to be encoded for them, and what these
-        weigh."""
+        """Return the tokens of the samples up to a rise of the level, their images to encode, and what these weigh."""
         is_drawn = self.draw.thresholds <= self.targets + self.shares * rise
         chosen = np.repeat(is_drawn, self.images.numbers)
         tokens, weight = self.draw.num_tokens[is_drawn].sum(), self.images.weights[chosen].sum()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.batches.pack_stream import by_source, weigh_images
-from sft.batches.source_stream import SourceSizes, Unit
+from sft.batches.source_stream import Counters, SourceSizes, Unit
 from sft.core.sample import Pack
 from sft.data.orders import Ints
 from sft.data.prepared_source import PreparedSource
@@ -43,13 +43,10 @@ class DistinctNumbers:
         self._new, self._num_new = [], 0
 
 
-@dataclass
-class SourceCounts:
+@dataclass(kw_only=True)
+class SourceCounts(Counters):
     """What a source has given in packs."""
 
-    tokens: int = 0
-    trained_tokens: int = 0
-    samples: int = 0
     images: int = 0
     """Shown: one that two samples show counts twice."""
     distinct_images: DistinctNumbers = field(default_factory=DistinctNumbers)
@@ -86,10 +83,6 @@ class ShareErrors:
             self.at_ends = np.maximum(self.at_ends, errors_PS[-1])
             self.of_ends.append(float(errors_PS[-1].max()))
 
-    def begin_anew(self) -> None:
-        """Count errors anew, since a source has come to its end."""
-        self.off = np.zeros_like(self.off)
-
 
 class MixtureCounts:
     """What was counted over all windows."""
@@ -98,12 +91,9 @@ class MixtureCounts:
         self.of_source = [SourceCounts() for _ in range(num_sources)]
         self.errors = ShareErrors(num_sources)
         self.packs = 0
-        self.packs_with_tokens = np.zeros(sequence_length + 1, np.int64)
-        """Packs by the number of their tokens."""
-        self.packs_with_images = np.zeros(1, np.int64)
-        """Packs by the number of their distinct images."""
-        self.packs_with_weight = np.zeros(1, np.int64)
-        """Packs by the weight of their distinct images."""
+        sizes = {"tokens": sequence_length + 1, "images": 1, "weight": 1}
+        self.packs_with = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
+        """Packs by the number of their tokens, and by the number and the weight of their distinct images."""
 
     def sum(self, name: str) -> int:
         """Return a count summed over all sources."""
@@ -112,7 +102,7 @@ class MixtureCounts:
     @property
     def distinct_images(self) -> int:
         """In each pack, summed over packs: what is encoded."""
-        return int(self.packs_with_images @ np.arange(len(self.packs_with_images)))
+        return int(self.packs_with["images"] @ np.arange(len(self.packs_with["images"])))
 
 
 def count_packs(totals: MixtureCounts, packs: Sequence[Pack], sources: Sequence[SourceSizes], unit: Unit) -> Floats:
@@ -123,28 +113,22 @@ def count_packs(totals: MixtureCounts, packs: Sequence[Pack], sources: Sequence[
     for index, rows, numbers in by_source(packs):
         source, tally = sources[index], totals.of_source[index]
         images, weights, num_images = source.images(rows)
-        counts = {
+        found = {
             "tokens": source.num_tokens(rows),
             "trained_tokens": source.num_trained(rows),
             "samples": np.ones_like(rows),
             "images": source.num_shown(rows) if isinstance(source, PreparedSource) else num_images,
         }
-        for name, numbers_of in counts.items():
+        for name, numbers_of in found.items():
             setattr(tally, name, getattr(tally, name) + int(numbers_of.sum()))
         tally.distinct_images.add(images)
-        tokens_P += np.bincount(numbers, counts["tokens"], len(packs))
-        given_PS[:, index] = np.bincount(numbers, counts[unit], len(packs))
+        tokens_P += np.bincount(numbers, found["tokens"], len(packs))
+        given_PS[:, index] = np.bincount(numbers, found[unit], len(packs))
         shown.append(np.stack([np.repeat(numbers, num_images), images, weights]))
     images_P, weights_P = weigh_images(shown, len(packs))
     totals.packs += len(packs)
-    totals.packs_with_tokens = _counted(totals.packs_with_tokens, tokens_P.astype(np.int64))
-    totals.packs_with_images = _counted(totals.packs_with_images, images_P)
-    totals.packs_with_weight = _counted(totals.packs_with_weight, weights_P)
+    for name, sizes_P in {"tokens": tokens_P.astype(np.int64), "images": images_P, "weight": weights_P}.items():
+        counts = totals.packs_with[name]
+        totals.packs_with[name] = np.bincount(sizes_P, minlength=len(counts))
+        totals.packs_with[name][: len(counts)] += counts
     return given_PS
-
-
-def _counted(counts: Ints, values: Ints) -> Ints:
-    """Return how often each number was found, with some more `values`."""
-    more = np.bincount(values, minlength=len(counts))
-    more[: len(counts)] += counts
-    return more

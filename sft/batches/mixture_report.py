@@ -55,7 +55,7 @@ def mix(
         for index in is_new:
             totals.of_source[index].ended_at_step = ceil(totals.packs / recipe.packs_per_step)
         if is_new:
-            totals.errors.begin_anew()
+            totals.errors.off[:] = 0  # they are counted anew
         else:
             totals.errors.add(given_PS, shares_S, is_whole=len(packs) == planner.window_packs)
         on_progress(totals.packs // recipe.packs_per_step)
@@ -82,7 +82,7 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
     ended_by = planner.mixture.ended() if steps is None or done < steps else None
     shown, encoded = totals.sum("images"), totals.distinct_images
     left_out = sum(n for s in sources for why, n in s["fitted"].items() if why.startswith(LEFT_OUT))
-    by_weight = totals.packs_with_weight if totals.packs else np.ones(1, np.int64)
+    by_weight = totals.packs_with["weight"] if totals.packs else np.ones(1, np.int64)
     weights = np.repeat(np.arange(len(by_weight)), by_weight)
     errors = totals.errors
     report: dict[str, Any] = {
@@ -99,8 +99,8 @@ def _report(recipe: Recipe, planner: Planner, totals: MixtureCounts, steps: int 
             "images_per_pack": shown / max(totals.packs, 1),
             "distinct_images_per_pack": encoded / max(totals.packs, 1),
             "encodes_saved": 1 - encoded / shown if shown else 0.0,
-            "by_fill": _in_hundredths(totals.packs_with_tokens),
-            "by_distinct_images": totals.packs_with_images.tolist(),
+            "by_fill": _in_hundredths(totals.packs_with["tokens"]),
+            "by_distinct_images": totals.packs_with["images"].tolist(),
             "image_weight": {
                 "mean": float(weights.mean()),
                 "p95": int(np.percentile(weights, 95)),

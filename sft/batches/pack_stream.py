@@ -18,7 +18,7 @@ import numpy as np
 
 from sft.batches.mixture import Mixture
 from sft.batches.packing import LARGE, Bundle, pack_window
-from sft.batches.source_stream import Draw, SourceSizes
+from sft.batches.source_stream import Draw, SourceSizes, sums_before
 from sft.core.errors import UserError
 from sft.core.sample import Caps, Pack, PackItem
 from sft.data.orders import Ints
@@ -179,8 +179,7 @@ def weigh_images(shown: Sequence[Ints], num_packs: int) -> tuple[Ints, Ints]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Turn the garbage collector off: a window is thousands of small tuples, and looking for cycles among them took
-    half of the time of planning."""
+    """Turn the garbage collector off: looking for cycles among thousands of tuples took half of the planning."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -191,9 +190,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def bundles_of(source: int, draw: Draw, caps: Caps) -> list[Bundle]:
-    """Bundle samples drawn one after another about the same images, as many as may share a pack; each text is a
-    bundle."""
-    borders = np.concatenate(([0], np.cumsum(draw.num_images))).tolist()
+    """Bundle consecutive samples about the same images, as many as may share a pack; each text is a bundle."""
+    borders = sums_before(draw.num_images).tolist()
     weighed = [*zip(draw.images.tolist(), draw.weights.tolist(), strict=True)]
     images = [dict(weighed[start:end]) for start, end in pairwise(borders)]
     items = [*map(PackItem, repeat(source), draw.rows.tolist())]

@@ -82,8 +82,7 @@ class Draw(NamedTuple):
         return Draw(*map(np.concatenate, zip(*draws, strict=True)))
 
     def encoded_images(self, samples_per_image: int) -> ShownImages:
-        """Return the images that have to be encoded for these samples: of every few samples that share their images,
-        those of the first."""
+        """Return the images to be encoded: of every few samples that share their images, those of the first."""
         is_first = self.places % samples_per_image == 0
         chosen = np.repeat(is_first, self.num_images)
         return ShownImages(self.images[chosen], self.weights[chosen], np.where(is_first, self.num_images, 0))
@@ -208,8 +207,7 @@ class Stream:
         return drawn
 
     def state(self) -> list[float]:
-        """Return all that restoring needs, as JSON: with few digits, and no zeros at the end, since there may be 1,000
-        sources."""
+        """Return all that restoring needs, as JSON: short, since there may be 1,000 sources."""
         unit, offset = self._place()
         given = self.counters
         tokens = given.tokens - round(self.target)  # mostly a small number

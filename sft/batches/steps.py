@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -38,37 +39,22 @@ class Plan(NamedTuple):
     """Of the whole step, on all ranks."""
 
 
-class Window(NamedTuple):
-    """Packs that are planned together."""
-
-    steps: list[list[Pack]]
-    state: dict[str, Any]
-    """Of the planner, after it."""
-
-
+@dataclass(eq=False)
 class Plans:
     """The micro-batches of a rank, from any step on."""
 
-    def __init__(
-        self,
-        sources: Sources,
-        planner: Planner,
-        *,
-        micro_batch_packs: int,
-        image_cost: float = 0.0,
-        rank: Rank = ALONE,
-    ) -> None:
-        """An image of weight 1 costs as much as `image_cost` text tokens; packs are assigned to ranks by it."""
-        self.sources = sources
-        self.planner = planner
-        self.micro_batch_packs = micro_batch_packs
-        self.image_cost = image_cost
-        self.rank = rank
-        self._first_step = 1
-        """The first step of the next window."""
-        self._steps_to_skip = 0
-        self._starts: deque[tuple[int, dict[str, Any]]] = deque()
-        """The first step of each window that training may still be in, and the planner's state before it."""
+    sources: Sources
+    planner: Planner
+    _: KW_ONLY
+    micro_batch_packs: int
+    image_cost: float = 0.0
+    """What an image of weight 1 costs in text tokens; packs are assigned to ranks by it."""
+    rank: Rank = ALONE
+    _first_step: int = field(default=1, init=False)
+    """The first step of the next window."""
+    _steps_to_skip: int = field(default=0, init=False)
+    _starts: deque[tuple[int, dict[str, Any]]] = field(default_factory=deque, init=False)
+    """The first step of each window that training may still be in, and the planner's state before it."""
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -89,17 +75,18 @@ class Plans:
 
     def __iter__(self) -> Iterator[Plan]:
         self._starts.append((self._first_step, self.planner.state()))
-        for window in prefetch(self._planned()):
+        for steps, state_after in prefetch(self._windows()):
             first, skipped = self._first_step, self._steps_to_skip
-            self._first_step, self._steps_to_skip = first + len(window.steps), 0
-            self._starts.append((self._first_step, window.state))
-            for step, packs in enumerate(window.steps[skipped:], first + skipped):
+            self._first_step, self._steps_to_skip = first + len(steps), 0
+            self._starts.append((self._first_step, state_after))
+            for step, packs in enumerate(steps[skipped:], first + skipped):
                 yield from self._of_step(step, packs)
 
-    def _planned(self) -> Iterator[Window]:
+    def _windows(self) -> Iterator[tuple[list[list[Pack]], dict[str, Any]]]:
+        """Yield the packs of each step of a window, and the planner's state after it."""
         size = self.planner.packs_per_step
         for packs in self.planner.windows():
-            yield Window([packs[first : first + size] for first in range(0, len(packs), size)], self.planner.state())
+            yield [packs[first : first + size] for first in range(0, len(packs), size)], self.planner.state()
 
     def _of_step(self, step: int, packs: Sequence[Pack]) -> Iterator[Plan]:
         num_trained_tokens = max(self.planner.num_trained(packs), 1)  # what sums are divided by

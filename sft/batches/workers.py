@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,10 +88,7 @@ def _end_plainly(worker: int) -> None:
     atexit.register(os._exit, 0)
 
 
-_NUMBERS = (
-    *("input_ids_T", "labels_T", "position_ids_T", "segment_ids_T"),
-    *("image_ids_T", "source_ids_T", "state_ids_T"),
-)
+_NUMBERS = tuple(column.name for column in fields(Batch) if column.name.endswith("_T"))
 
 
 def _packed_up(batch: Any) -> tuple[Tensor, Batch]:

@@ -45,8 +45,8 @@ def run(
 
     if nproc > 1:
         start(context)
-    options: dict[str, Any] = {"by": tuple(task) if task else None, "benchmark": benchmark, "split": split}
-    changes = defaultdict(lambda: None, options | {"shots": shots, "max_questions": max_questions})
+    changes: defaultdict[str, Any] = defaultdict(lambda: None, by=tuple(task) if task else None, benchmark=benchmark)
+    changes |= {"split": split, "shots": shots, "max_questions": max_questions}
     found = []
     with process_group() as process:
         out = console(to_stderr=json)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from sft.cli.evaluation_tables import Found, card_figure, report
 from sft.cli.several import Nproc, start
-from sft.cli.terminal import Json, console, print_json, progress, quiet_libraries
+from sft.cli.terminal import Json, console, progress, quiet_libraries
 from sft.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ def run(
         list[str] | None,
         typer.Option(metavar="TASK[=PATH]", help="One of `tasks list`; as often as there are several."),
     ] = None,
+    harness: Annotated[
+        Literal["lmms-eval"] | None, typer.Option("--with", help="Ask the --tasks of this harness, if it is installed.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of the harness.")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option("--benchmark", "--data", help="A TSV of MMBench layout, easy_vqa, or the data of the task."),
@@ -51,12 +56,13 @@ def run(
         typer.Option(help="Choose by the likelihood of the letter (default) or of the text."),
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Choose by the answer that is generated.")] = False,
-    shots: Annotated[int | None, typer.Option(min=0, help="Answered questions shown before each.")] = None,
+    shots: Annotated[str | None, typer.Option(metavar="K[,K]", help="Answered questions before each: 0,4,8.")] = None,
     select: Annotated[
         Literal["random", "rices", "groups"] | None,
         typer.Option(help="How shots are chosen: random by default; rices takes the most alike images."),
     ] = None,
     support: Annotated[str | None, typer.Option(help="Where they come from: a split, a folder or a TSV.")] = None,
+    features: Annotated[str | None, typer.Option(help="The CLIP of rices; the model's own tower if left out.")] = None,
     prompt: Annotated[
         Literal["chat", "base", "instruct"] | None,
         typer.Option(help="The words around a question; base and instruct are the card's."),
@@ -72,13 +78,15 @@ def run(
 ) -> None:
     """Score a model on benchmarks: overall, by category, and beside what it scores without images.
 
-    What is left out comes from the recipe of the model's run. Where its checkpoint was chosen on one half of the
-    images of that recipe's benchmark, figures come from the other.
+    What is left out comes from the recipe of the model's run.
     """
     from sft.core.distributed import process_group
     from sft.runs.names import chosen_by
 
     scorings = _scorings(protocol, rank, generate)
+    if (harness is None) != (tasks is None):
+        raise UserError("--with lmms-eval and --tasks A,B go together")
+    task = [*(task or ()), *(f"lmms_eval={name.strip()}" for name in (tasks or "").split(",") if name)]
     for option, file in (("details", details), ("submission", submission)):
         _check_place(option, file)
     if nproc > 1:
@@ -86,16 +94,25 @@ def run(
     with process_group() as process:
         out = console(to_stderr=json)
         out.quiet = not process.is_main
-        names = ("benchmark", "split", "protocol", "shots", "select", "support", "prompt", "num_beams", "max_questions")
+        names = (
+            "benchmark",
+            "split",
+            "protocol",
+            "select",
+            "support",
+            "features",
+            "prompt",
+            "num_beams",
+            "max_questions",
+        )
         changes = {name: context.params[name] for name in names}
-        changes |= {"by": tuple(task) if task else None, "ranks": scorings}
-        evaluation = Evaluation(model, changes, submission)
+        numbers = _shots(shots)
+        changes |= {"by": tuple(task) if task else None, "ranks": scorings, "shots": max(numbers) if numbers else None}
+        evaluation = Evaluation(model, changes, submission, numbers)
         out.print(f"model: {evaluation.path}{chosen_by(evaluation.path)}")
         found = evaluation.evaluate(blind, baseline, out)
     if process.is_main:
-        _report(found, details, submission, json, out)
-        if evaluation.is_half and not json:
-            out.print("figures come from the half of the images that does not choose the checkpoint")
+        report(found, details, submission, json, out, evaluation.card)
 
 
 def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[str, ...] | None:
@@ -105,38 +122,34 @@ def _scorings(protocol: str | None, rank: str | None, generate: bool) -> tuple[s
     return ("generate",) if generate else (rank,) if rank else ("letter",) if protocol == "card" else None
 
 
-class _Found(NamedTuple):
-    """A task with the model's results on it, with images and without."""
-
-    task: Task
-    result: Result
-    blind: Result | None
+def _shots(text: str | None) -> list[int]:
+    """Return the numbers of shots that are asked for, rising."""
+    if not all(one.strip().isdecimal() for one in (text or "0").split(",")):
+        raise UserError(f"--shots {text}: expected a number, or several as 0,4,8")
+    return sorted({int(one) for one in text.split(",")}) if text else []
 
 
 class Evaluation:
     """A model, and the tasks that it is asked."""
 
-    def __init__(self, model: str, changes: dict[str, Any], submission: Path | None) -> None:
+    def __init__(
+        self, model: str, changes: dict[str, Any], submission: Path | None, numbers: Sequence[int] = ()
+    ) -> None:
         from sft.core.distributed import all_or_none
         from sft.recipe import EvaluationConfig
 
         recipe = self.take(model)
-        self._settings, chooses = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
+        settings = _settings(recipe.evaluation if recipe else EvaluationConfig(), changes)
         quiet_libraries()
-        from sft.selection.record import is_chosen_on_half
-
         with all_or_none():
-            self.tasks = _open_tasks(self._settings, recipe, submission)
-        run_dir = self._run_dir
-        self.is_half = chooses and not submission and run_dir is not None and is_chosen_on_half(run_dir)
-        """Whether its checkpoint was chosen by the other half of the images."""
+            drawn = settings.asked_shots
+            each = [drawn.model_copy(update={"number": number}) for number in numbers or (drawn.number,)]
+            all_settings = [settings.model_copy(update={"shots": own}) for own in each]
+            self.tasks = [task for own in all_settings for task in _open_tasks(own, recipe, submission)]
+        self.card = partial(card_figure, model, drawn.select)
 
     def take(self, model: str) -> Recipe | None:
-        """Ask this model from here on; return the recipe of its run.
-
-        Raises:
-            UserError: there is no such model.
-        """
+        """Ask this model from here on; return the recipe of its run. Raise UserError where there is no such model."""
         from sft.core.distributed import from_main
         from sft.runs.names import find_model, recipe_of_model
 
@@ -147,9 +160,8 @@ class Evaluation:
         self._load: Load | None = None
         return recipe
 
-    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[_Found]:
-        """Return the results on each task, on those items that figures come from; without images too where that is
-        wanted and the task has any."""
+    def evaluate(self, blind: bool, baseline: bool, out: Console) -> list[Found]:
+        """Return the results on each task; without images too where that is wanted and the task has any."""
         from sft.evaluation.task import PromptedTask
 
         prompted = [task for task in self.tasks if isinstance(task, PromptedTask)]
@@ -160,7 +172,7 @@ class Evaluation:
         compared: list[Task] = [task for task in prompted if task.has_answers] if baseline and not blind else []
         twins = self._score([task.without_images() for task in compared], " without images", out)
         blinds = dict(zip(compared, twins, strict=True))
-        return [_Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
+        return [Found(task, result, blinds.get(task)) for task, result in zip(tasks, results, strict=True)]
 
     def _score(self, tasks: Sequence[Task], how: str, out: Console) -> list[Result]:
         from sft.evaluation.run_tasks import score_model
@@ -170,7 +182,7 @@ class Evaluation:
             return []
         self._load = self._load or cache(load_for_inference)  # once, for what is asked with images and without
         with progress(f"evaluating{how}", None, out) as update:
-            results = score_model(
+            return score_model(
                 self.path,
                 tasks,
                 run_dir=self._run_dir,
@@ -178,8 +190,6 @@ class Evaluation:
                 load=self._load,
                 on_progress=lambda done, total: update(done, f"of {total}"),
             )
-        seed, chose = self._settings.seed, self.tasks[0].benchmark
-        return [result.on_half(1, seed) if self.is_half and result.benchmark == chose else result for result in results]
 
 
 def _base_of(model: str) -> Path | None:
@@ -192,14 +202,13 @@ def _base_of(model: str) -> Path | None:
     return find_prepared_base(find_recipe(model.removesuffix("@base")))
 
 
-def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[EvaluationConfig, bool]:
-    """Return the settings of the recipe with the given ones in their place, and whether these ask what chooses its
-    checkpoint. How much of its benchmark a recipe asks says nothing about another one. Raise UserError where nothing
-    says what to ask, or options do not go together."""
+def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> EvaluationConfig:
+    """Return the settings of the recipe with the given ones in their place. How much of its benchmark a recipe asks
+    says nothing about another one. Raise UserError where nothing says what to ask, or options do not go together."""
     from sft.evaluation.tasks import named_tasks
     from sft.evaluation.tasks.mmbench.protocols import check_protocol
 
-    asked = {name: changes[name] for name in ("select", "support") if changes[name] is not None}
+    asked = {name: changes[name] for name in ("select", "support", "features") if changes[name] is not None}
     changed = {name: value for name, value in changes.items() if value is not None and name not in asked}
     shots = settings.asked_shots.model_copy(
         update=asked | {"number": changed.pop("shots")} if "shots" in changed else asked
@@ -210,21 +219,21 @@ def _settings(settings: EvaluationConfig, changes: dict[str, Any]) -> tuple[Eval
     found = settings.model_copy(update=changed)
     if found.benchmark is None and found.by is None:
         raise UserError("--benchmark is needed: a TSV of MMBench layout (the model's run names none), or --task")
-    chooses = named_tasks(found)[0] == named_tasks(settings)[0]
-    if not chooses:
+    if named_tasks(found)[0] != named_tasks(settings)[0]:
         found = found.model_copy(update={"max_questions": changes["max_questions"]})
-    for option in asked if not shots.number else ():
-        raise UserError(f"--{option} says which shots are shown; give --shots K too")
+    if asked and not shots.number:
+        raise UserError(f"--{next(iter(asked))} says which shots are shown; give --shots K too")
+    if shots.features and shots.select != "rices":
+        raise UserError("--features says which images are alike; give --select rices too")
     names = [task.name for task in named_tasks(found)]
-    for option in ("shots", "max_questions", "prompt"):
-        if "exact_match" in names and changes[option]:
-            switch = f"--{option.replace('_', '-')}"
-            raise UserError(f"{switch}: exact_match takes every question of its file, in a chat without shots")
-    for option in ("protocol", "ranks"):
-        if "mmbench" not in names and changes[option] is not None:
-            raise UserError(f"--{option.rstrip('s')} goes with multiple-choice questions of MMBench's layout")
+    given = [f"--{name.replace('_', '-')}" for name in ("shots", "max_questions", "prompt") if changes[name]]
+    if given and "exact_match" in names:
+        raise UserError(f"{given[0]}: exact_match takes every question of its file, in a chat without shots")
+    given = [f"--{name.rstrip('s')}" for name in ("protocol", "ranks") if changes[name] is not None]
+    if given and "mmbench" not in names:
+        raise UserError(f"{given[0]} goes with multiple-choice questions of MMBench's layout")
     check_protocol(found.protocol, found.ranks)
-    return found, chooses
+    return found
 
 
 def _check_place(option: str, file: Path | None) -> None:
@@ -243,7 +252,7 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
     from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
     from sft.evaluation.tasks.mmbench.submission import check_submission
 
-    store = Path(recipe.data.store) if recipe else Path("stores")
+    store = Path(recipe.data.store if recipe else "stores")
     held_out = (lambda: open_held_out(recipe)) if recipe and recipe.data.validation else None
     tasks = open_tasks(named_tasks(settings), settings, store, held_out=held_out)
     if submission:
@@ -255,39 +264,3 @@ def _open_tasks(settings: EvaluationConfig, recipe: Recipe | None, submission: P
             what = settings.benchmark or task.benchmark
             raise UserError(f"{what}: a test split, without answers to score by; give --submission FILE.xlsx")
     return tasks
-
-
-def _report(found: list[_Found], details: Path | None, submission: Path | None, json: bool, out: Console) -> None:
-    """Write the files that are asked for, and print the summaries."""
-    summaries = []
-    for task, result, blind in found:
-        blind_score = blind.on_items_of(result).score if blind else None
-        summaries.append(task.summary(result, blind_score=blind_score))
-    if details:
-        _write_details(details, found)
-    if submission:
-        from sft.evaluation.tasks.mmbench.multiple_choice import MMBench
-        from sft.evaluation.tasks.mmbench.submission import write_submission
-
-        assert isinstance(found[0].task, MMBench)
-        write_submission(submission, found[0].task.chosen.rows, found[0].result)
-        summaries[0]["submission"] = str(submission)
-    if not json:
-        from sft.cli.evaluation_tables import show_summaries
-
-        show_summaries(summaries, out)
-        return
-    by_rank = {summary["rank"]: summary for summary in summaries if "rank" in summary}
-    by_task = {one.task.benchmark: summary for one, summary in reversed([*zip(found, summaries, strict=True)])}
-    more = {"by_rank": by_rank} if len(by_rank) > 1 else {}
-    print_json(summaries[0] | more | ({"by_task": by_task} if len(by_task) > 1 else {}))
-
-
-def _write_details(file: Path, found: list[_Found]) -> None:
-    """Write one file, or one for each result with what tells it apart before the suffix."""
-    from sft.evaluation.results import write_lines
-
-    benchmarks = {one.task.benchmark for one in found}
-    for task, result, _ in found:
-        label = ".".join([task.benchmark] * (len(benchmarks) > 1) + [task.label] * bool(task.label))
-        write_lines(result, file if len(found) == 1 else file.with_suffix(f".{label}{file.suffix}"))

@@ -29,7 +29,7 @@ PANELS = {
     "Start": ("quickstart", "new", "doctor", "recipes"),
     "Data": ("validate", "prepare", "mix", "inspect", "stats", "export", "leaks"),
     "Training": ("plan", "train"),
-    "Models": ("tasks", "evaluate", "score", "compare", "select", "report", "chat", "merge"),
+    "Models": ("tasks", "evaluate", "score", "compare", "select", "report", "bias", "chat", "merge"),
     "Other": ("schema",),
 }
 """The commands, as their list is divided. Each is a module of this folder with a function `run`, or an `app` of several

@@ -22,6 +22,7 @@ EXAMPLES = (
     "plan my-data --gpu t4-16",
     "plan idefics-9b-instruct --gpus 8 --price-per-hour 2.5",
     "plan my-data training.gradient_checkpointing=false",
+    "plan my-data --evaluation --task vqav2=coco --shots 0,4,8",
 )
 
 
@@ -44,9 +45,32 @@ def run(
         float, typer.Option(min=0.001, max=1, help="Share of the GPU's peak that training reaches.")
     ] = 0.35,
     price_per_hour: Annotated[float | None, typer.Option(min=0, max=MOST, metavar="P", help="Of one GPU.")] = None,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Plan what `evaluate` takes of a RECIPE or MODEL.")
+    ] = False,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK[=PATH]", help="With --evaluation; left out: all of the model card."),
+    ] = None,
+    shots: Annotated[str | None, typer.Option(metavar="N,N", help="With --evaluation, as in 0,4,8.")] = None,
+    max_questions: Annotated[int | None, typer.Option(min=1, help="With --evaluation: of each task.")] = None,
     json: Json = False,
 ) -> None:
     """Show what training takes of each GPU, how long it lasts and what it costs; what to change if it does not fit."""
+    if evaluation:
+        from sft.cost.evaluation import plan_evaluation
+
+        device, numbers = _device(gpu, gpu_memory, price_per_hour), shots.split(",") if shots else []
+        if device.flop_per_second is None or not all(number.isdecimal() for number in numbers):
+            raise UserError("--evaluation: give --gpu, whose speed is known, and --shots as in 0,4,8")
+        speed = device.flop_per_second * utilisation
+        report = plan_evaluation(recipe, overrides or (), task or (), [*map(int, numbers)], max_questions, speed)
+        prices = {f"{kind}cost": report[f"{kind}gpu_hours"] * (price_per_hour or 0) for kind in ("", "naive_")}
+        report = {"model": recipe, "gpu": device.name} | report | (prices if price_per_hour else {})
+        print_json(report) if json else _show_evaluation(report, console())
+        return
+    if task or shots or max_questions:
+        raise UserError("--task, --shots and --max-questions go with --evaluation")
     from sft.cost.estimate import estimate
     from sft.runs.names import find_recipe
 
@@ -58,6 +82,24 @@ def run(
     show(found, estimated, utilisation, console())
     if gpu is None and gpu_memory is None:
         console().print(f"\nPlanned for {estimated.device.name}, not for this machine; --gpu names another GPU.")
+
+
+def _show_evaluation(report: dict[str, Any], out: Console) -> None:
+    """Print what each task takes, and the sum."""
+    names = ("task", "items", "± points", "queries", "forwards", "M tokens", "GPU h", "naive M", "naive h")
+    rows = []
+    for row in (*report["tasks"], {"task": "all"} | report):
+        items = (f"{row['items']:,}", f"{100 * row['standard_error']:.1f}") if "items" in row else ("", "")
+        units = {"tokens": 1e6, "gpu_hours": 1, "naive_tokens": 1e6, "naive_gpu_hours": 1}
+        whole = (f"{row[key]:,.0f}" for key in ("queries", "forwards"))
+        rows.append((row["task"], *items, *whole, *(f"{row[key] / unit:,.1f}" for key, unit in units.items())))
+    out.print(table(f"{report['model']} on {report['gpu']}", names, rows))
+    text = "± points: standard error of a share of 50 %. naive: a forward for each candidate, every image encoded anew."
+    if any(row["from"] == "typical" for row in report["tasks"]):
+        text += " Tasks without files have as many items and as long prompts as is typical."
+    if "cost" in report:
+        text += f" Cost {report['cost']:,.2f}, naive {report['naive_cost']:,.2f}."
+    out.print(folded(text, WIDTH))
 
 
 def _device(gpu: str | None, gib: float | None, price: float | None) -> Device:

@@ -134,7 +134,9 @@ def _quickstart(recipe: Recipe, family: str, overrides: list[str], out: Console)
         own = [] if family == "idefics" else ["--family", family]
         out.print(f"Resume with: idefics-sft {shlex.join(['quickstart', *own, *where, *overrides])}")
         raise typer.Exit(STOPPED)
-    selection = select.select(recipe, out, chosen_on="half")
+    session = select.open_session(recipe, out)
+    selection = session.select()
+    session.check_all_evaluated()
     figures = _figures(recipe, selection, out)
     conversation = _ask(recipe, output_dir / "checkpoints" / selection.selected)
     return figures | {
@@ -150,8 +152,8 @@ def _quickstart(recipe: Recipe, family: str, overrides: list[str], out: Console)
 
 
 def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, Any]:
-    """Return the accuracy of the base, of every checkpoint and of the selected one without images, on the reporting
-    half."""
+    """Return the accuracy of the base, of every checkpoint and of the selected one without images, and what choosing
+    is worth."""
     from sft.evaluation.run_tasks import score_model
     from sft.evaluation.tasks import named_tasks, open_tasks
     from sft.evaluation.tasks.mmbench.multiple_choice import chance
@@ -171,9 +173,7 @@ def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, An
                 name=name,
                 on_progress=lambda done, total: update(done, f"of {total} tokens"),
             )
-        return {
-            task.label: result.on_half(1, recipe.evaluation.seed) for task, result in zip(tasks, results, strict=True)
-        }
+        return {task.label: result for task, result in zip(tasks, results, strict=True)}
 
     def accuracies(results: dict[str, Any]) -> dict[str, float]:
         return {f"{rank}_accuracy": result.score for rank, result in results.items()}
@@ -186,7 +186,8 @@ def _figures(recipe: Recipe, selection: Selection, out: Console) -> dict[str, An
         "blind": accuracies(score(selected, selection.selected, blind=True)),
         "selected": accuracies(every[selection.selected]),
         "chance": {rank: chance(result) for rank, result in base.items()},
-        "questions": {"chosen_on": selection.questions[0], "reported": selection.questions[1]},
+        "questions": selection.questions,
+        "cross_fitted": selection.cross_fitted,
         "checkpoints": {name: accuracies(results) for name, results in every.items()},
     }
 
@@ -229,12 +230,14 @@ def _show(report: dict[str, Any], out: Console) -> None:
     lines.append((f"{report['selected_checkpoint']} without images", report["blind"]))
     rows = [(name, percent(f["text_accuracy"]), percent(f["letter_accuracy"])) for name, f in lines]
     rows.append(("chance", percent(report["chance"]["text"]), percent(report["chance"]["letter"])))
-    chosen_on, reported = report["questions"]["chosen_on"], report["questions"]["reported"]
+    asked = report["questions"] if isinstance(report["questions"], int) else report["questions"]["reported"]  # once so
     title = (
-        f"\nAccuracy on {reported} questions about test images (chosen on {chosen_on} others):\n"
+        f"\nAccuracy on {asked} questions about test images:\n"
         "a question counts when all rotations of its options are answered right"
     )
     out.print(table(title, ("model", "by option text", "by letter"), rows))
+    if (worth := report.get("cross_fitted")) is not None:
+        out.print(f"Chosen on one half and scored on the other, both columns have a mean of {percent(worth)}.")
     out.print(
         f"* selected. Training took {report['cpu_seconds_training']:.0f} CPU seconds at "
         f"{report['tokens_per_second']:,} tokens/s in {report['precision']}, all {report['seconds_total']:.0f} s\n"

@@ -26,7 +26,7 @@ def run(
     """Score predictions that are there already, without a model: by the same code that evaluates models."""
     from sft.cli.evaluation_tables import show_summaries
     from sft.core.errors import UserError
-    from sft.evaluation.predictions import read_predictions, score_predictions
+    from sft.evaluation.predictions import names_of, read_predictions, score_predictions
     from sft.evaluation.results import write_lines
     from sft.evaluation.task import PromptedTask
     from sft.evaluation.tasks import NamedTask, open_tasks
@@ -43,6 +43,10 @@ def run(
         raise UserError(f"{predictions}: no predictions of {task} found" + (f"; expected {labels}" if labels else ""))
     if unscored := [own for own in tasks if not own.has_answers]:
         raise UserError(f"{unscored[0].benchmark}: a test split, without answers to score by")
+    used = {name for own in tasks for names in names_of(own, found) for name in names}
+    if unused := [name for name in found if name not in used]:
+        out = console(to_stderr=json)
+        out.print(f"{len(unused):,} of {len(found):,} predictions are of no item of {task}, the first is {unused[0]}")
     summaries = []
     for own in tasks:
         result = score_predictions(own, found, predictions)

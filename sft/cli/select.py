@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from sft.core.errors import UserError
 
 if TYPE_CHECKING:
     from sft.recipe import Recipe
-    from sft.selection.record import ChosenOn, Selection
+    from sft.selection.record import Selection
     from sft.selection.session import Session
 EXAMPLES = (
     "select runs/my-data",
@@ -57,8 +56,7 @@ def run(
     choice by another benchmark is kept beside the first one, and replaces it with --use only.
     """
     from sft.core.distributed import process_group
-    from sft.core.errors import UserError
-    from sft.runs.names import find_recipe
+    from sft.runs.names import find_recipe, run_checkpoints
 
     if watch and average:
         raise UserError("--average goes with checkpoints that are all there; leave out --watch")
@@ -70,10 +68,12 @@ def run(
         out = console(to_stderr=json)
         out.quiet = not process.is_main
         if watch:
-            for selection in _session(recipe, out, use=use).watch():
+            for selection in open_session(recipe, out, use=use).watch():
                 show(selection, out)
         if selection is None:  # not watched, or a run that has ended without a checkpoint: says so
-            selection, session = _select(recipe, out, use=use, average=average)
+            run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or what to do is said
+            session = open_session(recipe, out, use=use, average=average)
+            selection = session.select()
             show(selection, out)
     if process.is_main:
         _end(run, Path(recipe.output_dir), selection, out, json=json)
@@ -106,8 +106,7 @@ def _with_options(
 
     if by == ["loss"] and benchmark:
         raise UserError("--by loss takes no --benchmark: it is the loss on what data.validation holds out")
-    given: dict[str, Any] = {"rule": rule} if rule else {}
-    given |= {"split": split} if split else {}
+    given: dict[str, Any] = {name: value for name, value in (("rule", rule), ("split", split)) if value}
     if by or benchmark:
         given["by"] = tuple(by) if by else None
     if benchmark or by == ["loss"]:
@@ -117,24 +116,8 @@ def _with_options(
     return recipe.model_copy(update={"evaluation": evaluation})
 
 
-def select(recipe: Recipe, out: Console, *, chosen_on: ChosenOn = "all") -> Selection:
-    """Evaluate what is not evaluated yet, choose, and write selection.json and the plot. Raise UserError where there is
-    nothing to choose from or by, RunError where a checkpoint could not be evaluated."""
-    session = _session(recipe, out, chosen_on)
-    selection = session.select()
-    session.check_all_evaluated()
-    return selection
-
-
-def _select(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **options: bool) -> tuple[Selection, Session]:
-    from sft.runs.names import run_checkpoints
-
-    run_checkpoints(Path(recipe.output_dir))  # before torch is loaded: there are some, or the line that says what to do
-    session = _session(recipe, out, chosen_on, **options)
-    return session.select(), session
-
-
-def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **options: bool) -> Session:
+def open_session(recipe: Recipe, out: Console, **options: bool) -> Session:
+    """Return what evaluates and chooses, and reports on `out`."""
     quiet_libraries()
     from sft.evaluation.held_out_loss import open_held_out
     from sft.selection.session import Session
@@ -144,7 +127,6 @@ def _session(recipe: Recipe, out: Console, chosen_on: ChosenOn = "all", **option
         held_out=lambda: open_held_out(recipe),
         log=notes(out.stderr).print,
         progress=lambda name: progress(name, None, out),
-        chosen_on=chosen_on,
         **options,
     )
 
@@ -157,22 +139,15 @@ def show(selection: Selection, out: Console) -> None:
 
     chosen = as_json(selection)
     has_ties = bool(set(selection.tied) - {selection.best})  # there is more in the set than the best one itself
-    rows = []
+    is_loss = selection.by == "loss"
+    rows = [("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")]
     for score in scores(chosen):
         marks = ("*" if score["is_selected"] else " ") + ("=" if has_ties and score["is_tied"] else " ")
-        rows.append((f"{marks} {score['name']}", *(score[key] for key in ("score", "interval", "p_best", "note"))))
-    is_loss = selection.by == "loss"
-    header = ("checkpoint", "loss" if is_loss else "score", "95 % interval", "P(best)", "")
-    is_known = [
-        True,
-        True,
-        bool(selection.tied),
-        selection.scores[0].p_best is not None,
-        True,
-    ]  # of recorded losses nothing says how sure
-    rows = [tuple(compress(row, is_known)) for row in rows]
-    title = "held-out loss" if is_loss else f"{selection.metric.name} of " * (selection.metric == INDEX)
-    out.print(table(title if is_loss else title + selection.benchmark, tuple(compress(header, is_known)), rows))
+        rows.append((f"{marks} {score['name']}", score["score"], score["interval"], score["p_best"], score["note"]))
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]  # some losses come without how sure
+    title = "index of " * (selection.metric == INDEX) + selection.benchmark
+    header, *rows = zip(*columns, strict=True)
+    out.print(table("held-out loss" if is_loss else title, header, rows))
     if benchmarks := [tuple(row.values()) for row in benchmark_rows(chosen)]:
         out.print(table("by benchmark", ("", "weight", selection.selected, "95 % interval", ""), benchmarks))
     selected, *others = selection_words(chosen)

@@ -20,13 +20,14 @@ def list_(json: Json = False) -> None:
     if json:
         print_json([{"name": n, "metric": t.metric.name, "how": t.how, "splits": list(t.splits)} for n, t in found])
         return
-    lines = [(name, task.metric.name, task.how, ", ".join(task.splits)) for name, task in found]
-    console().print(table("tasks", ("name", "metric", "how", "splits"), lines))
+    lines = [(name, task.metric.name, ", ".join(task.splits)) for name, task in found]
+    console().print(table("tasks", ("name", "metric", "splits, the default first"), lines))
 
 
 @app.command(epilog=examples(EXAMPLES[1:]))
 def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks list`.")]) -> None:
     """Print what a task needs and how it is evaluated."""
+    from sft.evaluation.questions import Questions
     from sft.evaluation.tasks import task_module, task_type
 
     task = task_type(name)
@@ -35,4 +36,7 @@ def show(name: Annotated[str, typer.Argument(metavar="TASK", help="One of `tasks
     about = [folded(paragraph, WIDTH, 0) if "  " not in paragraph else paragraph for paragraph in about]
     splits = f"; splits {', '.join(task.splits)}" if task.splits else ""
     console().print("\n\n".join(about))
-    console().print(f"\nmetric {task.metric.name}; evaluated by: {task.how}{splits}")
+    prompts = f"; prompts {', '.join(task.prompts)}" if issubclass(task, Questions) else ""
+    copies = "; copies of the hub or VLMEvalKit are read too" if issubclass(task, Questions) and task.has_copies else ""
+    more = f"metric {task.metric.name}; evaluated by: {task.how}{splits}{prompts}{copies}"
+    console().print(f"\n{folded(more, WIDTH, 0)}")

@@ -224,6 +224,15 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise SkipSample(TOO_NARROW, detail=found)
 
 
+def thumbnail(image: ImageRef, size: int) -> str:
+    """Return an image for a page, at most `size` pixels on each side, as base64 of a JPEG; raise SkipSample as
+    `read_bytes` and `decode_rgb` do."""
+    file, small = io.BytesIO(), decode_rgb(read_bytes(image), image.decoding)
+    small.thumbnail((size, size))
+    small.save(file, "JPEG", quality=88)
+    return str(pybase64.b64encode(file.getvalue()), "ascii")
+
+
 def open_image(path: Path) -> Image.Image:
     """Return an image file as RGB, or raise SkipSample as `read_bytes` and `decode_rgb` do."""
     return decode_rgb(read_bytes(ImageRef(source=path)))

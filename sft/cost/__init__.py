@@ -2,6 +2,7 @@
 
 family        the seam: what `plan` asks of a family of models
 estimate      what the training of a recipe needs, and what to change when it does not fit
+evaluation    what evaluating a model on tasks takes
 memory        bytes at every moment of a step, from what a family counts of its model
 devices       the GPUs: memory, speed, price; model_config: config.json, with as little download as can be
 idefics/      what a training step of IDEFICS-1 costs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from statistics import mean
 from typing import Any, NamedTuple
@@ -51,7 +52,9 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     needed = model.cost(setting)
     fits = needed.peak_bytes <= device.usable_bytes
     micro_batches = math.ceil(recipe.packs_per_step / (recipe.training.micro_batch_packs * gpus))
-    ahead = _look_ahead(recipe)
+    ahead = None
+    with suppress(UserError):  # the sources are not prepared
+        ahead = look_ahead(recipe, open_prepared(recipe)[0].sources)
     steps = ahead["steps"] if ahead else recipe.training.max_steps
     seconds = None
     if device.flop_per_second and steps:
@@ -76,14 +79,6 @@ def estimate(recipe: Recipe, device: Device, gpus: int, utilisation: float, pric
     return Estimate(setting, device, needed, micro_batches, report)
 
 
-def _look_ahead(recipe: Recipe) -> dict[str, Any] | None:
-    """Return what training will draw; None while the sources are not prepared."""
-    try:
-        return look_ahead(recipe, open_prepared(recipe)[0].sources)
-    except UserError:
-        return None
-
-
 def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> Setting:
     """Return the way in which a recipe trains on some GPUs.
 
@@ -93,7 +88,9 @@ def setting_of(recipe: Recipe, model: ModelCost, device: Device, gpus: int) -> S
     training, data, packs = recipe.training, recipe.data, recipe.training.micro_batch_packs
     lora = recipe.model.lora or LoraSettings()
     engine = resolve_engine(recipe.distributed.engine, recipe.model.mode, gpus)
-    precision = _precision(training.precision, device)
+    if training.precision == "bfloat16" and device.half != "bfloat16":
+        raise UserError(f"training.precision: {device.name} has no bfloat16; set auto")
+    precision: Precision = device.half if training.precision == "auto" else training.precision
     check_can_shard(engine, recipe.model.mode, training.optimizer)
     check_engine_precision(engine, precision)
     images, image_weight = model.fullest_images(data.sequence_length, data.max_images_per_pack)
@@ -156,13 +153,6 @@ def _distinct_images(recipe: Recipe) -> tuple[int | None, list[tuple[int, int]]]
     step = len(keys) // NUM_SIZES + 1
     sizes = [store.image_size(row) for store in stores for row in range(0, len(store.image_keys), step)]
     return len(np.unique(keys)), sizes
-
-
-def _precision(asked: str, device: Device) -> Precision:
-    if asked == "bfloat16" and device.half != "bfloat16":
-        raise UserError(f"training.precision: {device.name} has no bfloat16; set auto")
-    precision: Precision = device.half if asked == "auto" else asked  # type: ignore[assignment]
-    return precision
 
 
 # ---------------------------------------------------------------------------------------------------------- advice

@@ -6,18 +6,22 @@ package outside the tree whose dotted name `model.family` gives. The module has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from sft import cost
 from sft.core.errors import UserError
-from sft.models import package_name
-from sft.recipe import ENGINES, EngineName, OptimizerName, Recipe
-from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH
+from sft.core.shipped import resolve
+from sft.models import base_of, package_name
+from sft.models.base_model import base_path
+from sft.recipe import ENGINES, EngineName, EvaluationConfig, OptimizerName, Recipe
+from sft.recipe.model import INLINE_FAMILIES, INLINE_LENGTH
+from sft.runs.names import find_model, find_recipe, recipe_of_model
 
 COMMON_SIZE = (640, 480)
 """Width and height of most of COCO's images, which stands for all while the sources are not prepared."""
@@ -71,11 +75,6 @@ class Setting:
     def is_autocast(self) -> bool:
         """Whether autocast computes in half precision. Engines that shard hold half-precision weights instead."""
         return not ENGINES[self.engine].shards and self.compute_bytes == 2
-
-    @property
-    def stream_bytes(self) -> int:
-        """Bytes of a number of the residual stream, which stays float32 under autocast."""
-        return 4 if self.is_autocast else self.compute_bytes
 
 
 class Cost(NamedTuple):
@@ -143,6 +142,22 @@ def read_model(family: str, path: str, images: Mapping[str, Any] | None = None) 
             "a module `cost`, see docs/planning.md)"
         ) from error
     return read(path, images) if images else read(path)
+
+
+def model_and_settings(name: str, overrides: Sequence[str] = ()) -> tuple[ModelCost, Path, EvaluationConfig]:
+    """Return the costs of the model of a RECIPE or MODEL, the folder of its tokenizer, and how it is evaluated.
+
+    Raises:
+        UserError: there is none of that name, or no costs are known of it.
+    """
+    if recipe := find_recipe(name, overrides) if overrides else recipe_of_model(name):
+        model = read_model(recipe.model.family, base_of(recipe), recipe.model.image_settings)
+        return model, base_path(recipe), recipe.evaluation
+    path, families = str(find_model(name)), [module.name for module in iter_modules(cost.__path__) if module.ispkg]
+    for family in families[:-1]:
+        with suppress(UserError):
+            return read_model(family, path), resolve(path), EvaluationConfig()
+    return read_model(families[-1], path), resolve(path), EvaluationConfig()
 
 
 def check_images_fit(recipe: Recipe) -> None:

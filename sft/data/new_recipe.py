@@ -10,7 +10,8 @@ import yaml
 from sft.core.sample import Sample
 from sft.core.shipped import is_local, resolve
 from sft.data.recognise import Recognised
-from sft.recipe.config import INLINE_FAMILIES, INLINE_LENGTH, ModelConfig
+from sft.recipe import ModelConfig
+from sft.recipe.model import INLINE_FAMILIES, INLINE_LENGTH
 
 CHARACTERS_PER_TOKEN = 3.5
 """English text under LLaMA's vocabulary has about 4 characters a token; a little less leaves room."""

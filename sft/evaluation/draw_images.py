@@ -12,14 +12,9 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT", bound="Item")
 
 
-def half_of(image: str, seed: int) -> int:
-    """Return 0 or 1, at random by image: checkpoints are chosen on one half, figures come from the other."""
-    return _draw(image, f"half {seed}") % 2
-
-
 def in_random_order(images: Sequence[str], seed: int) -> list[str]:
     """Return the distinct images in a seeded order."""
-    return sorted(set(images), key=lambda image: (_draw(image, f"order {seed}"), image))
+    return sorted(set(images), key=lambda image: (_draw(image, seed), image))
 
 
 def choose_part(items: Sequence[ItemT], max_items: int | None, seed: int) -> list[ItemT]:
@@ -42,5 +37,5 @@ def choose_part(items: Sequence[ItemT], max_items: int | None, seed: int) -> lis
     return [item for item in items if item.cluster in chosen]
 
 
-def _draw(image: str, what: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{what} {image}".encode()).digest()[:8], "big")
+def _draw(image: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"order {seed} {image}".encode()).digest()[:8], "big")

@@ -58,7 +58,7 @@ def score_predictions(task: PromptedTask[Any], predictions: Mapping[str, Mapping
     Raises:
         UserError: an item has no prediction, or one that is neither an answer nor scores of its options.
     """
-    names = [[_known(str(name), predictions) for name in task.query_ids(item)] for item in task.items]
+    names = names_of(task, predictions)
     if missing := [name for own in names for name in own if name not in predictions]:
         raise UserError(f"{file}: {len(missing):,} items have no prediction, the first is {missing[0]}")
     answers = []
@@ -70,6 +70,11 @@ def score_predictions(task: PromptedTask[Any], predictions: Mapping[str, Mapping
     if task.how == "rank" and not any(answer.is_finite for own in answers for answer in own):
         raise UserError(f"{file}: no answer is one of the options of {task.name}; expected {_examples(options)}")
     return task.result(answers, "", "")
+
+
+def names_of(task: PromptedTask[Any], predictions: Mapping[str, Any]) -> list[list[str]]:
+    """Return the names in a file of predictions of each item's queries."""
+    return [[_known(str(name), predictions) for name in task.query_ids(item)] for item in task.items]
 
 
 def _examples(options: Sequence[str]) -> str:
@@ -92,7 +97,8 @@ def _answer(
     value = line[key]
     if not is_ranked:
         return Answer(text=str(value))
-    scores = _scores(key, value, options, number)
+    with official_layout(file):
+        scores = _scores(key, value, options, number)
     if len(scores) != len(options):
         raise UserError(f"{file}: {key} has {len(scores)} values for {len(options)} options")
     return Answer(scores=tuple(AnswerScore(score, 1) for score in scores))

@@ -6,15 +6,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sft.core.errors import UserError
 from sft.core.metric import ACCURACY
 from sft.core.sample import Sample
+from sft.data.formats import Row
+from sft.evaluation.copies import TABLES, copied_rows, find_copy
 from sft.evaluation.draw_images import choose_part
+from sft.evaluation.official_files import official_layout
 from sft.evaluation.prompts import Prompt, TaskItem, choose_prompt, conversation
-from sft.evaluation.shots import Shots, check_support, random_order
+from sft.evaluation.results import Result
+from sft.evaluation.shots import Shots, check_support, group_of, random_order
 from sft.evaluation.task import Answer, PromptedTask, Query
 from sft.evaluation.task_source import TaskSource
 
@@ -34,6 +39,7 @@ class Questions(PromptedTask[TaskItem]):
     """Where shots come from."""
     primed: ClassVar[int] = 0
     """Support items shown without their images where the card's base prompt has no shots."""
+    has_copies = False
     shots_drawn: Shots | None = None
 
     def __init__(self, source: TaskSource) -> None:
@@ -45,7 +51,7 @@ class Questions(PromptedTask[TaskItem]):
         self.benchmark = f"{self.name}_{split}"
         self.style, _ = choose_prompt(self.name, self.prompts, settings.prompt)
         self.num_beams = settings.num_beams
-        self.items = choose_part(self.read(folder, split), settings.max_questions, settings.seed)
+        self.items = choose_part(self.read_items(folder, split), settings.max_questions, settings.seed)
         self.has_answers = any(item.answers for item in self.items)
         if source.needs_images:
             self.check_images()
@@ -58,6 +64,24 @@ class Questions(PromptedTask[TaskItem]):
             UserError: a file is missing, or not of the official layout.
         """
         raise NotImplementedError(f"{self.name}: its file reads no items")
+
+    def read_items(self, folder: Path, split: str) -> list[TaskItem]:
+        """Return the same, of a copy where official files are missing. Raise UserError where there is neither."""
+        try:
+            return self.read(folder, split)
+        except UserError as error:
+            if not self.has_copies or not isinstance(error.__cause__, OSError):
+                raise
+            table = TABLES.get(f"{self.name}_{split}", "")
+            if files := find_copy(folder, split, table):
+                with official_layout(files[0]):
+                    return self.from_copy(copied_rows(files, folder))
+            forms = f"{split}-00000-of-00001.parquet of the hub" + f" or VLMEvalKit's {table}" * bool(table)
+            raise UserError(f"{error}, or a copy as {forms}") from error
+
+    def from_copy(self, rows: Sequence[Row]) -> list[TaskItem]:
+        """Return the items of the rows of a copy, of a task that has copies."""
+        raise NotImplementedError(f"{self.name}: its file reads no copies")
 
     @property
     def prompt(self) -> Prompt:
@@ -80,9 +104,18 @@ class Questions(PromptedTask[TaskItem]):
         return [(shot, most_common(shot.answers)) for shot in shots]
 
     def details(self, item: TaskItem, answers: Sequence[Answer], score: float) -> dict[str, Any]:
-        """Return the right answers, the prediction, and further figures where there are any."""
-        figures = self.figures(item, answers)
-        return super().details(item, answers, score) | ({"figures": figures} if figures else {})
+        """Return the right answers, the prediction, and where there are any further figures and the group of shots."""
+        more: dict[str, Any] = {"figures": self.figures(item, answers)}
+        if self.shots_drawn and self.shots_drawn.group:
+            more["group"] = self.shots_drawn.group(item)
+        return super().details(item, answers, score) | {key: value for key, value in more.items() if value}
+
+    def summary(self, result: Result, *, blind_score: float | None = None) -> dict[str, Any]:
+        """Return the summary, and by which model shots are alike to items."""
+        shots, found = self.shots_drawn, super().summary(result, blind_score=blind_score)
+        if shots and shots.alike_by:
+            found |= {"shots_alike_by": shots.alike_by, "shots_at_random": shots.num_at_random}
+        return found
 
     def figures(self, item: TaskItem, answers: Sequence[Answer]) -> dict[str, float]:
         """Return other measures of the same answers by name: variants of the metric."""
@@ -95,8 +128,8 @@ class Questions(PromptedTask[TaskItem]):
             UserError: a file is missing, or not of the official layout.
         """
         if named and named not in self.splits:
-            return self.read(Path(named), self.support_split)
-        return self.read(folder, named or self.support_split)
+            return self.read_items(Path(named), self.support_split)
+        return self.read_items(folder, named or self.support_split)
 
     def check_images(self, items: Sequence[TaskItem] | None = None) -> None:
         """
@@ -122,7 +155,11 @@ class Questions(PromptedTask[TaskItem]):
         check_support(support, asked.number, self.benchmark)
         key = f"{source.settings.seed if asked.seed is None else asked.seed} {self.benchmark}"
         num_groups = asked.groups if asked.select == "groups" else None
-        self.shots_drawn = Shots(support, asked.number, random_order(len(support), key, num_groups))
+        order = random_order(len(support), key, num_groups)
+        group = partial(group_of, key=key, num_groups=num_groups) if num_groups else None
+        self.shots_drawn = Shots(support, asked.number, order, group)
+        if asked.select == "rices":
+            self.shots_drawn.alike_by, self.shots_drawn.features = "", asked.features
 
 
 class OpenQuestions(Questions):

@@ -13,12 +13,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sft.core.errors import UserError
 from sft.core.files import text_lines, write_atomically
 from sft.core.metric import Metric
-from sft.evaluation.draw_images import half_of
 from sft.evaluation.statistics import clustered_standard_error, score_interval, weighted_mean
 
 
@@ -63,12 +61,42 @@ class Result:
     @property
     def standard_error(self) -> float:
         """Standard error of the score by clusters: see `clustered_standard_error`."""
+        return self._error(self._clusters)
+
+    def _error(self, clusters: Sequence[str]) -> float:
         scores, weights = ([getattr(outcome, name) for outcome in self.outcomes] for name in ("score", "weight"))
-        return clustered_standard_error(scores, [outcome.cluster for outcome in self.outcomes], weights)
+        return clustered_standard_error(scores, clusters, weights)
+
+    @property
+    def _clusters(self) -> list[str]:
+        """What items depend on each other in: images or, where that error is larger, groups with the same shots."""
+        return max(self._images, self._groups, key=self._error)
+
+    @property
+    def _images(self) -> list[str]:
+        return [outcome.cluster for outcome in self.outcomes]
+
+    @property
+    def _groups(self) -> list[str]:
+        return [outcome.details.get("group", "") for outcome in self.outcomes]
+
+    def spread_of_groups(self) -> dict[str, float]:
+        """Return how much the score depends on the choice of shots: the standard deviation between groups that have the
+        same shots, without the noise of their items; empty where there are no two groups, or hardly more images.
+
+        With G groups of C images, of variance t between groups and v of a group's mean by its items, the squared errors
+        by groups and by images are (t + v) (G - 1) / G^2 and v / G + t (G - 1) / (G C).
+        """
+        G, C = len({*self._groups}), len({*self._images})
+        if not 1 < G < C:
+            return {}
+        between = self._error(self._groups) ** 2 * G / (G - 1) - self._error(self._images) ** 2
+        spread = math.sqrt(max(0.0, G * between / (1 - (G - 1) / C)))
+        return {f"std beyond noise over {G} groups of shots": spread}
 
     def interval(self, metric: Metric) -> tuple[float, float]:
         """Return the score's 95 % interval: see `score_interval`."""
-        num_clusters = len({outcome.cluster for outcome in self.outcomes})
+        num_clusters = len(set(self._clusters))
         rows = len(self.outcomes)
         return score_interval(self.score, self.standard_error, num_clusters, rows, is_share=metric.is_share)
 
@@ -87,17 +115,6 @@ class Result:
             for name in sorted(found)
             if name
         }
-
-    def on_half(self, half: Literal[0, 1], seed: int) -> Result:
-        """Return the same result on one half of the images.
-
-        Raises:
-            UserError: none of the items is about them.
-        """
-        own = tuple(one for one in self.outcomes if half_of(one.image_sha256 or one.cluster, seed) == half)
-        if not own:
-            raise UserError(f"{self.benchmark}: a half of its images has no questions; it needs more images")
-        return replace(self, outcomes=own)
 
     def on_items_of(self, other: Result) -> Result:
         """Return the same result on the items that another one has."""

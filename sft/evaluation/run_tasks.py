@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sft.core.distributed import all_or_none, from_main, is_main_process
-from sft.core.files import hash_file
+from sft.evaluation.alike import find_alike
 from sft.evaluation.generate_answers import generate_answers
+from sft.evaluation.questions import Questions
 from sft.evaluation.rank_answers import score_answers
 from sft.evaluation.results import Result, find_result, write_result
 from sft.evaluation.task import Answer, MeasuredTask, OnProgress, PromptedTask, Query, Task
 from sft.models.loaded_model import Load, Loaded, find_family, load_for_inference, load_template
-from sft.runs.checkpoint import listed_hashes
+from sft.runs.checkpoint import weights_hash
 
 Answers = list[list[Answer | None]]
 """For each item, the answers to its queries; None where a query is too long."""
@@ -38,6 +39,9 @@ def score_model(
     Raises:
         UserError, RunError: the model cannot be loaded, or it is asked in vain; see the tasks.
     """
+    for task in tasks:
+        if isinstance(task, Questions) and task.shots_drawn and task.shots_drawn.alike_by == "":
+            find_alike(task, path, run_dir, load, on_progress)
     hashes, kept, weights = from_main(lambda: _kept(path, tasks, run_dir, name))
     results = {task: result for task, result in zip(tasks, kept, strict=True) if result}
     missing = {task: own for task, own in zip(tasks, hashes, strict=True) if task not in results}
@@ -138,10 +142,3 @@ def _generate(
         on_progress=on_progress,
     )
     return (None if text is None else Answer(text=task.cut(text)) for text in texts)
-
-
-def weights_hash(folder: Path) -> str:
-    """Return one hash over the weight files of a model folder. It is read back where a manifest lists theirs; otherwise
-    all of them are read, 18 GB of idefics-9b."""
-    known = listed_hashes(folder)
-    return "-".join(known.get(file.name) or hash_file(file) for file in sorted(folder.glob("*.safetensors")))

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from numbers import Real
@@ -73,6 +73,20 @@ class Answer(NamedTuple):
         return all(math.isfinite(score.log_prob) for score in self.scores)
 
 
+class Typical(NamedTuple):
+    """The size of a benchmark and of its prompts, for `plan` where its files are not there. Tokens are LLaMA's, by the
+    card's prompts and the released files; those of VisDial, memes and SST2 are estimated."""
+
+    items: Mapping[str, int]  # by split; that of the model card last
+    query: float  # tokens of a question, with the marks around its image
+    shot: float = 0  # tokens of an answered one
+    queries: float = 1  # of an item
+    options: float = 1  # of a query that ranks
+    option: float = 0  # tokens of an option but for the last, or of an answer that is written
+    tree: float = 0  # the same of all options of a query, common beginnings once
+    shots: tuple[int, ...] = (0, 4, 8, 16, 32)  # that the model card has figures for
+
+
 class Item(Protocol):
     """What counts once: a question, whether it is asked by one query or by several."""
 
@@ -113,6 +127,8 @@ class Task(ABC):
     """What tells tasks of one benchmark apart."""
     unit: ClassVar[str]
     """What progress counts."""
+    typical: ClassVar[Typical | None] = None
+    """None where a user's own data are all there is."""
     shots: int = 0
     """Answered items before each."""
     blind: bool = False
@@ -150,6 +166,7 @@ class Task(ABC):
         """Return what the summary file holds and `evaluate --json` prints; scores are None where there are no answers.
         `blind_score` is the score of the same items without images."""
         scored = result.has_answers
+        figures = self.all_figures(result) | (result.spread_of_groups() if scored else {})
         return {
             "benchmark": self.benchmark,
             "task": self.name,
@@ -167,7 +184,7 @@ class Task(ABC):
             "interval": list(result.interval(self.metric)) if scored else None,
             "blind": result.score if self.blind and scored else blind_score,
             "categories": result.parts(lambda outcome: outcome.category) if scored else {},
-        } | ({"figures": figures} if (figures := self.all_figures(result)) else {})
+        } | ({"figures": figures} if figures else {})
 
     def all_figures(self, result: Result) -> dict[str, float]:
         """Return further figures beside the score: the means of those that the items have."""

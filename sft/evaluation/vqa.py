@@ -9,6 +9,8 @@ from typing import Any, ClassVar, get_args
 from sft.core.errors import UserError
 from sft.core.metric import Metric
 from sft.core.sample import ImageRef
+from sft.data.formats import Row
+from sft.evaluation.copies import first, texts
 from sft.evaluation.metrics.vqa_accuracy import Variant, vqa_accuracy
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import Prompt, TaskItem
@@ -32,6 +34,7 @@ class VQA(OpenQuestions):
             is_document=True,
         ),
     }
+    has_copies = True
     primed = 2
     stop_words = ("Question", "User", "Image", "task", "What", "Who", "When", "Where", "Why", "How")
 
@@ -48,6 +51,13 @@ class VQA(OpenQuestions):
             if item.answers
         }
 
+    def from_copy(self, rows: Sequence[Row]) -> list[TaskItem]:
+        """Return the questions of the rows of a copy."""
+        records = [row | {"answers": texts(row, "answers", "answer")} for row in rows]
+        numbers = [first(row, "question_id", "index") for row in rows]
+        clusters = [f"image {row.get('image_id', row['image'].name)}" for row in rows]
+        return list(map(vqa_item, records, [row["image"] for row in rows], numbers, clusters))
+
 
 def read_vqa(questions: Path, annotations: Path | None, image_of: Callable[[int], Path]) -> list[TaskItem]:
     """Return the questions of two files of VQA's layout, joined by their numbers, in the order of the first; without
@@ -61,7 +71,9 @@ def read_vqa(questions: Path, annotations: Path | None, image_of: Callable[[int]
     if annotations and (missing := [number for number in asked if not answered.get(number, {}).get("answers")]):
         raise UserError(f"{annotations}: question {missing[0]} has no answers; take files of one release")
     with official_layout(questions):
-        return [_item(question, answered.get(number, {}), image_of) for number, question in asked.items()]
+        records = [question | answered.get(number, {}) for number, question in asked.items()]
+        images = [record["image_id"] for record in records]
+        return list(map(vqa_item, records, map(image_of, images), asked, [f"image {image}" for image in images]))
 
 
 def _records(file: Path, key: str) -> dict[int, dict[str, Any]]:
@@ -69,15 +81,16 @@ def _records(file: Path, key: str) -> dict[int, dict[str, Any]]:
         return {record["question_id"]: record for record in read_json(file)[key]}
 
 
-def _item(question: Mapping[str, Any], annotation: Mapping[str, Any], image_of: Callable[[int], Path]) -> TaskItem:
-    answers = annotation.get("answers", ())
-    marks = [(one.get("answer_confidence"), one.get("answer_id")) for one in answers]
+def vqa_item(record: Mapping[str, Any], image: Path, number: int | str, cluster: str) -> TaskItem:
+    """Return a question with people's answers: texts, or records with a text and marks."""
+    given = record.get("answers") or ()
+    marks = [(one.get("answer_confidence"), one.get("answer_id")) for one in given if not isinstance(one, str)]
     return TaskItem(
-        id=question["question_id"],
-        text=question["question"].strip(),
-        answers=tuple(one["answer"] for one in answers),
-        images=(ImageRef(source=image_of(question["image_id"])),),
-        cluster=f"image {question['image_id']}",
-        category=annotation.get("answer_type", ""),
-        data={"marks": marks},
+        id=number,
+        text=record["question"].strip(),
+        answers=tuple(one if isinstance(one, str) else one["answer"] for one in given),
+        images=(ImageRef(source=image),),
+        cluster=cluster,
+        category=record.get("answer_type") or "",
+        data={"marks": marks or None},
     )

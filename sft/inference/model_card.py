@@ -114,11 +114,10 @@ def _selection_lines(checkpoint: Path) -> Iterator[str]:
         yield f"Held-out loss {figure(scores[name]['score'])}."
     elif name in scores:
         own, what = scores[name], "samples" if selection["by"] == "loss" else "questions"
-        which = f"{what} that did not choose" if selection.get("chosen_on") == "half" else f"the {what} that chose"
         p_best = "" if own["p_best"] is None else f"; best with probability {own['p_best']:.0%}"
         yield (
             f"{'Held-out loss' if selection['by'] == 'loss' else 'Score'} {figure(own['score'])} ± "
-            f"{figure(own['standard_error'])} on {which}{p_best}."
+            f"{figure(own['standard_error'])} on the {what} that chose{p_best}."
         )
     if selection["selected"] == name and selection["cross_fitted"] is not None:
         yield f"Cross-fitted figure of the choice: {figure(selection['cross_fitted'])}."

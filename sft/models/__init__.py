@@ -12,8 +12,9 @@ lora                      adapters, through PEFT
 activation_checkpointing  which layers are computed again in the backward pass
 model_folder              the safetensors files of a model folder, into memory and into a prepared base
 preprocessor              what preprocessor_config.json of a folder says of images
+family_folder             what folders of all families share: loaded, saved, their parameters by name
 inline_model              what families whose images are part of the text share: images and the forward;
-inline_folder             their folders, loaded and saved
+inline_folder             their folders, and how these cut images
 plain_folder              what a saved folder has besides weights, so that transformers or PEFT alone open it
 base_model                the base of a recipe or of adapters; loaded_model: a model, loaded for evaluation and chat
 idefics/                  IDEFICS-1 (9b, 80b and their instruct models)
@@ -24,7 +25,7 @@ idefics3/                 Idefics3, SmolVLM and SmolVLM2
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import isfunction
 from pathlib import Path
@@ -186,11 +187,11 @@ def _unknown(key: str, names: Iterable[str], known: Mapping[str, str], family: s
             yield f"{key}: {family} has no {name!r}{nearest(name, known)} (known: {', '.join(known) or 'none'})"
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, model_types: Collection[str] = ()) -> dict[str, Any]:
     """Return config.json of a model folder or hub id.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or its `model_type` is none of `model_types`, if any are given.
     """
     from transformers import PreTrainedConfig
 
@@ -198,10 +199,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(missing)  # transformers would return an empty config
     try:
-        return dict(PreTrainedConfig.get_config_dict(path)[0])
+        config = dict(PreTrainedConfig.get_config_dict(path)[0])
     except (OSError, ValueError, AttributeError, TypeError) as error:
         damaged = f"{path}: config.json is damaged, not a JSON object"
         raise UserError(damaged if (Path(path) / "config.json").exists() else missing) from error
+    if model_types and (found := config.get("model_type")) not in model_types:
+        raise UserError(f"{path}: model_type is {found!r}; model.family loads {' or '.join(map(repr, model_types))}")
+    return config
 
 
 def family_at(path: str | Path) -> Family:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from sft.core.errors import UserError
@@ -92,7 +91,7 @@ def find_prepared_base(recipe: Recipe) -> Path:
     return path if is_there else prepare_in_cache(base_of(recipe), get_family(model.family), model.image_settings)
 
 
-def prepare_in_cache(name: str, family: Family, images: Mapping[str, Any] = MappingProxyType({})) -> Path:
+def prepare_in_cache(name: str, family: Family, images: Mapping[str, Any]) -> Path:
     """Make a base with every special token in the user's cache if it is not there yet, and return its folder. `images`
     are the settings of a recipe that say how images are cut."""
     try:

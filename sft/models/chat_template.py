@@ -41,8 +41,7 @@ IMAGE = "<image>"
 """What a template prints for an image, in every family."""
 
 Shape = tuple[tuple[str, tuple[bool, ...], bool], ...]
-"""A conversation without its words: for each message its role, for each item whether it is an image, and whether the
-message is trained."""
+"""A conversation without its words: of each message its role, which items are images, and whether it is trained."""
 
 
 class _Piece(NamedTuple):
@@ -73,12 +72,8 @@ class ChatTemplate:
         self._special_pattern = re.compile("|".join(re.escape(token) for token in self._special_ids))
         self._pieces = lru_cache(maxsize=4096)(self._render_pieces)
         self._image_ids = lru_cache(maxsize=4096)(partial(images.token_ids, tokenizer))
-        unknown = {
-            t
-            for t in re.findall(r"</?[a-z_]+>|<\|[a-z_]+\|>", _without_comments(template))
-            if t not in self._special_ids
-        }
-        if unknown:
+        code = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)  # without comments
+        if unknown := {*re.findall(r"</?[a-z_]+>|<\|[a-z_]+\|>", code)} - self._special_ids.keys():
             raise ValueError(f"chat template prints {sorted(unknown)}, which the tokenizer has no special token for")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -97,8 +92,7 @@ class ChatTemplate:
         return self._encode(sample.key, sample.messages)
 
     def encode_prompt(self, messages: Sequence[Message], *, key: str = "prompt") -> EncodedSample:
-        """Encode what the model is to answer, from `<s>` through `Assistant:`; or a document that is to go on, through
-        its last text."""
+        """Encode what the model is to answer, from `<s>` through `Assistant:`, or a document through its last text."""
         if messages[-1].role == "document":
             return self._encode(key, messages, answer="")
         return self._encode(key, messages, add_generation_prompt=True)
@@ -126,12 +120,7 @@ class ChatTemplate:
         return "".join(next(texts) if piece.is_slot else piece.text for piece in pieces)
 
     def _encode(
-        self,
-        key: str,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = False,
-        answer: str | None = None,
+        self, key: str, messages: Sequence[Message], *, add_generation_prompt: bool = False, answer: str | None = None
     ) -> EncodedSample:
         pieces = self._pieces(_shape(messages), add_generation_prompt)
         if answer is not None:  # of a document: it follows the last text, and nothing else counts as trained
@@ -235,10 +224,6 @@ def _character(offset: tuple[int, int]) -> int:
 def load_chat_template(path: Path) -> str:
     """Return the jinja source of a template file."""
     return path.read_text(encoding="utf-8")
-
-
-def _without_comments(template: str) -> str:
-    return re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
 
 
 def _shape(messages: Sequence[Message]) -> Shape:

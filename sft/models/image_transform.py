@@ -49,10 +49,7 @@ class Crop(NamedTuple):
 
 
 def load_tiles(
-    content: bytes,
-    images: Images,
-    crop: Callable[[int, int], Crop] | None = None,
-    decoding: Decoding = AS_SHOWN,
+    content: bytes, images: Images, crop: Callable[[int, int], Crop] | None = None, decoding: Decoding = AS_SHOWN
 ) -> Tiles:
     """Return the tiles of an encoded image, or of the box that `crop` gives for its decoded width and height;
     transparency over white. This is the one way from an image file to what a model sees.
@@ -83,8 +80,7 @@ def tiling_of(image: ImageRef, images: Images) -> Tiling:
 
 
 def resize(pixels: Pixels, height: int, width: int, mode: str) -> NDArray[np.uint8]:
-    """Return an image (H, W, C) resized with antialiasing, as (C, height, width). `mode` is one of torch's
-    `interpolate`."""
+    """Return an image (H, W, C) resized with antialiasing, as (C, height, width). `mode`: see torch's `interpolate`."""
     pixels_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized_1CHW = interpolate(pixels_1CHW, size=(height, width), mode=mode, antialias=True)
     return resized_1CHW[0].numpy()

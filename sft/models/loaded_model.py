@@ -16,13 +16,7 @@ from sft.core.errors import UserError
 from sft.core.precision import choose_precision, device
 from sft.core.shipped import is_local, resolve, shipped_root
 from sft.models import family_at, get_family
-from sft.models.base_model import (
-    base_name,
-    base_of_adapters,
-    find_prepared_base,
-    prepare_in_cache,
-    recipe_of_adapters,
-)
+from sft.models.base_model import base_name, base_of_adapters, find_prepared_base, prepare_in_cache, recipe_of_adapters
 from sft.models.chat_template import ChatTemplate, load_chat_template
 from sft.models.family import Family, Images
 from sft.models.lora import is_adapter_folder, load_adapters, remove_adapters

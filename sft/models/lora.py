@@ -217,8 +217,7 @@ class Merger:
         self._unused = {key.removeprefix(_PREFIX) for key in self._tensors.keys()}  # noqa: SIM118
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return the weight `name` of the base as the adapters make it: W + alpha / r * B A in float32, or what was
-        trained in its place."""
+        """Return a weight of the base as adapted: W + alpha / r * B A in float32, or what was trained in its place."""
         if name in self._unused:
             return self._take(name)
         layer = name.removesuffix(".weight")

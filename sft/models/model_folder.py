@@ -4,22 +4,18 @@ them, and into the folder of a prepared base."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sft.core.errors import UserError
-from sft.models.packed_model import PackedModel
-
-M = TypeVar("M", bound=PackedModel)
+from sft.core.files import link_or_copy, staged
 
 
 def weight_files(folder: Path) -> dict[str, str]:
@@ -98,78 +94,15 @@ def new_base(source: Path, output: Path, replaced: Collection[str] = ()) -> Iter
     """
     if source.resolve() == output.resolve():
         raise UserError(f"{output}: the prepared base would replace the base it is made from; give another folder")
-    staging = output.with_name(f".{output.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    own = {*replaced, *(file.name for file in staging.iterdir())}
-    for file in source.iterdir():
-        if file.suffix in (".safetensors", ".json") and file.name not in own:
-            _link(file, staging / file.name)
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
+    with staged(output) as folder:
+        yield folder
+        own = {*replaced, *(file.name for file in folder.iterdir())}
+        for file in source.iterdir():
+            if file.suffix in (".safetensors", ".json") and file.name not in own:
+                link_or_copy(file.resolve(), folder / file.name)
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
-
-
-def load_weights(
-    model_class: type[M],
-    folder: Path,
-    expected: Mapping[str, Tensor],
-    *,
-    trained: Collection[str] | None,
-    frozen_dtype: torch.dtype,
-    exact: tuple[str, ...],
-    in_4_bits: Collection[str],
-    group_of: Mapping[str, str],
-    device: torch.device | str,
-    **options: Any,
-) -> M:
-    """Load a model folder that has the weights `expected`. Parameters of groups in `trained` (None: all) are float32,
-    since updates of 1e-5 are lost in bfloat16.
-
-    Matrices of other groups are stored in `frozen_dtype`, those of the groups `in_4_bits` in nf4 with double
-    quantisation (Dettmers et al. 2023, QLoRA) of what is in the folder, computed in `frozen_dtype`. Embeddings, norms,
-    biases, gates and what begins with one of `exact` are always float32. Quantised weights stay on the `device` they
-    are loaded to. `group_of` has the group of each beginning of a parameter's name. `options` are further arguments of
-    `from_pretrained`.
-
-    Raises:
-        UserError: weights are missing, damaged or of another shape.
-    """
-    check_weights(folder, expected)
-    groups = {*group_of.values()}
-    trained = groups if trained is None else trained
-    if groups <= {*trained}:
-        frozen_dtype = torch.float32  # nothing is frozen
-    if frozen := {*in_4_bits} - {*trained}:
-        kept = [name for name, group in group_of.items() if group not in frozen]
-        options |= _quantisation(kept, frozen_dtype, device)
-    loaded_dtype = torch.float32 if frozen else frozen_dtype  # nothing is rounded before it is quantised
-    model: M = model_class.from_pretrained(  # type: ignore[attr-defined]
-        folder, dtype=loaded_dtype, attn_implementation="sdpa", use_safetensors=True, **options
-    )
-    in_float32 = {*kept_exact(model, trained, exact, group_of)}
-    if loaded_dtype != torch.float32:
-        _reload_exactly(model, folder, in_float32)
-    for name, parameter in model.named_parameters():
-        if name not in in_float32 and parameter.is_floating_point():
-            parameter.data = parameter.data.to(frozen_dtype)
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.weight.quant_state.dtype = frozen_dtype  # type: ignore[union-attr]  # what it is dequantised to
-            # On a CPU with avx512_bf16 a forward without gradients would repack the weights in place, with which the
-            # next one with gradients fails (bitsandbytes 0.50.2).
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model
-
-
-def _quantisation(kept: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+def quantisation(kept: Collection[str], dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that quantise the linear layers, but those whose names begin with one of `kept`.
     Any such list takes the place of transformers' own, which keeps the head."""
     from transformers import BitsAndBytesConfig
@@ -211,7 +144,7 @@ def kept_exact(
     return (name for name, _ in model.named_parameters() if name not in matrices)
 
 
-def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
+def reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> None:
     """Give parameters their float32 values: loading has rounded them."""
     shards, parameters = weight_files(folder), dict(model.named_parameters())
     by_file: dict[str, list[str]] = {}
@@ -223,32 +156,6 @@ def _reload_exactly(model: nn.Module, folder: Path, names: Iterable[str]) -> Non
                 parameters[name].data = tensors.get_tensor(name).float().to(parameters[name].device)
 
 
-def write_plain_config(config: Mapping[str, Any], directory: Path, dtype: torch.dtype, class_name: str) -> None:
-    """Write config.json for weights of `dtype`, as of transformers' plain class."""
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    config |= {"architectures": [class_name], "dtype": str(dtype).removeprefix("torch.")}
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def choose_trainable(
-    model: nn.Module, is_chosen: Callable[[str], bool], never: tuple[str, ...] = ()
-) -> tuple[str, ...]:
-    """Make some weights trainable, and adapters if there are any; freeze everything else.
-
-    Returns the names of those chosen that stay frozen, since they begin with one of `never`: no gradient reaches them.
-    `from_pretrained` silently resets what the config's freeze_* flags say, so this is done after every load.
-    """
-    frozen = []
-    for name, parameter in model.named_parameters():
-        asked = ".lora_" in name or (".base_layer." not in name and is_chosen(name))
-        if asked and name.startswith(never):
-            frozen.append(name)
-        parameter.requires_grad_(asked and not name.startswith(never))
-    return tuple(frozen)
-
-
-def layer_pattern(layers: Mapping[str, str], targets: Collection[str]) -> str:
-    """Return a regular expression for the whole names of linear layers, from those of each name of `lora.targets`:
-    `language.mlp`, or `language` for all of the group."""
-    patterns = [pattern for name, pattern in layers.items() if {name, name.partition(".")[0]} & {*targets}]
-    return "|".join(f"({pattern})" for pattern in patterns)
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does, with its keys in order."""
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -91,6 +91,10 @@ class PackedModel(nn.Module):
         `tiles` are those of each image of each prompt, `tilings` how it is cut."""
         raise NotImplementedError
 
+    def use_grouped_attention(self) -> None:
+        """Set attention by groups, for packs."""
+        raise NotImplementedError
+
     def packed_forward(self, batch: Batch, read_P: Tensor | None, z_loss: float) -> PackedOutput | Tensor:
         """Return the summed next-token loss of a packed micro-batch, or its logits (P, V) at the positions `read_P`.
 

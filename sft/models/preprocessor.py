@@ -17,14 +17,28 @@ def read_preprocessor(folder: Path) -> dict[str, Any]:
     for file, part in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):  # the second: transformers 5
         try:
             found = json.loads((folder / file).read_text())
-            found = found.get(part) if part else found
+            found = found.get(part) if part else {**found}
         except FileNotFoundError:
             continue
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / file}: damaged, not a JSON object") from error
         if isinstance(found, dict):
             return found
     return {}
+
+
+def read_edges(preprocessor: Mapping[str, Any], key: str, **usual: int) -> list[int]:
+    """Return the edges in pixels that a key of preprocessor_config.json gives, else the `usual` ones.
+
+    Raises:
+        UserError: it gives something else.
+    """
+    given = preprocessor.get(key) or {}
+    is_known = isinstance(given, dict) and (not given or not usual.keys().isdisjoint(given))
+    edges: list[Any] = [given.get(name, edge) for name, edge in usual.items()] if is_known else [None]
+    if any(type(edge) is not int or edge < 1 for edge in edges):
+        raise UserError(f"{PREPROCESSOR}: {key} is {json.dumps(given)}, expected {' and '.join(usual)} in pixels")
+    return edges
 
 
 def with_settings(preprocessor: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,32 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sft.core.files import location
 from sft.core.sample import MAX_PIXELS, Orientation, Policy, TrainOn
 from sft.core.shipped import PREFIX
 from sft.recipe.engines import AUTO, ENGINES, AskedEngine, Engine
+from sft.recipe.evaluation import EvaluationConfig
+from sft.recipe.fields import Beta, Decay, Number, OneOrMore, Positive, Rate, Section, Seed, Share
+from sft.recipe.model import INLINE_FAMILIES, INLINE_LENGTH, ModelConfig
 from sft.recipe.optimizers import OPTIMIZERS, Optimizer, OptimizerName
 
 BUILT_BENCHMARKS = ("easy_vqa",)
 """Benchmarks that are built here rather than downloaded (sft/evaluation/tasks/mmbench/from_easy_vqa.py)."""
-
-
-def _no_truth_value(value: Any) -> Any:
-    """Refuse `true` and `false`, which pydantic would take for 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-INLINE_FAMILIES = {"idefics2": 12, "idefics3": 1, "smolvlm": 1}
-"""Families of this tree whose images are part of the text, of which some defaults are others; for each what images
-may weigh in a pack for a token of it. Every tile has more tokens than that, but those of Idefics2, which weigh their
-patches, may be large: a split image of the largest size weighs 24,500."""
-
-INLINE_LENGTH = 8192
-"""Tokens of their packs: 2,048 hold one split image of SmolVLM-256M and none of Idefics3-8B."""
 
 
 def as_section(value: Any) -> Any:
@@ -43,27 +30,10 @@ def as_section(value: Any) -> Any:
     return {"store": value} if isinstance(value, str) else value
 
 
-Number = BeforeValidator(_no_truth_value)
-OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-Positive = Annotated[int, Field(gt=0), Number]
-Share = Annotated[float, Field(gt=0), Number]
-Beta = Annotated[float, Field(ge=0, lt=1), Number]
-Seed = Annotated[int, Field(ge=0), Number]
 ImageStore = Literal["embed", "reference"]
 MOST_PIXELS = 178_956_970  # Pillow opens no larger image
 WARMUP_SHARE = 0.03
 """Part of the steps that warm-up takes under `training.epochs`, if nothing is said: that of LLaVA's recipes."""
-Scoring = Literal[
-    "letter",  # the option whose letter is the likeliest answer
-    "text",  # the option whose full text is
-    "generate",  # the option that the generated answer names
-]
-Rate = Annotated[float, Field(gt=0), Number]
-Decay = Annotated[float, Field(ge=0), Number]
-Rule = Literal[
-    "best",  # the highest score, the earlier of equals: how the idefics-9b-instruct card chose
-    "earliest_not_worse",  # the earliest that cannot be told apart from the best
-]
 
 
 def _listed(table: Mapping[str, Optimizer] | Mapping[str, Engine]) -> str:
@@ -71,100 +41,14 @@ def _listed(table: Mapping[str, Optimizer] | Mapping[str, Engine]) -> str:
     return " ".join(f"`{name}`: {entry.meaning}." for name, entry in table.items())
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class LoraSettings(_Part):
-    r: Positive = 16
-    """Rank of an adapter."""
-    alpha: Rate = 32.0
-    """An adapter's output is scaled by `alpha / r`."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """On the input of the adapters, in training."""
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("language", "cross_attention")
-    """Linear layers that get an adapter: of a whole group, or of its attention or its MLPs only. Their names are the
-    family's (docs/training.md). Left out where images are part of the text (idefics3): `language`."""
-
-
-class ImageSettings(_Part):
-    longest_edge: Annotated[Positive, Field(le=4096)] | None = None
-    """Pixels of the longer edge that an image is scaled to, up or down, before it is cut into tiles; in idefics2 down
-    only. 4,096 at most."""
-    shortest_edge: Positive | None = None
-    """Pixels that an edge has at least, of idefics2."""
-    split: bool | None = None
-    """Whether an image is cut. If not, it is one tile that shows the whole."""
-
-
-class ModelConfig(_Part):
-    path: str
-    """Base model: a folder, a hub id, or `shipped:tiny_base`; or a folder of adapters, to train them further."""
-    family: str = "idefics"
-    """Kind of model: a folder of sft/models/, or the dotted name of a package of your own."""
-    images: ImageSettings | None = None
-    """How images are cut, where they are part of the text (idefics3): as the base does, but for what is set here. It is
-    written into preprocessor_config.json of all checkpoints."""
-    mode: Literal["full", "lora", "qlora"] = "full"
-    """How it is trained. `full`: the weights themselves, as the idefics-9b-instruct card says. `lora`: low-rank
-    adapters of frozen weights. `qlora`: the same, with the frozen weights in 4 bits."""
-    trainable: tuple[str, ...] | None = None
-    """Groups whose weights themselves are trained. Left out: all of them in `full` mode, and in `lora` and `qlora` only
-    the extra rows (embedding and head of the special tokens), which are always trained there. Their names are the
-    family's (docs/training.md)."""
-    lora: LoraSettings | None = None
-    """The adapters of `lora` and `qlora`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, values: Any) -> Any:
-        """Fill in what the mode implies, so that the recipe in a run's folder has it."""
-        if not isinstance(values, dict) or values.get("mode") not in ("lora", "qlora"):
-            return values
-        trainable = values.get("trainable") or ()
-        if isinstance(trainable, list | tuple) and "extra_rows" not in trainable:
-            trainable = (*trainable, "extra_rows")
-        lora = {} if values.get("lora") is None else values["lora"]
-        if isinstance(lora, dict) and str(values.get("family")) in INLINE_FAMILIES:
-            lora = {"targets": ("language",)} | lora
-        return values | {"trainable": trainable, "lora": lora}
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.lora is None:
-            if self.trainable == ():
-                raise ValueError("trainable is empty; name at least one group")
-            return self
-        if self.mode == "full":
-            raise ValueError("lora is set, but mode is full; set mode to lora or qlora, or leave lora out")
-        both = sorted(set(self.trainable or ()) & {target.partition(".")[0] for target in self.lora.targets})
-        if both:
-            cure = "train its weights or adapters of them, not both"
-            raise ValueError(f"trainable and lora.targets both name {both[0]}; {cure}")
-        return self
-
-    @property
-    def image_settings(self) -> dict[str, Any]:
-        """What is said of images, by its keys."""
-        return self.images.model_dump(exclude_none=True) if self.images else {}
-
-    @property
-    def trained_groups(self) -> frozenset[str] | None:
-        """Groups of which something is trained, weights or adapters of them; None: all of them."""
-        if self.trainable is None:
-            return None
-        targets = self.lora.targets if self.lora else ()
-        return frozenset((*self.trainable, *(target.partition(".")[0] for target in targets)))
-
-
-class DatasetConfig(_Part):
+class DatasetConfig(Section):
     dataset: str
     """Adapter: a module of sft/data/datasets/, or the dotted name of your own module."""
     path: str | None = None
     """Raw files. May be left out where the adapter brings its data."""
     split: str = "train"
     """Which part of the raw data."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # noqa: RUF012  # pydantic copies it
     """Settings of the adapter: keyword arguments of its `rows` and `to_sample`."""
 
     @property
@@ -186,7 +70,7 @@ class DatasetConfig(_Part):
         return f"{self.dataset.rsplit('.', 1)[-1]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
 
-class SourceConfig(_Part):
+class SourceConfig(Section):
     name: str
     """Name of the source in tables, logs and metrics."""
     share: Share
@@ -199,7 +83,7 @@ class SourceConfig(_Part):
     """After `max_epochs`: `stop` training, or `reweight`: leave its share to the other sources."""
 
 
-class ValidationConfig(_Part):
+class ValidationConfig(Section):
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the images (of the samples, where they have none) of every source that is held out; at least one."""
     path: str | None = None
@@ -212,7 +96,7 @@ class ValidationConfig(_Part):
         return self
 
 
-class ImagesConfig(_Part):
+class ImagesConfig(Section):
     store: ImageStore = "embed"
     """`embed`: image bytes are copied into the store. `reference`: image files stay where they are, and must stay."""
     orientation: Orientation = "apply"
@@ -223,7 +107,7 @@ class ImagesConfig(_Part):
     decoded, one of 50 megapixels takes up to 0.2 GB as JPEG, 0.5 GB as PNG, 0.9 GB as WebP."""
 
 
-class DataConfig(_Part):
+class DataConfig(Section):
     store: str = "stores"
     """Folder of the prepared datasets."""
     mixture: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -298,14 +182,14 @@ class DataConfig(_Part):
         return tuple(source.share / total for source in self.mixture)
 
 
-class GroupConfig(_Part):
+class GroupConfig(Section):
     learning_rate: Rate | None = None
     """Peak learning rate; `training.learning_rate` if left out. It decays in the same proportion."""
     weight_decay: Decay | None = None
     """`training.weight_decay` if left out. Parameters that m4's rule does not decay stay undecayed."""
 
 
-class TrainingConfig(_Part):
+class TrainingConfig(Section):
     max_steps: Positive | None = None
     """Optimizer steps. Either this or `epochs` is required."""
     epochs: Annotated[float, Field(gt=0), Number] | None = None
@@ -329,7 +213,7 @@ class TrainingConfig(_Part):
     """Weight decay, without norms, biases, gates and the resampler (m4's rule)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
-    groups: dict[str, GroupConfig] = {}
+    groups: dict[str, GroupConfig] = {}  # noqa: RUF012
     """Learning rate and weight decay of single groups of parameters, by the family's names."""
     clip: Rate = 1.0
     """Largest norm of the gradient."""
@@ -391,11 +275,11 @@ class TrainingConfig(_Part):
         return self.model_copy(update={"max_steps": steps, "warmup_steps": min(warmup, steps - 1)})
 
 
-class DistributedConfig(_Part):
+class DistributedConfig(Section):
     engine: AskedEngine = Field(default="auto", description=f"{_listed(ENGINES)} `auto`: {AUTO}.")
 
 
-class CheckpointsConfig(_Part):
+class CheckpointsConfig(Section):
     every_steps: Positive = 1000
     """A checkpoint is written every so many steps, and at the end."""
     keep_state: Positive = 2
@@ -405,81 +289,7 @@ class CheckpointsConfig(_Part):
     checkpoint."""
 
 
-class ShotsConfig(_Part):
-    number: Annotated[int, Field(ge=0)] = 0
-    """How many are shown before each question."""
-    select: Literal["random", "rices", "groups"] = "random"
-    """`random`: drawn for each question, as the card did. `rices`: those whose images are most alike. `groups`: the
-    questions of a group have the same ones, which costs less."""
-    support: str | None = None
-    """Where they come from: a split of the benchmark, or another folder or TSV of its layout. Left out: `train`; of
-    MMBench's layout, a tenth of the benchmark's images, which are then not evaluated."""
-    groups: Positive = 32
-    """Number of groups under `groups`."""
-    features: str | None = None
-    """A folder or hub id of CLIP that says under `rices` which images are alike. Left out: the tower of the model."""
-    seed: Seed | None = None
-    """Seed of the draws. Left out: that of `evaluation`."""
-
-
-class EvaluationConfig(_Part):
-    benchmark: str | None = None
-    """What chooses the checkpoint: an MMBench TSV; a .jsonl of your own questions with short answers; the folder of
-    another task's files; or `easy_vqa`, which is built from the package's test images."""
-    by: str | tuple[str, ...] | None = None
-    """The task that chooses: multiple-choice questions of MMBench's layout (`mmbench`), questions of your own with
-    short answers (`exact_match`), the `loss` on what data.validation holds out, or another of `idefics-sft tasks list`.
-    `NAME=PATH` names data of its own. Several choose together. Left out: `exact_match` for a .jsonl, `mmbench` for
-    other benchmarks, `loss` without one."""
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
-    """What each of several tasks counts in the choice, by its name. Left out: its reliability, the share of the
-    differences between checkpoints that is not noise."""
-    not_worse_than_base: tuple[str, ...] = ()
-    """Tasks that the base is evaluated on too, named as in `by`. A checkpoint that is significantly worse than the base
-    on one of them is marked, and is not selected."""
-    split: str | None = None
-    """The part of a benchmark to evaluate, if it has several; left out, the first in `idefics-sft tasks list`."""
-    rule: Rule = "best"
-    """Which checkpoint is selected. `best`: the highest score, the earlier of equals, as the idefics-9b-instruct card
-    did. `earliest_not_worse`: the earliest that cannot be told apart from the best."""
-    every_steps: Positive | None = None
-    """Steps between evaluations during training, which waits for them. Left out: `idefics-sft select` evaluates after
-    it."""
-    patience: Positive | None = None
-    """Training stops when so many evaluations in a row bring no better score."""
-    protocol: Literal["card", "vanilla", "circular"] = "circular"
-    """`circular`: a question counts when every rotation of its options is answered right. `vanilla`: the first one.
-    `card`: every row of the file by itself, as the released instruct checkpoints were chosen."""
-    ranks: Annotated[tuple[Scoring, ...], Field(min_length=1)] = ("letter",)
-    """How an option is chosen: by the likelihood of its letter, of its text, or by the generated answer."""
-    shots: Annotated[int, Field(ge=0)] | ShotsConfig = 0
-    """Answered questions shown before each question: how many, or a section that says which."""
-    support: str | None = None
-    """The same as `shots.support`."""
-    prompt: Literal["chat", "base", "instruct"] | None = None
-    """The words around a question: those of training (`chat`), or those by which `base` and `instruct` models of the
-    card were evaluated. Left out: the first that `idefics-sft tasks show` names."""
-    num_beams: Positive = 1
-    """Beams of generated answers. The card's figures are of 3."""
-    max_questions: Positive | None = None
-    """Evaluate a seeded part of the benchmark of at most so many questions, by whole images."""
-    seed: Seed = 0
-    """Seed of that part, of the shots, and of the half of the images that chooses."""
-
-    @model_validator(mode="after")
-    def _check(self) -> EvaluationConfig:
-        if self.protocol == "card" and self.ranks != ("letter",):
-            raise ValueError("protocol card ranks letters; set ranks: [letter]")
-        return self
-
-    @property
-    def asked_shots(self) -> ShotsConfig:
-        """The shots as a section."""
-        shots = self.shots if isinstance(self.shots, ShotsConfig) else ShotsConfig(number=self.shots)
-        return shots.model_copy(update={"support": shots.support or self.support})
-
-
-class Recipe(_Part):
+class Recipe(Section):
     model: ModelConfig
     """What is trained: the base, and which parts of it."""
     data: DataConfig

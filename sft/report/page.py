@@ -6,7 +6,7 @@ Every text of a run goes through the template's escaping; there is no script in 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sft.core.files import write_atomically
 from sft.report.numbers import GIB, duration, percent, plain
-from sft.report.panels import HUES, category_panels, loss_panels, score_panels, source_panels, speed_panels
-from sft.report.run_files import Run, SourceTotals, held_out, read_run, series, source_totals
+from sft.report.panels import (
+    HUES,
+    category_panels,
+    loss_panels,
+    score_panels,
+    shots_panels,
+    source_panels,
+    speed_panels,
+)
+from sft.report.run_files import Run, held_out, read_run, series, source_totals
 from sft.report.selection_text import benchmark_rows, score_of, score_text, scores, selection_words
 
 FILE = "report.html"
@@ -32,20 +40,25 @@ def report(run_dir: Path, output: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """Return the page as HTML."""
+    return render_template("page.html.jinja", view(run))
+
+
+def render_template(name: str, values: Mapping[str, Any], *folders: Path) -> str:
+    """Return a template, of this folder or of `folders`, with the values that it prints."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "plain": plain}
-    return environment.get_template("page.html.jinja").render(view(run))
+    return environment.get_template(name).render(values)
 
 
 def view(run: Run) -> dict[str, Any]:
     """Return the values that the template prints."""
-    totals = source_totals(run)
+    totals, chosen = source_totals(run), run.selection
     return {
         "name": run.path.resolve().name,
         "run": shlex.quote(str(run.path)),
@@ -54,19 +67,18 @@ def view(run: Run) -> dict[str, Any]:
         "about": _about(run),
         "figures": list(_key_figures(run)),
         "problems": list(_problems(run)),
-        "selection": run.selection,
-        "conclusions": list(_conclusions(run)),
-        "scores": list(scores(run.selection)),
-        "benchmark_rows": list(benchmark_rows(run.selection)),
-        "score_panels": list(score_panels(run)),
-        "category_panels": list(category_panels(run.selection)),
+        "selection": chosen,
+        "conclusions": list(selection_words(chosen) if chosen else _conclusions(run)),
+        "scores": list(scores(chosen)) if chosen else [],
+        "benchmark_rows": list(benchmark_rows(chosen)) if chosen else [],
+        "score_panels": [*score_panels(run), *shots_panels(run)],
+        "category_panels": list(category_panels(chosen)) if chosen else [],
         "answers": list(answers(run)),
         "loss_panels": list(loss_panels(run)),
         "source_panels": list(source_panels(run)),
         "speed_panels": list(speed_panels(run)),
         "sources": totals,
         "hues": {source.name: HUES[number % len(HUES)] for number, source in enumerate(totals)},
-        "mixture": _mixture(run, totals),
         "share_unit": run.recipe.data.share_unit.replace("_", " "),
         "environment": _environment(run),
         "recipe": yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -88,9 +100,8 @@ def _about(run: Run) -> str:
 
 
 def _conclusions(run: Run) -> Iterator[str]:
-    """Yield sentences, the most important first: how the selected checkpoint does, or how the held-out loss moved."""
-    yield from selection_words(run.selection)
-    if not run.selection and len(loss := held_out(run)) > 1:
+    """Yield how the held-out loss moved: what can be said before a checkpoint is selected."""
+    if len(loss := held_out(run)) > 1:
         (first, before), (last, after) = loss[0], loss[-1]
         yield f"The held-out loss went from {before:.3f} at step {first:,.0f} to {after:.3f} at step {last:,.0f}."
 
@@ -182,16 +193,6 @@ def answers(run: Run) -> Iterable[Answer]:
 
 
 # -------------------------------------------------------------------------------------------------------------- data
-
-
-def _mixture(run: Run, totals: Sequence[SourceTotals]) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Return bars: what was asked, what was trained on."""
-    unit = run.recipe.data.share_unit.replace("_", " ")
-    bars = [(f"asked ({unit})", [(source.name, source.asked) for source in totals])]
-    if run.lines:
-        bars.append(("got: tokens", [(source.name, source.tokens_share) for source in totals]))
-        bars.append(("got: trained tokens", [(source.name, source.trained_share) for source in totals]))
-    return bars
 
 
 def _environment(run: Run) -> list[tuple[str, str]]:

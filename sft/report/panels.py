@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from sft.core.metric import Metric
 from sft.report.charts import WIDTH, Series, chart
 from sft.report.numbers import GIB, plain, round_percent, scientific
 from sft.report.run_files import Line, Point, Run, held_out, losses, series, source_losses
-from sft.report.selection_text import metric_of, score_text
+from sft.report.selection_text import benchmarks_of, metric_of, score_text
 
 BINS = 100
 """Largest number of points of a line of losses."""
@@ -36,80 +35,83 @@ class Panel(NamedTuple):
 
 def score_panels(run: Run) -> Iterable[Panel]:
     """Yield the scores that chose; and those of every way in which the checkpoints were evaluated, if there are several
-    or none has chosen yet."""
-    if run.selection:
-        yield chosen_panel(run.selection)
+    or none has chosen yet, but for those that `category_panels` has."""
+    chosen = run.selection
+    if chosen:
+        yield chosen_panel(chosen)
     by_kind: dict[tuple[str, ...], list[Line]] = {}
     for summary in run.evaluations:
         names = (summary.get("protocol") or summary.get("by") or summary.get("task", ""), summary.get("rank", ""))
-        by_kind.setdefault((summary["benchmark"], *names), []).append(summary)
-    if run.selection and len(by_kind) < 2:
+        number = f"{summary['shots']} shots" if summary.get("shots") else ""
+        if summary["benchmark"] not in benchmarks_of(chosen or {}):
+            by_kind.setdefault((summary["benchmark"], *names, number), []).append(summary)
+    if chosen and len(by_kind) < 2:
         return
-    for (benchmark, protocol, rank), summaries in by_kind.items():
+    for (benchmark, protocol, rank, shots), summaries in by_kind.items():
         summaries.sort(key=lambda summary: summary["step"])
-        metric = metric_of(summaries[-1])
-        rings = _rings([summary["step"] for summary in summaries], run.selection)
-        svg = _score_chart(
-            summaries,
-            [f"step {summary['step']:,}: {score_text(summary['score'], summary)}" for summary in summaries],
-            [ring if ring == "ring" else "" for ring in rings],
-            metric,
-            label=f"{metric.name} on {benchmark}" + f" by {rank}" * bool(rank),
-            limits=(0, 1) if metric.is_share else None,
-            chance=summaries[-1].get("chance"),
-        )
-        note = f"{benchmark}, {protocol}, {summaries[-1].get('questions', 0):,} questions"
-        yield Panel(f"By {rank}" if rank else metric.name[:1].upper() + metric.name[1:], note, svg)
+        last, name = summaries[-1], metric_of(summaries[-1]).name
+        label = f"{name} on {benchmark}" + f" by {rank}" * bool(rank)
+        svg = _score_chart(summaries, last, chosen, label=label, chance=last.get("chance"))
+        note = f"{benchmark}, {protocol}, {last.get('questions', 0):,} questions" + f", {shots}" * bool(shots)
+        yield Panel(f"By {rank}" if rank else name[:1].upper() + name[1:], note, svg)
 
 
-def _rings(steps: Sequence[float], chosen: Line | None) -> list[str]:
-    """Return for each step whether its checkpoint is selected, or cannot be told apart from the best one."""
-    if chosen is None:
-        return []
-    of_step = {score["step"]: "tied" for score in chosen["scores"] if score["checkpoint"] in chosen["tied"]}
-    of_step |= {score["step"]: "ring" for score in chosen["scores"] if score["checkpoint"] == chosen["selected"]}
-    return [of_step.get(step, "") for step in steps]
-
-
-def _score_chart(
-    scores: Sequence[Line], tips: Sequence[str], rings: Sequence[str], metric: Metric, **drawn: Any
-) -> Markup:
-    """Return scores of checkpoints over their steps, with intervals and rings."""
-    points, intervals = [(one["step"], one["score"]) for one in scores], [one.get("interval") for one in scores]
-    series = Series(points=points, style="scores", intervals=intervals, tips=tips, rings=rings)
-    steps, format_y = [one["step"] for one in scores], round_percent if metric.is_share else plain
-    return chart([series], steps=steps, format_y=format_y, **drawn)
+def shots_panels(run: Run) -> Iterable[Panel]:
+    """Yield a small panel for each task that the last checkpoint was asked with several numbers of shots."""
+    by_task: dict[tuple[str, str], dict[int, dict[int, Line]]] = {}
+    for summary in run.evaluations:
+        own = by_task.setdefault((summary["benchmark"], summary.get("rank", "")), {})
+        own.setdefault(summary["step"], {})[summary.get("shots", 0)] = summary
+    for (benchmark, _), by_step in by_task.items():
+        step = max((step for step, own in by_step.items() if len(own) > 1), default=None)
+        if step is not None:
+            scores = [one | {"step": shots} for shots, one in sorted(by_step[step].items())]
+            svg = _score_chart(scores, scores[0], None, label=f"score on {benchmark} by shots", height=SMALL)
+            yield Panel(f"{benchmark}, by shots", f"{metric_of(scores[0]).name} at step {step:,}", svg)
 
 
 def chosen_panel(chosen: Line, *, width: int = WIDTH) -> Panel:
     """Return the scores of a selection, which is an object of the keys of selection.json."""
-    metric, scores = metric_of(chosen), chosen["scores"]
-    tips = [f"{score['checkpoint']}: {score_text(score['score'], chosen)}" for score in scores]
-    rings = _rings([score["step"] for score in scores], chosen)
-    svg = _score_chart(scores, tips, rings, metric, label="score of each checkpoint with its interval", width=width)
+    label = "score of each checkpoint with its interval"
+    svg = _score_chart(chosen["scores"], chosen, chosen, is_whole=False, label=label, width=width)
     ranks = " and ".join(chosen.get("ranks", ()))
     what = f"mean of {ranks}" if " and " in ranks else chosen["benchmark"]
     key = "ring: selected" + "; thin: cannot be told apart from the best" * (len(chosen["tied"]) > 1)
     return Panel("Held-out loss" if chosen["by"] == "loss" else "Score", f"{what} · {key}", svg)
 
 
-def category_panels(chosen: Line | None, *, width: int = WIDTH) -> Iterable[Panel]:
+def category_panels(chosen: Line, *, width: int = WIDTH) -> Iterable[Panel]:
     """Yield a small panel for each benchmark that chose, or for each category of the only one, if there are several."""
-    parts = (chosen or {}).get("benchmarks", {})
-    parts = parts if len(parts) > 1 else (chosen or {}).get("categories", {})
-    if not chosen or len(parts) < 2:
-        return
+    parts = benchmarks_of(chosen) or chosen.get("categories", {})
     steps = [score["step"] for score in chosen["scores"]]
-    for name, part in parts.items():
-        own = part if "metric" in part else chosen
-        metric = metric_of(own)
+    for name, part in parts.items() if len(parts) > 1 else ():
         columns = zip(steps, part["scores"], part["intervals"], strict=True)
         scores = [{"step": step, "score": score, "interval": interval} for step, score, interval in columns]
-        tips = [score_text(score, own) for score in part["scores"]]
-        size: dict[str, Any] = {"limits": (0, 1) if metric.is_share else None, "height": SMALL, "width": width}
-        svg = _score_chart(scores, tips, _rings(steps, chosen), metric, label=f"score in {name}", **size)
+        own = part if "metric" in part else chosen
+        svg = _score_chart(scores, own, chosen, label=f"score in {name}", height=SMALL, width=width)
         kind = "samples" if "loss" in (chosen["by"], part.get("task")) else "questions"
         yield Panel(name or "without category", f"{part['questions']:,} {kind}", svg)
+
+
+def _score_chart(
+    scores: Sequence[Line], own: Line, chosen: Line | None, *, is_whole: bool = True, **drawn: Any
+) -> Markup:
+    """Return scores of checkpoints over their steps, with intervals, and rings around those of the selection. `own`
+    says what they measure; with `is_whole`, a share is drawn from 0 to 1."""
+    is_share, steps = metric_of(own).is_share, [one["step"] for one in scores]
+    rings: dict[float, str] = {}
+    if chosen:
+        rings |= {one["step"]: "tied" for one in chosen["scores"] if one["checkpoint"] in chosen["tied"]}
+        rings |= {one["step"]: "ring" for one in chosen["scores"] if one["checkpoint"] == chosen["selected"]}
+    series = Series(
+        points=[(one["step"], one["score"]) for one in scores],
+        style="scores",
+        intervals=[one.get("interval") for one in scores],
+        tips=[f"step {one['step']:,}: {score_text(one['score'], own)}" for one in scores],
+        rings=[rings.get(step, "") for step in steps],
+    )
+    limits = (0, 1) if is_share and is_whole else None
+    return chart([series], steps=steps, format_y=round_percent if is_share else plain, limits=limits, **drawn)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -164,8 +166,7 @@ def _loss_chart(
 def speed_panels(run: Run) -> Iterable[Panel]:
     """Yield speed, memory and the norm of the gradient, as far as they were recorded."""
     if speeds := series(run.lines, "tokens_per_second"):
-        svg = _small_chart(*_with_means(speeds), label="tokens per second", from_zero=True)
-        yield Panel("Speed", "tokens/s", svg)
+        yield Panel("Speed", "tokens/s", _small_chart(*_with_means(speeds), label="tokens per second", from_zero=True))
     if memory := series(run.lines, "peak_memory_bytes"):
         in_gib = Series(points=[(step, size / GIB) for step, size in _thin(memory)])
         svg = _small_chart(in_gib, label="largest memory so far", from_zero=True)

@@ -33,24 +33,23 @@ def between(interval: Sequence[float] | None, selection: Line) -> str:
     return " to ".join(score_text(limit, selection) for limit in interval) if interval else ""
 
 
-def selection_words(chosen: Line | None) -> Iterable[str]:
+def selection_words(chosen: Line) -> Iterable[str]:
     """Yield sentences: which checkpoint was selected, why, and how sure that is. `chosen` has the keys of
     selection.json."""
-    if not chosen:
-        return
     score = score_of(chosen, chosen["selected"])
     limits = f" (95 % interval {between(score['interval'], chosen)})" if score.get("interval") else ""
     yield f"{chosen['selected']} was selected: {_reason(chosen)} {score_text(score['score'], chosen)}{limits}."
-    questions, reported = chosen.get("questions", (0, 0))
+    own = chosen.get("questions", 0)
+    chose, questions = own if isinstance(own, list) else (own, own)  # an earlier version could choose on others
     ranks = " and ".join(chosen.get("ranks", ())) + ", the mean of both" * (len(chosen.get("ranks", ())) == 2)
-    if reported:
+    if questions:
         kind = "samples" if chosen["by"] == "loss" else "questions"
         yield (
-            f"The figures are from {reported:,} {kind} about {chosen.get('images', 0):,} images or texts "
+            f"The figures are from {questions:,} {kind} about {chosen.get('images', 0):,} images or texts "
             f"of {chosen['benchmark']}{f', ranked by {ranks}' if ranks else ''}."
+            + f" The choice was made on {chose:,} others."
+            * (chosen.get("chosen_on") == "half")
         )
-        if chosen.get("chosen_on") == "half":
-            yield f"The choice was made on {questions:,} other {kind}."
     elif chosen["by"] == "loss":
         yield "Training recorded only the mean of the loss, so how sure the choice is cannot be said."
     if chosen["best"] != chosen["selected"]:
@@ -76,14 +75,17 @@ def apart(chosen: Line, *differences: float) -> str:
     return " to ".join(f"{100 * d:+.1f}" if is_share else f"{d:+.4f}" for d in differences) + " points" * is_share
 
 
-def benchmark_rows(chosen: Line | None) -> Iterable[dict[str, str]]:
+def benchmarks_of(chosen: Line) -> Line:
+    """Return the benchmarks of a selection, if there are several."""
+    found: Line = chosen.get("benchmarks", {})
+    return found if len(found) > 1 else {}
+
+
+def benchmark_rows(chosen: Line) -> Iterable[dict[str, str]]:
     """Yield a row for each benchmark of a selection by several: what it counts, and what the selected one scores."""
-    benchmarks = (chosen or {}).get("benchmarks", {})
-    if not chosen or len(benchmarks) < 2:
-        return
     names = [score["checkpoint"] for score in chosen["scores"]]
     selected = chosen["selected"] if chosen["selected"] in names else chosen["average"]["compared_with"]
-    for name, own in benchmarks.items():
+    for name, own in benchmarks_of(chosen).items():
         is_flat, is_below = len(own["tied"]) == len(names), selected not in own["tied"]
         yield {
             "name": name,
@@ -100,7 +102,6 @@ def _extreme(chosen: Line) -> str:
 
 
 def _reason(chosen: Line) -> str:
-    extreme = _extreme(chosen)
     if chosen["rule"] == "earliest_not_worse":
         return "it is the earliest that cannot be told apart from the best, and has"
     if chosen["selected"] != chosen["best"]:
@@ -108,15 +109,11 @@ def _reason(chosen: Line) -> str:
         is_worse = score_of(chosen, chosen["best"]).get("worse_than_base")
         those = "are not worse than the base" if is_worse else "still have their weights"
         return "it is significantly better, and has" if is_average else f"it is the best of those that {those}, and has"
-    if chosen.get("chosen_on") == "half":
-        return f"it has the {extreme} on the half that chose, and on the other"
-    return f"it has the {extreme},"
+    return f"it has the {_extreme(chosen)},"
 
 
-def scores(chosen: Line | None) -> Iterable[dict[str, Any]]:
+def scores(chosen: Line) -> Iterable[dict[str, Any]]:
     """Yield the rows of the table of checkpoints. `chosen` has the keys of selection.json."""
-    if not chosen:
-        return
     for score in chosen["scores"]:
         yield {
             "name": score["checkpoint"],

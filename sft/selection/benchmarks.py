@@ -21,14 +21,9 @@ class Benchmarks:
     """The tasks of a recipe, opened."""
 
     def __init__(self, settings: EvaluationConfig, store: Path, held_out: HeldOut | None) -> None:
-        """
-        Raises:
-            UserError: one cannot be read or has no answers, or the weights are not those of the tasks.
-        """
-        self._settings, gates = settings, []
-        choosers = named_tasks(settings)
-        if settings.not_worse_than_base:
-            gates = named_tasks(settings.model_copy(update={"by": settings.not_worse_than_base}))
+        """Raise UserError where one cannot be read or has no answers, or the weights are not those of the tasks."""
+        self._settings, choosers, gated = settings, named_tasks(settings), settings.not_worse_than_base
+        gates = named_tasks(settings.model_copy(update={"by": gated})) if gated else []
         names, weights = sorted({task.name for task in choosers}), settings.weights
         if weights is not None and (sorted(weights) != names or not any(weights.values())):
             expected = f"a weight for each of {', '.join(names)}, one of them over 0"
@@ -60,17 +55,7 @@ class Benchmarks:
         for benchmark, tasks in groupby(self.tasks, key=lambda task: task.benchmark):
             own = list(tasks)
             weight = (self._settings.weights or {}).get(own[0].name) if benchmark in self.names else 0.0
-            outcomes = read_outcomes(
-                run_dir,
-                benchmark,
-                task=own[0].name,
-                metric=own[0].metric,
-                values_of=own[0].paired_scores,
-                seed=self._settings.seed,
-                protocol_hashes=protocol_hashes,
-                counts=counts,
-                weight=weight,
-            )
+            outcomes = read_outcomes(run_dir, own[0], protocol_hashes=protocol_hashes, counts=counts, weight=weight)
             for name, evaluated in others.items():
                 if answers := [one for one in evaluated if one[0] in own]:
                     outcomes = outcomes.with_model(name, answers)

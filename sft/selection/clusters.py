@@ -104,22 +104,15 @@ class Joint(NamedTuple):
         return sum(len(part.weights_C) for part in self.parts)
 
     @property
-    def fewest_clusters(self) -> int:
-        """C of the smallest benchmark."""
-        return min(len(part.weights_C) for part in self.parts)
-
-    @property
     def metric(self) -> Metric:
         """What the joint score measures."""
         return self.parts[0].metric if len(self.parts) == 1 else INDEX
 
-    def errors_of(self, model: int) -> list[float]:
-        """Return the standard error of a model's score on each benchmark (B,)."""
-        return [float(np.linalg.norm(part.deviations[model])) for part in self.parts]
-
-    def figure(self, values_B: Sequence[float], errors_B: Sequence[float]) -> Figure:
-        """Return the joint score of a model's values on each benchmark. Its interval recovers the variances from those
-        of the benchmarks (Zou and Donner 2008, Statistics in Medicine 27, 1693-1702); of one it is its own."""
+    def figure(self, values_B: Sequence[float], model: int) -> Figure:
+        """Return the joint score of values on each benchmark, with the error of a model. Its interval recovers the
+        variances from those of the benchmarks (Zou and Donner 2008, Statistics in Medicine 27, 1693-1702); of one it
+        is its own."""
+        errors_B = [float(np.linalg.norm(part.deviations[model])) for part in self.parts]
         limits = [
             score_interval(value, error, len(part.weights_C), part.num_questions, is_share=part.metric.is_share)
             for part, value, error in zip(self.parts, values_B, errors_B, strict=True)
@@ -133,7 +126,7 @@ class Joint(NamedTuple):
     def figures(self) -> list[Figure]:
         """Return the score of each model with its error and interval."""
         values_KB = np.stack([part.scores for part in self.parts], axis=1).tolist()
-        return [self.figure(values_B, self.errors_of(k)) for k, values_B in enumerate(values_KB)]
+        return [self.figure(values_B, k) for k, values_B in enumerate(values_KB)]
 
     def on_clusters(self, masks_B: Sequence[Mask]) -> Joint:
         """Return the same on some of the clusters of each benchmark."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.core.errors import UserError
-from sft.core.metric import ACCURACY, Metric
-from sft.evaluation.draw_images import half_of
-from sft.evaluation.results import Outcome, Result, read_lines
+from sft.core.metric import Metric
+from sft.evaluation.results import Result, read_lines
 from sft.evaluation.task import Task
 from sft.runs.checkpoint import checkpoint_name, step_of
 from sft.selection.clusters import Array, Clusters, Joint, sum_by_cluster
@@ -46,8 +44,6 @@ class Outcomes:
     """What an item counts: 1, or trained tokens."""
     clusters_Q: NDArray[np.str_]
     """Questions of one cluster depend on each other."""
-    halves_Q: NDArray[np.int64]
-    """0 or 1, at random by image."""
     categories_Q: NDArray[np.str_]
     weight: float | None = None
     """What it counts in the choice beside others; None leaves it to its reliability, 0 takes no part."""
@@ -60,11 +56,6 @@ class Outcomes:
         return tuple(checkpoint_name(step) for step in self.steps)
 
     @property
-    def num_questions(self) -> int:
-        """Q"""
-        return len(self.weights_Q)
-
-    @property
     def clusters(self) -> Clusters:
         """The values of all checkpoints, summed by cluster."""
         return self.clusters_of(self.values_KQ)
@@ -73,16 +64,19 @@ class Outcomes:
         """Return values of any models on these questions, summed by cluster."""
         return sum_by_cluster(values_KQ, self.clusters_Q, self.weights_Q, metric=self.metric)
 
+    def clusters_in(self, category: str) -> Clusters:
+        """Return the same on the questions of a category."""
+        is_in_Q = self.categories_Q == category
+        values_KQ, clusters_Q, weights_Q = self.values_KQ[:, is_in_Q], self.clusters_Q[is_in_Q], self.weights_Q[is_in_Q]
+        return sum_by_cluster(values_KQ, clusters_Q, weights_Q, metric=self.metric)
+
     def values_of(self, model: str) -> Array:
         """Return the values (Q,) of a checkpoint or of another model."""
         return self.others[model] if model in self.others else self.values_KQ[self.checkpoints.index(model)]
 
     def with_model(self, name: str, evaluated: Sequence[tuple[Task, Result]]) -> Outcomes:
-        """Return the same with another model, which was asked each task of this benchmark.
-
-        Raises:
-            UserError: it was asked other questions.
-        """
+        """Return the same with another model, which was asked each task of this benchmark; raise UserError where it was
+        asked other questions."""
         if any(tuple(one.item for one in result.outcomes) != self.items for _, result in evaluated):
             raise UserError(f"{self.benchmark}: {name} was asked other questions than the checkpoints")
         return replace(self, others={**self.others, name: self.metric.sign * mean_values(evaluated)})
@@ -92,19 +86,6 @@ class Outcomes:
         rows = [number for number, step in enumerate(self.steps) if step in steps]
         return replace(self, steps=tuple(self.steps[row] for row in rows), values_KQ=self.values_KQ[rows])
 
-    def only(self, mask_Q: NDArray[np.bool_]) -> Outcomes:
-        """Return the same for some of the questions."""
-        return replace(
-            self,
-            items=tuple(compress(self.items, mask_Q)),
-            values_KQ=self.values_KQ[:, mask_Q],
-            others={name: values_Q[mask_Q] for name, values_Q in self.others.items()},
-            weights_Q=self.weights_Q[mask_Q],
-            clusters_Q=self.clusters_Q[mask_Q],
-            halves_Q=self.halves_Q[mask_Q],
-            categories_Q=self.categories_Q[mask_Q],
-        )
-
 
 def mean_values(evaluated: Sequence[tuple[Task, Result]]) -> Array:
     """Return a model's value for each item (Q,): the mean over the tasks, which are ways of asking one benchmark."""
@@ -112,11 +93,8 @@ def mean_values(evaluated: Sequence[tuple[Task, Result]]) -> Array:
 
 
 def pair_of(first: Sequence[tuple[Task, Result]], second: Sequence[tuple[Task, Result]]) -> Joint:
-    """Return what two models scored on the items of a benchmark that both were asked, by cluster.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Return what two models scored on the items of a benchmark that both were asked, by cluster; raise UserError where
+    there are none."""
     task, outcomes = first[0][0], first[0][1].on_items_of(second[0][1]).outcomes
     if not outcomes:
         raise UserError(f"{task.benchmark}: the two models were asked no question in common")
@@ -128,59 +106,38 @@ def pair_of(first: Sequence[tuple[Task, Result]], second: Sequence[tuple[Task, R
     return Joint((sum_by_cluster(values_2Q, clusters_Q, weights_Q, metric=task.metric),))
 
 
-def scores_of(outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the items' scores."""
-    return [outcome.score for outcome in outcomes]
-
-
 def read_outcomes(
     run_dir: Path,
-    benchmark: str,
+    task: Task,
     *,
-    task: str = "",
-    metric: Metric = ACCURACY,
-    values_of: Callable[[Sequence[Outcome]], list[float]] = scores_of,
-    seed: int,
     protocol_hashes: Collection[str] | None = None,
     counts: Callable[[str], bool] = lambda checkpoint: True,
     weight: float | None = None,
 ) -> Outcomes:
-    """Return all evaluations of checkpoints in RUN/evaluations/<benchmark> that were asked with images.
+    """Return all evaluations of checkpoints on a task's benchmark, in RUN/evaluations, that were asked with images.
 
-    A checkpoint's value for an item is the mean over the ways of scoring options; `values_of` makes it of its outcomes
-    (`Task.paired_scores`). `protocol_hashes` names the evaluations that count, where there are others, `counts` tells
-    the checkpoints that do; `seed` draws the halves.
-
-    Raises:
-        UserError: there are none, they are of several protocols, or checkpoints were asked different questions.
+    A checkpoint's value for an item is the mean over the ways of scoring options, each by `Task.paired_scores`.
+    `protocol_hashes` names the evaluations that count, where there are others, `counts` tells the checkpoints that do.
+    Raise UserError where there are none, they are of several protocols, or checkpoints were asked different questions.
     """
-    folder = run_dir / "evaluations" / benchmark
-    by_step = _files(folder, protocol_hashes, counts)
-    ranks = _ranks(folder, by_step)
-    tables = {
-        step: [_read(file, read_lines) for _, file in sorted(ranked.items())]
-        for step, ranked in sorted(by_step.items())
-    }
+    by_step = _files(run_dir / "evaluations" / task.benchmark, protocol_hashes, counts)
+    tables = {step: [_read(file, read_lines) for file in ranked.values()] for step, ranked in by_step.items()}
     first = next(iter(tables.values()))[0]
     asked = [outcome.item for outcome in first]
     for step, ranked in tables.items():
         if any([outcome.item for outcome in outcomes] != asked for outcomes in ranked):
             raise UserError(f"{checkpoint_name(step)}: was asked other questions than the others; evaluate it again")
+    values_KQ = [np.mean([task.paired_scores(one) for one in ranked], axis=0) for ranked in tables.values()]
     return Outcomes(
-        task=task,
-        benchmark=benchmark,
-        metric=metric,
-        ranks=ranks,
+        task=task.name,
+        benchmark=task.benchmark,
+        metric=task.metric,
+        ranks=tuple(rank for rank in next(iter(by_step.values())) if rank),
         steps=tuple(tables),
         items=tuple(asked),
-        values_KQ=metric.sign
-        * np.array(
-            [np.mean([values_of(outcomes) for outcomes in ranked], axis=0) for ranked in tables.values()],
-            dtype=np.float64,
-        ),
+        values_KQ=task.metric.sign * np.array(values_KQ, dtype=np.float64),
         weights_Q=np.array([outcome.weight for outcome in first], dtype=np.float64),
         clusters_Q=np.array([outcome.cluster for outcome in first]),
-        halves_Q=np.array([half_of(outcome.image_sha256 or outcome.cluster, seed) for outcome in first]),
         categories_Q=np.array([outcome.category for outcome in first]),
         weight=weight,
     )
@@ -189,11 +146,8 @@ def read_outcomes(
 def _files(
     folder: Path, protocol_hashes: Collection[str] | None, counts: Callable[[str], bool]
 ) -> dict[int, dict[str, Path]]:
-    """Return, for each step, the file of the items' lines of each ranking.
-
-    Raises:
-        UserError: there are none, or a ranking was asked under several protocols or parts of the benchmark.
-    """
+    """Return, for each step, the file of the items' lines of each ranking, both in order. Raise UserError where there
+    are none, a checkpoint lacks a ranking, or one was asked under several protocols or parts of the benchmark."""
     by_step: dict[int, dict[str, Path]] = {}
     protocols: dict[str, str] = {}
     for file in sorted(folder.glob("*/checkpoint-*.json")):
@@ -208,28 +162,15 @@ def _files(
         by_step.setdefault(step_of(file.with_suffix("")), {})[rank] = file.with_suffix(".jsonl")
     if not by_step:
         raise UserError(f"{folder}: no evaluations of checkpoints found; run `idefics-sft select` first")
-    return by_step
-
-
-def _ranks(folder: Path, by_step: dict[int, dict[str, Path]]) -> tuple[str, ...]:
-    """Return the rankings, of which every checkpoint must have all.
-
-    Raises:
-        UserError: one lacks some.
-    """
-    ranks = sorted({rank for ranked in by_step.values() for rank in ranked})
     for step, ranked in sorted(by_step.items()):
-        if len(ranked) < len(ranks):
-            name = checkpoint_name(step)
-            raise UserError(f"{folder}: {name} lacks some of the rankings {', '.join(ranks)}; evaluate it")
-    return tuple(rank for rank in ranks if rank)
+        if len(ranked) < len(protocols):
+            name, ranks = checkpoint_name(step), ", ".join(sorted(protocols))
+            raise UserError(f"{folder}: {name} lacks some of the rankings {ranks}; evaluate it")
+    return {step: dict(sorted(ranked.items())) for step, ranked in sorted(by_step.items())}
 
 
 def _read(file: Path, read: Callable[[Path], ContentT]) -> ContentT:
-    """
-    Raises:
-        UserError: the file is not what was written.
-    """
+    """Return what `read` makes of a file; raise UserError where it is not what was written."""
     try:
         return read(file)
     except (ValueError, TypeError, KeyError) as error:

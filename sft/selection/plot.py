@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sft.core.files import write_atomically
@@ -13,11 +12,9 @@ from sft.selection.record import Selection, as_json
 
 def write_plot(selection: Selection, file: Path) -> None:
     """Write the plot as an SVG that stands by itself; the same selection gives the same bytes."""
-    chosen = json.loads(json.dumps(as_json(selection)))  # as the page reads it
+    chosen = as_json(selection)
     whole, parts = chosen_panel(chosen, width=WHOLE), category_panels(chosen, width=COLUMN)
-    what = (
-        f"{selection.questions[1]} questions, with 95 % intervals" if selection.questions[1] else selection.metric.name
-    )
+    what = f"{selection.questions} questions, with 95 % intervals" if selection.questions else selection.metric.name
     best = f"; thin rings: cannot be told apart from the best, {selection.best}" * (len(selection.tied) > 1)
     rings = f"ring: {selection.selected}, selected{best}"
     write_atomically(file, sheet(whole._replace(title=f"{selection.benchmark}, {what}", note=rings), list(parts)))

@@ -51,9 +51,7 @@ def _posterior_scores(part: Clusters, rng: np.random.Generator, is_curve: bool, 
         return np.tile(scores_K, (num_draws, 1))
     prior = _prior(len(scores_K), is_curve)
     along_SJ = np.einsum("skj,k->sj", prior.axes_SKJ, scores_K)
-    ratio_SGJ = (
-        1 + _SIZES_G[:, None] * prior.variances_SJ[:, None]
-    )  # variance of a score along an axis over its error's
+    ratio_SGJ = 1 + _SIZES_G[:, None] * prior.variances_SJ[:, None]  # variance along an axis over its error's
     log_SG = -0.5 * (np.log(ratio_SGJ) + along_SJ[:, None] ** 2 / (error_variance * ratio_SGJ)).sum(axis=2)
     log_SG += np.log(prior.weights_S)[:, None]
     p_SG = np.exp(log_SG - log_SG.max())

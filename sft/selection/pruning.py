@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from sft.core.files import discard
-from sft.runs.checkpoint import MANIFEST, STATE, checkpoints
+from sft.runs.checkpoint import MANIFEST, STATE, checkpoints, step_of
 from sft.selection.record import Selection
 
 
@@ -18,11 +18,9 @@ def weights_to_prune(selection: Selection, present: Collection[str]) -> list[str
 
     Only what is evaluated; never the selected one, the best one or the newest one.
     """
-    steps = {score.checkpoint: score.step for score in selection.scores}
-    evaluated = [name for name in present if name in steps]
-    last = max(present, key=lambda name: int(name.rpartition("-")[2]), default=None)
-    kept = {selection.selected, selection.best, last}
-    return sorted((name for name in evaluated if name not in kept), key=steps.__getitem__)
+    last = max(present, key=lambda name: step_of(Path(name)), default=None)
+    evaluated = {score.checkpoint: score.step for score in selection.scores if score.checkpoint in present}
+    return sorted(evaluated.keys() - {selection.selected, selection.best, last}, key=evaluated.__getitem__)
 
 
 def prune_weights(run_dir: Path, selection: Selection) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sft.core.files import write_atomically
 from sft.core.metric import ACCURACY, Metric
@@ -28,11 +28,6 @@ MEANINGS = {
     "its weight.",
 }
 """What each figure means; printed beside it, and kept with it."""
-
-ChosenOn = Literal[
-    "all",  # all questions; the winner's own figure is then optimistic, the cross-fitted one is not
-    "half",  # one half of the images; all other figures come from the other half
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,18 +117,10 @@ class Selection:
     metric: Metric = ACCURACY
     ranks: tuple[str, ...] = ()
     seed: int = 0
-    chosen_on: ChosenOn = "all"
-    questions: tuple[int, int] = (0, 0)
-    """Number of questions it was chosen on, and number that the figures come from."""
+    questions: int = 0
     images: int = 0
-    """Clusters of questions that the figures come from."""
+    """Clusters of questions."""
     warnings: tuple[str, ...] = ()
-
-
-def without_weights(selection: Selection, gone: Collection[str]) -> Selection:
-    """Return the same selection after the weights of some checkpoints were removed."""
-    scores = (replace(s, has_weights=False) if s.checkpoint in gone else s for s in selection.scores)
-    return replace(selection, scores=tuple(scores))
 
 
 def write_selection(selection: Selection, run_dir: Path, *, use: bool = False) -> str:
@@ -170,11 +157,6 @@ def is_current(selection: Selection, run_dir: Path) -> bool:
     """Return whether a selection, which was written, is the current one."""
     current = current_selection(run_dir)
     return current is not None and chooser(current) == chooser(as_json(selection))
-
-
-def is_chosen_on_half(run_dir: Path) -> bool:
-    """Return whether the checkpoint of a run was chosen on one half of the images: figures come from the other."""
-    return (current_selection(run_dir) or {}).get("chosen_on") == "half"
 
 
 def as_json(selection: Selection) -> dict[str, Any]:

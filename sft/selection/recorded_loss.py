@@ -36,25 +36,19 @@ def choose_by_recorded_loss(losses: dict[int, float], with_weights: Collection[s
     """Return the checkpoint of the lowest held-out loss that training wrote down, among those that have their weights;
     all, if left out."""
     steps = sorted(losses)
-    scores = tuple(
-        CheckpointScore(
-            checkpoint=(name := checkpoint_name(step)),
-            step=step,
-            score=losses[step],
-            has_weights=with_weights is None or name in with_weights,
-        )
-        for step in steps
-    )
-
-    def best(allowed: list[CheckpointScore]) -> str:
-        return allowed[choose_best(np.array([-score.score for score in allowed]))].checkpoint
-
+    names = [checkpoint_name(step) for step in steps]
+    values_K = -np.array([losses[step] for step in steps])
+    has_weights_K = [with_weights is None or name in with_weights for name in names]
+    columns = zip(names, steps, has_weights_K, strict=True)
     return Selection(
         by="loss",
         rule="best",
-        selected=best([score for score in scores if score.has_weights]),
-        best=best(list(scores)),
-        scores=scores,
+        selected=names[choose_best(np.where(has_weights_K, values_K, -np.inf))],
+        best=names[choose_best(values_K)],
+        scores=tuple(
+            CheckpointScore(checkpoint=name, step=step, score=losses[step], has_weights=has_weights)
+            for name, step, has_weights in columns
+        ),
         tied=(),
         cross_fitted=None,
         categories={},

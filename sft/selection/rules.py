@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from sft.core.errors import UserError
 from sft.core.metric import Metric
 from sft.recipe import Rule
 from sft.runs.checkpoint import checkpoint_name
@@ -30,7 +29,7 @@ from sft.selection.bootstrap import (
 from sft.selection.clusters import Array, Clusters, Joint, Mask, joined
 from sft.selection.outcomes import Outcomes
 from sft.selection.posterior import probability_best
-from sft.selection.record import Average, BenchmarkScores, CategoryScores, CheckpointScore, ChosenOn, Selection
+from sft.selection.record import Average, BenchmarkScores, CategoryScores, CheckpointScore, Selection
 
 SIMULATED_IMAGES = 25
 """Fewest images of a benchmark in scripts/simulate_selection.py, which checks what is said here."""
@@ -44,7 +43,6 @@ def choose(
     *benchmarks: Outcomes,
     rule: Rule = "best",
     seed: int = 0,
-    chosen_on: ChosenOn = "all",
     with_weights: Collection[str] | None = None,
     average_of: Sequence[str] = (),
     num_draws: int = NUM_DRAWS,
@@ -54,11 +52,8 @@ def choose(
     Several benchmarks choose together, those of weight 0 not at all. Checkpoints that are worse than the model `base`
     of a benchmark are not selected. The mean of some checkpoints (`average_of`), a model as `average_name` says, is
     selected if it is significantly better than the checkpoint of the rule.
-
-    Raises:
-        UserError: it is to choose on half of the images, and one of the halves has no questions.
     """
-    choice = _Choice(benchmarks, rule, seed, chosen_on, num_draws)
+    choice = _Choice(benchmarks, rule, seed, num_draws)
     selection = choice.select(with_weights)
     if average_of:
         average = choice.average(average_of, selection.selected)
@@ -75,21 +70,16 @@ def average_name(checkpoints: Sequence[str]) -> str:
 class _Choice:
     """What the benchmarks say of the checkpoints."""
 
-    def __init__(
-        self, benchmarks: Sequence[Outcomes], rule: Rule, seed: int, chosen_on: ChosenOn, num_draws: int
-    ) -> None:
+    def __init__(self, benchmarks: Sequence[Outcomes], rule: Rule, seed: int, num_draws: int) -> None:
         common = set.intersection(*(set(one.steps) for one in benchmarks))
         steps = {step for one in benchmarks for step in one.steps} - common
         self.warnings = [f"left out: {checkpoint_name(s)}: not evaluated on every benchmark" for s in sorted(steps)]
         self.benchmarks = [one.at_steps(common) for one in benchmarks]
         self.choosers = [one for one in self.benchmarks if one.weight != 0]
         self.names = self.choosers[0].checkpoints
-        self.rule, self.seed, self.chosen_on, self.num_draws = rule, seed, chosen_on, num_draws
-        halves = [_chooses_and_reports(one, chosen_on) for one in self.choosers]
-        self.chooses = joined([half.clusters for half, _ in halves], [one.weight for one in self.choosers])
-        self.whole = self.chooses._replace(parts=tuple(one.clusters for one in self.choosers))
-        self.reported = [half for _, half in halves]
-        self.reports = self.chooses._replace(parts=tuple(half.clusters for half in self.reported))
+        self.rule, self.seed, self.num_draws = rule, seed, num_draws
+        self.joint = joined([one.clusters for one in self.choosers], [one.weight for one in self.choosers])
+        self.fewest_images = min(len(part.weights_C) for part in self.joint.parts)
         self.worse_K = {one.benchmark: self._worse_than_base(one) for one in self.benchmarks if "base" in one.others}
         self.is_free_K = ~np.any([np.full(len(self.names), False), *self.worse_K.values()], axis=0)
         if not self.is_free_K.any():
@@ -98,43 +88,40 @@ class _Choice:
 
     def select(self, with_weights: Collection[str] | None) -> Selection:
         """Return the choice with everything that is said about it."""
+        joint, first, is_one = self.joint, self.choosers[0], len(self.choosers) == 1
+        categories = np.unique(first.categories_Q).tolist() if is_one else []
         has_weights_K = np.array([with_weights is None or name in with_weights for name in self.names])
         is_free_K = has_weights_K & self.is_free_K
-        selected = self._pick(self.chooses, is_free_K if is_free_K.any() else has_weights_K, self.num_draws)
-        draws_B = bootstrap_each(self.reports, seed=self.seed, num_draws=self.num_draws)
+        draws_B = bootstrap_each(joint, seed=self.seed, num_draws=self.num_draws)
         figures_B, chosen = self._cross_fit()
-        worth = self.whole.figure(figures_B, self.whole.errors_of(chosen)) if figures_B else None
-        is_one = len(self.choosers) == 1
-        drawn = self.reports.scores, self.reports.of(draws_B), self.reports.num_clusters
+        worth = joint.figure(figures_B, chosen) if figures_B else None
+        drawn = joint.scores, joint.of(draws_B), joint.num_clusters
         selection = Selection(
             by="+".join(one.task for one in self.choosers),
             rule=self.rule,
-            selected=self.names[selected],
-            best=self.names[choose_best(self.chooses.scores)],
+            selected=self.names[self._pick(joint, is_free_K if is_free_K.any() else has_weights_K, self.num_draws)],
+            best=self.names[choose_best(joint.scores)],
             scores=self._checkpoint_scores(has_weights_K),
             tied=tuple(compress(self.names, not_worse(*drawn))),
             cross_fitted=worth.score if worth else None,
             cross_fitted_interval=worth.interval if worth else None,
             detectable_difference=detectable_difference(*drawn),
-            categories=_categories(self.reported[0]) if is_one else {},
+            categories={name: CategoryScores(**_scores(first.clusters_in(name))) for name in categories},
             benchmarks=self._benchmark_scores(draws_B, figures_B, chosen),
             benchmark="+".join(one.benchmark for one in self.choosers),
-            metric=self.reports.metric,
-            ranks=self.choosers[0].ranks if is_one else (),
+            metric=joint.metric,
+            ranks=first.ranks if is_one else (),
             seed=self.seed,
-            chosen_on=self.chosen_on,
-            questions=(_num_questions(self.chooses), _num_questions(self.reports)),
-            images=self.reports.num_clusters,
+            questions=sum(part.num_questions for part in joint.parts),
+            images=joint.num_clusters,
         )
-        warnings = (*_warnings(selection, self.reports.fewest_clusters), *self.warnings)
-        return replace(selection, warnings=warnings)
+        return replace(selection, warnings=(*_warnings(selection, self.fewest_images), *self.warnings))
 
     def average(self, of: Sequence[str], selected: str) -> Average:
         """Return how the mean of some checkpoints compares with the selected one."""
         name = average_name(of)
-        both = [np.vstack([one.values_of(name), one.values_of(selected)]) for one in self.choosers]
-        parts = (one.clusters_of(values_2Q) for one, values_2Q in zip(self.choosers, both, strict=True))
-        pair = self.whole._replace(parts=tuple(parts))
+        both = (one.clusters_of(np.vstack([one.values_of(name), one.values_of(selected)])) for one in self.choosers)
+        pair = self.joint._replace(parts=tuple(both))
         found = compare_pair(pair, seed=self.seed, num_draws=self.num_draws)
         step = max(step for step, own in zip(self.choosers[0].steps, self.names, strict=True) if own in of)
         return Average(
@@ -171,17 +158,14 @@ class _Choice:
         Chosen among all that were evaluated, whether or not their weights are there: those that were pruned are gone
         because of how they answered these very questions.
         """
-        joint, free_K = self.whole, self.is_free_K
-        worth = (
-            []
-            if joint.fewest_clusters < 2
-            else cross_fitted(joint, lambda half: self._pick(half, free_K, HALF_DRAWS), self.seed)
-        )
-        return worth, self._pick(joint, free_K, self.num_draws)
+        chosen = self._pick(self.joint, self.is_free_K, self.num_draws)
+        if self.fewest_images < 2:
+            return [], chosen
+        return cross_fitted(self.joint, lambda half: self._pick(half, self.is_free_K, HALF_DRAWS), self.seed), chosen
 
     def _checkpoint_scores(self, has_weights_K: Mask) -> tuple[CheckpointScore, ...]:
-        p_best_K = probability_best(self.reports, seed=self.seed)
-        is_few = len(self.choosers) > 1 and self.reports.fewest_clusters < INDEX_IMAGES
+        p_best_K = probability_best(self.joint, seed=self.seed)
+        is_few = len(self.choosers) > 1 and self.fewest_images < INDEX_IMAGES
         return tuple(
             CheckpointScore(
                 checkpoint=self.names[k],
@@ -191,27 +175,26 @@ class _Choice:
                 has_weights=bool(has_weights_K[k]),
                 worse_than_base=tuple(name for name, is_worse_K in self.worse_K.items() if is_worse_K[k]),
             )
-            for k, figure in enumerate(self.reports.figures())
+            for k, figure in enumerate(self.joint.figures())
         )
 
     def _benchmark_scores(
         self, draws_B: Sequence[Array], figures_B: Sequence[float], chosen: int
     ) -> dict[str, BenchmarkScores]:
-        chose = dict(zip((one.benchmark for one in self.choosers), range(len(draws_B)), strict=True))
+        chose = [one.benchmark for one in self.choosers]
+        draws, weights = dict(zip(chose, draws_B, strict=True)), dict(zip(chose, self.joint.weights, strict=True))
+        figures = dict(zip(chose, figures_B, strict=False))  # none of one image
         found = {}
         for one in self.benchmarks:
-            number, alone = chose.get(one.benchmark), Joint((one.clusters,))
-            part, draws_RK, weight, worth = alone.parts[0], None, 0.0, None
-            if number is not None:
-                part, draws_RK, weight = self.reports.parts[number], draws_B[number], self.chooses.weights[number]
-                worth = alone.figure([figures_B[number]], alone.errors_of(chosen)) if figures_B else None
-            draws_RK = self._bootstrap(alone) if draws_RK is None else draws_RK
-            base_Q = one.others.get("base")
-            found[one.benchmark] = BenchmarkScores(
+            name, part = one.benchmark, one.clusters
+            alone, base_Q = Joint((part,)), one.others.get("base")
+            draws_RK = draws[name] if name in draws else self._bootstrap(alone)
+            worth = alone.figure([figures[name]], chosen) if name in figures else None
+            found[name] = BenchmarkScores(
                 **_scores(part),
                 task=one.task,
                 metric=one.metric,
-                weight=weight,
+                weight=weights.get(name, 0.0),
                 reliability=part.reliability,
                 images=len(part.weights_C),
                 best=self.names[choose_best(part.scores)],
@@ -221,25 +204,6 @@ class _Choice:
                 base=None if base_Q is None else one.metric.sign * float(one.clusters_of(base_Q[None]).scores[0]),
             )
         return found
-
-
-def _chooses_and_reports(outcomes: Outcomes, chosen_on: ChosenOn) -> tuple[Outcomes, Outcomes]:
-    """Return the questions that choose, and those that figures come from."""
-    if chosen_on == "all":
-        return outcomes, outcomes
-    if len(np.unique(outcomes.halves_Q)) < 2:
-        raise UserError(f"{outcomes.benchmark}: a half of its images has no questions; this needs more images")
-    return outcomes.only(outcomes.halves_Q == 0), outcomes.only(outcomes.halves_Q == 1)
-
-
-def _num_questions(joint: Joint) -> int:
-    return sum(part.num_questions for part in joint.parts)
-
-
-def _categories(outcomes: Outcomes) -> dict[str, CategoryScores]:
-    names = np.unique(outcomes.categories_Q).tolist()
-    parts = (outcomes.only(outcomes.categories_Q == name).clusters for name in names)
-    return {name: CategoryScores(**_scores(part)) for name, part in zip(names, parts, strict=True)}
 
 
 def _scores(part: Clusters) -> dict[str, Any]:
@@ -258,7 +222,7 @@ def _warnings(selection: Selection, images: int) -> list[str]:
         size = _size_of(difference or 0.0, selection.metric)
         detectable = f"; the smallest difference that they could detect at 80 % power is {size}"
         found.append(
-            f"{selection.questions[1]} questions cannot tell {len(selection.tied)} of {len(selection.scores)} "
+            f"{selection.questions} questions cannot tell {len(selection.tied)} of {len(selection.scores)} "
             "checkpoints apart"
             + ("" if difference is None else detectable if difference else "; all of them are answered alike")
         )

@@ -27,7 +27,7 @@ from sft.runs.status import RunStatus
 from sft.selection.benchmarks import Benchmarks, Evaluated
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights
-from sft.selection.record import ChosenOn, Selection, is_current, without_weights, write_selection
+from sft.selection.record import Selection, is_current, write_selection
 from sft.selection.recorded_loss import choose_by_recorded_loss, enough_losses
 from sft.selection.rules import average_name, choose
 
@@ -54,7 +54,6 @@ class Session:
         held_out: HeldOut,
         log: Callable[[str], None],
         progress: Progress,
-        chosen_on: ChosenOn = "all",
         use: bool = False,
         average: bool = False,
     ) -> None:
@@ -70,7 +69,6 @@ class Session:
         self._held_out = held_out if recipe.data.validation else None
         self._log = log
         self._progress = progress
-        self._chosen_on: ChosenOn = chosen_on
         self._known_sound: set[str] = set()
         self._evaluated: dict[str, set[str]] = {}
         """The hashes of the protocols under which a checkpoint was evaluated."""
@@ -81,11 +79,7 @@ class Session:
     def select(self) -> Selection:
         """Evaluate every checkpoint, choose, and write the selection and its plot. A checkpoint that is damaged, or
         whose evaluation fails, is logged, left out and named among the warnings; `check_all_evaluated` raises then.
-
-        Raises:
-            UserError: there is nothing to choose from or by.
-            Exception: none could be evaluated; this is why the first could not.
-        """
+        Raise UserError where there is nothing to choose from or by; where none could be evaluated, the first error."""
         present = from_main(lambda: run_checkpoints(self.run_dir))
         with self._held():
             if selection := self._selection_of(self._sound(present), every_steps=1):
@@ -93,11 +87,8 @@ class Session:
             raise self._first_error or UserError(f"{self.run_dir}: the checkpoints were removed meanwhile")
 
     def prepare(self) -> Benchmarks:
-        """Read the benchmarks, so that what is wrong with them is reported before training begins.
-
-        Raises:
-            UserError: there is nothing to choose by, or it cannot be read.
-        """
+        """Read the benchmarks, so that what is wrong with them is reported before training begins: raise UserError
+        where there is nothing to choose by, or it cannot be read."""
         with all_or_none():
             if self._benchmarks is None:
                 settings, store = self.recipe.evaluation, Path(self.recipe.data.store)
@@ -112,10 +103,7 @@ class Session:
         """Evaluate the checkpoints of every so many steps that were not evaluated, while training waits, and choose.
 
         Called by all its processes; only the first one gets the choice. None where nothing new was evaluated, since
-        that failed (`failed`).
-
-        Raises:
-            UserError: another run of the command evaluates this run.
+        that failed (`failed`). Raise UserError where another run of the command evaluates this run.
         """
         with self._held():
             present = from_main(lambda: run_checkpoints(self.run_dir))
@@ -146,16 +134,15 @@ class Session:
     def watch(self) -> Iterator[Selection]:
         """Choose anew whenever training has written a checkpoint, until it has ended and all are evaluated.
 
-        An evaluation that fails is logged, and its checkpoint left out.
-
-        Raises:
-            UserError: there is nothing to choose by.
-            RunError: at the end, when an evaluation failed.
+        An evaluation that fails is logged, and its checkpoint left out; RunError is raised for it at the end. Raise
+        UserError where there is nothing to choose by.
         """
         logged = ""
         with self._held():
             while True:
-                status, present = from_main(self._status_and_checkpoints)
+                # Read in this order: the last checkpoint is written before the run is said to have ended.
+                status = from_main(lambda: RunStatus.read(self.run_dir))
+                present = from_main(lambda: checkpoints(self.run_dir / "checkpoints"))
                 num_failed = len(self.failed)
                 is_new = self._evaluate_these(self._sound(present))
                 can_choose = any(path.name in self._evaluated for path in present)
@@ -173,17 +160,10 @@ class Session:
         self.check_all_evaluated()
 
     def check_all_evaluated(self) -> None:
-        """
-        Raises:
-            RunError: a checkpoint could not be evaluated.
-        """
+        """Raise RunError where a checkpoint could not be evaluated."""
         if self.failed:
             named = "; ".join(f"{name} ({reason})" for name, reason in self.failed.items())
             raise RunError(f"{self.run_dir}: could not be evaluated: {named}")
-
-    def _status_and_checkpoints(self) -> tuple[RunStatus | None, list[Path]]:
-        """Read both in this order: the last checkpoint is written before the run is said to have ended."""
-        return RunStatus.read(self.run_dir), checkpoints(self.run_dir / "checkpoints")
 
     def _sound(self, present: list[Path]) -> list[Path]:
         """Return those whose weights are as they were written. Others, and incomplete ones, are logged once and left
@@ -205,10 +185,8 @@ class Session:
     def _evaluate_these(self, present: list[Path]) -> bool:
         """Evaluate those that were not evaluated; return whether there is something new to choose from.
 
-        An evaluation that fails is logged, and its checkpoint left out: the next one may do better.
-
-        Raises:
-            UserError: there is nothing to choose by, or it cannot be read.
+        An evaluation that fails is logged, and its checkpoint left out: the next one may do better. Raise UserError
+        where there is nothing to choose by, or it cannot be read.
         """
         new = [path for path in present if path.name not in self._evaluated and path.name not in self.failed]
         if not new:
@@ -278,7 +256,6 @@ class Session:
             *self._benchmarks.outcomes(self.run_dir, set().union(*self._evaluated.values()), counts, self._others),
             rule=settings.rule,
             seed=settings.seed,
-            chosen_on=self._chosen_on,
             with_weights=present,
             average_of=average_of,
         )
@@ -291,7 +268,8 @@ class Session:
         is_wanted = self.recipe.checkpoints.keep_weights == "best+last" and is_current(selection, self.run_dir)
         if is_wanted and not self._average and (gone := prune_weights(self.run_dir, selection)):
             self._log(f"checkpoints.keep_weights: removed the weights of {', '.join(gone)}")
-            return self._write(without_weights(selection, gone))
+            scores = (replace(s, has_weights=False) if s.checkpoint in gone else s for s in selection.scores)
+            return self._write(replace(selection, scores=tuple(scores)))
         return selection
 
     def _write(self, selection: Selection) -> Selection:

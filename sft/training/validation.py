@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from itertools import islice, zip_longest
 from typing import NamedTuple
 
 from sft.core.contain import contained
 from sft.core.errors import RunError, UserError
-from sft.core.images import decode_rgb, read_bytes
+from sft.core.images import thumbnail
 from sft.core.sample import ImageRef, Message, SkipSample
 from sft.data.sources import Sources
 from sft.evaluation.held_out_loss import HeldOutPacks, SampleLoss, held_out_packs, mean_loss, shared_losses
@@ -110,19 +108,11 @@ class HeldOutQuestion(NamedTuple):
     def shown(self) -> Line:
         """What a report shows with the answers: the answer in the data, and the images, small, as base64 of JPEGs."""
         images = [item for message in self.prompt for item in message.content if isinstance(item, ImageRef)]
-        return {"expected": self.answer, "images": [_thumbnail(image) for image in images]}
+        return {"expected": self.answer, "images": [thumbnail(image, THUMBNAIL) for image in images]}
 
 
 def _text_of(message: Message) -> str:
     return "".join(item if isinstance(item, str) else "<image>" for item in message.content)
-
-
-def _thumbnail(image: ImageRef) -> str:
-    file = io.BytesIO()
-    small = decode_rgb(read_bytes(image), image.decoding)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(file, "JPEG", quality=88)
-    return b64encode(file.getvalue()).decode()
 
 
 def held_out_questions(packs: HeldOutPacks, template: ChatTemplate, *, room: int) -> list[HeldOutQuestion]:

@@ -28,7 +28,7 @@ from sft.cost.idefics.cost import trained_config
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.images import IdeficsImages
 from sft.models.idefics.packed import PackedIdefics
-from sft.models.idefics.weights import encoder_settings
+from sft.models.idefics.weights import weights
 from sft.models.image_transform import load_tiles
 from sft.recipe import load_recipe
 from sft.training.cached_features import open_feature_cache
@@ -130,7 +130,7 @@ def test_a_record_of_another_image_is_not_read(stores):
 
 def test_the_fingerprint_is_of_everything_that_bears_on_features(model):
     def of(model, precision="float32", **changes):
-        settings = encoder_settings(model.config) | changes
+        settings = weights.encoder_settings(model.config) | changes
         return fingerprint(model.model.vision_model.named_parameters(), {"model": settings, "precision": precision})
 
     found = {of(model), of(model, "bfloat16"), of(model, use_resampler=False)}

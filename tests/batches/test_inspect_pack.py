@@ -22,8 +22,8 @@ from conftest import (
     visible,
 )
 from helpers.tiled import SAMPLES as TILED
-from helpers.tiled import SIZES, byte_tokenizer, tiny_folder
 from helpers.tiled import batch_of as tiled_batch
+from helpers.tiled import byte_tokenizer, tiny_folder
 from helpers.training import write_recipe
 from PIL import Image
 from rich.console import Console
@@ -150,10 +150,7 @@ def tiled(tmp_path_factory):
     def describe_it(train_on):
         batch = tiled_batch(template, TILED, train_on=train_on)
         lengths = [len(template.encode(sample).input_ids) for sample in TILED]
-        tilings = [template.images.tiling(*SIZES[name]) for name in ("square", "wide", "tall")]
-        described = describe(
-            batch, template, lengths=lengths, source_names=["mine"], sequence_length=512, tilings=tilings
-        )
+        described = describe(batch, template, lengths=lengths, source_names=["mine"], sequence_length=512)
         return {"pack": 3, "step": 2, "steps": 10, "train_on": train_on, "pack_isolation": True, **described}
 
     return {train_on: describe_it(train_on) for train_on in ("assistant", "all")}

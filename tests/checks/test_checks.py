@@ -33,7 +33,7 @@ from sft.models.chat_template import ChatTemplate
 from sft.models.idefics import text as idefics_text
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.text import golden_ids
-from sft.models.idefics.weights import load_config, save_model
+from sft.models.idefics.weights import weights
 from sft.models.loaded_model import load_template
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import write_folder
@@ -243,7 +243,7 @@ def test_room_is_that_of_the_weights_that_are_written(recipe, tmp_path):
     room = before_training.room_for(found, FAMILY, trained)
     assert (room.snapshot, room.state) == (2 * numbers, 12 * numbers)
     assert room.total == 2 * (room.snapshot + room.state)
-    save_model(trained, tmp_path / "saved", torch.bfloat16)
+    weights.save_model(trained, tmp_path / "saved", torch.bfloat16)
     written = (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert abs(written - room.snapshot) < 0.01 * written
 
@@ -333,7 +333,7 @@ def test_the_costliest_micro_batch_is_that_of_the_first_window_and_the_caps_exce
     assert images(costliest(other)) == max(map(images, first_window))
     base = prepare_base(found)
     template = load_template(FAMILY, base)
-    batch = batch_of_caps(found, FAMILY, SimpleNamespace(config=load_config(base)), template)
+    batch = batch_of_caps(found, FAMILY, SimpleNamespace(config=weights.load_config(base)), template)
     assert (len(batch.input_ids_T), batch.num_images) == (256, 6)
     assert batch.segment_ids_T.tolist() == [0] * 128 + [1] * 128
     assert sorted(set(batch.image_ids_T.tolist())) == [0, 1, 2, 3, 4, 5]

@@ -26,10 +26,9 @@ from sft.cost.idefics.cost import RELEASED, IdeficsCost, read_model
 from sft.cost.idefics.shapes import LAYER_GROUPS, shape_of
 from sft.cost.memory import FOUR_BIT_BYTES
 from sft.models.activation_checkpointing import is_recomputed
-from sft.models.idefics import weights
 from sft.models.idefics.names import GROUPS
 from sft.models.idefics.packed import PackedIdefics
-from sft.models.idefics.weights import lora_pattern, select_trainable
+from sft.models.idefics.weights import weights
 from sft.models.lora import add_adapters
 from sft.recipe import ENGINES, OPTIMIZERS, LoraSettings, TrainingConfig, load_recipe
 from sft.training.optimizer import make_optimizer, parameter_groups
@@ -128,8 +127,8 @@ def test_the_states_that_are_planned_are_those_of_the_real_optimizer(mode, optim
     config = middling_config()
     model = PackedIdefics(IdeficsConfig.from_dict(config))
     if mode == "lora":
-        add_adapters(model, lora_pattern(["language"]), LoraSettings(r=16, targets=["language"]), "base")
-    select_trainable(model, GROUPS if mode == "full" else ["extra_rows"])
+        add_adapters(model, weights.lora_pattern(["language"]), LoraSettings(r=16, targets=["language"]), "base")
+    weights.select_trainable(model, GROUPS if mode == "full" else ["extra_rows"])
     training = TrainingConfig(max_steps=1, tokens_per_step=1, learning_rate=1e-3, optimizer=optimizer)
     made = make_optimizer(parameter_groups(model, training, weights), training, model)
     for parameter in model.parameters():

@@ -27,8 +27,9 @@ def test_official_forms_are_scored_without_images(tmp_path, capsys, name, lines,
         image.unlink()
     file = tmp_path / f"predictions{suffix}"
     file.write_text(json.dumps(lines) if suffix == ".json" else "\n".join(map(json.dumps, lines)))
-    summary, _ = printed(capsys, "score", name, "--predictions", file, "--data", tmp_path)
+    summary, said = printed(capsys, "score", name, "--predictions", file, "--data", tmp_path)
     assert summary["score"] == pytest.approx(score)
+    assert ("3 of 6 predictions are of no item of visdial, the first is 7 round 1" in said) == (name == "visdial")
 
 
 def test_a_csv_of_probabilities_is_scored(tmp_path, capsys):
@@ -54,3 +55,10 @@ def test_what_is_wrong_with_predictions_is_one_line(tmp_path, capsys, lines, pro
     (tmp_path / "p.json").write_text(json.dumps(lines))
     assert status_of("score", "okvqa", "--predictions", tmp_path / "p.json", "--data", tmp_path) == 2
     assert problem in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_scores_that_are_no_numbers_are_one_line(tmp_path, capsys):
+    WRITERS["scienceqa"](tmp_path)
+    (tmp_path / "p.json").write_text(json.dumps([{"id": n, "scores": ["high", "low"]} for n in range(3)]))
+    assert status_of("score", "scienceqa", "--predictions", tmp_path / "p.json", "--data", tmp_path) == 2
+    assert "not of the official layout (could not convert string to float" in capsys.readouterr().err.replace("\n", " ")

@@ -7,10 +7,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from sft.core.errors import UserError
 from sft.core.metric import ACCURACY, LOSS
 from sft.core.sample import ImageRef
-from sft.evaluation.draw_images import half_of, in_random_order
+from sft.evaluation.draw_images import in_random_order
 from sft.evaluation.results import Outcome, Result, find_result, result_file, write_result
 from sft.evaluation.statistics import clustered_standard_error, score_interval, t_quantile, wilson_interval
 from sft.evaluation.tasks.mmbench.benchmark import Benchmark
@@ -95,12 +94,6 @@ def test_without_answers_there_is_no_score():
     assert (found["questions"], found["rows"], found["letters"]) == (1, 2, {"A": 0.5, "B": 0.5})
 
 
-def test_an_empty_half_is_refused_rather_than_scored():
-    toy = result(question(1, "x", "AB"))
-    with pytest.raises(UserError, match="toy: a half of its images has no questions"):
-        toy.on_half(1 - half_of("x", seed=0), seed=0)
-
-
 def test_rows_asked_by_themselves_have_the_error_of_their_question():
     rows = [question(n, f"image {n}", p, answers="A") for n in range(4) for p in ("AAA" if n < 2 else "BBB")]
     toy = result(*rows)
@@ -180,17 +173,6 @@ def test_the_interval_covers_the_truth_although_questions_share_images():
         low, high = score_interval(hits.mean(), error, 60, 240, is_share=True)
         covered += low <= 2 / 3 <= high
     assert covered / 400 == pytest.approx(0.95, abs=0.03)
-
-
-def test_halves_keep_an_image_together_and_depend_on_the_seed():
-    images = [f"image {i}" for i in range(1000)]
-    halves = [half_of(image, seed=0) for image in images]
-    assert halves == [half_of(image, seed=0) for image in images] != [half_of(image, seed=1) for image in images]
-    assert sum(halves) == pytest.approx(500, abs=60)
-    toy = result(*(question(i, image, "AB") for i, image in enumerate(images[:20])))
-    first, second = toy.on_half(0, seed=0), toy.on_half(1, seed=0)
-    assert len(first.outcomes) + len(second.outcomes) == 20
-    assert {one.image_sha256 for one in first.outcomes}.isdisjoint(one.image_sha256 for one in second.outcomes)
 
 
 def test_random_order_depends_on_content_and_seed_alone():

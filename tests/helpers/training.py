@@ -7,7 +7,7 @@ import yaml
 from conftest import status_of
 from transformers import TrainerCallback
 
-from sft.models.idefics import weights
+from sft.models.idefics.weights import weights
 from sft.recipe import Recipe, TrainingConfig
 from sft.training.trainer import Trainer, TrainerParts
 

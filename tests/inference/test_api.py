@@ -20,7 +20,7 @@ from sft.models import lora
 from sft.models.chat_template import load_chat_template
 from sft.models.idefics.packed import image_attention_mask
 from sft.models.idefics.text import CHAT_TEMPLATE
-from sft.models.idefics.weights import load_model, lora_pattern, save_model, save_processor, select_trainable
+from sft.models.idefics.weights import weights
 from sft.recipe import LoraSettings
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "inference.md").read_text(), flags=re.DOTALL)
@@ -31,25 +31,25 @@ QUESTION = {"role": "user", "content": [{"type": "image", "image": "dog.jpg"}, {
 def write_base(folder, tokenizer, extra=3):
     """A base whose every weight matters, in float32."""
     model = make_tiny_model(tokenizer, extra=extra)
-    save_model(model, folder, torch.float32)
-    save_processor(tokenizer, model.config, folder)
+    weights.save_model(model, folder, torch.float32)
+    weights.save_processor(tokenizer, model.config, folder)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
 
 
 def write_adapters(folder, base, tokenizer):
     """Adapters, extra rows and gates beside them, all moved."""
-    model = load_model(base)
+    model = weights.load_model(base)
     settings = LoraSettings(r=4, targets=["language", "cross_attention"])
-    lora.add_adapters(model, lora_pattern(settings.targets), settings, base)
-    select_trainable(model, ["extra_rows", "gates"])
+    lora.add_adapters(model, weights.lora_pattern(settings.targets), settings, base)
+    weights.select_trainable(model, ["extra_rows", "gates"])
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     lora.save_adapters(model, folder)
-    save_processor(tokenizer, model.config, folder)
+    weights.save_processor(tokenizer, model.config, folder)
     tokenizer.save_pretrained(folder)
 
 

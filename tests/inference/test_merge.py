@@ -22,7 +22,7 @@ from sft.inference.merge import compare, merge, write_safetensors
 from sft.models import lora
 from sft.models.chat_template import load_chat_template
 from sft.models.idefics.images import IdeficsImages, normalise
-from sft.models.idefics.weights import group_of, load_config, load_model, lora_pattern, save_model, select_trainable
+from sft.models.idefics.weights import weights
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import LoraSettings
 from sft.selection.record import write_selection
@@ -46,7 +46,7 @@ RECIPE = {
 def base(tokenizer, tmp_path_factory) -> Path:
     """A base model on disk."""
     folder = tmp_path_factory.mktemp("base")
-    save_model(make_tiny_model(tokenizer), folder, torch.float32)
+    weights.save_model(make_tiny_model(tokenizer), folder, torch.float32)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -55,10 +55,10 @@ def base(tokenizer, tmp_path_factory) -> Path:
 def checkpoint(base, tmp_path) -> Path:
     """A run whose second checkpoint was selected: adapters, extra rows, gates and resampler, all moved."""
     folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-    model = load_model(base)
+    model = weights.load_model(base)
     settings = LoraSettings(r=4, alpha=12, targets=["language", "cross_attention.mlp", "vision.attention"])
-    lora.add_adapters(model, lora_pattern(settings.targets), settings, base)
-    select_trainable(model, ["extra_rows", "gates", "resampler"])
+    lora.add_adapters(model, weights.lora_pattern(settings.targets), settings, base)
+    weights.select_trainable(model, ["extra_rows", "gates", "resampler"])
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -89,7 +89,7 @@ def test_merged_weights_are_those_of_peft(base, checkpoint, tmp_path):
     before = load_file(base / "model.safetensors")
     assert found.keys() == expected.keys() == before.keys()
     assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-6) for name in expected)
-    changed = {group_of(name) for name in found if not torch.equal(found[name], before[name])}
+    changed = {weights.group_of(name) for name in found if not torch.equal(found[name], before[name])}
     assert changed == {"language", "cross_attention", "vision", "extra_rows", "gates", "resampler"}
     assert (made.dtype, made.parameters) == ("float32", sum(tensor.numel() for tensor in expected.values()))
 
@@ -140,7 +140,7 @@ def test_the_check_tells_rounding_from_quantisation(checkpoint, tmp_path):
 def test_plain_transformers_opens_the_folder(checkpoint, template, tmp_path):
     merge(checkpoint, tmp_path / "merged", dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    size = IdeficsImages(load_config(tmp_path / "merged")).one_tile.width
+    size = IdeficsImages(weights.load_config(tmp_path / "merged")).one_tile.width
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     values = processor.image_processor(Image.fromarray(pixels), return_tensors="pt").reshape(3, size, size)
     ours = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
@@ -182,7 +182,7 @@ def test_the_card_of_a_choice_by_the_loss_that_training_wrote_down_says_no_more_
 
 def test_a_full_checkpoint_is_copied_without_its_training_state(tokenizer, tmp_path):
     folder = tmp_path / "checkpoint-7"
-    save_model(make_tiny_model(tokenizer), folder, torch.bfloat16)
+    weights.save_model(make_tiny_model(tokenizer), folder, torch.bfloat16)
     tokenizer.save_pretrained(folder)
     (folder / "manifest.json").write_text("{}")
     (folder / "state").mkdir()
@@ -207,7 +207,7 @@ def test_adapters_of_another_model_leave_nothing_behind(checkpoint, tokenizer, t
     model.model.layers = model.model.layers[:2]
     model.model.gated_cross_attn_layers = model.model.gated_cross_attn_layers[:1]
     model.config.num_hidden_layers = 2
-    save_model(model, other, torch.float32)
+    weights.save_model(model, other, torch.float32)
     tokenizer.save_pretrained(other)
     config = json.loads((checkpoint / "adapter_config.json").read_text())
     (checkpoint / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))

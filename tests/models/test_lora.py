@@ -15,13 +15,10 @@ from transformers import IdeficsForVisionText2Text
 
 from sft.core.errors import UserError
 from sft.models import loaded_model, lora
-from sft.models.idefics import weights
-from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
 from sft.models.idefics.images import normalise
 from sft.models.idefics.names import LORA_TARGETS
 from sft.models.idefics.packed import PackedIdefics
-from sft.models.idefics.parameters import QUANTISED
-from sft.models.idefics.weights import group_of, load_model, lora_pattern, save_model, select_trainable
+from sft.models.idefics.weights import EXTRA_EMBEDDING, EXTRA_HEAD, weights
 from sft.models.loss import trained_positions
 from sft.recipe import LoraSettings, ModelConfig
 
@@ -33,7 +30,7 @@ SAMPLES = (conversation(("<dog>", "What is it?"), "A dog."), document("A fox.", 
 def base(tokenizer, tmp_path_factory) -> Path:
     """A base model on disk."""
     folder = tmp_path_factory.mktemp("base")
-    save_model(make_tiny_model(tokenizer), folder, torch.float32)
+    weights.save_model(make_tiny_model(tokenizer), folder, torch.float32)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -42,9 +39,9 @@ def with_adapters(base: Path, trainable=("extra_rows",), quantised=False, **sett
     """The base with fresh adapters, ready to be trained."""
     torch.manual_seed(0)
     given = LoraSettings(**{"r": 4, "targets": ["language"]} | settings)
-    model = load_model(base, trained=trainable, quantised=quantised)
-    lora.add_adapters(model, lora_pattern(given.targets), given, base)
-    select_trainable(model, trainable)
+    model = weights.load_model(base, trained=trainable, quantised=quantised)
+    lora.add_adapters(model, weights.lora_pattern(given.targets), given, base)
+    weights.select_trainable(model, trainable)
     return model.train()
 
 
@@ -71,12 +68,12 @@ def logits(model: nn.Module, batch) -> torch.Tensor:
 
 
 def test_targets_hit_the_layers_they_name_and_no_others(base):
-    layers = {name for name, module in load_model(base).named_modules() if isinstance(module, nn.Linear)}
-    hits = {target: {n for n in layers if re.fullmatch(lora_pattern([target]), n)} for target in TARGETS}
+    layers = {name for name, module in weights.load_model(base).named_modules() if isinstance(module, nn.Linear)}
+    hits = {target: {n for n in layers if re.fullmatch(weights.lora_pattern([target]), n)} for target in TARGETS}
     for target, found in hits.items():
         group, _, part = target.partition(".")
         assert found, target
-        assert {group_of(f"{name}.weight") for name in found} == {group}
+        assert {weights.group_of(f"{name}.weight") for name in found} == {group}
         if part:
             of_attention = [bool(re.search(r"self_attn|cross_attn\.|blocks\.\d+\.0\.", name)) for name in found]
             assert set(of_attention) == {part == "attention"}
@@ -93,12 +90,12 @@ def test_adapters_stand_where_the_pattern_says_and_change_nothing_yet(base, temp
     assert len(hit(model)) == 2 * 2 + 2 * 4
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if "lora_" not in name} == {EXTRA_EMBEDDING, EXTRA_HEAD}
-    assert {group_of(name) for name in trained} == {"vision", "cross_attention", "extra_rows"}
-    assert torch.equal(logits(model, batch), logits(load_model(base), batch))
+    assert {weights.group_of(name) for name in trained} == {"vision", "cross_attention", "extra_rows"}
+    assert torch.equal(logits(model, batch), logits(weights.load_model(base), batch))
 
 
 def test_layers_that_the_model_has_not_are_refused(base):
-    model = load_model(base)
+    model = weights.load_model(base)
     with pytest.raises(UserError, match=r"model\.lora\.targets: this model has no layers of resampler"):
         lora.add_adapters(model, "model.no_such_layer", LoraSettings(targets=["resampler"]), base)
 
@@ -140,9 +137,9 @@ def test_what_is_written_opens_here_in_peft_and_in_transformers(base, template, 
     assert (config["base_model_name_or_path"], config["inference_mode"], config["r"]) == (str(base), True, 4)
     batch = batch_of([place(template, SAMPLES[0])])
     expected = logits(model, batch)
-    assert (expected - logits(load_model(base), batch)).abs().max() > 0.1
+    assert (expected - logits(weights.load_model(base), batch)).abs().max() > 0.1
 
-    ours = load_model(base)
+    ours = weights.load_model(base)
     lora.load_adapters(ours, tmp_path)
     assert torch.equal(logits(ours, batch), expected)
     with warnings.catch_warnings():
@@ -157,18 +154,18 @@ def test_what_is_written_opens_here_in_peft_and_in_transformers(base, template, 
 def test_adapters_of_another_model_are_refused(base, tokenizer, tmp_path):
     lora.save_adapters(with_adapters(base), tmp_path)
     (tmp_path / "grown").mkdir()
-    save_model(make_tiny_model(tokenizer, extra=4), tmp_path / "grown", torch.float32)
+    weights.save_model(make_tiny_model(tokenizer, extra=4), tmp_path / "grown", torch.float32)
     with pytest.raises(
         UserError, match=r"lm_head.additional_fc.weight has shape \(3, 64\), the base model's has \(4, 64\)"
     ):
-        lora.load_adapters(load_model(tmp_path / "grown"), tmp_path)
+        lora.load_adapters(weights.load_model(tmp_path / "grown"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(UserError, match="has use_dora"):
-        lora.load_adapters(load_model(base), tmp_path)
+        lora.load_adapters(weights.load_model(base), tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json: damaged"):
-        lora.load_adapters(load_model(base), tmp_path)
+        lora.load_adapters(weights.load_model(base), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- one base, many adapters
@@ -190,10 +187,10 @@ def test_adapters_swapped_on_one_base_are_those_of_a_fresh_load_and_leave_no_tra
         lora.save_adapters(trained, tmp_path / str(number))
     for precision in ("float32", "bfloat16"):
         dtype = getattr(torch, precision)
-        model = load_model(base, trained=(), frozen_dtype=dtype)
+        model = weights.load_model(base, trained=(), frozen_dtype=dtype)
         before = contents(model)
         for number in (0, 1, 0):
-            fresh = load_model(base, trained=(), frozen_dtype=dtype)
+            fresh = weights.load_model(base, trained=(), frozen_dtype=dtype)
             lora.load_adapters(fresh, tmp_path / str(number))
             replaced = lora.load_adapters(model, tmp_path / str(number))
             assert contents(model) == contents(fresh)
@@ -209,7 +206,7 @@ def test_adapters_that_do_not_fit_leave_the_base_as_it_was(base, tmp_path):
     last = max(tensors)
     tensors[last] = tensors[last][:1].clone()
     save_file(tensors, tmp_path / lora.WEIGHTS)
-    model = load_model(base)
+    model = weights.load_model(base)
     before = contents(model)
     with pytest.raises(UserError, match=r"has shape \(1, "):
         lora.load_adapters(model, tmp_path)
@@ -237,6 +234,7 @@ def test_models_in_turn_share_a_base_and_are_those_loaded_alone(base, template, 
             return logits(loaded.model, batch)
 
     alone = [asked(loaded_model.load_for_inference(path)) for path in order]
+    load_model = weights.load_model
     monkeypatch.setattr(
         weights, "load_model", lambda path, **options: loaded.append(path) or load_model(path, **options)
     )
@@ -254,17 +252,17 @@ def kinds(model: nn.Module) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
-            found.setdefault(group_of(f"{name}.weight"), set()).add(type(module).__name__)
+            found.setdefault(weights.group_of(f"{name}.weight"), set()).add(type(module).__name__)
     return found
 
 
 def test_language_and_cross_attention_are_quantised_and_nothing_else(base):
-    model = load_model(base, trained=("extra_rows",), quantised=True)
-    assert {group for group, found in kinds(model).items() if found == {"Linear4bit"}} == set(QUANTISED)
-    assert all("Linear4bit" not in found for group, found in kinds(model).items() if group not in QUANTISED)
+    model = weights.load_model(base, trained=("extra_rows",), quantised=True)
+    assert {group for group, found in kinds(model).items() if found == {"Linear4bit"}} == set(weights.quantised)
+    assert all("Linear4bit" not in found for group, found in kinds(model).items() if group not in weights.quantised)
     state = model.model.layers[0].mlp.up_proj.weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
-    whole = load_model(base, trained=("cross_attention",), quantised=True)
+    whole = weights.load_model(base, trained=("cross_attention",), quantised=True)
     assert "Linear4bit" not in kinds(whole)["cross_attention"]
     assert whole.model.gated_cross_attn_layers[0].cross_attn.q_proj.weight.dtype == torch.float32
 
@@ -273,7 +271,7 @@ def test_what_is_quantised_is_what_is_stored_whatever_is_computed_in(base):
     """The base is stored in float32, so that rounding it first would show."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = load_model(base, trained=("extra_rows",), frozen_dtype=dtype, quantised=True)
+        model = weights.load_model(base, trained=("extra_rows",), frozen_dtype=dtype, quantised=True)
         layers = {name: m.weight for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
         assert {weight.quant_state.dtype for weight in layers.values()} == {dtype}
         assert model.model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == dtype
@@ -282,10 +280,10 @@ def test_what_is_quantised_is_what_is_stored_whatever_is_computed_in(base):
 
 
 def test_only_frozen_matrices_are_stored_rounded_and_autocast_sees_no_difference(base, template):
-    exact = load_model(base)
-    model = load_model(base, trained=("extra_rows", "resampler"), frozen_dtype=torch.bfloat16)
+    exact = weights.load_model(base)
+    model = weights.load_model(base, trained=("extra_rows", "resampler"), frozen_dtype=torch.bfloat16)
     rounded = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
-    assert {group_of(name) for name in rounded} == {"vision", "language", "cross_attention"}
+    assert {weights.group_of(name) for name in rounded} == {"vision", "language", "cross_attention"}
     assert all("proj" in name or ".fc" in name or "patch_embedding" in name for name in rounded)
     for name, parameter in model.named_parameters():
         assert name in rounded or torch.equal(parameter, exact.get_parameter(name)), name
@@ -316,7 +314,7 @@ def test_adapters_trained_beside_4_bits_are_read_back_beside_4_bits(base, templa
     move(model)
     lora.save_adapters(model, tmp_path)
     batch = batch_of([place(template, SAMPLES[0])])
-    again = load_model(base, trained=(), quantised=True)
+    again = weights.load_model(base, trained=(), quantised=True)
     lora.load_adapters(again, tmp_path)
     assert torch.equal(logits(again, batch), logits(model, batch))
 

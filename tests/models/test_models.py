@@ -17,7 +17,7 @@ from sft.models import check_names, get_family, names_of_family
 from sft.models.loaded_model import find_family, load_for_inference
 from sft.recipe import load_recipe
 
-KNOW_IDEFICS = {"cost", "models/idefics", "recipe/config.py"}
+KNOW_IDEFICS = {"cost", "models/idefics", "recipe/model.py", "cli/quickstart.py"}
 """The formula of `plan`, the family itself, and the default of `model.family`."""
 
 
@@ -40,7 +40,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from sft.models.idefics.family import FAMILY as IDEFICS
-from sft.models.idefics import text, weights
+from sft.models.idefics import text
+from sft.models.idefics.weights import weights
 
 
 def inside(load):
@@ -52,7 +53,8 @@ FAMILY = replace(
     name="toy_family",
     text=SimpleNamespace(**{**vars(text), "load_tokenizer": inside(text.load_tokenizer)}),
     weights=SimpleNamespace(
-        **{**vars(weights), "load_model": inside(weights.load_model), "load_config": inside(weights.load_config)}
+        **{name: getattr(weights, name) for name in dir(weights) if not name.startswith("_")}
+        | {"load_model": inside(weights.load_model), "load_config": inside(weights.load_config)}
     ),
 )
 """

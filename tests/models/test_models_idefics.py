@@ -26,11 +26,10 @@ from transformers.models.idefics.modeling_idefics import IdeficsRMSNorm
 
 from sft.core.errors import UserError
 from sft.models import fused_layers
-from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
 from sft.models.idefics.images import CLIP_MEAN, CLIP_STD, IdeficsImages, normalise
 from sft.models.idefics.layers import FUSED
 from sft.models.idefics.text import load_tokenizer
-from sft.models.idefics.weights import load_model, prepare_base, save_model, select_trainable
+from sft.models.idefics.weights import EXTRA_EMBEDDING, EXTRA_HEAD, weights
 
 TEXT = conversation("Hi.", "Hello.", system="A dog and a cat.")
 DOG = conversation(("<dog>", "What is it?"), "A dog.")
@@ -126,7 +125,7 @@ def test_packed_equals_alone(model, template, train_on, checkpointing):
     packed = batch_of(placed[:3], placed[3:], train_on=train_on)
     total = packed.num_trained_tokens
     alone = [batch_of([sample], train_on=train_on, num_trained_tokens=total) for sample in placed]
-    select_trainable(model)
+    weights.select_trainable(model)
     expected_loss, expected = step(model, alone)
 
     calls = []
@@ -282,7 +281,7 @@ def test_an_image_changes_what_follows_it_and_nothing_else(model, template):
 
 
 def test_every_trainable_tensor_gets_a_gradient(model, template):
-    frozen = select_trainable(model)
+    frozen = weights.select_trainable(model)
     assert frozen == ("model.vision_model.post_layernorm.weight", "model.vision_model.post_layernorm.bias")
     _, found = step(model, [batch_of([place(template, sample) for sample in SAMPLES])])
     parameters = dict(model.named_parameters())
@@ -294,7 +293,7 @@ def test_every_trainable_tensor_gets_a_gradient(model, template):
 
 
 def test_text_alone_needs_no_image_and_skips_the_tower(model, template):
-    select_trainable(model)
+    weights.select_trainable(model)
     batch = batch_of([place(template, TEXT)])
     assert batch.num_images == 0
     _, found = step(model, [batch])
@@ -306,12 +305,12 @@ def test_text_alone_needs_no_image_and_skips_the_tower(model, template):
 
 
 def test_a_saved_model_opens_in_plain_transformers(model, tokenizer, template, tmp_path):
-    save_model(model, tmp_path, torch.bfloat16)
+    weights.save_model(model, tmp_path, torch.bfloat16)
     tokenizer.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["IdeficsForVisionText2Text"]
 
     plain = PlainIdefics.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa")
-    ours = load_model(tmp_path)
+    ours = weights.load_model(tmp_path)
     rounded = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     for loaded in (plain, ours):
         assert all(torch.equal(tensor, rounded[name]) for name, tensor in loaded.state_dict().items())
@@ -329,7 +328,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     tokenizer = base_tokenizer()
     model = make_tiny_model(tokenizer, extra=2)
-    save_model(model, folder, torch.float32)
+    weights.save_model(model, folder, torch.float32)
     model.save_pretrained(folder, max_shard_size="150KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
@@ -342,7 +341,7 @@ def contents(folder):
 
 def test_preparing_a_base_adds_a_row_and_changes_nothing_else(base, template, tmp_path):
     untouched = contents(base)
-    prepare_base(base, tmp_path / "grown")
+    weights.prepare_base(base, tmp_path / "grown")
     assert contents(base) == untouched
 
     old = PlainIdefics.from_pretrained(base, dtype=torch.float32)
@@ -359,7 +358,7 @@ def test_preparing_a_base_adds_a_row_and_changes_nothing_else(base, template, tm
 
 
 def test_preparing_a_base_rewrites_only_the_shards_that_grow(base, tmp_path):
-    prepare_base(base, tmp_path / "grown")
+    weights.prepare_base(base, tmp_path / "grown")
     shards = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     growing = {shards[EXTRA_EMBEDDING], shards[EXTRA_HEAD]}
     linked = {name for name in set(shards.values()) if (tmp_path / "grown" / name).samefile(base / name)}
@@ -368,10 +367,10 @@ def test_preparing_a_base_rewrites_only_the_shards_that_grow(base, tmp_path):
 
 
 def test_a_prepared_base_is_prepared_to_itself(base, tmp_path):
-    prepare_base(base, tmp_path / "once")
-    prepare_base(tmp_path / "once", tmp_path / "twice")
-    prepare_base(base, tmp_path / "twice_over")
-    prepare_base(base, tmp_path / "twice_over")
+    weights.prepare_base(base, tmp_path / "once")
+    weights.prepare_base(tmp_path / "once", tmp_path / "twice")
+    weights.prepare_base(base, tmp_path / "twice_over")
+    weights.prepare_base(base, tmp_path / "twice_over")
     assert contents(tmp_path / "twice") == contents(tmp_path / "once") == contents(tmp_path / "twice_over")
 
 
@@ -384,7 +383,7 @@ def test_a_shard_that_lacks_what_the_index_says_is_refused(base, tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights are missing, model\.norm\.weight among them"):
-        load_model(folder)
+        weights.load_model(folder)
 
 
 def test_a_missing_shard_is_refused(base, tmp_path):
@@ -392,7 +391,7 @@ def test_a_missing_shard_is_refused(base, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: not readable as safetensors"):
-        load_model(folder)
+        weights.load_model(folder)
 
 
 def test_a_base_that_is_damaged_is_not_prepared(base, tmp_path):
@@ -400,13 +399,13 @@ def test_a_base_that_is_damaged_is_not_prepared(base, tmp_path):
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{shard.name}: not readable as safetensors"):
-        prepare_base(folder, tmp_path / "grown")
+        weights.prepare_base(folder, tmp_path / "grown")
     assert not (tmp_path / "grown").exists()
 
 
 def test_another_model_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for refuses in (load_model, lambda path: prepare_base(path, tmp_path / "grown")):
+    for refuses in (weights.load_model, lambda path: weights.prepare_base(path, tmp_path / "grown")):
         with pytest.raises(UserError) as error:
             refuses(tmp_path)
         assert str(error.value) == f"{tmp_path}: model_type is 'llama'; model.family loads 'idefics'"
@@ -414,13 +413,13 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 def test_an_empty_folder_is_refused_by_name(tmp_path):
     with pytest.raises(UserError) as error:
-        load_model(tmp_path)
+        weights.load_model(tmp_path)
     assert str(error.value) == f"{tmp_path}: no config.json found; expected a model folder or a hub id"
 
 
 def test_a_dummy_changes_no_gradient_and_gives_every_parameter_one(model, template):
     """So that ranks without an image or a label walk through the same modules as the others."""
-    select_trainable(model)
+    weights.select_trainable(model)
     pack = [place(template, conversation("Hi.", "Hello."))]
     alone, whole = batch_of(pack), batch_of(pack, always_whole=True)
     assert len(whole.input_ids_T) == len(alone.input_ids_T) + 2

@@ -322,6 +322,34 @@ def test_a_base_that_lacks_a_token_or_a_row_or_has_another_tower_is_refused(fold
             FAMILY.weights.prepare_base(folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["smolvlm", "idefics2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 128}, {"size": {"height": 64, "width": 64}}, {"size": {"longest_edge": "big"}},
+        {"size": {"longest_edge": 0}}, {"size": {"longest_edge": 128.5}}, {"size": {"longest_edge": None}},
+        {"do_image_splitting": "false"}, {"do_resize": False}, {"rescale_factor": 1}, {"image_mean": [0.48, 0.45, 0.4]},
+        {"resample": 3}, [1],
+    ],
+)  # fmt: skip
+def test_a_base_whose_pixels_are_made_otherwise_is_refused(folders, tmp_path, name, settings):
+    folder = shutil.copytree(folders[name], tmp_path / "base")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    named = "damaged" if isinstance(settings, list) else f": {next(iter(settings))} is "
+    with pytest.raises(UserError, match=f"preprocessor_config.json.*{named}"):
+        family_at(folder).weights.load_config(folder)
+
+
+def test_a_head_that_a_config_ties_without_cause_is_kept(folders, tmp_path):
+    folder = shutil.copytree(folders["smolvlm"], tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model, ids = FAMILY.weights.load_model(folder), torch.arange(1, 9)[None]
+    FAMILY.weights.save_model(model, tmp_path / "saved", torch.float32)
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    torch.testing.assert_close(saved(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_a_tied_head_is_trained_with_its_embeddings_or_not_at_all(folders):
     model = FAMILY.weights.load_model(folders["tied"])
     with pytest.raises(UserError, match="head is tied to its embeddings; name both, or neither"):

@@ -76,8 +76,8 @@ def test_standard_errors_are_those_of_evaluate_and_of_the_bootstrap(questions_pe
     clusters = (np.arange(800) // questions_per_cluster).astype(str)
     values = (rng.random(800) + rng.random(800)[np.arange(800) // questions_per_cluster] < 1.3).astype(float)
     own = joint(values[None], clusters)
-    assert own.errors_of(0)[0] == pytest.approx(clustered_standard_error(values, clusters.tolist()))
-    assert bootstrap_scores(own, seed=0).std() == pytest.approx(own.errors_of(0)[0], rel=0.03)
+    assert own.figures()[0].standard_error == pytest.approx(clustered_standard_error(values, clusters.tolist()))
+    assert bootstrap_scores(own, seed=0).std() == pytest.approx(own.figures()[0].standard_error, rel=0.03)
 
 
 def test_a_paired_difference_has_the_error_of_its_disagreements():

@@ -3,8 +3,10 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,16 +20,15 @@ from safetensors.torch import load_file
 
 from sft.cli.select import show
 from sft.core.errors import RunError, UserError
-from sft.core.metric import LOSS
-from sft.evaluation.draw_images import half_of
+from sft.core.metric import ACCURACY, LOSS
 from sft.evaluation.held_out_loss import recorded_losses
 from sft.evaluation.results import Outcome, Result, read_lines, result_file, write_result
 from sft.evaluation.run_tasks import score_model
 from sft.evaluation.statistics import t_quantile, wilson_interval
+from sft.evaluation.task import Task
 from sft.evaluation.tasks import named_tasks, open_tasks
 from sft.inference.average import average_weights
-from sft.models.idefics import weights
-from sft.models.idefics.weights import load_model
+from sft.models.idefics.weights import weights
 from sft.models.loaded_model import load_for_inference
 from sft.recipe import EvaluationConfig
 from sft.runs.checkpoint import checkpoints, keep_newest_states, problem_of_weights, write_folder
@@ -38,7 +39,7 @@ from sft.selection.benchmarks import Benchmarks
 from sft.selection.outcomes import read_outcomes
 from sft.selection.plot import write_plot
 from sft.selection.pruning import prune_weights, weights_to_prune
-from sft.selection.record import current_selection, is_chosen_on_half, write_selection
+from sft.selection.record import current_selection, write_selection
 from sft.selection.recorded_loss import choose_by_recorded_loss
 from sft.selection.rules import choose
 
@@ -77,10 +78,19 @@ def write_losses(run, checkpoint, losses, weights):
     write_result(result, {"protocol_hash": "hash"}, run, checkpoint)
 
 
-def outcomes(run, hits_by_step, seed=0):
+def task(name="", benchmark="toy", metric=ACCURACY):
+    """What the table needs to know of a task."""
+    scores = partial(Task.paired_scores, None)
+    return SimpleNamespace(name=name, benchmark=benchmark, metric=metric, paired_scores=scores)
+
+
+TOY, HELD_OUT = task(), task("loss", "held_out_loss", LOSS)
+
+
+def outcomes(run, hits_by_step):
     for step, hits in hits_by_step.items():
         write(run, f"checkpoint-{step}", hits)
-    return read_outcomes(run, "toy", seed=seed)
+    return read_outcomes(run, TOY)
 
 
 # ------------------------------------------------------------------------------------------------------- outcomes
@@ -91,7 +101,6 @@ def test_answers_are_read_back_as_one_table(tmp_path):
     assert table.steps == (20, 100) and table.checkpoints == ("checkpoint-20", "checkpoint-100")
     assert table.values_KQ.tolist() == [[1, 0, 0, 0], [1, 1, 0, 1]]
     assert table.categories_Q.tolist() == ["even", "odd", "even", "odd"]
-    assert table.halves_Q.tolist() == [half_of(f"image {number}", 0) for number in range(4)]
 
 
 def test_a_value_is_the_mean_over_rankings_and_blind_answers_do_not_count(tmp_path):
@@ -99,29 +108,29 @@ def test_a_value_is_the_mean_over_rankings_and_blind_answers_do_not_count(tmp_pa
         write(tmp_path, "checkpoint-10", hits, rank)
     write(tmp_path, "checkpoint-10", "xxxx", with_images=False, protocol_hash="blind")
     write(tmp_path, "base", "xxxx")
-    table = read_outcomes(tmp_path, "toy", seed=0)
+    table = read_outcomes(tmp_path, TOY)
     assert table.ranks == ("letter", "text")
     assert table.values_KQ.tolist() == [[0.5, 0.5, 0, 0]]
 
 
 def test_losses_count_by_their_trained_tokens_with_their_sign_turned(tmp_path):
     write_losses(tmp_path, "checkpoint-5", [1.0, 4.0], [3, 1])
-    table = read_outcomes(tmp_path, "held_out_loss", metric=LOSS, seed=0)
+    table = read_outcomes(tmp_path, HELD_OUT)
     assert table.values_KQ.tolist() == [[-1, -4]] and table.weights_Q.tolist() == [3, 1]
 
 
 def test_a_run_without_comparable_evaluations_is_refused(tmp_path):
     with pytest.raises(UserError, match="no evaluations of checkpoints found"):
-        read_outcomes(tmp_path, "toy", seed=0)
+        read_outcomes(tmp_path, TOY)
     write(tmp_path, "checkpoint-10", "xx")
     write(tmp_path, "checkpoint-10", "xx", "letter")
     write(tmp_path, "checkpoint-20", "xx")
     with pytest.raises(UserError, match="checkpoint-20 lacks some of the rankings letter, text"):
-        read_outcomes(tmp_path, "toy", seed=0)
+        read_outcomes(tmp_path, TOY)
     write(tmp_path, "checkpoint-20", "xx", "letter", protocol_hash="other")
     with pytest.raises(UserError, match="evaluations by letter of several protocols found"):
-        read_outcomes(tmp_path, "toy", seed=0)
-    assert read_outcomes(tmp_path, "toy", seed=0, protocol_hashes=["hash-text"]).steps == (10, 20)
+        read_outcomes(tmp_path, TOY)
+    assert read_outcomes(tmp_path, TOY, protocol_hashes=["hash-text"]).steps == (10, 20)
 
 
 def test_checkpoints_that_were_asked_other_questions_are_refused(tmp_path):
@@ -146,7 +155,7 @@ def test_the_rules_choose_from_the_same_set(tmp_path):
     assert all(score.interval[0] < score.score < score.interval[1] for score in by_score.scores)
     assert by_score.cross_fitted == pytest.approx(0.89, abs=0.02)
     assert by_score.cross_fitted_interval[0] < by_score.cross_fitted < by_score.cross_fitted_interval[1]
-    assert by_score.questions == (100, 100) and by_score.images == 100
+    assert by_score.questions == 100 and by_score.images == 100
     assert by_score.categories["odd"].questions == 50 and by_score.categories["odd"].scores[0] == 0.6
 
 
@@ -168,18 +177,6 @@ def test_what_is_always_right_is_not_certain(tmp_path):
     assert selection.warnings == ("100 questions cannot tell 2 of 2 checkpoints apart; all of them are answered alike",)
 
 
-def test_choice_on_one_half_leaves_the_figures_to_the_other(tmp_path):
-    halves = [half_of(f"image {number}", seed=0) for number in range(40)]
-    good_on_0, good_on_1 = ("".join("-x"[half == wanted] for half in halves) for wanted in (0, 1))
-    selection = choose(outcomes(tmp_path, {10: good_on_0, 20: good_on_1}), chosen_on="half")
-    assert selection.selected == "checkpoint-10"
-    assert [score.score for score in selection.scores] == [0, 1]
-    assert selection.scores[1].p_best == pytest.approx(1, abs=0.01)
-    assert selection.questions == (halves.count(0), halves.count(1))
-    write_selection(selection, tmp_path)
-    assert is_chosen_on_half(tmp_path)
-
-
 def test_only_what_has_its_weights_is_selected_and_all_that_was_evaluated_is_compared(tmp_path):
     table = outcomes(tmp_path, CLOSE)
     selection = choose(table, rule="earliest_not_worse", with_weights=["checkpoint-10", "checkpoint-30"])
@@ -191,7 +188,7 @@ def test_only_what_has_its_weights_is_selected_and_all_that_was_evaluated_is_com
 def test_of_losses_the_lowest_is_the_best(tmp_path):
     for step, losses in {1: [3.0, 2.0] * 40, 2: [2.5, 1.5] * 40}.items():
         write_losses(tmp_path, f"checkpoint-{step}", losses, [2] * len(losses))
-    selection = choose(read_outcomes(tmp_path, "held_out_loss", task="loss", metric=LOSS, seed=0))
+    selection = choose(read_outcomes(tmp_path, HELD_OUT))
     assert selection.selected == "checkpoint-2" and selection.tied == ("checkpoint-2",)
     assert [score.score for score in selection.scores] == [2.5, 2.0]
     low, high = selection.scores[1].interval
@@ -222,11 +219,8 @@ def test_a_choice_by_another_benchmark_is_kept_and_replaces_the_first_one_when_a
 
 
 def test_one_image_cannot_be_halved(tmp_path):
-    table = outcomes(tmp_path, {10: "-", 20: "x"})
-    selection = choose(table)
+    selection = choose(outcomes(tmp_path, {10: "-", 20: "x"}))
     assert selection.selected == "checkpoint-20" and selection.cross_fitted is None
-    with pytest.raises(UserError, match="a half of its images has no questions"):
-        choose(table, chosen_on="half")
 
 
 @pytest.mark.parametrize(
@@ -356,6 +350,7 @@ def test_the_base_of_adapters_is_loaded_once_for_all_checkpoints(trained, tmp_pa
     options = (f"output_dir={run}", "model.mode=lora", "training.learning_rate=0.1")
     assert status_of("train", trained, *options) == 0
     loaded = []
+    load_model = weights.load_model
     monkeypatch.setattr(weights, "load_model", lambda path, **kwargs: loaded.append(path) or load_model(path, **kwargs))
     assert [score["step"] for score in printed(capsys, "select", run)[0]["scores"]] == [1, 2]
     assert len(loaded) == 1
@@ -383,7 +378,7 @@ def test_a_run_is_selected_from_by_short_answers(copied, tmp_path, capsys):
     lines = [{"question": f"What is {n}?", "answer": "red", "category": "ab"[n % 2]} for n in range(20)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     selection, _ = printed(capsys, "select", copied, "--benchmark", tmp_path / "own.jsonl")
-    assert (selection["by"], selection["benchmark"], selection["questions"]) == ("exact_match", "own", [20, 20])
+    assert (selection["by"], selection["benchmark"], selection["questions"]) == ("exact_match", "own", 20)
     before = kept(copied)
     assert len(before) == 2
     assert printed(capsys, "select", copied, "--benchmark", tmp_path / "own.jsonl")[0] == selection
@@ -403,7 +398,7 @@ def test_a_run_is_selected_from_by_the_loss_of_every_held_out_sample(copied, tmp
     (copied / "recipe.yaml").write_text(yaml.safe_dump(values))
     assert status_of("prepare", copied) == 0
     selection, _ = printed(capsys, "select", copied, "--by", "loss")
-    assert (selection["by"], selection["questions"]) == ("loss", [6, 6])
+    assert (selection["by"], selection["questions"]) == ("loss", 6)
 
     loaded = load_for_inference(copied / "checkpoints" / "checkpoint-2", precision="float32")
     (file,) = (copied / "evaluations" / "held_out_loss").glob("*/checkpoint-2.jsonl")
@@ -572,7 +567,7 @@ def test_several_benchmarks_choose_together_by_what_they_tell_apart(tmp_path):
     )
     selection = choose(steep, flat)
     assert (selection.by, selection.benchmark, selection.metric.name) == ("steep+flat", "steep+flat", "index")
-    assert selection.selected == "checkpoint-30" and selection.questions == (200, 200)
+    assert selection.selected == "checkpoint-30" and selection.questions == 200
     assert selection.benchmarks["flat"].weight == selection.benchmarks["flat"].reliability == 0
     assert len(selection.benchmarks["flat"].tied) == 3 and selection.benchmarks["steep"].tied == ("checkpoint-30",)
     assert selection.benchmarks["steep"].cross_fitted == pytest.approx(0.8, abs=0.01)

@@ -30,7 +30,7 @@ from sft.core.distributed import ALONE, Rank, launched_rank
 from sft.core.errors import RunError, UserError
 from sft.core.sample import NO_SOURCE
 from sft.data.prepare import open_prepared, prepare
-from sft.models.idefics.weights import select_trainable
+from sft.models.idefics.weights import weights
 from sft.recipe import load_recipe
 from sft.runs.checkpoint import MANIFEST, STATE, broken_files, checkpoints, is_complete
 from sft.training.engines import check_readable, choose_engine, get_engine
@@ -261,7 +261,7 @@ def test_two_processes_take_the_mean_of_micro_batch_means_as_in_2023(ways, templ
     (equally many each): the mean of all. A dummy is none of them."""
     _, found = ways
     model = make_tiny_model(template.tokenizer).train()
-    select_trainable(model)
+    weights.select_trainable(model)
     means = [model(batch=batch_of([place(template, sample)])).loss for sample in SAMPLES[:number]]
     torch.stack(means).mean().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -423,7 +423,7 @@ def test_what_libraries_leave_whole_is_not_taken_for_shared_out(model):
 
 def test_no_gradient_moves_weights_as_a_gradient_of_zero_does(template, tmp_path, model):
     """A step of text alone: on one device the tower is not called, on several it looks at a black image."""
-    select_trainable(model)
+    weights.select_trainable(model)
     samples = (conversation(("<dog>", "What is it?"), "A dog."), conversation("Hi.", "Hello."))
     batches = [batch_of([place(template, sample)]) for sample in samples]
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)

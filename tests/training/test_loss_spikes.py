@@ -7,7 +7,7 @@ import pytest
 from conftest import batch_of, conversation, document, place
 from helpers.training import trainer_of
 
-from sft.models.idefics.weights import select_trainable
+from sft.models.idefics.weights import weights
 from sft.training import loss_spikes
 from sft.training.loss_spikes import LEAST_STEPS, LIMIT, Spikes
 
@@ -60,7 +60,7 @@ def test_a_spike_is_told_once_and_kept_with_the_pack_that_made_it(template, tmp_
     """One dialogue until it is known; then a pack of something else stands beside it, twice."""
     monkeypatch.setattr(loss_spikes, "LEAST_STEPS", 8)
     monkeypatch.setattr(loss_spikes, "WINDOW", 8)
-    select_trainable(model)
+    weights.select_trainable(model)
     usual = place(template, conversation("Hi.", "Hello.", key="usual"))
     odd = [place(template, document("0123456789 fox dog", key=key)) for key in ("odd", "odder")]
     batches = [batch_of([usual], [usual])] * 20 + [batch_of([usual], odd)] * 2

@@ -5,9 +5,8 @@ import torch
 from conftest import make_tiny_model
 from transformers import get_linear_schedule_with_warmup
 
-from sft.models.idefics import weights
 from sft.models.idefics.names import GROUPS
-from sft.models.idefics.weights import group_of, select_trainable
+from sft.models.idefics.weights import weights
 from sft.recipe import OPTIMIZERS, TrainingConfig
 from sft.training.optimizer import (
     linear_schedule,
@@ -85,7 +84,7 @@ def names_in(model, groups: list[dict]) -> list[set[str]]:
 
 
 def test_what_is_decayed_is_what_m4_decayed(model):
-    select_trainable(model)
+    weights.select_trainable(model)
     groups = parameter_groups(model, settings(), weights)
     names = names_in(model, groups)
     decayed = set().union(*(own for own, group in zip(names, groups, strict=True) if group["weight_decay"] == 0.1))
@@ -112,7 +111,7 @@ def test_what_is_decayed_is_what_m4_decayed(model):
 
 
 def test_every_parameter_has_a_group_and_every_group_has_parameters(model):
-    of = {name: group_of(name) for name, _ in model.named_parameters()}
+    of = {name: weights.group_of(name) for name, _ in model.named_parameters()}
     assert set(of.values()) == set(GROUPS)
     assert of["model.gated_cross_attn_layers.0.alpha_dense"] == "gates"
     assert of["model.gated_cross_attn_layers.0.mlp.up_proj.weight"] == "cross_attention"
@@ -120,18 +119,18 @@ def test_every_parameter_has_a_group_and_every_group_has_parameters(model):
     assert of["lm_head.weight"] == "head"
     assert of["model.norm.weight"] == "language"
     with pytest.raises(KeyError):
-        group_of("model.unknown.weight")
+        weights.group_of("model.unknown.weight")
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_can_be_trained_alone(model, group):
-    select_trainable(model, [group])
+    weights.select_trainable(model, [group])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {group_of(name) for name in trained} == {group}
+    assert {weights.group_of(name) for name in trained} == {group}
 
 
 def test_a_group_has_its_own_learning_rate_and_weight_decay(model):
-    select_trainable(model, ["vision", "gates", "head"])
+    weights.select_trainable(model, ["vision", "gates", "head"])
     own = {"vision": {"learning_rate": 1e-5}, "head": {"weight_decay": 0.5}, "gates": {"weight_decay": 0.5}}
     groups = parameter_groups(model, settings(groups=own), weights)
     found = {(group["name"], group["weight_decay"]): group["lr"] for group in groups}
@@ -139,7 +138,7 @@ def test_a_group_has_its_own_learning_rate_and_weight_decay(model):
 
 
 def test_the_table_counts_trained_parts(model):
-    select_trainable(model, ["gates", "head"])
+    weights.select_trainable(model, ["gates", "head"])
     parts = trained_parts(model, settings(), weights)
     assert {part.group: (part.tensors, part.parameters, part.weight_decay) for part in parts} == {
         "head": (1, model.lm_head.weight.numel(), "0.1"),
@@ -156,7 +155,7 @@ def test_the_table_counts_trained_parts(model):
 def three_steps(tokenizer, **options) -> dict[str, torch.Tensor]:
     """Parameters after three steps down the same slope."""
     model = make_tiny_model(tokenizer)
-    select_trainable(model)
+    weights.select_trainable(model)
     given = settings(**options)
     optimizer = make_optimizer(parameter_groups(model, given, weights), given, model)
     for _ in range(3):

@@ -12,8 +12,6 @@ from helpers.training import printed, write_recipe
 from safetensors.torch import load_file, save_file
 
 from sft.cli.quickstart import REPORT, _delete_run
-from sft.cli.select import select
-from sft.cli.terminal import console
 from sft.core.errors import UserError
 from sft.core.file_lock import locked
 from sft.core.launch import STOPPED
@@ -21,7 +19,7 @@ from sft.core.shipped import recipe_path, resolve
 from sft.models import family_at
 from sft.models.idefics.packed import PackedIdefics
 from sft.models.idefics.text import END_OF_UTTERANCE
-from sft.models.idefics.weights import save_model
+from sft.models.idefics.weights import weights
 from sft.recipe import load_recipe
 from sft.runs.names import find_model, find_recipe
 from sft.runs.status import RunStatus
@@ -153,7 +151,7 @@ def write_model(folder: Path, extra: int = 3, missing_pieces: int = 0) -> Path:
     model = make_tiny_model(tokenizer, extra=extra)
     if missing_pieces:
         model = PackedIdefics(tiny_config(tokenizer.vocab_size + missing_pieces, extra))
-    save_model(model, folder, torch.float32)
+    weights.save_model(model, folder, torch.float32)
     if extra == 3:
         tokenizer.add_tokens([END_OF_UTTERANCE], special_tokens=True)
     tokenizer.save_pretrained(folder)
@@ -249,20 +247,20 @@ def test_a_moved_run_finds_the_store_that_moved_with_it(tmp_path, is_inside):
 
 
 def test_a_run_is_selected_again_after_its_questions_changed(copied, capsys):
-    assert printed(capsys, "select", copied)[0]["questions"] == [8, 8]
+    assert printed(capsys, "select", copied)[0]["questions"] == 8
     values = yaml.safe_load((copied / "recipe.yaml").read_text())
     values["evaluation"]["max_questions"] = 6
     (copied / "recipe.yaml").write_text(yaml.safe_dump(values))
-    assert printed(capsys, "select", copied)[0]["questions"] == [6, 6]
+    assert printed(capsys, "select", copied)[0]["questions"] == 6
 
 
-def test_evaluation_is_by_the_recipe_and_on_the_half_that_did_not_choose(copied, capsys, monkeypatch):
-    chosen_on, reported = select(find_recipe(str(copied)), console(to_stderr=True), chosen_on="half").questions
-    assert chosen_on and reported and chosen_on + reported == 8
+def test_evaluation_is_by_the_recipe(copied, capsys, monkeypatch):
+    assert status_of("select", copied) == 0
+    capsys.readouterr()
     first, _ = printed(capsys, "evaluate", copied)
     assert first["by_rank"].keys() == {"text", "letter"}
     for rank, summary in first["by_rank"].items():
-        assert (summary["rank"], summary["protocol"], summary["questions"]) == (rank, "vanilla", reported)
+        assert (summary["rank"], summary["protocol"], summary["questions"]) == (rank, "vanilla", 8)
         assert summary["blind"] is not None
     assert first["rank"] == "text" and first["accuracy"] == first["by_rank"]["text"]["accuracy"]
     with monkeypatch.context() as patched:
@@ -270,7 +268,7 @@ def test_evaluation_is_by_the_recipe_and_on_the_half_that_did_not_choose(copied,
         assert printed(capsys, "evaluate", copied)[0] == first
 
     letters, _ = printed(capsys, "evaluate", copied, "--rank", "letter", "--protocol", "circular")
-    assert (letters["rank"], letters["protocol"], letters["questions"]) == ("letter", "circular", reported)
+    assert (letters["rank"], letters["protocol"], letters["questions"]) == ("letter", "circular", 8)
 
 
 def test_a_model_without_a_run_is_asked_everything(trained, tmp_path, capsys):

@@ -24,10 +24,9 @@ from sft.core.errors import RunError, UserError
 from sft.core.sample import SkipSample
 from sft.data.prepare import open_sources, prepare
 from sft.models.base_model import base_path, prepare_base
-from sft.models.idefics.base import EXTRA_EMBEDDING, EXTRA_HEAD
 from sft.models.idefics.family import FAMILY
 from sft.models.idefics.text import load_tokenizer
-from sft.models.idefics.weights import group_of, load_model, lora_pattern, save_model, select_trainable
+from sft.models.idefics.weights import EXTRA_EMBEDDING, EXTRA_HEAD, weights
 from sft.models.loaded_model import load_for_inference
 from sft.models.lora import add_adapters
 from sft.recipe import LoraSettings, Recipe, load_recipe
@@ -47,7 +46,7 @@ SAMPLES = (
 def step_once(template, tmp_path, batches, **options) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step over `batches`, and its line of metrics."""
     model = make_tiny_model(template.tokenizer)
-    select_trainable(model)
+    weights.select_trainable(model)
     trainer_of(model, template, batches, tmp_path, len(batches), **options).train()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     return dict(model.named_parameters()), json.loads(line)
@@ -89,7 +88,7 @@ def test_four_micro_batches_make_the_step_of_one(template, tmp_path):
 def gradient_norm(template, packs, **options) -> float:
     """Of the mean over all tokens, or what `loss` makes of (model, packs)."""
     model = make_tiny_model(template.tokenizer)
-    select_trainable(model)
+    weights.select_trainable(model)
     options["loss"](model.train(), packs).backward()
     return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
@@ -136,7 +135,7 @@ def test_z_loss_pulls_the_softmax_denominator_to_one(template, tmp_path):
 
 def test_a_trainable_tensor_without_gradient_stops_the_first_step_with_images(template, tmp_path, model):
     """The norm behind the tower, were it not frozen by name."""
-    select_trainable(model)
+    weights.select_trainable(model)
     model.model.vision_model.post_layernorm.requires_grad_(True)
     batches = [batch_of([place(template, SAMPLES[1])]), batch_of([place(template, SAMPLES[0])])]
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=2)
@@ -145,8 +144,8 @@ def test_a_trainable_tensor_without_gradient_stops_the_first_step_with_images(te
 
 
 def adapted(model, *targets) -> torch.nn.Module:
-    add_adapters(model, lora_pattern(targets), LoraSettings(r=4, targets=targets), "base")
-    select_trainable(model, ["extra_rows"])
+    add_adapters(model, weights.lora_pattern(targets), LoraSettings(r=4, targets=targets), "base")
+    weights.select_trainable(model, ["extra_rows"])
     return model
 
 
@@ -178,8 +177,8 @@ def test_all_of_what_is_asked_for_moves_and_nothing_else(template, tmp_path, mod
 
 def test_what_is_trained_beside_4_bits_stays_exact(template, tmp_path, model):
     """SFTTrainer rounds it to bfloat16."""
-    save_model(model, tmp_path / "base", torch.float32)
-    quantised = adapted(load_model(tmp_path / "base", trained=["extra_rows"], quantised=True), "language")
+    weights.save_model(model, tmp_path / "base", torch.float32)
+    quantised = adapted(weights.load_model(tmp_path / "base", trained=["extra_rows"], quantised=True), "language")
     before = {name: p.clone() for name, p in quantised.named_parameters() if p.requires_grad}
     trainer_of(quantised, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
     for name, parameter in before.items():
@@ -189,7 +188,7 @@ def test_what_is_trained_beside_4_bits_stays_exact(template, tmp_path, model):
 
 def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template, tmp_path, model, monkeypatch):
     """The gradient scaler as a GPU without bfloat16 has it, here on the CPU; its first scale is far too large."""
-    select_trainable(model)
+    weights.select_trainable(model)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     batches = [batch_of([place(template, SAMPLES[0])]) for _ in range(3)]
     trainer = trainer_of(model, template, batches, tmp_path, 1, max_steps=3)
@@ -212,7 +211,7 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_run_goes_on(template,
 
 def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model, monkeypatch):
     monkeypatch.setattr(write_metrics, "MAX_NONFINITE_STEPS", 1)
-    select_trainable(model)
+    weights.select_trainable(model)
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
     batch = batch_of([place(template, SAMPLES[0])])
@@ -224,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_the_run(template, tmp_path, model, monke
 
 
 def test_a_loss_that_is_no_number_leaves_its_step_out_though_the_gradient_is_finite(template, tmp_path, model):
-    select_trainable(model)
+    weights.select_trainable(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = trainer_of(model, template, [batch_of([place(template, SAMPLES[0])])], tmp_path, 1)
     add = trainer.step_metrics.add
@@ -237,7 +236,7 @@ def test_a_loss_that_is_no_number_leaves_its_step_out_though_the_gradient_is_fin
 
 def test_writing_a_checkpoint_is_no_part_of_the_next_steps_speed(template, tmp_path, model, monkeypatch):
     """By a clock on which only that takes time, an hour."""
-    select_trainable(model)
+    weights.select_trainable(model)
     now = itertools.count()
     saving = []
     clock = SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: next(now) + 3600 * len(saving))
@@ -340,7 +339,7 @@ def test_training_lowers_the_loss_on_what_was_trained(finished):
     steps = MicroBatches(Plans(sources, planner, micro_batch_packs=2), square_images(64))
     first_step = next(iter(steps))["batch"]
     folders = base_path(finished), Path(finished.output_dir) / "checkpoints" / "checkpoint-4"
-    before, after = (float(load_model(folder)(batch=first_step).loss.detach()) for folder in folders)
+    before, after = (float(weights.load_model(folder)(batch=first_step).loss.detach()) for folder in folders)
     assert after < 0.9 * before
 
 
@@ -384,7 +383,7 @@ def test_frozen_groups_are_written_as_they_were(finished, tmp_path):
     before = load_file(base_path(recipe) / "model.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-1" / "model.safetensors")
     changed = {name for name in before if not torch.equal(after[name], before[name].to(torch.bfloat16))}
-    assert {group_of(name) for name in changed} == {"head", "gates"}
+    assert {weights.group_of(name) for name in changed} == {"head", "gates"}
 
 
 @pytest.mark.parametrize("mode", ["lora", "qlora"])
@@ -405,7 +404,7 @@ def test_adapters_are_trained_written_and_loaded_with_their_base(finished, tmp_p
         file.name for file in folder.iterdir()
     }
     assert not (folder / "config.json").exists(), "transformers would look for a model beside it"
-    base, loaded = load_model(base_path(recipe)), load_for_inference(folder, precision="float32")
+    base, loaded = weights.load_model(base_path(recipe)), load_for_inference(folder, precision="float32")
     batch = batch_of([place(loaded.template, document("A fox."))])
     assert not torch.equal(loaded.model(batch=batch).logits_PV, base.eval()(batch=batch).logits_PV)
 

@@ -13,19 +13,16 @@ from sft.cost.idefics.trained_model import TrainedModel
 from sft.cost.memory import Stage
 
 
-def stages(model: TrainedModel) -> list[Stage]:
-    """Return the groups of layers that keep something, in the order of the forward pass."""
-    return _Activations(model).stages()
-
-
-class _Activations:
+class Activations:
     """What the layers of each group keep: for each of its rows, or for each image."""
 
     def __init__(self, model: TrainedModel) -> None:
         self.model, self.shape, self.setting = model, model.shape, model.setting
-        self.half, self.stream = model.setting.compute_bytes, model.setting.stream_bytes
+        self.half = model.setting.compute_bytes
+        self.stream = 4 if model.setting.is_autocast else self.half  # the residual stream stays float32 under autocast
 
     def stages(self) -> list[Stage]:
+        """Return the groups of layers that keep something, in the order of the forward pass."""
         shape, tokens, images = self.shape, self.setting.tokens, self.setting.images
         patches, states = images * shape.patches, images * shape.states
         result = []

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.cost.family import Cost, Setting
-from sft.cost.idefics.activations import stages
+from sft.cost.idefics.activations import Activations
 from sft.cost.idefics.flop import count_flop
 from sft.cost.idefics.shapes import LAYER_GROUPS, Shape, shape_of
 from sft.cost.idefics.trained_model import TrainedModel
 from sft.cost.memory import Inventory, peak_memory
 from sft.cost.model_config import load_model_config
+from sft.models.idefics.names import MODEL_TYPES
 
 RELEASED = {
     f"HuggingFaceM4/idefics-{size}{kind}": f"idefics-{size}.json"
@@ -40,15 +41,15 @@ def trained_config(path: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is not of IDEFICS-1.
     """
-    config = load_model_config(path, ("idefics",), RELEASED)
+    config = load_model_config(path, MODEL_TYPES, RELEASED)
     if config.get("additional_vocab_size") == BASE_EXTRA_ROWS:
         config["additional_vocab_size"] += 1
     return config
 
 
 @dataclass(frozen=True)
-class IdeficsCost:
-    """What a model of IDEFICS-1 costs."""
+class CountedCost:
+    """What a model costs, but for the size of its images. A connector is counted as a resampler."""
 
     shape: Shape
 
@@ -59,15 +60,28 @@ class IdeficsCost:
 
     def cost(self, setting: Setting) -> Cost:
         """Return memory and operations of a training step on each GPU."""
-        return cost_of(TrainedModel(self.shape, setting))
+        return cost_of(self.shape, setting)
 
     def trained_parameters(self, setting: Setting) -> int:
         """Return how many parameters get a gradient, those of adapters included."""
-        return sum(TrainedModel(self.shape, setting).trained.values())
+        return sum(_trained_model(self.shape, setting).trained.values())
 
     def lora_layers(self, targets: Collection[str]) -> tuple[str, ...]:
         """Return the linear layers that `model.lora.targets` names, as `group.layer`."""
-        return tuple(linear.layer for linear in self.shape.linears if {linear.group, linear.target} & {*targets})
+        asked = {*map(_counted_as, targets)}
+        return tuple(linear.layer for linear in self.shape.linears if {linear.group, linear.target} & asked)
+
+    def num_tiles(self, width: int, height: int) -> int:
+        """Return how many tiles the tower takes an image as."""
+        return 1
+
+    def feature_bytes(self, width: int, height: int) -> int:
+        """Return the bytes of an image in the feature cache: its states in float16."""
+        return 2 * self.num_tiles(width, height) * self.shape.states * self.shape.state_size
+
+
+class IdeficsCost(CountedCost):
+    """What a model of IDEFICS-1 costs."""
 
     def fullest_images(self, tokens: int, image_weight: int) -> tuple[int, int]:
         """Return as many images as the cap allows: each has weight 1 and stands beside the text."""
@@ -77,14 +91,20 @@ class IdeficsCost:
         """Return 0: an image stands beside the text."""
         return 0
 
-    def feature_bytes(self, width: int, height: int) -> int:
-        """Return the bytes of an image in the feature cache: its states in float16, whatever its size."""
-        return 2 * self.shape.states * self.shape.state_size
 
-
-def cost_of(model: TrainedModel) -> Cost:
+def cost_of(shape: Shape, setting: Setting) -> Cost:
     """Return memory and operations of a training step on each GPU."""
+    model = _trained_model(shape, setting)
     return Cost(peak_memory(_inventory(model), model.setting), count_flop(model))
+
+
+def _trained_model(shape: Shape, setting: Setting) -> TrainedModel:
+    trainable = setting.trainable and tuple(map(_counted_as, setting.trainable))
+    return TrainedModel(shape, replace(setting, trainable=trainable))
+
+
+def _counted_as(group: str) -> str:
+    return group.replace("connector", "resampler")
 
 
 def _inventory(model: TrainedModel) -> Inventory:
@@ -104,7 +124,7 @@ def _inventory(model: TrainedModel) -> Inventory:
         largest_layer=max(shape.layer_weights("language"), shape.layer_weights("cross_attention")),
         copies=sum(map(model.copies, LAYER_GROUPS)),
         inputs=model.setting.images * _input_bytes(model),
-        stages=stages(model),
+        stages=Activations(model).stages(),
     )
 
 

@@ -29,7 +29,6 @@ class Linear:
     outputs: int
     rows: Rows
     count: int
-    bias: bool = False
 
     @property
     def weights(self) -> int:
@@ -48,7 +47,7 @@ class Linear:
         return f"{self.group}.{'mlp' if in_mlp else 'attention'}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """The sizes of a model."""
 
@@ -56,24 +55,26 @@ class Shape:
     intermediate: int
     layers: int
     heads: int
-    cross_layers: int
-    qk_norms: bool
-    gate_size: int
-    """Numbers in each of the two gates of a cross-attention layer."""
+    key_value_heads: int
+    """Heads of keys and values of the language model, which may be fewer."""
+    head_size: int
     vocabulary: int
-    extra_rows: int
+    extra_rows: int = 0
     """Rows after the base vocabulary: the image tokens and `<end_of_utterance>`."""
+    cross_layers: int = 0
+    qk_norms: bool = False
+    gate_size: int = 0
+    """Numbers in each of the two gates of a cross-attention layer."""
     vision_hidden: int
     vision_intermediate: int
     vision_layers: int
-    vision_heads: int
     image_size: int
     patch_size: int
     resampler_layers: int
-    resampler_heads: int
-    resampler_head: int
-    resampler_latents: int
-    resampler_qk_norms: bool
+    resampler_heads: int = 0
+    resampler_head: int = 0
+    resampler_latents: int = 0
+    resampler_qk_norms: bool = False
 
     is_tied: bool = False
     """Whether the head is the embedding."""
@@ -110,15 +111,18 @@ class Shape:
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
         """Every linear layer except the head."""
-        return tuple(self._linears())
+        return tuple(linear for linear in self._linears() if linear.count)
 
     def _linears(self) -> Iterator[Linear]:
         D, F, E, I = self.hidden, self.intermediate, self.vision_hidden, self.vision_intermediate  # noqa: E741
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield Linear("language", name, D, D, "tokens", self.layers)
-            looks_at_image = name in ("k_proj", "v_proj")
-            inputs, rows = (E, "states") if looks_at_image else (D, "tokens")
-            yield Linear("cross_attention", name, inputs, D, rows, self.cross_layers)  # type: ignore[arg-type]
+        heads, shared = self.heads * self.head_size, self.key_value_heads * self.head_size
+        yield Linear("language", "q_proj", D, heads, "tokens", self.layers)
+        yield Linear("cross_attention", "q_proj", D, D, "tokens", self.cross_layers)
+        for name in ("k_proj", "v_proj"):
+            yield Linear("language", name, D, shared, "tokens", self.layers)
+            yield Linear("cross_attention", name, E, D, "states", self.cross_layers)
+        yield Linear("language", "o_proj", heads, D, "tokens", self.layers)
+        yield Linear("cross_attention", "o_proj", D, D, "tokens", self.cross_layers)
         text_side: tuple[tuple[LayerGroup, int], ...]
         text_side = ("language", self.layers), ("cross_attention", self.cross_layers)
         for group, count in text_side:
@@ -126,25 +130,25 @@ class Shape:
             yield Linear(group, "up_proj", D, F, "tokens", count)
             yield Linear(group, "down_proj", F, D, "tokens", count)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield Linear("vision", name, E, E, "patches", self.vision_layers, bias=True)
-        yield Linear("vision", "fc1", E, I, "patches", self.vision_layers, bias=True)
-        yield Linear("vision", "fc2", I, E, "patches", self.vision_layers, bias=True)
-        inner = self.resampler_heads * self.resampler_head
+            yield Linear("vision", name, E, E, "patches", self.vision_layers)
+        yield Linear("vision", "fc1", E, I, "patches", self.vision_layers)
+        yield Linear("vision", "fc2", I, E, "patches", self.vision_layers)
+        yield from self._connector()
+
+    def _connector(self) -> Iterator[Linear]:
+        """Yield what stands between the tower and the language model."""
+        E, inner = self.vision_hidden, self.resampler_heads * self.resampler_head
         yield Linear("resampler", "q_proj", E, inner, "latents", self.resampler_layers)
-        yield Linear("resampler", "k_proj", E, inner, "context", self.resampler_layers)
-        yield Linear("resampler", "v_proj", E, inner, "context", self.resampler_layers)
+        for name in ("k_proj", "v_proj"):
+            yield Linear("resampler", name, E, inner, "context", self.resampler_layers)
         yield Linear("resampler", "output_proj", inner, E, "latents", self.resampler_layers)
         yield Linear("resampler", "fc", E, 4 * E, "latents", self.resampler_layers)
         yield Linear("resampler", "c_proj", 4 * E, E, "latents", self.resampler_layers)
 
     def layers_in(self, group: LayerGroup) -> int:
         """Return how many layers a group has."""
-        return {
-            "language": self.layers,
-            "cross_attention": self.cross_layers,
-            "resampler": self.resampler_layers,
-            "vision": self.vision_layers,
-        }[group]
+        layers = (self.layers, self.cross_layers, self.resampler_layers, self.vision_layers)
+        return dict(zip(LAYER_GROUPS, layers, strict=True))[group]
 
     def of_group(self, group: LayerGroup) -> tuple[Linear, ...]:
         """Return the linear layers of a group."""
@@ -212,6 +216,8 @@ def shape_of(values: Mapping[str, Any]) -> Shape:
         intermediate=config.intermediate_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
+        key_value_heads=config.num_attention_heads,
+        head_size=config.hidden_size // config.num_attention_heads,
         cross_layers=config.num_hidden_layers // config.cross_layer_interval,
         qk_norms=config.qk_layer_norms,
         gate_size=config.hidden_size if config.alpha_type == "vector" else 1,
@@ -220,7 +226,6 @@ def shape_of(values: Mapping[str, Any]) -> Shape:
         vision_hidden=vision.embed_dim,
         vision_intermediate=vision.intermediate_size,
         vision_layers=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         resampler_layers=resampler.resampler_depth if config.use_resampler else 0,

@@ -16,7 +16,7 @@ from sft.cost.idefics.shapes import LAYER_GROUPS, LayerGroup, Linear, Shape
 from sft.models.activation_checkpointing import is_recomputed
 
 QUANTISED: tuple[LayerGroup, ...] = ("language", "cross_attention")
-"""Groups whose frozen matrices are stored in 4 bits in QLoRA (`sft.models.idefics.parameters.QUANTISED`)."""
+"""Groups whose frozen matrices are stored in 4 bits in QLoRA (`sft.models.idefics.weights.IdeficsFolder.quantised`)."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ class TrainedModel:
 
     def _matrices(self) -> Iterator[tuple[int, int, int]]:
         """Yield rows, columns and number of the trained matrices."""
-        shape, trains, hidden, vision_hidden = (
-            self.shape,
-            self.setting.trains,
-            self.shape.hidden,
-            self.shape.vision_hidden,
-        )
+        shape, trains = self.shape, self.setting.trains
         for group in LAYER_GROUPS:
             for linear in shape.of_group(group) if trains(group) else ():
                 yield linear.outputs, linear.inputs, linear.count
@@ -83,12 +78,13 @@ class TrainedModel:
                 yield self.setting.lora_rank, linear.inputs, linear.count
                 yield linear.outputs, self.setting.lora_rank, linear.count
         if trains("vision"):
-            yield shape.positions, vision_hidden, 1
-            yield shape.patch_size, shape.patch_size, 3 * vision_hidden  # of the convolution by which the tower begins
+            yield shape.positions, shape.vision_hidden, 1
+            # The convolution by which the tower begins.
+            yield shape.patch_size, shape.patch_size, 3 * shape.vision_hidden
         if trains("resampler") and shape.resampler_layers and shape.resampler_latents:
             yield shape.resampler_latents, shape.state_size, 1
-        yield shape.vocabulary, hidden, trains("embeddings") + trains("head")
-        yield shape.extra_rows, hidden, 2 * trains("extra_rows")
+        yield shape.vocabulary, shape.hidden, trains("embeddings") + trains("head")
+        yield shape.extra_rows, shape.hidden, 2 * trains("extra_rows")
 
     @property
     def frozen(self) -> tuple[int, int, int]:
@@ -107,7 +103,9 @@ class TrainedModel:
 
     def has_backward(self, group: LayerGroup) -> bool:
         """Return whether gradients flow through a group, to what is trained in it or before it. Through the text side
-        they always do."""
+        they always do where anything is trained."""
+        if self.setting.mode == "full" and self.setting.trainable == ():
+            return False
         if group in ("language", "cross_attention") or self.setting.trains(group) or self.adapted(group):
             return True
         return group == "resampler" and self.has_backward("vision")

@@ -67,29 +67,21 @@ class SizedCost(InlineCost):
     shape: SizedShape
     sizes: SizeSettings
 
-    @property
-    def tiles(self) -> int:
-        """Tiles of an image."""
-        return self.sizes.tiling(1, 1).num_tiles
-
     def mean_tile(self, setting: Setting) -> tuple[InlineShape, int]:
         """Return the model with the mean tile of a micro-batch as its image, and how many tiles there are."""
-        tiles = self.tiles * setting.images
+        tiles = self.num_tiles(1, 1) * setting.images
         return replace(self.shape, tile_patches=ceil((setting.image_weight or 0) / max(tiles, 1))), tiles
 
     def fullest_images(self, tokens: int, image_weight: int) -> tuple[int, int]:
         """Return as many images as the tokens of a pack hold, and as many patches as the cap allows."""
-        least, most = (self.tiles * (edge // self.shape.patch_size) ** 2 for edge in self.sizes[1::-1])
+        edges = (self.sizes.shortest_edge, self.sizes.longest_edge)
+        least, most = (self.num_tiles(1, 1) * (edge // self.shape.patch_size) ** 2 for edge in edges)
         images = min(tokens // self.image_tokens(1, 1), image_weight // least)
         return images, min(image_weight, images * most)
 
     def image_tokens(self, width: int, height: int) -> int:
         """Return how many tokens an image takes, whatever its size."""
-        return self.tiles * (self.shape.states + 1) + 1
-
-    def feature_bytes(self, width: int, height: int) -> int:
-        """Return the bytes of an image in the feature cache: its states in float16, whatever its size."""
-        return 2 * self.tiles * self.shape.states * self.shape.state_size
+        return self.num_tiles(width, height) * (self.shape.states + 1) + 1
 
 
 def shape_of(values: Mapping[str, Any]) -> SizedShape:

@@ -15,9 +15,6 @@ class InlineShape(Shape):
     """The sizes of a model whose images are part of the text: a SigLIP tower, a connector, which is counted as a
     resampler, and a language model whose heads share keys and values."""
 
-    key_value_heads: int
-    head_size: int
-
     @property
     def state_size(self) -> int:
         """Numbers of an image state."""
@@ -29,21 +26,14 @@ class InlineShape(Shape):
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def patches(self) -> int:
+        """Patches of a tile."""
+        return self.positions
+
+    @property
     def never_trained(self) -> int:
         """Every parameter gets a gradient."""
         return 0
-
-    def _linears(self) -> Iterator[Linear]:
-        D, heads, shared = self.hidden, self.heads * self.head_size, self.key_value_heads * self.head_size
-        for name, outputs in (("q_proj", heads), ("k_proj", shared), ("v_proj", shared)):
-            yield Linear("language", name, D, outputs, "tokens", self.layers)
-        yield Linear("language", "o_proj", heads, D, "tokens", self.layers)
-        of_both = (linear for linear in super()._linears() if linear.group in ("language", "vision"))
-        yield from (linear for linear in of_both if linear.group == "vision" or linear.target == "language.mlp")
-        yield from self._connector()
-
-    def _connector(self) -> Iterator[Linear]:
-        raise NotImplementedError  # each family has its own
 
     def _other_parameters(self, group: LayerGroup) -> int:
         """Return the norms, biases and embeddings of a group. The tower has no class token and one norm at its end."""
@@ -58,11 +48,6 @@ class TiledShape(InlineShape):
 
     shuffled: int
     """How many patches, in each direction, become one state."""
-
-    @property
-    def patches(self) -> int:
-        """Patches of a tile."""
-        return self.positions
 
     @property
     def states(self) -> int:
@@ -83,14 +68,11 @@ def shape_of(values: Mapping[str, Any]) -> TiledShape:
         shuffled=config.scale_factor,
         connector_inputs=config.vision_config.hidden_size * config.scale_factor**2,
         resampler_layers=1,  # the connector
-        resampler_heads=0,
-        resampler_head=0,
-        resampler_latents=0,
     )
 
 
 def common_sizes(config: Any) -> dict[str, Any]:
-    """Return the sizes of tower and language model by their names in `InlineShape`, and what these models have not."""
+    """Return the sizes of tower and language model by their names in `Shape`."""
     text, vision = config.text_config, config.vision_config
     return dict(
         hidden=text.hidden_size,
@@ -103,13 +85,7 @@ def common_sizes(config: Any) -> dict[str, Any]:
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
         vision_layers=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         is_tied=config.tie_word_embeddings,
-        resampler_qk_norms=False,
-        cross_layers=0,
-        qk_norms=False,
-        gate_size=0,
-        extra_rows=0,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sft.evaluation.captions import Captions, read_karpathy
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 
 
 class CocoCaptions(Captions):
@@ -21,6 +22,7 @@ class CocoCaptions(Captions):
 
     name = "coco_captions"
     splits = ("test", "val", "train")
+    typical = Typical(items={"test": 5_000}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""

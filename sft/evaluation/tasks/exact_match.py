@@ -24,7 +24,7 @@ from sft.core.metric import ACCURACY
 from sft.core.sample import SkipSample
 from sft.core.shipped import resolve
 from sft.evaluation.metrics.vqa_accuracy import normalise_freely
-from sft.evaluation.prompts import TaskItem
+from sft.evaluation.prompts import TaskItem, choose_prompt
 from sft.evaluation.questions import OpenQuestions
 from sft.evaluation.results import Result
 from sft.evaluation.task import Answer
@@ -52,17 +52,22 @@ class ExactMatch(OpenQuestions):
     def open(cls, source: TaskSource) -> Sequence[ExactMatch]:
         """
         Raises:
-            UserError: see `read_questions`; no file is named, or one that is none of questions.
+            UserError: see `read_questions`; no file is named, or one that is none of questions; or there is no such
+                prompt.
         """
         data = source.named_data("exact_match")
         if not data.endswith(".jsonl"):
             raise UserError(f"{data}: --by exact_match reads a .jsonl of questions with short answers")
+        choose_prompt("exact_match", cls.prompts, source.settings.prompt)
         file = resolve(data)
-        return [cls(file, read_questions(file))]
+        task = cls(file, read_questions(file))
+        task.num_beams = source.settings.num_beams
+        return [task]
 
     def protocol(self, template: ChatTemplate) -> dict[str, Any]:
         """Return the file and its images, and how an answer is written and compared."""
         own: dict[str, Any] = {"blind": True} if self.blind else {}
+        own |= {"beams": self.num_beams} if self.num_beams > 1 else {}
         return own | {
             "by": "exact_match",
             "template": template.fingerprint,

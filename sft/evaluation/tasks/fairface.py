@@ -22,6 +22,7 @@ from sft.evaluation.official_files import official_layout, read_csv
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
 from sft.evaluation.results import Result
+from sft.evaluation.task import Typical
 from sft.evaluation.task_source import TaskSource
 
 Attribute = Literal["gender", "race", "age"]
@@ -42,38 +43,34 @@ NAMES: Mapping[Attribute, Mapping[str, str]] = {
 }
 """What each label is called in a prompt."""
 
-_TASK = "The user shows {} and the assistant must find their {}.\n"
+
+def _instruct(what: str, question: str, answer: str) -> Prompt:
+    prefix = f"The user shows pictures of people and the assistant must find their {what}.\n"
+    return Prompt(prefix=prefix, question=f"{{image}}{question}", answer=f"{answer} {{answer}}.")
+
+
+_A_PHOTO = Prompt(question="{image}a photo of a", answer=" {answer} person.", is_document=True)
+_AGE = Prompt(
+    prefix="Task: Find the age of people in the pictures.\n",
+    question="{image}Age:",
+    answer=" {answer}.",
+    is_document=True,
+)
 PROMPTS: Mapping[Attribute, Mapping[str, Prompt]] = {
     "gender": {
-        "instruct": Prompt(
-            prefix=_TASK.format("pictures of people", "gender"),
-            question="{image}What is this person's gender?",
-            answer="This person is a {answer}.",
-        ),
-        "base": Prompt(question="{image}a photo of a", answer=" {answer} person.", is_document=True),
+        "instruct": _instruct("gender", "What is this person's gender?", "This person is a"),
+        "base": _A_PHOTO,
     },
-    "race": {
-        "instruct": Prompt(
-            prefix=_TASK.format("pictures of people", "race"),
-            question="{image}What is this person's race?",
-            answer="This person is {answer}.",
-        ),
-        "base": Prompt(question="{image}a photo of a", answer=" {answer} person.", is_document=True),
-    },
-    "age": {
-        "instruct": Prompt(
-            prefix=_TASK.format("pictures of people", "age"),
-            question="{image}How old is the person in the picture?",
-            answer="The person is {answer}.",
-        ),
-        "base": Prompt(
-            prefix="Task: Find the age of people in the pictures.\n",
-            question="{image}Age:",
-            answer=" {answer}.",
-            is_document=True,
-        ),
-    },
+    "race": {"instruct": _instruct("race", "What is this person's race?", "This person is"), "base": _A_PHOTO},
+    "age": {"instruct": _instruct("age", "How old is the person in the picture?", "The person is"), "base": _AGE},
 }
+
+
+def read_faces(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a file of labels, with the ages mended; raise UserError where it is missing or of another
+    layout."""
+    with official_layout(file):
+        return [row | {"age": MENDED.get(row["age"], row["age"])} for row in read_csv(file)]
 
 
 class FairFace(RankedQuestions):
@@ -81,6 +78,7 @@ class FairFace(RankedQuestions):
 
     name = "fairface"
     splits = ("val", "train")
+    typical = Typical(items={"val": 10_954}, query=8, shot=11, queries=3, options=6, option=9, tree=20, shots=(0,))
     prompts: ClassVar[Mapping[str, Prompt]] = PROMPTS["gender"]
     attribute: Attribute = "gender"
 
@@ -102,12 +100,12 @@ class FairFace(RankedQuestions):
                 TaskItem(
                     id=row["file"],
                     options=tuple(names.values()),
-                    answers=(names[MENDED.get(row[self.attribute], row[self.attribute])],),
+                    answers=(names[row[self.attribute]],),
                     images=(ImageRef(source=folder / row["file"]),),
                     cluster=row["file"],
                     category=f"{row['gender']}, {row['race']}",
                 )
-                for row in read_csv(file)
+                for row in read_faces(file)
             ]
 
     def all_figures(self, result: Result) -> dict[str, float]:

@@ -25,7 +25,7 @@ from sft.evaluation.official_files import official_layout, read_jsonl
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
 from sft.evaluation.results import Result
-from sft.evaluation.task import Answer
+from sft.evaluation.task import Answer, Typical
 
 HARD = "ROC AUC of hard answers (m4)"
 SCENE = "The user sends memes with text written on them, and {} has to say whether the meme is hateful or not."
@@ -37,6 +37,7 @@ class HatefulMemes(RankedQuestions):
     name = "hateful_memes"
     metric = Metric(name="ROC AUC")
     splits = ("test_seen", "dev_seen", "dev_unseen", "test_unseen", "train")
+    typical = Typical(items={"test_seen": 1_000}, query=40, shot=40, options=2)
     prompts: ClassVar[Mapping[str, Prompt]] = {
         "instruct": Prompt(
             prefix=SCENE.format("the assistant") + "\n",

@@ -25,6 +25,7 @@ from sft.evaluation.draw_images import in_random_order
 from sft.evaluation.official_files import official_layout, read_csv, read_json
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
+from sft.evaluation.task import Typical
 
 SHOTS_PER_CLASS = 5
 NAMES = "imagenet-simple-labels.json"
@@ -35,6 +36,7 @@ class ImageNet(RankedQuestions):
 
     name = "imagenet"
     splits = ("val", "train")
+    typical = Typical(items={"val": 50_000}, query=8, shot=11, options=1_000, option=3, tree=2_676, shots=(16, 16))
     prompts: ClassVar[Mapping[str, Prompt]] = {
         "instruct": Prompt(
             question="{image}What is represented in this image?", answer="This is a photo of a {answer}."

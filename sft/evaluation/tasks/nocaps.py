@@ -24,7 +24,7 @@ from sft.evaluation.metrics.cider import CiderD
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
 from sft.evaluation.results import Result
-from sft.evaluation.task import Answer
+from sft.evaluation.task import Answer, Typical
 from sft.evaluation.tasks.coco_captions import CocoCaptions
 
 FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
@@ -36,6 +36,7 @@ class NoCaps(Captions):
 
     name = "nocaps"
     splits = tuple(FILES)
+    typical = Typical(items={"val": 4_500, "test": 10_600}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""
@@ -54,23 +55,27 @@ class NoCaps(Captions):
 
     def read_support(self, folder: Path, named: str | None) -> list[TaskItem]:
         """Return the captions of COCO's `train`."""
-        return CocoCaptions.__new__(CocoCaptions).read(Path(named) if named else folder, "train")
+        return CocoCaptions.__new__(CocoCaptions).read_items(Path(named) if named else folder, "train")
 
     @cached_property
     def _cider_of(self) -> dict[str, CiderD]:
         by_domain: dict[str, list[Sequence[str]]] = defaultdict(list)
-        for item in self.items:
+        for item in (one for one in self.items if one.category):
             by_domain[item.category].append(item.answers)
         return {domain: CiderD(references) for domain, references in by_domain.items()}
 
     def figures(self, item: TaskItem, answers: Sequence[Answer]) -> dict[str, float]:
         """Return the CIDEr-D with weights of the item's domain."""
-        return {OWN: self._cider_of[item.category].score(answers[0].text, item.answers)} if item.answers else {}
+        return (
+            {OWN: self._cider_of[item.category].score(answers[0].text, item.answers)}
+            if item.answers and item.category
+            else {}
+        )
 
     def all_figures(self, result: Result) -> dict[str, float]:
         """Return the mean of each domain with its own weights."""
         by_domain: dict[str, list[float]] = defaultdict(list)
-        for outcome in result.outcomes:
+        for outcome in (one for one in result.outcomes if one.category):
             by_domain[f"{outcome.category}, {OWN}"].append(outcome.details["figures"][OWN])
         return {name: sum(values) / len(values) for name, values in sorted(by_domain.items())}
 

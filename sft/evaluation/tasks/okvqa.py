@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 from sft.evaluation.vqa import VQA, read_vqa
 
 
@@ -20,6 +21,7 @@ class OKVQA(VQA):
 
     name = "okvqa"
     splits = ("val", "train")
+    typical = Typical(items={"val": 5_046}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file."""

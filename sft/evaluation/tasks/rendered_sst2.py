@@ -17,6 +17,7 @@ from sft.core.errors import UserError
 from sft.core.sample import ImageRef
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
+from sft.evaluation.task import Typical
 
 LABELS = ("negative", "positive")
 
@@ -26,6 +27,7 @@ class RenderedSST2(RankedQuestions):
 
     name = "rendered_sst2"
     splits = ("test", "valid", "train")
+    typical = Typical(items={"test": 1_821}, query=10, shot=12, options=2)
     prompts: ClassVar[Mapping[str, Prompt]] = {
         "chat": Prompt(question="{image}Is the movie review in the image positive or negative? Answer with one word."),
         "base": Prompt(

@@ -10,12 +10,12 @@ once.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
-from sft.evaluation.captions import Captions, caption_item
+from sft.evaluation.captions import Captions, grouped
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 
 
 class TextCaps(Captions):
@@ -23,16 +23,17 @@ class TextCaps(Captions):
 
     name = "textcaps"
     splits = ("val", "train", "test")
+    typical = Typical(items={"val": 3_166, "test": 3_289}, query=7, shot=23, option=15)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return the images of a split, in the order of the file."""
         file = folder / f"TextCaps_0.1_{split}.json"
         images = folder / ("test_images" if split == "test" else "train_images")
-        captions: dict[str, list[str]] = defaultdict(list)
         with official_layout(file):
-            for row in read_json(file)["data"]:
-                captions[row["image_id"]] += [row["caption_str"]] if "caption_str" in row else []
-        return [caption_item(image, own, images / f"{image}.jpg") for image, own in captions.items()]
+            rows = read_json(file)["data"]
+            captions = [[row["caption_str"]] if "caption_str" in row else [] for row in rows]
+            numbers = [row["image_id"] for row in rows]
+        return grouped(numbers, captions, [images / f"{number}.jpg" for number in numbers])
 
 
 TASK = TextCaps

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft.core.sample import ImageRef
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import TaskItem
-from sft.evaluation.vqa import VQA
+from sft.evaluation.task import Typical
+from sft.evaluation.vqa import VQA, vqa_item
 
 
 class TextVQA(VQA):
@@ -22,6 +22,7 @@ class TextVQA(VQA):
 
     name = "textvqa"
     splits = ("val", "train", "test")
+    typical = Typical(items={"val": 5_000}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file."""
@@ -29,12 +30,8 @@ class TextVQA(VQA):
         images = folder / ("test_images" if split == "test" else "train_images")
         with official_layout(file):
             return [
-                TaskItem(
-                    id=record["question_id"],
-                    text=record["question"].strip(),
-                    answers=tuple(record.get("answers") or ()),
-                    images=(ImageRef(source=images / f"{record['image_id']}.jpg"),),
-                    cluster=f"image {record['image_id']}",
+                vqa_item(
+                    record, images / f"{record['image_id']}.jpg", record["question_id"], f"image {record['image_id']}"
                 )
                 for record in read_json(file)["data"]
             ]

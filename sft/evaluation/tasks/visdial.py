@@ -23,7 +23,7 @@ from sft.evaluation.metrics.ndcg import ndcg
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
-from sft.evaluation.task import Answer
+from sft.evaluation.task import Answer, Typical
 
 
 class VisDial(RankedQuestions):
@@ -32,6 +32,7 @@ class VisDial(RankedQuestions):
     name = "visdial"
     metric = Metric(name="NDCG (official)")
     splits = ("val", "train")
+    typical = Typical(items={"val": 2_064}, query=80, shot=130, options=100, option=3, tree=162, shots=(0, 4, 8))
     prompts: ClassVar[Mapping[str, Prompt]] = {
         "base": Prompt(question="{image}{caption}. {text}Answer:", answer=" {answer}.", is_document=True),
         "chat": Prompt(question="{image}{caption}. {text}", answer="{answer}."),

@@ -10,15 +10,16 @@ people have no numbers either, so the variants of VQA accuracy differ by up to 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from sft.core.sample import ImageRef
+from sft.data.formats import Row
 from sft.evaluation.official_files import official_layout, read_json
 from sft.evaluation.prompts import Prompt, TaskItem
-from sft.evaluation.vqa import VQA
+from sft.evaluation.task import Typical
+from sft.evaluation.vqa import VQA, vqa_item
 
 PREFIX = "Task: Answer the questions based on the image when possible, otherwise say unanswerable.\n"
 
@@ -28,6 +29,7 @@ class VizWiz(VQA):
 
     name = "vizwiz"
     splits = ("val", "train", "test")
+    typical = Typical(items={"val": 4_319, "test": 8_000}, query=18, shot=22, option=5)
     prompts: ClassVar[Mapping[str, Prompt]] = {
         **VQA.prompts,
         "base": replace(VQA.prompts["base"], prefix=PREFIX),
@@ -38,17 +40,15 @@ class VizWiz(VQA):
         file = folder / "Annotations" / f"{split}.json"
         with official_layout(file):
             return [
-                TaskItem(
-                    id=record["image"],
-                    text=record["question"].strip(),
-                    answers=tuple(one["answer"] for one in record.get("answers", ())),
-                    images=(ImageRef(source=folder / split / record["image"]),),
-                    cluster=record["image"],
-                    category=record.get("answer_type", ""),
-                    data={"marks": [one["answer_confidence"] for one in record.get("answers", ())]},
-                )
+                vqa_item(record, folder / split / record["image"], record["image"], record["image"])
                 for record in read_json(file)
             ]
+
+    def from_copy(self, rows: Sequence[Row]) -> list[TaskItem]:
+        """Return the questions of the rows of a copy, which names its images without suffix."""
+        items = super().from_copy(rows)
+        names = [f"{str(item.id).removesuffix('.jpg')}.jpg" for item in items]
+        return [replace(item, id=name, cluster=name) for item, name in zip(items, names, strict=True)]
 
 
 TASK = VizWiz

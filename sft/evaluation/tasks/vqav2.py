@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.evaluation.prompts import TaskItem
+from sft.evaluation.task import Typical
 from sft.evaluation.vqa import VQA, read_vqa
 
 PARTS = {"val": "val2014", "train": "train2014", "test-dev": "test-dev2015", "test": "test2015"}
@@ -24,6 +25,7 @@ class VQAv2(VQA):
 
     name = "vqav2"
     splits = tuple(PARTS)
+    typical = Typical(items={"val": 214_354, "test-dev": 107_394, "test": 447_793}, query=18, shot=22, option=5)
 
     def read(self, folder: Path, split: str) -> list[TaskItem]:
         """Return all questions of a split, in the order of their file; of `test` and `test-dev` without answers."""

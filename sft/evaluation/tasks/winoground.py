@@ -24,7 +24,7 @@ from sft.core.sample import ImageRef
 from sft.evaluation.official_files import official_layout, read_jsonl
 from sft.evaluation.prompts import Prompt, TaskItem
 from sft.evaluation.questions import RankedQuestions
-from sft.evaluation.task import Answer, Query
+from sft.evaluation.task import Answer, Query, Typical
 from sft.evaluation.task_source import TaskSource
 
 M4 = {
@@ -41,6 +41,7 @@ class Winoground(RankedQuestions):
     name = "winoground"
     metric = Metric(name="group score")
     splits = ("test",)
+    typical = Typical(items={"test": 400}, query=10, queries=2, options=2, option=9, tree=15, shots=(0,))
     prompts: ClassVar[Mapping[str, Prompt]] = {
         "base": Prompt(question="{image}Description of the image:", answer=" {answer}", is_document=True),
         "chat": Prompt(question="{image}Describe the image briefly."),

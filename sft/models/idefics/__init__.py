@@ -7,9 +7,5 @@ names       groups of parameters and adapter targets, without torch
 text        the vocabulary and its rules
 images      one square tile an image
 packed      the forward over packed batches; layers: its layers, in fewer passes over memory
-weights     what `sft.models.family.Weights` lists, from these files:
-    folders     config.json and the safetensors files of a model folder
-    parameters  groups of parameters, what is trained, where adapters are
-    loading     weights into memory and back into a folder
-    base        a base whose vocabulary has `<end_of_utterance>`
+weights     its model folders and parameters, and a base whose vocabulary has `<end_of_utterance>`
 """

@@ -116,8 +116,7 @@ class IdeficsImages:
 
 
 def save_processor(tokenizer: PreTrainedTokenizerFast, config: IdeficsConfig, directory: Path) -> None:
-    """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels of the size that the
-    model takes."""
+    """Write what transformers' `AutoProcessor` reads: the tokenizer, and how images become pixels for the model."""
     from transformers import IdeficsImageProcessor, IdeficsProcessor
 
     size = IdeficsImages(config).one_tile.height

@@ -1,5 +1,7 @@
 """The names of IDEFICS-1 that a recipe may use."""
 
+MODEL_TYPES = ("idefics",)
+
 GROUPS = {
     "vision": "the image encoder",
     "resampler": "from patches to latents",

@@ -35,17 +35,10 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
 
     @functools.wraps(PlainIdefics.forward)  # generate() reads the signature
     def forward(  # type: ignore[override]
-        self,
-        *args: Any,
-        batch: Batch | None = None,
-        read_P: Tensor | None = None,
-        z_loss: float = 0.0,
-        **kwargs: Any,
+        self, *args: Any, batch: Batch | None = None, read_P: Tensor | None = None, z_loss: float = 0.0, **kwargs: Any
     ) -> Any:
         """Compute what `PackedModel` says of `model(...)`."""
-        if batch is None:
-            return super().forward(*args, **kwargs)
-        return self.packed_forward(batch, read_P, z_loss)
+        return super().forward(*args, **kwargs) if batch is None else self.packed_forward(batch, read_P, z_loss)
 
     def encode_images(self, tiles: Sequence[Tensor], tilings: Sequence[Tiling] = ()) -> Tensor:
         """Return the states (R, E) of images, of uint8 or already normalised tiles: what cross-attention looks at."""
@@ -58,8 +51,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
         return torch.as_tensor(features_NSE).flatten(0, 1)
 
     def hidden_states(self, batch: Batch, read_P: Tensor) -> Tensor:
-        """Return the final hidden states (P, D) at some positions. The walk through the layers is that of
-        `IdeficsModel.forward`."""
+        """Return the final hidden states (P, D) at some positions, as `IdeficsModel.forward` makes them."""
         decoder = self.model
         states_RE = self.image_states(batch)
         if states_RE is None:  # text only, on one device: nothing can look at these zeros
@@ -99,7 +91,7 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
                 use_cache=False,
             )
         finally:
-            use_grouped_attention(self)
+            self.use_grouped_attention()
         return torch.as_tensor(output.logits[0])
 
     def generation_inputs(
@@ -117,6 +109,10 @@ class PackedIdefics(PackedModel, PlainIdefics):  # type: ignore[misc]  # transfo
                 pixels_BNCHW[row, number] = normalise(torch.tensor(image))[0]
         return {"pixel_values": pixels_BNCHW, "image_attention_mask": image_attention_mask(prompts, num_images)}
 
+    def use_grouped_attention(self) -> None:
+        """Set attention by groups. The vision tower has no groups and attends as ever, see `grouped_attention`."""
+        self.config._attn_implementation = self.config.vision_config._attn_implementation = "grouped"
+
 
 def image_attention_mask(prompts: Sequence[EncodedSample], num_images: int) -> Tensor:
     """(B, T, N): each token looks at the last image at or before it; new tokens look where the last one did."""
@@ -128,9 +124,3 @@ def image_attention_mask(prompts: Sequence[EncodedSample], num_images: int) -> T
             mask_BTN[row, offset + position :] = 0
             mask_BTN[row, offset + position :, image] = 1
     return mask_BTN
-
-
-def use_grouped_attention(model: PackedIdefics) -> None:
-    """Set attention by groups. The vision tower has no groups and attends as ever, see `grouped_attention`."""
-    model.config._attn_implementation = "grouped"
-    model.config.vision_config._attn_implementation = "grouped"

@@ -11,7 +11,8 @@ from transformers import IdeficsConfig, PreTrainedTokenizerFast
 
 from sft.core.errors import UserError
 from sft.core.sample import EncodedSample, ImageRef
-from sft.models.idefics.folders import read_config
+from sft.models import read_config
+from sft.models.idefics.names import MODEL_TYPES
 
 if TYPE_CHECKING:
     from sft.models.family import Images
@@ -51,11 +52,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: there is no tokenizer, or it is not one of IDEFICS.
     """
-    config = read_config(path)
+    config = read_config(path, MODEL_TYPES)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer.json found; an IDEFICS folder has one") from error
+        raise UserError(f"{path}: no tokenizer.json that can be read; an IDEFICS folder has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
     num_base = config.get("vocab_size")
     if num_base is None:

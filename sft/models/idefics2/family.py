@@ -6,7 +6,7 @@ from sft.models.family import Family
 from sft.models.idefics2 import text
 from sft.models.idefics2.images import SizedImages
 from sft.models.idefics2.packed import PackedIdefics2
-from sft.models.inline_folder import InlineFolder
+from sft.models.inline_folder import LORA_LAYERS, InlineFolder
 
 
 class SizedFolder(InlineFolder):
@@ -14,9 +14,10 @@ class SizedFolder(InlineFolder):
 
     model_types = ("idefics2",)
     text_type = "mistral"
-    encoder_parts = ("perceiver_config",)
-    connector_layers = MappingProxyType(
-        {
+    encoder_parts = ("vision_config", "perceiver_config", "preprocessor")
+    lora_layers = MappingProxyType(
+        LORA_LAYERS
+        | {
             "connector.attention": r"model\.connector\.perceiver_resampler\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
             "connector.mlp": (
                 r"model\.connector\.(modality_projection|perceiver_resampler\.layers\.\d+\.mlp)\.(gate|up|down)_proj"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sft.core.errors import UserError
 from sft.core.sample import Tiling
-from sft.models.preprocessor import PREPROCESSOR
+from sft.models.preprocessor import PREPROCESSOR, read_edges
 
 
 class SizeSettings(NamedTuple):
@@ -28,10 +28,9 @@ class SizeSettings(NamedTuple):
         """Read the settings; what is left out is as in the released models.
 
         Raises:
-            UserError: the shortest edge is the longer one.
+            UserError: the shortest edge is the longer one, or a setting is of another kind.
         """
-        size = {"longest_edge": 980, "shortest_edge": 378, **(preprocessor.get("size") or {})}
-        longest, shortest = int(size["longest_edge"]), int(size["shortest_edge"])
+        longest, shortest = read_edges(preprocessor, "size", longest_edge=980, shortest_edge=378)
         if shortest > longest:
             raise UserError(f"{PREPROCESSOR}: shortest_edge {shortest} is over longest_edge {longest}")
         return cls(longest, shortest, bool(preprocessor.get("do_image_splitting", True)))

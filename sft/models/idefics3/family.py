@@ -7,7 +7,7 @@ from sft.models.idefics3 import text
 from sft.models.idefics3.images import TiledImages
 from sft.models.idefics3.names import MODEL_TYPES
 from sft.models.idefics3.packed import model_class
-from sft.models.inline_folder import InlineFolder
+from sft.models.inline_folder import LORA_LAYERS, InlineFolder
 
 
 class TiledFolder(InlineFolder):
@@ -15,8 +15,8 @@ class TiledFolder(InlineFolder):
 
     model_types = MODEL_TYPES
     text_type = "llama"
-    encoder_parts = ("scale_factor",)
-    connector_layers = MappingProxyType({"connector": r"model\.connector\.modality_projection\.proj"})
+    encoder_parts = ("vision_config", "scale_factor", "preprocessor")
+    lora_layers = MappingProxyType(LORA_LAYERS | {"connector": r"model\.connector\.modality_projection\.proj"})
     images = TiledImages
     load_tokenizer = staticmethod(text.load_tokenizer)
     model_class = staticmethod(model_class)

@@ -64,7 +64,7 @@ def open_tokenizer(
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer.json found; a folder of this family has one") from error
+        raise UserError(f"{path}: no tokenizer.json that can be read; a folder of this family has one") from error
     tokenizer.padding_side = "left"  # generation with right padding gives wrong tokens
     tokens = tokenizer.get_vocab()
     if missing := [token for token in needed if token not in tokens]:
@@ -103,8 +103,7 @@ def golden_ids(config: PreTrainedConfig) -> None:
 
 
 def wrong_with_tokens(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> str:
-    """Return what is wrong with the ids of a rendered chat; an empty text if nothing is: what stands after its last
-    image comes back as it was."""
+    """Return what is wrong with the ids of a rendered chat, from its last image on; an empty text if nothing is."""
     expected = text.rpartition(IMAGE)[2]
     found = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)[-len(expected) :]
     return "" if found == expected else f"a chat ends with {found!r} where {expected!r} was written"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sft.core.errors import UserError
 from sft.core.sample import Tiling
-from sft.models.preprocessor import PREPROCESSOR
+from sft.models.preprocessor import PREPROCESSOR, read_edges
 
 MAX_EDGE = 4096
 """No image is scaled over this edge (transformers' MAX_IMAGE_SIZE)."""
@@ -34,10 +34,10 @@ class TileSettings(NamedTuple):
         pixels.
 
         Raises:
-            UserError: tiles are of another size than that.
+            UserError: tiles are of another size than that, or a setting is of another kind.
         """
-        longest_edge = int((preprocessor.get("size") or {}).get("longest_edge", 4 * image_size))
-        tile = int((preprocessor.get("max_image_size") or {}).get("longest_edge", image_size))
+        (longest_edge,) = read_edges(preprocessor, "size", longest_edge=4 * image_size)
+        (tile,) = read_edges(preprocessor, "max_image_size", longest_edge=image_size)
         if tile != image_size:
             raise UserError(f"{PREPROCESSOR} cuts tiles of {tile} pixels, the vision tower takes {image_size}")
         return cls(longest_edge, tile, is_split=bool(preprocessor.get("do_image_splitting", True)))

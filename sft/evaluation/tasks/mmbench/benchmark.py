@@ -71,9 +71,7 @@ def load_benchmark(
     """Read a TSV of MMBench layout; with `max_questions`, a seeded part of it made of whole images.
 
     `shots` questions are shown before each, from the TSV `support`, or from a part of `path` that is then not asked.
-
-    Raises:
-        UserError: see `read_tsv`; there are not enough answers to show.
+    Raise UserError as `read_tsv` does, and where there are not enough answers to show.
     """
     rows = read_tsv(path)
     questions = group_rows(rows, protocol)

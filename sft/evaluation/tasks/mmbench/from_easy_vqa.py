@@ -10,7 +10,7 @@ import base64
 import csv
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,10 +23,7 @@ def write_benchmark(path: Path, *, seed: int) -> int:
     """Write the TSV, with every rotation of the options as a row, and return the number of questions.
 
     A question's index is its place among all questions of the split, yes/no questions counted. `seed` draws the wrong
-    colours and shuffles the options, so that the right letter is uniform.
-
-    Raises:
-        OSError: the file cannot be written.
+    colours and shuffles the options, so that the right letter is uniform. Raise OSError where it cannot be written.
     """
     import easy_vqa
 
@@ -48,24 +45,20 @@ def write_benchmark(path: Path, *, seed: int) -> int:
 
 def _rows(
     index: int, question: str, answer: str, options: Sequence[str], image: str, comment: str
-) -> list[dict[str, str | int]]:
-    """Return all rotations of a question. The first row holds the image, the others point to it."""
+) -> Iterator[dict[str, str | int]]:
+    """Yield all rotations of a question. The first row holds the image, the others point to it."""
     category = "shape" if answer in SHAPES else "color"
-    rows = []
     for by in range(len(options)):
         rotated = [*options[by:], *options[:by]]
-        rows.append(
-            {
-                "index": index + by * PASS,
-                "question": question,
-                **dict(zip(LETTERS, rotated, strict=False)),
-                "answer": LETTERS[rotated.index(answer)],
-                "category": category,
-                "image": index if by else image,
-                "source": f"easy-vqa {version('easy-vqa')}",
-                "l2-category": category,
-                "comment": comment,
-                "split": "test",
-            }
-        )
-    return rows
+        yield {
+            "index": index + by * PASS,
+            "question": question,
+            **dict(zip(LETTERS, rotated, strict=False)),
+            "answer": LETTERS[rotated.index(answer)],
+            "category": category,
+            "image": index if by else image,
+            "source": f"easy-vqa {version('easy-vqa')}",
+            "l2-category": category,
+            "comment": comment,
+            "split": "test",
+        }

@@ -64,10 +64,7 @@ class MMBench(PromptedTask[Question]):
     unit = "tokens"
 
     def __init__(self, questions: Benchmark, scoring: Scoring) -> None:
-        """
-        Raises:
-            UserError: the protocol has no such scoring.
-        """
+        """Raise UserError where the protocol has no such scoring."""
         check_protocol(questions.protocol, (scoring,))
         self.chosen = questions
         self.scoring = scoring
@@ -81,11 +78,8 @@ class MMBench(PromptedTask[Question]):
 
     @classmethod
     def open(cls, source: TaskSource) -> Sequence[MMBench]:
-        """Read the TSV, or build the one that is made here; one task for each scoring of the settings.
-
-        Raises:
-            UserError: see `load_benchmark`; no file is named, or one that is none.
-        """
+        """Read the TSV, or build the one that is made here; one task for each scoring of the settings. Raise UserError
+        as `load_benchmark` does, and where no file is named, or one that is none."""
         data, settings = source.named_data("mmbench"), source.settings
         if data.endswith(".jsonl"):
             raise UserError(f"{data}: --by mmbench reads a TSV of MMBench layout; a .jsonl goes with --by exact_match")
@@ -100,12 +94,16 @@ class MMBench(PromptedTask[Question]):
             support=resolve(shots.support) if shots.support else None,
             seed=settings.seed,
         )
-        return [cls(questions, scoring) for scoring in settings.ranks]
+        tasks = [cls(questions, scoring) for scoring in settings.ranks]
+        for task in tasks:
+            task.num_beams = settings.num_beams if task.how == "generate" else 1
+        return tasks
 
     def protocol(self, template: ChatTemplate) -> dict[str, Any]:
         """Return the prompt of a made question, and what names the questions that are asked."""
         shown = [_EXAMPLE] * bool(self.shots)
         example = self._shown(query(_EXAMPLE, self.chosen.protocol, self.scoring, shots=shown))
+        generated = {"rules": RULES} | ({"beams": self.num_beams} if self.num_beams > 1 else {})
         return {
             "prompt": [_text_of(message) for message in example.messages],
             "template": template.fingerprint,
@@ -115,7 +113,7 @@ class MMBench(PromptedTask[Question]):
             "blind": self.blind,
             "shots": self.shots,
             "questions": self.chosen.fingerprint,
-        } | ({"rules": RULES} if self.how == "generate" else {})
+        } | (generated if self.how == "generate" else {})
 
     def queries(self, item: Question) -> list[Query]:
         """Return a query for each rotation of a question, all after the same shots."""
@@ -135,14 +133,12 @@ class MMBench(PromptedTask[Question]):
 
     def score(self, item: Question, answers: Sequence[Answer]) -> float:
         """Return 1 if every rotation was answered right, else 0."""
-        return float(
-            all(self._asked(*pair).prediction == pair[0].answer for pair in zip(item.rotations, answers, strict=True))
-        )
+        return float(all(asked.prediction == asked.answer for asked in self._asked(item, answers)))
 
     def details(self, item: Question, answers: Sequence[Answer], score: float) -> dict[str, Any]:
         """Return the rows that were asked, and whether the question is a hit; null where there are no answers."""
         return {
-            "rotations": [asdict(self._asked(*pair)) for pair in zip(item.rotations, answers, strict=True)],
+            "rotations": [asdict(asked) for asked in self._asked(item, answers)],
             "l2_category": item.first.l2_category,
             "hit": bool(score) if self.has_answers else None,
         }
@@ -155,45 +151,37 @@ class MMBench(PromptedTask[Question]):
         """Return the number of rows that were asked."""
         return sum(len(outcome.details["rotations"]) for outcome in result.outcomes)
 
-    def _asked(self, row: Row, answer: Answer) -> AskedRow:
+    def _asked(self, item: Question, answers: Sequence[Answer]) -> list[AskedRow]:
+        return [self._asked_row(row, answer) for row, answer in zip(item.rotations, answers, strict=True)]
+
+    def _asked_row(self, row: Row, answer: Answer) -> AskedRow:
         """Return what was predicted for a row: the likeliest option, the first of equals, or the one that is named;
         none where likelihoods are not finite."""
         names = row.letters if self.how == "generate" else letters(row, self.chosen.protocol)
-        if self.how == "generate" or not answer.is_finite:
-            named = find_letter(answer.text, row.letters, row.options) if self.how == "generate" else ""
-            return AskedRow(
-                index=row.index, answer=row.answer, prediction=named, log_probs={}, num_tokens={},
-                letters=list(names), text=answer.text,
-            )  # fmt: skip
-        scores = dict(zip(names, answer.scores, strict=True))
+        scores = dict(zip(names, answer.scores, strict=True)) if self.how == "rank" and answer.is_finite else {}
+        likeliest = max(scores, key=lambda letter: scores[letter].log_prob, default="")
         return AskedRow(
             index=row.index,
             answer=row.answer,
-            prediction=max(scores, key=lambda letter: scores[letter].log_prob),
+            prediction=likeliest if self.how == "rank" else find_letter(answer.text, row.letters, row.options),
             log_probs={letter: score.log_prob for letter, score in scores.items()},
             num_tokens={letter: score.num_tokens for letter, score in scores.items()},
-            letters=[],
+            letters=[] if scores else list(names),
+            text=answer.text,
         )
 
     def summary(self, result: Result, *, blind_score: float | None = None) -> dict[str, Any]:
         """Return the keys of design.md section 5: `accuracy` for the score, and what guessing would score."""
         scored = result.has_answers
         whole = super().summary(result, blind_score=blind_score)
-        return {
-            "benchmark": self.benchmark,
+        whole["accuracy"] = whole.pop("score")
+        return whole | {
             "protocol": self.chosen.protocol,
-            "protocol_hash": result.protocol_hash,
             "rank": self.scoring,
-            "shots": self.shots,
             "deviations": list(DEVIATIONS.get(self.chosen.protocol, ())),
-            **{key: whole[key] for key in ("with_images", "questions", "rows", "filtered", "filtered_questions")},
-            "accuracy": whole["score"],
-            "standard_error": whole["standard_error"],
-            "interval": whole["interval"],
             "chance": chance(result),
             "independent_chance": independent_chance(result),
-            "blind": whole["blind"],
-            "categories": result.parts(lambda outcome: outcome.category, "accuracy") if scored else {},
+            "categories": result.parts(lambda one: one.category, "accuracy") if scored else {},
             "l2_categories": result.parts(lambda one: str(one.details["l2_category"]), "accuracy") if scored else {},
             "letters": predicted_letters(result),
             "not_finite": num_not_finite(result) if self.how == "rank" else 0,
@@ -218,14 +206,17 @@ def _num_options(rows: Sequence[AskedRow]) -> int:
 def predicted_letters(result: Result) -> dict[str, float]:
     """Return how often each letter was predicted, over all rows: far from level means that letters are preferred.
     `none` stands for generated answers that name no option."""
-    counts = Counter(row.prediction or "none" for outcome in result.outcomes for row in asked_rows(outcome))
+    counts = Counter(row.prediction or "none" for row in _all_rows(result))
     return {letter: counts[letter] / counts.total() for letter in sorted(counts)}
 
 
 def num_not_finite(result: Result) -> int:
     """Return the number of rows whose likelihoods are not finite: they count as wrong."""
-    rows = (row for outcome in result.outcomes for row in asked_rows(outcome))
-    return sum(not row.log_probs for row in rows)
+    return sum(not row.log_probs for row in _all_rows(result))
+
+
+def _all_rows(result: Result) -> list[AskedRow]:
+    return [row for outcome in result.outcomes for row in asked_rows(outcome)]
 
 
 def _text_of(message: Message) -> list[str]:

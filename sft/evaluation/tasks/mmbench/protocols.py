@@ -34,21 +34,14 @@ four letters: leaving it out changes nothing, and keeps the sum exact (in bfloat
 
 
 def group_rows(rows: Sequence[Row], protocol: Protocol) -> list[Question]:
-    """Return the rows of a file as what counts as a question under a protocol.
-
-    Raises:
-        UserError: there is no such protocol.
-    """
+    """Return the rows of a file as what counts as a question under a protocol; raise UserError for another one."""
     if protocol not in get_args(Protocol):
         raise UserError(f"protocol: unknown {protocol!r} (known: {', '.join(get_args(Protocol))})")
     return {"card": single_rows, "vanilla": first_rows, "circular": all_rotations}[protocol](rows)
 
 
 def check_protocol(protocol: Protocol, scorings: Sequence[Scoring]) -> None:
-    """
-    Raises:
-        UserError: the card's protocol is asked for with anything but letters.
-    """
+    """Raise UserError where the card's protocol is asked for with anything but letters."""
     others = [scoring for scoring in scorings if scoring != "letter"]
     if protocol == "card" and others:
         raise UserError(f"protocol card ranks letters, found {others[0]}; vanilla and circular rank {others[0]}")
@@ -68,14 +61,10 @@ def query(
 ) -> Sample:
     """Return the conversation that asks `row` after answered `shots`."""
     system = (Message(role="system", content=(CARD_PREFIX,)),) if protocol == "card" else ()
-    turns = [
-        turn
-        for shot in shots
-        for turn in (
-            _user(shot, protocol),
-            Message(role="assistant", content=(_shot_answer(shot, protocol, scoring),)),
-        )
-    ]
+    turns: list[Message] = []
+    for shot in shots:
+        answer = Message(role="assistant", content=(_shot_answer(shot, protocol, scoring),))
+        turns += [_user(shot, protocol), answer]
     return Sample(key=key, messages=(*system, *turns, _user(row, protocol)))
 
 

@@ -93,35 +93,33 @@ class Question:
 
 def read_tsv(path: Path) -> list[Row]:
     """Return all rows of a file of MMBench layout, in its order. Each distinct image is held once, and decoded once to
-    check.
-
-    Raises:
-        UserError: the file or a column is missing, it has no rows, or one is wrong; the message names file and line.
-    """
+    check. Raise UserError where the file or a column is missing, it has no rows, or one is wrong; the message names
+    file and line."""
     encoded: dict[int, str] = {}  # the image field of each row
     distinct: dict[str, str] = {}  # legacy files repeat the image in every pass; one copy is kept
-    fields: list[tuple[str, dict[str, str]]] = []
+    fields: list[tuple[str, int, dict[str, str]]] = []
     for where, row in _read_fields(path):
-        index = _index(row, where)
+        index = _number(row["index"])
+        if index is None:
+            raise UserError(f"{where}: index is {row['index'][:40]!r}, expected a whole number")
         if index in encoded:
             raise UserError(f"{where}: index {index} appears twice")
         image = row.pop("image").strip()
         encoded[index] = distinct.setdefault(image, image)
-        fields.append((where, row))
+        fields.append((where, index, row))
     if not fields:
         raise UserError(f"{path}: no questions found")
-    has_answers = any(row.get("answer", "").strip() for _, row in fields)
+    has_answers = any(row.get("answer", "").strip() for _, _, row in fields)
     pictures: dict[str, tuple[ImageRef, str]] = {}
-    rows = []
-    for where, row in fields:
-        picture = _image(encoded[_index(row, where)], encoded, pictures, where)
-        rows.append(_row(row, picture, has_answers, where))
-    return rows
+    return [
+        _row(index, row, _image(encoded[index], encoded, pictures, where), has_answers, where)
+        for where, index, row in fields
+    ]
 
 
 def single_rows(rows: Sequence[Row]) -> list[Question]:
     """Return every row by itself, in the file's order."""
-    clusters = _clusters(rows)
+    clusters = {question.id: question.cluster for question in _grouped(rows)}
     return [Question(rotations=(row,), cluster=clusters[row.question_index]) for row in rows]
 
 
@@ -148,31 +146,17 @@ def rotate(row: Row, by: int) -> Row:
     num_options = len(row.options)
     by_pass = (row.index // PASS + by) % num_options
     answer = row.letters[(row.letters.index(row.answer) - by) % num_options] if row.answer else ""
-    return replace(
-        row,
-        index=row.question_index + by_pass * PASS,
-        options=row.options[by:] + row.options[:by],
-        answer=answer,
-    )
+    options = row.options[by:] + row.options[:by]
+    return replace(row, index=row.question_index + by_pass * PASS, options=options, answer=answer)
 
 
 def _grouped(rows: Sequence[Row]) -> list[Question]:
+    """Return the questions of the file. The image is that of the first row where copies of it differ in their bytes."""
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.question_index, []).append(row)
-    clusters = _clusters(rows)
-    return [
-        Question(rotations=tuple(sorted(group, key=lambda row: row.index)), cluster=clusters[number])
-        for number, group in groups.items()
-    ]
-
-
-def _clusters(rows: Sequence[Row]) -> dict[int, str]:
-    """Return the image of each question; that of its first row where copies of it differ in their bytes."""
-    clusters: dict[int, str] = {}
-    for row in sorted(rows, key=lambda row: row.index):
-        clusters.setdefault(row.question_index, row.image_sha256)
-    return clusters
+    in_order = (tuple(sorted(group, key=lambda row: row.index)) for group in groups.values())
+    return [Question(rotations=group, cluster=group[0].image_sha256) for group in in_order]
 
 
 def _read_fields(path: Path) -> list[tuple[str, dict[str, str]]]:
@@ -198,29 +182,21 @@ def _read_fields(path: Path) -> list[tuple[str, dict[str, str]]]:
         csv.field_size_limit(limit)
 
 
-def _index(row: dict[str, str], where: str) -> int:
-    index = _number(row["index"])
-    if index is None:
-        raise UserError(f"{where}: index is {row['index'][:40]!r}, expected a whole number")
-    return index
-
-
 def _number(text: str) -> int | None:
     """Return a whole number, or None for anything else."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
-def _row(row: dict[str, str], picture: tuple[ImageRef, str], has_answers: bool, where: str) -> Row:
+def _row(index: int, row: dict[str, str], picture: tuple[ImageRef, str], has_answers: bool, where: str) -> Row:
     letters = tuple(letter for letter in LETTERS if row.get(letter, "").strip())
     answer = row.get("answer", "").strip()
     if len(letters) < 2:
         raise UserError(f"{where}: found {len(letters)} options, expected at least A and B")
     if has_answers and answer not in letters:
         raise UserError(f"{where}: answer is {answer[:40]!r}, expected one of {', '.join(letters)}")
-    image, sha256 = picture
     return Row(
-        index=_index(row, where),
+        index=index,
         question=row["question"].strip(),
         hint=row.get("hint", "").strip(),
         letters=letters,
@@ -228,8 +204,8 @@ def _row(row: dict[str, str], picture: tuple[ImageRef, str], has_answers: bool, 
         answer=answer,
         category=row.get("category", "").strip(),
         l2_category=(row.get("l2-category") or row.get("L2-category") or "").strip(),
-        image=image,
-        image_sha256=sha256,
+        image=picture[0],
+        image_sha256=picture[1],
     )
 
 

@@ -24,39 +24,30 @@ def split_support(questions: Sequence[Question], *, num_shots: int, seed: int) -
 
     The last images of the seeded order are set aside: a part of the questions is made of the first.
     """
-    by_image: dict[str, list[Question]] = {}
+    by_image: dict[str, set[int]] = {}
     for question in questions:
-        by_image.setdefault(question.cluster, []).append(question)
-    wanted = max(num_shots, math.ceil(SUPPORT_SHARE * _num_distinct(questions)))
+        by_image.setdefault(question.cluster, set()).add(question.id)
+    wanted = max(num_shots, math.ceil(SUPPORT_SHARE * sum(map(len, by_image.values()))))
     support: set[str] = set()
-    found = 0
+    num_support = 0
     for image in reversed(in_random_order(list(by_image), seed)):
-        if found >= wanted:
-            break
-        support.add(image)
-        found += _num_distinct(by_image[image])
+        if num_support < wanted:
+            support.add(image)
+            num_support += len(by_image[image])
     asked = [question for question in questions if question.cluster not in support]
     return asked, [question for question in questions if question.cluster in support]
 
 
 def draw_shots(query: Question, support: Sequence[Row], *, num_shots: int, seed: int) -> tuple[Row, ...]:
-    """Return `num_shots` rows of `support`, of different questions, none about the query's question or image.
-
-    Raises:
-        UserError: there are not so many.
-    """
+    """Return `num_shots` rows of `support`, of different questions, none about the query's question or image; raise
+    UserError where there are not so many."""
     unseen: dict[int, Row] = {}
     for row in support:
-        if row.image_sha256 != query.cluster and row.question_index != query.first.question_index:
+        if row.image_sha256 != query.cluster and row.question_index != query.id:
             unseen.setdefault(row.question_index, row)
     if len(unseen) < num_shots:
         raise UserError(
-            f"shots: question {query.first.question_index} can be shown {len(unseen)} others with answers, "
-            f"{num_shots} are asked for"
+            f"shots: question {query.id} can be shown {len(unseen)} others with answers, {num_shots} are asked for"
         )
-    rng = random.Random(f"shots {seed} {query.first.question_index}")
+    rng = random.Random(f"shots {seed} {query.id}")
     return tuple(rng.sample(list(unseen.values()), num_shots))
-
-
-def _num_distinct(questions: Sequence[Question]) -> int:
-    return len({question.first.question_index for question in questions})

@@ -24,11 +24,8 @@ NO_OPTION = "Z"
 
 
 def check_submission(file: Path, benchmark: Benchmark, scorings: Sequence[Scoring]) -> None:
-    """Check that `file` will hold all it has to, before anything is computed.
-
-    Raises:
-        UserError: another suffix, no openpyxl, more than one ranking, or rows that are not asked.
-    """
+    """Check that `file` will hold all it has to, before anything is computed. Raise UserError for another suffix, no
+    openpyxl, more than one ranking, or rows that are not asked."""
     if file.suffix != ".xlsx":
         raise UserError(f"--submission {file}: expected the name of an .xlsx file")
     if find_spec("openpyxl") is None:
