@@ -302,7 +302,9 @@ import json, resource, sys
 from pathlib import Path
 from sft.core.images import verified
 from sft.core.sample import SkipSample
-from sft.data.formats import read_json_list, read_jsonl, read_tar, record_limit
+from sft.data.formats import read_jsonl, record_limit
+from sft.data.formats.json_text import read_json_list
+from sft.data.formats.tar import read_tar
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024

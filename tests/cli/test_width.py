@@ -66,6 +66,7 @@ def summary(name: str) -> dict:
     return {
         "benchmark": name,
         "rank": "letter",
+        "shots": 0,
         "questions": 214_354,
         "accuracy": 0.6384,
         "standard_error": 0.012,

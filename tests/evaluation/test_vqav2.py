@@ -224,7 +224,7 @@ def test_evaluate_select_and_report_take_it(copied, tmp_path, capsys):
     assert "vqav2_val, VQA accuracy (m4)" in capsys.readouterr().out
 
     selection, _ = printed(capsys, "select", copied, "--by", "vqav2", "--data", coco)
-    assert (selection["by"], selection["benchmark"], selection["questions"]) == ("vqav2", "vqav2_val", [6, 6])
+    assert (selection["by"], selection["benchmark"], selection["questions"]) == ("vqav2", "vqav2_val", 6)
     (file,) = (copied / "evaluations" / "vqav2_val").glob("*/checkpoint-1.jsonl")
     line = json.loads(file.read_text().splitlines()[0])
     assert line["figures"]["VQA accuracy (m4)"] == line["score"] and len(line["figures"]) == 4
