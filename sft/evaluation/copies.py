@@ -60,9 +60,8 @@ def copied_rows(files: tuple[Path, ...], folder: Path) -> list[Row]:
             except SkipSample as skip:
                 raise UserError(f"{file}: row {place}: {skip.explained}") from skip
             named = folder / (row.get("filepath") or "") / (row.get("filename") or f"image of row {place}")
-            row["image"] = of_index[str(row.get("index"))] = (
-                written or named
-            )  # a later row of a table may name this one
+            # A later row of a table may name this one.
+            row["image"] = of_index[str(row.get("index"))] = written or named
             found.append(row)
     return found
 
